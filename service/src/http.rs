@@ -1,0 +1,72 @@
+//! An HTTP/1.1 server with the limits that `axum::serve` lacks.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::Router;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
+use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+
+/// How long to wait after a failed `accept`, which is most often "too many open files": trying
+/// again at once would spin without giving a connection the time to end.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// What one server lets its clients take.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// Open connections; at the cap, new ones wait in the kernel's backlog until one ends.
+    pub max_connections: usize,
+    /// Time to send a request's head. It also ends a connection that idles for so long.
+    pub header_timeout: Duration,
+}
+
+/// Serves `router` on `listener` until `shutdown`, then stops accepting, lets the requests in
+/// flight finish and returns.
+pub async fn serve(
+    listener: TcpListener,
+    router: Router,
+    limits: Limits,
+    shutdown: CancellationToken,
+) {
+    let slots = Arc::new(Semaphore::new(limits.max_connections));
+    let service = TowerToHyperService::new(router);
+    let mut server = hyper::server::conn::http1::Builder::new();
+    server.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
+    let connections = GracefulShutdown::new();
+    loop {
+        let accepted = async {
+            let slot = Arc::clone(&slots).acquire_owned().await;
+            (slot, listener.accept().await)
+        };
+        let (slot, accepted) = tokio::select! {
+            accepted = accepted => accepted,
+            () = shutdown.cancelled() => break,
+        };
+        let stream = match accepted {
+            Ok((stream, _)) => stream,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        // Without it, small answers wait for the client's delayed ack.
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "cannot set TCP_NODELAY");
+        }
+        let connection = server.serve_connection(TokioIo::new(stream), service.clone());
+        let connection = connections.watch(connection);
+        tokio::spawn(async move {
+            if let Err(error) = connection.await {
+                tracing::debug!(%error, "connection ended early");
+            }
+            drop(slot);
+        });
+    }
+    drop(listener);
+    connections.shutdown().await;
+}

@@ -1,0 +1,185 @@
+//! From the command line to the exit code.
+
+use std::net::SocketAddr;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use clap::{Args, Command, FromArgMatches};
+use tokio::net::TcpListener;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio_util::sync::CancellationToken;
+
+use crate::settings::{self, Parsed};
+use crate::{Health, admin, http, telemetry};
+
+/// A setting is not allowed (`EX_CONFIG` of sysexits).
+const EXIT_SETTINGS: u8 = 78;
+/// The service failed, or was stopped before all in flight was finished (`EX_SOFTWARE`).
+const EXIT_FAILURE: u8 = 70;
+
+/// The admin address answers probes and a scraper, never the public.
+const ADMIN_LIMITS: http::Limits =
+    http::Limits { max_connections: 64, header_timeout: Duration::from_secs(10) };
+
+/// What a service is called and where its admin address is by default.
+#[derive(Clone, Copy, Debug)]
+pub struct Description {
+    /// The binary's name, also the `service` label of `lastseen_build_info`.
+    pub name: &'static str,
+    /// One sentence for `--help`.
+    pub about: &'static str,
+    /// The default of `ADMIN_ADDR`, such as `:9091`.
+    pub admin_address: &'static str,
+}
+
+/// Settings that every service has.
+#[derive(Debug, Args)]
+struct Common {
+    /// Where /livez, /readyz and /metrics are served; port 0 takes any free one and logs it
+    #[arg(long, value_parser = settings::listen_address, help_heading = "Life cycle")]
+    admin_addr: SocketAddr,
+    /// How long what is in flight may take to finish after SIGTERM or ctrl-c; a second signal ends it at once
+    #[arg(long, value_parser = settings::duration, default_value = "30s", help_heading = "Life cycle")]
+    drain_timeout: Duration,
+    #[command(flatten)]
+    telemetry: telemetry::Config,
+}
+
+/// The whole of a service's `main`: reads its settings, sets up logs, metrics and the admin address,
+/// runs it until it ends or a signal drains it, and says how it went by the exit code:
+/// 0 for a clean end, 70 for a failure or an incomplete drain, 78 for a bad setting.
+///
+/// `run` takes the service's own settings, the [`Health`] to report its peers to, and the token that
+/// tells it to drain.
+pub fn main<C, R>(
+    description: Description,
+    run: impl FnOnce(C, Health, CancellationToken) -> R,
+) -> ExitCode
+where
+    C: Args + FromArgMatches,
+    R: Future<Output = anyhow::Result<()>> + Send + 'static,
+{
+    let (common, config) = match read_settings::<C>(description) {
+        Ok(Parsed::Run(settings)) => settings,
+        Ok(Parsed::Print(text)) => {
+            print!("{text}");
+            return ExitCode::SUCCESS;
+        }
+        Err(error) => {
+            eprintln!("{}: {error}", description.name);
+            return ExitCode::from(EXIT_SETTINGS);
+        }
+    };
+    telemetry::init(&common.telemetry);
+    // TLS is needed by some settings only, and one provider for all of them keeps the binary small.
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        tracing::debug!("a TLS provider was installed before");
+    }
+    let runtime = match tokio::runtime::Runtime::new() {
+        Ok(runtime) => runtime,
+        Err(error) => {
+            tracing::error!(%error, "cannot start the runtime");
+            return ExitCode::from(EXIT_FAILURE);
+        }
+    };
+    let health = Health::default();
+    let shutdown = CancellationToken::new();
+    let service = run(config, health.clone(), shutdown.clone());
+    let ended = runtime.block_on(supervise(description, &common, health, shutdown, service));
+    // Tasks that are still there belong to what was abandoned; waiting for them could take forever.
+    runtime.shutdown_background();
+    match ended {
+        Ok(()) => {
+            tracing::info!("stopped");
+            ExitCode::SUCCESS
+        }
+        Err(error) => {
+            tracing::error!("{error:#}");
+            ExitCode::from(EXIT_FAILURE)
+        }
+    }
+}
+
+fn read_settings<C: Args + FromArgMatches>(
+    description: Description,
+) -> Result<Parsed<(Common, C)>, settings::SettingsError> {
+    struct Both<C>(Common, C);
+    impl<C: FromArgMatches> FromArgMatches for Both<C> {
+        fn from_arg_matches(matches: &clap::ArgMatches) -> Result<Self, clap::Error> {
+            Ok(Self(Common::from_arg_matches(matches)?, C::from_arg_matches(matches)?))
+        }
+        fn update_from_arg_matches(
+            &mut self,
+            matches: &clap::ArgMatches,
+        ) -> Result<(), clap::Error> {
+            self.0.update_from_arg_matches(matches)?;
+            self.1.update_from_arg_matches(matches)
+        }
+    }
+    let command = Command::new(description.name)
+        .version(env!("CARGO_PKG_VERSION"))
+        .about(description.about)
+        .after_help("Every option that takes a value can also be set as an environment variable, or in a file .env, under the name in <>; NAME_FILE names a file that holds the value.")
+        .args_override_self(true);
+    let command = Common::augment_args(C::augment_args(command))
+        .mut_arg("admin_addr", |argument| argument.default_value(description.admin_address));
+    let environment = settings::environment()?;
+    Ok(match settings::parse::<Both<C>>(command, &environment, std::env::args())? {
+        Parsed::Run(Both(common, config)) => Parsed::Run((common, config)),
+        Parsed::Print(text) => Parsed::Print(text),
+    })
+}
+
+/// Runs the service beside its admin address until it ends or has to be abandoned.
+async fn supervise(
+    description: Description,
+    common: &Common,
+    health: Health,
+    shutdown: CancellationToken,
+    service: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+) -> anyhow::Result<()> {
+    let metrics = admin::install_metrics(description.name)?;
+    let address = common.admin_addr;
+    let listener = TcpListener::bind(address)
+        .await
+        .with_context(|| format!("cannot listen on ADMIN_ADDR={address}"))?;
+    let address = listener.local_addr().context("cannot tell the admin address")?;
+    tracing::info!(service = description.name, admin = %address, "starting");
+    let router = admin::router(health, metrics.clone(), shutdown.clone());
+    // It goes on while the service drains, so that a probe sees why it is not ready.
+    let admin = http::serve(listener, router, ADMIN_LIMITS, CancellationToken::new());
+    tokio::spawn(admin);
+    tokio::spawn(admin::metrics_upkeep(metrics));
+
+    // As a task of its own, so that a panic in it is an error here and not the end of this function.
+    let service = tokio::spawn(service);
+    tokio::select! {
+        ended = service => match ended {
+            Ok(result) => result,
+            Err(error) => Err(anyhow::anyhow!("the service died: {error}")),
+        },
+        reason = abandoned(common.drain_timeout, shutdown) => reason,
+    }
+}
+
+/// Waits for the first signal, starts the drain, and returns the reason to give it up.
+async fn abandoned(drain_timeout: Duration, shutdown: CancellationToken) -> anyhow::Result<()> {
+    let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
+    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
+    let mut next_signal = async || {
+        tokio::select! {
+            _ = terminate.recv() => "SIGTERM",
+            _ = interrupt.recv() => "SIGINT",
+        }
+    };
+    let name = next_signal().await;
+    tracing::info!(signal = name, timeout = ?drain_timeout, "draining");
+    shutdown.cancel();
+    tokio::select! {
+        () = tokio::time::sleep(drain_timeout) => {
+            anyhow::bail!("the drain took longer than DRAIN_TIMEOUT={drain_timeout:?}; what was in flight will be delivered again")
+        }
+        name = next_signal() => anyhow::bail!("stopped at once by a second signal ({name})"),
+    }
+}

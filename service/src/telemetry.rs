@@ -1,0 +1,49 @@
+//! Logs: text for people, JSON lines for machines, both on standard error.
+
+use std::io::IsTerminal as _;
+
+use tracing_subscriber::EnvFilter;
+use tracing_subscriber::fmt::time::ChronoLocal;
+
+/// lapin reports each lost connection itself, several times; we log it once, where it is handled.
+const DEFAULT_FILTER: &str = "info,lapin=off";
+
+/// How log lines look.
+#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+pub(crate) enum LogFormat {
+    /// One readable line per event.
+    Text,
+    /// One JSON object per line.
+    Json,
+}
+
+/// How and what to log.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Logs")]
+pub(crate) struct Config {
+    /// How log lines look
+    #[arg(long, value_enum, ignore_case = true, default_value = "text")]
+    log_format: LogFormat,
+    /// What to log, as level or `target=level`, comma-separated: `info`, `debug`, `info,consumer=debug`
+    #[arg(long, default_value = DEFAULT_FILTER, value_parser = filter)]
+    rust_log: String,
+}
+
+fn filter(text: &str) -> Result<String, String> {
+    EnvFilter::try_new(text)
+        .map(|_| text.to_owned())
+        .map_err(|error| format!("expected levels such as info or info,consumer=debug ({error})"))
+}
+
+/// Installs the log subscriber for the whole process. Times are in the zone of `TZ`.
+pub(crate) fn init(config: &Config) {
+    let builder = tracing_subscriber::fmt()
+        .with_env_filter(EnvFilter::new(&config.rust_log))
+        .with_timer(ChronoLocal::rfc_3339())
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal());
+    match config.log_format {
+        LogFormat::Text => builder.init(),
+        LogFormat::Json => builder.json().flatten_event(true).init(),
+    }
+}
