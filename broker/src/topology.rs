@@ -1,0 +1,145 @@
+//! The queues: the one of the contract, its delay queues, and its dead letters.
+
+use lapin::options::QueueDeclareOptions;
+use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
+use lapin::types::{AMQPValue, FieldTable, ShortString};
+use lapin::{Channel, Connection, ErrorKind};
+
+use crate::config::{Config, QueueType};
+use crate::retry::LEVELS_SECONDS;
+
+/// How often the broker may redeliver a message whose consumer died with it before it becomes a
+/// dead letter. It guards against a message that kills consumers. RabbitMQ 3.10 has no limit by
+/// default, 4.x has 20 and drops without a dead-letter exchange; this is far above what restarts
+/// during a backlog add up to, and -1 would destroy messages on 3.10.
+const DELIVERY_LIMIT: i32 = 100;
+
+/// The names of the queues, each on the default exchange, so each is its own routing key.
+#[derive(Clone, Debug)]
+pub(crate) struct Topology {
+    pub(crate) queue: ShortString,
+    pub(crate) dead: ShortString,
+    /// One for each level of [`LEVELS_SECONDS`], in the same order.
+    pub(crate) delays: Vec<ShortString>,
+    queue_type: QueueType,
+}
+
+/// Why the queues are not as they have to be.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum TopologyError {
+    #[error("queue {queue}: {source}")]
+    Declare { queue: String, source: lapin::Error },
+    #[error(
+        "queue {queue} exists but would not keep its messages ({text}); delete it or set another QUEUE_NAME"
+    )]
+    NotDurable { queue: String, text: String },
+    #[error("cannot open a channel: {0}")]
+    OpenChannel(#[source] lapin::Error),
+}
+
+impl Topology {
+    pub(crate) fn new(config: &Config) -> Self {
+        let queue = &config.queue_name;
+        Self {
+            queue: queue.as_str().into(),
+            dead: format!("{queue}.dead").into(),
+            delays: LEVELS_SECONDS.iter().map(|s| format!("{queue}.retry.{s}s").into()).collect(),
+            queue_type: config.queue_type,
+        }
+    }
+
+    /// Declares every queue. One that is there already with other arguments is used as it is, with
+    /// a warning, as long as it is durable: a service that refused would only add an outage.
+    pub(crate) async fn declare(&self, connection: &Connection) -> Result<(), TopologyError> {
+        let mut channel = open(connection).await?;
+        // The dead letters first: the main queue must never be able to give up a message to nowhere.
+        let mut queues = vec![(&self.dead, quorum())];
+        queues.push((&self.queue, self.main_arguments()));
+        for (delay, seconds) in self.delays.iter().zip(LEVELS_SECONDS) {
+            queues.push((delay, self.delay_arguments(seconds)));
+        }
+        for (queue, arguments) in queues {
+            let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+            if let Err(source) = channel.queue_declare(queue.clone(), durable, arguments).await {
+                // The broker has closed the channel along with the refusal.
+                channel = open(connection).await?;
+                adopt(&channel, queue, source).await?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Classic means exactly what the Go services declare: durable, no arguments.
+    fn main_arguments(&self) -> FieldTable {
+        match self.queue_type {
+            QueueType::Classic => FieldTable::default(),
+            QueueType::Quorum => {
+                let mut arguments = dead_lettering_to(&self.dead);
+                insert(&mut arguments, "x-delivery-limit", AMQPValue::LongInt(DELIVERY_LIMIT));
+                arguments
+            }
+        }
+    }
+
+    /// Delay queues are always quorum: a message must survive the broker while it waits, and the
+    /// move back must be confirmed (`at-least-once`), which classic queues do not offer.
+    fn delay_arguments(&self, seconds: u64) -> FieldTable {
+        let milliseconds = i64::try_from(seconds * 1_000).unwrap_or(i64::MAX);
+        let mut arguments = dead_lettering_to(&self.queue);
+        insert(&mut arguments, "x-message-ttl", AMQPValue::LongLongInt(milliseconds));
+        arguments
+    }
+}
+
+fn quorum() -> FieldTable {
+    let mut arguments = FieldTable::default();
+    insert(&mut arguments, "x-queue-type", text("quorum"));
+    arguments
+}
+
+fn dead_lettering_to(queue: &ShortString) -> FieldTable {
+    let mut arguments = quorum();
+    insert(&mut arguments, "x-dead-letter-exchange", text(""));
+    insert(&mut arguments, "x-dead-letter-routing-key", text(queue.as_str()));
+    insert(&mut arguments, "x-dead-letter-strategy", text("at-least-once"));
+    // At-least-once dead lettering is only offered together with it. There is no length limit.
+    insert(&mut arguments, "x-overflow", text("reject-publish"));
+    arguments
+}
+
+fn insert(table: &mut FieldTable, key: &str, value: AMQPValue) {
+    table.insert(key.into(), value);
+}
+
+fn text(value: &str) -> AMQPValue {
+    AMQPValue::LongString(value.into())
+}
+
+async fn open(connection: &Connection) -> Result<Channel, TopologyError> {
+    connection.create_channel().await.map_err(TopologyError::OpenChannel)
+}
+
+/// Goes on with a queue that differs from what we would have declared, if it keeps its messages.
+async fn adopt(
+    channel: &Channel,
+    queue: &ShortString,
+    refusal: lapin::Error,
+) -> Result<(), TopologyError> {
+    let declare = |source| TopologyError::Declare { queue: queue.to_string(), source };
+    let text = match refusal.kind() {
+        ErrorKind::ProtocolError(error)
+            if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
+        {
+            error.get_message().to_string()
+        }
+        _ => return Err(declare(refusal)),
+    };
+    if ["'durable'", "'exclusive'", "'auto_delete'"].iter().any(|lossy| text.contains(lossy)) {
+        return Err(TopologyError::NotDurable { queue: queue.to_string(), text });
+    }
+    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
+    let found = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await;
+    found.map_err(declare)?;
+    tracing::warn!(%queue, difference = text, "the queue exists with other arguments; using it as it is");
+    Ok(())
+}
