@@ -56,8 +56,10 @@ pub(crate) async fn watch(options: PgConnectOptions, status: watch::Sender<Store
 
 async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
     let mut connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
-    // Safe when several processes do it at once: sqlx takes an advisory lock.
-    within(MIGRATE_TIMEOUT, StoreError::Migrate, MIGRATIONS.run(&mut connection)).await?;
+    // Safe when several processes do it at once: sqlx takes an advisory lock. This is `run` without
+    // its generic `Acquire`, which the compiler cannot prove to be `Send` for a borrowed connection.
+    let migration = MIGRATIONS.run_direct(None, &mut connection, false);
+    within(MIGRATE_TIMEOUT, StoreError::Migrate, migration).await?;
     Ok(connection)
 }
 
