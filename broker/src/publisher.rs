@@ -152,6 +152,16 @@ impl Publisher {
         self.batches.closed().await;
     }
 
+    /// Says goodbye to the broker, once every other clone is dropped too, and waits until it is said.
+    pub async fn close(self) {
+        let Self { batches, mut status, .. } = self;
+        drop(batches);
+        let ended = async { while status.changed().await.is_ok() {} };
+        if timeout(RPC_TIMEOUT, ended).await.is_err() {
+            tracing::debug!("the publisher is still in use, or the broker does not answer");
+        }
+    }
+
     pub(crate) fn topology(&self) -> &Topology {
         &self.topology
     }

@@ -1,1 +1,59 @@
+//! The lookup: takes messages, asks the status API about each object, writes down who is online,
+//! and acknowledges a message only when all that is committed.
 
+mod config;
+mod lookups;
+mod status_api;
+mod writer;
+
+use std::sync::Arc;
+
+use broker::{Consumer, Publisher};
+use service::{CancellationToken, Description, Health};
+use store::Store;
+
+pub use config::Config;
+
+use crate::lookups::Lookups;
+use crate::status_api::StatusApi;
+use crate::writer::Writer;
+
+/// What the process is called and where its admin address is.
+pub const DESCRIPTION: Description = Description {
+    name: "consumer",
+    about: "Looks each object up at the status API and records when it was last seen",
+    admin_address: ":9092",
+};
+
+/// Statements at once: one for the batch being written; a second so that a connection which the
+/// server has dropped does not hold up the next batch.
+const DATABASE_CONNECTIONS: u32 = 2;
+
+/// Looks objects up until `shutdown`, then finishes what is in flight and returns.
+///
+/// # Errors
+/// When a part that it cannot do without has died.
+pub async fn run(
+    config: Config,
+    health: Health,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let status_api = StatusApi::new(&config)?;
+    let store = Arc::new(Store::start(&config.store, "consumer", DATABASE_CONNECTIONS));
+    let publisher = Publisher::start(&config.broker, "consumer: retries and dead letters");
+    let deliveries =
+        Consumer::new(&config.broker, "consumer", config.prefetch(), publisher.clone());
+    health.needs("broker", deliveries.status());
+    health.needs("broker, for retries", publisher.status());
+    health.needs("database", store.status());
+    health.needs("status API", status_api.status());
+
+    let writer = Writer::start(store, &config);
+    let lookups = Lookups::new(&config, status_api, writer);
+    tokio::select! {
+        ended = lookups.run(deliveries, shutdown) => ended?,
+        () = publisher.died() => anyhow::bail!("the publisher has died"),
+    }
+    publisher.close().await;
+    Ok(())
+}

@@ -1,1 +1,30 @@
+//! The front door. It answers a callback only once every id in it is durable: never a 2xx for what
+//! could still be lost, and never a wait beyond the client's patience of one second.
 
+mod callback;
+mod config;
+mod front_door;
+
+use service::{CancellationToken, Description, Health};
+
+pub use config::Config;
+pub use front_door::FrontDoor;
+
+/// What the process is called and where its admin address is.
+pub const DESCRIPTION: Description = Description {
+    name: "producer",
+    about: "Takes callbacks on POST /callback and makes a durable message of every object id",
+    admin_address: ":9091",
+};
+
+/// Serves callbacks until `shutdown`, then answers those in flight and returns.
+///
+/// # Errors
+/// When it cannot listen, or its publisher has died.
+pub async fn run(
+    config: Config,
+    health: Health,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    FrontDoor::open(&config, &health).await?.serve(shutdown).await
+}

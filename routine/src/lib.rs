@@ -1,1 +1,128 @@
+//! The cleanup: whoever has not been seen for `OBJECT_TTL` is not online any more.
 
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use service::{CancellationToken, Description, Health, settings};
+use store::{Store, StoreError};
+use tokio::time::MissedTickBehavior;
+
+/// What the process is called and where its admin address is.
+pub const DESCRIPTION: Description = Description {
+    name: "routine",
+    about: "Deletes the objects that have not been seen for OBJECT_TTL",
+    admin_address: ":9093",
+};
+
+/// How long `--once` waits for the database before it fails; cron will try again.
+const ONCE_PATIENCE: Duration = Duration::from_secs(30);
+
+/// The routine's settings.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Cleanup")]
+pub struct Config {
+    /// How often stale objects are deleted
+    #[arg(long, value_parser = settings::duration, default_value = "3s")]
+    pub routine_interval: Duration,
+    /// How long after it was last seen an object becomes stale
+    #[arg(long, value_parser = settings::duration, default_value = "30s")]
+    pub object_ttl: Duration,
+    /// The most rows deleted by one statement; an upsert waits at most for one of these
+    #[arg(long, value_parser = settings::number(1..=1_000_000_u32), default_value = "10000")]
+    pub delete_batch_max: u32,
+    /// Clean up once and exit, for a cron job
+    #[arg(long)]
+    pub once: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub store: store::Config,
+}
+
+/// Deletes what is stale every `ROUTINE_INTERVAL` until `shutdown`, or once with `--once`.
+///
+/// # Errors
+/// Only with `--once`: when the database does not do its part. Otherwise that is logged and tried
+/// again with the next interval.
+pub async fn run(
+    config: Config,
+    health: Health,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    metrics::describe_counter!("lastseen_deleted_rows_total", "Stale rows deleted.");
+    metrics::describe_counter!("lastseen_cleanups_total", "Cleanups by outcome.");
+    metrics::describe_histogram!(
+        "lastseen_cleanup_seconds",
+        metrics::Unit::Seconds,
+        "Time that one cleanup took, all of its batches together."
+    );
+    let store = Store::start(&config.store, "routine", 1);
+    health.needs("database", store.status());
+    if config.once {
+        return once(&store, &config).await;
+    }
+    let mut interval = tokio::time::interval(config.routine_interval);
+    // After an outage one cleanup is enough; those that were missed have nothing left to delete.
+    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut failing = false;
+    loop {
+        tokio::select! {
+            _ = interval.tick() => {}
+            () = shutdown.cancelled() => return Ok(()),
+        }
+        // The store says itself when the database is away.
+        if store.status().borrow().is_err() {
+            continue;
+        }
+        match clean_up(&store, &config, &shutdown).await {
+            Ok(_) => failing = false,
+            Err(error) if failing => tracing::debug!(%error, "cleanup failed again"),
+            Err(error) => {
+                tracing::warn!(%error, "cleanup failed; trying again with each interval");
+                failing = true;
+            }
+        }
+    }
+}
+
+async fn once(store: &Store, config: &Config) -> anyhow::Result<()> {
+    let mut status = store.status();
+    let ready = status.wait_for(Result::is_ok);
+    let Ok(ready) = tokio::time::timeout(ONCE_PATIENCE, ready).await else {
+        let reason = store.status().borrow().clone().err().unwrap_or_default();
+        anyhow::bail!("no database within {ONCE_PATIENCE:?}: {reason}");
+    };
+    ready.context("the database is no longer watched")?;
+    clean_up(store, config, &CancellationToken::new()).await?;
+    Ok(())
+}
+
+/// Deletes batch after batch until one is short, and says how many rows went.
+///
+/// Replicas do not collide: each skips the rows that another is deleting.
+async fn clean_up(
+    store: &Store,
+    config: &Config,
+    shutdown: &CancellationToken,
+) -> Result<u64, StoreError> {
+    let started = Instant::now();
+    let mut deleted = 0;
+    let outcome = loop {
+        match store.delete_stale(config.object_ttl, config.delete_batch_max).await {
+            Ok(rows) => {
+                deleted += rows;
+                if rows < u64::from(config.delete_batch_max) || shutdown.is_cancelled() {
+                    break Ok(deleted);
+                }
+            }
+            Err(error) => break Err(error),
+        }
+    };
+    let label = if outcome.is_ok() { "ok" } else { "failed" };
+    metrics::counter!("lastseen_cleanups_total", "outcome" => label).increment(1);
+    metrics::counter!("lastseen_deleted_rows_total").increment(deleted);
+    metrics::histogram!("lastseen_cleanup_seconds").record(started.elapsed());
+    if deleted > 0 {
+        tracing::info!(deleted, took = ?started.elapsed(), "deleted stale objects");
+    }
+    outcome
+}

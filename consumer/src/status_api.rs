@@ -1,0 +1,187 @@
+//! The client of the status API: `GET /objects/{id}` → `{"id":42,"online":true}`.
+
+use std::error::Error as _;
+use std::io;
+use std::time::{Duration, Instant};
+
+use reqwest::header::RETRY_AFTER;
+use reqwest::{Client, Response, StatusCode, Url, redirect};
+use serde::Deserialize;
+use tokio::net::TcpStream;
+use tokio::sync::watch;
+use tokio::time::timeout;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::Config;
+
+/// A right answer has some 30 bytes; whatever is far above is not read to its end.
+const MAX_BODY_BYTES: usize = 16 * 1024;
+const MAX_CONNECT_TIME: Duration = Duration::from_secs(3);
+const PROBE_INTERVAL: Duration = Duration::from_secs(2);
+
+/// What the status API knows of an object.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Answer {
+    /// Online, at the moment when the answer had come.
+    Online(Instant),
+    /// Offline, or not known to the API.
+    Offline,
+}
+
+/// A lookup that told nothing.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum LookupError {
+    #[error("no answer within {0:?}")]
+    Timeout(Duration),
+    #[error("no answer: {0}")]
+    Transport(String),
+    #[error("answered {status}")]
+    Status { status: StatusCode, retry_after: Option<Duration> },
+    #[error("the answer is over {MAX_BODY_BYTES} bytes")]
+    TooLarge,
+    #[error("the answer is not {{\"id\":…,\"online\":…}}: {0}")]
+    Garbage(#[from] serde_json::Error),
+    #[error("the answer is about object {0}")]
+    WrongId(i64),
+}
+
+impl LookupError {
+    /// The label of this failure in metrics.
+    pub(crate) fn label(&self) -> &'static str {
+        match self {
+            Self::Timeout(_) => "timeout",
+            Self::Transport(_) => "transport",
+            Self::Status { status, .. } if *status == StatusCode::TOO_MANY_REQUESTS => "throttled",
+            Self::Status { .. } => "status",
+            Self::TooLarge | Self::Garbage(_) => "garbage",
+            Self::WrongId(_) => "wrong_id",
+        }
+    }
+
+    /// The wait that the API asked for.
+    pub(crate) fn retry_after(&self) -> Option<Duration> {
+        match self {
+            Self::Status { retry_after, .. } => *retry_after,
+            _ => None,
+        }
+    }
+}
+
+/// Whether an HTTP server can be reached at the API's address.
+type Reachable = Result<(), String>;
+
+pub(crate) struct StatusApi {
+    client: Client,
+    endpoint: String,
+    limit: Duration,
+    status: watch::Receiver<Reachable>,
+    _probe: AbortOnDropHandle<()>,
+}
+
+#[derive(Deserialize)]
+struct Body {
+    id: i64,
+    online: bool,
+}
+
+impl StatusApi {
+    /// # Errors
+    /// When the HTTP client cannot be set up, for instance without the system's certificates.
+    pub(crate) fn new(config: &Config) -> Result<Self, reqwest::Error> {
+        let client = Client::builder()
+            .connect_timeout(config.status_timeout.min(MAX_CONNECT_TIME))
+            .timeout(config.status_timeout)
+            .redirect(redirect::Policy::none())
+            .no_proxy()
+            .http1_only()
+            .pool_max_idle_per_host(config.max_consumers.into())
+            .user_agent(concat!("lastseen/", env!("CARGO_PKG_VERSION")))
+            .build()?;
+        let (sender, status) = watch::channel(Err("not asked yet".to_owned()));
+        let probe =
+            AbortOnDropHandle::new(tokio::spawn(probe(config.tester_endpoint.clone(), sender)));
+        Ok(Self {
+            client,
+            endpoint: config.tester_endpoint.as_str().trim_end_matches('/').to_owned(),
+            limit: config.status_timeout,
+            status,
+            _probe: probe,
+        })
+    }
+
+    pub(crate) fn status(&self) -> watch::Receiver<Reachable> {
+        self.status.clone()
+    }
+
+    /// Asks whether the object is online.
+    ///
+    /// # Errors
+    /// [`LookupError`] for whatever says neither online nor offline; worth another try.
+    pub(crate) async fn look_up(&self, id: i64) -> Result<Answer, LookupError> {
+        let url = format!("{}/objects/{id}", self.endpoint);
+        let response = self.client.get(url).send().await.map_err(|error| self.transport(error))?;
+        match response.status() {
+            StatusCode::OK => {}
+            StatusCode::NOT_FOUND => return Ok(Answer::Offline),
+            status => {
+                return Err(LookupError::Status { status, retry_after: retry_after(&response) });
+            }
+        }
+        let body: Body = serde_json::from_slice(&self.read(response).await?)?;
+        if body.id != id {
+            return Err(LookupError::WrongId(body.id));
+        }
+        Ok(if body.online { Answer::Online(Instant::now()) } else { Answer::Offline })
+    }
+
+    async fn read(&self, mut response: Response) -> Result<Vec<u8>, LookupError> {
+        let mut body = Vec::new();
+        while let Some(chunk) = response.chunk().await.map_err(|error| self.transport(error))? {
+            if body.len() + chunk.len() > MAX_BODY_BYTES {
+                return Err(LookupError::TooLarge);
+            }
+            body.extend_from_slice(&chunk);
+        }
+        Ok(body)
+    }
+
+    /// reqwest's own text says what it did, not what went wrong; that is at the end of its sources.
+    /// The URL is left out, since it may hold a password.
+    fn transport(&self, error: reqwest::Error) -> LookupError {
+        if error.is_timeout() {
+            return LookupError::Timeout(self.limit);
+        }
+        let error = error.without_url();
+        let mut cause = error.source();
+        while let Some(deeper) = cause.and_then(std::error::Error::source) {
+            cause = Some(deeper);
+        }
+        LookupError::Transport(cause.map_or_else(|| error.to_string(), ToString::to_string))
+    }
+}
+
+/// The whole seconds of `Retry-After`; its other form, a date, is rare and not worth a parser.
+fn retry_after(response: &Response) -> Option<Duration> {
+    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
+    value.trim().parse().ok().map(Duration::from_secs)
+}
+
+/// Keeps `status` true, so that readiness does not depend on there being something to look up.
+async fn probe(endpoint: Url, status: watch::Sender<Reachable>) {
+    let host = endpoint.host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+    let port = endpoint.port_or_known_default().unwrap_or(80);
+    loop {
+        let connected = timeout(MAX_CONNECT_TIME, TcpStream::connect((host.as_str(), port))).await;
+        let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
+        let reachable =
+            connected.map(drop).map_err(|error| format!("cannot reach {host}:{port}: {error}"));
+        let was_reachable = status.borrow().is_ok();
+        match &reachable {
+            Err(reason) if was_reachable => tracing::warn!(reason, "no status API"),
+            Ok(()) if !was_reachable => tracing::info!("the status API can be reached"),
+            _ => {}
+        }
+        _ = status.send_replace(reachable);
+        tokio::time::sleep(PROBE_INTERVAL).await;
+    }
+}

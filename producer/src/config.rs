@@ -1,0 +1,36 @@
+//! The producer's settings.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use service::settings;
+
+/// The producer's settings.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Callbacks")]
+pub struct Config {
+    /// Where callbacks are taken; port 0 takes any free one and logs it
+    #[arg(long, value_parser = settings::listen_address, default_value = ":9090")]
+    pub producer_addr: SocketAddr,
+    /// The largest body taken, in bytes; a larger one is answered 413
+    #[arg(long, value_parser = settings::number(64..=64 << 20_usize), default_value = "1048576")]
+    pub max_body_bytes: usize,
+    /// The most ids taken in one callback; more are answered 422
+    #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "10000")]
+    pub max_ids_per_callback: usize,
+    /// How long the broker may take to confirm a callback before it is answered 503; the client gives up after 1s
+    #[arg(long, value_parser = settings::duration, default_value = "800ms")]
+    pub publish_timeout: Duration,
+    /// How long a client may take to send a request's head, and how long a connection may idle
+    #[arg(long, value_parser = settings::duration, default_value = "20s")]
+    pub header_timeout: Duration,
+    /// How long a client may take to send a request's body
+    #[arg(long, value_parser = settings::duration, default_value = "5s")]
+    pub body_timeout: Duration,
+    /// The most connections open at once; more wait until one ends
+    #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "10000")]
+    pub max_connections: usize,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub broker: broker::Config,
+}

@@ -1,0 +1,200 @@
+//! The HTTP side: from a request to its answer.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Instant;
+
+use anyhow::Context as _;
+use axum::Json;
+use axum::Router;
+use axum::body::{Body, HttpBody as _, to_bytes};
+use axum::extract::{Request, State};
+use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
+use axum::response::{IntoResponse, Response};
+use axum::routing::post;
+use broker::{PublishError, Publisher};
+use http_body_util::LengthLimitError;
+use serde::Serialize;
+use service::problem::Problem;
+use service::{CancellationToken, Health, http};
+use tokio::net::TcpListener;
+use tokio::time::timeout;
+use uuid::Uuid;
+
+use crate::callback::Callback;
+use crate::config::Config;
+
+/// Names the callback in our logs and in the messages that it becomes.
+const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
+
+/// The producer, listening and not yet serving.
+pub struct FrontDoor {
+    listener: TcpListener,
+    limits: http::Limits,
+    state: Arc<Callbacks>,
+}
+
+/// What the requests share.
+struct Callbacks {
+    publisher: Publisher,
+    config: Config,
+}
+
+impl FrontDoor {
+    /// Listens on `PRODUCER_ADDR` and starts to look for the broker.
+    ///
+    /// # Errors
+    /// When the address cannot be listened on.
+    pub async fn open(config: &Config, health: &Health) -> anyhow::Result<Self> {
+        describe_metrics();
+        let address = config.producer_addr;
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
+        let publisher = Publisher::start(&config.broker, "producer");
+        health.needs("broker", publisher.status());
+        let limits = http::Limits {
+            max_connections: config.max_connections,
+            header_timeout: config.header_timeout,
+        };
+        let state = Arc::new(Callbacks { publisher, config: config.clone() });
+        Ok(Self { listener, limits, state })
+    }
+
+    /// The address that it listens on, with the port that was free if any was asked for.
+    ///
+    /// # Errors
+    /// When the operating system does not say.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Answers callbacks until `shutdown`, then finishes those in flight.
+    ///
+    /// # Errors
+    /// When the publisher has died: nothing could be accepted any more.
+    pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        tracing::info!(address = %self.address()?, "taking callbacks on POST /callback");
+        let publisher = self.state.publisher.clone();
+        let router = Router::new()
+            .route("/callback", post(take))
+            .method_not_allowed_fallback(method_not_allowed)
+            .fallback(not_found)
+            .with_state(self.state);
+        tokio::select! {
+            () = http::serve(self.listener, router, self.limits, shutdown) => {}
+            () = publisher.died() => anyhow::bail!("the publisher has died"),
+        }
+        publisher.close().await;
+        Ok(())
+    }
+}
+
+/// The answer to a callback that is safe.
+#[derive(Serialize)]
+struct Accepted {
+    /// How many ids it listed.
+    accepted: usize,
+    /// How many of them are distinct, each now a message.
+    queued: usize,
+}
+
+async fn take(State(callbacks): State<Arc<Callbacks>>, request: Request) -> Response {
+    let started = Instant::now();
+    let callback_id = Uuid::now_v7().to_string();
+    let outcome = callbacks.accept(&callback_id, request.into_body()).await;
+    let label = match &outcome {
+        Ok(_) => "accepted",
+        Err(problem) => match problem.status {
+            StatusCode::SERVICE_UNAVAILABLE => "unavailable",
+            StatusCode::REQUEST_TIMEOUT => "timeout",
+            _ => "bad",
+        },
+    };
+    metrics::counter!("lastseen_callbacks_total", "outcome" => label).increment(1);
+    metrics::histogram!("lastseen_callback_seconds", "outcome" => label).record(started.elapsed());
+    let mut response = match outcome {
+        Ok(accepted) => Json(accepted).into_response(),
+        Err(problem) => {
+            let (status, reason) = (problem.status.as_u16(), problem.detail.as_str());
+            tracing::debug!(callback_id, status, reason, "callback not accepted");
+            problem.into_response()
+        }
+    };
+    if let Ok(value) = HeaderValue::try_from(callback_id) {
+        response.headers_mut().insert(CALLBACK_ID, value);
+    }
+    response
+}
+
+impl Callbacks {
+    /// Makes every distinct id of the body a message, and returns once all of them are durable.
+    async fn accept(&self, callback_id: &str, body: Body) -> Result<Accepted, Problem> {
+        let max_bytes = self.config.max_body_bytes;
+        // What says itself that it is too large is not read at all.
+        if body.size_hint().lower() > max_bytes as u64 {
+            return Err(too_large_for(max_bytes));
+        }
+        let body = match timeout(self.config.body_timeout, to_bytes(body, max_bytes)).await {
+            Ok(Ok(body)) => body,
+            Ok(Err(error)) => return Err(unreadable(&error, max_bytes)),
+            Err(_) => {
+                let limit = self.config.body_timeout;
+                let detail = format!("the body did not arrive within {limit:?}");
+                return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, detail));
+            }
+        };
+        let Callback { listed, ids } = Callback::parse(&body, self.config.max_ids_per_callback)?;
+        let within = self.config.publish_timeout;
+        let published = self.publisher.publish_ids(callback_id, &ids, within).await;
+        published.map_err(|error| unavailable(&error))?;
+        tracing::debug!(callback_id, accepted = listed, queued = ids.len(), "callback accepted");
+        metrics::counter!("lastseen_callback_ids_total").increment(listed as u64);
+        Ok(Accepted { accepted: listed, queued: ids.len() })
+    }
+}
+
+fn unreadable(error: &axum::Error, max_bytes: usize) -> Problem {
+    let too_large = std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<LengthLimitError>);
+    if too_large {
+        return too_large_for(max_bytes);
+    }
+    Problem::new(StatusCode::BAD_REQUEST, format!("the body could not be read: {error}"))
+}
+
+fn too_large_for(max_bytes: usize) -> Problem {
+    let detail = format!("the body is over {max_bytes} bytes: send several callbacks");
+    Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
+}
+
+fn unavailable(error: &PublishError) -> Problem {
+    if !matches!(error, PublishError::Away(_)) {
+        // An outage is logged once by the publisher; these happen while it believes to be connected.
+        tracing::warn!(%error, "callback refused");
+    }
+    Problem {
+        status: StatusCode::SERVICE_UNAVAILABLE,
+        detail: format!("{error}: send the callback again"),
+        retry_after_seconds: Some(1),
+    }
+}
+
+async fn method_not_allowed(method: Method) -> Problem {
+    let detail = format!("{method} is not known here: POST to /callback");
+    Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
+}
+
+async fn not_found(uri: Uri) -> Problem {
+    let detail = format!("there is nothing at {}: POST to /callback", uri.path());
+    Problem::new(StatusCode::NOT_FOUND, detail)
+}
+
+fn describe_metrics() {
+    metrics::describe_counter!("lastseen_callbacks_total", "Callbacks by outcome.");
+    metrics::describe_counter!("lastseen_callback_ids_total", "Ids listed in accepted callbacks.");
+    metrics::describe_histogram!(
+        "lastseen_callback_seconds",
+        metrics::Unit::Seconds,
+        "Time from the head of a callback to its answer."
+    );
+}
