@@ -8,6 +8,7 @@ use lapin::uri::AMQPUri;
 /// The broker's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Broker")]
+#[group(skip)]
 pub struct Config {
     /// The RabbitMQ to use, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…
     #[arg(long, default_value = "amqp://guest:guest@localhost:5672/%2f")]

@@ -7,6 +7,7 @@ use service::settings;
 /// The consumer's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Lookups")]
+#[group(skip)]
 pub struct Config {
     /// How many lookups run at once in this process
     #[arg(long, value_parser = settings::number(1..=50_000_u16), default_value = "100")]

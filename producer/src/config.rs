@@ -8,12 +8,13 @@ use service::settings;
 /// The producer's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Callbacks")]
+#[group(skip)]
 pub struct Config {
     /// Where callbacks are taken; port 0 takes any free one and logs it
     #[arg(long, value_parser = settings::listen_address, default_value = ":9090")]
     pub producer_addr: SocketAddr,
     /// The largest body taken, in bytes; a larger one is answered 413
-    #[arg(long, value_parser = settings::number(64..=64 << 20_usize), default_value = "1048576")]
+    #[arg(long, value_parser = settings::number(64..=64_usize << 20), default_value = "1048576")]
     pub max_body_bytes: usize,
     /// The most ids taken in one callback; more are answered 422
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "10000")]

@@ -20,6 +20,7 @@ const ONCE_PATIENCE: Duration = Duration::from_secs(30);
 /// The routine's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Cleanup")]
+#[group(skip)]
 pub struct Config {
     /// How often stale objects are deleted
     #[arg(long, value_parser = settings::duration, default_value = "3s")]

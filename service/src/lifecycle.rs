@@ -18,6 +18,10 @@ const EXIT_SETTINGS: u8 = 78;
 /// The service failed, or was stopped before all in flight was finished (`EX_SOFTWARE`).
 const EXIT_FAILURE: u8 = 70;
 
+const ABOUT_VARIABLES: &str = "\
+Every option that takes a value can also be set as an environment variable, or in a file .env, under
+the name in <>; NAME_FILE names a file that holds the value.";
+
 /// The admin address answers probes and a scraper, never the public.
 const ADMIN_LIMITS: http::Limits =
     http::Limits { max_connections: 64, header_timeout: Duration::from_secs(10) };
@@ -117,13 +121,16 @@ fn read_settings<C: Args + FromArgMatches>(
             self.1.update_from_arg_matches(matches)
         }
     }
-    let command = Command::new(description.name)
+    let command = Common::augment_args(C::augment_args(Command::new(description.name)))
         .version(env!("CARGO_PKG_VERSION"))
+        // Set after the settings, whose own doc comments would stand here otherwise.
         .about(description.about)
-        .after_help("Every option that takes a value can also be set as an environment variable, or in a file .env, under the name in <>; NAME_FILE names a file that holds the value.")
-        .args_override_self(true);
-    let command = Common::augment_args(C::augment_args(command))
-        .mut_arg("admin_addr", |argument| argument.default_value(description.admin_address));
+        .long_about(None)
+        .after_help(ABOUT_VARIABLES)
+        .args_override_self(true)
+        .mut_arg("admin_addr", |argument| {
+            argument.required(false).default_value(description.admin_address)
+        });
     let environment = settings::environment()?;
     Ok(match settings::parse::<Both<C>>(command, &environment, std::env::args())? {
         Parsed::Run(Both(common, config)) => Parsed::Run((common, config)),

@@ -6,7 +6,7 @@ use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoLocal;
 
 /// lapin reports each lost connection itself, several times; we log it once, where it is handled.
-const DEFAULT_FILTER: &str = "info,lapin=off";
+const DEFAULT_FILTER: &str = "info,lapin=off,sqlx::postgres::notice=warn";
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -20,6 +20,7 @@ pub(crate) enum LogFormat {
 /// How and what to log.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Logs")]
+#[group(skip)]
 pub(crate) struct Config {
     /// How log lines look
     #[arg(long, value_enum, ignore_case = true, default_value = "text")]

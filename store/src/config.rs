@@ -10,6 +10,7 @@ use sqlx::postgres::PgConnectOptions;
 /// The database's settings: the contract's `POSTGRES_*`, or one URL instead of all of them.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Database")]
+#[group(skip)]
 pub struct Config {
     /// The database as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…; it replaces all `POSTGRES_*`
     #[arg(long)]
