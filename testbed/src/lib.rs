@@ -1,1 +1,45 @@
+//! Real servers and processes that a test starts for itself, and isolation on the shared ones. It is
+//! a dev-dependency only: whatever goes wrong in here is a panic that says what, because a test has
+//! nobody to hand an error to.
+//!
+//! - On the shared servers: [`Queue`] and [`Database`], each of its own name, gone when dropped.
+//! - Of one's own, to kill and to boot again: [`RabbitNode`], [`PostgresCluster`].
+//! - What stands around our services: [`StatusApi`], [`Proxy`]; and a service itself: [`Process`].
+//!
+//! What a test starts ends with it, even when it panics. What is a process ends also when the test
+//! process is killed.
 
+#![expect(
+    clippy::expect_used,
+    clippy::missing_panics_doc,
+    reason = "it serves tests only, where a panic with a reason is how to fail"
+)]
+
+mod amqp;
+mod cleanup;
+mod database;
+mod eventually;
+mod http_get;
+mod ports;
+mod postgres_cluster;
+mod process;
+mod process_group;
+mod process_log;
+mod programs;
+mod proxy;
+mod queue;
+mod rabbit_node;
+mod scratch;
+mod status_api;
+
+pub use amqp::amqp_uri;
+pub use database::{Database, database_url, postgres_environment};
+pub use eventually::eventually;
+pub use http_get::{Reply, http_get};
+pub use ports::free_port;
+pub use postgres_cluster::PostgresCluster;
+pub use process::Process;
+pub use proxy::Proxy;
+pub use queue::{Queue, RETRY_LEVELS};
+pub use rabbit_node::RabbitNode;
+pub use status_api::{Answer, StatusApi};

@@ -1,0 +1,32 @@
+//! The smallest service there is, for the tests of `testbed::Process`.
+
+use std::process::ExitCode;
+use std::time::Duration;
+
+use service::{Description, Health};
+
+#[derive(Debug, clap::Args)]
+struct Settings {
+    /// What to log at the start
+    #[arg(long, default_value = "nothing")]
+    greeting: String,
+}
+
+fn main() -> ExitCode {
+    let description = Description {
+        name: "testbed-sample",
+        about: "Does nothing until it is told to stop",
+        admin_address: ":0",
+    };
+    service::main(description, |settings: Settings, health: Health, shutdown| async move {
+        let (status, watched) = tokio::sync::watch::channel(Err("still warming up".to_owned()));
+        health.needs("itself", watched);
+        tracing::info!(greeting = settings.greeting, folder = ?std::env::current_dir()?, "sample");
+        metrics::counter!("sample_total", "kind" => "a").increment(2);
+        metrics::counter!("sample_total", "kind" => "b").increment(3);
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        status.send(Ok(()))?;
+        shutdown.cancelled().await;
+        anyhow::Ok(())
+    })
+}

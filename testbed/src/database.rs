@@ -1,0 +1,107 @@
+//! A database of one's own on the shared server.
+
+use std::time::Duration;
+
+use sqlx::postgres::{PgConnection, PgPool, PgPoolOptions};
+use sqlx::{AssertSqlSafe, Connection as _};
+use url::Url;
+use uuid::Uuid;
+
+use crate::cleanup;
+
+/// An administrator's connection to the shared server, from `TEST_DATABASE_URL`, such as
+/// `postgres://postgres@127.0.0.1:5432/postgres`.
+///
+/// # Panics
+/// When the variable is not set.
+#[must_use]
+pub fn database_url() -> String {
+    std::env::var("TEST_DATABASE_URL")
+        .expect("TEST_DATABASE_URL should be set: run the tests by `make test`, which starts the shared servers and sets it")
+}
+
+/// A fresh, empty database; dropped, together with the connections to it, on drop.
+#[derive(Debug)]
+pub struct Database {
+    name: String,
+    url: String,
+    pool: PgPool,
+}
+
+impl Database {
+    /// Creates the database.
+    pub async fn new() -> Self {
+        let admin_url = database_url();
+        let name = format!("lastseen_test_{}", Uuid::now_v7().simple());
+        let mut url = Url::parse(&admin_url).expect("TEST_DATABASE_URL should be a URL");
+        url.set_path(&name);
+        // From template1 it would fail whenever somebody is connected to that.
+        execute(&admin_url, format!("CREATE DATABASE {name} TEMPLATE template0"))
+            .await
+            .expect("TEST_DATABASE_URL should lead to a server where databases can be created");
+        let url = url.to_string();
+        let pool = small_pool(&url);
+        Self { name, url, pool }
+    }
+
+    /// Where it is, as a `postgres://` URL.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+
+    /// A few connections for the test's own use.
+    #[must_use]
+    pub fn pool(&self) -> &PgPool {
+        &self.pool
+    }
+
+    /// Where it is, as our services want to be told.
+    #[must_use]
+    pub fn environment(&self) -> Vec<(&'static str, String)> {
+        postgres_environment(&self.url)
+    }
+}
+
+impl Drop for Database {
+    fn drop(&mut self) {
+        let drop_it = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
+        cleanup::block_on("drop a test's database", async move || {
+            execute(&database_url(), drop_it).await.map_err(|error| error.to_string())
+        });
+    }
+}
+
+/// A postgres URL as the variables `POSTGRES_HOST`, `_PORT`, `_USER`, `_PASSWORD` and `_DB`.
+/// A password that the URL does not have is given as `unused`, for our services insist on one.
+///
+/// # Panics
+/// When `url` is no URL with a host.
+#[must_use]
+pub fn postgres_environment(url: &str) -> Vec<(&'static str, String)> {
+    let url = Url::parse(url).expect("a postgres URL should be a URL");
+    let host = url.host_str().expect("a postgres URL should have a host");
+    vec![
+        ("POSTGRES_HOST", host.to_owned()),
+        ("POSTGRES_PORT", url.port().unwrap_or(5432).to_string()),
+        ("POSTGRES_USER", url.username().to_owned()),
+        ("POSTGRES_PASSWORD", url.password().unwrap_or("unused").to_owned()),
+        ("POSTGRES_DB", url.path().trim_start_matches('/').to_owned()),
+    ]
+}
+
+/// A pool that connects when it is first used.
+pub(crate) fn small_pool(url: &str) -> PgPool {
+    PgPoolOptions::new()
+        .max_connections(3)
+        .acquire_timeout(Duration::from_secs(10))
+        .connect_lazy(url)
+        .expect("a postgres URL should be valid")
+}
+
+async fn execute(url: &str, sql: String) -> Result<(), sqlx::Error> {
+    let mut connection = PgConnection::connect(url).await?;
+    // The names in it are made of letters, digits and underscores only.
+    sqlx::query(AssertSqlSafe(sql)).execute(&mut connection).await?;
+    connection.close().await
+}

@@ -1,0 +1,34 @@
+//! Where the servers' programs are, and what they wrote last.
+
+use std::path::{Path, PathBuf};
+
+/// Finds a program in one of `folders`, else on `PATH`.
+///
+/// # Panics
+/// When it is in none of them.
+pub(crate) fn find(program: &str, folders: &[PathBuf]) -> PathBuf {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    folders
+        .iter()
+        .cloned()
+        .chain(std::env::split_paths(&path))
+        .map(|folder| folder.join(program))
+        .find(|candidate| candidate.is_file())
+        .unwrap_or_else(|| panic!("{program} is neither in {folders:?} nor on PATH: install it"))
+}
+
+/// Shows the end of a server's log in the output of a test that fails.
+pub(crate) fn print_tail_if_panicking(log: &Path) {
+    if !std::thread::panicking() {
+        return;
+    }
+    let content = std::fs::read(log).unwrap_or_default();
+    let lines: Vec<_> = String::from_utf8_lossy(&content).lines().map(str::to_owned).collect();
+    print_tail(&log.display().to_string(), &lines);
+}
+
+/// Shows the last lines of `log`.
+pub(crate) fn print_tail(name: &str, log: &[String]) {
+    let tail = &log[log.len().saturating_sub(40)..];
+    eprintln!("---- the end of {name} ----\n{}\n----", tail.join("\n"));
+}

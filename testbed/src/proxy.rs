@@ -1,0 +1,137 @@
+//! A network that fails.
+
+use std::io;
+use std::net::SocketAddr;
+
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+
+use crate::free_port;
+use crate::ports::local;
+
+/// A TCP proxy in front of a server, whose connections can go silent or be cut.
+///
+/// It stops on drop, or with the runtime that it was started in.
+#[derive(Debug)]
+pub struct Proxy {
+    address: SocketAddr,
+    network: watch::Sender<Network>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Traffic {
+    Flows,
+    Silent,
+    Refused,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Network {
+    traffic: Traffic,
+    /// How often it was cut. A connection ends when this is no longer what it was at its start;
+    /// looking at `traffic` it would miss a cut that is restored at once.
+    cuts: u64,
+}
+
+impl Proxy {
+    /// Starts to forward to `target`, such as `127.0.0.1:5672`; nobody has to be there yet.
+    pub async fn start(target: impl Into<String>) -> Self {
+        let listener =
+            TcpListener::bind(local(free_port())).await.expect("a free port can be listened on");
+        let address = listener.local_addr().expect("a listener has an address");
+        let (network, watched) = watch::channel(Network { traffic: Traffic::Flows, cuts: 0 });
+        tokio::spawn(accept(listener, target.into(), watched));
+        Self { address, network }
+    }
+
+    /// Where to connect to instead of the target.
+    #[must_use]
+    pub fn addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// From now on nothing is forwarded, in either direction. Connections stay open, and new ones
+    /// are accepted, and get nothing. What is sent meanwhile arrives once it is restored, as after an
+    /// outage that TCP outlived.
+    pub fn silence(&self) {
+        self.network.send_modify(|network| network.traffic = Traffic::Silent);
+    }
+
+    /// Closes all connections, and from now on each new one as soon as it is accepted.
+    pub fn cut(&self) {
+        self.network.send_modify(|network| {
+            network.traffic = Traffic::Refused;
+            network.cuts += 1;
+        });
+    }
+
+    /// Forwards again: new connections, and those that were only silent.
+    pub fn restore(&self) {
+        self.network.send_modify(|network| network.traffic = Traffic::Flows);
+    }
+}
+
+async fn accept(listener: TcpListener, target: String, mut network: watch::Receiver<Network>) {
+    loop {
+        let accepted = tokio::select! {
+            accepted = listener.accept() => accepted,
+            // An error says that the proxy has been dropped.
+            changed = network.changed() => if changed.is_ok() { continue } else { return },
+        };
+        let (client, _) = accepted.expect("a test has few connections");
+        let now = *network.borrow();
+        if now.traffic == Traffic::Refused {
+            continue;
+        }
+        let (target, mut cut, network) = (target.clone(), network.clone(), network.clone());
+        tokio::spawn(async move {
+            tokio::select! {
+                _ = cut.wait_for(|network| network.cuts != now.cuts) => {}
+                // An error ends the connection, and there is nobody else to tell.
+                _ = carry(client, &target, network) => {}
+            }
+        });
+    }
+}
+
+/// Carries bytes both ways until both sides have closed, or one has failed.
+async fn carry(
+    mut client: TcpStream,
+    target: &str,
+    network: watch::Receiver<Network>,
+) -> io::Result<()> {
+    flowing(&network).await?;
+    let mut server = TcpStream::connect(target).await?;
+    client.set_nodelay(true)?;
+    server.set_nodelay(true)?;
+    let (from_client, to_client) = client.split();
+    let (from_server, to_server) = server.split();
+    tokio::try_join!(
+        forward(from_client, to_server, &network),
+        forward(from_server, to_client, &network)
+    )?;
+    Ok(())
+}
+
+async fn forward(
+    mut from: impl AsyncRead + Unpin,
+    mut to: impl AsyncWrite + Unpin,
+    network: &watch::Receiver<Network>,
+) -> io::Result<()> {
+    let mut buffer = vec![0; 64 * 1024];
+    loop {
+        let length = from.read(&mut buffer).await?;
+        flowing(network).await?;
+        if length == 0 {
+            return to.shutdown().await;
+        }
+        to.write_all(&buffer[..length]).await?;
+    }
+}
+
+async fn flowing(network: &watch::Receiver<Network>) -> io::Result<()> {
+    let mut network = network.clone();
+    let flows = network.wait_for(|network| network.traffic == Traffic::Flows).await;
+    flows.map(drop).map_err(|_| io::ErrorKind::ConnectionAborted.into())
+}

@@ -1,0 +1,228 @@
+//! The status API as it is on good and on bad days.
+
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::extract::{Path, State};
+use axum::http::{HeaderName, StatusCode, header};
+use axum::response::{IntoResponse as _, Response};
+use axum::routing::get;
+use service::CancellationToken;
+use service::http::{Limits, serve};
+use tokio::net::TcpSocket;
+
+use crate::free_port;
+use crate::ports::local;
+
+/// What the API answers to one lookup.
+#[derive(Clone, Debug)]
+pub enum Answer {
+    /// 200 with `{"id":…,"online":true}`.
+    Online,
+    /// 200 with `{"id":…,"online":false}`.
+    Offline,
+    /// That status, without a body.
+    Status(u16),
+    /// That status with one header of that name and value.
+    StatusWithHeader(u16, &'static str, String),
+    /// None, until the client gives up.
+    Hang,
+    /// 200 with that body, as JSON.
+    Body(String),
+    /// The other answer, after that time.
+    After(Duration, Box<Answer>),
+    /// 302 to that location.
+    Redirect(String),
+}
+
+type Behaviour = dyn Fn(i64, u32) -> Answer + Send + Sync;
+
+/// A real HTTP server for `GET /objects/{id}` that behaves as told and remembers who asked.
+///
+/// It has a thread and a runtime of its own: what the test does cannot hold it up, and when it stops
+/// it is gone at once with its connections, like a server that was killed.
+#[derive(Debug)]
+pub struct StatusApi {
+    address: SocketAddr,
+    records: Arc<Records>,
+    stop: CancellationToken,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl StatusApi {
+    /// Starts it on a free port. `behaviour` is asked for each lookup, with the id and with how many
+    /// times that id has been looked up, this time included.
+    pub fn start(behaviour: impl Fn(i64, u32) -> Answer + Send + Sync + 'static) -> Self {
+        Self::start_on(local(free_port()), behaviour)
+    }
+
+    /// Starts it where another one was, or where one has been missed so far.
+    pub fn start_on(
+        address: SocketAddr,
+        behaviour: impl Fn(i64, u32) -> Answer + Send + Sync + 'static,
+    ) -> Self {
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_all()
+            .build()
+            .expect("a runtime should start");
+        let listener = {
+            let _entered = runtime.enter();
+            let socket = TcpSocket::new_v4().expect("a socket should open");
+            // The connections of the one before it may still be on their way out.
+            socket.set_reuseaddr(true).expect("a socket takes that option");
+            socket
+                .bind(address)
+                .unwrap_or_else(|error| panic!("cannot listen on {address}: {error}"));
+            // With std's short backlog, hundreds of connections at once would wait a second for
+            // their SYN to be sent again.
+            socket.listen(4_096).expect("a bound socket can listen")
+        };
+        let address = listener.local_addr().expect("a listener has an address");
+        let records = Arc::new(Records::default());
+        let router = router(Arc::clone(&records), Arc::new(behaviour));
+        let stop = CancellationToken::new();
+        let stopped = stop.clone();
+        let thread = std::thread::spawn(move || {
+            let limits = Limits { max_connections: 20_000, header_timeout: Duration::from_mins(1) };
+            runtime.block_on(stopped.run_until_cancelled(serve(
+                listener,
+                router,
+                limits,
+                CancellationToken::new(),
+            )));
+        });
+        Self { address, records, stop, thread: Some(thread) }
+    }
+
+    /// Closes its port and all connections. What it has recorded stays readable.
+    pub fn stop(&mut self) {
+        self.stop.cancel();
+        if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
+            eprintln!("testbed: the status API panicked");
+        }
+    }
+
+    /// Where it listens, or did.
+    #[must_use]
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// What to set `TESTER_ENDPOINT` to: `http://127.0.0.1:PORT`.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    /// Each lookup's id and when it came in, the oldest first.
+    #[must_use]
+    pub fn lookups(&self) -> Vec<(i64, Instant)> {
+        self.records.lookups.lock().unwrap_or_else(PoisonError::into_inner).in_order.clone()
+    }
+
+    /// How many lookups of `id` there were.
+    #[must_use]
+    pub fn lookups_of(&self, id: i64) -> usize {
+        let lookups = self.records.lookups.lock().unwrap_or_else(PoisonError::into_inner);
+        lookups.counts.get(&id).map_or(0, |count| *count as usize)
+    }
+
+    /// How many lookups wait for their answer now.
+    #[must_use]
+    pub fn in_flight(&self) -> usize {
+        self.records.in_flight.load(Ordering::SeqCst)
+    }
+
+    /// The most lookups that ever waited at the same time.
+    #[must_use]
+    pub fn peak_in_flight(&self) -> usize {
+        self.records.peak_in_flight.load(Ordering::SeqCst)
+    }
+}
+
+impl Drop for StatusApi {
+    fn drop(&mut self) {
+        self.stop();
+    }
+}
+
+#[derive(Debug, Default)]
+struct Records {
+    lookups: Mutex<Lookups>,
+    in_flight: AtomicUsize,
+    peak_in_flight: AtomicUsize,
+}
+
+#[derive(Debug, Default)]
+struct Lookups {
+    in_order: Vec<(i64, Instant)>,
+    counts: HashMap<i64, u32>,
+}
+
+impl Records {
+    /// Notes a lookup of `id` and gives how many there were, this one included.
+    fn note(&self, id: i64) -> u32 {
+        let mut lookups = self.lookups.lock().unwrap_or_else(PoisonError::into_inner);
+        lookups.in_order.push((id, Instant::now()));
+        let count = lookups.counts.entry(id).or_default();
+        *count += 1;
+        *count
+    }
+}
+
+/// Counts a lookup as in flight until it is answered, or its client has gone away and hyper drops
+/// what was to answer it.
+struct InFlight<'a>(&'a Records);
+
+impl<'a> InFlight<'a> {
+    fn enter(records: &'a Records) -> Self {
+        let now = records.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
+        records.peak_in_flight.fetch_max(now, Ordering::SeqCst);
+        Self(records)
+    }
+}
+
+impl Drop for InFlight<'_> {
+    fn drop(&mut self) {
+        self.0.in_flight.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+fn router(records: Arc<Records>, behaviour: Arc<Behaviour>) -> Router {
+    Router::new().route("/objects/{id}", get(look_up)).with_state((records, behaviour))
+}
+
+async fn look_up(
+    Path(id): Path<i64>,
+    State((records, behaviour)): State<(Arc<Records>, Arc<Behaviour>)>,
+) -> Response {
+    let _in_flight = InFlight::enter(&records);
+    let mut answer = behaviour(id, records.note(id));
+    while let Answer::After(delay, later) = answer {
+        tokio::time::sleep(delay).await;
+        answer = *later;
+    }
+    let json = [(header::CONTENT_TYPE, "application/json")];
+    match answer {
+        Answer::Online => (json, format!(r#"{{"id":{id},"online":true}}"#)).into_response(),
+        Answer::Offline => (json, format!(r#"{{"id":{id},"online":false}}"#)).into_response(),
+        Answer::Status(code) => status(code).into_response(),
+        Answer::StatusWithHeader(code, name, value) => {
+            (status(code), [(HeaderName::from_static(name), value)]).into_response()
+        }
+        Answer::Body(body) => (json, body).into_response(),
+        Answer::Redirect(location) => {
+            (StatusCode::FOUND, [(header::LOCATION, location)]).into_response()
+        }
+        Answer::Hang | Answer::After(..) => std::future::pending().await,
+    }
+}
+
+fn status(code: u16) -> StatusCode {
+    StatusCode::from_u16(code).expect("a test's status code should have three digits")
+}

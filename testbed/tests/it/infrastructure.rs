@@ -1,0 +1,88 @@
+use std::time::Duration;
+
+use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{BasicProperties, Connection, ConnectionProperties};
+use testbed::{PostgresCluster, Queue, RabbitNode, eventually};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+#[expect(clippy::disallowed_methods, reason = "the node has just answered")]
+async fn connect(uri: &str) -> Connection {
+    Connection::connect(uri, ConnectionProperties::default()).await.unwrap()
+}
+
+async fn declare_quorum(uri: &str, name: &str) {
+    let channel = connect(uri).await.create_channel().await.unwrap();
+    let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+    let mut quorum = FieldTable::default();
+    quorum.insert("x-queue-type".into(), AMQPValue::LongString("quorum".into()));
+    channel.queue_declare(name.into(), durable, quorum).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_rabbit_node_that_is_killed_and_booted_again_still_has_a_durable_message() {
+    let mut node = RabbitNode::start().await;
+    let queue = Queue::on(&node.amqp_uri());
+    declare_quorum(&node.amqp_uri(), &queue.name).await;
+    queue.publish_raw(b"kept").await;
+
+    node.kill().await;
+    assert!(tokio::net::TcpStream::connect(("127.0.0.1", node.amqp_port())).await.is_err());
+    node.boot().await;
+    let message = eventually("the message", DEADLINE, async || queue.get(&queue.name).await).await;
+    assert_eq!(message.delivery.data, b"kept");
+
+    queue.publish_raw(b"kept as well").await;
+    node.restart().await;
+    let message = eventually("the message", DEADLINE, async || queue.get(&queue.name).await).await;
+    assert_eq!(message.delivery.data, b"kept as well");
+}
+
+#[tokio::test]
+async fn a_rabbit_node_with_its_memory_alarm_raised_confirms_nothing_until_it_is_cleared() {
+    let node = RabbitNode::start().await;
+    let queue = Queue::on(&node.amqp_uri());
+    declare_quorum(&node.amqp_uri(), &queue.name).await;
+    let connection = connect(&node.amqp_uri()).await;
+    let channel = connection.create_channel().await.unwrap();
+    channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
+
+    node.set_memory_alarm(true).await;
+    let options = BasicPublishOptions::default();
+    let name = queue.name.as_str().into();
+    let published =
+        channel.basic_publish("".into(), name, options, b"late", BasicProperties::default());
+    let mut confirm = Box::pin(async { published.await.unwrap().await.unwrap() });
+    assert!(tokio::time::timeout(Duration::from_secs(1), &mut confirm).await.is_err());
+
+    node.set_memory_alarm(false).await;
+    assert!(tokio::time::timeout(DEADLINE, confirm).await.unwrap().is_ack());
+}
+
+#[tokio::test]
+async fn a_postgres_cluster_that_is_killed_and_booted_again_still_has_a_committed_row() {
+    let mut cluster = PostgresCluster::start().await;
+    sqlx::query("CREATE TABLE kept (id bigint)").execute(cluster.pool()).await.unwrap();
+    sqlx::query("INSERT INTO kept VALUES (42)").execute(cluster.pool()).await.unwrap();
+    let busy = cluster.pool().clone();
+    let busy =
+        tokio::spawn(
+            async move { sqlx::query("SELECT pg_sleep(600)").execute(&busy).await.map(drop) },
+        );
+    let sql = "SELECT count(*) FROM pg_stat_activity WHERE query = 'SELECT pg_sleep(600)'";
+    eventually("the backend is busy", DEADLINE, async || {
+        let busy: i64 = sqlx::query_scalar(sql).fetch_one(cluster.pool()).await.ok()?;
+        (busy == 1).then_some(())
+    })
+    .await;
+
+    cluster.kill().await;
+    assert!(tokio::time::timeout(DEADLINE, busy).await.unwrap().unwrap().is_err());
+    assert!(tokio::net::TcpStream::connect(("127.0.0.1", cluster.port())).await.is_err());
+    cluster.boot().await;
+    let row = eventually("the row", DEADLINE, async || {
+        sqlx::query_scalar::<_, i64>("SELECT id FROM kept").fetch_one(cluster.pool()).await.ok()
+    });
+    assert_eq!(row.await, 42);
+}

@@ -1,0 +1,105 @@
+use std::io::{BufRead as _, BufReader};
+use std::net::SocketAddr;
+use std::os::unix::process::ExitStatusExt as _;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use testbed::{Process, eventually};
+use tokio::net::TcpStream;
+
+#[tokio::test]
+async fn a_process_tells_its_log_readiness_and_metrics_and_drains_when_asked() {
+    let sample = Process::spawn("testbed-sample", &[("GREETING", "hello".to_owned())], &[]);
+    let line = sample.wait_for_log("greeting=").await;
+    assert!(line.contains(r#"greeting="hello""#), "{line}");
+    assert!(line.contains("lastseen-testbed-sample-"), "not in a folder of its own: {line}");
+    sample.ready().await;
+    assert_eq!(sample.get("/livez").await, (200, "alive\n".to_owned()));
+    assert_eq!(sample.get("/nothing").await.0, 404);
+    assert!((sample.metric("sample_total").await - 5.0).abs() < f64::EPSILON);
+    assert!((sample.metric(r#"sample_total{kind="b"}"#).await - 3.0).abs() < f64::EPSILON);
+    assert!(sample.metric("absent_total").await.abs() < f64::EPSILON);
+    assert!((500..500_000).contains(&sample.rss_kib()), "{} KiB", sample.rss_kib());
+
+    assert!(sample.is_running());
+    sample.terminate();
+    let ended = sample.wait().await;
+    assert!(ended.success(), "{ended}");
+    assert!(sample.log().last().unwrap().contains("stopped"));
+}
+
+#[tokio::test]
+async fn a_process_sees_no_variable_but_those_it_is_given() {
+    // Cargo sets CARGO_MANIFEST_DIR for this test; HOME is set on every machine.
+    let sample = Process::spawn("testbed-sample", &[], &["--greeting", "hi"]);
+    sample.wait_for_log("greeting=").await;
+    let environment = std::fs::read_to_string(format!("/proc/{}/environ", sample.pid())).unwrap();
+    let mut names: Vec<_> =
+        environment.split_terminator('\0').filter_map(|v| v.split('=').next()).collect();
+    names.sort_unstable();
+    assert_eq!(names, ["ADMIN_ADDR", "PATH"]);
+}
+
+#[tokio::test]
+async fn a_process_that_is_killed_or_dropped_is_gone() {
+    let sample = Process::spawn("testbed-sample", &[], &[]);
+    sample.admin().await;
+    sample.kill();
+    assert!(!sample.is_running());
+    assert_eq!(sample.wait().await.signal(), Some(9));
+
+    let sample = Process::spawn("testbed-sample", &[], &[]);
+    let admin = sample.admin().await;
+    drop(sample);
+    eventually("its port is closed", Duration::from_secs(10), async || {
+        TcpStream::connect(admin).await.err()
+    })
+    .await;
+}
+
+#[tokio::test]
+#[should_panic(expected = "testbed-sample ended without")]
+async fn waiting_for_a_line_of_a_process_that_has_ended_fails_at_once() {
+    let sample = Process::spawn("testbed-sample", &[], &["--no-such-flag"]);
+    sample.wait_for_log("never").await;
+}
+
+#[test]
+#[should_panic(expected = "run `cargo build --workspace`")]
+fn a_binary_that_is_not_built_is_asked_for() {
+    let _ = Process::spawn("no-such-service", &[], &[]);
+}
+
+#[tokio::test]
+async fn a_process_ends_also_when_its_test_is_killed() {
+    let mut test = Command::new(std::env::current_exe().unwrap())
+        .args([
+            "--ignored",
+            "--exact",
+            "--nocapture",
+            "process::holds_a_process_until_it_is_killed",
+        ])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let lines = BufReader::new(test.stdout.take().unwrap()).lines();
+    let address = lines.map_while(Result::ok).find_map(|line| {
+        line.split("admin address ").nth(1).and_then(|rest| rest.parse::<SocketAddr>().ok())
+    });
+    test.kill().unwrap();
+    test.wait().unwrap();
+    let address = address.unwrap();
+    eventually("its port is closed", Duration::from_secs(10), async || {
+        TcpStream::connect(address).await.err()
+    })
+    .await;
+}
+
+#[tokio::test]
+#[ignore = "the test above runs it"]
+async fn holds_a_process_until_it_is_killed() {
+    let sample = Process::spawn("testbed-sample", &[], &[]);
+    println!("admin address {}", sample.admin().await);
+    // Should nobody kill it, it ends all the same.
+    tokio::time::sleep(Duration::from_secs(30)).await;
+}

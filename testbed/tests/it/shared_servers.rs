@@ -1,0 +1,74 @@
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
+use lapin::{Connection, ConnectionProperties};
+use sqlx::PgPool;
+use testbed::{Database, Queue, amqp_uri, database_url};
+
+#[expect(clippy::disallowed_methods, reason = "the shared broker is not silent")]
+async fn connect(uri: &str) -> Connection {
+    Connection::connect(uri, ConnectionProperties::default()).await.unwrap()
+}
+
+async fn declare(uri: &str, names: &[String]) {
+    let channel = connect(uri).await.create_channel().await.unwrap();
+    for name in names {
+        let durable = QueueDeclareOptions { durable: true, ..Default::default() };
+        channel.queue_declare(name.as_str().into(), durable, FieldTable::default()).await.unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_queue_counts_gives_and_takes_messages() {
+    let queue = Queue::new();
+    assert_eq!(queue.depth(&queue.name).await, None);
+    declare(&amqp_uri(), std::slice::from_ref(&queue.name)).await;
+    assert_eq!(queue.depth(&queue.name).await, Some(0));
+    assert!(queue.get(&queue.name).await.is_none());
+    queue.publish_raw(b"{not json").await;
+    assert_eq!(queue.depth(&queue.name).await, Some(1));
+    let message = queue.get(&queue.name).await.unwrap();
+    assert_eq!(message.delivery.data, b"{not json");
+    assert_eq!(queue.depth(&queue.name).await, Some(0));
+}
+
+#[tokio::test]
+#[should_panic(expected = "is not there or full")]
+async fn publishing_to_a_queue_that_is_not_there_fails_the_test() {
+    Queue::new().publish_raw(b"lost").await;
+}
+
+#[tokio::test]
+async fn all_queues_of_a_name_are_gone_after_a_test_that_panics() {
+    let queue = Queue::new();
+    let name = queue.name.clone();
+    let names =
+        [name.clone(), queue.dead(), format!("{name}.retry.2s"), format!("{name}.retry.60s")];
+    declare(&amqp_uri(), &names).await;
+    let test = async move {
+        let queue = queue;
+        assert_eq!(queue.depth(&queue.dead()).await, None, "it fails on purpose");
+    };
+    assert!(tokio::spawn(test).await.unwrap_err().is_panic());
+    let observer = Queue::new();
+    for name in names {
+        assert_eq!(observer.depth(&name).await, None, "{name}");
+    }
+}
+
+#[tokio::test]
+async fn a_database_is_empty_and_goes_away_with_its_connections() {
+    let database = Database::new().await;
+    let sql = "SELECT current_database(), (SELECT count(*) FROM pg_stat_user_tables)";
+    let (name, tables): (String, i64) =
+        sqlx::query_as(sql).fetch_one(database.pool()).await.unwrap();
+    assert!(name.starts_with("lastseen_test_"), "{name}");
+    assert_eq!(tables, 0);
+    assert!(database.url().ends_with(&name));
+    assert!(database.environment().contains(&("POSTGRES_DB", name.clone())));
+    let _held = database.pool().acquire().await.unwrap();
+    drop(database);
+    let admin = PgPool::connect(&database_url()).await.unwrap();
+    let sql = "SELECT count(*) FROM pg_database WHERE datname = $1";
+    let left: i64 = sqlx::query_scalar(sql).bind(name).fetch_one(&admin).await.unwrap();
+    assert_eq!(left, 0);
+}

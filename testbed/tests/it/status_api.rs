@@ -1,0 +1,80 @@
+use std::time::{Duration, Instant};
+
+use testbed::{Answer, Reply, StatusApi, eventually, http_get};
+
+const DEADLINE: Duration = Duration::from_secs(10);
+
+async fn look_up(api: &StatusApi, id: i64) -> Reply {
+    http_get(api.address(), &format!("/objects/{id}")).await.unwrap()
+}
+
+#[tokio::test]
+async fn the_status_api_answers_in_each_way() {
+    let api = StatusApi::start(|id, _| match id {
+        1 => Answer::Online,
+        2 => Answer::Offline,
+        3 => Answer::Status(503),
+        4 => Answer::StatusWithHeader(429, "retry-after", "7".to_owned()),
+        5 => Answer::Body("not json".to_owned()),
+        6 => Answer::Redirect("http://elsewhere/objects/6".to_owned()),
+        7 => Answer::After(Duration::from_millis(80), Box::new(Answer::Online)),
+        _ => Answer::Hang,
+    });
+    assert!(api.endpoint().starts_with("http://127.0.0.1:"));
+    let online = look_up(&api, 1).await;
+    assert_eq!((online.status, online.body.as_str()), (200, r#"{"id":1,"online":true}"#));
+    assert!(online.head.contains("content-type: application/json"), "{}", online.head);
+    assert_eq!(look_up(&api, 2).await.body, r#"{"id":2,"online":false}"#);
+    assert_eq!(look_up(&api, 3).await.status, 503);
+    let limited = look_up(&api, 4).await;
+    assert_eq!(limited.status, 429);
+    assert!(limited.head.contains("retry-after: 7"), "{}", limited.head);
+    assert_eq!(look_up(&api, 5).await.body, "not json");
+    let redirect = look_up(&api, 6).await;
+    assert_eq!(redirect.status, 302);
+    assert!(redirect.head.contains("location: http://elsewhere/objects/6"), "{}", redirect.head);
+    let asked = Instant::now();
+    assert_eq!(look_up(&api, 7).await.status, 200);
+    assert!(asked.elapsed() >= Duration::from_millis(80));
+
+    assert_eq!(api.in_flight(), 0);
+    let (hung, ()) = tokio::join!(
+        tokio::time::timeout(Duration::from_millis(300), look_up(&api, 8)),
+        eventually("it is in flight", DEADLINE, async || (api.in_flight() == 1).then_some(())),
+    );
+    assert!(hung.is_err());
+    eventually("the client's leaving is seen", DEADLINE, async || {
+        (api.in_flight() == 0).then_some(())
+    })
+    .await;
+    assert_eq!(api.peak_in_flight(), 1);
+    let ids: Vec<i64> = api.lookups().into_iter().map(|(id, _)| id).collect();
+    assert_eq!(ids, [1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[tokio::test]
+async fn the_status_api_can_answer_differently_from_lookup_to_lookup() {
+    let api = StatusApi::start(|_, lookup| match lookup {
+        1 => Answer::Status(500),
+        _ => Answer::Online,
+    });
+    assert_eq!(look_up(&api, -5).await.status, 500);
+    assert_eq!(look_up(&api, -5).await.status, 200);
+    assert_eq!(look_up(&api, 9).await.status, 500);
+    assert_eq!((api.lookups_of(-5), api.lookups_of(9), api.lookups_of(1)), (2, 1, 0));
+}
+
+#[tokio::test]
+async fn the_status_api_breaks_off_what_is_in_flight_when_it_stops_and_can_come_back() {
+    let mut api = StatusApi::start(|_, _| Answer::Hang);
+    let address = api.address();
+    let hanging = tokio::spawn(http_get(address, "/objects/1"));
+    eventually("it is in flight", DEADLINE, async || (api.in_flight() == 1).then_some(())).await;
+    api.stop();
+    assert!(tokio::time::timeout(DEADLINE, hanging).await.unwrap().unwrap().is_err());
+    assert!(http_get(address, "/objects/1").await.is_err());
+    assert_eq!((api.in_flight(), api.lookups_of(1)), (0, 1));
+
+    let api = StatusApi::start_on(address, |_, _| Answer::Online);
+    assert_eq!(look_up(&api, 1).await.status, 200);
+}

@@ -1,0 +1,26 @@
+use std::time::Duration;
+
+use testbed::eventually;
+
+#[tokio::test]
+async fn eventually_gives_the_first_value_that_the_condition_has() {
+    let mut polls = 0;
+    let value = eventually("the third poll", Duration::from_secs(10), async || {
+        polls += 1;
+        (polls == 3).then_some(polls)
+    });
+    assert_eq!(value.await, 3);
+}
+
+#[tokio::test]
+#[should_panic(expected = "not within 50ms: the moon is blue")]
+async fn eventually_panics_with_what_it_waited_for() {
+    eventually("the moon is blue", Duration::from_millis(50), async || None::<()>).await;
+}
+
+#[tokio::test]
+#[should_panic(expected = "not within 50ms: the moon is blue")]
+async fn eventually_cuts_off_a_poll_that_hangs() {
+    let hang = async || std::future::pending::<Option<()>>().await;
+    eventually("the moon is blue", Duration::from_millis(50), hang).await;
+}
