@@ -1,0 +1,120 @@
+//! One callback: its body, its one and only request, and what came of it.
+
+use std::time::Duration;
+
+use reqwest::{Client, StatusCode, header, redirect, retry};
+use url::Url;
+
+use crate::config::Callbacks;
+
+/// How long an idle connection is used again. It must be shorter than any server keeps one, or a
+/// callback could go out on a connection that is just being closed, and would be lost.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
+
+const CALLBACKS: &str = "lastseen_tester_callbacks_total";
+
+/// Tells the metrics recorder what the callbacks' metrics mean.
+pub(crate) fn describe_metrics() {
+    metrics::describe_counter!(CALLBACKS, "Callbacks sent, by what came of them.");
+}
+
+/// What came of a callback.
+#[derive(Debug)]
+pub enum Outcome {
+    /// Answered 2xx.
+    Accepted(StatusCode),
+    /// Answered with another status.
+    Refused(StatusCode),
+    /// Not answered within `CALLBACK_TIMEOUT`.
+    Unanswered,
+    /// The connection could not be made, or ended before the answer.
+    Failed(reqwest::Error),
+}
+
+impl Outcome {
+    fn label(&self) -> &'static str {
+        match self {
+            Self::Accepted(_) => "accepted",
+            Self::Refused(_) => "refused",
+            // Either way no answer came.
+            Self::Unanswered | Self::Failed(_) => "unanswered",
+        }
+    }
+}
+
+/// Posts callbacks, each one once.
+#[derive(Clone, Debug)]
+pub(crate) struct Sender {
+    client: Client,
+    endpoint: Url,
+}
+
+impl Sender {
+    /// # Errors
+    /// When the client cannot be built, most likely for want of a TLS provider.
+    pub(crate) fn new(callbacks: &Callbacks) -> Result<Self, reqwest::Error> {
+        let client = Client::builder()
+            .no_proxy()
+            .redirect(redirect::Policy::none())
+            .retry(retry::never())
+            .connect_timeout(callbacks.callback_timeout)
+            .timeout(callbacks.callback_timeout)
+            .pool_idle_timeout(IDLE_TIMEOUT)
+            .build()?;
+        Ok(Self { client, endpoint: callbacks.callback_endpoint.clone() })
+    }
+
+    /// Sends one callback with this body, and waits for the answer no longer than the timeout.
+    pub(crate) async fn send(&self, body: String) -> Outcome {
+        let request = self
+            .client
+            .post(self.endpoint.clone())
+            .header(header::CONTENT_TYPE, "application/json")
+            .body(body);
+        let answer = async {
+            let mut response = request.send().await?;
+            // Read to its end and thrown away, so that the connection can be used again.
+            while response.chunk().await?.is_some() {}
+            Ok::<_, reqwest::Error>(response.status())
+        };
+        let outcome = match answer.await {
+            Ok(status) if status.is_success() => Outcome::Accepted(status),
+            Ok(status) => Outcome::Refused(status),
+            Err(error) if error.is_timeout() => Outcome::Unanswered,
+            Err(error) => Outcome::Failed(error),
+        };
+        metrics::counter!(CALLBACKS, "outcome" => outcome.label()).increment(1);
+        outcome
+    }
+}
+
+/// The body of a callback with these ids. Written by hand, because under load it is built tens of
+/// thousands of times a second.
+pub(crate) fn body(ids: impl ExactSizeIterator<Item = i64>) -> String {
+    const ID_BYTES: usize = 8;
+    let mut body = String::with_capacity(20 + ids.len() * ID_BYTES);
+    let mut digits = itoa::Buffer::new();
+    body.push_str("{\"object_ids\":[");
+    for (index, id) in ids.enumerate() {
+        if index > 0 {
+            body.push(',');
+        }
+        body.push_str(digits.format(id));
+    }
+    body.push_str("]}");
+    body
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_body_is_json_with_the_ids_in_their_order() {
+        assert_eq!(body([].into_iter()), r#"{"object_ids":[]}"#);
+        assert_eq!(body([7].into_iter()), r#"{"object_ids":[7]}"#);
+        let ids = [i64::MIN, -1, 0, 5, 5, i64::MAX];
+        let read: serde_json::Value = serde_json::from_str(&body(ids.into_iter())).unwrap();
+        assert_eq!(read, serde_json::json!({ "object_ids": ids }));
+    }
+}

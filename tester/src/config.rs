@@ -1,0 +1,370 @@
+//! What can be set: one struct per concern, and what must hold between their values.
+
+use std::net::SocketAddr;
+use std::ops::Deref;
+use std::time::Duration;
+
+use clap::error::ErrorKind;
+use clap::{ArgMatches, Args, FromArgMatches, Subcommand};
+use service::settings;
+use url::Url;
+
+/// Where the original system's partner posts to.
+const CALLBACK_PATH: &str = "/callback";
+/// By how much shares may add up to more than 1: `0.1` and its like have no exact sum.
+const SHARE_TOLERANCE: f64 = 1e-9;
+
+/// All settings of the tester.
+///
+/// Groups are skipped here and below: clap names them after the struct, and other crates of the same
+/// command line have structs of the same names.
+#[derive(Clone, Debug, Args)]
+#[group(skip)]
+pub struct Config {
+    /// Where callbacks go, and what they may hold.
+    #[command(flatten)]
+    pub callbacks: Checked<Callbacks>,
+    /// How the partner posts.
+    #[command(flatten)]
+    pub partner: Checked<Partner>,
+    /// How the status API answers.
+    #[command(flatten)]
+    pub api: Checked<Api>,
+    /// Do not play the partner: post no callbacks
+    #[arg(long, conflicts_with = "no_api", help_heading = "Partner")]
+    pub no_partner: bool,
+    /// Do not play the status API: listen on no address but the admin one
+    #[arg(long, help_heading = "Status API")]
+    pub no_api: bool,
+    /// What to do instead of playing both parts.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// What the tester can do instead of playing its parts.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// Drive callbacks at a rate, or as fast as it can, and report what came of them
+    Load(Load),
+}
+
+/// Where callbacks go, how long an answer may take, and which ids they hold.
+#[derive(Clone, Debug, Args)]
+#[group(skip)]
+#[command(next_help_heading = "Callbacks")]
+pub struct Callbacks {
+    /// URL to post callbacks to; the path is /callback if it has none
+    #[arg(long, global = true, default_value = "http://localhost:9090/callback", value_parser = endpoint)]
+    pub callback_endpoint: Url,
+    /// How long to wait for the answer to a callback, which is then given up and never sent again
+    #[arg(long, global = true, default_value = "1s", value_parser = settings::duration)]
+    pub callback_timeout: Duration,
+    /// Smallest object id in callbacks
+    #[arg(long, global = true, default_value_t = 0, allow_negative_numbers = true)]
+    pub object_id_min: i64,
+    /// Largest object id in callbacks
+    #[arg(long, global = true, default_value_t = 99, allow_negative_numbers = true)]
+    pub object_id_max: i64,
+}
+
+/// How the partner posts.
+#[derive(Clone, Debug, Args)]
+#[group(skip)]
+#[command(next_help_heading = "Partner")]
+pub struct Partner {
+    /// Time from one callback to the next
+    #[arg(long, default_value = "5s", value_parser = settings::duration)]
+    pub callback_interval: Duration,
+    /// Fewest ids in a callback
+    #[arg(long, default_value = "0", value_parser = settings::number(0..=1_000_000_usize))]
+    pub callback_ids_min: usize,
+    /// Most ids in a callback
+    #[arg(long, default_value = "199", value_parser = settings::number(0..=1_000_000_usize))]
+    pub callback_ids_max: usize,
+}
+
+/// How the status API answers.
+#[derive(Clone, Debug, Args)]
+#[group(skip)]
+#[command(next_help_heading = "Status API")]
+pub struct Api {
+    /// Where the status API listens; port 0 takes any free one and logs it
+    #[arg(long, default_value = ":9010", value_parser = settings::listen_address)]
+    pub tester_addr: SocketAddr,
+    /// Shortest time to an answer
+    #[arg(long, default_value = "300ms", value_parser = latency)]
+    pub latency_min: Duration,
+    /// Longest time to an answer
+    #[arg(long, default_value = "4300ms", value_parser = latency)]
+    pub latency_max: Duration,
+    /// Share of the ids that are online, from 0 to 1, always the same ones; if not set, the even ids are
+    #[arg(long, value_parser = share())]
+    pub online_share: Option<f64>,
+    /// Which lookups go wrong.
+    #[command(flatten)]
+    pub failures: Failures,
+}
+
+/// The share of lookups that go wrong, by the way they do; their sum is at most 1.
+#[derive(Clone, Debug, Args)]
+#[group(skip)]
+#[command(next_help_heading = "Status API: failures to inject")]
+pub struct Failures {
+    /// Share of lookups answered 500
+    #[arg(long, default_value = "0", value_parser = share())]
+    pub fail_500_share: f64,
+    /// Share of lookups answered 429 with `Retry-After: 1`
+    #[arg(long, default_value = "0", value_parser = share())]
+    pub fail_429_share: f64,
+    /// Share of lookups never answered
+    #[arg(long, default_value = "0", value_parser = share())]
+    pub fail_hang_share: f64,
+    /// Share of lookups answered 200 with a body that is no JSON
+    #[arg(long, default_value = "0", value_parser = share())]
+    pub fail_garbage_share: f64,
+    /// Share of lookups answered with the status of another id
+    #[arg(long, default_value = "0", value_parser = share())]
+    pub fail_wrong_id_share: f64,
+}
+
+/// How to load the callback endpoint. Not from the environment: the flags' names are too common.
+#[derive(Clone, Debug, Args)]
+#[group(skip)]
+#[command(next_help_heading = "Load (flags only, no variables)")]
+pub struct Load {
+    /// Callbacks per second, sent when they are due whatever became of those before; as fast as it can if not given
+    #[arg(long, value_parser = settings::number(0.001..=1_000_000.0_f64))]
+    pub rate: Option<f64>,
+    /// How long to send; 10s if not given, without end if --total is
+    #[arg(long, value_parser = settings::duration)]
+    pub duration: Option<Duration>,
+    /// Stop after so many callbacks
+    #[arg(long, value_parser = settings::number(1..=1_000_000_000_000_u64))]
+    pub total: Option<u64>,
+    /// Ids per callback
+    #[arg(long, default_value = "1", value_parser = settings::number(0..=1_000_000_u32))]
+    pub ids: u32,
+    /// Callbacks under way at a time, each on a connection of its own
+    #[arg(long, default_value = "64", value_parser = settings::number(1..=2_000_usize))]
+    pub connections: usize,
+    /// Use each id once, counting up from `OBJECT_ID_MIN` without regard to `OBJECT_ID_MAX`
+    #[arg(long)]
+    pub unique: bool,
+    /// Report as one JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+/// Settings of one concern that must also fit one another.
+pub trait Check {
+    /// Says what does not fit, by the variables' names, with their values and what is allowed.
+    ///
+    /// # Errors
+    /// When something does not fit.
+    fn check(&self) -> Result<(), String>;
+}
+
+/// Settings that were read from a command line and fit one another.
+///
+/// clap looks at one value at a time; this makes what only shows in several a settings error too.
+#[derive(Clone, Debug)]
+pub struct Checked<T>(T);
+
+impl<T> Checked<T> {
+    /// The settings themselves.
+    pub fn into_inner(self) -> T {
+        self.0
+    }
+}
+
+impl<T> Deref for Checked<T> {
+    type Target = T;
+
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T: FromArgMatches + Check> FromArgMatches for Checked<T> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let settings = T::from_arg_matches(matches)?;
+        match settings.check() {
+            Ok(()) => Ok(Self(settings)),
+            Err(reason) => Err(clap::Error::raw(ErrorKind::ValueValidation, reason)),
+        }
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
+impl<T: Args + Check> Args for Checked<T> {
+    fn augment_args(command: clap::Command) -> clap::Command {
+        T::augment_args(command)
+    }
+
+    fn augment_args_for_update(command: clap::Command) -> clap::Command {
+        T::augment_args_for_update(command)
+    }
+}
+
+impl Check for Callbacks {
+    fn check(&self) -> Result<(), String> {
+        let (min, max) = (self.object_id_min, self.object_id_max);
+        if min > max {
+            return Err(format!("OBJECT_ID_MAX={max}: must not be below OBJECT_ID_MIN={min}"));
+        }
+        Ok(())
+    }
+}
+
+impl Check for Partner {
+    fn check(&self) -> Result<(), String> {
+        let (min, max) = (self.callback_ids_min, self.callback_ids_max);
+        if min > max {
+            return Err(format!(
+                "CALLBACK_IDS_MAX={max}: must not be below CALLBACK_IDS_MIN={min}"
+            ));
+        }
+        Ok(())
+    }
+}
+
+impl Check for Api {
+    fn check(&self) -> Result<(), String> {
+        let (min, max) = (self.latency_min, self.latency_max);
+        if min > max {
+            return Err(format!("LATENCY_MAX={max:?}: must not be below LATENCY_MIN={min:?}"));
+        }
+        let Failures {
+            fail_500_share,
+            fail_429_share,
+            fail_hang_share,
+            fail_garbage_share,
+            fail_wrong_id_share,
+        } = self.failures;
+        let sum = fail_500_share
+            + fail_429_share
+            + fail_hang_share
+            + fail_garbage_share
+            + fail_wrong_id_share;
+        if sum > 1.0 + SHARE_TOLERANCE {
+            return Err(format!(
+                "FAIL_500_SHARE={fail_500_share}, FAIL_429_SHARE={fail_429_share}, \
+                 FAIL_HANG_SHARE={fail_hang_share}, FAIL_GARBAGE_SHARE={fail_garbage_share} and \
+                 FAIL_WRONG_ID_SHARE={fail_wrong_id_share}: must not be above 1 together"
+            ));
+        }
+        Ok(())
+    }
+}
+
+fn endpoint(text: &str) -> Result<Url, String> {
+    let mut url = Url::parse(text)
+        .ok()
+        .filter(|url| matches!(url.scheme(), "http" | "https"))
+        .ok_or_else(|| "expected a URL such as http://localhost:9090/callback".to_owned())?;
+    // A URL parser reads "no path" as "/".
+    if url.path() == "/" {
+        url.set_path(CALLBACK_PATH);
+    }
+    Ok(url)
+}
+
+/// Like [`settings::duration`], but no latency at all is a latency too.
+fn latency(text: &str) -> Result<Duration, String> {
+    humantime::parse_duration(text)
+        .map_err(|_| "expected a duration such as 0s, 300ms or 4s".to_owned())
+}
+
+fn share() -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync + 'static {
+    settings::number(0.0..=1.0_f64)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn read(arguments: &[&str]) -> Result<Config, String> {
+        let command = Config::augment_args(clap::Command::new("tester"));
+        let arguments = std::iter::once("tester").chain(arguments.iter().copied());
+        command
+            .try_get_matches_from(arguments)
+            .and_then(|matches| Config::from_arg_matches(&matches))
+            .map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn the_defaults_are_those_of_the_original_tester() {
+        let config = read(&[]).unwrap();
+        assert_eq!(config.callbacks.callback_endpoint.as_str(), "http://localhost:9090/callback");
+        assert_eq!(config.callbacks.callback_timeout, Duration::from_secs(1));
+        assert_eq!((config.callbacks.object_id_min, config.callbacks.object_id_max), (0, 99));
+        assert_eq!(config.partner.callback_interval, Duration::from_secs(5));
+        assert_eq!((config.partner.callback_ids_min, config.partner.callback_ids_max), (0, 199));
+        assert_eq!(config.api.tester_addr.port(), 9010);
+        assert_eq!(config.api.latency_min, Duration::from_millis(300));
+        assert_eq!(config.api.latency_max, Duration::from_millis(4_300));
+        assert!(config.api.online_share.is_none());
+    }
+
+    #[test]
+    fn an_endpoint_without_a_path_gets_that_of_the_callback() {
+        let of = |text| endpoint(text).map(String::from);
+        assert_eq!(of("http://producer:9090").unwrap(), "http://producer:9090/callback");
+        assert_eq!(of("http://producer:9090/").unwrap(), "http://producer:9090/callback");
+        assert_eq!(of("http://producer/v2/in").unwrap(), "http://producer/v2/in");
+        assert!(of("producer:9090").is_err());
+        assert!(of("9090").is_err());
+    }
+
+    #[test]
+    fn a_maximum_below_its_minimum_is_refused_by_name() {
+        let error = read(&["--latency-max=100ms"]).unwrap_err();
+        assert!(
+            error.contains("LATENCY_MAX=100ms: must not be below LATENCY_MIN=300ms"),
+            "{error}"
+        );
+        let error = read(&["--object-id-min=100"]).unwrap_err();
+        assert!(error.contains("OBJECT_ID_MAX=99: must not be below OBJECT_ID_MIN=100"), "{error}");
+        let error = read(&["--callback-ids-min=200"]).unwrap_err();
+        assert!(error.contains("CALLBACK_IDS_MAX=199: must not be below"), "{error}");
+    }
+
+    #[test]
+    fn a_latency_of_zero_is_allowed() {
+        let config = read(&["--latency-min=0s", "--latency-max=0s"]).unwrap();
+        assert_eq!(config.api.latency_max, Duration::ZERO);
+    }
+
+    #[test]
+    fn failures_may_add_up_to_one_but_not_to_more() {
+        // Summed as floats, these three are 1.0000000000000002.
+        let all = ["--fail-500-share=0.34", "--fail-429-share=0.56", "--fail-hang-share=0.1"];
+        read(&all).unwrap();
+        let error = read(&["--fail-500-share=0.6", "--fail-garbage-share=0.5"]).unwrap_err();
+        assert!(error.contains("FAIL_500_SHARE=0.6"), "{error}");
+        assert!(error.contains("must not be above 1 together"), "{error}");
+        assert!(read(&["--fail-hang-share=1.1"]).is_err());
+    }
+
+    #[test]
+    fn load_takes_the_callback_settings_before_and_after_its_name() {
+        for arguments in [
+            ["--object-id-max=7", "load", "--callback-endpoint=http://a:1"],
+            ["--callback-endpoint=http://a:1", "load", "--object-id-max=7"],
+        ] {
+            let config = read(&arguments).unwrap();
+            assert_eq!(config.callbacks.object_id_max, 7);
+            assert_eq!(config.callbacks.callback_endpoint.as_str(), "http://a:1/callback");
+            assert!(matches!(config.command, Some(Command::Load(_))));
+        }
+    }
+
+    #[test]
+    fn playing_neither_part_is_refused() {
+        assert!(read(&["--no-api", "--no-partner"]).is_err());
+    }
+}

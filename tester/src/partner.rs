@@ -1,0 +1,83 @@
+//! The partner: posts a callback of random ids now and then, and never one twice.
+
+use rand::RngExt as _;
+use service::CancellationToken;
+use tokio::time::{Instant, MissedTickBehavior};
+
+use crate::callback::{self, Outcome, Sender};
+use crate::config::{self, Callbacks};
+
+/// A client of the callback endpoint that behaves as the partners do.
+pub struct Partner {
+    sender: Sender,
+    callbacks: Callbacks,
+    config: config::Partner,
+}
+
+impl Partner {
+    /// A partner that has not posted yet.
+    ///
+    /// # Errors
+    /// When its HTTP client cannot be built, most likely for want of a TLS provider.
+    pub fn new(callbacks: Callbacks, config: config::Partner) -> Result<Self, reqwest::Error> {
+        Ok(Self { sender: Sender::new(&callbacks)?, callbacks, config })
+    }
+
+    /// Posts the first callback now and one per interval, until `shutdown`. The one under way then
+    /// still gets the time it may take.
+    pub async fn post_until(self, shutdown: CancellationToken) {
+        let mut interval = tokio::time::interval(self.config.callback_interval);
+        // After a slow answer the partner goes on at its pace; it has nothing to catch up on.
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                () = shutdown.cancelled() => return,
+                _ = interval.tick() => self.post().await,
+            }
+        }
+    }
+
+    async fn post(&self) {
+        let ids = self.draw_ids();
+        let count = ids.len();
+        let sent_at = Instant::now();
+        let outcome = self.sender.send(callback::body(ids.into_iter())).await;
+        let elapsed_ms = sent_at.elapsed().as_millis();
+        match outcome {
+            Outcome::Accepted(status) => {
+                tracing::info!(
+                    ids = count,
+                    status = status.as_u16(),
+                    elapsed_ms,
+                    "callback accepted"
+                );
+            }
+            Outcome::Refused(status) => {
+                tracing::warn!(
+                    ids = count,
+                    status = status.as_u16(),
+                    elapsed_ms,
+                    "callback refused"
+                );
+            }
+            Outcome::Unanswered => {
+                tracing::warn!(ids = count, elapsed_ms, "callback not answered in time");
+            }
+            Outcome::Failed(error) => {
+                // reqwest says only "error sending request"; the cause is further down.
+                let error = anyhow::Error::new(error.without_url());
+                tracing::warn!(ids = count, elapsed_ms, "callback not answered: {error:#}");
+            }
+        }
+    }
+
+    /// As many ids as the settings allow, each on its own, so that some repeat.
+    fn draw_ids(&self) -> Vec<i64> {
+        let mut random = rand::rng();
+        let count =
+            random.random_range(self.config.callback_ids_min..=self.config.callback_ids_max);
+        let range = self.callbacks.object_id_min..=self.callbacks.object_id_max;
+        (0..count).map(|_| random.random_range(range.clone())).collect()
+    }
+}

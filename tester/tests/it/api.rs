@@ -1,0 +1,159 @@
+//! The status API.
+
+use std::time::{Duration, Instant};
+
+use reqwest::Response;
+use serde_json::{Value, json};
+use service::CancellationToken;
+use tester::api::Api;
+
+use crate::support::{client, settings, soon};
+
+/// A running status API.
+struct Running {
+    url: String,
+    client: reqwest::Client,
+    stop: CancellationToken,
+    served: tokio::task::JoinHandle<()>,
+}
+
+impl Running {
+    /// One that answers at once, except for what `flags` say.
+    async fn start(flags: &[&str]) -> Self {
+        let quick = ["--tester-addr=127.0.0.1:0", "--latency-min=0s", "--latency-max=0s"];
+        let mut all = Vec::from(quick);
+        // The last of a repeated flag is refused here, so those given replace the quick ones.
+        all.retain(|flag| {
+            !flags.iter().any(|given| given.split('=').next() == flag.split('=').next())
+        });
+        all.extend(flags);
+        let api = Api::bind(settings(&all).api.into_inner()).await.unwrap();
+        let url = format!("http://{}", api.address().unwrap());
+        let stop = CancellationToken::new();
+        let served = tokio::spawn(api.serve(stop.clone()));
+        Self { url, client: client(), stop, served }
+    }
+
+    async fn get(&self, path: &str) -> Response {
+        self.client.get(format!("{}{path}", self.url)).send().await.unwrap()
+    }
+
+    async fn status_of(&self, id: i64) -> Value {
+        let response = self.get(&format!("/objects/{id}")).await;
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "application/json");
+        serde_json::from_slice(&response.bytes().await.unwrap()).unwrap()
+    }
+}
+
+async fn problem(response: Response) -> (u16, Value) {
+    assert_eq!(response.headers()["content-type"], "application/problem+json");
+    let status = response.status().as_u16();
+    let body: Value = serde_json::from_slice(&response.bytes().await.unwrap()).unwrap();
+    assert_eq!(body["status"], status);
+    (status, body)
+}
+
+#[tokio::test]
+async fn even_ids_are_online_and_odd_ones_are_not() {
+    let api = Running::start(&[]).await;
+    for (id, online) in [(0, true), (42, true), (7, false), (-3, false), (i64::MAX, false)] {
+        assert_eq!(api.status_of(id).await, json!({ "id": id, "online": online }));
+    }
+}
+
+#[tokio::test]
+async fn a_share_of_online_replaces_even_and_odd() {
+    let api = Running::start(&["--online-share=1"]).await;
+    assert_eq!(api.status_of(7).await, json!({ "id": 7, "online": true }));
+    let api = Running::start(&["--online-share=0"]).await;
+    assert_eq!(api.status_of(8).await, json!({ "id": 8, "online": false }));
+}
+
+#[tokio::test]
+async fn what_is_no_integer_gets_400_and_another_path_404() {
+    let api = Running::start(&[]).await;
+    for id in ["abc", "1.5", "9223372036854775808", "%FF"] {
+        let (status, body) = problem(api.get(&format!("/objects/{id}")).await).await;
+        assert_eq!((status, &body["title"]), (400, &json!("Bad Request")), "for {id}");
+    }
+    for path in ["/", "/objects", "/objects/1/2"] {
+        assert_eq!(problem(api.get(path).await).await.0, 404, "for {path}");
+    }
+    let post = api.client.post(format!("{}/objects/1", api.url)).send().await.unwrap();
+    assert_eq!(problem(post).await.0, 405);
+}
+
+#[tokio::test]
+async fn an_answer_takes_a_time_within_the_latency_bounds() {
+    let api = Running::start(&["--latency-min=100ms", "--latency-max=200ms"]).await;
+    let mut times = Vec::new();
+    for id in 0..8 {
+        let asked_at = Instant::now();
+        api.status_of(id).await;
+        times.push(asked_at.elapsed());
+    }
+    // Only the lower bound is exact: a busy machine answers later, but not all eight times.
+    assert!(times.iter().all(|time| *time >= Duration::from_millis(100)), "{times:?}");
+    assert!(times.iter().any(|time| *time <= Duration::from_millis(220)), "{times:?}");
+    let (shortest, longest) = (times.iter().min().unwrap(), times.iter().max().unwrap());
+    assert!(*longest > *shortest + Duration::from_millis(5), "not spread: {times:?}");
+}
+
+#[tokio::test]
+async fn an_injected_500_is_a_problem() {
+    let api = Running::start(&["--fail-500-share=1"]).await;
+    assert_eq!(problem(api.get("/objects/2").await).await.0, 500);
+}
+
+#[tokio::test]
+async fn an_injected_429_says_when_to_come_back() {
+    let api = Running::start(&["--fail-429-share=1"]).await;
+    let response = api.get("/objects/2").await;
+    assert_eq!(response.headers()["retry-after"], "1");
+    assert_eq!(problem(response).await.0, 429);
+}
+
+#[tokio::test]
+async fn injected_garbage_is_a_200_that_is_no_json() {
+    let api = Running::start(&["--fail-garbage-share=1"]).await;
+    let response = api.get("/objects/2").await;
+    assert_eq!(response.status(), 200);
+    assert!(serde_json::from_slice::<Value>(&response.bytes().await.unwrap()).is_err());
+}
+
+#[tokio::test]
+async fn an_injected_wrong_id_is_a_well_formed_answer_about_another_object() {
+    let api = Running::start(&["--fail-wrong-id-share=1"]).await;
+    assert_eq!(api.status_of(2).await, json!({ "id": 3, "online": false }));
+    assert_eq!(api.status_of(i64::MAX).await["id"], i64::MIN);
+}
+
+#[tokio::test]
+async fn an_injected_hang_lasts_until_the_drain_and_does_not_hold_it_up() {
+    let api = Running::start(&["--fail-hang-share=1"]).await;
+    let url = format!("{}/objects/2", api.url);
+    let patience = Duration::from_millis(300);
+    let given_up = api.client.get(&url).timeout(patience).send().await.unwrap_err();
+    assert!(given_up.is_timeout(), "{given_up:?}");
+
+    let mut hanging = tokio::spawn(api.client.get(&url).send());
+    // Stopped while the lookup is surely under way: it would have been answered in this time.
+    assert!(tokio::time::timeout(patience, &mut hanging).await.is_err());
+    api.stop.cancel();
+    soon(api.served).await.unwrap();
+    assert_eq!(problem(soon(hanging).await.unwrap().unwrap()).await.0, 503);
+}
+
+#[tokio::test]
+async fn a_drain_lets_a_slow_lookup_finish() {
+    let api = Running::start(&["--latency-min=700ms", "--latency-max=700ms"]).await;
+    let mut asked = tokio::spawn(api.client.get(format!("{}/objects/2", api.url)).send());
+    let under_way = Duration::from_millis(300);
+    assert!(tokio::time::timeout(under_way, &mut asked).await.is_err());
+    api.stop.cancel();
+    let response = soon(asked).await.unwrap().unwrap();
+    assert_eq!(response.status(), 200);
+    assert_eq!(response.bytes().await.unwrap(), r#"{"id":2,"online":true}"#);
+    soon(api.served).await.unwrap();
+}

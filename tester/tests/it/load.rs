@@ -1,0 +1,130 @@
+//! The load generator.
+
+use std::time::Duration;
+
+use service::CancellationToken;
+use tester::Report;
+use tester::config::Command;
+
+use crate::support::{Endpoint, install_tls, settings, soon};
+
+async fn run(target: &str, flags: &[&str], shutdown: CancellationToken) -> Report {
+    install_tls();
+    let url = format!("--callback-endpoint=http://{target}");
+    let mut all = vec!["load", url.as_str()];
+    all.extend(flags);
+    let config = settings(&all);
+    let Some(Command::Load(load)) = config.command else { panic!("no load") };
+    soon(tester::load::run(&load, &config.callbacks, shutdown)).await.unwrap()
+}
+
+async fn load(endpoint: &Endpoint, flags: &[&str]) -> Report {
+    run(&endpoint.address.to_string(), flags, CancellationToken::new()).await
+}
+
+#[tokio::test]
+async fn at_a_rate_it_sends_what_is_due_and_reports_it() {
+    let mut endpoint = Endpoint::answering(200).await;
+    let flags = ["--rate=100", "--duration=500ms", "--ids=3", "--connections=4"];
+    let report = load(&endpoint, &flags).await;
+    assert_eq!((report.sent, report.accepted, report.unsent), (50, 50, 0), "{report:?}");
+    assert_eq!((report.other, report.unanswered, report.failed), (0, 0, 0), "{report:?}");
+    assert_eq!(report.statuses.into_iter().collect::<Vec<_>>(), [(200, 50)]);
+    // The last one is due after 490 ms.
+    assert!(report.seconds >= 0.49, "{}", report.seconds);
+    let per_second = 50.0 / report.seconds;
+    assert!((report.callbacks_per_second - per_second).abs() < 0.001);
+    assert!((report.ids_per_second - 3.0 * per_second).abs() < 0.001);
+    let latency = report.latency_ms;
+    let ascending = [0.0, latency.p50, latency.p90, latency.p99, latency.p999, latency.max];
+    assert!(ascending.is_sorted() && latency.p50 > 0.0, "{latency:?}");
+
+    let callbacks = endpoint.all_ids();
+    assert_eq!(callbacks.len(), 50);
+    assert!(callbacks.iter().all(|ids| ids.len() == 3));
+    assert!(callbacks.iter().flatten().all(|id| (0..=99).contains(id)));
+}
+
+#[tokio::test]
+async fn without_a_rate_it_sends_the_total_as_fast_as_it_is_answered() {
+    let mut endpoint = Endpoint::answering(202).await;
+    let report = load(&endpoint, &["--total=500", "--connections=8"]).await;
+    assert_eq!((report.sent, report.accepted, report.unsent), (500, 500, 0), "{report:?}");
+    assert_eq!(endpoint.all_ids().len(), 500);
+}
+
+#[tokio::test]
+async fn unique_ids_count_up_and_none_comes_twice() {
+    let mut endpoint = Endpoint::answering(200).await;
+    let flags =
+        ["--total=40", "--ids=5", "--unique", "--object-id-min=1000", "--object-id-max=1000"];
+    load(&endpoint, &flags).await;
+    let mut ids: Vec<i64> = endpoint.all_ids().concat();
+    ids.sort_unstable();
+    assert_eq!(ids, (1_000..1_200).collect::<Vec<i64>>());
+}
+
+#[tokio::test]
+async fn an_answer_after_more_than_a_second_counts_as_unanswered() {
+    let endpoint = Endpoint::slow(Duration::from_millis(1_500), u64::MAX).await;
+    let report = load(&endpoint, &["--total=3", "--connections=3"]).await;
+    assert_eq!((report.sent, report.unanswered), (3, 3), "{report:?}");
+    assert!(report.statuses.is_empty());
+    // It is among the latencies with the time until it was given up.
+    assert!((1_000.0..1_500.0).contains(&report.latency_ms.p50), "{report:?}");
+}
+
+#[tokio::test]
+async fn an_answer_that_is_not_2xx_counts_as_other() {
+    let endpoint = Endpoint::answering(503).await;
+    let report = load(&endpoint, &["--total=5"]).await;
+    assert_eq!((report.sent, report.accepted, report.other), (5, 0, 5), "{report:?}");
+    assert_eq!(report.statuses.into_iter().collect::<Vec<_>>(), [(503, 5)]);
+}
+
+#[tokio::test]
+async fn a_refused_connection_counts_as_failed_and_not_among_the_latencies() {
+    // Bound and dropped: nobody listens there.
+    let address = {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        listener.local_addr().unwrap().to_string()
+    };
+    let report = run(&address, &["--total=5"], CancellationToken::new()).await;
+    assert_eq!((report.sent, report.failed), (5, 5), "{report:?}");
+    assert!(report.latency_ms.max <= 0.0, "{report:?}");
+}
+
+#[tokio::test]
+async fn latency_counts_from_when_a_callback_was_due_although_it_went_out_late() {
+    // One connection, held up by the first answer: the others are answered at once, but late.
+    let endpoint = Endpoint::slow(Duration::from_millis(900), 1).await;
+    let flags = ["--rate=20", "--total=18", "--connections=1"];
+    let report = load(&endpoint, &flags).await;
+    assert_eq!((report.sent, report.accepted), (18, 18), "{report:?}");
+    // Due each 50 ms and all sent at 900 ms, the median one was about 450 ms late.
+    assert!(report.latency_ms.p50 >= 400.0, "{report:?}");
+}
+
+#[tokio::test]
+async fn what_was_due_and_found_no_free_connection_is_reported_as_unsent() {
+    let endpoint = Endpoint::slow(Duration::from_millis(700), u64::MAX).await;
+    let flags = ["--rate=100", "--duration=500ms", "--connections=2"];
+    let report = load(&endpoint, &flags).await;
+    assert_eq!((report.sent, report.unsent), (2, 48), "{report:?}");
+}
+
+#[tokio::test]
+async fn when_told_to_stop_it_finishes_what_is_under_way_and_still_reports() {
+    let mut endpoint = Endpoint::slow(Duration::from_millis(200), u64::MAX).await;
+    let stop = CancellationToken::new();
+    let target = endpoint.address.to_string();
+    let running = run(&target, &["--rate=5", "--duration=1h"], stop.clone());
+    let stopping = async {
+        endpoint.next_ids().await;
+        endpoint.next_ids().await;
+        stop.cancel();
+    };
+    let (report, ()) = tokio::join!(running, stopping);
+    assert_eq!((report.sent, report.accepted), (2, 2), "{report:?}");
+    assert_eq!(report.unsent, 0, "{report:?}");
+}

@@ -1,0 +1,95 @@
+//! The partner.
+
+use std::time::{Duration, Instant};
+
+use service::CancellationToken;
+use tester::partner::Partner;
+
+use crate::support::{Endpoint, install_tls, settings, soon};
+
+/// A partner that posts to `endpoint`, until the token is cancelled.
+fn start(endpoint: &Endpoint, flags: &[&str]) -> (CancellationToken, tokio::task::JoinHandle<()>) {
+    install_tls();
+    let url = format!("--callback-endpoint=http://{}", endpoint.address);
+    let mut all = vec![url.as_str()];
+    all.extend(flags);
+    let config = settings(&all);
+    let partner = Partner::new(config.callbacks.into_inner(), config.partner.into_inner()).unwrap();
+    let stop = CancellationToken::new();
+    (stop.clone(), tokio::spawn(partner.post_until(stop)))
+}
+
+#[tokio::test]
+async fn the_partner_posts_as_many_ids_as_it_may_and_only_those_of_the_range() {
+    let mut endpoint = Endpoint::answering(200).await;
+    let flags = [
+        "--callback-interval=5ms",
+        "--callback-ids-min=2",
+        "--callback-ids-max=5",
+        "--object-id-min=10",
+        "--object-id-max=12",
+    ];
+    let (stop, posting) = start(&endpoint, &flags);
+    let mut counts = Vec::new();
+    let mut ids = Vec::new();
+    for _ in 0..100 {
+        let of_callback = endpoint.next_ids().await;
+        counts.push(of_callback.len());
+        ids.extend(of_callback);
+    }
+    stop.cancel();
+    soon(posting).await.unwrap();
+    // 100 draws miss one of four counts, or 200 one of three ids, less than once in 10^11 runs.
+    counts.sort_unstable();
+    counts.dedup();
+    assert_eq!(counts, [2, 3, 4, 5]);
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids, [10, 11, 12]);
+}
+
+#[tokio::test]
+async fn the_first_callback_goes_out_at_once_and_the_next_after_the_interval() {
+    let mut endpoint = Endpoint::answering(200).await;
+    let started_at = Instant::now();
+    let (stop, posting) = start(&endpoint, &["--callback-interval=400ms"]);
+    endpoint.next_ids().await;
+    assert!(started_at.elapsed() < Duration::from_millis(400));
+    endpoint.next_ids().await;
+    assert!(started_at.elapsed() >= Duration::from_millis(400));
+    stop.cancel();
+    soon(posting).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_callback_that_is_refused_or_not_answered_is_never_sent_again() {
+    // The ids are drawn from all there are, so that a repeated body is the same callback.
+    let wide = ["--object-id-max=9223372036854775807", "--callback-ids-min=1"];
+    for mut endpoint in
+        [Endpoint::answering(503).await, Endpoint::slow(Duration::from_secs(5), u64::MAX).await]
+    {
+        let mut flags = vec!["--callback-interval=5ms", "--callback-timeout=50ms"];
+        flags.extend(wide);
+        let (stop, posting) = start(&endpoint, &flags);
+        let mut seen = Vec::new();
+        for _ in 0..10 {
+            seen.push(endpoint.next_ids().await);
+        }
+        stop.cancel();
+        soon(posting).await.unwrap();
+        seen.sort_unstable();
+        seen.dedup();
+        assert_eq!(seen.len(), 10);
+    }
+}
+
+#[tokio::test]
+async fn the_callback_under_way_is_finished_before_the_partner_stops() {
+    let mut endpoint = Endpoint::slow(Duration::from_millis(400), u64::MAX).await;
+    let (stop, mut posting) = start(&endpoint, &[]);
+    endpoint.next_ids().await;
+    stop.cancel();
+    let at_once = Duration::from_millis(100);
+    assert!(tokio::time::timeout(at_once, &mut posting).await.is_err());
+    soon(posting).await.unwrap();
+}

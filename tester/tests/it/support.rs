@@ -1,0 +1,117 @@
+//! What the tests share: settings from flags, a client, and a callback endpoint that remembers.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use axum::Router;
+use axum::extract::State;
+use axum::http::StatusCode;
+use axum::routing::post;
+use clap::{Args as _, FromArgMatches as _};
+use service::CancellationToken;
+use service::http::{Limits, serve};
+use tester::config::Config;
+use tokio::net::TcpListener;
+use tokio::sync::mpsc;
+
+/// Longer than anything a test waits for may take; only a failing test gets there.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The settings that these flags lead to.
+pub(crate) fn settings(flags: &[&str]) -> Config {
+    let command = Config::augment_args(clap::Command::new("tester"));
+    let arguments = std::iter::once("tester").chain(flags.iter().copied());
+    let matches = command.try_get_matches_from(arguments).unwrap();
+    Config::from_arg_matches(&matches).unwrap()
+}
+
+/// TLS is not used here, but no client can be built without a provider.
+pub(crate) fn install_tls() {
+    // Whichever test comes first installs it for all.
+    drop(rustls::crypto::ring::default_provider().install_default());
+}
+
+pub(crate) fn client() -> reqwest::Client {
+    install_tls();
+    reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap()
+}
+
+/// Awaits `future`, but not for ever.
+pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
+    tokio::time::timeout(PATIENCE, future).await.expect("it takes too long")
+}
+
+/// A callback endpoint: gives the same answer to all, and hands out the bodies it got.
+pub(crate) struct Endpoint {
+    pub(crate) address: SocketAddr,
+    bodies: mpsc::UnboundedReceiver<String>,
+    stop: CancellationToken,
+}
+
+#[derive(Clone)]
+struct Conduct {
+    status: StatusCode,
+    /// How long the first `slow_ones` requests wait for their answer.
+    delay: Duration,
+    slow_ones: u64,
+    seen: Arc<AtomicU64>,
+    bodies: mpsc::UnboundedSender<String>,
+}
+
+impl Endpoint {
+    /// Answers this status at once.
+    pub(crate) async fn answering(status: u16) -> Self {
+        Self::start(status, Duration::ZERO, 0).await
+    }
+
+    /// Answers 200: the first `slow_ones` callbacks after `delay`, the others at once.
+    pub(crate) async fn slow(delay: Duration, slow_ones: u64) -> Self {
+        Self::start(200, delay, slow_ones).await
+    }
+
+    async fn start(status: u16, delay: Duration, slow_ones: u64) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (sender, bodies) = mpsc::unbounded_channel();
+        let status = StatusCode::from_u16(status).unwrap();
+        let conduct = Conduct { status, delay, slow_ones, seen: Arc::default(), bodies: sender };
+        let router = Router::new().route("/callback", post(callback)).with_state(conduct);
+        let limits = Limits { max_connections: 100, header_timeout: PATIENCE };
+        let stop = CancellationToken::new();
+        tokio::spawn(serve(listener, router, limits, stop.clone()));
+        Self { address, bodies, stop }
+    }
+
+    /// The ids of the next callback that came in.
+    pub(crate) async fn next_ids(&mut self) -> Vec<i64> {
+        let body = soon(self.bodies.recv()).await.unwrap();
+        ids_of(&body)
+    }
+
+    /// The ids of all callbacks that came in and were not asked for yet.
+    pub(crate) fn all_ids(&mut self) -> Vec<Vec<i64>> {
+        std::iter::from_fn(|| self.bodies.try_recv().ok()).map(|body| ids_of(&body)).collect()
+    }
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        self.stop.cancel();
+    }
+}
+
+async fn callback(State(conduct): State<Conduct>, body: String) -> StatusCode {
+    conduct.bodies.send(body).ok();
+    if conduct.seen.fetch_add(1, Ordering::Relaxed) < conduct.slow_ones {
+        tokio::time::sleep(conduct.delay).await;
+    }
+    conduct.status
+}
+
+fn ids_of(body: &str) -> Vec<i64> {
+    let body: serde_json::Value = serde_json::from_str(body).unwrap();
+    let ids = body["object_ids"].as_array().unwrap();
+    ids.iter().map(|id| id.as_i64().unwrap()).collect()
+}
