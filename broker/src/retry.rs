@@ -60,6 +60,6 @@ mod tests {
         let seconds = |n| Some(Duration::from_secs(n));
         assert_eq!(wait(1, seconds(10), 0.0), Wait { level: 3, length: Duration::from_secs(10) });
         assert_eq!(wait(5, seconds(1), 0.0), wait(5, None, 0.0));
-        assert_eq!(wait(1, seconds(3_600), 0.0).length, Duration::from_secs(60));
+        assert_eq!(wait(1, seconds(3_600), 0.0).length, Duration::from_mins(1));
     }
 }
