@@ -1,0 +1,31 @@
+.DEFAULT_GOAL := help
+.PHONY: help test lint up down audit
+
+# The plugin where it is there, else the program of its own.
+COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+test: ## build all and run all tests, with a RabbitMQ and a Postgres found or started for them
+	@scripts/test
+
+lint: ## check format, clippy and documentation; a warning is a failure
+	cargo fmt --all --check
+	cargo clippy --workspace --all-targets --locked -- -D warnings
+	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --document-private-items
+
+up: ## build the image, start the whole system in the background, say where it is
+	$(COMPOSE) up --build -d
+	@echo
+	@echo "callbacks   http://$$($(COMPOSE) port producer 9090)/callback"
+	@echo "broker      http://$$($(COMPOSE) port rabbitmq 15672), user and password: RABBITMQ_DEFAULT_… in .env"
+	@echo "who is on   $(COMPOSE) exec postgres psql -U postgres -c 'select * from object order by id'"
+	@echo "logs        $(COMPOSE) logs -f producer consumer routine tester"
+
+down: ## stop it; its volumes stay (remove them too: docker-compose down -v)
+	$(COMPOSE) down
+
+audit: ## check dependencies for licences, sources and advisories; needs the network
+	cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny
+	cargo deny check
