@@ -155,7 +155,8 @@ impl Callbacks {
 }
 
 fn unreadable(error: &axum::Error, max_bytes: usize) -> Problem {
-    let too_large = std::error::Error::source(error).is_some_and(<dyn std::error::Error>::is::<LengthLimitError>);
+    let too_large = std::error::Error::source(error)
+        .is_some_and(<dyn std::error::Error>::is::<LengthLimitError>);
     if too_large {
         return too_large_for(max_bytes);
     }

@@ -6,8 +6,9 @@ use backon::{BackoffBuilder as _, ExponentialBuilder};
 use sqlx::postgres::PgConnectOptions;
 use sqlx::{ConnectOptions as _, PgConnection};
 use tokio::sync::watch;
+use tokio::time::timeout;
 
-use crate::postgres::{MIGRATIONS, within};
+use crate::postgres::MIGRATIONS;
 use crate::{StoreError, StoreStatus};
 
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
@@ -60,12 +61,27 @@ async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
     // its generic `Acquire`, which the compiler cannot prove to be `Send` for a borrowed connection.
     let migration = MIGRATIONS.run_direct(None, &mut connection, false);
     within(MIGRATE_TIMEOUT, StoreError::Migrate, migration).await?;
+    // Ready only with the table in place: it may have been dropped while sqlx's record of the
+    // migrations was left.
+    ping(&mut connection).await?;
     Ok(connection)
 }
 
 async fn ping(connection: &mut PgConnection) -> Result<(), StoreError> {
-    // It names the table, so that a schema which was dropped under us is noticed and comes back.
+    // It names the table, so that a database which was set up anew under us is noticed.
     let query = sqlx::query("SELECT 1 FROM object LIMIT 1");
     within(PING_TIMEOUT, StoreError::Ping, query.execute(connection)).await?;
     Ok(())
+}
+
+/// Runs one step with a deadline, which sqlx does not have.
+async fn within<T, E>(
+    limit: Duration,
+    failed: impl FnOnce(E) -> StoreError,
+    step: impl Future<Output = Result<T, E>>,
+) -> Result<T, StoreError> {
+    match timeout(limit, step).await {
+        Ok(outcome) => outcome.map_err(failed),
+        Err(_) => Err(StoreError::Timeout(limit)),
+    }
 }

@@ -2,12 +2,13 @@
 
 use std::time::Duration;
 
-use sqlx::PgPool;
 use sqlx::migrate::{MigrateError, Migrator};
-use sqlx::postgres::PgPoolOptions;
 use sqlx::postgres::types::PgInterval;
+use sqlx::postgres::{PgArguments, PgPoolOptions, PgQueryResult};
+use sqlx::query::Query;
+use sqlx::{PgPool, Postgres};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{Config, StoreStatus, monitor};
@@ -96,11 +97,11 @@ impl Store {
              FROM unnest($1::bigint[], $2::float8[]) WITH ORDINALITY AS new (id, age, place)
              ORDER BY place
              ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
-             WHERE seen.last_seen < excluded.last_seen",
+             WHERE seen.last_seen < excluded.last_seen OR seen.last_seen IS NULL",
         )
         .bind(ids)
         .bind(ages);
-        within(QUERY_TIMEOUT, StoreError::RecordSeen, query.execute(&self.pool)).await?;
+        self.execute(query, StoreError::RecordSeen).await?;
         Ok(())
     }
 
@@ -121,21 +122,25 @@ impl Store {
         )
         .bind(interval(ttl))
         .bind(i64::from(limit));
-        let done =
-            within(QUERY_TIMEOUT, StoreError::DeleteStale, query.execute(&self.pool)).await?;
+        let done = self.execute(query, StoreError::DeleteStale).await?;
         Ok(done.rows_affected())
     }
-}
 
-/// Runs a statement with a deadline, which sqlx does not have.
-pub(crate) async fn within<T, E>(
-    limit: Duration,
-    failed: impl FnOnce(E) -> StoreError,
-    statement: impl Future<Output = Result<T, E>>,
-) -> Result<T, StoreError> {
-    match timeout(limit, statement).await {
-        Ok(outcome) => outcome.map_err(failed),
-        Err(_) => Err(StoreError::Timeout(limit)),
+    /// Runs a statement with a deadline, which sqlx does not have. A connection that has missed it is
+    /// thrown away: back in the pool it would first have to answer a ping, without a deadline, and
+    /// hold its place there for as long as a silent peer leaves it open.
+    async fn execute(
+        &self,
+        query: Query<'_, Postgres, PgArguments>,
+        failed: fn(sqlx::Error) -> StoreError,
+    ) -> Result<PgQueryResult, StoreError> {
+        let deadline = Instant::now() + QUERY_TIMEOUT;
+        let mut connection = self.pool.acquire().await.map_err(failed)?;
+        let Ok(done) = timeout_at(deadline, query.execute(&mut *connection)).await else {
+            drop(connection.detach());
+            return Err(StoreError::Timeout(QUERY_TIMEOUT));
+        };
+        done.map_err(failed)
     }
 }
 

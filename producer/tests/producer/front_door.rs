@@ -1,0 +1,199 @@
+//! A producer in this process, and what lies in its queue.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use clap::Parser as _;
+use lapin::message::BasicGetMessage;
+use lapin::options::{BasicGetOptions, QueueDeleteOptions};
+use lapin::{Channel, Connection, ConnectionProperties};
+use producer::FrontDoor;
+use reqwest::header::HeaderMap;
+use serde_json::Value;
+use service::{CancellationToken, Health};
+use testbed::{Queue, amqp_uri, eventually};
+use tokio::task::JoinHandle;
+
+/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+/// How long the client of a callback waits for its answer.
+pub(crate) const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
+
+#[derive(clap::Parser)]
+struct Cli {
+    #[command(flatten)]
+    config: producer::Config,
+}
+
+/// The settings that `arguments` make of the defaults.
+pub(crate) fn config(arguments: &[String]) -> producer::Config {
+    let program = std::iter::once("producer".to_owned());
+    Cli::parse_from(program.chain(arguments.iter().cloned())).config
+}
+
+/// A producer on any free port, with a queue of its own.
+pub(crate) struct Producer {
+    pub(crate) address: SocketAddr,
+    pub(crate) health: Health,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) served: JoinHandle<anyhow::Result<()>>,
+    pub(crate) queue: Queue,
+    client: reqwest::Client,
+}
+
+/// The answer to a callback.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: HeaderMap,
+    pub(crate) body: Value,
+    pub(crate) took: Duration,
+}
+
+impl Producer {
+    /// One that is connected to the shared broker.
+    pub(crate) async fn start(arguments: &[&str]) -> Self {
+        let producer = Self::start_at(&amqp_uri(), arguments).await;
+        producer.ready().await;
+        producer
+    }
+
+    /// One that looks for its broker at `amqp_uri`.
+    pub(crate) async fn start_at(amqp_uri: &str, arguments: &[&str]) -> Self {
+        let queue = Queue::new();
+        let mut all = vec![
+            "--producer-addr=127.0.0.1:0".to_owned(),
+            format!("--amqp-uri={amqp_uri}"),
+            format!("--queue-name={}", queue.name),
+        ];
+        all.extend(arguments.iter().map(|&argument| argument.to_owned()));
+        let health = Health::default();
+        let front_door = FrontDoor::open(&config(&all), &health).await.unwrap();
+        let address = front_door.address().unwrap();
+        let shutdown = CancellationToken::new();
+        let served = tokio::spawn(front_door.serve(shutdown.clone()));
+        Self { address, health, shutdown, served, queue, client: client() }
+    }
+
+    pub(crate) async fn ready(&self) {
+        eventually("the producer is ready", DEADLINE, async || {
+            self.health.missing().is_empty().then_some(())
+        })
+        .await;
+    }
+
+    pub(crate) async fn post(&self, body: impl Into<reqwest::Body>) -> Answer {
+        self.send(self.request("POST", "/callback").body(body)).await
+    }
+
+    pub(crate) async fn post_ids(&self, ids: &[i64]) -> Answer {
+        self.post(format!(r#"{{"object_ids":{ids:?}}}"#)).await
+    }
+
+    pub(crate) fn request(&self, method: &str, path: &str) -> reqwest::RequestBuilder {
+        let url = format!("http://{}{path}", self.address);
+        self.client.request(method.parse().unwrap(), url)
+    }
+
+    pub(crate) async fn send(&self, request: reqwest::RequestBuilder) -> Answer {
+        let started = Instant::now();
+        let response = request.send().await.unwrap();
+        let (status, headers) = (response.status().as_u16(), response.headers().clone());
+        let body = response.text().await.unwrap();
+        let took = started.elapsed();
+        let body = serde_json::from_str(&body).unwrap_or(Value::String(body));
+        Answer { status, headers, body, took }
+    }
+
+    /// Takes all messages out of the queue.
+    pub(crate) async fn messages(&self) -> Vec<BasicGetMessage> {
+        let broker = Broker::connect().await;
+        let mut messages = Vec::new();
+        let take = BasicGetOptions { no_ack: true };
+        while let Some(message) =
+            broker.channel.basic_get(self.queue.name.as_str().into(), take).await.unwrap()
+        {
+            messages.push(message);
+        }
+        messages
+    }
+
+    /// Takes all messages out of the queue and gives their ids in ascending order.
+    pub(crate) async fn ids(&self) -> Vec<i64> {
+        let messages = self.messages().await;
+        let mut ids: Vec<i64> = messages.iter().map(|m| id_in(&m.delivery.data)).collect();
+        ids.sort_unstable();
+        ids
+    }
+
+    /// That nothing was published since the queue was last emptied. A callback of its own goes the
+    /// same way behind everything else, so that what came before it would be in the queue by now.
+    pub(crate) async fn assert_nothing_queued(&self) {
+        assert_eq!(self.post_ids(&[4_711]).await.status, 200);
+        assert_eq!(self.ids().await, [4_711]);
+    }
+}
+
+impl Drop for Producer {
+    fn drop(&mut self) {
+        self.shutdown.cancel();
+    }
+}
+
+impl Answer {
+    pub(crate) fn header(&self, name: &str) -> &str {
+        self.headers.get(name).map_or("", |value| value.to_str().unwrap())
+    }
+
+    /// That it is a problem of `status` as RFC 9457 has it; gives its detail.
+    pub(crate) fn assert_problem(&self, status: u16) -> &str {
+        assert_eq!(self.status, status, "{self:?}");
+        assert_eq!(self.header("content-type"), "application/problem+json");
+        assert_problem_body(&self.body, status)
+    }
+}
+
+pub(crate) fn assert_problem_body(body: &Value, status: u16) -> &str {
+    let title = reqwest::StatusCode::from_u16(status).unwrap().canonical_reason().unwrap();
+    assert_eq!(body["type"], "about:blank", "{body}");
+    assert_eq!(body["title"], title, "{body}");
+    assert_eq!(body["status"], status, "{body}");
+    let detail = body["detail"].as_str().unwrap();
+    assert!(!detail.is_empty(), "{body}");
+    detail
+}
+
+/// The id in the body of a message, which must be exactly as the contract says.
+pub(crate) fn id_in(body: &[u8]) -> i64 {
+    let text = std::str::from_utf8(body).unwrap();
+    let json: Value = serde_json::from_str(text).unwrap();
+    let id = json["id"].as_i64().unwrap();
+    assert_eq!(text, format!(r#"{{"id":{id}}}"#));
+    id
+}
+
+fn client() -> reqwest::Client {
+    // Only the first of the tests succeeds in this, and all of them mean the same provider.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap()
+}
+
+/// A connection to the shared broker, past the producer.
+pub(crate) struct Broker {
+    channel: Channel,
+    _connection: Connection,
+}
+
+impl Broker {
+    #[expect(clippy::disallowed_methods, reason = "the shared broker is there and answers")]
+    pub(crate) async fn connect() -> Self {
+        let properties = ConnectionProperties::default();
+        let connection = Connection::connect(&amqp_uri(), properties).await.unwrap();
+        let channel = connection.create_channel().await.unwrap();
+        Self { channel, _connection: connection }
+    }
+
+    pub(crate) async fn delete_queue(&self, name: &str) {
+        self.channel.queue_delete(name.into(), QueueDeleteOptions::default()).await.unwrap();
+    }
+}

@@ -1,0 +1,10 @@
+//! The front door against a real broker. One binary, because each takes seconds to link.
+
+#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+
+mod accepted;
+mod front_door;
+mod limits;
+mod outage;
+mod refused;
+mod wire;

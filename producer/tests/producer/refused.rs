@@ -1,0 +1,123 @@
+use crate::front_door::{Producer, assert_problem_body};
+use crate::wire::Wire;
+
+#[tokio::test]
+async fn what_is_no_callback_is_answered_400_with_what_is_wrong_and_where() {
+    let producer = Producer::start(&[]).await;
+    let bad: &[(&[u8], &str)] = &[
+        (b"", "the body must be a JSON object"),
+        (b"object_ids=1", "the body must be a JSON object"),
+        (b"[1,2,3]", "the body must be a JSON object"),
+        (b"[[1,2,3]]", "the body must be a JSON object"),
+        (b"null", "the body must be a JSON object"),
+        (b"{", "the body is not JSON"),
+        (br#"{"object_ids":[1,}"#, "the body is not JSON"),
+        (br#"{"object_ids":[1]"#, "the body is not JSON"),
+        (b"{\"object_ids\":[1,\xff]}", "the body is not JSON"),
+        (br#"{"object_ids":[1]} extra"#, "there is more after the end"),
+        (b"{}", "the body must look like"),
+        (br#"{"object_ids":7}"#, "the body must look like"),
+        (br#"{"object_ids":null}"#, "the body must look like"),
+        (br#"{"object_ids":{"0":1}}"#, "the body must look like"),
+        (br#"{"object_ids":[1],"object_ids":[2]}"#, "the body must look like"),
+        (br#"{"object_ids":["7"]}"#, "object_ids[0] is not a 64-bit integer"),
+        (br#"{"object_ids":[1,2.5]}"#, "object_ids[1] is not a 64-bit integer"),
+        (br#"{"object_ids":[1,2,1e3]}"#, "object_ids[2] is not a 64-bit integer"),
+        (br#"{"object_ids":[1,2,3,null]}"#, "object_ids[3] is not a 64-bit integer"),
+        (br#"{"object_ids":[9223372036854775808]}"#, "object_ids[0] is not a 64-bit integer"),
+        (br#"{"object_ids":[-9223372036854775809]}"#, "object_ids[0] is not a 64-bit integer"),
+        (br#"{"object_ids":[1,[2]]}"#, "object_ids[1] is not a 64-bit integer"),
+    ];
+    for (body, expected) in bad {
+        let text = String::from_utf8_lossy(body);
+        let answer = producer.post(body.to_vec()).await;
+        let detail = answer.assert_problem(400);
+        assert!(detail.starts_with(expected), "{text}: {detail}");
+        assert!(!answer.header("callback-id").is_empty(), "{text}");
+    }
+    producer.assert_nothing_queued().await;
+}
+
+#[tokio::test]
+async fn a_body_that_says_it_is_too_large_is_answered_413_without_being_read() {
+    let producer = Producer::start(&["--max-body-bytes=64"]).await;
+    let mut wire = Wire::connect(producer.address).await;
+    wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 65\r\n\r\n").await;
+    let reply = wire.reply().await;
+    assert_eq!(reply.status, 413, "{reply:?}");
+    assert!(reply.head.contains("content-type: application/problem+json\r\n"), "{reply:?}");
+    assert!(assert_problem_body(&reply.body, 413).contains("64 bytes"), "{reply:?}");
+    producer.assert_nothing_queued().await;
+}
+
+#[tokio::test]
+async fn a_chunked_body_is_answered_413_as_soon_as_it_is_too_large() {
+    let producer = Producer::start(&["--max-body-bytes=64"]).await;
+    let mut wire = Wire::connect(producer.address).await;
+    wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n").await;
+    let spaces = " ".repeat(30);
+    for chunk in ["{\"object_ids\":[1],", &spaces, &spaces] {
+        wire.send(format!("{:x}\r\n{chunk}\r\n", chunk.len())).await;
+    }
+    let reply = wire.reply().await;
+    assert_eq!(reply.status, 413, "{reply:?}");
+    assert!(reply.head.contains("content-type: application/problem+json\r\n"), "{reply:?}");
+    assert!(assert_problem_body(&reply.body, 413).contains("64 bytes"), "{reply:?}");
+    producer.assert_nothing_queued().await;
+}
+
+#[tokio::test]
+async fn a_client_that_is_still_sending_a_body_far_too_large_gets_to_see_the_413() {
+    let producer = Producer::start(&[]).await;
+    for _ in 0..10 {
+        let answer = producer.post(vec![b' '; 8 << 20]).await;
+        answer.assert_problem(413);
+    }
+    producer.assert_nothing_queued().await;
+}
+
+#[tokio::test]
+async fn a_body_of_exactly_the_limit_is_taken_however_it_is_sent() {
+    let producer = Producer::start(&["--max-body-bytes=64"]).await;
+    let callback = format!("{:<64}", r#"{"object_ids":[1]}"#);
+    assert_eq!(producer.post(callback.clone()).await.status, 200);
+    let mut wire = Wire::connect(producer.address).await;
+    wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n").await;
+    wire.send(format!("40\r\n{callback}\r\n0\r\n\r\n")).await;
+    assert_eq!(wire.reply().await.status, 200);
+    assert_eq!(producer.ids().await, [1, 1]);
+}
+
+#[tokio::test]
+async fn more_ids_than_allowed_are_answered_422() {
+    let producer = Producer::start(&["--max-ids-per-callback=3"]).await;
+    let answer = producer.post_ids(&[1, 1, 1, 1]).await;
+    assert!(answer.assert_problem(422).contains("more than the 3 of one callback"), "{answer:?}");
+    producer.assert_nothing_queued().await;
+    assert_eq!(producer.post_ids(&[1, 1, 1]).await.status, 200);
+}
+
+#[tokio::test]
+async fn another_method_is_answered_405_with_the_one_that_is_allowed() {
+    let producer = Producer::start(&[]).await;
+    for method in ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"] {
+        let request = producer.request(method, "/callback").body(r#"{"object_ids":[1]}"#);
+        let answer = producer.send(request).await;
+        let detail = answer.assert_problem(405);
+        assert!(detail.contains("POST to /callback"), "{detail}");
+        assert_eq!(answer.header("allow"), "POST", "{method}");
+    }
+    producer.assert_nothing_queued().await;
+}
+
+#[tokio::test]
+async fn another_path_is_answered_404() {
+    let producer = Producer::start(&[]).await;
+    for path in ["/", "/callback/", "/callbacks", "/callback/1", "/metrics"] {
+        let request = producer.request("POST", path).body(r#"{"object_ids":[1]}"#);
+        let answer = producer.send(request).await;
+        let detail = answer.assert_problem(404);
+        assert!(detail.contains(&format!("nothing at {path}:")), "{detail}");
+    }
+    producer.assert_nothing_queued().await;
+}

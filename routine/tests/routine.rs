@@ -1,0 +1,207 @@
+//! The cleanup against a real Postgres, in this process and as one of its own.
+
+#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+
+use std::time::Duration;
+
+use clap::Parser as _;
+use service::{CancellationToken, Health};
+use sqlx::PgPool;
+use testbed::{Database, Process, Proxy, eventually};
+use tokio::task::JoinHandle;
+use tokio::time::timeout;
+use url::Url;
+
+/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+const DEADLINE: Duration = Duration::from_secs(30);
+
+#[derive(clap::Parser)]
+struct Cli {
+    #[command(flatten)]
+    config: routine::Config,
+}
+
+/// A routine in this process, which cleans up all the time.
+struct Routine {
+    health: Health,
+    shutdown: CancellationToken,
+    ended: JoinHandle<anyhow::Result<()>>,
+}
+
+impl Routine {
+    fn start(database_url: &str, arguments: &[&str]) -> Self {
+        let url = format!("--database-url={database_url}");
+        let usual = ["routine", &url, "--object-ttl=1h", "--routine-interval=20ms"];
+        let config = Cli::parse_from(usual.iter().chain(arguments)).config;
+        let (health, shutdown) = (Health::default(), CancellationToken::new());
+        let ended = tokio::spawn(routine::run(config, health.clone(), shutdown.clone()));
+        Self { health, shutdown, ended }
+    }
+
+    async fn stop(self) -> anyhow::Result<()> {
+        self.shutdown.cancel();
+        timeout(DEADLINE, self.ended).await.unwrap().unwrap()
+    }
+}
+
+/// A database with the table as the Go services made it.
+async fn database() -> Database {
+    let database = Database::new().await;
+    let table = "CREATE TABLE object (id bigint PRIMARY KEY, last_seen timestamptz)";
+    sqlx::query(table).execute(database.pool()).await.unwrap();
+    database
+}
+
+/// Writes the rows `ids`, last seen `age` ago, as Postgres writes an interval.
+async fn insert(pool: &PgPool, ids: std::ops::RangeInclusive<i64>, age: &str) {
+    let sql = "INSERT INTO object SELECT id, now() - $3::text::interval
+               FROM generate_series($1, $2) AS id";
+    let query = sqlx::query(sql).bind(ids.start()).bind(ids.end()).bind(age);
+    query.execute(pool).await.unwrap();
+}
+
+async fn ids(pool: &PgPool) -> Vec<i64> {
+    sqlx::query_scalar("SELECT id FROM object ORDER BY id").fetch_all(pool).await.unwrap()
+}
+
+async fn only_is_left(pool: &PgPool, expected: &[i64]) {
+    let what = format!("only {expected:?} is left");
+    eventually(&what, DEADLINE, async || (ids(pool).await == expected).then_some(())).await;
+}
+
+/// A routine in a process of its own, which cleans up all the time unless told otherwise.
+fn process(database: &Database, more: &[(&'static str, &str)], arguments: &[&str]) -> Process {
+    let mut environment = database.environment();
+    let usual = [("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "20ms")];
+    environment.extend(usual.iter().chain(more).map(|(name, value)| (*name, (*value).to_owned())));
+    Process::spawn("routine", &environment, arguments)
+}
+
+#[tokio::test]
+async fn stale_rows_go_and_fresh_ones_stay_until_the_routine_is_stopped() {
+    let database = database().await;
+    insert(database.pool(), 1..=30, "61 min").await;
+    insert(database.pool(), 31..=33, "50 min").await;
+    // Smaller than what is stale, so that one cleanup takes several batches.
+    let routine = Routine::start(database.url(), &["--delete-batch-max=7"]);
+    only_is_left(database.pool(), &[31, 32, 33]).await;
+    assert!(routine.health.missing().is_empty());
+
+    insert(database.pool(), 1..=3, "2 h").await;
+    only_is_left(database.pool(), &[31, 32, 33]).await;
+    routine.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn one_cleanup_deletes_everything_that_is_stale_in_as_many_batches_as_it_takes() {
+    let database = database().await;
+    insert(database.pool(), 1..=1_000, "2 h").await;
+    let routine = Routine::start(database.url(), &["--delete-batch-max=7", "--once"]);
+    timeout(DEADLINE, routine.ended).await.unwrap().unwrap().unwrap();
+    assert!(ids(database.pool()).await.is_empty());
+}
+
+#[tokio::test]
+async fn deletions_go_on_when_the_database_was_away() {
+    let database = database().await;
+    let mut url = Url::parse(database.url()).unwrap();
+    let server = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5432));
+    let proxy = Proxy::start(server).await;
+    url.set_host(Some(&proxy.addr().ip().to_string())).unwrap();
+    url.set_port(Some(proxy.addr().port())).unwrap();
+    proxy.cut();
+    let routine = Routine::start(url.as_str(), &[]);
+    for ids in [1..=3, 4..=6] {
+        eventually("the database is missed", DEADLINE, async || {
+            let missing = routine.health.missing();
+            missing.iter().find(|(name, reason)| *name == "database" && !reason.is_empty())?;
+            Some(())
+        })
+        .await;
+        insert(database.pool(), ids, "2 h").await;
+        proxy.restore();
+        only_is_left(database.pool(), &[]).await;
+        assert!(routine.health.missing().is_empty());
+        proxy.cut();
+    }
+    routine.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn two_routines_at_once_delete_all_without_an_error_and_count_each_row_once() {
+    const STALE: i64 = 3_000;
+    let database = database().await;
+    let batch = [("DELETE_BATCH_MAX", "20")];
+    let (one, other) = (process(&database, &batch, &[]), process(&database, &batch, &[]));
+    one.ready().await;
+    other.ready().await;
+    insert(database.pool(), 1..=STALE, "2 h").await;
+    insert(database.pool(), STALE + 1..=STALE + 2, "1 min").await;
+    only_is_left(database.pool(), &[STALE + 1, STALE + 2]).await;
+
+    eventually("every deleted row is counted once", DEADLINE, async || {
+        let name = "lastseen_deleted_rows_total";
+        let counted = one.metric(name).await + other.metric(name).await;
+        assert!(counted <= 3_000.0, "{counted}");
+        (counted >= 3_000.0).then_some(())
+    })
+    .await;
+    for routine in [one, other] {
+        let failed = routine.metric(r#"lastseen_cleanups_total{outcome="failed"}"#).await;
+        assert!(failed < 0.5, "{failed} cleanups failed");
+        assert!(routine.metric(r#"lastseen_cleanups_total{outcome="ok"}"#).await > 0.5);
+    }
+}
+
+#[tokio::test]
+async fn told_to_clean_up_once_it_does_so_and_ends_with_success() {
+    let database = database().await;
+    insert(database.pool(), 1..=5, "2 h").await;
+    insert(database.pool(), 6..=6, "1 min").await;
+    let routine = process(&database, &[], &["--once"]);
+    let ended = routine.wait().await;
+    assert_eq!(ended.code(), Some(0), "{ended}");
+    assert_eq!(ids(database.pool()).await, [6]);
+}
+
+#[tokio::test]
+async fn on_sigterm_it_ends_with_success() {
+    let database = database().await;
+    let routine = process(&database, &[], &[]);
+    routine.ready().await;
+    routine.terminate();
+    let ended = routine.wait().await;
+    assert_eq!(ended.code(), Some(0), "{ended}");
+    assert!(routine.log().last().unwrap().contains("stopped"), "{:?}", routine.log());
+}
+
+#[tokio::test]
+async fn on_sigterm_it_ends_with_success_also_when_there_is_no_database() {
+    let database = database().await;
+    let nowhere = testbed::free_port().to_string();
+    let routine = process(&database, &[("POSTGRES_PORT", &nowhere)], &[]);
+    routine.wait_for_log("no database").await;
+    let (status, body) = routine.get("/readyz").await;
+    assert_eq!(status, 503);
+    assert!(body.contains("database: cannot connect"), "{body}");
+    routine.terminate();
+    let ended = routine.wait().await;
+    assert_eq!(ended.code(), Some(0), "{ended}");
+}
+
+#[tokio::test]
+async fn a_setting_that_is_not_allowed_ends_it_with_78_and_is_told_with_what_is_allowed() {
+    let bad = [
+        ("ROUTINE_INTERVAL", "soon", "a duration above zero"),
+        ("OBJECT_TTL", "0s", "a duration above zero"),
+        ("DELETE_BATCH_MAX", "0", "a number from 1 to 1000000"),
+    ];
+    for (name, value, allowed) in bad {
+        let routine = Process::spawn("routine", &[(name, value.to_owned())], &[]);
+        let ended = routine.wait().await;
+        assert_eq!(ended.code(), Some(78), "{ended}");
+        let log = routine.log();
+        let [line] = log.as_slice() else { panic!("{log:?}") };
+        assert!(line.contains(&format!("{name}={value}: expected {allowed}")), "{line}");
+    }
+}
