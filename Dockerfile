@@ -6,6 +6,7 @@ WORKDIR /build
 COPY Cargo.toml Cargo.lock ./
 COPY broker/Cargo.toml broker/
 COPY consumer/Cargo.toml consumer/
+COPY pipeline/Cargo.toml pipeline/
 COPY producer/Cargo.toml producer/
 COPY routine/Cargo.toml routine/
 COPY service/Cargo.toml service/

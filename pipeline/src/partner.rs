@@ -52,6 +52,7 @@ impl Partner {
 
     /// Posts the `ids` once each, `per_callback` at a time, one callback every `interval`, whatever
     /// becomes of the ones before.
+    #[must_use]
     pub fn post_all(
         &self,
         endpoint: String,
