@@ -1,0 +1,114 @@
+use std::time::{Duration, Instant};
+
+use testbed::{Answer, Process, StatusApi, eventually};
+
+use crate::{CALLBACK_ID, PATIENCE, SECOND, Surroundings};
+
+/// The exit codes of a service that was given a bad setting, or that did not finish its work.
+const BAD_SETTING: i32 = 78;
+const FAILURE: i32 = 70;
+
+fn spawn(around: &Surroundings, api: &StatusApi, further: &[(&'static str, &str)]) -> Process {
+    let mut environment = vec![
+        ("AMQP_URI", testbed::amqp_uri()),
+        ("QUEUE_NAME", around.queue.name.clone()),
+        ("DATABASE_URL", around.database.url().to_owned()),
+        ("TESTER_ENDPOINT", api.endpoint()),
+    ];
+    environment.extend(further.iter().map(|&(name, value)| (name, value.to_owned())));
+    Process::spawn("consumer", &environment, &[])
+}
+
+/// A consumer whose one lookup will not end for a minute.
+async fn with_a_hanging_lookup(
+    around: &Surroundings,
+    api: &StatusApi,
+    drain_timeout: &str,
+) -> Process {
+    let settings = [("STATUS_TIMEOUT", "60s"), ("DRAIN_TIMEOUT", drain_timeout)];
+    let consumer = spawn(around, api, &settings);
+    around.publish([42]).await;
+    eventually("the lookup is in flight", PATIENCE, async || (api.in_flight() == 1).then_some(()))
+        .await;
+    consumer
+}
+
+#[tokio::test]
+async fn a_bad_setting_ends_the_start_with_its_name_its_value_and_what_is_allowed() {
+    let consumer = Process::spawn("consumer", &[("MAX_CONSUMERS", "0".to_owned())], &[]);
+    assert_eq!(consumer.wait().await.code(), Some(BAD_SETTING));
+    let log = consumer.log().join("\n");
+    assert!(log.contains("MAX_CONSUMERS=0: expected a number from 1 to 50000"), "{log}");
+}
+
+#[tokio::test]
+async fn a_malformed_uri_is_refused_without_showing_its_password() {
+    for (name, value) in [
+        ("AMQP_URI", "amqp://me:s3cret@host:port/x"),
+        ("AMQP_URI", "me:s3cret@host"),
+        ("AMQP_URI", "amqp://me:s3cret/@host:5672"),
+        ("DATABASE_URL", "postgres://me:s3cret@host:port/x"),
+    ] {
+        let consumer = Process::spawn("consumer", &[(name, value.to_owned())], &[]);
+        assert_eq!(consumer.wait().await.code(), Some(BAD_SETTING), "{value}");
+        let log = consumer.log().join("\n");
+        assert!(log.contains(&format!("{name}=")), "{log}");
+        assert!(!log.contains("s3cret"), "{log}");
+    }
+}
+
+#[tokio::test]
+async fn an_idle_consumer_ends_well_on_sigterm() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    let consumer = spawn(&around, &api, &[]);
+    consumer.ready().await;
+    consumer.terminate();
+    assert_eq!(consumer.wait().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_second_sigterm_ends_a_consumer_at_once_that_waits_for_a_lookup() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Hang);
+    let consumer = with_a_hanging_lookup(&around, &api, "60s").await;
+    consumer.terminate();
+    consumer.wait_for_log("draining").await;
+    assert!(consumer.is_running());
+    let second_signal = Instant::now();
+    consumer.terminate();
+    assert_eq!(consumer.wait().await.code(), Some(FAILURE));
+    assert!(second_signal.elapsed() < Duration::from_secs(10), "{:?}", second_signal.elapsed());
+    eventually("the message is in the queue again", PATIENCE, async || {
+        (around.waiting().await == 1).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_drain_that_takes_too_long_is_given_up_and_its_message_delivered_again() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Hang);
+    let consumer = with_a_hanging_lookup(&around, &api, "1s").await;
+    let signalled = Instant::now();
+    consumer.terminate();
+    assert_eq!(consumer.wait().await.code(), Some(FAILURE));
+    assert!(signalled.elapsed() >= SECOND, "{:?}", signalled.elapsed());
+    let log = consumer.log().join("\n");
+    assert!(log.contains("the drain took longer than DRAIN_TIMEOUT=1s"), "{log}");
+    eventually("the message is in the queue again", PATIENCE, async || {
+        (around.waiting().await == 1).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn an_ids_way_can_be_followed_by_its_callback_id_in_the_log() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    let consumer = spawn(&around, &api, &[("RUST_LOG", "info,consumer=debug")]);
+    around.publish([42]).await;
+    let line = consumer.wait_for_log(CALLBACK_ID).await;
+    assert!(line.contains("looked up") && line.contains("id=42"), "{line}");
+    around.recorded([42]).await;
+}

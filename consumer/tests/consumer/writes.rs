@@ -1,0 +1,89 @@
+use testbed::{Answer, StatusApi, eventually};
+
+use crate::{PATIENCE, SECOND, Surroundings};
+
+#[tokio::test]
+async fn last_seen_is_the_moment_of_the_answer_by_the_databases_clock() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::After(SECOND, Box::new(Answer::Online)));
+    // The write is due 3 s after the answer, so that the two cannot be mistaken for each other.
+    let consumer = around.start(&api.endpoint(), &["--write-batch-linger=3s"]);
+    around.migrated().await;
+    let asked = around.clock().await;
+    around.publish([42]).await;
+    eventually("the answer has come", PATIENCE, async || {
+        (api.lookups_of(42) == 1 && api.in_flight() == 0).then_some(())
+    })
+    .await;
+    let answered = around.clock().await;
+    around.recorded([42]).await;
+    let written = around.clock().await;
+    let last_seen = around.last_seen(42).await;
+    assert!(last_seen >= asked + 1.0, "asked at {asked}, last seen at {last_seen}");
+    // The status API has sent its answer slightly before the consumer has it.
+    assert!(last_seen <= answered + 1.0, "answered at {answered}, last seen at {last_seen}");
+    assert!(written >= last_seen + 2.5, "written at {written}, last seen at {last_seen}");
+    consumer.stop().await;
+}
+
+#[tokio::test]
+async fn a_row_is_never_moved_backwards() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    let consumer = around.start(&api.endpoint(), &[]);
+    around.migrated().await;
+    let insert = "INSERT INTO object VALUES (1, now() + interval '1 hour'),
+                                            (2, now() - interval '1 hour')";
+    sqlx::query(insert).execute(around.database.pool()).await.unwrap();
+    let (newer, older) = (around.last_seen(1).await, around.last_seen(2).await);
+    around.publish([1, 2, 3]).await;
+    around.recorded([1, 2, 3]).await;
+    eventually("both are looked up", PATIENCE, async || {
+        (api.lookups_of(1) == 1 && api.lookups_of(2) == 1).then_some(())
+    })
+    .await;
+    consumer.stop().await;
+    around.assert_all_settled().await;
+    assert!((around.last_seen(1).await - newer).abs() < 1e-6);
+    assert!(around.last_seen(2).await > older + 3_599.0);
+}
+
+#[tokio::test]
+async fn repeated_messages_of_an_object_give_one_row() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    around.publish([7; 20]).await;
+    around.publish([8, 7, 9]).await;
+    // All results are there when the first batch is written.
+    let consumer = around.start(&api.endpoint(), &["--write-batch-linger=500ms"]);
+    around.recorded([7, 8, 9]).await;
+    consumer.stop().await;
+    around.assert_all_settled().await;
+}
+
+#[tokio::test]
+async fn rows_are_written_in_batches() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    around.publish(1..=500).await;
+    let consumer = around.start(&api.endpoint(), &["--write-batch-linger=50ms"]);
+    around.recorded(1..=500).await;
+    let sql = "SELECT count(DISTINCT xmin::text) FROM object";
+    let statements: i64 = sqlx::query_scalar(sql).fetch_one(around.database.pool()).await.unwrap();
+    assert!(statements < 100, "{statements} statements for 500 rows");
+    consumer.stop().await;
+}
+
+#[tokio::test]
+async fn a_full_batch_does_not_wait_for_the_linger_and_none_is_larger() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    around.publish(1..=100).await;
+    let settings = ["--write-batch-max=10", "--write-batch-linger=1h"];
+    let consumer = around.start(&api.endpoint(), &settings);
+    around.recorded(1..=100).await;
+    let sql = "SELECT max(rows) FROM (SELECT count(*) AS rows FROM object GROUP BY xmin::text) _";
+    let largest: i64 = sqlx::query_scalar(sql).fetch_one(around.database.pool()).await.unwrap();
+    assert_eq!(largest, 10);
+    consumer.stop().await;
+}
