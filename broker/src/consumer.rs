@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use crate::config::Config;
 use crate::delivery::Delivery;
 use crate::link::{self, LinkError, OutageLog, RPC_TIMEOUT};
-use crate::publisher::{self, Publisher};
+use crate::publisher::Publisher;
 use crate::{LinkStatus, topology::Topology};
 
 /// A consumer of the queue, on a connection of its own: a publishing connection that the broker has
@@ -126,7 +126,7 @@ impl Consumer {
     /// Closes the connection. What is not settled by now is delivered again.
     pub async fn close(self) {
         if let Some(session) = self.session {
-            publisher::close(&session.connection).await;
+            link::close(&session.connection).await;
         }
     }
 
@@ -153,7 +153,9 @@ impl Session {
         loop {
             // The stream can fall silent without an end, so the connection is looked at as well.
             match timeout(Duration::from_secs(1), self.deliveries.next()).await {
-                Ok(Some(Ok(delivery))) => return Ok(delivery),
+                Ok(Some(Ok(delivery))) if delivery.acker.usable() => return Ok(delivery),
+                // What lapin had buffered when the channel was lost; it will be delivered again.
+                Ok(Some(Ok(_))) => return Err("the channel is lost".to_owned()),
                 Ok(Some(Err(error))) => return Err(error.to_string()),
                 Ok(None) => return Err("the broker cancelled the consumer".to_owned()),
                 Err(_) if !self.connection.status().connected() => {

@@ -139,12 +139,13 @@ impl Delivery {
 
     async fn publish_copy(&self, copy: Outgoing) -> Settled {
         for wait in link::backoff() {
-            match self.publisher.publish(vec![copy.clone()], COPY_TIMEOUT).await {
-                Ok(()) => return Settled::Done,
-                Err(error) => tracing::debug!(%error, "the copy is not confirmed; trying again"),
-            }
+            // First, or each message of a lost channel would be there twice: its copy and itself.
             if !self.acker.usable() {
                 return Settled::Lost;
+            }
+            match self.publisher.publish(std::iter::once(copy.clone()), COPY_TIMEOUT).await {
+                Ok(()) => return Settled::Done,
+                Err(error) => tracing::debug!(%error, "the copy is not confirmed; trying again"),
             }
             tokio::time::sleep(wait).await;
         }
@@ -185,10 +186,18 @@ impl Delivery {
 
 fn failed_attempts(properties: &BasicProperties) -> u32 {
     let headers = properties.headers().as_ref();
-    match headers.and_then(|headers| headers.inner().get(ATTEMPTS)) {
-        Some(AMQPValue::LongLongInt(attempts)) => u32::try_from(*attempts).unwrap_or(0),
+    // We write 64 bits; a broker or a tool on the way may have made it another size.
+    let attempts = match headers.and_then(|headers| headers.inner().get(ATTEMPTS)) {
+        Some(AMQPValue::ShortShortInt(attempts)) => i64::from(*attempts),
+        Some(AMQPValue::ShortShortUInt(attempts)) => i64::from(*attempts),
+        Some(AMQPValue::ShortInt(attempts)) => i64::from(*attempts),
+        Some(AMQPValue::ShortUInt(attempts)) => i64::from(*attempts),
+        Some(AMQPValue::LongInt(attempts)) => i64::from(*attempts),
+        Some(AMQPValue::LongUInt(attempts)) => i64::from(*attempts),
+        Some(AMQPValue::LongLongInt(attempts)) => *attempts,
         _ => 0,
-    }
+    };
+    u32::try_from(attempts).unwrap_or(0)
 }
 
 fn counted(disposition: &'static str, settled: Settled) -> Settled {

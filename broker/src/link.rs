@@ -102,3 +102,10 @@ impl OutageLog {
         }
     }
 }
+
+/// Says goodbye, so that the broker logs no abrupt end.
+pub(crate) async fn close(connection: &Connection) {
+    if timeout(RPC_TIMEOUT, connection.close(200, "done".into())).await.is_err() {
+        tracing::debug!("the broker did not answer the close");
+    }
+}

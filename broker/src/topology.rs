@@ -30,9 +30,10 @@ pub(crate) enum TopologyError {
     #[error("queue {queue}: {source}")]
     Declare { queue: String, source: lapin::Error },
     #[error(
-        "queue {queue} exists but would not keep its messages ({text}); delete it or set another QUEUE_NAME"
+        "queue {queue} exists with other arguments, by which it might lose messages ({text}); \
+         move it away or set another QUEUE_NAME"
     )]
-    NotDurable { queue: String, text: String },
+    OtherArguments { queue: String, text: String },
     #[error("cannot open a channel: {0}")]
     OpenChannel(#[source] lapin::Error),
 }
@@ -48,30 +49,59 @@ impl Topology {
         }
     }
 
-    /// Declares every queue. One that is there already with other arguments is used as it is, with
-    /// a warning, as long as it is durable: a service that refused would only add an outage.
+    /// Declares every queue.
+    ///
+    /// A main queue of the other type is used as it is, with a warning: that is how it looks while
+    /// we share it with the Go services, and refusing would only add an outage. Any other
+    /// difference is an error, for it could mean that the queue drops what it has confirmed.
     pub(crate) async fn declare(&self, connection: &Connection) -> Result<(), TopologyError> {
         let mut channel = open(connection).await?;
         // The dead letters first: the main queue must never be able to give up a message to nowhere.
         let mut queues = vec![(&self.dead, quorum())];
-        queues.push((&self.queue, self.main_arguments()));
+        queues.push((&self.queue, self.main_arguments(self.queue_type)));
         for (delay, seconds) in self.delays.iter().zip(LEVELS_SECONDS) {
             queues.push((delay, self.delay_arguments(seconds)));
         }
         for (queue, arguments) in queues {
-            let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-            if let Err(source) = channel.queue_declare(queue.clone(), durable, arguments).await {
+            if let Err(source) = declare(&channel, queue, arguments).await {
                 // The broker has closed the channel along with the refusal.
                 channel = open(connection).await?;
-                adopt(&channel, queue, source).await?;
+                self.adopt(&channel, queue, source).await?;
             }
         }
         Ok(())
     }
 
+    async fn adopt(
+        &self,
+        channel: &Channel,
+        queue: &ShortString,
+        refusal: lapin::Error,
+    ) -> Result<(), TopologyError> {
+        let text = match refusal.kind() {
+            ErrorKind::ProtocolError(error)
+                if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
+            {
+                error.get_message().to_string()
+            }
+            _ => return Err(TopologyError::Declare { queue: queue.to_string(), source: refusal }),
+        };
+        let other_type = match self.queue_type {
+            QueueType::Quorum => QueueType::Classic,
+            QueueType::Classic => QueueType::Quorum,
+        };
+        let arguments = self.main_arguments(other_type);
+        // The broker names one difference only; that there is no other, only a declaration tells.
+        if *queue != self.queue || declare(channel, queue, arguments).await.is_err() {
+            return Err(TopologyError::OtherArguments { queue: queue.to_string(), text });
+        }
+        tracing::warn!(%queue, difference = text, "the queue has another type; using it as it is");
+        Ok(())
+    }
+
     /// Classic means exactly what the Go services declare: durable, no arguments.
-    fn main_arguments(&self) -> FieldTable {
-        match self.queue_type {
+    fn main_arguments(&self, queue_type: QueueType) -> FieldTable {
+        match queue_type {
             QueueType::Classic => FieldTable::default(),
             QueueType::Quorum => {
                 let mut arguments = dead_lettering_to(&self.dead);
@@ -115,31 +145,15 @@ fn text(value: &str) -> AMQPValue {
     AMQPValue::LongString(value.into())
 }
 
-async fn open(connection: &Connection) -> Result<Channel, TopologyError> {
-    connection.create_channel().await.map_err(TopologyError::OpenChannel)
-}
-
-/// Goes on with a queue that differs from what we would have declared, if it keeps its messages.
-async fn adopt(
+async fn declare(
     channel: &Channel,
     queue: &ShortString,
-    refusal: lapin::Error,
-) -> Result<(), TopologyError> {
-    let declare = |source| TopologyError::Declare { queue: queue.to_string(), source };
-    let text = match refusal.kind() {
-        ErrorKind::ProtocolError(error)
-            if *error.kind() == AMQPErrorKind::Soft(AMQPSoftError::PRECONDITIONFAILED) =>
-        {
-            error.get_message().to_string()
-        }
-        _ => return Err(declare(refusal)),
-    };
-    if ["'durable'", "'exclusive'", "'auto_delete'"].iter().any(|lossy| text.contains(lossy)) {
-        return Err(TopologyError::NotDurable { queue: queue.to_string(), text });
-    }
-    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let found = channel.queue_declare(queue.clone(), passive, FieldTable::default()).await;
-    found.map_err(declare)?;
-    tracing::warn!(%queue, difference = text, "the queue exists with other arguments; using it as it is");
-    Ok(())
+    arguments: FieldTable,
+) -> lapin::Result<()> {
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(queue.clone(), durable, arguments).await.map(drop)
+}
+
+async fn open(connection: &Connection) -> Result<Channel, TopologyError> {
+    connection.create_channel().await.map_err(TopologyError::OpenChannel)
 }

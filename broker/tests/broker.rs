@@ -152,9 +152,8 @@ async fn a_queue_that_would_lose_its_messages_is_refused() {
     declare(&queue.name, false, FieldTable::default()).await.unwrap();
     let publisher = Publisher::start(&config(&queue, QueueType::Classic), "test");
     let mut status = publisher.status();
-    let refused = status.wait_for(|status| {
-        status.as_ref().is_err_and(|reason| reason.contains("would not keep its messages"))
-    });
+    let refused = status
+        .wait_for(|status| status.as_ref().is_err_and(|reason| reason.contains("other arguments")));
     tokio::time::timeout(PATIENCE, refused).await.unwrap().unwrap();
     let error = publisher.publish_ids("c", &[1], SECOND).await.unwrap_err();
     assert!(matches!(error, PublishError::Away(_)), "{error}");
@@ -307,17 +306,21 @@ async fn a_stopped_consumer_gives_back_what_it_had_not_begun_and_settles_the_res
 }
 
 #[tokio::test]
-async fn a_full_queue_is_an_error_and_not_a_confirm() {
-    let queue = Queue::new();
-    let full = [
-        ("x-max-length", AMQPValue::LongInt(1)),
-        ("x-overflow", AMQPValue::LongString("reject-publish".into())),
-    ];
-    declare(&queue.name, true, arguments(&full)).await.unwrap();
-    let publisher = connected_publisher(&config(&queue, QueueType::Classic)).await;
-    publisher.publish_ids("c", &[1], SECOND * 5).await.unwrap();
-    let error = publisher.publish_ids("c", &[2], SECOND * 5).await.unwrap_err();
-    assert!(matches!(error, PublishError::Refused), "{error}");
+async fn a_queue_that_would_drop_messages_is_refused_whichever_of_ours_it_is() {
+    let expiring = arguments(&[
+        ("x-queue-type", AMQPValue::LongString("quorum".into())),
+        ("x-message-ttl", AMQPValue::LongLongInt(2_000)),
+    ]);
+    for suffix in ["", ".dead", ".retry.2s"] {
+        let queue = Queue::new();
+        declare(&format!("{}{suffix}", queue.name), true, expiring.clone()).await.unwrap();
+        let publisher = Publisher::start(&config(&queue, QueueType::Quorum), "test");
+        let mut status = publisher.status();
+        let refused = status.wait_for(|status| {
+            status.as_ref().is_err_and(|reason| reason.contains("other arguments"))
+        });
+        tokio::time::timeout(PATIENCE, refused).await.unwrap().unwrap();
+    }
 }
 
 #[tokio::test]

@@ -1,3 +1,8 @@
+use futures_util::future::join_all;
+use lapin::options::QueueDeclareOptions;
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Connection, ConnectionProperties};
+
 use super::*;
 use crate::QueueType;
 use testbed::Queue;
@@ -25,15 +30,15 @@ async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
     for _round in 0..10 {
         // Each unroutable message ends the session.
         timeout(within, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
-        publisher.publish(vec![outgoing(&queue.name)], within).await.unwrap();
+        publisher.publish(std::iter::once(outgoing(&queue.name)), within).await.unwrap();
         confirmed += 1;
         let mut batches = tokio::task::JoinSet::new();
         for batch in 0..60 {
             let publisher = publisher.clone();
             let key = if batch == 30 { nowhere.clone() } else { queue.name.clone() };
-            batches.spawn(
-                async move { (batch, publisher.publish(vec![outgoing(&key)], within).await) },
-            );
+            batches.spawn(async move {
+                (batch, publisher.publish(std::iter::once(outgoing(&key)), within).await)
+            });
         }
         while let Some(published) = batches.join_next().await {
             match published.unwrap() {
@@ -48,26 +53,34 @@ async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
     assert!(queue.depth(&queue.name).await.unwrap() >= confirmed);
 }
 
-#[test]
-fn a_return_that_comes_with_another_publishs_confirm_is_kept_for_its_own() {
-    let returned_with = |own: &str| {
-        let properties = BasicProperties::default().with_message_id(own.into());
-        let mut delivery =
-            lapin::message::Delivery::mock(0, "".into(), "gone".into(), false, Vec::new());
-        delivery.properties = properties;
-        lapin::message::BasicReturnMessage {
-            delivery,
-            reply_code: 312,
-            reply_text: "NO_ROUTE".into(),
-        }
+/// A queue of our own type would be refused with such a limit, so it is another one beside it.
+#[tokio::test]
+async fn a_full_queue_is_an_error_and_not_a_confirm() {
+    let (queue, full) = (Queue::new(), Queue::new());
+    let config = Config {
+        amqp_uri: testbed::amqp_uri().parse().unwrap(),
+        queue_name: queue.name.clone(),
+        queue_type: QueueType::Quorum,
     };
-    let mut returned = HashSet::new();
-    let other = Ok(Confirmation::Ack(Some(returned_with("2"))));
-    assert_eq!(verdict(1, other, &mut returned), Verdict::Confirmed);
-    assert_eq!(verdict(3, Ok(Confirmation::Ack(None)), &mut returned), Verdict::Confirmed);
-    assert_eq!(verdict(2, Ok(Confirmation::Ack(None)), &mut returned), Verdict::Unroutable);
-    assert_eq!(verdict(4, Ok(Confirmation::Nack(None)), &mut returned), Verdict::Refused);
-    let own = Ok(Confirmation::Ack(Some(returned_with("5"))));
-    assert_eq!(verdict(5, own, &mut returned), Verdict::Unroutable);
-    assert!(returned.is_empty());
+    let uri = testbed::amqp_uri().parse().unwrap();
+    let connection = Connection::connect_uri(uri, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let mut limit = FieldTable::default();
+    limit.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    limit.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(full.name.as_str().into(), durable, limit).await.unwrap();
+
+    let publisher = Publisher::start(&config, "test");
+    let within = Duration::from_secs(30);
+    timeout(within, publisher.status().wait_for(Result::is_ok)).await.unwrap().unwrap();
+    let to_full = || publisher.publish(std::iter::once(outgoing(&full.name)), within);
+    let to_ours = || publisher.publish(std::iter::once(outgoing(&queue.name)), within);
+    to_full().await.unwrap();
+    let refused = to_full().await.unwrap_err();
+    assert!(matches!(refused, PublishError::Refused), "{refused}");
+    // In one round, each batch has its own answer.
+    let (full, ours) =
+        tokio::join!(join_all([to_full(), to_full()]), join_all([to_ours(), to_ours()]));
+    assert!(full.iter().all(Result::is_err) && ours.iter().all(Result::is_ok));
 }
