@@ -47,6 +47,7 @@ pub async fn run(
     health.needs("broker, for retries", publisher.status());
     health.needs("database", store.status());
     health.needs("status API", status_api.status());
+    health.all_told();
 
     let writer = Writer::start(store, &config);
     let lookups = Lookups::new(&config, status_api, writer);

@@ -17,6 +17,7 @@ use crate::writer::{Writer, WriterDied};
 /// Runs up to `MAX_CONSUMERS` lookups at once.
 pub(crate) struct Lookups {
     max_consumers: usize,
+    max_unsettled: usize,
     shared: Arc<Shared>,
 }
 
@@ -37,7 +38,11 @@ impl Lookups {
             max_attempts: config.max_attempts,
             failure_log: FailureLog::default(),
         };
-        Self { max_consumers: config.max_consumers.into(), shared: Arc::new(shared) }
+        Self {
+            max_consumers: config.max_consumers.into(),
+            max_unsettled: config.prefetch().into(),
+            shared: Arc::new(shared),
+        }
     }
 
     /// Looks up what is delivered until `shutdown`, then finishes what is in flight.
@@ -64,15 +69,17 @@ impl Lookups {
             let delivery = {
                 let mut next = pin!(deliveries.next());
                 loop {
+                    // The prefetch bounds them too, but each session of the broker's anew.
+                    let room = in_flight.len() < self.max_unsettled;
                     tokio::select! {
-                        delivery = &mut next => break Some(delivery),
+                        delivery = &mut next, if room => break Some(delivery),
                         Some(ended) = in_flight.join_next() => settled(ended)?,
                         () = shutdown.cancelled() => break None,
                     }
                 }
             };
             let Some(delivery) = delivery else { break };
-            in_flight.spawn(handle(Arc::clone(&self.shared), delivery, permit));
+            in_flight.spawn(look_up_and_settle(Arc::clone(&self.shared), delivery, permit));
             while let Some(ended) = in_flight.try_join_next() {
                 settled(ended)?;
             }
@@ -88,7 +95,7 @@ impl Lookups {
 }
 
 /// Looks one delivery's object up, has the result committed, and settles the delivery.
-async fn handle(
+async fn look_up_and_settle(
     shared: Arc<Shared>,
     delivery: Delivery,
     permit: OwnedSemaphorePermit,
@@ -110,6 +117,7 @@ async fn handle(
             }
         }
         Err(error) => {
+            drop(permit);
             tracing::warn!(%error, "a message that cannot be read goes to the dead letters");
             Disposition::DeadLetter { reason: error.to_string() }
         }

@@ -31,11 +31,11 @@ const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
 pub struct FrontDoor {
     listener: TcpListener,
     limits: http::Limits,
-    state: Arc<Callbacks>,
+    shared: Arc<Shared>,
 }
 
 /// What the requests share.
-struct Callbacks {
+struct Shared {
     publisher: Publisher,
     config: Config,
 }
@@ -53,12 +53,13 @@ impl FrontDoor {
             .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
         let publisher = Publisher::start(&config.broker, "producer");
         health.needs("broker", publisher.status());
+        health.all_told();
         let limits = http::Limits {
             max_connections: config.max_connections,
             header_timeout: config.header_timeout,
         };
-        let state = Arc::new(Callbacks { publisher, config: config.clone() });
-        Ok(Self { listener, limits, state })
+        let shared = Arc::new(Shared { publisher, config: config.clone() });
+        Ok(Self { listener, limits, shared })
     }
 
     /// The address that it listens on, with the port that was free if any was asked for.
@@ -75,12 +76,12 @@ impl FrontDoor {
     /// When the publisher has died: nothing could be accepted any more.
     pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         tracing::info!(address = %self.address()?, "taking callbacks on POST /callback");
-        let publisher = self.state.publisher.clone();
+        let publisher = self.shared.publisher.clone();
         let router = Router::new()
             .route("/callback", post(take))
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
-            .with_state(self.state);
+            .with_state(self.shared);
         tokio::select! {
             () = http::serve(self.listener, router, self.limits, shutdown) => {}
             () = publisher.died() => anyhow::bail!("the publisher has died"),
@@ -99,10 +100,10 @@ struct Accepted {
     queued: usize,
 }
 
-async fn take(State(callbacks): State<Arc<Callbacks>>, request: Request) -> Response {
+async fn take(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let started = Instant::now();
     let callback_id = Uuid::now_v7().to_string();
-    let outcome = callbacks.accept(&callback_id, request.into_body()).await;
+    let outcome = shared.accept(&callback_id, request.into_body()).await;
     let label = match &outcome {
         Ok(_) => "accepted",
         Err(problem) => match problem.status {
@@ -127,7 +128,7 @@ async fn take(State(callbacks): State<Arc<Callbacks>>, request: Request) -> Resp
     response
 }
 
-impl Callbacks {
+impl Shared {
     /// Makes every distinct id of the body a message, and returns once all of them are durable.
     async fn accept(&self, callback_id: &str, body: Body) -> Result<Accepted, Problem> {
         let max_bytes = self.config.max_body_bytes;

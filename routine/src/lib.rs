@@ -58,6 +58,7 @@ pub async fn run(
     );
     let store = Store::start(&config.store, "routine", 1);
     health.needs("database", store.status());
+    health.all_told();
     if config.once {
         return once(&store, &config).await;
     }

@@ -1,6 +1,6 @@
 //! Readiness: which peers a service needs, and whether each is there.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
 
@@ -11,7 +11,13 @@ pub type PeerStatus = Result<(), String>;
 ///
 /// The parts that talk to a peer own its status and change it; `/readyz` only looks.
 #[derive(Clone, Default)]
-pub struct Health(Arc<Mutex<Vec<Peer>>>);
+pub struct Health(Arc<Mutex<Needs>>);
+
+#[derive(Default)]
+struct Needs {
+    peers: Vec<Peer>,
+    complete: bool,
+}
 
 struct Peer {
     name: &'static str,
@@ -21,23 +27,31 @@ struct Peer {
 impl Health {
     /// From now on the service is ready only while `status` is `Ok`.
     pub fn needs(&self, name: &'static str, status: watch::Receiver<PeerStatus>) {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner).push(Peer { name, status });
+        self.lock().peers.push(Peer { name, status });
+    }
+
+    /// All needs have been told; before that, the service counts as starting and is not ready.
+    pub fn all_told(&self) {
+        self.lock().complete = true;
     }
 
     /// Each peer that is away, with the reason.
     #[must_use]
     pub fn missing(&self) -> Vec<(&'static str, String)> {
-        let peers = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        peers
-            .iter()
-            .filter_map(|Peer { name, status }| {
-                // The sender lives as long as the part that talks to the peer.
-                if status.has_changed().is_err() {
-                    return Some((*name, "the part that talks to it has stopped".to_owned()));
-                }
-                status.borrow().clone().err().map(|reason| (*name, reason))
-            })
-            .collect()
+        let needs = self.lock();
+        let starting = (!needs.complete).then(|| ("service", "starting".to_owned()));
+        let away = needs.peers.iter().filter_map(|Peer { name, status }| {
+            // The sender lives as long as the part that talks to the peer.
+            if status.has_changed().is_err() {
+                return Some((*name, "the part that talks to it has stopped".to_owned()));
+            }
+            status.borrow().clone().err().map(|reason| (*name, reason))
+        });
+        starting.into_iter().chain(away).collect()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Needs> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -48,6 +62,8 @@ mod tests {
     #[test]
     fn a_peer_is_missing_while_its_status_says_so_or_nobody_tells_it() {
         let health = Health::default();
+        assert_eq!(health.missing(), [("service", "starting".to_owned())]);
+        health.all_told();
         assert!(health.missing().is_empty());
         let (status, watched) = watch::channel(Err("refused".to_owned()));
         health.needs("broker", watched);

@@ -24,8 +24,8 @@ pub struct Limits {
     pub header_timeout: Duration,
 }
 
-/// Serves `router` on `listener` until `shutdown`, then stops accepting, lets the requests in
-/// flight finish and returns.
+/// Serves `router` on `listener` until `shutdown`, then takes who has already connected, stops
+/// accepting, lets the requests in flight finish and returns.
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -43,6 +43,9 @@ pub async fn serve(
             (slot, listener.accept().await)
         };
         let (slot, accepted) = tokio::select! {
+            // In this order: who is in the kernel's backlog at the shutdown has connected, and would
+            // be reset with the listener.
+            biased;
             accepted = accepted => accepted,
             () = shutdown.cancelled() => break,
         };

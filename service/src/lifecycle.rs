@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, Command, FromArgMatches};
 use tokio::net::TcpListener;
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::settings::{self, Parsed};
@@ -132,7 +132,8 @@ fn read_settings<C: Args + FromArgMatches>(
             argument.required(false).default_value(description.admin_address)
         });
     let environment = settings::environment()?;
-    Ok(match settings::parse::<Both<C>>(command, &environment, std::env::args())? {
+    let arguments = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
+    Ok(match settings::parse::<Both<C>>(command, &environment, arguments)? {
         Parsed::Run(Both(common, config)) => Parsed::Run((common, config)),
         Parsed::Print(text) => Parsed::Print(text),
     })
@@ -146,6 +147,8 @@ async fn supervise(
     shutdown: CancellationToken,
     service: impl Future<Output = anyhow::Result<()>> + Send + 'static,
 ) -> anyhow::Result<()> {
+    // First of all: until then, a signal ends the process where it stands.
+    let signals = Signals::watch()?;
     let metrics = admin::install_metrics(description.name)?;
     let address = common.admin_addr;
     let listener = TcpListener::bind(address)
@@ -156,8 +159,9 @@ async fn supervise(
     let router = admin::router(health, metrics.clone(), shutdown.clone());
     // It goes on while the service drains, so that a probe sees why it is not ready.
     let admin = http::serve(listener, router, ADMIN_LIMITS, CancellationToken::new());
-    tokio::spawn(admin);
-    tokio::spawn(admin::metrics_upkeep(metrics));
+    let admin = tokio::spawn(async move {
+        tokio::join!(admin, admin::metrics_upkeep(metrics));
+    });
 
     // As a task of its own, so that a panic in it is an error here and not the end of this function.
     let service = tokio::spawn(service);
@@ -166,27 +170,46 @@ async fn supervise(
             Ok(result) => result,
             Err(error) => Err(anyhow::anyhow!("the service died: {error}")),
         },
-        reason = abandoned(common.drain_timeout, shutdown) => reason,
+        ended = admin => Err(anyhow::anyhow!("the admin address died: {ended:?}")),
+        reason = abandoned(signals, common.drain_timeout, shutdown) => reason,
+    }
+}
+
+/// The signals that stop a service.
+struct Signals {
+    terminate: Signal,
+    interrupt: Signal,
+}
+
+impl Signals {
+    fn watch() -> anyhow::Result<Self> {
+        let terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
+        let interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
+        Ok(Self { terminate, interrupt })
+    }
+
+    /// Waits for the next of them and gives its name.
+    async fn next(&mut self) -> &'static str {
+        tokio::select! {
+            _ = self.terminate.recv() => "SIGTERM",
+            _ = self.interrupt.recv() => "SIGINT",
+        }
     }
 }
 
 /// Waits for the first signal, starts the drain, and returns the reason to give it up.
-async fn abandoned(drain_timeout: Duration, shutdown: CancellationToken) -> anyhow::Result<()> {
-    let mut terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
-    let mut interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
-    let mut next_signal = async || {
-        tokio::select! {
-            _ = terminate.recv() => "SIGTERM",
-            _ = interrupt.recv() => "SIGINT",
-        }
-    };
-    let name = next_signal().await;
+async fn abandoned(
+    mut signals: Signals,
+    drain_timeout: Duration,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let name = signals.next().await;
     tracing::info!(signal = name, timeout = ?drain_timeout, "draining");
     shutdown.cancel();
     tokio::select! {
-        () = tokio::time::sleep(drain_timeout) => {
-            anyhow::bail!("the drain took longer than DRAIN_TIMEOUT={drain_timeout:?}; what was in flight will be delivered again")
-        }
-        name = next_signal() => anyhow::bail!("stopped at once by a second signal ({name})"),
+        () = tokio::time::sleep(drain_timeout) => anyhow::bail!(
+            "the drain took longer than DRAIN_TIMEOUT={drain_timeout:?}; what was in flight will be delivered again"
+        ),
+        name = signals.next() => anyhow::bail!("stopped at once by a second signal ({name})"),
     }
 }

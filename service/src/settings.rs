@@ -46,9 +46,10 @@ pub(crate) fn environment() -> Result<BTreeMap<String, String>, SettingsError> {
         Err(error) if error.not_found() => {}
         Err(error) => return Err(SettingsError(format!(".env cannot be read: {error}"))),
     }
-    // A value that is set in the process's own environment hides `.env` as a whole for that name,
-    // so that POSTGRES_PASSWORD_FILE of a container is not overruled by a POSTGRES_PASSWORD of .env.
-    for (name, value) in std::env::vars() {
+    // A container's POSTGRES_PASSWORD_FILE also takes the place of a POSTGRES_PASSWORD in `.env`.
+    for (name, value) in std::env::vars_os() {
+        // Somebody else's variable may be anything; ours are all text.
+        let (Ok(name), Ok(value)) = (name.into_string(), value.into_string()) else { continue };
         match name.strip_suffix("_FILE") {
             Some(base) if !value.is_empty() && std::env::var_os(base).is_none() => {
                 variables.remove(base);
@@ -169,16 +170,12 @@ fn explain(error: &clap::Error) -> String {
     text.trim_start_matches("error: ").trim_end().to_owned()
 }
 
-/// The value as it may be shown: passwords not at all, URLs without their user part.
+/// The value as it may be shown: not at all where a password may be in it, in whichever place.
 fn mask(name: &str, value: &str) -> String {
-    if name.contains("PASSWORD") || name.contains("SECRET") {
-        return "***".to_owned();
-    }
+    let secret = ["PASSWORD", "SECRET", "URI", "URL"].iter().any(|part| name.contains(part));
     match value.rsplit_once('@') {
-        Some((before, after)) => match before.split_once("://") {
-            Some((scheme, _)) => format!("{scheme}://***@{after}"),
-            None => format!("***@{after}"),
-        },
+        _ if secret => "***".to_owned(),
+        Some((_, after)) => format!("***@{after}"),
         None => value.to_owned(),
     }
 }
@@ -281,10 +278,12 @@ mod tests {
 
     #[test]
     fn a_secret_in_a_bad_value_is_masked() {
-        let error = read(&[("AMQP_URI", "amqp://me:s3cret@host/x")], &[]).unwrap_err();
-        assert!(error.starts_with("AMQP_URI=amqp://***@host/x: no URI"), "{error}");
-        let error = read(&[("AMQP_URI", "me:s3cret@host")], &[]).unwrap_err();
-        assert!(!error.contains("s3cret"), "{error}");
+        for value in ["amqp://me:s3cret@host/x", "me:s3cret@host", "host?password=s3cret"] {
+            let error = read(&[("AMQP_URI", value)], &[]).unwrap_err();
+            assert!(error.starts_with("AMQP_URI=***: no URI"), "{error}");
+        }
+        let error = read(&[("ROUTINE_INTERVAL", "http://me:s3cret@host")], &[]).unwrap_err();
+        assert!(error.starts_with("ROUTINE_INTERVAL=***@host: expected"), "{error}");
     }
 
     #[test]

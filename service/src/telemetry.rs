@@ -5,8 +5,10 @@ use std::io::IsTerminal as _;
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoLocal;
 
-/// lapin reports each lost connection itself, several times; we log it once, where it is handled.
-const DEFAULT_FILTER: &str = "info,lapin=off,sqlx::postgres::notice=warn";
+const DEFAULT_FILTER: &str = "info,sqlx::postgres::notice=warn";
+/// Laid over every filter. lapin reports each lost connection itself, several times, and we log it
+/// once, where it is handled; and at level trace it writes out the frame with the password.
+const ALWAYS: &str = "lapin=off";
 
 /// How log lines look.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
@@ -39,7 +41,7 @@ fn filter(text: &str) -> Result<String, String> {
 /// Installs the log subscriber for the whole process. Times are in the zone of `TZ`.
 pub(crate) fn init(config: &Config) {
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(&config.rust_log))
+        .with_env_filter(EnvFilter::new(format!("{},{ALWAYS}", config.rust_log)))
         .with_timer(ChronoLocal::rfc_3339())
         .with_writer(std::io::stderr)
         .with_ansi(std::io::stderr().is_terminal());

@@ -1,25 +1,32 @@
 //! The statements.
 
+use std::sync::LazyLock;
 use std::time::Duration;
 
 use sqlx::migrate::{MigrateError, Migrator};
+use sqlx::pool::PoolConnection;
 use sqlx::postgres::types::PgInterval;
 use sqlx::postgres::{PgArguments, PgPoolOptions, PgQueryResult};
 use sqlx::query::Query;
 use sqlx::{PgPool, Postgres};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout_at};
+use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::{Config, StoreStatus, monitor};
 
-pub(crate) static MIGRATIONS: Migrator = sqlx::migrate!("../migrations");
+pub(crate) static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
+    let mut migrations = sqlx::migrate!("../migrations");
+    // A later version of ours may have migrated further while this process was running.
+    migrations.set_ignore_missing(true);
+    migrations
+});
 
 /// The server ends a statement after this time.
 const STATEMENT_TIMEOUT: Duration = Duration::from_secs(10);
-/// And we give up on it shortly after, for a server that no longer answers at all. It covers the
-/// wait for a connection as well.
+/// And we give up on it shortly after, for a server that no longer answers at all.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(12);
+
 /// Why the database did not do what it was asked, named after the operation.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
@@ -89,8 +96,13 @@ impl Store {
     /// # Errors
     /// [`StoreError`]; then none is written, or, after a timeout, perhaps all.
     pub async fn record_seen(&self, sightings: &[Sighting]) -> Result<(), StoreError> {
-        let ids: Vec<i64> = sightings.iter().map(|sighting| sighting.id).collect();
-        let ages: Vec<f64> = sightings.iter().map(|sighting| sighting.age.as_secs_f64()).collect();
+        let asked_at = Instant::now();
+        let connection = self.pool.acquire().await.map_err(StoreError::RecordSeen)?;
+        // The ages have grown while a connection was waited for.
+        let waited = asked_at.elapsed();
+        let ids: Vec<i64> = sightings.iter().map(|seen| seen.id).collect();
+        let ages: Vec<f64> =
+            sightings.iter().map(|seen| (seen.age + waited).as_secs_f64()).collect();
         let query = sqlx::query(
             "INSERT INTO object AS seen (id, last_seen)
              SELECT id, now() - make_interval(secs => age)
@@ -101,7 +113,7 @@ impl Store {
         )
         .bind(ids)
         .bind(ages);
-        self.execute(query, StoreError::RecordSeen).await?;
+        execute(connection, query, StoreError::RecordSeen).await?;
         Ok(())
     }
 
@@ -122,26 +134,25 @@ impl Store {
         )
         .bind(interval(ttl))
         .bind(i64::from(limit));
-        let done = self.execute(query, StoreError::DeleteStale).await?;
+        let connection = self.pool.acquire().await.map_err(StoreError::DeleteStale)?;
+        let done = execute(connection, query, StoreError::DeleteStale).await?;
         Ok(done.rows_affected())
     }
+}
 
-    /// Runs a statement with a deadline, which sqlx does not have. A connection that has missed it is
-    /// thrown away: back in the pool it would first have to answer a ping, without a deadline, and
-    /// hold its place there for as long as a silent peer leaves it open.
-    async fn execute(
-        &self,
-        query: Query<'_, Postgres, PgArguments>,
-        failed: fn(sqlx::Error) -> StoreError,
-    ) -> Result<PgQueryResult, StoreError> {
-        let deadline = Instant::now() + QUERY_TIMEOUT;
-        let mut connection = self.pool.acquire().await.map_err(failed)?;
-        let Ok(done) = timeout_at(deadline, query.execute(&mut *connection)).await else {
-            drop(connection.detach());
-            return Err(StoreError::Timeout(QUERY_TIMEOUT));
-        };
-        done.map_err(failed)
-    }
+/// Runs a statement with a deadline, which sqlx does not have. A connection that has missed it is
+/// thrown away: back in the pool it would first have to answer a ping, without a deadline, and hold
+/// its place there for as long as a silent peer leaves it open.
+async fn execute(
+    mut connection: PoolConnection<Postgres>,
+    query: Query<'_, Postgres, PgArguments>,
+    failed: fn(sqlx::Error) -> StoreError,
+) -> Result<PgQueryResult, StoreError> {
+    let Ok(done) = timeout(QUERY_TIMEOUT, query.execute(&mut *connection)).await else {
+        drop(connection.detach());
+        return Err(StoreError::Timeout(QUERY_TIMEOUT));
+    };
+    done.map_err(failed)
 }
 
 fn interval(duration: Duration) -> PgInterval {

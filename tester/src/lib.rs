@@ -29,9 +29,10 @@ use partner::Partner;
 /// of a load run cannot be written.
 pub async fn run(
     config: Config,
-    _health: Health,
+    health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    health.all_told();
     api::describe_metrics();
     callback::describe_metrics();
     let callbacks = config.callbacks.into_inner();

@@ -1,6 +1,7 @@
+use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use testbed::{Answer, Process, StatusApi, eventually};
+use testbed::{Answer, Process, StatusApi, eventually, free_port, http_get};
 
 use crate::{CALLBACK_ID, PATIENCE, SECOND, Surroundings};
 
@@ -62,9 +63,29 @@ async fn an_idle_consumer_ends_well_on_sigterm() {
     let around = Surroundings::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
     let consumer = spawn(&around, &api, &[]);
-    consumer.ready().await;
+    around.publish([42]).await;
+    around.recorded([42]).await;
     consumer.terminate();
     assert_eq!(consumer.wait().await.code(), Some(0));
+    around.assert_all_settled().await;
+}
+
+#[tokio::test]
+async fn a_consumer_whose_peers_are_away_is_not_ready_from_the_first_moment_on() {
+    let nobody = free_port();
+    let admin = SocketAddr::from(([127, 0, 0, 1], free_port()));
+    let settings = [
+        ("ADMIN_ADDR", admin.to_string()),
+        ("AMQP_URI", format!("amqp://guest:guest@127.0.0.1:{nobody}/%2f")),
+        ("DATABASE_URL", format!("postgres://nobody@127.0.0.1:{nobody}/x")),
+        ("TESTER_ENDPOINT", format!("http://127.0.0.1:{nobody}")),
+    ];
+    let _consumer = Process::spawn("consumer", &settings, &[]);
+    let first = eventually("the admin address answers", PATIENCE, async || {
+        http_get(admin, "/readyz").await.ok()
+    })
+    .await;
+    assert_eq!(first.status, 503, "{}", first.body);
 }
 
 #[tokio::test]

@@ -137,8 +137,7 @@ struct Seen {
 async fn send_callbacks(producer: Arc<Producer>, seen: Arc<Seen>) -> BTreeSet<i64> {
     let mut accepted = BTreeSet::new();
     while !seen.done.load(Ordering::SeqCst) {
-        let first = seen.next_id.fetch_add(3, Ordering::SeqCst);
-        let ids = [first, first + 1, first + 2];
+        let ids = [seen.next_id.fetch_add(1, Ordering::SeqCst)];
         let deleted = seen.deleted.load(Ordering::SeqCst);
         let answer = producer.post_ids(&ids).await;
         match (answer.status, deleted) {

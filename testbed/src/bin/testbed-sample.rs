@@ -21,6 +21,7 @@ fn main() -> ExitCode {
     service::main(description, |settings: Settings, health: Health, shutdown| async move {
         let (status, watched) = tokio::sync::watch::channel(Err("still warming up".to_owned()));
         health.needs("itself", watched);
+        health.all_told();
         tracing::info!(greeting = settings.greeting, folder = ?std::env::current_dir()?, "sample");
         metrics::counter!("sample_total", "kind" => "a").increment(2);
         metrics::counter!("sample_total", "kind" => "b").increment(3);
