@@ -1,4 +1,4 @@
-# One image with the four services; the command says which of them runs.
+# One image with the four services and `lastseen`; the command says which of them runs.
 FROM rust:1-bookworm AS build
 WORKDIR /build
 
@@ -6,27 +6,30 @@ WORKDIR /build
 COPY Cargo.toml Cargo.lock ./
 COPY broker/Cargo.toml broker/
 COPY consumer/Cargo.toml consumer/
+COPY embedded/Cargo.toml embedded/
 COPY pipeline/Cargo.toml pipeline/
 COPY producer/Cargo.toml producer/
 COPY routine/Cargo.toml routine/
 COPY service/Cargo.toml service/
+COPY standalone/Cargo.toml standalone/
 COPY store/Cargo.toml store/
 COPY testbed/Cargo.toml testbed/
 COPY tester/Cargo.toml tester/
 RUN for crate in */; do mkdir "$crate/src" && touch "$crate/src/lib.rs"; done \
- && for service in producer consumer routine tester; do echo 'fn main() {}' >"$service/src/main.rs"; done \
- && cargo build --release --locked -p producer -p consumer -p routine -p tester
+ && for service in producer consumer routine standalone tester; do echo 'fn main() {}' >"$service/src/main.rs"; done \
+ && cargo build --release --locked -p producer -p consumer -p routine -p standalone -p tester
 
 # The files keep their dates, which may lie before those of the empty crates: without the touch, cargo
 # would find nothing to do.
 COPY . .
 RUN find . -path ./target -prune -o -name '*.rs' -exec touch {} + \
- && cargo build --release --locked -p producer -p consumer -p routine -p tester
+ && cargo build --release --locked -p producer -p consumer -p routine -p standalone -p tester
 
 FROM debian:bookworm-slim
 # For TLS to a broker, a database or a status API elsewhere.
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /build/target/release/producer /build/target/release/consumer \
-     /build/target/release/routine /build/target/release/tester /build/scripts/ready /usr/local/bin/
+     /build/target/release/routine /build/target/release/lastseen /build/target/release/tester \
+     /build/scripts/ready /usr/local/bin/
 USER 65532:65532
 STOPSIGNAL SIGTERM

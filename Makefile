@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test lint up down audit
+.PHONY: help test lint bench up down audit
 
 # The plugin where it is there, else the program of its own.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -14,6 +14,9 @@ lint: ## check format, clippy and documentation; a warning is a failure
 	cargo fmt --all --check
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --document-private-items
+
+bench: ## measure lastseen on its files; SOAK=10m make bench for a long look at its memory
+	@scripts/bench-embedded
 
 up: ## build the image, start the whole system in the background, say where it is
 	$(COMPOSE) up --build -d

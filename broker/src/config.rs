@@ -1,23 +1,66 @@
 //! Which broker, and which queue on it.
 
-use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
+use std::sync::Arc;
 
-use lapin::uri::AMQPUri;
+use embedded::{Location, OpenError};
+
+use crate::amqp::AmqpUri;
+use crate::sqlite::Queue;
 
 /// The broker's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Broker")]
 #[group(skip)]
 pub struct Config {
-    /// The RabbitMQ to use, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…
+    /// The RabbitMQ to use, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…; or sqlite:PATH, a queue in a file for one process
     #[arg(long, default_value = "amqp://guest:guest@localhost:5672/%2f")]
-    pub amqp_uri: AmqpUri,
-    /// The queue; `.retry.*` and `.dead` are added to its name for retries and dead letters
-    #[arg(long, default_value = "objects", value_parser = queue_name)]
+    pub amqp_uri: BrokerUrl,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub queue: QueueConfig,
+}
+
+/// A file that is open for this process; see [`Config::claim`].
+pub struct Claim {
+    queue: Option<Arc<Queue>>,
+}
+
+impl Claim {
+    /// Closes the file, if nobody else of this process has it open.
+    pub async fn close(self) {
+        if let Some(queue) = self.queue {
+            queue.close().await;
+        }
+    }
+}
+
+impl Config {
+    /// Opens the queue's file, if it is in one, before anything else is begun: whoever uses a clone of
+    /// these settings while the claim is held has it open already.
+    ///
+    /// # Errors
+    /// [`OpenError`], such as [`OpenError::InUse`].
+    pub fn claim(&self) -> Result<Claim, OpenError> {
+        let queue = match &self.amqp_uri.0 {
+            Backend::Amqp(_) => None,
+            Backend::Sqlite(location) => Some(location.open(Queue::open)?),
+        };
+        Ok(Claim { queue })
+    }
+}
+
+/// Which queue of a RabbitMQ. A file holds one queue only, and has no use for these.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Broker")]
+#[group(skip)]
+pub struct QueueConfig {
+    /// RabbitMQ's queue; `.retry.*` and `.dead` are added to its name for retries and dead letters
+    #[arg(long, global = true, default_value = "objects", value_parser = queue_name)]
     pub queue_name: String,
-    /// How the queue is declared: quorum, or classic without arguments, as the Go services do
-    #[arg(long, value_enum, ignore_case = true, default_value = "quorum")]
+    /// How RabbitMQ's queue is declared: quorum, or classic without arguments, as the Go services do
+    #[arg(long, global = true, value_enum, ignore_case = true, default_value = "quorum")]
     pub queue_type: QueueType,
 }
 
@@ -30,33 +73,46 @@ pub enum QueueType {
     Classic,
 }
 
-/// An AMQP URI. Its `Debug` and its errors leave out the user and the password.
+/// Where the queue is: on a RabbitMQ, or in a file. Its `Debug` and its errors leave out the user
+/// and the password. Clones of one that names a file share the opened file.
 #[derive(Clone)]
-pub struct AmqpUri(pub(crate) AMQPUri);
+pub struct BrokerUrl(pub(crate) Backend);
 
-impl FromStr for AmqpUri {
-    type Err = String;
+/// What a [`BrokerUrl`] leads to.
+#[derive(Clone)]
+pub(crate) enum Backend {
+    Amqp(AmqpUri),
+    Sqlite(Location<Queue>),
+}
 
-    fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let mut uri: AMQPUri = text
-            .parse()
-            .map_err(|_| "expected amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…".to_owned())?;
-        // Go's client, whose settings we take over, reads a bare trailing slash as the default vhost.
-        if uri.vhost.is_empty() {
-            "/".clone_into(&mut uri.vhost);
-        }
-        // The broker's default notices a dead peer after two minutes.
-        uri.query.heartbeat.get_or_insert(5);
-        // Our messages are below 1 KiB; lapin keeps two buffers of 32 frames for each connection.
-        uri.query.frame_max.get_or_insert(16 * 1024);
-        Ok(Self(uri))
+impl BrokerUrl {
+    /// The queue in the file at `path`, which is made when it is first opened.
+    #[must_use]
+    pub fn file(path: PathBuf) -> Self {
+        Self(Backend::Sqlite(Location::new(path)))
     }
 }
 
-impl fmt::Debug for AmqpUri {
-    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let AMQPUri { scheme, authority, vhost, .. } = &self.0;
-        write!(formatter, "{scheme}://***@{}:{}/{vhost}", authority.host, authority.port)
+impl FromStr for BrokerUrl {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        if let Some(location) = Location::from_url(text) {
+            return Ok(Self(Backend::Sqlite(location)));
+        }
+        let uri = text.parse().map_err(|()| {
+            "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, amqps://… or sqlite:PATH, without : or ? in PATH".to_owned()
+        });
+        uri.map(|uri| Self(Backend::Amqp(uri)))
+    }
+}
+
+impl std::fmt::Debug for BrokerUrl {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.0 {
+            Backend::Amqp(uri) => uri.fmt(formatter),
+            Backend::Sqlite(location) => location.fmt(formatter),
+        }
     }
 }
 
@@ -73,24 +129,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_trailing_slash_means_the_default_vhost_as_it_does_in_go() {
-        for text in ["amqp://a:b@host:5672/", "amqp://a:b@host:5672/%2f", "amqp://a:b@host:5672"] {
-            assert_eq!(text.parse::<AmqpUri>().unwrap().0.vhost, "/", "{text}");
-        }
-        assert_eq!("amqp://a:b@host/team".parse::<AmqpUri>().unwrap().0.vhost, "team");
-    }
-
-    #[test]
-    fn a_heartbeat_is_asked_for_unless_the_uri_says_otherwise() {
-        assert_eq!("amqp://host".parse::<AmqpUri>().unwrap().0.query.heartbeat, Some(5));
-        let own = "amqp://host/x?heartbeat=30".parse::<AmqpUri>().unwrap();
-        assert_eq!(own.0.query.heartbeat, Some(30));
+    fn the_scheme_says_which_of_the_two_it_is() {
+        let is_file = |url: &str| matches!(url.parse::<BrokerUrl>().unwrap().0, Backend::Sqlite(_));
+        assert!(is_file("sqlite:data/queue.db"));
+        assert!(!is_file("amqp://host"));
+        assert!("sqlite::memory:".parse::<BrokerUrl>().is_err());
     }
 
     #[test]
     fn the_debug_text_and_the_error_do_not_show_the_password() {
-        let uri: AmqpUri = "amqp://me:s3cret@host:5671/x".parse().unwrap();
+        let uri: BrokerUrl = "amqp://me:s3cret@host:5671/x".parse().unwrap();
         assert_eq!(format!("{uri:?}"), "amqp://***@host:5671/x");
-        assert!(!"http://me:s3cret@host".parse::<AmqpUri>().unwrap_err().contains("s3cret"));
+        assert!(!"http://me:s3cret@host".parse::<BrokerUrl>().unwrap_err().contains("s3cret"));
     }
 }

@@ -1,171 +1,73 @@
 //! Taking messages from the queue.
 
-use std::time::{Duration, Instant};
-
-use backon::ExponentialBackoff;
-use futures_util::StreamExt as _;
-use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
-use lapin::types::FieldTable;
-use lapin::{Channel, Connection};
 use tokio::sync::watch;
-use tokio::time::timeout;
 
-use crate::config::Config;
 use crate::delivery::Delivery;
-use crate::link::{self, LinkError, OutageLog, RPC_TIMEOUT};
-use crate::publisher::Publisher;
-use crate::{LinkStatus, topology::Topology};
+use crate::publisher::{Kind, Publisher};
+use crate::{LinkStatus, amqp, delivery, sqlite};
 
-/// A consumer of the queue, on a connection of its own: a publishing connection that the broker has
-/// blocked would hold back its acks too.
-pub struct Consumer {
-    config: Config,
-    name: String,
-    prefetch: u16,
-    publisher: Publisher,
-    status: watch::Sender<LinkStatus>,
-    session: Option<Session>,
-    outage: OutageLog,
-    waits: ExponentialBackoff,
-    connected_at: Instant,
-}
+/// A consumer of the queue.
+pub struct Consumer(Inner);
 
-struct Session {
-    connection: Connection,
-    channel: Channel,
-    deliveries: lapin::Consumer,
+enum Inner {
+    Amqp(Box<amqp::Consumer>),
+    Sqlite(sqlite::Consumer),
 }
 
 impl Consumer {
-    /// A consumer that takes up to `prefetch` unsettled deliveries, and whose retries and dead
-    /// letters go out by `publisher`. It connects with the first [`Consumer::next`].
+    /// A consumer that takes up to `prefetch` unsettled deliveries of the queue that `publisher`
+    /// publishes to, by which its retries and dead letters go out. RabbitMQ's management page shows
+    /// its connection, a second one, as `name`; it is opened with the first [`Consumer::next`].
     #[must_use]
-    pub fn new(config: &Config, name: &str, prefetch: u16, publisher: Publisher) -> Self {
+    pub fn new(publisher: &Publisher, name: &str, prefetch: u16) -> Self {
         metrics::describe_counter!("lastseen_deliveries_total", "Messages taken from the queue.");
         metrics::describe_counter!(
             "lastseen_settled_total",
             "Deliveries by how they were settled; lost ones are delivered again."
         );
-        let (status, _) = watch::channel(Err("not connected yet".to_owned()));
-        Self {
-            config: config.clone(),
-            name: name.to_owned(),
-            prefetch,
-            publisher,
-            status,
-            session: None,
-            outage: OutageLog::default(),
-            waits: link::backoff(),
-            connected_at: Instant::now(),
-        }
+        Self(match &publisher.kind {
+            Kind::Amqp(publisher) => {
+                Inner::Amqp(Box::new(amqp::Consumer::new(name, prefetch, publisher.clone())))
+            }
+            Kind::Sqlite(queue) => Inner::Sqlite(sqlite::Consumer::new(queue, prefetch)),
+        })
     }
 
     /// Whether the broker gives messages right now.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<LinkStatus> {
-        self.status.subscribe()
+        match &self.0 {
+            Inner::Amqp(consumer) => consumer.status(),
+            Inner::Sqlite(consumer) => consumer.status(),
+        }
     }
 
     /// The next delivery, however long the broker is away. Nothing is lost when this is dropped.
     pub async fn next(&mut self) -> Delivery {
-        loop {
-            let reason = match &mut self.session {
-                Some(session) => match session.next().await {
-                    Ok(received) => {
-                        let redelivered = if received.redelivered { "true" } else { "false" };
-                        metrics::counter!("lastseen_deliveries_total", "redelivered" => redelivered)
-                            .increment(1);
-                        return Delivery::new(received, self.publisher.clone());
-                    }
-                    Err(reason) => reason,
-                },
-                None => match self.open().await {
-                    Ok(session) => {
-                        self.session = Some(session);
-                        self.connected_at = Instant::now();
-                        self.outage.up(&self.name);
-                        _ = self.status.send_replace(Ok(()));
-                        continue;
-                    }
-                    Err(error) => error.to_string(),
-                },
-            };
-            // The broker takes back all that came by this session as soon as it is closed.
-            if self.session.take().is_some() && self.connected_at.elapsed() > Duration::from_secs(5)
-            {
-                self.waits = link::backoff();
+        let delivery = match &mut self.0 {
+            Inner::Amqp(consumer) => {
+                Delivery(delivery::Inner::Amqp(Box::new(consumer.next().await)))
             }
-            self.outage.down(&self.name, &reason);
-            _ = self.status.send_replace(Err(reason));
-            tokio::time::sleep(self.waits.next().unwrap_or(Duration::from_secs(1))).await;
-        }
+            Inner::Sqlite(consumer) => Delivery(delivery::Inner::Sqlite(consumer.next().await)),
+        };
+        let redelivered = if delivery.redelivered() { "true" } else { "false" };
+        metrics::counter!("lastseen_deliveries_total", "redelivered" => redelivered).increment(1);
+        delivery
     }
 
     /// Takes no more, and gives back at once what was taken ahead and not begun, so that another
     /// consumer can have it. Deliveries in flight can still be settled until [`Consumer::close`].
     pub async fn stop(&mut self) {
-        let Some(session) = &mut self.session else { return };
-        let giving_back = async {
-            let tag = session.deliveries.tag();
-            session.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
-            while let Some(Ok(delivery)) = session.deliveries.next().await {
-                let requeue = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-                delivery.nack(requeue).await?;
-            }
-            Ok::<_, lapin::Error>(())
-        };
-        match timeout(RPC_TIMEOUT, giving_back).await {
-            Ok(Ok(())) => {}
-            // The session is broken, and with its end the broker takes everything back by itself.
-            Ok(Err(error)) => tracing::debug!(%error, "cannot cancel the consumer"),
-            Err(_) => tracing::debug!("the broker did not answer the cancel"),
+        match &mut self.0 {
+            Inner::Amqp(consumer) => consumer.stop().await,
+            Inner::Sqlite(consumer) => consumer.stop(),
         }
-        _ = self.status.send_replace(Err("stopped".to_owned()));
     }
 
-    /// Closes the connection. What is not settled by now is delivered again.
+    /// Ends it. What is not settled by now is delivered again.
     pub async fn close(self) {
-        if let Some(session) = self.session {
-            link::close(&session.connection).await;
-        }
-    }
-
-    async fn open(&self) -> Result<Session, LinkError> {
-        let connection = link::connect(&self.config.amqp_uri, &self.name).await?;
-        let topology: &Topology = self.publisher.topology();
-        timeout(RPC_TIMEOUT, topology.declare(&connection)).await??;
-        let channel = timeout(RPC_TIMEOUT, connection.create_channel()).await?;
-        let channel = channel.map_err(LinkError::OpenChannel)?;
-        let consuming = async {
-            channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
-            let queue = topology.queue.clone();
-            let options = BasicConsumeOptions::default();
-            channel.basic_consume(queue, "".into(), options, FieldTable::default()).await
-        };
-        let deliveries = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
-        Ok(Session { connection, channel, deliveries })
-    }
-}
-
-impl Session {
-    /// The next message, or why there will be none by this session.
-    async fn next(&mut self) -> Result<lapin::message::Delivery, String> {
-        loop {
-            // The stream can fall silent without an end, so the connection is looked at as well.
-            match timeout(Duration::from_secs(1), self.deliveries.next()).await {
-                Ok(Some(Ok(delivery))) if delivery.acker.usable() => return Ok(delivery),
-                // What lapin had buffered when the channel was lost; it will be delivered again.
-                Ok(Some(Ok(_))) => return Err("the channel is lost".to_owned()),
-                Ok(Some(Err(error))) => return Err(error.to_string()),
-                Ok(None) => return Err("the broker cancelled the consumer".to_owned()),
-                Err(_) if !self.connection.status().connected() => {
-                    return Err("the connection is closed".to_owned());
-                }
-                Err(_) if !self.channel.status().connected() => {
-                    return Err("the channel is closed".to_owned());
-                }
-                Err(_) => {}
-            }
+        if let Inner::Amqp(consumer) = self.0 {
+            consumer.close().await;
         }
     }
 }

@@ -5,20 +5,38 @@
 //! hands out [`Delivery`]s, each of which is settled with a [`Disposition`]. Both look after their
 //! own connection: they reconnect for as long as it takes and tell by their status how it stands.
 
+use std::time::Duration;
+
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+
+mod amqp;
 mod config;
 mod consumer;
 mod delivery;
-mod link;
+mod inspector;
 mod message;
 mod publisher;
 mod retry;
-mod topology;
+mod sqlite;
 
-pub use config::{AmqpUri, Config, QueueType};
+pub use config::{BrokerUrl, Claim, Config, QueueConfig, QueueType};
 pub use consumer::Consumer;
 pub use delivery::{Delivery, Disposition, Settled};
+pub use embedded::OpenError;
+pub use inspector::{DeadLetter, Depths, InspectError, Inspector, Selection, Treatment};
 pub use message::DecodeError;
 pub use publisher::{PublishError, Publisher};
 
 /// Whether the broker takes and gives messages: `Ok`, or why not, in words for an operator.
 pub type LinkStatus = Result<(), String>;
+
+/// The waits between attempts at what must succeed in the end: from 100 ms, doubling, to about 1 s,
+/// for ever.
+fn backoff() -> ExponentialBackoff {
+    ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(Duration::from_millis(700))
+        .with_jitter()
+        .without_max_times()
+        .build()
+}

@@ -9,6 +9,9 @@ use std::time::Duration;
 /// The lengths of the delay queues, in seconds, as they appear in the queues' names.
 pub(crate) const LEVELS_SECONDS: [u64; 6] = [2, 4, 8, 16, 32, 60];
 
+/// The longest wait there is.
+pub(crate) const LONGEST: Duration = Duration::from_secs(LEVELS_SECONDS[LEVELS_SECONDS.len() - 1]);
+
 /// A wait: the delay queue to lie in, and for how long.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Wait {

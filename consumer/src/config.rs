@@ -6,9 +6,24 @@ use service::settings;
 
 /// The consumer's settings.
 #[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Lookups")]
 #[group(skip)]
 pub struct Config {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub lookups: Lookups,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub broker: broker::Config,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub store: store::Config,
+}
+
+/// How objects are looked up, and how the results are written.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Lookups")]
+#[group(skip)]
+pub struct Lookups {
     /// How many lookups run at once in this process
     #[arg(long, value_parser = settings::number(1..=50_000_u16), default_value = "100")]
     pub max_consumers: u16,
@@ -27,15 +42,9 @@ pub struct Config {
     /// How long a result may wait for others to be written with
     #[arg(long, value_parser = settings::duration, default_value = "10ms", help_heading = "Writes")]
     pub write_batch_linger: Duration,
-    #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
-    pub broker: broker::Config,
-    #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
-    pub store: store::Config,
 }
 
-impl Config {
+impl Lookups {
     /// How many deliveries to take without having settled them: those being looked up, and as many
     /// whose results wait to be written, up to one batch. With less, lookups would stand still
     /// during each commit; with more, this process would hoard what another could look up.

@@ -12,9 +12,9 @@ use broker::{Consumer, Publisher};
 use service::{CancellationToken, Description, Health};
 use store::Store;
 
-pub use config::Config;
+pub use config::{Config, Lookups};
 
-use crate::lookups::Lookups;
+use crate::lookups::Intake;
 use crate::status_api::StatusApi;
 use crate::writer::Writer;
 
@@ -32,28 +32,29 @@ const DATABASE_CONNECTIONS: u32 = 2;
 /// Looks objects up until `shutdown`, then finishes what is in flight and returns.
 ///
 /// # Errors
-/// When a part that it cannot do without has died.
+/// When a file cannot be opened, or a part that it cannot do without has died.
 pub async fn run(
     config: Config,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let status_api = StatusApi::new(&config)?;
-    let store = Arc::new(Store::start(&config.store, "consumer", DATABASE_CONNECTIONS));
-    let publisher = Publisher::start(&config.broker, "consumer: retries and dead letters");
-    let deliveries =
-        Consumer::new(&config.broker, "consumer", config.prefetch(), publisher.clone());
+    let Config { lookups, broker, store } = config;
+    let status_api = StatusApi::new(&lookups)?;
+    let store = Arc::new(Store::start(&store, "consumer", DATABASE_CONNECTIONS)?);
+    let publisher = Publisher::start(&broker, "consumer: retries and dead letters")?;
+    let deliveries = Consumer::new(&publisher, "consumer", lookups.prefetch());
     health.needs("broker", deliveries.status());
     health.needs("broker, for retries", publisher.status());
     health.needs("database", store.status());
     health.needs("status API", status_api.status());
     health.all_told();
 
-    let writer = Writer::start(store, &config);
-    let lookups = Lookups::new(&config, status_api, writer);
+    let writer = Writer::start(Arc::clone(&store), &lookups);
+    let intake = Intake::new(&lookups, status_api, writer);
     tokio::select! {
-        ended = lookups.run(deliveries, shutdown) => ended?,
+        ended = intake.run(deliveries, shutdown) => ended?,
         () = publisher.died() => anyhow::bail!("the publisher has died"),
+        () = store.died() => anyhow::bail!("the store has died"),
     }
     publisher.close().await;
     Ok(())

@@ -10,12 +10,12 @@ use service::CancellationToken;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::task::JoinSet;
 
-use crate::Config;
+use crate::config::Lookups;
 use crate::status_api::{Answer, LookupError, StatusApi};
 use crate::writer::{Writer, WriterDied};
 
-/// Runs up to `MAX_CONSUMERS` lookups at once.
-pub(crate) struct Lookups {
+/// Takes deliveries, and runs up to `MAX_CONSUMERS` lookups at once.
+pub(crate) struct Intake {
     max_consumers: usize,
     max_unsettled: usize,
     shared: Arc<Shared>,
@@ -29,8 +29,8 @@ struct Shared {
     failure_log: FailureLog,
 }
 
-impl Lookups {
-    pub(crate) fn new(config: &Config, status_api: StatusApi, writer: Writer) -> Self {
+impl Intake {
+    pub(crate) fn new(config: &Lookups, status_api: StatusApi, writer: Writer) -> Self {
         describe_metrics();
         let shared = Shared {
             status_api,

@@ -12,12 +12,14 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::Config;
+use crate::config::Lookups;
 
 /// A right answer has some 30 bytes; whatever is far above is not read to its end.
 const MAX_BODY_BYTES: usize = 16 * 1024;
 const MAX_CONNECT_TIME: Duration = Duration::from_secs(3);
 const PROBE_INTERVAL: Duration = Duration::from_secs(2);
+/// Why it is not reachable before the first attempt.
+const NOT_YET: &str = "not asked yet";
 
 /// What the status API knows of an object.
 #[derive(Clone, Copy, Debug)]
@@ -87,7 +89,7 @@ struct Body {
 impl StatusApi {
     /// # Errors
     /// When the HTTP client cannot be set up, for instance without the system's certificates.
-    pub(crate) fn new(config: &Config) -> Result<Self, reqwest::Error> {
+    pub(crate) fn new(config: &Lookups) -> Result<Self, reqwest::Error> {
         let client = Client::builder()
             .connect_timeout(config.status_timeout.min(MAX_CONNECT_TIME))
             .timeout(config.status_timeout)
@@ -97,7 +99,7 @@ impl StatusApi {
             .pool_max_idle_per_host(config.max_consumers.into())
             .user_agent(concat!("lastseen/", env!("CARGO_PKG_VERSION")))
             .build()?;
-        let (sender, status) = watch::channel(Err("not asked yet".to_owned()));
+        let (sender, status) = watch::channel(Err(NOT_YET.to_owned()));
         let probe =
             AbortOnDropHandle::new(tokio::spawn(probe(config.tester_endpoint.clone(), sender)));
         Ok(Self {
@@ -175,13 +177,16 @@ async fn probe(endpoint: Url, status: watch::Sender<Reachable>) {
         let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let reachable =
             connected.map(drop).map_err(|error| format!("cannot reach {host}:{port}: {error}"));
-        let was_reachable = status.borrow().is_ok();
-        match &reachable {
-            Err(reason) if was_reachable => tracing::warn!(reason, "no status API"),
-            Ok(()) if !was_reachable => tracing::info!("the status API can be reached"),
-            _ => {}
+        let before = status.send_replace(reachable.clone());
+        match reachable {
+            // Once for each outage; the first attempt of all counts as one.
+            Err(reason) if before.is_ok() || before == Err(NOT_YET.to_owned()) => {
+                tracing::warn!(reason, "no status API; trying again until it is back");
+            }
+            Err(reason) => tracing::debug!(reason, "still no status API"),
+            Ok(()) if before.is_err() => tracing::info!("the status API can be reached"),
+            Ok(()) => {}
         }
-        _ = status.send_replace(reachable);
         tokio::time::sleep(PROBE_INTERVAL).await;
     }
 }

@@ -8,7 +8,7 @@ use store::{Sighting, Store};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout_at;
 
-use crate::Config;
+use crate::config::Lookups;
 
 /// The batch writer has died; nothing more can be committed by this process.
 #[derive(Debug, thiserror::Error)]
@@ -29,7 +29,7 @@ struct Seen {
 }
 
 impl Writer {
-    pub(crate) fn start(store: Arc<Store>, config: &Config) -> Self {
+    pub(crate) fn start(store: Arc<Store>, config: &Lookups) -> Self {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
         let (results, incoming) = mpsc::channel(batch_max);

@@ -7,9 +7,21 @@ use service::settings;
 
 /// The producer's settings.
 #[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Callbacks")]
 #[group(skip)]
 pub struct Config {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub callbacks: Callbacks,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub broker: broker::Config,
+}
+
+/// Where callbacks are taken, and what each may hold and take.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Callbacks")]
+#[group(skip)]
+pub struct Callbacks {
     /// Where callbacks are taken; port 0 takes any free one and logs it
     #[arg(long, value_parser = settings::listen_address, default_value = ":9090")]
     pub producer_addr: SocketAddr,
@@ -31,7 +43,4 @@ pub struct Config {
     /// The most connections open at once; more wait until one ends
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "10000")]
     pub max_connections: usize,
-    #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
-    pub broker: broker::Config,
 }

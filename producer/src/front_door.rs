@@ -22,7 +22,7 @@ use tokio::time::timeout;
 use uuid::Uuid;
 
 use crate::callback::Callback;
-use crate::config::Config;
+use crate::config::{Callbacks, Config};
 
 /// Names the callback in our logs and in the messages that it becomes.
 const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
@@ -37,28 +37,29 @@ pub struct FrontDoor {
 /// What the requests share.
 struct Shared {
     publisher: Publisher,
-    config: Config,
+    config: Callbacks,
 }
 
 impl FrontDoor {
     /// Listens on `PRODUCER_ADDR` and starts to look for the broker.
     ///
     /// # Errors
-    /// When the address cannot be listened on.
+    /// When the address cannot be listened on, or the queue's file not be opened.
     pub async fn open(config: &Config, health: &Health) -> anyhow::Result<Self> {
         describe_metrics();
-        let address = config.producer_addr;
+        let Config { callbacks, broker } = config;
+        let address = callbacks.producer_addr;
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
-        let publisher = Publisher::start(&config.broker, "producer");
+        let publisher = Publisher::start(broker, "producer")?;
         health.needs("broker", publisher.status());
         health.all_told();
         let limits = http::Limits {
-            max_connections: config.max_connections,
-            header_timeout: config.header_timeout,
+            max_connections: callbacks.max_connections,
+            header_timeout: callbacks.header_timeout,
         };
-        let shared = Arc::new(Shared { publisher, config: config.clone() });
+        let shared = Arc::new(Shared { publisher, config: callbacks.clone() });
         Ok(Self { listener, limits, shared })
     }
 

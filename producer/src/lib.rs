@@ -7,7 +7,7 @@ mod front_door;
 
 use service::{CancellationToken, Description, Health};
 
-pub use config::Config;
+pub use config::{Callbacks, Config};
 pub use front_door::FrontDoor;
 
 /// What the process is called and where its admin address is.

@@ -19,9 +19,24 @@ const ONCE_PATIENCE: Duration = Duration::from_secs(30);
 
 /// The routine's settings.
 #[derive(Clone, Debug, clap::Args)]
-#[command(next_help_heading = "Cleanup")]
 #[group(skip)]
 pub struct Config {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub cleanup: Cleanup,
+    /// Clean up once and exit, for a cron job
+    #[arg(long, help_heading = "Cleanup")]
+    pub once: bool,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub store: store::Config,
+}
+
+/// What is deleted, and how often.
+#[derive(Clone, Debug, clap::Args)]
+#[command(next_help_heading = "Cleanup")]
+#[group(skip)]
+pub struct Cleanup {
     /// How often stale objects are deleted
     #[arg(long, value_parser = settings::duration, default_value = "3s")]
     pub routine_interval: Duration,
@@ -31,19 +46,13 @@ pub struct Config {
     /// The most rows deleted by one statement; an upsert waits at most for one of these
     #[arg(long, value_parser = settings::number(1..=1_000_000_u32), default_value = "10000")]
     pub delete_batch_max: u32,
-    /// Clean up once and exit, for a cron job
-    #[arg(long)]
-    pub once: bool,
-    #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
-    pub store: store::Config,
 }
 
 /// Deletes what is stale every `ROUTINE_INTERVAL` until `shutdown`, or once with `--once`.
 ///
 /// # Errors
-/// Only with `--once`: when the database does not do its part. Otherwise that is logged and tried
-/// again with the next interval.
+/// When a file cannot be opened, or what writes it has died. With `--once`, also when the database
+/// does not do its part; otherwise that is logged and tried again with the next interval.
 pub async fn run(
     config: Config,
     health: Health,
@@ -56,13 +65,14 @@ pub async fn run(
         metrics::Unit::Seconds,
         "Time that one cleanup took, all of its batches together."
     );
-    let store = Store::start(&config.store, "routine", 1);
+    let Config { cleanup, once, store } = config;
+    let store = Store::start(&store, "routine", 1)?;
     health.needs("database", store.status());
     health.all_told();
-    if config.once {
-        return once(&store, &config).await;
+    if once {
+        return clean_up_once(&store, &cleanup).await;
     }
-    let mut interval = tokio::time::interval(config.routine_interval);
+    let mut interval = tokio::time::interval(cleanup.routine_interval);
     // After an outage one cleanup is enough; those that were missed have nothing left to delete.
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
     let mut failing = false;
@@ -70,12 +80,13 @@ pub async fn run(
         tokio::select! {
             _ = interval.tick() => {}
             () = shutdown.cancelled() => return Ok(()),
+            () = store.died() => anyhow::bail!("the store has died"),
         }
         // The store says itself when the database is away.
         if store.status().borrow().is_err() {
             continue;
         }
-        match clean_up(&store, &config, &shutdown).await {
+        match clean_up(&store, &cleanup, &shutdown).await {
             Ok(_) => failing = false,
             Err(error) if failing => tracing::debug!(%error, "cleanup failed again"),
             Err(error) => {
@@ -86,7 +97,7 @@ pub async fn run(
     }
 }
 
-async fn once(store: &Store, config: &Config) -> anyhow::Result<()> {
+async fn clean_up_once(store: &Store, config: &Cleanup) -> anyhow::Result<()> {
     let mut status = store.status();
     let ready = status.wait_for(Result::is_ok);
     let Ok(ready) = tokio::time::timeout(ONCE_PATIENCE, ready).await else {
@@ -103,7 +114,7 @@ async fn once(store: &Store, config: &Config) -> anyhow::Result<()> {
 /// Replicas do not collide: each skips the rows that another is deleting.
 async fn clean_up(
     store: &Store,
-    config: &Config,
+    config: &Cleanup,
     shutdown: &CancellationToken,
 ) -> Result<u64, StoreError> {
     let started = Instant::now();

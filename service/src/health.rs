@@ -16,6 +16,7 @@ pub struct Health(Arc<Mutex<Needs>>);
 #[derive(Default)]
 struct Needs {
     peers: Vec<Peer>,
+    parts: Vec<Part>,
     complete: bool,
 }
 
@@ -24,34 +25,74 @@ struct Peer {
     status: watch::Receiver<PeerStatus>,
 }
 
+struct Part {
+    name: &'static str,
+    health: Health,
+}
+
+/// Something that is not there: whose name, or `None` for the needs that are still to be told, and
+/// why.
+type Gap = (Option<&'static str>, String);
+
 impl Health {
     /// From now on the service is ready only while `status` is `Ok`.
     pub fn needs(&self, name: &'static str, status: watch::Receiver<PeerStatus>) {
         self.lock().peers.push(Peer { name, status });
     }
 
-    /// All needs have been told; before that, the service counts as starting and is not ready.
+    /// The health of one role of a process that has several: each tells its needs, and that these
+    /// are all, to its own. The whole is ready only while each part is.
+    #[must_use]
+    pub fn part(&self, name: &'static str) -> Self {
+        let health = Self::default();
+        self.lock().parts.push(Part { name, health: health.clone() });
+        health
+    }
+
+    /// All needs and parts have been told; before that, the service counts as starting and is not
+    /// ready.
     pub fn all_told(&self) {
         self.lock().complete = true;
     }
 
-    /// Each peer that is away, with the reason.
+    /// Each peer that is away, with the reason. For a peer of a part it is the part's name, and the
+    /// reason begins with the peer's.
     #[must_use]
     pub fn missing(&self) -> Vec<(&'static str, String)> {
+        let gaps = self.gaps().into_iter();
+        gaps.map(|(name, reason)| (name.unwrap_or("service"), reason)).collect()
+    }
+
+    fn gaps(&self) -> Vec<Gap> {
         let needs = self.lock();
-        let starting = (!needs.complete).then(|| ("service", "starting".to_owned()));
-        let away = needs.peers.iter().filter_map(|Peer { name, status }| {
-            // The sender lives as long as the part that talks to the peer.
-            if status.has_changed().is_err() {
-                return Some((*name, "the part that talks to it has stopped".to_owned()));
-            }
-            status.borrow().clone().err().map(|reason| (*name, reason))
-        });
-        starting.into_iter().chain(away).collect()
+        let starting = (!needs.complete).then(|| (None, "starting".to_owned()));
+        let away = needs.peers.iter().filter_map(Peer::gap);
+        let of_parts = needs.parts.iter().flat_map(Part::gaps);
+        starting.into_iter().chain(away).chain(of_parts).collect()
     }
 
     fn lock(&self) -> MutexGuard<'_, Needs> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Peer {
+    fn gap(&self) -> Option<Gap> {
+        // The sender lives as long as the part that talks to the peer.
+        let reason = match self.status.has_changed() {
+            Err(_) => "the part that talks to it has stopped".to_owned(),
+            Ok(_) => self.status.borrow().clone().err()?,
+        };
+        Some((Some(self.name), reason))
+    }
+}
+
+impl Part {
+    fn gaps(&self) -> impl Iterator<Item = Gap> {
+        self.health.gaps().into_iter().map(|(peer, reason)| match peer {
+            Some(peer) => (Some(self.name), format!("{peer}: {reason}")),
+            None => (Some(self.name), reason),
+        })
     }
 }
 
@@ -72,5 +113,34 @@ mod tests {
         assert!(health.missing().is_empty());
         drop(status);
         assert_eq!(health.missing().len(), 1);
+    }
+
+    #[test]
+    fn the_whole_misses_what_a_part_misses_and_says_which_part_it_is() {
+        let whole = Health::default();
+        let (producer, consumer) = (whole.part("producer"), whole.part("consumer"));
+        whole.all_told();
+        producer.all_told();
+        consumer.all_told();
+        assert!(whole.missing().is_empty());
+        let (status, watched) = watch::channel(Err("refused".to_owned()));
+        consumer.needs("database", watched);
+        assert_eq!(whole.missing(), [("consumer", "database: refused".to_owned())]);
+        assert_eq!(consumer.missing(), [("database", "refused".to_owned())]);
+        assert!(producer.missing().is_empty());
+        status.send(Ok(())).unwrap();
+        assert!(whole.missing().is_empty());
+    }
+
+    #[test]
+    fn a_part_that_has_not_told_all_is_starting_and_so_is_a_whole_that_may_get_more_parts() {
+        let whole = Health::default();
+        let part = whole.part("consumer");
+        let starting = |name| (name, "starting".to_owned());
+        assert_eq!(whole.missing(), [starting("service"), starting("consumer")]);
+        whole.all_told();
+        assert_eq!(whole.missing(), [starting("consumer")]);
+        part.all_told();
+        assert!(whole.missing().is_empty());
     }
 }

@@ -2,16 +2,19 @@
 //! the HTTP server. It knows neither the broker nor the database.
 //!
 //! A service is a library with `run(config, health, shutdown)`; its `main.rs` hands that function to
-//! [`main`] and does nothing else.
+//! [`main`] and does nothing else. One that has subcommands uses [`main_with_commands`].
 
 mod admin;
 mod health;
 pub mod http;
 mod lifecycle;
 pub mod problem;
+mod recorder;
 pub mod settings;
 mod telemetry;
+pub mod terminal;
 
 pub use health::{Health, PeerStatus};
-pub use lifecycle::{Description, main};
+pub use lifecycle::{Description, Invocation, Unavailable, main, main_with_commands};
+pub use recorder::metric_total;
 pub use tokio_util::sync::CancellationToken;

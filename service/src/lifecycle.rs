@@ -1,5 +1,6 @@
 //! From the command line to the exit code.
 
+use std::future::Ready;
 use std::net::SocketAddr;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,14 +8,17 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{Args, Command, FromArgMatches};
 use tokio::net::TcpListener;
+use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::settings::{self, Parsed};
-use crate::{Health, admin, http, telemetry};
+use crate::{Health, admin, http, recorder, telemetry};
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
 const EXIT_SETTINGS: u8 = 78;
+/// Another process has what this one needs for itself (`EX_UNAVAILABLE`).
+const EXIT_UNAVAILABLE: u8 = 69;
 /// The service failed, or was stopped before all in flight was finished (`EX_SOFTWARE`).
 const EXIT_FAILURE: u8 = 70;
 
@@ -50,9 +54,25 @@ struct Common {
     telemetry: telemetry::Config,
 }
 
+/// What a service or command ends with when something that it needs for itself alone is taken by
+/// another process. Whoever started it can tell by the exit code that one is running already.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Unavailable(pub String);
+
+/// What the process is to do, by its settings.
+#[derive(Debug)]
+pub enum Invocation<S, K> {
+    /// A service, which runs until a signal drains it.
+    Service(S),
+    /// A command, which is over by itself.
+    Command(K),
+}
+
 /// The whole of a service's `main`: reads its settings, sets up logs, metrics and the admin address,
 /// runs it until it ends or a signal drains it, and says how it went by the exit code:
-/// 0 for a clean end, 70 for a failure or an incomplete drain, 78 for a bad setting.
+/// 0 for a clean end, 69 if it ended with [`Unavailable`], 70 for another failure or an incomplete
+/// drain, 78 for a bad setting.
 ///
 /// `run` takes the service's own settings, the [`Health`] to report its peers to, and the token that
 /// tells it to drain.
@@ -63,6 +83,27 @@ pub fn main<C, R>(
 where
     C: Args + FromArgMatches,
     R: Future<Output = anyhow::Result<()>> + Send + 'static,
+{
+    main_with_commands(description, |config, health, shutdown| {
+        Ok(Invocation::<R, Ready<anyhow::Result<()>>>::Service(run(config, health, shutdown)))
+    })
+}
+
+/// Like [`main`], for a process that is a service or carries out a command, as its settings say.
+///
+/// A command has neither metrics nor an admin address, and logs warnings only unless told otherwise.
+/// A signal tells it to drain as well; what it fails with is printed, and the exit codes are the same.
+///
+/// `plan` says what is to be done, and may refuse: there are no logs and no runtime before its future
+/// is polled, and no address is taken.
+pub fn main_with_commands<C, S, K>(
+    description: Description,
+    plan: impl FnOnce(C, Health, CancellationToken) -> anyhow::Result<Invocation<S, K>>,
+) -> ExitCode
+where
+    C: Args + FromArgMatches,
+    S: Future<Output = anyhow::Result<()>> + Send + 'static,
+    K: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
     let (common, config) = match read_settings::<C>(description) {
         Ok(Parsed::Run(settings)) => settings,
@@ -75,34 +116,38 @@ where
             return ExitCode::from(EXIT_SETTINGS);
         }
     };
-    telemetry::init(&common.telemetry);
     // TLS is needed by some settings only, and one provider for all of them keeps the binary small.
-    if rustls::crypto::ring::default_provider().install_default().is_err() {
-        tracing::debug!("a TLS provider was installed before");
-    }
-    let runtime = match tokio::runtime::Runtime::new() {
-        Ok(runtime) => runtime,
-        Err(error) => {
-            tracing::error!(%error, "cannot start the runtime");
-            return ExitCode::from(EXIT_FAILURE);
-        }
-    };
+    // If there is one already, it is this one.
+    let _ = rustls::crypto::ring::default_provider().install_default();
     let health = Health::default();
     let shutdown = CancellationToken::new();
-    let service = run(config, health.clone(), shutdown.clone());
-    let ended = runtime.block_on(supervise(description, &common, health, shutdown, service));
-    // Tasks that are still there belong to what was abandoned; waiting for them could take forever.
-    runtime.shutdown_background();
+    let ended = match plan(config, health.clone(), shutdown.clone()) {
+        Ok(Invocation::Service(service)) => {
+            telemetry::init(&common.telemetry);
+            let ended = block_on(supervise(description, &common, health, shutdown, service));
+            match &ended {
+                Ok(()) => tracing::info!("stopped"),
+                Err(error) => tracing::error!("{error:#}"),
+            }
+            ended
+        }
+        Ok(Invocation::Command(command)) => {
+            telemetry::init(&common.telemetry.of_command());
+            let ended = block_on(carry_out(command, common.drain_timeout, shutdown));
+            told(description, ended)
+        }
+        Err(refused) => told(description, Err(refused)),
+    };
     match ended {
-        Ok(()) => {
-            tracing::info!("stopped");
-            ExitCode::SUCCESS
-        }
-        Err(error) => {
-            tracing::error!("{error:#}");
-            ExitCode::from(EXIT_FAILURE)
-        }
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) if error.is::<Unavailable>() => ExitCode::from(EXIT_UNAVAILABLE),
+        Err(_) => ExitCode::from(EXIT_FAILURE),
     }
+}
+
+/// Prints the error, if it is one.
+fn told(description: Description, ended: anyhow::Result<()>) -> anyhow::Result<()> {
+    ended.inspect_err(|error| eprintln!("{}: {error:#}", description.name))
 }
 
 fn read_settings<C: Args + FromArgMatches>(
@@ -139,6 +184,15 @@ fn read_settings<C: Args + FromArgMatches>(
     })
 }
 
+/// Runs `future` on a runtime of its own, and leaves behind what it has abandoned there.
+fn block_on(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
+    let runtime = Runtime::new().context("cannot start the runtime")?;
+    let ended = runtime.block_on(future);
+    // Tasks that are still there belong to what was abandoned; waiting for them could take forever.
+    runtime.shutdown_background();
+    ended
+}
+
 /// Runs the service beside its admin address until it ends or has to be abandoned.
 async fn supervise(
     description: Description,
@@ -149,7 +203,7 @@ async fn supervise(
 ) -> anyhow::Result<()> {
     // First of all: until then, a signal ends the process where it stands.
     let signals = Signals::watch()?;
-    let metrics = admin::install_metrics(description.name)?;
+    let metrics = recorder::install(description.name)?;
     let address = common.admin_addr;
     let listener = TcpListener::bind(address)
         .await
@@ -160,22 +214,39 @@ async fn supervise(
     // It goes on while the service drains, so that a probe sees why it is not ready.
     let admin = http::serve(listener, router, ADMIN_LIMITS, CancellationToken::new());
     let admin = tokio::spawn(async move {
-        tokio::join!(admin, admin::metrics_upkeep(metrics));
+        tokio::join!(admin, recorder::upkeep(metrics));
     });
-
-    // As a task of its own, so that a panic in it is an error here and not the end of this function.
-    let service = tokio::spawn(service);
     tokio::select! {
-        ended = service => match ended {
-            Ok(result) => result,
-            Err(error) => Err(anyhow::anyhow!("the service died: {error}")),
-        },
+        ended = run_until_abandoned(service, signals, common.drain_timeout, shutdown) => ended,
         ended = admin => Err(anyhow::anyhow!("the admin address died: {ended:?}")),
-        reason = abandoned(signals, common.drain_timeout, shutdown) => reason,
     }
 }
 
-/// The signals that stop a service.
+/// Runs the command, with nothing beside it, until it ends or has to be abandoned.
+async fn carry_out(
+    command: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    drain_timeout: Duration,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let signals = Signals::watch()?;
+    run_until_abandoned(command, signals, drain_timeout, shutdown).await
+}
+
+async fn run_until_abandoned(
+    work: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    signals: Signals,
+    drain_timeout: Duration,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    // As a task of its own, so that a panic in it is an error here and not the end of this function.
+    let work = tokio::spawn(work);
+    tokio::select! {
+        ended = work => ended.context("died")?,
+        reason = abandoned(signals, drain_timeout, shutdown) => reason,
+    }
+}
+
+/// The signals that stop a service or command.
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
@@ -208,7 +279,7 @@ async fn abandoned(
     shutdown.cancel();
     tokio::select! {
         () = tokio::time::sleep(drain_timeout) => anyhow::bail!(
-            "the drain took longer than DRAIN_TIMEOUT={drain_timeout:?}; what was in flight will be delivered again"
+            "the drain took longer than DRAIN_TIMEOUT={drain_timeout:?}; what was in flight is left unfinished"
         ),
         name = signals.next() => anyhow::bail!("stopped at once by a second signal ({name})"),
     }

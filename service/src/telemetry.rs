@@ -1,11 +1,13 @@
 //! Logs: text for people, JSON lines for machines, both on standard error.
 
-use std::io::IsTerminal as _;
-
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoLocal;
 
+use crate::terminal;
+
 const DEFAULT_FILTER: &str = "info,sqlx::postgres::notice=warn";
+/// The default of a command. Its output is its result, which log lines would only disturb.
+const COMMAND_FILTER: &str = "warn";
 /// Laid over every filter. lapin reports each lost connection itself, several times, and we log it
 /// once, where it is handled; and at level trace it writes out the frame with the password.
 const ALWAYS: &str = "lapin=off";
@@ -32,6 +34,16 @@ pub(crate) struct Config {
     rust_log: String,
 }
 
+impl Config {
+    /// What a command logs: warnings only, unless another filter was set than the default.
+    pub(crate) fn of_command(self) -> Self {
+        if self.rust_log != DEFAULT_FILTER {
+            return self;
+        }
+        Self { rust_log: COMMAND_FILTER.to_owned(), ..self }
+    }
+}
+
 fn filter(text: &str) -> Result<String, String> {
     EnvFilter::try_new(text)
         .map(|_| text.to_owned())
@@ -43,8 +55,8 @@ pub(crate) fn init(config: &Config) {
     let builder = tracing_subscriber::fmt()
         .with_env_filter(EnvFilter::new(format!("{},{ALWAYS}", config.rust_log)))
         .with_timer(ChronoLocal::rfc_3339())
-        .with_writer(std::io::stderr)
-        .with_ansi(std::io::stderr().is_terminal());
+        .with_writer(|| terminal::Log)
+        .with_ansi(terminal::is_there());
     match config.log_format {
         LogFormat::Text => builder.init(),
         LogFormat::Json => builder.json().flatten_event(true).init(),

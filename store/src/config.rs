@@ -1,78 +1,155 @@
 //! Which database, and as whom.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::str::FromStr;
-use std::time::Duration;
 
+use embedded::{File, Location};
 use secrecy::{ExposeSecret as _, SecretString};
 use sqlx::postgres::PgConnectOptions;
 
-/// The database's settings: the contract's `POSTGRES_*`, or one URL instead of all of them.
+use crate::StoreError;
+use crate::sqlite::Table;
+
+// The contract's defaults.
+const HOST: &str = "localhost";
+const PORT: u16 = 5432;
+const USER: &str = "postgres";
+const PASSWORD: &str = "";
+const DB: &str = "postgres";
+
+/// The database's settings: the contract's `POSTGRES_*`, or one URL instead of all of them. Clones
+/// of one that names a file share the opened file.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Database")]
 #[group(skip)]
 pub struct Config {
-    /// The database as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…; it replaces all `POSTGRES_*`
+    /// The database as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…, which replaces all `POSTGRES_*`; or sqlite:PATH, a table in a file for one process
     #[arg(long)]
     pub database_url: Option<DatabaseUrl>,
     /// The server's host name or address
-    #[arg(long, default_value = "localhost")]
+    #[arg(long, default_value = HOST)]
     pub postgres_host: String,
     /// The server's port
-    #[arg(long, default_value_t = 5432)]
+    #[arg(long, default_value_t = PORT)]
     pub postgres_port: u16,
     /// The role to log in as
-    #[arg(long, default_value = "postgres")]
+    #[arg(long, default_value = USER)]
     pub postgres_user: String,
     /// The role's password
-    #[arg(long, default_value = "")]
+    #[arg(long, default_value = PASSWORD)]
     pub postgres_password: SecretString,
     /// The database's name
-    #[arg(long, default_value = "postgres")]
+    #[arg(long, default_value = DB)]
     pub postgres_db: String,
 }
 
 impl Config {
-    /// The options to connect with. `name` is shown in `pg_stat_activity`; the server itself ends a
-    /// statement after `statement_timeout`, so that it does not outlive its caller's patience.
-    pub(crate) fn options(&self, name: &str, statement_timeout: Duration) -> PgConnectOptions {
-        let options = if let Some(DatabaseUrl(options)) = &self.database_url {
-            options.clone()
-        } else {
-            PgConnectOptions::new_without_pgpass()
-                .host(&self.postgres_host)
-                .port(self.postgres_port)
-                .username(&self.postgres_user)
-                .password(self.postgres_password.expose_secret())
-                .database(&self.postgres_db)
+    /// The database at `url`.
+    #[must_use]
+    pub fn at(url: DatabaseUrl) -> Self {
+        Self {
+            database_url: Some(url),
+            postgres_host: HOST.to_owned(),
+            postgres_port: PORT,
+            postgres_user: USER.to_owned(),
+            postgres_password: PASSWORD.into(),
+            postgres_db: DB.to_owned(),
+        }
+    }
+
+    /// Opens the table's file, if it is in one, before anything else is begun: whoever uses a clone
+    /// of these settings while the claim is held has it open already.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`], such as with [`embedded::OpenError::InUse`].
+    pub fn claim(&self) -> Result<Claim, StoreError> {
+        let table = match self.backend() {
+            Backend::Postgres(_) => None,
+            Backend::Sqlite(location) => Some(Table::open(&location)?),
         };
-        let milliseconds = statement_timeout.as_millis().to_string();
-        options
-            .application_name(name)
-            .options([("statement_timeout", milliseconds.as_str()), ("timezone", "UTC")])
+        Ok(Claim { table })
+    }
+
+    /// What the settings lead to.
+    pub(crate) fn backend(&self) -> Backend {
+        if let Some(DatabaseUrl(backend)) = &self.database_url {
+            return backend.clone();
+        }
+        let options = PgConnectOptions::new_without_pgpass()
+            .host(&self.postgres_host)
+            .port(self.postgres_port)
+            .username(&self.postgres_user)
+            .password(self.postgres_password.expose_secret())
+            .database(&self.postgres_db);
+        Backend::Postgres(Box::new(options))
     }
 }
 
-/// A `postgres://` URL. Its `Debug` and its errors leave out the user and the password.
+/// A file that is open for this process; see [`Config::claim`].
+pub struct Claim {
+    table: Option<Table>,
+}
+
+impl Claim {
+    /// Closes the file, if nobody else of this process has it open.
+    pub async fn close(self) {
+        if let Some(table) = self.table {
+            table.close().await;
+        }
+    }
+}
+
+/// Where the database is: a Postgres, or a file. Its `Debug` and its errors leave out the user and
+/// the password. Clones of one that names a file share the opened file.
 #[derive(Clone)]
-pub struct DatabaseUrl(PgConnectOptions);
+pub struct DatabaseUrl(Backend);
+
+/// What a [`DatabaseUrl`] leads to.
+#[derive(Clone)]
+pub(crate) enum Backend {
+    Postgres(Box<PgConnectOptions>),
+    Sqlite(Location<File>),
+}
+
+impl DatabaseUrl {
+    /// The table in the file at `path`, which is made when it is first opened.
+    #[must_use]
+    pub fn file(path: PathBuf) -> Self {
+        Self(Backend::Sqlite(Location::new(path)))
+    }
+}
 
 impl FromStr for DatabaseUrl {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        let expected = || "expected postgres://USER:PASSWORD@HOST:PORT/DB".to_owned();
+        if let Some(location) = Location::from_url(text) {
+            return Ok(Self(Backend::Sqlite(location)));
+        }
+        let expected = || {
+            "expected postgres://USER:PASSWORD@HOST:PORT/DB or sqlite:PATH, without : or ? in PATH"
+                .to_owned()
+        };
         if !text.starts_with("postgres://") && !text.starts_with("postgresql://") {
             return Err(expected());
         }
-        text.parse().map(Self).map_err(|_| expected())
+        text.parse()
+            .map(|options| Self(Backend::Postgres(Box::new(options))))
+            .map_err(|_| expected())
     }
 }
 
 impl fmt::Debug for DatabaseUrl {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (host, port) = (self.0.get_host(), self.0.get_port());
-        write!(formatter, "postgres://***@{host}:{port}/{}", self.0.get_database().unwrap_or(""))
+        match &self.0 {
+            Backend::Sqlite(location) => location.fmt(formatter),
+            Backend::Postgres(options) => {
+                let (host, port) = (options.get_host(), options.get_port());
+                let database = options.get_database().unwrap_or("");
+                write!(formatter, "postgres://***@{host}:{port}/{database}")
+            }
+        }
     }
 }
 
@@ -90,10 +167,26 @@ mod tests {
     #[test]
     fn a_url_replaces_the_single_settings() {
         let cli = Cli::parse_from(["x", "--postgres-host=a", "--database-url=postgres://u@b:7/c"]);
-        let options = cli.config.options("test", Duration::from_secs(1));
-        assert_eq!((options.get_host(), options.get_port()), ("b", 7));
+        assert_eq!(host_and_port(&cli.config), Some(("b".to_owned(), 7)));
         let cli = Cli::parse_from(["x", "--postgres-host=a"]);
-        assert_eq!(cli.config.options("test", Duration::from_secs(1)).get_host(), "a");
+        assert_eq!(host_and_port(&cli.config), Some(("a".to_owned(), 5432)));
+        let cli = Cli::parse_from(["x", "--postgres-host=a", "--database-url=sqlite:objects.db"]);
+        assert_eq!(host_and_port(&cli.config), None);
+    }
+
+    #[test]
+    fn the_scheme_says_which_of_the_two_it_is() {
+        for (url, is_file) in [
+            ("sqlite:data/objects.db", true),
+            ("postgres://b/c", false),
+            ("postgresql://b/c", false),
+        ] {
+            let DatabaseUrl(backend) = url.parse().unwrap();
+            assert_eq!(matches!(backend, Backend::Sqlite(_)), is_file, "{url}");
+        }
+        for url in ["sqlite::memory:", "sqlite:", "mysql://b/c", "objects.db", ""] {
+            assert!(url.parse::<DatabaseUrl>().is_err(), "{url}");
+        }
     }
 
     #[test]
@@ -101,7 +194,15 @@ mod tests {
         let url = "--database-url=postgres://u:s3cret@b:7/c";
         let cli = Cli::parse_from(["x", url, "--postgres-password=s3cret"]);
         assert!(!format!("{cli:?}").contains("s3cret"));
-        let error = "http://u:s3cret@b".parse::<DatabaseUrl>().unwrap_err();
-        assert!(!error.contains("s3cret"));
+        for url in ["http://u:s3cret@b", "postgres://u:s3cret@b:none/c"] {
+            assert!(!url.parse::<DatabaseUrl>().unwrap_err().contains("s3cret"), "{url}");
+        }
+    }
+
+    fn host_and_port(config: &Config) -> Option<(String, u16)> {
+        match config.backend() {
+            Backend::Postgres(options) => Some((options.get_host().into(), options.get_port())),
+            Backend::Sqlite(_) => None,
+        }
     }
 }

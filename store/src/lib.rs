@@ -1,17 +1,21 @@
-//! SQL and nothing else: connect, migrate, record what was seen, delete what is stale.
+//! SQL and nothing else: record what was seen, delete what is stale, list what is there.
 //!
-//! The table is `object(id bigint primary key, last_seen timestamptz)`. All times are the
-//! database's: callers pass ages, never clock readings.
+//! The table is `object(id, last_seen)`, in a Postgres or in a SQLite file: [`DatabaseUrl`] says
+//! which. All times are the database's: callers pass ages, never clock readings.
 
 mod config;
-mod monitor;
+mod deadline;
+mod error;
+mod objects;
 mod postgres;
+mod sqlite;
+mod store;
 
-pub use config::Config;
-pub use postgres::{Sighting, Store, StoreError};
+pub use config::{Claim, Config, DatabaseUrl};
+pub use embedded::OpenError;
+pub use error::StoreError;
+pub use objects::{Object, Objects};
+pub use store::{Sighting, Store};
 
 /// Whether the database answers: `Ok`, or why not, in words for an operator.
 pub type StoreStatus = Result<(), String>;
-
-/// The status before the first attempt to connect.
-const NOT_YET: &str = "not connected yet";

@@ -42,4 +42,5 @@ pub use process::Process;
 pub use proxy::Proxy;
 pub use queue::{Queue, RETRY_LEVELS};
 pub use rabbit_node::RabbitNode;
+pub use scratch::Scratch;
 pub use status_api::{Answer, StatusApi};

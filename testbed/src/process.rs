@@ -1,5 +1,6 @@
 //! A service of this workspace as a process of its own.
 
+use std::ffi::OsStr;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -35,12 +36,29 @@ impl Process {
     /// When the binary has not been built: cargo builds those of the tested package only.
     #[must_use]
     pub fn spawn(binary: &str, environment: &[(&str, String)], arguments: &[&str]) -> Self {
+        Self::spawn_through(&[], binary, environment, arguments)
+    }
+
+    /// Like [`Process::spawn`], by a command that ends in executing the one that follows it, such as
+    /// `nice`: the process is that one's then.
+    ///
+    /// # Panics
+    /// As [`Process::spawn`].
+    #[must_use]
+    pub fn spawn_through(
+        wrapper: &[&str],
+        binary: &str,
+        environment: &[(&str, String)],
+        arguments: &[&str],
+    ) -> Self {
         let folder = target_folder();
         let path = folder.join(binary);
         assert!(path.is_file(), "{} is missing: run `cargo build --workspace`", path.display());
         let scratch = Scratch::new(binary);
-        let mut command = Command::new(path);
+        let mut words = wrapper.iter().map(OsStr::new).chain([path.as_os_str()]);
+        let mut command = Command::new(words.next().unwrap_or_default());
         command
+            .args(words)
             .args(arguments)
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())

@@ -6,17 +6,21 @@ use uuid::Uuid;
 
 /// A new empty directory, removed with all that is in it on drop.
 #[derive(Debug)]
-pub(crate) struct Scratch(PathBuf);
+pub struct Scratch(PathBuf);
 
 impl Scratch {
-    pub(crate) fn new(what: &str) -> Self {
+    /// Makes one whose name tells `what` it is for.
+    #[must_use]
+    pub fn new(what: &str) -> Self {
         let name = format!("lastseen-{what}-{}", Uuid::now_v7().simple());
         let path = std::env::temp_dir().join(name);
         std::fs::create_dir(&path).expect("the temporary directory should be writable");
         Self(path)
     }
 
-    pub(crate) fn path(&self) -> &Path {
+    /// Where it is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
         &self.0
     }
 }

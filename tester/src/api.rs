@@ -25,12 +25,6 @@ const LIMITS: Limits = Limits { max_connections: 20_000, header_timeout: Duratio
 const LOOKUPS: &str = "lastseen_tester_lookups_total";
 const IN_FLIGHT: &str = "lastseen_tester_lookups_in_flight";
 
-/// Tells the metrics recorder what the status API's metrics mean.
-pub(crate) fn describe_metrics() {
-    metrics::describe_counter!(LOOKUPS, "Lookups received, by the answer that each was to get.");
-    metrics::describe_gauge!(IN_FLIGHT, "Lookups received and not answered yet.");
-}
-
 /// The status API on an address of its own.
 pub struct Api {
     listener: TcpListener,
@@ -43,6 +37,7 @@ impl Api {
     /// # Errors
     /// When the address cannot be listened on.
     pub async fn bind(config: config::Api) -> std::io::Result<Self> {
+        describe_metrics();
         Ok(Self { listener: TcpListener::bind(config.tester_addr).await?, config })
     }
 
@@ -207,6 +202,11 @@ impl Drop for InFlight {
     fn drop(&mut self) {
         metrics::gauge!(IN_FLIGHT).decrement(1);
     }
+}
+
+fn describe_metrics() {
+    metrics::describe_counter!(LOOKUPS, "Lookups received, by the answer that each was to get.");
+    metrics::describe_gauge!(IN_FLIGHT, "Lookups received and not answered yet.");
 }
 
 #[cfg(test)]

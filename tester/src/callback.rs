@@ -13,11 +13,6 @@ const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 const CALLBACKS: &str = "lastseen_tester_callbacks_total";
 
-/// Tells the metrics recorder what the callbacks' metrics mean.
-pub(crate) fn describe_metrics() {
-    metrics::describe_counter!(CALLBACKS, "Callbacks sent, by what came of them.");
-}
-
 /// What came of a callback.
 #[derive(Debug)]
 pub enum Outcome {
@@ -53,6 +48,7 @@ impl Sender {
     /// # Errors
     /// When the client cannot be built, most likely for want of a TLS provider.
     pub(crate) fn new(callbacks: &Callbacks) -> Result<Self, reqwest::Error> {
+        metrics::describe_counter!(CALLBACKS, "Callbacks sent, by what came of them.");
         let client = Client::builder()
             .no_proxy()
             .redirect(redirect::Policy::none())

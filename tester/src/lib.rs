@@ -11,7 +11,7 @@ mod report;
 use std::io::Write as _;
 
 use anyhow::Context as _;
-use service::{CancellationToken, Health};
+use service::{CancellationToken, Description, Health, Invocation};
 
 pub use callback::Outcome;
 pub use report::{Latency, Report};
@@ -20,25 +20,39 @@ use api::Api;
 use config::{Callbacks, Command, Config, Load};
 use partner::Partner;
 
-/// Plays the partner and the status API until `shutdown`, or runs the subcommand.
+/// What the process is called and where its admin address is.
+pub const DESCRIPTION: Description = Description {
+    name: "tester",
+    about: "Plays the partner and the status API of Lastseen, and loads its callback endpoint",
+    admin_address: ":9094",
+};
+
+/// What the settings ask for: both parts to be played, or what their subcommand does.
 ///
 /// It reports no peer to the [`Health`]: a partner does not stop being one because nobody answers.
-///
-/// # Errors
-/// When the status API's address cannot be listened on, no HTTP client can be built, or the report
-/// of a load run cannot be written.
-pub async fn run(
-    config: Config,
+#[must_use]
+pub fn plan(
+    mut config: Config,
     health: Health,
     shutdown: CancellationToken,
-) -> anyhow::Result<()> {
-    health.all_told();
-    api::describe_metrics();
-    callback::describe_metrics();
-    let callbacks = config.callbacks.into_inner();
-    if let Some(Command::Load(load)) = config.command {
-        return print_load(&load, &callbacks, shutdown).await;
+) -> Invocation<
+    impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    impl Future<Output = anyhow::Result<()>> + Send + 'static,
+> {
+    match config.command.take() {
+        None => Invocation::Service(play(config, health, shutdown)),
+        Some(Command::Load(load)) => {
+            Invocation::Command(print_load(load, config.callbacks.into_inner(), shutdown))
+        }
     }
+}
+
+/// Plays the partner and the status API until `shutdown`.
+///
+/// # Errors
+/// When the status API's address cannot be listened on, or no HTTP client can be built.
+async fn play(config: Config, health: Health, shutdown: CancellationToken) -> anyhow::Result<()> {
+    health.all_told();
     let api = if config.no_api {
         None
     } else {
@@ -50,7 +64,7 @@ pub async fn run(
     let partner = if config.no_partner {
         None
     } else {
-        let partner = Partner::new(callbacks, config.partner.into_inner());
+        let partner = Partner::new(config.callbacks.into_inner(), config.partner.into_inner());
         Some(partner.context("cannot build the HTTP client")?)
     };
     let answering = async {
@@ -70,12 +84,16 @@ pub async fn run(
     Ok(())
 }
 
-async fn print_load(
-    load: &Load,
-    callbacks: &Callbacks,
+/// Loads the callback endpoint until the run is over or `shutdown`, and prints the report.
+///
+/// # Errors
+/// When the run fails, or its report cannot be written.
+pub async fn print_load(
+    load: Load,
+    callbacks: Callbacks,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let report = load::run(load, callbacks, shutdown).await?;
+    let report = load::run(&load, &callbacks, shutdown).await?;
     let text = if load.json { serde_json::to_string(&report)? } else { report.to_string() };
     // Not `println!`, which panics when the reader of a pipe has gone.
     writeln!(std::io::stdout(), "{text}").context("cannot write the report")

@@ -60,7 +60,7 @@ impl Surroundings {
         let database = Database::new().await;
         let settings =
             [format!("--amqp-uri={}", testbed::amqp_uri()), format!("--queue-name={}", queue.name)];
-        let publisher = Publisher::start(&config(&settings).broker, "test publisher");
+        let publisher = Publisher::start(&config(&settings).broker, "test publisher").unwrap();
         let mut status = publisher.status();
         timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
         Self { publisher, queue, database }

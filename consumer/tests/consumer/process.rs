@@ -80,12 +80,15 @@ async fn a_consumer_whose_peers_are_away_is_not_ready_from_the_first_moment_on()
         ("DATABASE_URL", format!("postgres://nobody@127.0.0.1:{nobody}/x")),
         ("TESTER_ENDPOINT", format!("http://127.0.0.1:{nobody}")),
     ];
-    let _consumer = Process::spawn("consumer", &settings, &[]);
+    let consumer = Process::spawn("consumer", &settings, &[]);
     let first = eventually("the admin address answers", PATIENCE, async || {
         http_get(admin, "/readyz").await.ok()
     })
     .await;
     assert_eq!(first.status, 503, "{}", first.body);
+    for peer in ["no broker", "no database", "no status API"] {
+        consumer.wait_for_log(peer).await;
+    }
 }
 
 #[tokio::test]

@@ -42,7 +42,7 @@ async fn accepted_again(producer: &Producer, id: i64) {
 
 #[test]
 fn by_default_the_brokers_time_ends_before_the_clients() {
-    assert!(config(&[]).publish_timeout < CLIENT_PATIENCE);
+    assert!(config(&[]).callbacks.publish_timeout < CLIENT_PATIENCE);
 }
 
 #[tokio::test]

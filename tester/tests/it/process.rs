@@ -65,8 +65,45 @@ async fn load_prints_one_json_object_for_machines_or_lines_for_people() {
         text.lines().any(|line| line.starts_with("accepted") && line.contains(" 5 ")),
         "{text}"
     );
-    // Standard error is no terminal here, so it holds log lines and no progress bar.
-    assert!(errors.lines().all(|line| serde_json::from_str::<Value>(line).is_ok()), "{errors}");
+    // Standard error is no terminal here, so there is no progress bar either.
+    assert_eq!(errors, "");
+}
+
+#[tokio::test]
+async fn load_that_is_interrupted_finishes_what_is_under_way_and_still_prints_its_report() {
+    let mut endpoint = Endpoint::slow(Duration::from_millis(200), u64::MAX).await;
+    let url = format!("--callback-endpoint=http://{}", endpoint.address);
+    let mut load = tester(&["load", &url, "--rate=5", "--duration=1h", "--json"]);
+    let load = load.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    endpoint.next_ids().await;
+    terminate(&load).await;
+    let output = soon(load.wait_with_output()).await.unwrap();
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert_eq!((output.status.code(), errors.as_str()), (Some(0), ""));
+    let report: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert!(report["accepted"].as_u64() >= Some(1), "{report}");
+    assert_eq!(report["accepted"], report["sent"], "{report}");
+}
+
+#[tokio::test]
+async fn load_that_fails_says_so_in_one_line_and_ends_with_70() {
+    let endpoint = Endpoint::answering(200).await;
+    let url = format!("--callback-endpoint=http://{}", endpoint.address);
+    let mut load = tester(&["load", &url, "--total=1"]);
+    // It takes no byte: each write to it fails.
+    let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
+    let load = load.stdout(full).stderr(Stdio::piped()).spawn().unwrap();
+    let output = soon(load.wait_with_output()).await.unwrap();
+    assert_eq!(output.status.code(), Some(70));
+    let errors = String::from_utf8(output.stderr).unwrap();
+    assert!(errors.starts_with("tester: cannot write the report: "), "{errors}");
+    assert_eq!(errors.lines().count(), 1, "{errors}");
+}
+
+/// Sends SIGTERM.
+async fn terminate(child: &Child) {
+    let id = child.id().unwrap().to_string();
+    assert!(Command::new("kill").arg(id).status().await.unwrap().success());
 }
 
 /// A tester that plays its parts.
@@ -95,9 +132,7 @@ impl Running {
 
     /// Sends SIGTERM and waits for the end.
     async fn terminate(mut self) -> Option<i32> {
-        let id = self.child.id().unwrap().to_string();
-        let kill = Command::new("kill").arg(id).status().await.unwrap();
-        assert!(kill.success());
+        terminate(&self.child).await;
         soon(self.child.wait()).await.unwrap().code()
     }
 }
@@ -124,6 +159,14 @@ async fn metric(admin: &str, expected: &str) {
     assert!(there.is_ok(), "no line {expected} in\n{metrics}");
 }
 
+/// That the metrics say what these are.
+async fn described(admin: &str, names: &[&str]) {
+    let metrics = get(&format!("http://{admin}/metrics")).await;
+    for name in names {
+        assert!(metrics.contains(&format!("# HELP {name} ")), "no description of {name}");
+    }
+}
+
 #[tokio::test]
 async fn the_metrics_tell_lookups_by_their_answer_and_how_many_are_in_flight() {
     let flags = ["--tester-addr=127.0.0.1:0", "--latency-min=0s", "--latency-max=0s"];
@@ -137,6 +180,8 @@ async fn the_metrics_tell_lookups_by_their_answer_and_how_many_are_in_flight() {
     metric(&admin, "lastseen_tester_lookups_total{answer=\"offline\"} 1").await;
     metric(&admin, "lastseen_tester_lookups_total{answer=\"bad_request\"} 1").await;
     metric(&admin, "lastseen_tester_lookups_in_flight 0").await;
+    described(&admin, &["lastseen_tester_lookups_total", "lastseen_tester_lookups_in_flight"])
+        .await;
     assert_eq!(tester.terminate().await, Some(0));
 }
 
@@ -184,6 +229,7 @@ async fn the_partner_logs_and_counts_what_came_of_each_callback() {
         assert!(line["elapsed_ms"].is_u64() || line["elapsed_ms"].is_string(), "{line}");
         let counter = format!("lastseen_tester_callbacks_total{{outcome=\"{outcome}\"}} 1");
         metric(&admin, &counter).await;
+        described(&admin, &["lastseen_tester_callbacks_total"]).await;
         assert_eq!(tester.terminate().await, Some(0));
     }
 }

@@ -1,0 +1,25 @@
+//! The queue on a RabbitMQ.
+
+mod consumer;
+mod delivery;
+mod history;
+mod inspector;
+mod link;
+mod publisher;
+mod topology;
+mod uri;
+
+pub(crate) use consumer::Consumer;
+pub(crate) use delivery::Delivery;
+pub(crate) use inspector::Inspector;
+pub(crate) use publisher::Publisher;
+pub(crate) use uri::AmqpUri;
+
+use crate::config::QueueConfig;
+
+/// Which broker, and which queue on it.
+#[derive(Clone, Debug)]
+pub(crate) struct Config {
+    pub(crate) uri: AmqpUri,
+    pub(crate) queue: QueueConfig,
+}

@@ -1,0 +1,150 @@
+//! Taking messages from a RabbitMQ.
+
+use std::time::{Duration, Instant};
+
+use backon::ExponentialBackoff;
+use futures_util::StreamExt as _;
+use lapin::Channel;
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
+use lapin::types::FieldTable;
+use tokio::sync::watch;
+use tokio::time::timeout;
+
+use super::delivery::Delivery;
+use super::link::{self, Link, LinkError, OutageLog, RPC_TIMEOUT};
+use super::publisher::Publisher;
+use super::topology::Topology;
+use crate::{LinkStatus, backoff};
+
+/// A consumer of the queue, on a connection of its own: a publishing connection that the broker has
+/// blocked would hold back its acks too.
+pub(crate) struct Consumer {
+    name: String,
+    prefetch: u16,
+    publisher: Publisher,
+    status: watch::Sender<LinkStatus>,
+    session: Option<Session>,
+    outage: OutageLog,
+    waits: ExponentialBackoff,
+    connected_at: Instant,
+}
+
+struct Session {
+    connection: Link,
+    channel: Channel,
+    deliveries: lapin::Consumer,
+}
+
+impl Consumer {
+    pub(crate) fn new(name: &str, prefetch: u16, publisher: Publisher) -> Self {
+        let (status, _) = watch::channel(Err("not connected yet".to_owned()));
+        Self {
+            name: name.to_owned(),
+            prefetch,
+            publisher,
+            status,
+            session: None,
+            outage: OutageLog::default(),
+            waits: backoff(),
+            connected_at: Instant::now(),
+        }
+    }
+
+    pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
+        self.status.subscribe()
+    }
+
+    pub(crate) async fn next(&mut self) -> Delivery {
+        loop {
+            let reason = match &mut self.session {
+                Some(session) => match session.next().await {
+                    Ok(received) => return Delivery::new(received, self.publisher.clone()),
+                    Err(reason) => reason,
+                },
+                None => match self.open().await {
+                    Ok(session) => {
+                        self.session = Some(session);
+                        self.connected_at = Instant::now();
+                        self.outage.up(&self.name);
+                        _ = self.status.send_replace(Ok(()));
+                        continue;
+                    }
+                    Err(error) => error.to_string(),
+                },
+            };
+            // The broker takes back all that came by this session as soon as it is closed.
+            if self.session.take().is_some() && self.connected_at.elapsed() > Duration::from_secs(5)
+            {
+                self.waits = backoff();
+            }
+            self.outage.down(&self.name, &reason);
+            _ = self.status.send_replace(Err(reason));
+            tokio::time::sleep(self.waits.next().unwrap_or(Duration::from_secs(1))).await;
+        }
+    }
+
+    pub(crate) async fn stop(&mut self) {
+        let Some(session) = &mut self.session else { return };
+        let giving_back = async {
+            let tag = session.deliveries.tag();
+            session.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
+            while let Some(Ok(delivery)) = session.deliveries.next().await {
+                let requeue = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
+                delivery.nack(requeue).await?;
+            }
+            Ok::<_, lapin::Error>(())
+        };
+        match timeout(RPC_TIMEOUT, giving_back).await {
+            Ok(Ok(())) => {}
+            // The session is broken, and with its end the broker takes everything back by itself.
+            Ok(Err(error)) => tracing::debug!(%error, "cannot cancel the consumer"),
+            Err(_) => tracing::debug!("the broker did not answer the cancel"),
+        }
+        _ = self.status.send_replace(Err("stopped".to_owned()));
+    }
+
+    pub(crate) async fn close(self) {
+        if let Some(session) = self.session {
+            link::close(&session.connection).await;
+        }
+    }
+
+    async fn open(&self) -> Result<Session, LinkError> {
+        let connection = link::connect(&self.publisher.config().uri, &self.name).await?;
+        let topology: &Topology = self.publisher.topology();
+        timeout(RPC_TIMEOUT, topology.declare(&connection)).await??;
+        let channel = timeout(RPC_TIMEOUT, connection.create_channel()).await?;
+        let channel = channel.map_err(LinkError::OpenChannel)?;
+        let consuming = async {
+            channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
+            let queue = topology.queue.clone();
+            let options = BasicConsumeOptions::default();
+            channel.basic_consume(queue, "".into(), options, FieldTable::default()).await
+        };
+        let deliveries = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
+        Ok(Session { connection, channel, deliveries })
+    }
+}
+
+impl Session {
+    /// The next message, or why there will be none by this session.
+    async fn next(&mut self) -> Result<lapin::message::Delivery, String> {
+        loop {
+            // The stream can fall silent without an end, so the connection is looked at as well.
+            match timeout(Duration::from_secs(1), self.deliveries.next()).await {
+                Ok(Some(Ok(delivery))) if delivery.acker.usable() => return Ok(delivery),
+                // What lapin had buffered when the channel was lost; it will be delivered again.
+                Ok(Some(Ok(_))) => return Err("the channel is lost".to_owned()),
+                Ok(Some(Err(error))) => return Err(error.to_string()),
+                Ok(None) => return Err("the broker cancelled the consumer".to_owned()),
+                Err(_) if !self.connection.status().connected() => {
+                    return Err("the connection is closed".to_owned());
+                }
+                Err(_) if !self.channel.status().connected() => {
+                    return Err("the channel is closed".to_owned());
+                }
+                Err(_) => {}
+            }
+        }
+    }
+}

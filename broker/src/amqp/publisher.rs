@@ -1,0 +1,146 @@
+//! Publishing with confirms, pipelined over all callers.
+//!
+//! Callers hand in batches; one task owns the connection and publishes them in rounds, each with
+//! whatever has come in meanwhile, several rounds at a time.
+
+mod driver;
+mod round;
+
+use std::sync::Arc;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use lapin::BasicProperties;
+use lapin::types::ShortString;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::time::timeout;
+
+use super::Config;
+use super::link::RPC_TIMEOUT;
+use super::topology::Topology;
+use crate::{LinkStatus, PublishError, message};
+
+use driver::Driver;
+
+/// Messages that are waiting to be published or confirmed, over all callers; beyond it callers wait,
+/// and their deadlines run. At about 1 KiB each it bounds the memory that a broker which stops
+/// confirming can make us hold. A larger batch is taken when nothing else is there.
+const MAX_OUTSTANDING: u32 = 20_000;
+
+/// See [`crate::Publisher`].
+#[derive(Clone)]
+pub(crate) struct Publisher {
+    /// Unbounded, because what it holds is bounded by `places`.
+    batches: mpsc::UnboundedSender<Batch>,
+    places: Arc<Semaphore>,
+    status: watch::Receiver<LinkStatus>,
+    config: Arc<Config>,
+    topology: Arc<Topology>,
+}
+
+/// One message on its way out.
+#[derive(Clone, Debug)]
+pub(super) struct Outgoing {
+    pub(super) routing_key: ShortString,
+    pub(super) body: Vec<u8>,
+    pub(super) properties: BasicProperties,
+}
+
+/// What one caller wants to have published, all of it or an error.
+struct Batch {
+    messages: Vec<Outgoing>,
+    reply: oneshot::Sender<Result<(), PublishError>>,
+    /// Held until the batch is answered.
+    _places: OwnedSemaphorePermit,
+}
+
+impl Publisher {
+    pub(crate) fn start(config: Config, name: &str) -> Self {
+        let (batches, incoming) = mpsc::unbounded_channel();
+        let (status, watched) = watch::channel(Err("not connected yet".to_owned()));
+        let topology = Arc::new(Topology::new(&config));
+        let config = Arc::new(config);
+        let driver =
+            Driver::new(Arc::clone(&config), Arc::clone(&topology), name, incoming, status);
+        tokio::spawn(driver.run());
+        Self {
+            batches,
+            places: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
+            status: watched,
+            config,
+            topology,
+        }
+    }
+
+    pub(crate) async fn publish_ids(
+        &self,
+        callback_id: &str,
+        ids: &[i64],
+        within: Duration,
+    ) -> Result<(), PublishError> {
+        let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
+        let properties = BasicProperties::default()
+            .with_content_type("application/json".into())
+            .with_correlation_id(callback_id.into())
+            .with_timestamp(seconds);
+        let message = |id: &i64| Outgoing {
+            routing_key: self.topology.queue.clone(),
+            body: message::encode(*id),
+            properties: properties.clone(),
+        };
+        self.publish(ids.iter().map(message), within).await
+    }
+
+    /// Publishes `messages`, which are not built before there is room for them.
+    pub(super) async fn publish(
+        &self,
+        messages: impl ExactSizeIterator<Item = Outgoing>,
+        within: Duration,
+    ) -> Result<(), PublishError> {
+        if let Err(reason) = &*self.status.borrow() {
+            return Err(PublishError::Away(reason.clone()));
+        }
+        let stopped = || PublishError::Away("the publisher has stopped".to_owned());
+        let confirmed = async {
+            let wanted = u32::try_from(messages.len()).unwrap_or(u32::MAX).min(MAX_OUTSTANDING);
+            let places = Arc::clone(&self.places).acquire_many_owned(wanted).await;
+            let places = places.map_err(|_| stopped())?;
+            let (reply, answer) = oneshot::channel();
+            let batch = Batch { messages: messages.collect(), reply, _places: places };
+            self.batches.send(batch).map_err(|_| stopped())?;
+            // Its round ended with the connection.
+            answer
+                .await
+                .unwrap_or_else(|_| Err(PublishError::Away("the connection was lost".to_owned())))
+        };
+        timeout(within, confirmed).await.unwrap_or(Err(PublishError::Timeout(within)))
+    }
+
+    pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
+        self.status.clone()
+    }
+
+    pub(crate) async fn died(&self) {
+        self.batches.closed().await;
+    }
+
+    /// Waits until it is said, or a while for other clones that are not dropped.
+    pub(crate) async fn close(self) {
+        let Self { batches, mut status, .. } = self;
+        drop(batches);
+        let ended = async { while status.changed().await.is_ok() {} };
+        if timeout(RPC_TIMEOUT, ended).await.is_err() {
+            tracing::debug!("the publisher is still in use, or the broker does not answer");
+        }
+    }
+
+    pub(super) fn config(&self) -> &Config {
+        &self.config
+    }
+
+    pub(super) fn topology(&self) -> &Topology {
+        &self.topology
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,239 @@
+//! The task behind a publisher: keeps a connection and spreads the batches over its channels.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use futures_util::StreamExt as _;
+use futures_util::stream::FuturesUnordered;
+use lapin::options::ConfirmSelectOptions;
+use lapin::{Channel, Event};
+use metrics::Counter;
+use tokio::sync::{mpsc, watch};
+use tokio::time::timeout;
+
+use super::Batch;
+use super::round::{self, Broken};
+use crate::amqp::Config;
+use crate::amqp::link::{self, Link, LinkError, OutageLog, RPC_TIMEOUT};
+use crate::amqp::topology::Topology;
+use crate::{LinkStatus, PublishError, backoff};
+
+/// Rounds that are under way at once, each on a channel of its own: while one waits for its
+/// confirms, the next ones are published.
+const CHANNELS: usize = 4;
+/// A round takes batches until it has so many messages.
+const ROUND_MESSAGES: usize = 1_000;
+/// A round that takes longer, on a connection that is not blocked, ends the connection, even if its
+/// heartbeats go on.
+const STALL: Duration = Duration::from_secs(10);
+/// A session that lasted so long was a good one: the next is tried for without further waiting.
+const SETTLED: Duration = Duration::from_secs(5);
+
+pub(super) struct Driver {
+    config: Arc<Config>,
+    topology: Arc<Topology>,
+    name: String,
+    batches: mpsc::UnboundedReceiver<Batch>,
+    status: watch::Sender<LinkStatus>,
+    counters: Counters,
+}
+
+struct Session {
+    connection: Link,
+    channels: Vec<Channel>,
+}
+
+/// Why a session is over.
+enum Ended {
+    /// Every publisher is gone and all is confirmed.
+    Finished,
+    Lost(String),
+}
+
+impl Driver {
+    pub(super) fn new(
+        config: Arc<Config>,
+        topology: Arc<Topology>,
+        name: &str,
+        batches: mpsc::UnboundedReceiver<Batch>,
+        status: watch::Sender<LinkStatus>,
+    ) -> Self {
+        let name = name.to_owned();
+        Self { config, topology, name, batches, status, counters: Counters::new() }
+    }
+
+    pub(super) async fn run(mut self) {
+        let mut outage = OutageLog::default();
+        let mut waits = backoff();
+        let mut wait = Duration::ZERO;
+        loop {
+            let opened = async {
+                tokio::time::sleep(wait).await;
+                open(&self.config, &self.topology, &self.name).await
+            };
+            let reason = match refusing(&mut self.batches, &self.status, opened).await {
+                None => return,
+                Some(Err(error)) => error.to_string(),
+                Some(Ok(session)) => {
+                    outage.up(&self.name);
+                    _ = self.status.send_replace(Ok(()));
+                    let connected_at = Instant::now();
+                    match self.serve(&session).await {
+                        Ended::Finished => {
+                            link::close(&session.connection).await;
+                            return;
+                        }
+                        Ended::Lost(reason) => {
+                            // A link that breaks again and again is not hammered either.
+                            if connected_at.elapsed() > SETTLED {
+                                waits = backoff();
+                            }
+                            reason
+                        }
+                    }
+                }
+            };
+            outage.down(&self.name, &reason);
+            _ = self.status.send_replace(Err(reason));
+            wait = waits.next().unwrap_or(wait);
+        }
+    }
+
+    /// Publishes batches until the connection is lost or nobody is left to publish for.
+    async fn serve(&mut self, Session { connection, channels }: &Session) -> Ended {
+        let mut rounds = FuturesUnordered::new();
+        let mut free: Vec<usize> = (0..channels.len()).collect();
+        let mut begun: Vec<Option<Instant>> = vec![None; channels.len()];
+        let mut events = std::pin::pin!(connection.events_listener());
+        let mut pulse = tokio::time::interval(Duration::from_secs(1));
+        let mut finishing = false;
+        loop {
+            tokio::select! {
+                batch = self.batches.recv(), if !free.is_empty() && !finishing => {
+                    let Some(first) = batch else {
+                        finishing = true;
+                        if rounds.is_empty() { return Ended::Finished; }
+                        continue;
+                    };
+                    let batches = self.gather(first);
+                    let Some(place) = free.pop() else { continue };
+                    begun[place] = Some(Instant::now());
+                    let channel = &channels[place];
+                    rounds.push(async move { (place, round::publish(channel, batches).await) });
+                }
+                Some((place, round)) = rounds.next() => {
+                    begun[place] = None;
+                    let tally = match round {
+                        Ok(tally) => tally,
+                        Err(Broken(reason)) => return Ended::Lost(reason),
+                    };
+                    self.counters.confirmed.increment(tally.confirmed);
+                    self.counters.refused.increment(tally.refused);
+                    self.counters.unroutable.increment(tally.unroutable);
+                    if tally.unroutable > 0 {
+                        // The next session declares it, and not this one at once: a quorum queue that
+                        // is back before its consumers' channels have noticed keeps them, but they
+                        // take its first messages for ones that they had before and drop them,
+                        // unacked until the connection ends (seen with 3.10).
+                        return Ended::Lost("the queue is gone; declaring it again".to_owned());
+                    }
+                    free.push(place);
+                    if finishing && rounds.is_empty() { return Ended::Finished; }
+                }
+                Some(event) = events.next() => match event {
+                    Event::Error(error) => return Ended::Lost(error.to_string()),
+                    // The broker is short of memory or disk: it takes nothing until that is over,
+                    // but the connection is sound.
+                    Event::ConnectionBlocked(reason) => {
+                        tracing::warn!(reason, "the broker takes no messages for now");
+                        _ = self.status.send_replace(Err(format!("blocked: {reason}")));
+                    }
+                    Event::ConnectionUnblocked => {
+                        tracing::info!("the broker takes messages again");
+                        _ = self.status.send_replace(Ok(()));
+                    }
+                    _ => {}
+                },
+                _ = pulse.tick() => {
+                    let usable = |channel: &Channel| channel.status().connected();
+                    if !connection.status().connected() || !channels.iter().all(usable) {
+                        return Ended::Lost("the connection is closed".to_owned());
+                    }
+                    let blocked = connection.status().blocked();
+                    let oldest = begun.iter().flatten().min();
+                    if !blocked && oldest.is_some_and(|begun| begun.elapsed() > STALL) {
+                        return Ended::Lost(format!("nothing was confirmed in {STALL:?}"));
+                    }
+                }
+            }
+        }
+    }
+
+    /// The batches of a round: `first`, and what else has come in.
+    fn gather(&mut self, first: Batch) -> Vec<Batch> {
+        let mut messages = first.messages.len();
+        let mut batches = vec![first];
+        while messages < ROUND_MESSAGES {
+            let Ok(batch) = self.batches.try_recv() else { break };
+            messages += batch.messages.len();
+            batches.push(batch);
+        }
+        // Whose caller has gone, its deadline being over, has been answered without it.
+        batches.retain(|batch| !batch.reply.is_closed());
+        batches
+    }
+}
+
+/// Opens a session: the connection, the queues, and the channels, each of which confirms.
+async fn open(config: &Config, topology: &Topology, name: &str) -> Result<Session, LinkError> {
+    let connection = link::connect(&config.uri, name).await?;
+    timeout(RPC_TIMEOUT, topology.declare(&connection)).await??;
+    let channels = timeout(RPC_TIMEOUT, async {
+        let mut channels = Vec::with_capacity(CHANNELS);
+        for _ in 0..CHANNELS {
+            let channel = connection.create_channel().await?;
+            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+            channels.push(channel);
+        }
+        Ok(channels)
+    });
+    let channels = channels.await?.map_err(LinkError::OpenChannel)?;
+    Ok(Session { connection, channels })
+}
+
+/// Awaits `opening` while it turns away every batch, so that nobody waits for a broker that is not
+/// there. `None` when every publisher is gone.
+async fn refusing<T>(
+    batches: &mut mpsc::UnboundedReceiver<Batch>,
+    status: &watch::Sender<LinkStatus>,
+    opening: impl Future<Output = T>,
+) -> Option<T> {
+    let mut opening = std::pin::pin!(opening);
+    loop {
+        tokio::select! {
+            opened = &mut opening => return Some(opened),
+            batch = batches.recv() => {
+                let reason = status.borrow().clone().err().unwrap_or_default();
+                // A caller that has gone needs no answer.
+                let _ = batch?.reply.send(Err(PublishError::Away(reason)));
+            }
+        }
+    }
+}
+
+struct Counters {
+    confirmed: Counter,
+    refused: Counter,
+    unroutable: Counter,
+}
+
+impl Counters {
+    fn new() -> Self {
+        let outcome = |outcome| metrics::counter!("lastseen_published_total", "outcome" => outcome);
+        Self {
+            confirmed: outcome("confirmed"),
+            refused: outcome("refused"),
+            unroutable: outcome("unroutable"),
+        }
+    }
+}

@@ -1,0 +1,83 @@
+use futures_util::future::join_all;
+use lapin::options::QueueDeclareOptions;
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Connection, ConnectionProperties};
+
+use super::*;
+use crate::{QueueConfig, QueueType};
+use testbed::Queue;
+
+fn config(queue: &Queue) -> Config {
+    let queue = QueueConfig { queue_name: queue.name.clone(), queue_type: QueueType::Quorum };
+    Config { uri: testbed::amqp_uri().parse().unwrap(), queue }
+}
+
+fn outgoing(routing_key: &str) -> Outgoing {
+    let properties = BasicProperties::default();
+    Outgoing { routing_key: routing_key.into(), body: b"{}".to_vec(), properties }
+}
+
+/// lapin hands a returned message to whichever publish is confirmed next, often another caller's.
+/// Without telling them apart by their ids, a caller whose message is gone would hear "confirmed".
+#[tokio::test]
+async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
+    let queue = Queue::new();
+    let config = config(&queue);
+    let publisher = Publisher::start(config, "test");
+    let mut status = publisher.status();
+    let within = Duration::from_secs(30);
+    let nowhere = format!("{}.nowhere", queue.name);
+    let mut confirmed = 0;
+    for _round in 0..10 {
+        // Each unroutable message ends the session.
+        timeout(within, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
+        publisher.publish(std::iter::once(outgoing(&queue.name)), within).await.unwrap();
+        confirmed += 1;
+        let mut batches = tokio::task::JoinSet::new();
+        for batch in 0..60 {
+            let publisher = publisher.clone();
+            let key = if batch == 30 { nowhere.clone() } else { queue.name.clone() };
+            batches.spawn(async move {
+                (batch, publisher.publish(std::iter::once(outgoing(&key)), within).await)
+            });
+        }
+        while let Some(published) = batches.join_next().await {
+            match published.unwrap() {
+                (30, outcome) => {
+                    outcome.expect_err("a message without a queue must not be confirmed");
+                }
+                (_, Ok(())) => confirmed += 1,
+                (_, Err(error)) => assert!(matches!(error, PublishError::Away(_)), "{error}"),
+            }
+        }
+    }
+    assert!(queue.depth(&queue.name).await.unwrap() >= confirmed);
+}
+
+/// A queue of our own type would be refused with such a limit, so it is another one beside it.
+#[tokio::test]
+async fn a_full_queue_is_an_error_and_not_a_confirm() {
+    let (queue, full) = (Queue::new(), Queue::new());
+    let config = config(&queue);
+    let uri = testbed::amqp_uri().parse().unwrap();
+    let connection = Connection::connect_uri(uri, ConnectionProperties::default()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let mut limit = FieldTable::default();
+    limit.insert("x-max-length".into(), AMQPValue::LongInt(1));
+    limit.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
+    let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+    channel.queue_declare(full.name.as_str().into(), durable, limit).await.unwrap();
+
+    let publisher = Publisher::start(config, "test");
+    let within = Duration::from_secs(30);
+    timeout(within, publisher.status().wait_for(Result::is_ok)).await.unwrap().unwrap();
+    let to_full = || publisher.publish(std::iter::once(outgoing(&full.name)), within);
+    let to_ours = || publisher.publish(std::iter::once(outgoing(&queue.name)), within);
+    to_full().await.unwrap();
+    let refused = to_full().await.unwrap_err();
+    assert!(matches!(refused, PublishError::Refused), "{refused}");
+    // In one round, each batch has its own answer.
+    let (full, ours) =
+        tokio::join!(join_all([to_full(), to_full()]), join_all([to_ours(), to_ours()]));
+    assert!(full.iter().all(Result::is_err) && ours.iter().all(Result::is_ok));
+}

@@ -1,0 +1,38 @@
+//! The queue in a file of one process.
+//!
+//! A message is a row of `message` until it is acked. What is in flight is known in memory only:
+//! after a crash, every row is delivered again.
+
+mod consumer;
+mod delivery;
+mod inspector;
+mod queue;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::time::timeout;
+
+use crate::PublishError;
+
+pub(crate) use consumer::Consumer;
+pub(crate) use delivery::Delivery;
+pub(crate) use inspector::Inspector;
+pub(crate) use queue::Queue;
+
+/// See [`crate::Publisher::publish_ids`].
+pub(crate) async fn publish(
+    queue: &Arc<Queue>,
+    callback_id: &str,
+    ids: &[i64],
+    within: Duration,
+) -> Result<(), PublishError> {
+    let published = async {
+        let outcome = queue.publish(callback_id, ids).await;
+        let label = if outcome.is_ok() { "confirmed" } else { "refused" };
+        metrics::counter!("lastseen_published_total", "outcome" => label)
+            .increment(ids.len() as u64);
+        outcome.map_err(|error| PublishError::Away(error.to_string()))
+    };
+    timeout(within, published).await.unwrap_or(Err(PublishError::Timeout(within)))
+}

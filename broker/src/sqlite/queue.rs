@@ -1,0 +1,272 @@
+//! The file, what is in it, and the statements.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::path::Path;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use embedded::{File, Format, OpenError, WriteError};
+use rusqlite::{Connection, Row, params};
+use tokio::sync::{Notify, Semaphore, watch};
+
+use crate::{Disposition, LinkStatus, retry};
+
+/// Times are in milliseconds since 1970.
+pub(crate) const FORMAT: Format = Format {
+    name: "queue",
+    application_id: u32::from_be_bytes(*b"LSQu"),
+    version: 1,
+    schema: "
+        -- Ready or in flight. A consumer asks for what comes after the last that it was given, so a
+        -- number is never used twice (AUTOINCREMENT).
+        CREATE TABLE message (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            object_id INTEGER NOT NULL,
+            callback_id TEXT NOT NULL,
+            published_at INTEGER NOT NULL,
+            attempts INTEGER NOT NULL DEFAULT 0 CHECK (attempts BETWEEN 0 AND 1000000),
+            reason TEXT,
+            first_failed_at INTEGER,
+            last_failed_at INTEGER
+        ) STRICT;
+        -- Failed, and a new message from due_at on.
+        CREATE TABLE delayed (
+            seq INTEGER PRIMARY KEY,
+            due_at INTEGER NOT NULL,
+            object_id INTEGER NOT NULL,
+            callback_id TEXT NOT NULL,
+            published_at INTEGER NOT NULL,
+            attempts INTEGER NOT NULL CHECK (attempts BETWEEN 0 AND 1000000),
+            reason TEXT NOT NULL,
+            first_failed_at INTEGER NOT NULL,
+            last_failed_at INTEGER NOT NULL
+        ) STRICT;
+        CREATE INDEX delayed_due_at ON delayed (due_at);
+        -- Given up, for a person, in that order.
+        CREATE TABLE dead_letter (
+            seq INTEGER PRIMARY KEY AUTOINCREMENT,
+            object_id INTEGER NOT NULL,
+            callback_id TEXT NOT NULL,
+            published_at INTEGER NOT NULL,
+            attempts INTEGER NOT NULL CHECK (attempts BETWEEN 0 AND 1000000),
+            reason TEXT NOT NULL,
+            first_failed_at INTEGER NOT NULL,
+            last_failed_at INTEGER NOT NULL
+        ) STRICT;",
+};
+
+/// Messages that are waiting to be committed, over all callers; beyond it callers wait, and their
+/// deadlines run. A larger batch is taken when nothing else is there.
+const MAX_OUTSTANDING: u32 = 20_000;
+/// How many of the delayed become ready at a time.
+const DUE_MAX: u32 = 1_000;
+
+/// A message as it is delivered.
+#[derive(Clone, Debug)]
+pub(super) struct Message {
+    pub(super) seq: i64,
+    pub(super) object_id: i64,
+    pub(super) callback_id: String,
+    pub(super) attempts: u32,
+    pub(super) redelivered: bool,
+}
+
+/// A queue in a file, open for its one process.
+pub(crate) struct Queue {
+    file: File,
+    places: Arc<Semaphore>,
+    /// The last message there when the file was opened: up to it, any may have been delivered before.
+    found_upto: i64,
+    delivered: Mutex<Delivered>,
+    /// Held while messages are taken, so that none is given to two.
+    taking: tokio::sync::Mutex<()>,
+    /// Tells those who wait that there may be messages.
+    pub(super) arrived: Notify,
+}
+
+struct Delivered {
+    /// The last message that was handed out.
+    upto: i64,
+    /// What was handed out and given back, by its number.
+    returned: BTreeMap<i64, Message>,
+}
+
+impl Queue {
+    /// Opens the queue, and makes it first if there is none.
+    pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
+        let file = File::open(path, FORMAT)?;
+        let last = embedded::attach(path, FORMAT)?
+            .query_row("SELECT coalesce(max(seq), 0) FROM message", [], |row| row.get(0))
+            .map_err(|error| OpenError::Sqlite {
+                path: path.to_owned(),
+                what: error.to_string(),
+            })?;
+        Ok(Self {
+            file,
+            places: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
+            found_upto: last,
+            delivered: Mutex::new(Delivered { upto: 0, returned: BTreeMap::new() }),
+            taking: tokio::sync::Mutex::default(),
+            arrived: Notify::new(),
+        })
+    }
+
+    pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
+        self.file.status()
+    }
+
+    pub(crate) async fn died(&self) {
+        self.file.died().await;
+    }
+
+    /// Closes the file if nobody else has it.
+    pub(crate) async fn close(self: Arc<Self>) {
+        if let Some(queue) = Arc::into_inner(self) {
+            queue.file.close().await;
+        }
+    }
+
+    /// Adds a message for each of `ids`; they are on disk on return.
+    pub(super) async fn publish(&self, callback_id: &str, ids: &[i64]) -> Result<(), WriteError> {
+        let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX).min(MAX_OUTSTANDING);
+        // It is never closed; and if it were, there would only be no bound.
+        let places = Arc::clone(&self.places).acquire_many_owned(wanted).await;
+        let (callback_id, ids) = (callback_id.to_owned(), ids.to_vec());
+        let published_at = now();
+        let insert = move |connection: &Connection| {
+            let mut insert = connection.prepare_cached(
+                "INSERT INTO message (object_id, callback_id, published_at) VALUES (?1, ?2, ?3)",
+            )?;
+            for id in ids {
+                insert.execute(params![id, callback_id, published_at])?;
+            }
+            // Held until it is committed.
+            Ok(places)
+        };
+        drop(self.file.transact(insert).await?);
+        self.arrived.notify_waiters();
+        Ok(())
+    }
+
+    /// Up to `limit` messages that nobody else has, oldest first. Nothing is lost when this is
+    /// dropped.
+    pub(super) async fn take(&self, limit: u16) -> Result<VecDeque<Message>, WriteError> {
+        let _turn = self.taking.lock().await;
+        let after = {
+            let mut delivered = self.delivered();
+            if !delivered.returned.is_empty() {
+                let oldest = std::iter::from_fn(|| delivered.returned.pop_first());
+                return Ok(oldest.map(|(_, message)| message).take(limit.into()).collect());
+            }
+            delivered.upto
+        };
+        let found_upto = self.found_upto;
+        let take = move |connection: &Connection| {
+            make_due_ready(connection)?;
+            let mut select = connection.prepare_cached(
+                "SELECT seq, object_id, callback_id, attempts FROM message
+                 WHERE seq > ?1 ORDER BY seq LIMIT ?2",
+            )?;
+            let message = |row: &Row| {
+                let seq = row.get("seq")?;
+                Ok(Message {
+                    seq,
+                    object_id: row.get("object_id")?,
+                    callback_id: row.get("callback_id")?,
+                    attempts: row.get("attempts")?,
+                    redelivered: seq <= found_upto,
+                })
+            };
+            let rows = select.query_map(params![after, limit], message)?;
+            rows.collect::<rusqlite::Result<VecDeque<_>>>()
+        };
+        let messages = self.file.transact(take).await?;
+        if let Some(last) = messages.back() {
+            self.delivered().upto = last.seq;
+        }
+        Ok(messages)
+    }
+
+    /// Has `messages`, which were taken, delivered again.
+    pub(super) fn give_back(&self, messages: impl IntoIterator<Item = Message>) {
+        let again = |message: Message| (message.seq, Message { redelivered: true, ..message });
+        self.delivered().returned.extend(messages.into_iter().map(again));
+        self.arrived.notify_waiters();
+    }
+
+    /// Settles a message that was taken, in one transaction.
+    pub(super) async fn settle(
+        &self,
+        seq: i64,
+        attempts: u32,
+        disposition: Disposition,
+    ) -> Result<(), WriteError> {
+        let settle = move |connection: &Connection| {
+            match disposition {
+                Disposition::Ack => {}
+                Disposition::Retry { reason, after } => {
+                    let wait = retry::wait(attempts + 1, after, rand::random()).length;
+                    let due_at = now().saturating_add(milliseconds(wait));
+                    let mut delay = connection.prepare_cached(DELAY)?;
+                    delay.execute(params![seq, reason, now(), due_at])?;
+                }
+                Disposition::DeadLetter { reason } => {
+                    connection.prepare_cached(BURY)?.execute(params![seq, reason, now()])?;
+                }
+            }
+            connection.prepare_cached("DELETE FROM message WHERE seq = ?1")?.execute([seq])?;
+            Ok(())
+        };
+        self.file.transact(settle).await
+    }
+
+    fn delivered(&self) -> MutexGuard<'_, Delivered> {
+        self.delivered.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+const DELAY: &str = "
+    INSERT INTO delayed (seq, due_at, object_id, callback_id, published_at, attempts, reason,
+                         first_failed_at, last_failed_at)
+    SELECT seq, ?4, object_id, callback_id, published_at, attempts + 1, ?2,
+           coalesce(first_failed_at, ?3), ?3
+    FROM message WHERE seq = ?1";
+const BURY: &str = "
+    INSERT INTO dead_letter (object_id, callback_id, published_at, attempts, reason,
+                             first_failed_at, last_failed_at)
+    SELECT object_id, callback_id, published_at, attempts + 1, ?2,
+           coalesce(first_failed_at, ?3), ?3
+    FROM message WHERE seq = ?1";
+
+/// Turns delayed messages whose wait is over into new ones, at the end of the queue.
+fn make_due_ready(connection: &Connection) -> rusqlite::Result<()> {
+    // A wait beyond the longest there is means that the clock has been set back since.
+    let (now, too_far) = (now(), now().saturating_add(milliseconds(retry::LONGEST)));
+    let due =
+        "SELECT seq FROM delayed WHERE due_at <= ?1 OR due_at > ?2 ORDER BY due_at, seq LIMIT ?3";
+    let seqs = connection
+        .prepare_cached(due)?
+        .query_map(params![now, too_far, DUE_MAX], |row| row.get(0))?
+        .collect::<rusqlite::Result<Vec<i64>>>()?;
+    for seq in seqs {
+        connection
+            .prepare_cached(
+                "INSERT INTO message (object_id, callback_id, published_at, attempts, reason,
+                                      first_failed_at, last_failed_at)
+                 SELECT object_id, callback_id, published_at, attempts, reason,
+                        first_failed_at, last_failed_at
+                 FROM delayed WHERE seq = ?1",
+            )?
+            .execute([seq])?;
+        connection.prepare_cached("DELETE FROM delayed WHERE seq = ?1")?.execute([seq])?;
+    }
+    Ok(())
+}
+
+fn now() -> i64 {
+    milliseconds(SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default())
+}
+
+fn milliseconds(duration: Duration) -> i64 {
+    i64::try_from(duration.as_millis()).unwrap_or(i64::MAX)
+}

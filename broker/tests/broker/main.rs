@@ -1,0 +1,8 @@
+//! The queue, on a real RabbitMQ and in a file.
+
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
+
+mod amqp;
+mod conformance;
+mod file;
+mod place;

@@ -1,0 +1,101 @@
+//! Where a file is, as it stands in the settings.
+
+use std::fmt;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+/// A `sqlite:PATH` URL. Its clones stand for one file that is opened once: the roles of a process
+/// share what the first of them has opened, `T`, for as long as one of them holds it.
+pub struct Location<T> {
+    path: PathBuf,
+    opened: Arc<Mutex<Weak<T>>>,
+}
+
+impl<T> Location<T> {
+    /// The file at `path`, which need not exist.
+    #[must_use]
+    pub fn new(path: PathBuf) -> Self {
+        Self { path, opened: Arc::default() }
+    }
+
+    /// Reads `sqlite:PATH` or `sqlite://PATH`; `None` when it is neither.
+    #[must_use]
+    pub fn from_url(url: &str) -> Option<Self> {
+        let path = url.strip_prefix("sqlite:")?;
+        let path = path.strip_prefix("//").unwrap_or(path);
+        // Neither SQLite's databases in memory nor its options: both would be less than durable.
+        let is_a_path = !path.is_empty() && !path.ends_with('/') && !path.contains([':', '?']);
+        is_a_path.then(|| Self::new(path.into()))
+    }
+
+    /// Where the file is.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// What another clone has opened, or else what `open` makes of the path.
+    ///
+    /// # Errors
+    /// Those of `open`.
+    pub fn open<E>(&self, open: impl FnOnce(&Path) -> Result<T, E>) -> Result<Arc<T>, E> {
+        let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(opened) = opened.upgrade() {
+            return Ok(opened);
+        }
+        let new = Arc::new(open(&self.path)?);
+        *opened = Arc::downgrade(&new);
+        Ok(new)
+    }
+}
+
+impl<T> Clone for Location<T> {
+    fn clone(&self) -> Self {
+        Self { path: self.path.clone(), opened: Arc::clone(&self.opened) }
+    }
+}
+
+impl<T> fmt::Display for Location<T> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(formatter, "sqlite:{}", self.path.display())
+    }
+}
+
+impl<T> fmt::Debug for Location<T> {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, formatter)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_url_names_a_path_and_nothing_else() {
+        let path = |url| Location::<()>::from_url(url).map(|location| location.path);
+        assert_eq!(path("sqlite:data/queue.db"), Some("data/queue.db".into()));
+        assert_eq!(path("sqlite://queue.db"), Some("queue.db".into()));
+        assert_eq!(path("sqlite:///srv/queue.db"), Some("/srv/queue.db".into()));
+        for url in [
+            "amqp://host",
+            "sqlite:",
+            "sqlite://",
+            "sqlite::memory:",
+            "sqlite:a?mode=rw",
+            "sqlite:a/",
+        ] {
+            assert_eq!(path(url), None, "{url}");
+        }
+    }
+
+    #[test]
+    fn clones_share_what_is_open_and_open_anew_what_was_closed() {
+        let one = Location::<u32>::new("x".into());
+        let other = one.clone();
+        let first = one.open(|_| Ok::<_, ()>(1)).unwrap();
+        assert_eq!(*other.open(|_| Err::<u32, _>("opened twice")).unwrap(), 1);
+        drop(first);
+        assert_eq!(*other.open(|_| Ok::<_, ()>(2)).unwrap(), 2);
+    }
+}

@@ -1,0 +1,335 @@
+//! Opening a file, or refusing it with nothing changed.
+
+use std::fs::{self, TryLockError};
+use std::io::{self, Read as _, Seek as _, Write as _};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
+use rusqlite::config::DbConfig;
+use rusqlite::{Connection, ErrorCode, OpenFlags};
+
+/// Another process may be at work on a part of the file, such as a command that an operator gave.
+const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+/// How long the start may take to look for damage: some 100 MB, a million messages.
+const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
+/// After a rush, the write-ahead log is cut back to this size.
+const LOG_BYTES: u32 = 16 << 20;
+
+/// What is kept in a file, and how such a file is known.
+#[derive(Clone, Copy, Debug)]
+pub struct Format {
+    /// What it is called in errors, such as "queue".
+    pub name: &'static str,
+    /// SQLite's `application_id`: it tells our files from all others.
+    pub application_id: u32,
+    /// SQLite's `user_version`, raised whenever the schema changes.
+    pub version: u32,
+    /// The statements that make an empty one.
+    pub schema: &'static str,
+}
+
+/// Why a file was not opened. Nothing in it was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// Another process owns it.
+    #[error(
+        "{} is in use by another process{by}: stop that one, or give this one a place of its own",
+        path.display()
+    )]
+    InUse {
+        /// The file.
+        path: PathBuf,
+        /// " (process 42)", if it is known.
+        by: String,
+    },
+    /// There is none, and it was not to be made.
+    #[error("there is no {name} at {}; it is made when Lastseen first runs there", path.display())]
+    Missing {
+        /// Where it should be.
+        path: PathBuf,
+        /// The format's name.
+        name: &'static str,
+    },
+    /// It is somebody else's.
+    #[error("{} is not a {name} of Lastseen ({what}); it is left as it is: move it away, or name another place", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// The format's name.
+        name: &'static str,
+        /// What it is instead.
+        what: String,
+    },
+    /// It is ours but cannot be read as a whole.
+    #[error("{} is damaged ({what}); it is left as it is: to begin with an empty {name}, move it away together with its -wal and -shm files", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// The format's name.
+        name: &'static str,
+        /// The first damage found.
+        what: String,
+    },
+    /// The operating system refused.
+    #[error("cannot {operation} {}", path.display())]
+    Io {
+        /// What was tried.
+        operation: &'static str,
+        /// On which file or directory.
+        path: PathBuf,
+        /// Its answer.
+        source: io::Error,
+    },
+    /// SQLite refused for another reason than those above.
+    #[error("cannot open {}: {what}", path.display())]
+    Sqlite {
+        /// The file.
+        path: PathBuf,
+        /// Its answer, in words.
+        what: String,
+    },
+}
+
+/// Which file it is, whatever its name.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Identity {
+    device: u64,
+    inode: u64,
+}
+
+impl Identity {
+    pub(crate) fn of(path: &Path) -> Result<Self, OpenError> {
+        let metadata = fs::metadata(path).map_err(failed("look at", path))?;
+        Ok(Self { device: metadata.dev(), inode: metadata.ino() })
+    }
+
+    /// Whether it is still the one at `path`; if that cannot be told, it is taken to be.
+    pub(crate) fn is_that_of(&self, path: &Path) -> bool {
+        match fs::metadata(path) {
+            Ok(metadata) => (metadata.dev(), metadata.ino()) == (self.device, self.inode),
+            Err(error) => error.kind() != io::ErrorKind::NotFound,
+        }
+    }
+}
+
+/// Holds the file for this process until dropped; the operating system lets go of it as well when
+/// the process ends, however it ends.
+#[derive(Debug)]
+pub(crate) struct Lock(
+    #[expect(dead_code, reason = "it is locked for as long as it is open")] fs::File,
+);
+
+/// Takes the file for this process, makes it if it is not there, and sees that it is whole.
+pub(crate) fn own(path: &Path, format: Format) -> Result<(Connection, Lock), OpenError> {
+    make_directory(directory_of(path))?;
+    let lock = lock(path)?;
+    if !path.try_exists().map_err(failed("look for", path))? {
+        // SQLite would take it for the new file's.
+        if with_suffix(path, "-wal").try_exists().map_err(failed("look for", path))? {
+            return Err(damaged(path, format, "only its -wal is there".to_owned()));
+        }
+        create(path, format)?;
+        tracing::info!(path = %path.display(), "made an empty {}", format.name);
+    }
+    let connection = attach(path, format)?;
+    if let Err(refusal) = look_for_damage(&connection, path, format) {
+        // Or the end of the connection would move what is in the log to the file.
+        connection
+            .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
+            .map_err(|error| unopened(path, format, &error))?;
+        return Err(refusal);
+    }
+    Ok((connection, lock))
+}
+
+/// Sees that the file is whole, as far as there is time for: what is left out shows when it is read.
+fn look_for_damage(connection: &Connection, path: &Path, format: Format) -> Result<(), OpenError> {
+    let started = Instant::now();
+    let out_of_time = move || started.elapsed() > CHECK_TIMEOUT;
+    let check = || {
+        connection.progress_handler(1_000, Some(out_of_time))?;
+        let verdict = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0));
+        connection.progress_handler(0, None::<fn() -> bool>)?;
+        verdict
+    };
+    match check() {
+        Ok(verdict) if verdict == "ok" => Ok(()),
+        Ok(verdict) => Err(damaged(path, format, verdict)),
+        Err(error) if error.sqlite_error_code() == Some(ErrorCode::OperationInterrupted) => Ok(()),
+        Err(error) => Err(unopened(path, format, &error)),
+    }
+}
+
+/// Opens a file beside the process that owns it, to look into it or for a short transaction.
+///
+/// # Errors
+/// [`OpenError`], also when there is no such file: it is not made.
+pub fn attach(path: &Path, format: Format) -> Result<Connection, OpenError> {
+    recognise(path, format)?;
+    let open = || {
+        let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+        let connection = Connection::open_with_flags(path, flags)?;
+        connection.busy_timeout(BUSY_TIMEOUT)?;
+        connection.pragma_update(None, "synchronous", "FULL")?;
+        // macOS only: there, a plain fsync does not reach the medium.
+        connection.pragma_update(None, "fullfsync", true)?;
+        connection.pragma_update(None, "trusted_schema", false)?;
+        connection.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES, |_| Ok(()))?;
+        Ok(connection)
+    };
+    open().map_err(|error| unopened(path, format, &error))
+}
+
+/// Looks at the head of the file with nothing else touched: an ordinary open would begin by tidying up
+/// after whoever has written it.
+///
+/// By SQLite's means, because the process may have the file open already, and closing a handle of one's
+/// own drops all locks that the process has on a file.
+fn recognise(path: &Path, format: Format) -> Result<(), OpenError> {
+    let Format { name, application_id, version, .. } = format;
+    if !path.try_exists().map_err(failed("look for", path))? {
+        return Err(OpenError::Missing { path: path.to_owned(), name });
+    }
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
+    let head = || -> rusqlite::Result<(i64, i64)> {
+        let connection = Connection::open_with_flags(untouched(path), flags)?;
+        let number = |pragma| connection.pragma_query_value(None, pragma, |row| row.get(0));
+        Ok((number("application_id")?, number("user_version")?))
+    };
+    let what = match head() {
+        Ok(found) if found == (application_id.into(), version.into()) => return Ok(()),
+        Ok((found, found_version)) if found == i64::from(application_id) => {
+            format!("of version {found_version}; this program knows version {version}")
+        }
+        Ok(_) => "another program's SQLite file, or an empty one".to_owned(),
+        Err(error) if error.sqlite_error_code() == Some(ErrorCode::NotADatabase) => {
+            "not a SQLite file".to_owned()
+        }
+        Err(error) => return Err(unopened(path, format, &error)),
+    };
+    Err(OpenError::Foreign { path: path.to_owned(), name, what })
+}
+
+/// The path as a URI by which SQLite reads the file, and neither locks it nor looks at its log.
+fn untouched(path: &Path) -> String {
+    let path = percent_encode(path.as_os_str().as_bytes(), NON_ALPHANUMERIC);
+    format!("file:{path}?immutable=1")
+}
+
+/// Makes an empty file under another name first, so that under its own it is never seen half made.
+fn create(path: &Path, format: Format) -> Result<(), OpenError> {
+    let unfinished = with_suffix(path, ".new");
+    let leftovers = [".new", ".new-journal", ".new-wal", ".new-shm"];
+    for leftover in leftovers.map(|suffix| with_suffix(path, suffix)) {
+        match fs::remove_file(&leftover) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => {
+                return Err(failed("remove", &leftover)(error));
+            }
+            _ => {}
+        }
+    }
+    let Format { application_id, version, schema, .. } = format;
+    let make = || {
+        let connection = Connection::open(&unfinished)?;
+        connection.execute_batch(&format!(
+            "BEGIN;
+             PRAGMA application_id = {application_id};
+             PRAGMA user_version = {version};
+             {schema}
+             COMMIT;"
+        ))?;
+        connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))
+    };
+    let mode: String = make().map_err(|error| unopened(&unfinished, format, &error))?;
+    if mode != "wal" {
+        let source = io::Error::other("the file system does not let it be shared");
+        return Err(failed("keep a log beside", path)(source));
+    }
+    fs::rename(&unfinished, path).map_err(failed("make", path))?;
+    sync(directory_of(path))
+}
+
+/// Makes the directory and those above it.
+fn make_directory(directory: &Path) -> Result<(), OpenError> {
+    if directory.try_exists().map_err(failed("look for", directory))? {
+        return Ok(());
+    }
+    let above = directory_of(directory);
+    make_directory(above)?;
+    fs::create_dir(directory).map_err(failed("make the directory", directory))?;
+    sync(above)
+}
+
+/// A name must be as durable as what will be written under it.
+fn sync(directory: &Path) -> Result<(), OpenError> {
+    let synced = fs::File::open(directory).and_then(|directory| directory.sync_all());
+    synced.map_err(failed("sync", directory))
+}
+
+fn directory_of(path: &Path) -> &Path {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new("."))
+}
+
+/// Beside the file and not on it: closing any handle of a file drops SQLite's own locks on it.
+fn lock(path: &Path) -> Result<Lock, OpenError> {
+    let lock_path = with_suffix(path, ".lock");
+    let options =
+        fs::File::options().read(true).write(true).create(true).truncate(false).to_owned();
+    let mut file = options.open(&lock_path).map_err(failed("open", &lock_path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::Error(error)) => return Err(failed("lock", &lock_path)(error)),
+        Err(TryLockError::WouldBlock) => {
+            let mut by = String::new();
+            let known = file.read_to_string(&mut by).is_ok_and(|length| length > 0);
+            let by = if known { format!(" (process {})", by.trim()) } else { String::new() };
+            return Err(OpenError::InUse { path: path.to_owned(), by });
+        }
+    }
+    // For whoever finds it locked; if it cannot be written, they only learn less.
+    let note = file.set_len(0).and_then(|()| file.rewind());
+    if note.and_then(|()| writeln!(file, "{}", std::process::id())).is_err() {
+        tracing::debug!(path = %lock_path.display(), "cannot note the process id");
+    }
+    Ok(Lock(file))
+}
+
+fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(suffix);
+    name.into()
+}
+
+fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
+    let path = path.to_owned();
+    move |source| OpenError::Io { operation, path, source }
+}
+
+fn damaged(path: &Path, format: Format, what: String) -> OpenError {
+    OpenError::Damaged { path: path.to_owned(), name: format.name, what }
+}
+
+fn unopened(path: &Path, format: Format, error: &rusqlite::Error) -> OpenError {
+    let words = match (error.sqlite_error_code(), error) {
+        (Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase), _) => {
+            return damaged(path, format, error.to_string());
+        }
+        (Some(ErrorCode::DiskFull), _) => "the disk is full",
+        (Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied), _) => {
+            "this user may not write it, or its directory"
+        }
+        (Some(ErrorCode::CannotOpen), _) => "this user may not open it, or it is no file",
+        (_, rusqlite::Error::SqliteFailure(failure, _))
+            if failure.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE =>
+        {
+            "the disk is full"
+        }
+        _ => "",
+    };
+    let what = if words.is_empty() { error.to_string() } else { words.to_owned() };
+    OpenError::Sqlite { path: path.to_owned(), what }
+}

@@ -1,0 +1,56 @@
+//! Files of one process, on a real disk.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod opening;
+mod writing;
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use embedded::{File, Format};
+use rusqlite::Connection;
+use testbed::Scratch;
+
+const PATIENCE: Duration = Duration::from_secs(20);
+
+/// The same as that of `embedded-sample`.
+const FORMAT: Format = Format {
+    name: "sample",
+    application_id: u32::from_be_bytes(*b"LSte"),
+    version: 1,
+    schema: "CREATE TABLE number (n INTEGER PRIMARY KEY, filler TEXT) STRICT;",
+};
+
+const INSERT: &str = "INSERT INTO number (n) VALUES (?1)";
+
+fn path_in(folder: &Scratch) -> PathBuf {
+    folder.path().join("sample.db")
+}
+
+/// Opens a file that somebody may just be closing.
+async fn open(path: &Path) -> File {
+    testbed::eventually("the file can be opened", PATIENCE, async || {
+        match File::open(path, FORMAT) {
+            Ok(file) => Some(file),
+            Err(embedded::OpenError::InUse { .. }) => None,
+            Err(error) => panic!("{error}"),
+        }
+    })
+    .await
+}
+
+async fn insert(file: &File, n: i64) -> Result<usize, embedded::WriteError> {
+    file.transact(move |connection| connection.execute(INSERT, [n])).await
+}
+
+/// The numbers in the file, as another connection sees them.
+fn numbers(path: &Path) -> Vec<i64> {
+    all_numbers(&embedded::attach(path, FORMAT).unwrap())
+}
+
+fn all_numbers(connection: &Connection) -> Vec<i64> {
+    let mut select = connection.prepare("SELECT n FROM number ORDER BY n").unwrap();
+    let numbers = select.query_map([], |row| row.get(0)).unwrap();
+    numbers.collect::<rusqlite::Result<_>>().unwrap()
+}

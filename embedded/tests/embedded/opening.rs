@@ -1,0 +1,218 @@
+//! What is opened, and what is refused with nothing changed.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::os::unix::fs::FileExt as _;
+use std::path::Path;
+
+use embedded::{File, Format, OpenError, attach};
+use rusqlite::Connection;
+use testbed::Scratch;
+
+use crate::{FORMAT, insert, numbers, open, path_in};
+
+/// All files in `folder` with what is in them, but for the note of who has locked one.
+fn contents(folder: &Scratch) -> BTreeMap<String, Vec<u8>> {
+    let files = fs::read_dir(folder.path()).unwrap().map(|entry| {
+        let entry = entry.unwrap();
+        (entry.file_name().into_string().unwrap(), fs::read(entry.path()).unwrap())
+    });
+    files.filter(|(name, _)| name != "sample.db.lock").collect()
+}
+
+/// Copies a database together with its write-ahead log, as it is after a kill.
+fn copy_with_log(from: &Path, to: &Path) {
+    for suffix in ["", "-wal"] {
+        let name = |path: &Path| format!("{}{suffix}", path.display());
+        let bytes = fs::copy(name(from), name(to)).unwrap();
+        assert!(bytes > 0, "the case needs a log with something in it");
+    }
+}
+
+#[tokio::test]
+async fn a_missing_file_is_made_together_with_its_directories() {
+    let folder = Scratch::new("embedded");
+    let path = folder.path().join("new").join("newer").join("sample.db");
+    let file = open(&path).await;
+    insert(&file, 1).await.unwrap();
+    file.close().await;
+    assert_eq!(numbers(&path), [1]);
+}
+
+#[tokio::test]
+async fn a_file_is_found_as_it_was_left() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    for n in 1..4 {
+        let file = File::open(&path, FORMAT).unwrap();
+        insert(&file, n).await.unwrap();
+        file.close().await;
+        assert_eq!(numbers(&path), (1..=n).collect::<Vec<_>>());
+    }
+}
+
+#[test]
+fn attaching_to_a_missing_file_makes_nothing() {
+    let folder = Scratch::new("embedded");
+    let refused = attach(&folder.path().join("sub").join("sample.db"), FORMAT).unwrap_err();
+    assert!(matches!(refused, OpenError::Missing { .. }), "{refused}");
+    let refused = attach(&path_in(&folder), FORMAT).unwrap_err();
+    assert!(matches!(refused, OpenError::Missing { .. }), "{refused}");
+    assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 0);
+}
+
+#[tokio::test]
+async fn a_second_owner_is_refused_and_told_who_has_the_file() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let owner = File::open(&path, FORMAT).unwrap();
+    let refused = File::open(&path, FORMAT).err().unwrap();
+    assert!(matches!(refused, OpenError::InUse { .. }), "{refused}");
+    let process = format!("(process {})", std::process::id());
+    assert!(refused.to_string().contains(&process), "{refused}");
+    owner.close().await;
+    File::open(&path, FORMAT).unwrap();
+}
+
+#[tokio::test]
+async fn a_link_to_a_file_that_is_in_use_is_refused_as_well() {
+    let folder = Scratch::new("embedded");
+    let _owner = File::open(&path_in(&folder), FORMAT).unwrap();
+    let link = folder.path().join("link.db");
+    std::os::unix::fs::symlink(path_in(&folder), &link).unwrap();
+    let refused = File::open(&link, FORMAT).err().unwrap();
+    assert!(matches!(refused, OpenError::InUse { .. }), "{refused}");
+}
+
+#[tokio::test]
+async fn who_is_attached_sees_what_the_owner_has_committed_and_can_write_too() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let owner = File::open(&path, FORMAT).unwrap();
+    let attached = attach(&path, FORMAT).unwrap();
+    insert(&owner, 1).await.unwrap();
+    attached.execute(crate::INSERT, [2]).unwrap();
+    insert(&owner, 3).await.unwrap();
+    assert_eq!(crate::all_numbers(&attached), [1, 2, 3]);
+}
+
+#[test]
+fn a_foreign_file_is_refused_and_left_as_it_is() {
+    let text = |path: &Path| fs::write(path, "id;online\n42;yes\n".repeat(1_000)).unwrap();
+    refuses_as_foreign("text", text);
+    refuses_as_foreign("a short text", |path| fs::write(path, "x").unwrap());
+    refuses_as_foreign("an empty file", |path| fs::write(path, "").unwrap());
+    let statements = "CREATE TABLE theirs (x); INSERT INTO theirs VALUES (1)";
+    refuses_as_foreign("a database", |path| {
+        Connection::open(path).unwrap().execute_batch(statements).unwrap();
+    });
+    refuses_as_foreign("a database with a log", |path| {
+        let elsewhere = Scratch::new("embedded");
+        let original = elsewhere.path().join("theirs.db");
+        let connection = Connection::open(&original).unwrap();
+        connection.execute_batch(&format!("PRAGMA journal_mode = WAL; {statements}")).unwrap();
+        copy_with_log(&original, path);
+    });
+}
+
+fn refuses_as_foreign(case: &str, make: impl Fn(&Path)) {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    make(&path);
+    let before = contents(&folder);
+    for refused in [File::open(&path, FORMAT).err(), attach(&path, FORMAT).err()] {
+        let foreign = matches!(refused, Some(OpenError::Foreign { .. }));
+        assert!(foreign, "{case}: {refused:?}");
+    }
+    assert!(contents(&folder) == before, "{case}: it was changed");
+}
+
+#[tokio::test]
+async fn a_file_of_another_version_is_refused_and_left_as_it_is() {
+    let (folder, elsewhere) = (Scratch::new("embedded"), Scratch::new("embedded"));
+    let newer = Format { version: 2, ..FORMAT };
+    let original = File::open(&path_in(&elsewhere), newer).unwrap();
+    insert(&original, 1).await.unwrap();
+    copy_with_log(&path_in(&elsewhere), &path_in(&folder));
+    let before = contents(&folder);
+    for refused in
+        [File::open(&path_in(&folder), FORMAT).err(), attach(&path_in(&folder), FORMAT).err()]
+    {
+        let refused = refused.unwrap();
+        assert!(matches!(refused, OpenError::Foreign { .. }), "{refused}");
+        assert!(refused.to_string().contains("version 2"), "{refused}");
+    }
+    assert!(contents(&folder) == before, "it was changed");
+    assert_eq!(crate::all_numbers(&attach(&path_in(&folder), newer).unwrap()), [1]);
+}
+
+/// A file with some hundred pages of rows, and a row more in its log.
+async fn file_with_log(path: &Path) {
+    let elsewhere = Scratch::new("embedded");
+    let original = path_in(&elsewhere);
+    let file = File::open(&original, FORMAT).unwrap();
+    let many = "WITH RECURSIVE number (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM number
+                                              WHERE n < 5000)
+                INSERT INTO main.number SELECT n, hex(randomblob(100)) FROM number";
+    file.transact(move |connection| connection.execute(many, [])).await.unwrap();
+    file.close().await;
+    let file = open(&original).await;
+    insert(&file, 9_999).await.unwrap();
+    copy_with_log(&original, path);
+}
+
+#[tokio::test]
+async fn a_file_with_a_log_is_opened_whole() {
+    let folder = Scratch::new("embedded");
+    file_with_log(&path_in(&folder)).await;
+    let file = File::open(&path_in(&folder), FORMAT).unwrap();
+    insert(&file, 10_000).await.unwrap();
+    assert_eq!(numbers(&path_in(&folder)).len(), 5_002);
+}
+
+#[tokio::test]
+async fn a_damaged_file_is_refused_and_left_as_it_is() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    file_with_log(&path).await;
+    let file = fs::File::options().write(true).open(&path).unwrap();
+    let middle = file.metadata().unwrap().len() / 4_096 / 2 * 4_096;
+    file.write_all_at(&[0xA5; 4_096], middle).unwrap();
+    drop(file);
+    let before = contents(&folder);
+    for _ in 0..2 {
+        let refused = File::open(&path, FORMAT).err().unwrap();
+        assert!(matches!(refused, OpenError::Damaged { .. }), "{refused}");
+    }
+    let mut after = contents(&folder);
+    // It holds nothing of its own: any reader makes it of the log.
+    after.remove("sample.db-shm");
+    assert!(after == before, "it was changed");
+}
+
+#[tokio::test]
+async fn a_log_whose_file_is_gone_is_not_taken_for_that_of_a_new_one() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    file_with_log(&path).await;
+    fs::remove_file(&path).unwrap();
+    let before = contents(&folder);
+    let refused = File::open(&path, FORMAT).err().unwrap();
+    assert!(matches!(refused, OpenError::Damaged { .. }), "{refused}");
+    assert!(contents(&folder) == before, "it was changed");
+}
+
+#[tokio::test]
+async fn what_is_left_of_a_file_that_was_never_finished_is_no_obstacle() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    for suffix in [".new", ".new-journal", ".new-wal", ".new-shm"] {
+        fs::write(format!("{}{suffix}", path.display()), "half made").unwrap();
+    }
+    let file = File::open(&path, FORMAT).unwrap();
+    insert(&file, 1).await.unwrap();
+    file.close().await;
+    assert_eq!(numbers(&path), [1]);
+    let left = contents(&folder);
+    assert!(!left.contains_key("sample.db.new"), "{:?}", left.keys());
+}

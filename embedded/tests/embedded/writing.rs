@@ -1,0 +1,232 @@
+//! The thread that writes.
+
+use std::future::poll_fn;
+use std::os::unix::fs::FileExt as _;
+use std::sync::mpsc;
+use std::task::Poll;
+
+use embedded::File;
+use rusqlite::Connection;
+use testbed::{Process, Scratch, eventually};
+use tokio::time::timeout;
+
+use crate::{FORMAT, INSERT, PATIENCE, insert, numbers, open, path_in};
+
+#[tokio::test]
+async fn callers_at_once_share_commits_and_each_gets_its_own_answer() {
+    let folder = Scratch::new("embedded");
+    let file = File::open(&path_in(&folder), FORMAT).unwrap();
+    let square = |n: i64| {
+        file.transact(move |connection| {
+            connection.execute(INSERT, [n])?;
+            Ok(n * n)
+        })
+    };
+    let answers = futures_util::future::join_all((0..3_000).map(square)).await;
+    let answers: Vec<i64> = answers.into_iter().map(Result::unwrap).collect();
+    assert_eq!(answers, (0..3_000).map(|n| n * n).collect::<Vec<_>>());
+    assert_eq!(numbers(&path_in(&folder)).len(), 3_000);
+}
+
+/// Work that keeps the thread busy until it is told to go on, so that what is asked for meanwhile
+/// shares the next commit.
+fn held_up() -> (mpsc::Sender<()>, impl FnOnce(&Connection) -> rusqlite::Result<()> + Send) {
+    let (go_on, told) = mpsc::channel();
+    (go_on, move |_: &Connection| {
+        let _ = told.recv();
+        Ok(())
+    })
+}
+
+#[tokio::test]
+async fn work_that_fails_is_undone_by_itself_and_the_rest_of_its_group_is_kept() {
+    let folder = Scratch::new("embedded");
+    let file = File::open(&path_in(&folder), FORMAT).unwrap();
+    let (go_on, held_up) = held_up();
+    let failing = file.transact(|connection| {
+        connection.execute(INSERT, [2])?;
+        connection.execute("INSERT INTO nowhere VALUES (1)", [])
+    });
+    // They are asked for in this order, the last of them before the thread goes on.
+    let (_, first, failed, last, ()) =
+        tokio::join!(file.transact(held_up), insert(&file, 1), failing, insert(&file, 3), async {
+            go_on.send(()).unwrap();
+        });
+    let error = failed.unwrap_err().to_string();
+    assert!(error.contains("nowhere"), "{error}");
+    first.unwrap();
+    last.unwrap();
+    assert_eq!(numbers(&path_in(&folder)), [1, 3]);
+    assert_eq!(*file.status().borrow(), Ok(()), "the file can be written all the same");
+}
+
+#[tokio::test]
+async fn a_full_disk_undoes_the_group_and_is_over_when_there_is_room_again() {
+    let folder = Scratch::new("embedded");
+    let file = File::open(&path_in(&folder), FORMAT).unwrap();
+    let limit = |pages: u32| {
+        file.transact(move |connection| {
+            let set = format!("PRAGMA max_page_count = {pages}");
+            connection.query_row(&set, [], |row| row.get::<_, u32>(0))
+        })
+    };
+    insert(&file, 1).await.unwrap();
+    // To SQLite it is the same as a disk that is full.
+    limit(1).await.unwrap();
+    let large = "INSERT INTO number VALUES (2, hex(zeroblob(100000)))";
+    let (go_on, held_up) = held_up();
+    let (_, small, large, ()) = tokio::join!(
+        file.transact(held_up),
+        insert(&file, 3),
+        file.transact(move |connection| connection.execute(large, [])),
+        async { go_on.send(()).unwrap() }
+    );
+    let error = large.unwrap_err().to_string();
+    assert!(error.contains("full"), "{error}");
+    small.unwrap_err();
+    limit(1_000_000).await.unwrap();
+    insert(&file, 4).await.unwrap();
+    assert_eq!(numbers(&path_in(&folder)), [1, 4]);
+}
+
+#[tokio::test]
+async fn a_panic_in_the_work_ends_the_thread_and_everybody_hears_of_it() {
+    let folder = Scratch::new("embedded");
+    let file = File::open(&path_in(&folder), FORMAT).unwrap();
+    insert(&file, 1).await.unwrap();
+    let panicked = file.transact(|connection| -> rusqlite::Result<()> {
+        connection.execute(INSERT, [2])?;
+        panic!("on purpose")
+    });
+    panicked.await.unwrap_err();
+    timeout(PATIENCE, file.died()).await.unwrap();
+    insert(&file, 3).await.unwrap_err();
+    // And the file is free again, with nothing of the work in it.
+    let file = File::open(&path_in(&folder), FORMAT).unwrap();
+    insert(&file, 4).await.unwrap();
+    assert_eq!(numbers(&path_in(&folder)), [1, 4]);
+}
+
+#[tokio::test]
+async fn what_a_caller_has_given_up_is_not_done_any_more() {
+    let folder = Scratch::new("embedded");
+    let file = File::open(&path_in(&folder), FORMAT).unwrap();
+    let (go_on, held_up) = held_up();
+    let (_, last, ()) = tokio::join!(file.transact(held_up), insert(&file, 2), async {
+        let mut given_up = Box::pin(insert(&file, 1));
+        poll_fn(|context| Poll::Ready(given_up.as_mut().poll(context).is_pending())).await;
+        drop(given_up);
+        go_on.send(()).unwrap();
+    });
+    last.unwrap();
+    assert_eq!(numbers(&path_in(&folder)), [2]);
+}
+
+#[tokio::test]
+async fn the_status_tells_of_a_write_that_failed_and_of_the_first_that_can_be_done_again() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let file = File::open(&path, FORMAT).unwrap();
+    let mut status = file.status();
+    assert_eq!(*status.borrow_and_update(), Ok(()));
+    // Held for longer than a writer waits for it.
+    let other = embedded::attach(&path, FORMAT).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let error = insert(&file, 1).await.unwrap_err().to_string();
+    assert!(error.contains("locked"), "{error}");
+    let reason = status.borrow_and_update().clone().unwrap_err();
+    assert!(reason.contains("locked"), "{reason}");
+    other.execute_batch("ROLLBACK").unwrap();
+    // Without anybody asking for anything.
+    timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
+    insert(&file, 2).await.unwrap();
+    assert_eq!(numbers(&path), [2]);
+}
+
+/// Busy callers must not keep it from trying.
+#[tokio::test]
+async fn a_file_that_could_not_be_written_is_tried_again_also_while_it_is_read() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let file = File::open(&path, FORMAT).unwrap();
+    let other = embedded::attach(&path, FORMAT).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    insert(&file, 1).await.unwrap_err();
+    other.execute_batch("ROLLBACK").unwrap();
+    eventually("it can be written again", PATIENCE, async || {
+        let read = |connection: &Connection| connection.query_row("SELECT 1", [], |_| Ok(()));
+        file.transact(read).await.unwrap();
+        file.status().borrow().is_ok().then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_file_that_is_taken_away_ends_the_thread() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let file = File::open(&path, FORMAT).unwrap();
+    insert(&file, 1).await.unwrap();
+    std::fs::rename(&path, path.with_extension("moved")).unwrap();
+    timeout(PATIENCE, file.died()).await.unwrap();
+    insert(&file, 2).await.unwrap_err();
+}
+
+#[tokio::test]
+async fn damage_that_shows_while_it_is_written_ends_the_thread() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let file = File::open(&path, FORMAT).unwrap();
+    let numbers = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT 20000)
+                INSERT INTO number SELECT n, hex(randomblob(50)) FROM n";
+    file.transact(move |connection| connection.execute(numbers, [])).await.unwrap();
+    file.close().await;
+    let file = open(&path).await;
+    // Behind its back, in all but the first pages.
+    let length = std::fs::metadata(&path).unwrap().len();
+    let garbage = vec![0xA5; usize::try_from(length).unwrap() - 16_384];
+    let damaged = std::fs::File::options().write(true).open(&path).unwrap();
+    damaged.write_all_at(&garbage, 16_384).unwrap();
+    let read = |connection: &Connection| {
+        connection.query_row("SELECT sum(length(filler)) FROM number", [], |_| Ok(()))
+    };
+    file.transact(read).await.unwrap_err();
+    timeout(PATIENCE, file.died()).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_answered_is_synced_and_by_a_sqlite_without_the_reset_bug() {
+    let folder = Scratch::new("embedded");
+    let file = File::open(&path_in(&folder), FORMAT).unwrap();
+    let settings = file.transact(|connection| {
+        let number = |pragma| connection.pragma_query_value(None, pragma, |row| row.get(0));
+        let mode = connection.pragma_query_value(None, "journal_mode", |row| row.get(0));
+        Ok((number("synchronous")?, mode?))
+    });
+    let (synchronous, mode): (u32, String) = settings.await.unwrap();
+    assert_eq!((synchronous, mode.as_str()), (2, "wal"));
+    assert!(rusqlite::version_number() >= 3_051_003, "{}", rusqlite::version());
+}
+
+#[tokio::test]
+async fn what_was_answered_survives_a_kill_at_any_moment() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    for _ in 0..5 {
+        let sample = Process::spawn("embedded-sample", &[], &[path.to_str().unwrap()]);
+        let answered = || {
+            let line = sample.log().pop()?;
+            line.strip_prefix("number=").map(|n| n.parse::<usize>().unwrap())
+        };
+        eventually("it has written some", PATIENCE, async || answered().filter(|n| *n > 50)).await;
+        sample.kill();
+        let answered = answered().unwrap();
+        let file = open(&path).await;
+        let written = numbers(&path);
+        assert!(written.len() >= answered, "{} of {answered}", written.len());
+        assert_eq!(written, (1..).take(written.len()).collect::<Vec<_>>());
+        // The next one begins anew.
+        file.transact(|connection| connection.execute("DELETE FROM number", [])).await.unwrap();
+        file.close().await;
+    }
+}

@@ -1,0 +1,161 @@
+//! The settings: those of all roles, and where the files are.
+
+use std::path::PathBuf;
+
+use broker::{BrokerUrl, QueueConfig};
+use clap::{Arg, Args, Subcommand};
+use store::DatabaseUrl;
+use tester::config::{Check, Checked};
+
+use crate::{dead_letters, objects};
+
+/// The default of [`consumer::Lookups::tester_endpoint`], which says that nobody has chosen one.
+const TESTER_ENDPOINT: &str = "http://localhost:9010/";
+
+/// The settings of `lastseen`.
+#[derive(Clone, Debug, Args)]
+#[group(skip)]
+#[command(next_help_heading = "Lastseen", mut_args(as_commands_need_it))]
+pub struct Config {
+    /// The directory of the queue and the table, queue.db and store.db; made if it is not there
+    #[arg(long, global = true, default_value = "./data")]
+    pub lastseen_dir: PathBuf,
+    /// A RabbitMQ to use instead of queue.db, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…; or sqlite:PATH
+    #[arg(long, global = true)]
+    pub amqp_uri: Option<BrokerUrl>,
+    /// A Postgres to use instead of store.db, as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…; or sqlite:PATH
+    #[arg(long, global = true)]
+    pub database_url: Option<DatabaseUrl>,
+    /// Which roles not to play.
+    #[command(flatten)]
+    pub without: Without,
+    /// Which queue of a RabbitMQ.
+    #[command(flatten)]
+    pub queue: QueueConfig,
+    /// How callbacks are taken.
+    #[command(flatten)]
+    pub callbacks: producer::Callbacks,
+    /// How objects are looked up.
+    #[command(flatten)]
+    pub lookups: consumer::Lookups,
+    /// How stale objects are deleted.
+    #[command(flatten)]
+    pub cleanup: routine::Cleanup,
+    /// Where the simulated partner posts to, and what.
+    #[command(flatten)]
+    pub partners_callbacks: Checked<tester::config::Callbacks>,
+    /// How the simulated partner posts.
+    #[command(flatten)]
+    pub partner: Checked<tester::config::Partner>,
+    /// How the simulated status API answers.
+    #[command(flatten)]
+    pub api: Checked<tester::config::Api>,
+    /// What to do instead of running the pipeline.
+    #[command(subcommand)]
+    pub command: Option<Command>,
+}
+
+/// The settings that our commands have too are not those of the tester's command `load`.
+fn as_commands_need_it(setting: Arg) -> Arg {
+    match setting.get_id().as_str() {
+        "object_ttl" => setting.global(true),
+        "callback_endpoint" | "callback_timeout" | "object_id_min" | "object_id_max" => {
+            setting.global(false)
+        }
+        _ => setting,
+    }
+}
+
+/// The roles to leave out.
+#[derive(Clone, Copy, Debug, Args)]
+#[group(skip)]
+#[command(next_help_heading = "Roles to leave out")]
+#[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
+pub struct Without {
+    /// Take no callbacks
+    #[arg(long)]
+    pub no_producer: bool,
+    /// Look nothing up
+    #[arg(long)]
+    pub no_consumer: bool,
+    /// Delete nothing
+    #[arg(long)]
+    pub no_routine: bool,
+    /// Play neither the partner nor the status API: lookups go to `TESTER_ENDPOINT`
+    #[arg(long)]
+    pub no_tester: bool,
+    /// Do not play the partner: post no callbacks
+    #[arg(long)]
+    pub no_partner: bool,
+    /// Do not play the status API: lookups go to `TESTER_ENDPOINT`
+    #[arg(long)]
+    pub no_api: bool,
+}
+
+impl Check for Config {
+    fn check(&self) -> Result<(), String> {
+        // A command plays no role and asks no status API.
+        if self.command.is_some() {
+            return Ok(());
+        }
+        let Without { no_producer, no_consumer, no_routine, .. } = self.without;
+        let (no_api, no_partner) = (self.without.api(), self.without.partner());
+        if no_producer && no_consumer && no_routine && no_api && no_partner {
+            return Err(
+                "the flags --no-… leave no role to play: drop one of these flags".to_owned()
+            );
+        }
+        // The value is not shown, since it may hold a password.
+        if !no_consumer && !no_api && self.lookups.tester_endpoint.as_str() != TESTER_ENDPOINT {
+            let reason = "TESTER_ENDPOINT is set, but the simulated status API would be asked \
+                          instead: add --no-tester or --no-api, or leave TESTER_ENDPOINT out";
+            return Err(reason.to_owned());
+        }
+        Ok(())
+    }
+}
+
+impl Without {
+    pub(crate) fn api(self) -> bool {
+        self.no_tester || self.no_api
+    }
+
+    pub(crate) fn partner(self) -> bool {
+        self.no_tester || self.no_partner
+    }
+}
+
+/// What `lastseen` can do instead of running the pipeline, beside one that runs or without.
+#[derive(Clone, Debug, Subcommand)]
+pub enum Command {
+    /// List the objects that are online: those seen within `OBJECT_TTL`
+    Objects(objects::List),
+    /// Look at the messages that were given up, send them back, or delete them
+    #[command(arg_required_else_help = false)]
+    DeadLetters {
+        /// What to do with them.
+        #[command(subcommand)]
+        command: dead_letters::Command,
+    },
+}
+
+impl Config {
+    /// The queue in the directory, unless another is named.
+    #[must_use]
+    pub fn broker(&self) -> broker::Config {
+        let url = self.amqp_uri.clone();
+        let amqp_uri = url.unwrap_or_else(|| BrokerUrl::file(self.lastseen_dir.join("queue.db")));
+        broker::Config { amqp_uri, queue: self.queue.clone() }
+    }
+
+    /// The table in the directory, unless another is named.
+    #[must_use]
+    pub fn store(&self) -> store::Config {
+        store::Config::at(self.table())
+    }
+
+    pub(crate) fn table(&self) -> DatabaseUrl {
+        let url = self.database_url.clone();
+        url.unwrap_or_else(|| DatabaseUrl::file(self.lastseen_dir.join("store.db")))
+    }
+}

@@ -1,0 +1,7 @@
+//! All of Lastseen as one process.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    service::main_with_commands(standalone::DESCRIPTION, standalone::plan)
+}

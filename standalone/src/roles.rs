@@ -1,0 +1,156 @@
+//! The roles of one process, begun and ended in the order in which they need each other.
+
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+
+use anyhow::{Context as _, bail};
+use producer::FrontDoor;
+use service::{CancellationToken, Health};
+use tester::api::Api;
+use tester::partner::Partner;
+use tokio::task::JoinSet;
+use url::Url;
+
+use crate::{Config, banner, status_line};
+
+/// What the roles are to play with: the settings, and the files, open for this process.
+pub(crate) struct Stage {
+    pub(crate) config: Config,
+    pub(crate) broker: broker::Config,
+    pub(crate) store: store::Config,
+    claims: (broker::Claim, store::Claim),
+}
+
+impl Stage {
+    /// Opens the files.
+    ///
+    /// # Errors
+    /// When one of them cannot be had.
+    pub(crate) fn set(config: Config) -> anyhow::Result<Self> {
+        let (broker, store) = (config.broker(), config.store());
+        let claims = (broker.claim()?, store.claim()?);
+        Ok(Self { config, broker, store, claims })
+    }
+
+    /// Plays the roles until `shutdown`. The simulated status API goes last: what is in flight needs it.
+    ///
+    /// # Errors
+    /// When one of them cannot begin, or ends before it is told to.
+    pub(crate) async fn play(
+        self,
+        health: Health,
+        shutdown: CancellationToken,
+    ) -> anyhow::Result<()> {
+        let Self { config, broker, store, claims } = self;
+        let without = config.without;
+        let mut lookups = config.lookups.clone();
+        let mut partners_callbacks = config.partners_callbacks.clone().into_inner();
+        let mut roles = Roles { running: JoinSet::new(), shutdown: shutdown.clone() };
+
+        let api = if without.api() {
+            None
+        } else {
+            let address = config.api.tester_addr;
+            let api = Api::bind(config.api.clone().into_inner()).await;
+            let api = api.with_context(|| format!("cannot listen on TESTER_ADDR={address}"))?;
+            lookups.tester_endpoint = url_of(api.address()?, "")?;
+            Some(api)
+        };
+        let lookups_at = (!without.no_consumer).then(|| lookups.tester_endpoint.clone());
+        let mut callbacks_to = None;
+        if !without.no_producer {
+            let callbacks = config.callbacks.clone();
+            let door = producer::Config { callbacks, broker: broker.clone() };
+            let door = FrontDoor::open(&door, &health.part("producer")).await?;
+            let url = url_of(door.address()?, "callback")?;
+            partners_callbacks.callback_endpoint = url.clone();
+            callbacks_to = Some(url);
+            roles.begin("producer", door.serve(shutdown.clone()));
+        }
+        if !without.no_consumer {
+            let consumer =
+                consumer::Config { lookups, broker: broker.clone(), store: store.clone() };
+            let health = health.part("consumer");
+            roles.begin("consumer", consumer::run(consumer, health, shutdown.clone()));
+        }
+        if !without.no_routine {
+            let cleanup = config.cleanup.clone();
+            let routine = routine::Config { cleanup, once: false, store: store.clone() };
+            roles.begin("routine", routine::run(routine, health.part("routine"), shutdown.clone()));
+        }
+        if !without.partner() {
+            let partner = Partner::new(partners_callbacks, config.partner.clone().into_inner());
+            let partner = partner.context("cannot build the HTTP client")?;
+            let shutdown = shutdown.clone();
+            roles.begin("partner", async move {
+                partner.post_until(shutdown).await;
+                Ok(())
+            });
+        }
+        let last = CancellationToken::new();
+        let answering = tokio::spawn({
+            let last = last.clone();
+            async move {
+                match api {
+                    Some(api) => api.serve(last).await,
+                    None => last.cancelled().await,
+                }
+            }
+        });
+        health.all_told();
+        banner::print(&config, callbacks_to.as_ref(), lookups_at.as_ref())?;
+        let status_line = status_line::draw(broker, store, shutdown);
+        roles.begin("status line", async move {
+            status_line.await;
+            Ok(())
+        });
+
+        let mut answering = std::pin::pin!(answering);
+        tokio::select! {
+            ended = roles.end() => ended?,
+            _ = &mut answering => bail!("the simulated status API has died"),
+        }
+        last.cancel();
+        answering.await.context("the simulated status API has died")?;
+        tokio::join!(claims.0.close(), claims.1.close());
+        Ok(())
+    }
+}
+
+/// The roles that are being played.
+struct Roles {
+    running: JoinSet<(&'static str, anyhow::Result<()>)>,
+    shutdown: CancellationToken,
+}
+
+impl Roles {
+    fn begin(
+        &mut self,
+        name: &'static str,
+        role: impl Future<Output = anyhow::Result<()>> + Send + 'static,
+    ) {
+        self.running.spawn(async move { (name, role.await) });
+    }
+
+    /// Waits until all have ended, which they may not do before they are told to.
+    async fn end(&mut self) -> anyhow::Result<()> {
+        while let Some(ended) = self.running.join_next().await {
+            let (name, ended) = ended.context("a role has died")?;
+            ended.with_context(|| format!("{name} failed"))?;
+            if !self.shutdown.is_cancelled() {
+                bail!("{name} has ended by itself");
+            }
+        }
+        Ok(())
+    }
+}
+
+/// How to reach from this machine what listens on `address`.
+fn url_of(address: SocketAddr, path: &str) -> anyhow::Result<Url> {
+    let ip = match address.ip() {
+        ip if !ip.is_unspecified() => ip,
+        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
+        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
+    };
+    let url = format!("http://{}/{path}", SocketAddr::new(ip, address.port()));
+    url.parse().context("an address should make a URL")
+}

@@ -1,0 +1,90 @@
+//! One line at the bottom of the terminal that says how things stand.
+
+use std::time::{Duration, Instant};
+
+use broker::{Depths, Inspector};
+use service::{CancellationToken, metric_total, terminal};
+use store::Objects;
+
+const INTERVAL: Duration = Duration::from_secs(1);
+/// Counting takes at most this share of the time: a long queue is counted less often.
+const COUNTING_SHARE: u32 = 20;
+
+/// Draws the line until `shutdown`, if standard error is a terminal.
+pub(crate) async fn draw(
+    broker: broker::Config,
+    store: store::Config,
+    shutdown: CancellationToken,
+) {
+    if !terminal::is_there() {
+        return shutdown.cancelled().await;
+    }
+    let mut counts = Counts { broker, store, inspector: None, objects: None };
+    let mut wait = INTERVAL;
+    let mut lookups_before = 0.0;
+    let mut drawn_at = Instant::now();
+    loop {
+        tokio::select! {
+            () = tokio::time::sleep(wait) => {}
+            () = shutdown.cancelled() => break,
+        }
+        let counting_since = Instant::now();
+        // A broker or a database that does not answer must not hold up the end.
+        let counting = shutdown.run_until_cancelled(Box::pin(counts.count()));
+        let Some((depths, online)) = counting.await else { break };
+        wait = INTERVAL.max(counting_since.elapsed() * COUNTING_SHARE);
+        let lookups = metric_total("lastseen_lookups_total");
+        let per_second = (lookups - lookups_before) / drawn_at.elapsed().as_secs_f64();
+        (lookups_before, drawn_at) = (lookups, Instant::now());
+        let callbacks = metric_total("lastseen_callbacks_total");
+        terminal::show_status(&line(callbacks, depths, per_second, online));
+    }
+    terminal::show_status("");
+}
+
+fn line(callbacks: f64, depths: Option<Depths>, per_second: f64, online: Option<u64>) -> String {
+    let count = |count: Option<u64>| count.map_or("?".to_owned(), |count| count.to_string());
+    let queued = count(depths.map(|depths| depths.ready + depths.delayed));
+    let online = count(online);
+    let dead = match depths.map_or(0, |depths| depths.dead) {
+        0 => String::new(),
+        dead => format!(" · {dead} dead letters"),
+    };
+    format!(
+        "{callbacks} callbacks · {queued} queued · {per_second:.1} lookups/s · {online} online now{dead}"
+    )
+}
+
+/// Counts in the broker and the database; connects anew when that has failed.
+struct Counts {
+    broker: broker::Config,
+    store: store::Config,
+    inspector: Option<Inspector>,
+    objects: Option<Objects>,
+}
+
+impl Counts {
+    async fn count(&mut self) -> (Option<Depths>, Option<u64>) {
+        (self.depths().await, self.online().await)
+    }
+
+    async fn depths(&mut self) -> Option<Depths> {
+        let mut inspector = match self.inspector.take() {
+            Some(inspector) => inspector,
+            None => Inspector::open(&self.broker).await.ok()?,
+        };
+        let depths = inspector.depths().await.ok()?;
+        self.inspector = Some(inspector);
+        Some(depths)
+    }
+
+    async fn online(&mut self) -> Option<u64> {
+        let mut objects = match self.objects.take() {
+            Some(objects) => objects,
+            None => Objects::open(&self.store).await.ok()?,
+        };
+        let count = objects.count().await.ok()?;
+        self.objects = Some(objects);
+        Some(count)
+    }
+}

@@ -1,0 +1,97 @@
+use pipeline::Partner;
+use testbed::eventually;
+
+use crate::{Home, MILLISECOND, PATIENCE, contents, even_ids_online};
+
+#[tokio::test]
+async fn a_second_process_on_the_same_directory_says_so_and_exits_69() {
+    let home = Home::new(&[]);
+    let (first, _) = home.start(&["--no-partner"]).await;
+    let (code, lines) = home.run(&["--no-partner"]).await;
+    assert_eq!(code, Some(69), "{lines:?}");
+    let told = lines.concat();
+    assert!(told.contains("queue.db is in use by another process"), "{told}");
+    assert!(told.contains(&format!("(process {})", first.pid())), "{told}");
+    assert!(first.is_running());
+    // And when the first is gone, however it went, the directory is free.
+    first.kill();
+    home.start(&["--no-partner"]).await;
+}
+
+#[tokio::test]
+async fn a_foreign_or_damaged_file_stops_the_start_and_is_left_as_it_is() {
+    for file in ["queue.db", "store.db"] {
+        for content in [&b"these are my notes\n"[..], &[0; 4096], b"SQLite format 3\0 and no more"]
+        {
+            let home = Home::new(&[]);
+            std::fs::create_dir(home.file("")).unwrap();
+            std::fs::write(home.file(file), content).unwrap();
+            let (code, lines) = home.run(&[]).await;
+            assert_eq!(code, Some(70), "{lines:?}");
+            assert!(lines.concat().contains(file), "{lines:?}");
+            assert_eq!(std::fs::read(home.file(file)).unwrap(), content);
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_file_that_was_damaged_meanwhile_stops_the_start_and_is_left_as_it_is() {
+    let status_api = even_ids_online(MILLISECOND);
+    let home = Home::beside(&status_api);
+    let (lastseen, endpoint) = home.start(&["--no-tester", "--no-consumer"]).await;
+    let ids: Vec<i64> = (0..5_000).collect();
+    assert!(Partner::default().post(&endpoint, &ids).await);
+    lastseen.terminate();
+    assert_eq!(lastseen.wait().await.code(), Some(0));
+    let mut bytes = std::fs::read(home.file("queue.db")).unwrap();
+    let middle = bytes.len() / 2;
+    bytes[middle..middle + 8_192].fill(0xA5);
+    std::fs::write(home.file("queue.db"), bytes).unwrap();
+    let before = contents(&home.file(""));
+
+    let (code, lines) = home.run(&["--no-tester"]).await;
+    assert_eq!(code, Some(70), "{lines:?}");
+    let told = lines.concat();
+    assert!(told.contains("queue.db is damaged") && told.contains("move it away"), "{told}");
+    let after = contents(&home.file(""));
+    for (file, bytes) in before {
+        assert!(after.get(&file) == Some(&bytes), "{} was overwritten", file.display());
+    }
+}
+
+#[tokio::test]
+async fn what_is_kept_is_there_after_a_restart() {
+    let status_api = even_ids_online(MILLISECOND);
+    let home = Home::beside(&status_api);
+    let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
+    assert!(Partner::default().post(&endpoint, &[2, 8]).await);
+    let both_online = async || (home.online().await == [2, 8]).then_some(());
+    eventually("both are online", PATIENCE, both_online).await;
+    lastseen.terminate();
+    lastseen.wait().await;
+    // Also without a process that runs.
+    assert_eq!(home.online().await, [2, 8]);
+    home.start(&["--no-tester"]).await;
+    assert_eq!(home.online().await, [2, 8]);
+    assert_eq!(status_api.lookups().len(), 2, "what was acked is not looked up again");
+}
+
+/// A command that comes and goes must not take its own leaving for the last one's: SQLite would then
+/// delete the log that the pipeline goes on writing to.
+#[tokio::test]
+async fn a_command_beside_the_pipeline_leaves_its_logs_in_place() {
+    let status_api = even_ids_online(MILLISECOND);
+    let home = Home::beside(&status_api);
+    let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
+    let partner = Partner::default();
+    assert!(partner.post(&endpoint, &[2]).await);
+    for command in [&["objects"][..], &["dead-letters", "list"]] {
+        assert_eq!(home.run(command).await.0, Some(0));
+    }
+    assert!(home.file("queue.db-wal").exists() && home.file("store.db-wal").exists());
+    assert!(partner.post(&endpoint, &[4]).await);
+    eventually("both are online", PATIENCE, async || (home.online().await == [2, 4]).then_some(()))
+        .await;
+    lastseen.kill();
+    assert_eq!(home.online().await, [2, 4], "what was committed outlives the kill");
+}

@@ -1,0 +1,143 @@
+use std::collections::HashSet;
+
+use pipeline::Partner;
+use testbed::{Database, Queue, eventually};
+
+use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
+
+#[tokio::test]
+async fn with_no_settings_the_simulated_partner_and_api_fill_the_table() {
+    let home = Home::new(&[("CALLBACK_INTERVAL", "500ms"), ("LATENCY_MAX", "400ms")]);
+    let (lastseen, _) = home.start(&[]).await;
+    eventually("most of the even ids are online", PATIENCE, async || {
+        (home.online().await.len() >= 40).then_some(())
+    })
+    .await;
+    assert!(home.online().await.iter().all(|id| id % 2 == 0 && (0..100).contains(id)));
+    lastseen.terminate();
+    assert_eq!(lastseen.wait().await.code(), Some(0));
+}
+
+#[tokio::test]
+async fn a_callback_is_online_soon_and_gone_when_it_is_stale() {
+    let home = Home::new(&[("OBJECT_TTL", "3s"), ("ROUTINE_INTERVAL", "200ms")]);
+    let (lastseen, endpoint) = home.start(&["--no-partner"]).await;
+    assert!(Partner::default().post(&endpoint, &[2, 4, 7]).await);
+    eventually("2 and 4 are online", PATIENCE, async || {
+        (home.online().await == [2, 4]).then_some(())
+    })
+    .await;
+    eventually("nobody is online", PATIENCE, async || home.online().await.is_empty().then_some(()))
+        .await;
+    eventually("their rows are deleted", PATIENCE, async || {
+        (lastseen.metric("lastseen_deleted_rows_total").await >= 2.0).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn without_the_tester_the_users_own_status_api_is_asked_and_nobody_posts() {
+    let status_api = even_ids_online(MILLISECOND);
+    let home = Home::beside(&status_api);
+    let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
+    assert!(Partner::default().post(&endpoint, &[6, 9]).await);
+    eventually("6 is online", PATIENCE, async || (home.online().await == [6]).then_some(())).await;
+    assert!(lastseen.log().iter().all(|line| !line.contains("status API is listening")));
+    let asked: HashSet<i64> = status_api.lookups().into_iter().map(|(id, _)| id).collect();
+    assert_eq!(asked, HashSet::from([6, 9]));
+}
+
+#[tokio::test]
+async fn a_role_that_is_left_out_is_not_played_and_its_work_waits() {
+    let status_api = even_ids_online(MILLISECOND);
+    let home = Home::beside(&status_api);
+    let (lastseen, endpoint) = home.start(&["--no-tester", "--no-consumer"]).await;
+    assert!(Partner::default().post(&endpoint, &[2]).await);
+    lastseen.terminate();
+    assert_eq!(lastseen.wait().await.code(), Some(0));
+    assert!(status_api.lookups().is_empty());
+
+    let others = home.spawn(&["--no-tester", "--no-producer", "--no-routine"]);
+    eventually("2 is online", PATIENCE, async || (home.online().await == [2]).then_some(())).await;
+    assert!(others.log().iter().all(|line| !line.contains("taking callbacks")));
+}
+
+#[tokio::test]
+async fn leaving_out_every_role_is_a_settings_error() {
+    let all = ["--no-producer", "--no-consumer", "--no-routine", "--no-tester"];
+    let (code, lines) = Home::new(&[]).run(&all).await;
+    assert_eq!(code, Some(78), "{lines:?}");
+    assert!(lines.concat().contains("leave no role to play: drop one of these flags"), "{lines:?}");
+}
+
+#[tokio::test]
+async fn a_status_api_of_ones_own_is_never_silently_replaced_by_the_simulated_one() {
+    let status_api = even_ids_online(MILLISECOND);
+    let home = Home::beside(&status_api);
+    for arguments in [&[][..], &["--no-partner"]] {
+        let (code, lines) = home.run(arguments).await;
+        assert_eq!(code, Some(78), "{lines:?}");
+        assert!(lines.concat().contains("add --no-tester or --no-api"), "{lines:?}");
+    }
+    home.start(&["--no-api", "--no-partner"]).await;
+    // Its default, said aloud, is nobody's own.
+    let home = Home::new(&[("TESTER_ENDPOINT", "http://localhost:9010")]);
+    home.start(&["--no-partner"]).await;
+}
+
+#[tokio::test]
+async fn an_address_that_is_taken_is_named() {
+    let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = taken.local_addr().unwrap().to_string();
+    let (code, lines) = Home::new(&[("TESTER_ADDR", &address)]).run(&[]).await;
+    assert_eq!(code, Some(70), "{lines:?}");
+    let told = format!("cannot listen on TESTER_ADDR={address}");
+    assert!(lines.concat().contains(&told), "{lines:?}");
+}
+
+#[tokio::test]
+async fn two_urls_take_it_to_rabbitmq_and_postgres() {
+    let (queue, database) = (Queue::new(), Database::new().await);
+    let status_api = even_ids_online(MILLISECOND);
+    let home = Home::new(&[
+        ("TESTER_ENDPOINT", &status_api.endpoint()),
+        ("AMQP_URI", &testbed::amqp_uri()),
+        ("QUEUE_NAME", &queue.name),
+        ("DATABASE_URL", database.url()),
+    ]);
+    let (_lastseen, endpoint) = home.start(&["--no-tester"]).await;
+    assert!(Partner::default().post(&endpoint, &[2, 3]).await);
+    eventually("2 is online", PATIENCE, async || (home.online().await == [2]).then_some(())).await;
+    assert_eq!(queue.depth(&queue.name).await, Some(0));
+    let in_postgres: i64 = sqlx_count(&database).await;
+    assert_eq!(in_postgres, 1);
+    assert!(!home.file("queue.db").exists() && !home.file("store.db").exists());
+}
+
+async fn sqlx_count(database: &Database) -> i64 {
+    sqlx::query_scalar("SELECT count(*) FROM object").fetch_one(database.pool()).await.unwrap()
+}
+
+#[tokio::test]
+async fn stopping_under_load_finishes_what_is_in_flight_and_keeps_the_rest() {
+    let status_api = even_ids_online(MILLISECOND * 300);
+    let home = Home::beside(&status_api);
+    let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
+    let partner = Partner::default();
+    let load = partner.post_all(endpoint, 0..6_000, 20, MILLISECOND * 5);
+    eventually("it is busy", PATIENCE, async || (status_api.in_flight() > 100).then_some(())).await;
+    lastseen.terminate();
+    assert_eq!(lastseen.wait().await.code(), Some(0), "it should drain");
+    load.await.unwrap();
+    let ledger = partner.ledger();
+    assert!(ledger.refused.is_empty(), "{:?}", ledger.refused);
+    assert!(ledger.accepted.len() > 200, "some were accepted before: {}", ledger.accepted.len());
+
+    let _again = home.start(&["--no-tester"]).await;
+    eventually("each accepted id is looked up", PATIENCE, async || {
+        ledger.accepted.iter().all(|id| status_api.lookups_of(*id) > 0).then_some(())
+    })
+    .await;
+    let twice = ledger.accepted.iter().filter(|id| status_api.lookups_of(**id) > 1).count();
+    assert_eq!(twice, 0, "looked up twice because of a clean stop");
+}

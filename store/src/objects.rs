@@ -1,0 +1,85 @@
+//! The table, for people who want to see it.
+
+use std::time::{Duration, SystemTime};
+
+use crate::config::Backend;
+use crate::{Config, StoreError, postgres, sqlite};
+
+/// An object that was online, and has not become stale or not been cleaned up yet.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Object {
+    /// The object.
+    pub id: i64,
+    /// When it was last seen, to the millisecond.
+    pub last_seen: SystemTime,
+    /// How long ago that is by the database's clock. Zero if it lies ahead, because that clock has
+    /// been set back.
+    pub age: Duration,
+}
+
+/// What is committed in the table, beside those who write it: nothing is changed, and nobody waits.
+/// It has one connection, so after an error it may be of no use any more.
+pub struct Objects(Kind);
+
+enum Kind {
+    Postgres(postgres::Reader),
+    Sqlite(sqlite::Reader),
+}
+
+impl Objects {
+    /// Connects, or opens the file. Neither brings the schema up to date nor makes what is missing.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `Connect`, `Open` or `Timeout`.
+    pub async fn open(config: &Config) -> Result<Self, StoreError> {
+        let kind = match config.backend() {
+            Backend::Postgres(options) => Kind::Postgres(postgres::Reader::open(*options).await?),
+            Backend::Sqlite(location) => Kind::Sqlite(sqlite::Reader::open(&location).await?),
+        };
+        Ok(Self(kind))
+    }
+
+    /// Up to `limit` objects with ids above `after`, or from the lowest on, in ascending order. A row
+    /// that says nothing of when, which a table that the Go services made allows, is left out.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `List` or `Timeout`.
+    pub async fn page(
+        &mut self,
+        after: Option<i64>,
+        limit: u32,
+    ) -> Result<Vec<Object>, StoreError> {
+        let Some(first) = after.map_or(Some(i64::MIN), |after| after.checked_add(1)) else {
+            return Ok(Vec::new());
+        };
+        match &mut self.0 {
+            Kind::Postgres(reader) => reader.page(first, limit).await,
+            Kind::Sqlite(reader) => reader.page(first, limit).await,
+        }
+    }
+
+    /// How many objects all pages together have.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `Count` or `Timeout`.
+    pub async fn count(&mut self) -> Result<u64, StoreError> {
+        match &mut self.0 {
+            Kind::Postgres(reader) => reader.count().await,
+            Kind::Sqlite(reader) => reader.count().await,
+        }
+    }
+}
+
+impl Object {
+    /// From what both databases give: milliseconds since 1970.
+    pub(crate) fn new(id: i64, last_seen_ms: i64, now_ms: i64) -> Self {
+        let since_1970 = Duration::from_millis(last_seen_ms.unsigned_abs());
+        let last_seen = if last_seen_ms < 0 {
+            SystemTime::UNIX_EPOCH - since_1970
+        } else {
+            SystemTime::UNIX_EPOCH + since_1970
+        };
+        let age_ms = now_ms.saturating_sub(last_seen_ms);
+        Self { id, last_seen, age: Duration::from_millis(age_ms.try_into().unwrap_or(0)) }
+    }
+}

@@ -1,0 +1,76 @@
+//! Looking after the database: is it there, and has it our schema?
+
+use std::time::Duration;
+
+use backon::{BackoffBuilder as _, ExponentialBuilder};
+use sqlx::postgres::PgConnectOptions;
+use sqlx::{ConnectOptions as _, PgConnection};
+use tokio::sync::watch;
+
+use super::MIGRATIONS;
+use crate::deadline::{CONNECT_TIMEOUT, within};
+use crate::{StoreError, StoreStatus};
+
+/// The status before the first attempt to connect.
+pub(super) const NOT_YET: &str = "not connected yet";
+const PING_TIMEOUT: Duration = Duration::from_secs(3);
+/// Migrations may have to wait for another process that is at it.
+const MIGRATE_TIMEOUT: Duration = Duration::from_mins(1);
+const INTERVAL: Duration = Duration::from_secs(1);
+
+/// Keeps `status` true, and the schema up to date whenever the database comes (back): it may have
+/// been set up anew meanwhile. Ends only with the task.
+///
+/// It has a connection of its own: a pool keeps trying by itself and then only says that it timed
+/// out, not why.
+pub(super) async fn watch(options: PgConnectOptions, status: watch::Sender<StoreStatus>) {
+    let backoff = ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(100))
+        .with_max_delay(Duration::from_millis(700))
+        .with_jitter()
+        .without_max_times();
+    let mut waits = backoff.build();
+    loop {
+        let reason = match open(&options).await {
+            Ok(mut connection) => {
+                tracing::info!("connected to the database");
+                _ = status.send_replace(Ok(()));
+                waits = backoff.build();
+                loop {
+                    tokio::time::sleep(INTERVAL).await;
+                    if let Err(error) = ping(&mut connection).await {
+                        break error.to_string();
+                    }
+                }
+            }
+            Err(error) => error.to_string(),
+        };
+        let before = status.send_replace(Err(reason.clone()));
+        // Once for each outage; the first attempt of all counts as one.
+        if before.is_ok() || before == Err(NOT_YET.to_owned()) {
+            tracing::warn!(reason, "no database; trying again until it is back");
+        } else {
+            tracing::debug!(reason, "still no database");
+        }
+        tokio::time::sleep(waits.next().unwrap_or(INTERVAL)).await;
+    }
+}
+
+async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
+    let mut connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
+    // Safe when several processes do it at once: sqlx takes an advisory lock. This is `run` without
+    // its generic `Acquire`, which the compiler cannot prove to be `Send` for a borrowed connection.
+    let migration = MIGRATIONS.run_direct(None, &mut connection, false);
+    within(MIGRATE_TIMEOUT, StoreError::Migrate, migration).await?;
+    // Ready only with the table in place: it may have been dropped while sqlx's record of the
+    // migrations was left.
+    ping(&mut connection).await?;
+    Ok(connection)
+}
+
+async fn ping(connection: &mut PgConnection) -> Result<(), StoreError> {
+    // It names the table, so that a database which was set up anew under us is noticed.
+    let query = sqlx::query("SELECT 1 FROM object LIMIT 1");
+    within(PING_TIMEOUT, StoreError::Ping, query.execute(connection)).await?;
+    Ok(())
+}

@@ -1,0 +1,140 @@
+//! The table in a SQLite file.
+
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use embedded::{File, Format, Location, OpenError};
+use rusqlite::Connection;
+use tokio::sync::watch;
+use tokio::task::spawn_blocking;
+
+use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
+use crate::error::Cause;
+use crate::{Object, Sighting, StoreError, StoreStatus};
+
+/// No index on `last_seen`, as in Postgres: each upsert would have to write it as well.
+const FORMAT: Format = Format {
+    name: "store",
+    application_id: u32::from_be_bytes(*b"LSSt"),
+    version: 1,
+    schema: "
+        CREATE TABLE object (
+            id INTEGER PRIMARY KEY,
+            last_seen INTEGER NOT NULL -- milliseconds since 1970, UTC
+        ) STRICT;",
+};
+
+/// The table, written by this process alone.
+pub(crate) struct Table(Arc<File>);
+
+impl Table {
+    pub(crate) fn open(location: &Location<File>) -> Result<Self, OpenError> {
+        location.open(|path| File::open(path, FORMAT)).map(Self)
+    }
+
+    pub(crate) fn status(&self) -> watch::Receiver<StoreStatus> {
+        self.0.status()
+    }
+
+    pub(crate) async fn died(&self) {
+        self.0.died().await;
+    }
+
+    /// Closes the file if nobody else has it.
+    pub(crate) async fn close(self) {
+        if let Some(file) = Arc::into_inner(self.0) {
+            file.close().await;
+        }
+    }
+
+    pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<(), StoreError> {
+        let asked_at = Instant::now();
+        let sightings = sightings.to_vec();
+        let record = self.0.transact(move |connection| {
+            let now = now_ms(connection)?;
+            // The ages have grown while others were written.
+            let waited = asked_at.elapsed();
+            let mut upsert = connection.prepare_cached(
+                "INSERT INTO object (id, last_seen) VALUES (?1, ?2)
+                 ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
+                 WHERE object.last_seen < excluded.last_seen",
+            )?;
+            for seen in sightings {
+                upsert.execute((seen.id, ago_ms(now, seen.age.saturating_add(waited))))?;
+            }
+            Ok(())
+        });
+        within(QUERY_TIMEOUT, StoreError::RecordSeen, record).await
+    }
+
+    pub(crate) async fn delete_stale(&self, ttl: Duration, limit: u32) -> Result<u64, StoreError> {
+        let delete = self.0.transact(move |connection| {
+            let stale_before = ago_ms(now_ms(connection)?, ttl);
+            let mut delete = connection.prepare_cached(
+                "DELETE FROM object WHERE id IN (
+                     SELECT id FROM object WHERE last_seen < ?1 LIMIT ?2)",
+            )?;
+            delete.execute((stale_before, limit))
+        });
+        let deleted = within(QUERY_TIMEOUT, StoreError::DeleteStale, delete).await?;
+        Ok(deleted as u64)
+    }
+}
+
+/// The table, read on a connection of its own, which the write-ahead log lets do so at any time.
+pub(crate) struct Reader(Arc<Mutex<Connection>>);
+
+impl Reader {
+    pub(crate) async fn open(location: &Location<File>) -> Result<Self, StoreError> {
+        let path = location.path().to_owned();
+        let open = spawn_blocking(move || embedded::attach(&path, FORMAT));
+        let connection = within(CONNECT_TIMEOUT, StoreError::Connect, open).await??;
+        Ok(Self(Arc::new(Mutex::new(connection))))
+    }
+
+    pub(crate) async fn page(&self, first: i64, limit: u32) -> Result<Vec<Object>, StoreError> {
+        self.read(StoreError::List, move |connection| {
+            let now = now_ms(connection)?;
+            let mut page = connection.prepare_cached(
+                "SELECT id, last_seen FROM object WHERE id >= ?1 ORDER BY id LIMIT ?2",
+            )?;
+            let objects = page
+                .query_map((first, limit), |row| Ok(Object::new(row.get(0)?, row.get(1)?, now)))?;
+            objects.collect()
+        })
+        .await
+    }
+
+    pub(crate) async fn count(&self) -> Result<u64, StoreError> {
+        let count = "SELECT count(*) FROM object";
+        let rows: i64 = self
+            .read(StoreError::Count, |connection| connection.query_row(count, [], |row| row.get(0)))
+            .await?;
+        Ok(rows.unsigned_abs())
+    }
+
+    async fn read<T: Send + 'static>(
+        &self,
+        failed: fn(Cause) -> StoreError,
+        query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    ) -> Result<T, StoreError> {
+        let connection = Arc::clone(&self.0);
+        let read = spawn_blocking(move || {
+            query(&connection.lock().unwrap_or_else(PoisonError::into_inner))
+        });
+        within(QUERY_TIMEOUT, failed, read).await?.map_err(|error| failed(error.into()))
+    }
+}
+
+/// The database's clock, read once for each batch, in milliseconds since 1970.
+fn now_ms(connection: &Connection) -> rusqlite::Result<i64> {
+    // SQLite gives seconds, as a float whose product may fall a hair short of the millisecond.
+    let now = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
+    connection.prepare_cached(now)?.query_row([], |row| row.get(0))
+}
+
+/// The moment `age` ago, but none before 1970.
+fn ago_ms(now_ms: i64, age: Duration) -> i64 {
+    let age_ms = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
+    now_ms.saturating_sub(age_ms).max(0)
+}

@@ -1,0 +1,97 @@
+//! The table, for those who write it.
+
+use std::time::Duration;
+
+use tokio::sync::watch;
+
+use crate::config::Backend;
+use crate::{Config, StoreError, StoreStatus, postgres, sqlite};
+
+/// An object that was online.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sighting {
+    /// The object.
+    pub id: i64,
+    /// How long ago the status API said so.
+    pub age: Duration,
+}
+
+/// The table `object`. A Postgres may be away at any time, also at the start; a file is open from
+/// the start on, and belongs to this process.
+pub struct Store(Kind);
+
+enum Kind {
+    Postgres(postgres::Table),
+    Sqlite(sqlite::Table),
+}
+
+impl Store {
+    /// Starts to look after a Postgres in the background: connects up to `connections` times when it
+    /// can be reached, brings the schema up to date, and does so again whenever it has been away.
+    /// `name` is what `pg_stat_activity` shows.
+    ///
+    /// Or opens the file, makes it first if it is not there, and looks for damage for up to a second
+    /// before it returns, which blocks the thread meanwhile. Stores of clones of one [`Config`] share
+    /// one file.
+    ///
+    /// # Errors
+    /// [`StoreError::Open`], of a file only. The file is then as it was.
+    pub fn start(config: &Config, name: &str, connections: u32) -> Result<Self, StoreError> {
+        let kind = match config.backend() {
+            Backend::Postgres(options) => {
+                Kind::Postgres(postgres::Table::start(*options, name, connections))
+            }
+            Backend::Sqlite(location) => Kind::Sqlite(sqlite::Table::open(&location)?),
+        };
+        Ok(Self(kind))
+    }
+
+    /// Whether the database answers and has our schema; of a file, whether it can be written.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<StoreStatus> {
+        match &self.0 {
+            Kind::Postgres(table) => table.status(),
+            Kind::Sqlite(table) => table.status(),
+        }
+    }
+
+    /// Returns only if what writes has died; a service must not outlive it. A Postgres is another
+    /// process, and there is nothing of ours that could.
+    pub async fn died(&self) {
+        match &self.0 {
+            Kind::Postgres(_) => std::future::pending().await,
+            Kind::Sqlite(table) => table.died().await,
+        }
+    }
+
+    /// Notes that each object was online `age` ago by the database's clock, and never moves a row
+    /// back. The ids must be distinct and in ascending order: batches that overlap in different
+    /// orders would deadlock in Postgres. All are committed on return. An age that reaches back
+    /// before 1970 counts as 1970.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then none is written, or, after a timeout, perhaps all.
+    pub async fn record_seen(&self, sightings: &[Sighting]) -> Result<(), StoreError> {
+        match &self.0 {
+            Kind::Postgres(table) => table.record_seen(sightings).await,
+            Kind::Sqlite(table) => table.record_seen(sightings).await,
+        }
+    }
+
+    /// Deletes up to `limit` rows that are older than `ttl` by the database's clock, and says how
+    /// many; fewer than `limit` means that no more are left that nobody else is busy with. With a
+    /// `ttl` that reaches back before 1970, nothing is stale.
+    ///
+    /// A row that is being written at this moment is left out: it is not stale any more, or another
+    /// replica deletes it. So this never waits for an upsert, and an upsert waits at most for the
+    /// end of one such batch.
+    ///
+    /// # Errors
+    /// [`StoreError`]; then none is deleted, or, after a timeout, perhaps all.
+    pub async fn delete_stale(&self, ttl: Duration, limit: u32) -> Result<u64, StoreError> {
+        match &self.0 {
+            Kind::Postgres(table) => table.delete_stale(ttl, limit).await,
+            Kind::Sqlite(table) => table.delete_stale(ttl, limit).await,
+        }
+    }
+}

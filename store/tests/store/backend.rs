@@ -1,0 +1,64 @@
+//! What a case that holds for both databases runs on.
+
+use std::ops::RangeInclusive;
+use std::time::Duration;
+
+use store::{Config, DatabaseUrl, Object, Objects, Sighting, Store};
+use testbed::{Database, Scratch};
+
+use crate::{ready, seen};
+
+/// An empty database of its own, gone when dropped.
+pub(crate) struct Backend {
+    config: Config,
+    _database: Option<Database>,
+    _directory: Option<Scratch>,
+}
+
+impl Backend {
+    pub(crate) async fn postgres() -> Self {
+        let database = Database::new().await;
+        let config = Config::at(database.url().parse().unwrap());
+        Self { config, _database: Some(database), _directory: None }
+    }
+
+    pub(crate) fn sqlite() -> Self {
+        let directory = Scratch::new("store");
+        let config = Config::at(DatabaseUrl::file(directory.path().join("objects.db")));
+        Self { config, _database: None, _directory: Some(directory) }
+    }
+
+    /// Clones of one: what the roles of a process have.
+    pub(crate) fn config(&self) -> Config {
+        self.config.clone()
+    }
+
+    /// A store with the schema in place.
+    pub(crate) async fn open(&self) -> Store {
+        let store = Store::start(&self.config(), "test", 8).unwrap();
+        ready(&store).await;
+        store
+    }
+
+    /// All that is committed, as somebody else sees it.
+    pub(crate) async fn objects(&self) -> Vec<Object> {
+        let mut objects = Objects::open(&self.config).await.unwrap();
+        objects.page(None, u32::MAX).await.unwrap()
+    }
+
+    pub(crate) async fn object(&self, id: i64) -> Object {
+        let objects = self.objects().await;
+        objects.into_iter().find(|object| object.id == id).unwrap()
+    }
+
+    /// In ascending order.
+    pub(crate) async fn ids(&self) -> Vec<i64> {
+        self.objects().await.iter().map(|object| object.id).collect()
+    }
+}
+
+/// Records the objects `ids`, all of the same age.
+pub(crate) async fn insert(store: &Store, ids: RangeInclusive<i64>, age: Duration) {
+    let sightings: Vec<Sighting> = ids.map(|id| seen(id, age)).collect();
+    store.record_seen(&sightings).await.unwrap();
+}

@@ -1,0 +1,58 @@
+use std::time::Duration;
+
+use store::{Objects, Store};
+
+use crate::backend::{Backend, insert};
+use crate::{HOUR, close, ready, seen};
+
+on_both! {
+    what_is_recorded_survives_closing_and_opening_again,
+    stores_that_start_at_once_on_an_empty_database_all_become_ready,
+    a_store_stays_open_when_another_of_its_configs_clones_is_closed,
+}
+
+async fn what_is_recorded_survives_closing_and_opening_again(backend: &Backend) {
+    let store = backend.open().await;
+    insert(&store, 1..=100, HOUR).await;
+    let before = backend.object(7).await.last_seen;
+    close(store).await;
+    assert_eq!(backend.ids().await, (1..=100).collect::<Vec<_>>());
+
+    let store = backend.open().await;
+    store.record_seen(&[seen(7, 2 * HOUR), seen(101, HOUR)]).await.unwrap();
+    assert_eq!(backend.object(7).await.last_seen, before);
+    assert_eq!(backend.ids().await, (1..=101).collect::<Vec<_>>());
+    assert_eq!(store.delete_stale(HOUR / 2, 1_000).await.unwrap(), 101);
+}
+
+async fn stores_that_start_at_once_on_an_empty_database_all_become_ready(backend: &Backend) {
+    let starts = (0..8).map(|_| {
+        let config = backend.config();
+        // Each on a thread of its own, because opening a file is not asynchronous.
+        let runtime = tokio::runtime::Handle::current();
+        tokio::task::spawn_blocking(move || {
+            let _guard = runtime.enter();
+            Store::start(&config, "test", 1).unwrap()
+        })
+    });
+    let mut stores = Vec::new();
+    for start in starts.collect::<Vec<_>>() {
+        stores.push(start.await.unwrap());
+    }
+    for (id, store) in (1..).zip(&stores) {
+        ready(store).await;
+        store.record_seen(&[seen(id, Duration::ZERO)]).await.unwrap();
+    }
+    assert_eq!(backend.ids().await, (1..=8).collect::<Vec<_>>());
+}
+
+async fn a_store_stays_open_when_another_of_its_configs_clones_is_closed(backend: &Backend) {
+    let (one, other) = (backend.open().await, backend.open().await);
+    insert(&one, 1..=3, HOUR).await;
+    let objects = Objects::open(&backend.config()).await.unwrap();
+    drop((one, objects));
+    insert(&other, 4..=5, Duration::ZERO).await;
+    assert!(other.status().borrow().is_ok());
+    assert_eq!(other.delete_stale(HOUR / 2, 10).await.unwrap(), 3);
+    assert_eq!(backend.ids().await, [4, 5]);
+}

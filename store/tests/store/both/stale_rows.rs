@@ -1,0 +1,84 @@
+use std::time::Duration;
+
+use store::Store;
+use tokio::time::timeout;
+
+use crate::backend::{Backend, insert};
+use crate::{DEADLINE, HOUR, seen};
+
+const MINUTE: Duration = Duration::from_mins(1);
+
+on_both! {
+    only_what_is_older_than_the_ttl_is_deleted,
+    with_a_ttl_that_reaches_back_before_1970_nothing_is_stale,
+    one_call_deletes_no_more_than_its_limit,
+    two_replicas_at_once_delete_every_stale_row_once_and_report_so,
+    sightings_and_deletions_at_once_lose_nobody_who_was_seen,
+}
+
+async fn only_what_is_older_than_the_ttl_is_deleted(backend: &Backend) {
+    let store = backend.open().await;
+    insert(&store, 1..=3, HOUR + MINUTE).await;
+    insert(&store, 4..=6, 50 * MINUTE).await;
+    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 3);
+    assert_eq!(backend.ids().await, [4, 5, 6]);
+    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 0);
+}
+
+async fn with_a_ttl_that_reaches_back_before_1970_nothing_is_stale(backend: &Backend) {
+    let store = backend.open().await;
+    store.record_seen(&[seen(1, HOUR), seen(2, Duration::MAX)]).await.unwrap();
+    for ttl in [1_000_000 * HOUR, 10_000_000 * HOUR, Duration::MAX] {
+        assert_eq!(store.delete_stale(ttl, 100).await.unwrap(), 0, "{ttl:?}");
+    }
+    assert_eq!(backend.ids().await, [1, 2]);
+}
+
+async fn one_call_deletes_no_more_than_its_limit(backend: &Backend) {
+    let store = backend.open().await;
+    insert(&store, 1..=25, 2 * HOUR).await;
+    for (deleted, left) in [(10, 15), (10, 5), (5, 0), (0, 0)] {
+        assert_eq!(store.delete_stale(HOUR, 10).await.unwrap(), deleted);
+        assert_eq!(backend.ids().await.len(), left);
+    }
+}
+
+async fn two_replicas_at_once_delete_every_stale_row_once_and_report_so(backend: &Backend) {
+    const STALE: i64 = 5_000;
+    const LIMIT: u32 = 100;
+    let (one, other) = (backend.open().await, backend.open().await);
+    insert(&one, 1..=STALE, 2 * HOUR).await;
+    insert(&one, STALE + 1..=STALE + 5, Duration::ZERO).await;
+
+    let drain = async |store: &Store| {
+        let mut deleted = 0;
+        loop {
+            let batch = store.delete_stale(HOUR, LIMIT).await.unwrap();
+            assert!(batch <= u64::from(LIMIT));
+            deleted += batch;
+            if batch < u64::from(LIMIT) {
+                return deleted;
+            }
+        }
+    };
+    let both = async { tokio::join!(drain(&one), drain(&other)) };
+    let (by_one, by_other) = timeout(DEADLINE, both).await.unwrap();
+    assert_eq!(by_one + by_other, 5_000, "{by_one} + {by_other}");
+    assert_eq!(backend.ids().await, (STALE + 1..=STALE + 5).collect::<Vec<_>>());
+}
+
+async fn sightings_and_deletions_at_once_lose_nobody_who_was_seen(backend: &Backend) {
+    const ROWS: i64 = 1_000;
+    // What the consumer and the routine have.
+    let (consumers, routines) = (backend.open().await, backend.open().await);
+    for first in (0..8).map(|round| round * ROWS) {
+        let ids = first..=first + ROWS - 1;
+        insert(&consumers, ids.clone(), 2 * HOUR).await;
+        let record = || insert(&consumers, ids.clone(), Duration::ZERO);
+        let delete = || routines.delete_stale(HOUR, 400);
+        let together = async { tokio::join!(delete(), record(), delete(), record(), delete()) };
+        let (one, (), two, (), three) = Box::pin(timeout(DEADLINE, together)).await.unwrap();
+        one.and(two).and(three).unwrap();
+    }
+    assert_eq!(backend.ids().await, (0..8 * ROWS).collect::<Vec<_>>());
+}

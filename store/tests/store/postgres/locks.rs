@@ -1,0 +1,96 @@
+use std::time::Duration;
+
+use store::Sighting;
+use testbed::eventually;
+use tokio::time::timeout;
+
+use super::{age_seconds, ids, insert, open, start, waiting};
+use crate::{DEADLINE, HOUR, ready, seen};
+
+#[tokio::test]
+async fn a_row_that_another_transaction_has_locked_is_skipped_without_waiting_for_it() {
+    let (database, store) = open().await;
+    insert(database.pool(), 1..=3, 2 * HOUR).await;
+    let mut other = database.pool().begin().await.unwrap();
+    sqlx::query("SELECT FROM object WHERE id = 2 FOR UPDATE").execute(&mut *other).await.unwrap();
+
+    // The lock is held until after this call, so a call that waited would end in an error.
+    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 2);
+    assert_eq!(ids(database.pool()).await, [2]);
+    other.rollback().await.unwrap();
+    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 1);
+}
+
+#[tokio::test]
+async fn a_stale_row_whose_sighting_is_being_written_survives() {
+    let (database, store) = open().await;
+    insert(database.pool(), 1..=1, 2 * HOUR).await;
+    let mut sighting = database.pool().begin().await.unwrap();
+    let sql = "UPDATE object SET last_seen = now() WHERE id = 1";
+    sqlx::query(sql).execute(&mut *sighting).await.unwrap();
+
+    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 0);
+    sighting.commit().await.unwrap();
+    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 0);
+    assert_eq!(ids(database.pool()).await, [1]);
+}
+
+#[tokio::test]
+async fn a_sighting_of_a_row_that_is_being_deleted_waits_and_brings_it_back() {
+    let (database, store) = open().await;
+    store.record_seen(&[seen(1, HOUR)]).await.unwrap();
+    let mut deletion = database.pool().begin().await.unwrap();
+    sqlx::query("DELETE FROM object WHERE id = 1").execute(&mut *deletion).await.unwrap();
+
+    let upsert = tokio::spawn(async move { store.record_seen(&[seen(1, Duration::ZERO)]).await });
+    eventually("the upsert waits for the deletion", DEADLINE, async || {
+        (waiting(database.pool()).await == 1).then_some(())
+    })
+    .await;
+    deletion.commit().await.unwrap();
+    timeout(DEADLINE, upsert).await.unwrap().unwrap().unwrap();
+    assert!(age_seconds(database.pool(), 1).await < 600.0);
+}
+
+#[tokio::test]
+async fn sightings_and_deletions_of_the_same_rows_do_not_fail_each_other() {
+    const ROWS: i64 = 3_000;
+    let (database, store) = open().await;
+    let online: Vec<Sighting> = (1..=ROWS).map(|id| seen(id, Duration::ZERO)).collect();
+    for _ in 0..8 {
+        // The rows lie in the opposite order of their ids, so a deletion comes upon them from the
+        // other side than the sightings do: the best chance for a deadlock.
+        sqlx::query("TRUNCATE object").execute(database.pool()).await.unwrap();
+        let stale = "INSERT INTO object
+                     SELECT id, now() - interval '2 h' FROM generate_series($1, 1, -1) AS id";
+        sqlx::query(stale).bind(ROWS).execute(database.pool()).await.unwrap();
+
+        let record = || store.record_seen(&online);
+        let delete = || store.delete_stale(HOUR, 2_000);
+        let together = async { tokio::join!(record(), delete(), record(), delete()) };
+        let (one, two, three, four) = Box::pin(timeout(DEADLINE, together)).await.unwrap();
+        one.and(three).unwrap();
+        two.and(four).unwrap();
+        assert_eq!(ids(database.pool()).await, (1..=ROWS).collect::<Vec<_>>());
+    }
+}
+
+#[tokio::test]
+async fn a_sighting_grows_older_while_it_waits_for_a_connection() {
+    const WAIT: Duration = Duration::from_millis(300);
+    let (database, _) = open().await;
+    let store = start(database.url(), 1);
+    ready(&store).await;
+    insert(database.pool(), 1..=1, HOUR).await;
+    let mut other = database.pool().begin().await.unwrap();
+    sqlx::query("SELECT FROM object WHERE id = 1 FOR UPDATE").execute(&mut *other).await.unwrap();
+
+    let (first, second) = ([seen(1, Duration::ZERO)], [seen(2, Duration::ZERO)]);
+    let (first, second, ()) =
+        tokio::join!(store.record_seen(&first), store.record_seen(&second), async {
+            tokio::time::sleep(WAIT).await;
+            other.rollback().await.unwrap();
+        });
+    first.and(second).unwrap();
+    assert!(age_seconds(database.pool(), 2).await >= WAIT.as_secs_f64());
+}

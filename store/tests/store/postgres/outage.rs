@@ -1,0 +1,131 @@
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use store::{Store, StoreError};
+use testbed::{Database, Proxy, eventually, free_port};
+use tokio::io::copy_bidirectional;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::watch;
+use tokio::time::timeout;
+use url::Url;
+
+use super::{ids, insert, start, waiting};
+use crate::{DEADLINE, HOUR, ready, seen};
+
+/// `url` with another address in it.
+fn at(address: SocketAddr, url: &str) -> String {
+    let mut url = Url::parse(url).unwrap();
+    url.set_host(Some(&address.ip().to_string())).unwrap();
+    url.set_port(Some(address.port())).unwrap();
+    url.to_string()
+}
+
+/// Where the database of `url` is, as `host:port`.
+fn server(url: &str) -> String {
+    let url = Url::parse(url).unwrap();
+    format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5432))
+}
+
+async fn away(store: &Store) -> String {
+    let mut status = store.status();
+    let status = timeout(DEADLINE, status.wait_for(Result::is_err)).await.unwrap().unwrap();
+    status.clone().unwrap_err()
+}
+
+/// A way to a server whose new connections can be led elsewhere, while the old ones stay on theirs.
+struct Switch {
+    address: SocketAddr,
+    target: watch::Sender<SocketAddr>,
+}
+
+impl Switch {
+    async fn start(target: SocketAddr) -> Self {
+        let listener = TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (target, watched) = watch::channel(target);
+        tokio::spawn(async move {
+            loop {
+                let (mut client, _) = listener.accept().await.unwrap();
+                let target = *watched.borrow();
+                tokio::spawn(async move {
+                    let mut server = TcpStream::connect(target).await?;
+                    copy_bidirectional(&mut client, &mut server).await
+                });
+            }
+        });
+        Self { address, target }
+    }
+}
+
+#[tokio::test]
+async fn a_database_that_refuses_is_told_as_the_reason() {
+    let url = format!("postgres://postgres@127.0.0.1:{}/postgres", free_port());
+    let store = start(&url, 1);
+    let mut status = store.status();
+    let refused = |status: &Result<(), String>| {
+        status.as_ref().is_err_and(|reason| reason.contains("refused"))
+    };
+    timeout(DEADLINE, status.wait_for(refused)).await.unwrap().unwrap();
+    let reason = store.status().borrow().clone().unwrap_err();
+    assert!(reason.starts_with("cannot connect: "), "{reason}");
+    assert!(store.record_seen(&[seen(1, HOUR)]).await.is_err());
+}
+
+#[tokio::test]
+async fn a_store_that_starts_before_the_database_or_loses_it_comes_to_work_by_itself() {
+    let database = Database::new().await;
+    let proxy = Proxy::start(server(database.url())).await;
+    proxy.cut();
+    let store = start(&at(proxy.addr(), database.url()), 2);
+    assert!(store.delete_stale(HOUR, 1).await.is_err());
+    away(&store).await;
+    proxy.restore();
+    ready(&store).await;
+    store.record_seen(&[seen(1, HOUR)]).await.unwrap();
+
+    proxy.cut();
+    let reason = away(&store).await;
+    assert!(!reason.is_empty());
+    assert!(store.record_seen(&[seen(2, HOUR)]).await.is_err());
+    proxy.restore();
+    ready(&store).await;
+    store.record_seen(&[seen(3, HOUR)]).await.unwrap();
+    assert_eq!(ids(database.pool()).await, [1, 3]);
+}
+
+/// It takes the 12 s that a statement may take, and the heartbeat of nobody is there to end it
+/// earlier. The old connections stay silent for good, as after a firewall has forgotten them: no
+/// close ever comes, and only new connections work.
+#[tokio::test]
+async fn a_statement_to_a_silent_database_ends_in_an_error_and_the_next_one_finds_it_again() {
+    let database = Database::new().await;
+    let proxy = Proxy::start(server(database.url())).await;
+    let switch = Switch::start(proxy.addr()).await;
+    // The routine's store, which has one connection only.
+    let store = start(&at(switch.address, database.url()), 1);
+    ready(&store).await;
+    insert(database.pool(), 1..=1, 2 * HOUR).await;
+    let mut other = database.pool().begin().await.unwrap();
+    sqlx::query("SELECT FROM object WHERE id = 1 FOR UPDATE").execute(&mut *other).await.unwrap();
+
+    let sightings = [seen(1, Duration::ZERO)];
+    let record = store.record_seen(&sightings);
+    let (recorded, reason, ()) = tokio::join!(timeout(DEADLINE, record), away(&store), async {
+        eventually("the statement is under way", DEADLINE, async || {
+            (waiting(database.pool()).await == 1).then_some(())
+        })
+        .await;
+        proxy.silence();
+    });
+    assert!(matches!(recorded, Ok(Err(StoreError::Timeout(_)))), "{recorded:?}");
+    assert!(reason.contains("no answer within"), "{reason}");
+    other.rollback().await.unwrap();
+
+    let fresh_way = Proxy::start(server(database.url())).await;
+    switch.target.send_replace(fresh_way.addr());
+    ready(&store).await;
+    eventually("sightings are recorded again", DEADLINE, async || {
+        store.record_seen(&[seen(2, Duration::ZERO)]).await.ok()
+    })
+    .await;
+}

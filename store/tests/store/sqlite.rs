@@ -1,0 +1,141 @@
+//! What only a file can be: another's, damaged, busy.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use rusqlite::Connection;
+use store::{Config, DatabaseUrl, Objects, OpenError, Store, StoreError};
+use testbed::Scratch;
+
+use crate::backend::insert;
+use crate::{HOUR, close, seen};
+
+/// SQLite's own default.
+const PAGE_BYTES: usize = 4096;
+
+#[tokio::test]
+async fn a_second_owner_is_refused_and_the_first_goes_on() {
+    let (_directory, path) = closed_file().await;
+    let first = start(&path).unwrap();
+    let Err(StoreError::Open(OpenError::InUse { path: busy, .. })) = start(&path) else {
+        panic!("it is not refused as being in use")
+    };
+    assert_eq!(busy, path);
+    first.record_seen(&[seen(0, Duration::ZERO)]).await.unwrap();
+    close(first).await;
+    assert_eq!(start(&path).unwrap().delete_stale(HOUR / 2, 30_000).await.unwrap(), 20_000);
+}
+
+#[tokio::test]
+async fn what_another_program_keeps_is_refused_and_left_as_it_is() {
+    let (directory, path) = closed_file().await;
+    for text in [String::new(), "Dear SQLite, ".repeat(1_000)] {
+        let letter = directory.path().join("letter.txt");
+        fs::write(&letter, text).unwrap();
+        refused_as_foreign(&letter).await;
+    }
+    // The head's application_id.
+    change(&path, |bytes| bytes[68..72].copy_from_slice(b"Mail"));
+    refused_as_foreign(&path).await;
+}
+
+#[tokio::test]
+async fn a_file_of_a_newer_version_is_refused_and_left_as_it_is() {
+    let (_directory, path) = closed_file().await;
+    // The head's user_version.
+    change(&path, |bytes| bytes[60..64].copy_from_slice(&2_u32.to_be_bytes()));
+    let what = refused_as_foreign(&path).await;
+    assert_eq!(what, "of version 2; this program knows version 1");
+}
+
+#[tokio::test]
+async fn a_damaged_file_is_refused_and_left_as_it_is() {
+    let (_directory, path) = closed_file().await;
+    change(&path, |bytes| {
+        let pages = bytes.len() / PAGE_BYTES;
+        assert!(pages > 10, "{pages} pages");
+        bytes[pages / 2 * PAGE_BYTES..][..PAGE_BYTES].fill(0xa5);
+    });
+    let before = fs::read(&path).unwrap();
+    let Err(StoreError::Open(OpenError::Damaged { path: damaged, .. })) = start(&path) else {
+        panic!("it is not refused as damaged")
+    };
+    assert_eq!(damaged, path);
+    assert!(fs::read(&path).unwrap() == before, "it was changed");
+
+    let mut objects = Objects::open(&config(&path)).await.unwrap();
+    let page = objects.page(None, u32::MAX).await;
+    assert!(matches!(page, Err(StoreError::List(_))), "{page:?}");
+    drop(objects);
+    assert!(fs::read(&path).unwrap() == before, "it was changed");
+}
+
+#[tokio::test]
+async fn a_reader_of_a_file_that_is_not_there_does_not_make_it() {
+    let directory = Scratch::new("store");
+    let path = directory.path().join("objects.db");
+    let Err(StoreError::Open(OpenError::Missing { .. })) = Objects::open(&config(&path)).await
+    else {
+        panic!("it is not told as missing")
+    };
+    assert!(fs::read_dir(directory.path()).unwrap().next().is_none(), "something was made");
+}
+
+#[tokio::test]
+async fn a_sighting_grows_older_while_another_process_holds_up_the_file() {
+    const WAIT: Duration = Duration::from_millis(300);
+    let (_directory, path) = closed_file().await;
+    let store = start(&path).unwrap();
+    let other = Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+
+    let sighting = [seen(0, Duration::ZERO)];
+    let (recorded, ()) = tokio::join!(store.record_seen(&sighting), async {
+        tokio::time::sleep(WAIT).await;
+        other.execute_batch("ROLLBACK").unwrap();
+    });
+    recorded.unwrap();
+    let mut objects = Objects::open(&config(&path)).await.unwrap();
+    let page = objects.page(None, 1).await.unwrap();
+    assert!(page[0].id == 0 && page[0].age + Duration::from_millis(1) >= WAIT, "{page:?}");
+}
+
+/// A directory with a file in it that holds 20,000 rows, and that nobody has open.
+async fn closed_file() -> (Scratch, PathBuf) {
+    let directory = Scratch::new("store");
+    let path = directory.path().join("objects.db");
+    let store = start(&path).unwrap();
+    insert(&store, 1..=20_000, HOUR).await;
+    close(store).await;
+    (directory, path)
+}
+
+fn start(path: &Path) -> Result<Store, StoreError> {
+    Store::start(&config(path), "test", 1)
+}
+
+/// It shares nothing with others of the same path, as in processes of their own.
+fn config(path: &Path) -> Config {
+    Config::at(DatabaseUrl::file(path.to_owned()))
+}
+
+fn change(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+    let mut bytes = fs::read(path).unwrap();
+    change(&mut bytes);
+    fs::write(path, bytes).unwrap();
+}
+
+/// Neither the store nor a reader takes the file, and neither changes it. Returns what they take it
+/// for.
+async fn refused_as_foreign(path: &Path) -> String {
+    let before = fs::read(path).unwrap();
+    let errors = [start(path).err(), Objects::open(&config(path)).await.err()];
+    assert!(fs::read(path).unwrap() == before, "it was changed");
+    let [by_store, by_reader] = errors.map(|error| match error {
+        Some(StoreError::Open(OpenError::Foreign { what, .. })) => what,
+        other => panic!("{} is not refused as foreign: {other:?}", path.display()),
+    });
+    assert_eq!(by_store, by_reader);
+    by_store
+}
