@@ -5,8 +5,10 @@ use std::time::{Duration, Instant};
 use backon::ExponentialBackoff;
 use futures_util::StreamExt as _;
 use lapin::Channel;
-use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicNackOptions, BasicQosOptions};
-use lapin::types::FieldTable;
+use lapin::options::{
+    BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions,
+};
+use lapin::types::{FieldTable, ShortString};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -15,6 +17,8 @@ use super::link::{self, Link, LinkError, OutageLog, RPC_TIMEOUT};
 use super::publisher::Publisher;
 use super::topology::Topology;
 use crate::{LinkStatus, backoff};
+
+const REQUEUE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
 
 /// A consumer of the queue, on a connection of its own: a publishing connection that the broker has
 /// blocked would hold back its acks too.
@@ -89,8 +93,7 @@ impl Consumer {
             let tag = session.deliveries.tag();
             session.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
             while let Some(Ok(delivery)) = session.deliveries.next().await {
-                let requeue = BasicNackOptions { requeue: true, ..BasicNackOptions::default() };
-                delivery.nack(requeue).await?;
+                delivery.nack(REQUEUE).await?;
             }
             Ok::<_, lapin::Error>(())
         };
@@ -104,9 +107,19 @@ impl Consumer {
     }
 
     pub(crate) async fn close(self) {
-        if let Some(session) = self.session {
-            link::close(&session.connection).await;
+        let Some(session) = self.session else { return };
+        let applied = session.have_acks_applied(&self.publisher.topology().queue);
+        let in_doubt = match timeout(RPC_TIMEOUT, applied).await {
+            Ok(applied) => applied.err().map(|error| error.to_string()),
+            Err(late) => Some(late.to_string()),
+        };
+        if let Some(error) = in_doubt {
+            tracing::warn!(
+                error,
+                "no word that the last acks are applied; their messages may come again"
+            );
         }
+        link::close(&session.connection).await;
     }
 
     async fn open(&self) -> Result<Session, LinkError> {
@@ -127,6 +140,22 @@ impl Consumer {
 }
 
 impl Session {
+    /// Sees that every ack that was sent reaches the queue, also if the channel is closed right after.
+    ///
+    /// RabbitMQ's channel has at most 33 commands under way to a quorum queue. The acks beyond that it
+    /// keeps to itself until those are applied, and forgets them when it is closed. A `basic.get` goes to
+    /// the queue by the same way, behind the acks under way, and its answer comes back behind the
+    /// news that they are applied, upon which the channel sends the rest. The queue gets that before it
+    /// hears of the close, since the channel is the sender of both. A passive declaration would not
+    /// do: it is answered without regard to what is under way.
+    async fn have_acks_applied(&self, queue: &ShortString) -> lapin::Result<()> {
+        let got = self.channel.basic_get(queue.clone(), BasicGetOptions::default()).await?;
+        if let Some(message) = got {
+            message.nack(REQUEUE).await?;
+        }
+        Ok(())
+    }
+
     /// The next message, or why there will be none by this session.
     async fn next(&mut self) -> Result<lapin::message::Delivery, String> {
         loop {

@@ -43,6 +43,7 @@ on_every_backend! {
     no_more_than_the_prefetch_is_delivered_until_something_is_settled
     a_stopped_consumer_gives_back_what_it_had_not_begun_and_settles_the_rest
     a_closed_consumer_gives_back_what_it_had_not_settled
+    what_was_settled_before_the_close_is_not_delivered_again
     what_a_lost_consumer_had_taken_is_delivered_again
     two_consumers_share_the_queue_and_no_message_goes_to_both
     an_ack_is_final_also_when_everything_is_opened_again
@@ -174,6 +175,36 @@ async fn a_closed_consumer_gives_back_what_it_had_not_settled(backend: Backend) 
     assert_eq!((again.id().unwrap(), again.redelivered()), (2, true));
     again.settle(Disposition::Ack).await;
     assert_eq!(drain(&mut other, 4).await, [3, 4, 5, 6]);
+}
+
+async fn what_was_settled_before_the_close_is_not_delivered_again(backend: Backend) {
+    let place = Place::new(backend);
+    let publisher = place.open().await;
+    // Now and then a broker that forgets what it was not given the time for is quick enough.
+    for _ in 0..3 {
+        publisher.publish_ids("c", &(0..300).collect::<Vec<i64>>(), PATIENCE).await.unwrap();
+        let mut closing = consumer(&publisher, 200);
+        let mut deliveries = Vec::new();
+        // Far more than what RabbitMQ has under way to a quorum queue at once.
+        for id in 0..100 {
+            let delivery = next(&mut closing).await;
+            assert_eq!(delivery.id().unwrap(), id);
+            deliveries.push(delivery);
+        }
+        closing.stop().await;
+        // All together, as after a commit.
+        let acks = deliveries.into_iter().map(|delivery| delivery.settle(Disposition::Ack));
+        let settled = acks.collect::<JoinSet<Settled>>().join_all().await;
+        assert_eq!(settled, [Settled::Done; 100]);
+        closing.close().await;
+
+        let mut other = consumer(&publisher, 1);
+        let mut ids = drain(&mut other, 200).await;
+        ids.sort_unstable();
+        assert_eq!(ids, (100..300).collect::<Vec<i64>>());
+        other.close().await;
+        place.holds(0, 0, 0).await;
+    }
 }
 
 async fn what_a_lost_consumer_had_taken_is_delivered_again(backend: Backend) {
