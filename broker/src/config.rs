@@ -91,6 +91,12 @@ impl BrokerUrl {
     pub fn file(path: PathBuf) -> Self {
         Self(Backend::Sqlite(Location::new(path)))
     }
+
+    /// Whether the queue is in a file, and not on a RabbitMQ.
+    #[must_use]
+    pub fn is_file(&self) -> bool {
+        matches!(self.0, Backend::Sqlite(_))
+    }
 }
 
 impl FromStr for BrokerUrl {

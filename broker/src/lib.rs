@@ -4,6 +4,7 @@
 //! A [`Publisher`] confirms a batch of ids once the broker has all of it on disk. A [`Consumer`]
 //! hands out [`Delivery`]s, each of which is settled with a [`Disposition`]. Both look after their
 //! own connection: they reconnect for as long as it takes and tell by their status how it stands.
+//! What no broker takes for now can wait in a [`Spool`] on this machine's disk.
 
 use std::time::Duration;
 
@@ -17,22 +18,25 @@ mod inspector;
 mod message;
 mod publisher;
 mod retry;
+mod spool;
 mod sqlite;
 
 pub use config::{BrokerUrl, Claim, Config, QueueConfig, QueueType};
 pub use consumer::Consumer;
 pub use delivery::{Delivery, Disposition, Settled};
-pub use embedded::OpenError;
+pub use embedded::{OpenError, WriteError};
 pub use inspector::{DeadLetter, Depths, InspectError, Inspector, Selection, Treatment};
 pub use message::DecodeError;
 pub use publisher::{PublishError, Publisher};
+pub use spool::{Spool, SpoolError, Spooled};
 
 /// Whether the broker takes and gives messages: `Ok`, or why not, in words for an operator.
 pub type LinkStatus = Result<(), String>;
 
 /// The waits between attempts at what must succeed in the end: from 100 ms, doubling, to about 1 s,
 /// for ever.
-fn backoff() -> ExponentialBackoff {
+#[must_use]
+pub fn backoff() -> ExponentialBackoff {
     ExponentialBuilder::new()
         .with_min_delay(Duration::from_millis(100))
         .with_max_delay(Duration::from_millis(700))

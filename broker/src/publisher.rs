@@ -20,9 +20,12 @@ pub enum PublishError {
     /// The broker did not confirm in time.
     #[error("the broker did not confirm within {0:?}")]
     Timeout(Duration),
-    /// The broker refused a message (`basic.nack`), as it does when a queue is full.
-    #[error("the broker refused a message")]
-    Refused,
+    /// The broker refused messages (`basic.nack`), as it does when a queue is full.
+    #[error("the broker refused {} of the messages", which.len())]
+    Refused {
+        /// Their positions in the batch; all others are confirmed.
+        which: Vec<usize>,
+    },
     /// The queue is gone; it is being declared again.
     #[error("the queue does not exist")]
     Unroutable,

@@ -18,7 +18,7 @@ use crate::PublishError;
 pub(crate) use consumer::Consumer;
 pub(crate) use delivery::Delivery;
 pub(crate) use inspector::Inspector;
-pub(crate) use queue::Queue;
+pub(crate) use queue::{Queue, SPOOL};
 
 /// See [`crate::Publisher::publish_ids`].
 pub(crate) async fn publish(

@@ -5,6 +5,7 @@
 //! What [`File::transact`] has returned survives the end of the process at any moment, and of the
 //! machine: the write-ahead log is on disk before (`synchronous=FULL`).
 
+mod ballast;
 mod location;
 mod open;
 mod writer;

@@ -29,6 +29,8 @@ pub struct Format {
     pub version: u32,
     /// The statements that make an empty one.
     pub schema: &'static str,
+    /// Space kept back on the disk for [`crate::File::transact_on_ballast`], in a file of its own; 0 for none.
+    pub ballast_bytes: u64,
 }
 
 /// Why a file was not opened. Nothing in it was changed.
@@ -298,7 +300,7 @@ fn lock(path: &Path) -> Result<Lock, OpenError> {
     Ok(Lock(file))
 }
 
-fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
+pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     let mut name = path.as_os_str().to_owned();
     name.push(suffix);
     name.into()

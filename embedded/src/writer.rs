@@ -9,12 +9,15 @@ use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{oneshot, watch};
 
 use crate::FileStatus;
+use crate::ballast::Ballast;
 use crate::open::{self, Format, Identity, Lock, OpenError};
 
 /// How many callers share a commit at most. It bounds how long the first of them waits for the others.
 const GROUP_MAX: usize = 1_000;
 /// How often a file that could not be written is tried, and how often it is looked for at its place.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
+/// The reason while what room there is belongs to what frees some.
+const DISK_FULL: &str = "the disk is full";
 
 /// Why nothing was written: no part of the work has been done.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -36,6 +39,8 @@ pub struct File {
 
 /// What one caller wants to have done.
 trait Work: Send {
+    /// Whether the file may grow by it.
+    fn needs_room(&self) -> bool;
     /// Whether the caller has given up.
     fn is_abandoned(&self) -> bool;
     /// Does it within the group's transaction, and keeps what comes of it.
@@ -48,6 +53,7 @@ trait Work: Send {
 
 struct Asked<F, T> {
     work: Option<F>,
+    needs_room: bool,
     outcome: Result<T, WriteError>,
     reply: oneshot::Sender<Result<T, WriteError>>,
 }
@@ -57,6 +63,10 @@ where
     T: Send,
     F: FnOnce(&Connection) -> rusqlite::Result<T> + Send,
 {
+    fn needs_room(&self) -> bool {
+        self.needs_room
+    }
+
     fn is_abandoned(&self) -> bool {
         self.reply.is_closed()
     }
@@ -97,8 +107,16 @@ impl File {
         let identity = Identity::of(path)?;
         let (works, asked) = mpsc::channel();
         let (status, watched) = watch::channel(Ok(()));
-        let writer =
-            Writer { path: path.to_owned(), identity, format, connection, _lock: lock, status };
+        let ballast = Ballast::new(open::with_suffix(path, ".ballast"), format.ballast_bytes);
+        let writer = Writer {
+            path: path.to_owned(),
+            identity,
+            format,
+            ballast,
+            connection,
+            _lock: lock,
+            status,
+        };
         std::thread::Builder::new()
             .name(format!("{} writer", format.name))
             .spawn(move || writer.run(&asked))
@@ -120,9 +138,30 @@ impl File {
         T: Send + 'static,
         F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     {
+        self.ask(work, true).await
+    }
+
+    /// Like [`File::transact`], for work by which the file does not grow: it reads, or it frees. If the
+    /// format has ballast, such work succeeds on a full disk too, if only when it is tried again.
+    ///
+    /// # Errors
+    /// As there.
+    pub async fn transact_on_ballast<T, F>(&self, work: F) -> Result<T, WriteError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    {
+        self.ask(work, false).await
+    }
+
+    async fn ask<T, F>(&self, work: F, needs_room: bool) -> Result<T, WriteError>
+    where
+        T: Send + 'static,
+        F: FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
+    {
         let (reply, answer) = oneshot::channel();
         let died = || WriteError { path: self.path.clone(), reason: "its thread has died".into() };
-        let asked = Asked { work: Some(work), outcome: Err(died()), reply };
+        let asked = Asked { work: Some(work), needs_room, outcome: Err(died()), reply };
         self.works.send(Box::new(asked)).map_err(|_| died())?;
         answer.await.unwrap_or_else(|_| Err(died()))
     }
@@ -152,6 +191,7 @@ struct Writer {
     path: PathBuf,
     identity: Identity,
     format: Format,
+    ballast: Ballast,
     // Dropped in this order: the file is closed before another process can have it, and whoever
     // watches the status hears of the end when both is done.
     connection: Connection,
@@ -163,6 +203,13 @@ struct Writer {
 fn is_damage(error: &rusqlite::Error) -> bool {
     use rusqlite::ErrorCode::{DatabaseCorrupt, NotADatabase};
     matches!(error.sqlite_error_code(), Some(DatabaseCorrupt | NotADatabase))
+}
+
+fn is_full(error: &rusqlite::Error) -> bool {
+    let code = error.sqlite_error();
+    let shm =
+        |code: &rusqlite::ffi::Error| code.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE;
+    error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) || code.is_some_and(shm)
 }
 
 impl Writer {
@@ -182,10 +229,21 @@ impl Writer {
             }
             // On a disk that hangs, callers give up and come again: what they gave up must not pile up.
             group.retain(|work| !work.is_abandoned());
+            if self.ballast.is_released() {
+                let full = WriteError { path: self.path.clone(), reason: DISK_FULL.to_owned() };
+                for work in group.extract_if(.., |work| work.needs_room()) {
+                    work.reply(Err(full.clone()));
+                }
+            }
             if !group.is_empty() {
                 let (started, changes_before) = (Instant::now(), self.connection.total_changes());
                 let committed = self.commit(&mut group);
                 let outcome = committed.as_ref().map_err(|error| self.error(error)).copied();
+                // Before those who would free something hear of it and try again.
+                let could_free = group.iter().any(|work| !work.needs_room());
+                if committed.as_ref().is_err_and(is_full) && could_free {
+                    self.ballast.release();
+                }
                 for work in group.drain(..) {
                     work.reply(outcome.clone());
                 }
@@ -196,7 +254,9 @@ impl Writer {
                     Ok(()) if self.connection.total_changes() == changes_before => {}
                     Ok(()) => {
                         seconds.record(started.elapsed());
-                        self.note(Ok(()));
+                        if !self.ballast.is_released() {
+                            self.note(Ok(()));
+                        }
                     }
                 }
             }
@@ -241,8 +301,11 @@ impl Writer {
     }
 
     /// Writes what is there already, to see whether a file that could not be written now can be.
-    fn probe(&self) {
-        if self.status.borrow().is_err() {
+    fn probe(&mut self) {
+        self.ballast.take();
+        if self.ballast.is_released() {
+            self.note(Err(DISK_FULL.to_owned()));
+        } else if self.status.borrow().is_err() {
             let version = self.format.version;
             if self.connection.pragma_update(None, "user_version", version).is_ok() {
                 self.note(Ok(()));

@@ -109,11 +109,10 @@ async fn nothing_is_lost_when_broker_database_and_consumer_are_killed() {
     let producer = surroundings.spawn("producer", &[]);
     let at_once = [("MAX_CONSUMERS", "300")];
     let mut consumer = surroundings.spawn("consumer", &at_once);
-    eventually("both say what they miss", PATIENCE, async || {
+    eventually("the consumer says what it misses", PATIENCE, async || {
         let (status, reasons) = consumer.get("/readyz").await;
         let told = reasons.contains("broker") && reasons.contains("database");
-        let (producer_status, _) = producer.get("/readyz").await;
-        (status == 503 && told && producer_status == 503).then_some(())
+        (status == 503 && told).then_some(())
     })
     .await;
     tokio::join!(broker.boot(), database.boot());
@@ -149,8 +148,7 @@ async fn nothing_is_lost_when_broker_database_and_consumer_are_killed() {
 
     load.await.unwrap();
     let ledger = partner.ledger();
-    let not_accepted = ledger.refused.len() + ledger.unanswered;
-    assert!(not_accepted > 0, "the faults should have been felt");
+    assert!(ledger.refused.is_empty(), "the disk was there all the time: {:?}", ledger.refused);
     all_arrive(&ledger.accepted, &status_api, database.pool()).await;
     assert!(producer.is_running() && consumer.is_running(), "they heal without a restart");
 }

@@ -1,6 +1,7 @@
 //! The producer's settings.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use service::settings;
@@ -31,9 +32,15 @@ pub struct Callbacks {
     /// The most ids taken in one callback; more are answered 422
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "10000")]
     pub max_ids_per_callback: usize,
-    /// How long the broker may take to confirm a callback before it is answered 503; the client gives up after 1s
-    #[arg(long, value_parser = settings::duration, default_value = "800ms")]
+    /// How long the broker may take to confirm a callback before it goes to the spool; the client gives up after 1s
+    #[arg(long, value_parser = settings::duration, default_value = "300ms")]
     pub publish_timeout: Duration,
+    /// The directory of the spool, where callbacks wait while the broker takes none [default: ./spool; of lastseen: spool in `LASTSEEN_DIR`]
+    #[arg(long)]
+    pub spool_dir: Option<PathBuf>,
+    /// How large the spool may grow, in bytes
+    #[arg(long, value_parser = settings::number(1_048_576..=1_u64 << 40), default_value = "1073741824")]
+    pub spool_max_bytes: u64,
     /// How long a client may take to send a request's head, and how long a connection may idle
     #[arg(long, value_parser = settings::duration, default_value = "20s")]
     pub header_timeout: Duration,

@@ -12,7 +12,7 @@ use axum::extract::{Request, State};
 use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use broker::{PublishError, Publisher};
+use broker::PublishError;
 use http_body_util::LengthLimitError;
 use serde::Serialize;
 use service::problem::Problem;
@@ -23,6 +23,7 @@ use uuid::Uuid;
 
 use crate::callback::Callback;
 use crate::config::{Callbacks, Config};
+use crate::places::{Places, Unavailable};
 
 /// Names the callback in our logs and in the messages that it becomes.
 const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
@@ -36,30 +37,31 @@ pub struct FrontDoor {
 
 /// What the requests share.
 struct Shared {
-    publisher: Publisher,
+    places: Places,
     config: Callbacks,
 }
 
 impl FrontDoor {
-    /// Listens on `PRODUCER_ADDR` and starts to look for the broker.
+    /// Listens on `PRODUCER_ADDR`, opens the spool and starts to look for the broker.
     ///
     /// # Errors
-    /// When the address cannot be listened on, or the queue's file not be opened.
+    /// When the address cannot be listened on, or the queue's file not be opened. A spool that cannot be
+    /// opened is none: while the broker is there, callbacks can do without.
     pub async fn open(config: &Config, health: &Health) -> anyhow::Result<Self> {
         describe_metrics();
-        let Config { callbacks, broker } = config;
+        let callbacks = &config.callbacks;
         let address = callbacks.producer_addr;
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
-        let publisher = Publisher::start(broker, "producer")?;
-        health.needs("broker", publisher.status());
+        let places = Places::open(config).await?;
+        places.tell(health);
         health.all_told();
         let limits = http::Limits {
             max_connections: callbacks.max_connections,
             header_timeout: callbacks.header_timeout,
         };
-        let shared = Arc::new(Shared { publisher, config: callbacks.clone() });
+        let shared = Arc::new(Shared { places, config: callbacks.clone() });
         Ok(Self { listener, limits, shared })
     }
 
@@ -74,10 +76,10 @@ impl FrontDoor {
     /// Answers callbacks until `shutdown`, then finishes those in flight.
     ///
     /// # Errors
-    /// When the publisher has died: nothing could be accepted any more.
+    /// When the publisher or the spool has died: not everything could be accepted any more.
     pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         tracing::info!(address = %self.address()?, "taking callbacks on POST /callback");
-        let publisher = self.shared.publisher.clone();
+        let shared = Arc::clone(&self.shared);
         let router = Router::new()
             .route("/callback", post(take))
             .method_not_allowed_fallback(method_not_allowed)
@@ -85,9 +87,11 @@ impl FrontDoor {
             .with_state(self.shared);
         tokio::select! {
             () = http::serve(self.listener, router, self.limits, shutdown) => {}
-            () = publisher.died() => anyhow::bail!("the publisher has died"),
+            served = shared.places.serve() => served?,
         }
-        publisher.close().await;
+        if let Some(shared) = Arc::into_inner(shared) {
+            shared.places.close().await;
+        }
         Ok(())
     }
 }
@@ -147,9 +151,7 @@ impl Shared {
             }
         };
         let Callback { listed, ids } = Callback::parse(&body, self.config.max_ids_per_callback)?;
-        let within = self.config.publish_timeout;
-        let published = self.publisher.publish_ids(callback_id, &ids, within).await;
-        published.map_err(|error| unavailable(&error))?;
+        self.places.take(callback_id, &ids).await.map_err(|error| unavailable(&error))?;
         tracing::debug!(callback_id, accepted = listed, queued = ids.len(), "callback accepted");
         metrics::counter!("lastseen_callback_ids_total").increment(listed as u64);
         Ok(Accepted { accepted: listed, queued: ids.len() })
@@ -170,8 +172,8 @@ fn too_large_for(max_bytes: usize) -> Problem {
     Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
 }
 
-fn unavailable(error: &PublishError) -> Problem {
-    if !matches!(error, PublishError::Away(_)) {
+fn unavailable(error: &Unavailable) -> Problem {
+    if !matches!(error.broker, PublishError::Away(_)) {
         // An outage is logged once by the publisher; these happen while it believes to be connected.
         tracing::warn!(%error, "callback refused");
     }

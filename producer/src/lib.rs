@@ -1,9 +1,12 @@
-//! The front door. It answers a callback only once every id in it is durable: never a 2xx for what
-//! could still be lost, and never a wait beyond the client's patience of one second.
+//! The front door. It answers a callback only once every id in it is durable, in the broker or in the
+//! spool on this disk: never a 2xx for what could still be lost, and never a wait beyond the client's
+//! patience of one second.
 
 mod callback;
 mod config;
 mod front_door;
+mod places;
+mod spool;
 
 use service::{CancellationToken, Description, Health};
 
@@ -20,7 +23,7 @@ pub const DESCRIPTION: Description = Description {
 /// Serves callbacks until `shutdown`, then answers those in flight and returns.
 ///
 /// # Errors
-/// When it cannot listen, or its publisher has died.
+/// When it cannot listen, or its publisher or its spool has died.
 pub async fn run(
     config: Config,
     health: Health,

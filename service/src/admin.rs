@@ -39,7 +39,10 @@ async fn readyz(State(admin): State<Admin>) -> Response {
     }
     let missing = admin.health.missing();
     if missing.is_empty() {
-        return "ready\n".into_response();
+        let mut lines = vec!["ready\n".to_owned()];
+        let away = admin.health.done_without().into_iter();
+        lines.extend(away.map(|(name, reason)| format!("without {name}: {reason}\n")));
+        return lines.concat().into_response();
     }
     let reasons: Vec<String> =
         missing.into_iter().map(|(peer, reason)| format!("{peer}: {reason}")).collect();

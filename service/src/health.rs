@@ -16,6 +16,7 @@ pub struct Health(Arc<Mutex<Needs>>);
 #[derive(Default)]
 struct Needs {
     peers: Vec<Peer>,
+    wanted: Vec<Peer>,
     parts: Vec<Part>,
     complete: bool,
 }
@@ -40,6 +41,11 @@ impl Health {
         self.lock().peers.push(Peer { name, status });
     }
 
+    /// The service is ready without this one too, but its page says when it is away.
+    pub fn wants(&self, name: &'static str, status: watch::Receiver<PeerStatus>) {
+        self.lock().wanted.push(Peer { name, status });
+    }
+
     /// The health of one role of a process that has several: each tells its needs, and that these
     /// are all, to its own. The whole is ready only while each part is.
     #[must_use]
@@ -61,6 +67,16 @@ impl Health {
     pub fn missing(&self) -> Vec<(&'static str, String)> {
         let gaps = self.gaps().into_iter();
         gaps.map(|(name, reason)| (name.unwrap_or("service"), reason)).collect()
+    }
+
+    /// Each peer that is away and can be done without, with the reason.
+    #[must_use]
+    pub fn done_without(&self) -> Vec<(&'static str, String)> {
+        let needs = self.lock();
+        let own = needs.wanted.iter().filter_map(Peer::gap);
+        let own = own.filter_map(|(name, reason)| Some((name?, reason)));
+        let of_parts = needs.parts.iter().flat_map(|part| part.health.done_without());
+        own.chain(of_parts).collect()
     }
 
     fn gaps(&self) -> Vec<Gap> {
@@ -130,6 +146,20 @@ mod tests {
         assert!(producer.missing().is_empty());
         status.send(Ok(())).unwrap();
         assert!(whole.missing().is_empty());
+    }
+
+    #[test]
+    fn what_is_only_wanted_is_told_and_not_missing() {
+        let whole = Health::default();
+        let producer = whole.part("producer");
+        whole.all_told();
+        producer.all_told();
+        let (status, watched) = watch::channel(Err("refused".to_owned()));
+        producer.wants("broker", watched);
+        assert!(whole.missing().is_empty());
+        assert_eq!(whole.done_without(), [("broker", "refused".to_owned())]);
+        status.send(Ok(())).unwrap();
+        assert!(whole.done_without().is_empty());
     }
 
     #[test]

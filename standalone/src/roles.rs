@@ -58,7 +58,8 @@ impl Stage {
         let lookups_at = (!without.no_consumer).then(|| lookups.tester_endpoint.clone());
         let mut callbacks_to = None;
         if !without.no_producer {
-            let callbacks = config.callbacks.clone();
+            let mut callbacks = config.callbacks.clone();
+            callbacks.spool_dir.get_or_insert_with(|| config.lastseen_dir.join("spool"));
             let door = producer::Config { callbacks, broker: broker.clone() };
             let door = FrontDoor::open(&door, &health.part("producer")).await?;
             let url = url_of(door.address()?, "callback")?;

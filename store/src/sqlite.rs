@@ -22,6 +22,7 @@ const FORMAT: Format = Format {
             id INTEGER PRIMARY KEY,
             last_seen INTEGER NOT NULL -- milliseconds since 1970, UTC
         ) STRICT;",
+    ballast_bytes: 0,
 };
 
 /// The table, written by this process alone.

@@ -53,13 +53,25 @@ pub(crate) const FORMAT: Format = Format {
             first_failed_at INTEGER NOT NULL,
             last_failed_at INTEGER NOT NULL
         ) STRICT;",
+    ballast_bytes: 0,
 };
+
+/// A queue that is an outage's second place. It can be emptied on a full disk: its ballast has room
+/// for the log to grow and for the file to take in what is in the log.
+pub(crate) const SPOOL: Format = Format { name: "spool", ballast_bytes: 16 << 20, ..FORMAT };
 
 /// Messages that are waiting to be committed, over all callers; beyond it callers wait, and their
 /// deadlines run. A larger batch is taken when nothing else is there.
 const MAX_OUTSTANDING: u32 = 20_000;
 /// How many of the delayed become ready at a time.
 const DUE_MAX: u32 = 1_000;
+
+/// Why a message was not added although the disk has room.
+#[derive(Debug, thiserror::Error)]
+#[error("it holds the {max_bytes} bytes that it may")]
+struct Full {
+    max_bytes: u64,
+}
 
 /// A message as it is delivered.
 #[derive(Clone, Debug)]
@@ -74,6 +86,7 @@ pub(super) struct Message {
 /// A queue in a file, open for its one process.
 pub(crate) struct Queue {
     file: File,
+    max_bytes: u64,
     places: Arc<Semaphore>,
     /// The last message there when the file was opened: up to it, any may have been delivered before.
     found_upto: i64,
@@ -94,8 +107,13 @@ struct Delivered {
 impl Queue {
     /// Opens the queue, and makes it first if there is none.
     pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
-        let file = File::open(path, FORMAT)?;
-        let last = embedded::attach(path, FORMAT)?
+        Self::open_as(path, FORMAT, u64::MAX)
+    }
+
+    /// Opens it as [`FORMAT`] or [`SPOOL`]; it takes no more messages once it holds `max_bytes`.
+    pub(crate) fn open_as(path: &Path, format: Format, max_bytes: u64) -> Result<Self, OpenError> {
+        let file = File::open(path, format)?;
+        let last = embedded::attach(path, format)?
             .query_row("SELECT coalesce(max(seq), 0) FROM message", [], |row| row.get(0))
             .map_err(|error| OpenError::Sqlite {
                 path: path.to_owned(),
@@ -103,6 +121,7 @@ impl Queue {
             })?;
         Ok(Self {
             file,
+            max_bytes,
             places: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
             found_upto: last,
             delivered: Mutex::new(Delivered { upto: 0, returned: BTreeMap::new() }),
@@ -127,13 +146,17 @@ impl Queue {
     }
 
     /// Adds a message for each of `ids`; they are on disk on return.
-    pub(super) async fn publish(&self, callback_id: &str, ids: &[i64]) -> Result<(), WriteError> {
+    pub(crate) async fn publish(&self, callback_id: &str, ids: &[i64]) -> Result<(), WriteError> {
         let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX).min(MAX_OUTSTANDING);
         // It is never closed; and if it were, there would only be no bound.
         let places = Arc::clone(&self.places).acquire_many_owned(wanted).await;
         let (callback_id, ids) = (callback_id.to_owned(), ids.to_vec());
-        let published_at = now();
+        let (published_at, max_bytes) = (now(), self.max_bytes);
         let insert = move |connection: &Connection| {
+            if max_bytes < u64::MAX && bytes_in_use(connection)? >= max_bytes {
+                let full = Full { max_bytes };
+                return Err(rusqlite::Error::ToSqlConversionFailure(Box::new(full)));
+            }
             let mut insert = connection.prepare_cached(
                 "INSERT INTO message (object_id, callback_id, published_at) VALUES (?1, ?2, ?3)",
             )?;
@@ -185,6 +208,38 @@ impl Queue {
             self.delivered().upto = last.seq;
         }
         Ok(messages)
+    }
+
+    /// Number, object and callback of up to `limit` messages, the oldest first, taken or not.
+    pub(crate) async fn oldest(&self, limit: usize) -> Result<Vec<(i64, i64, String)>, WriteError> {
+        let select = move |connection: &Connection| {
+            connection
+                .prepare_cached(
+                    "SELECT seq, object_id, callback_id FROM message ORDER BY seq LIMIT ?1",
+                )?
+                .query_map([limit], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)))?
+                .collect()
+        };
+        self.file.transact_on_ballast(select).await
+    }
+
+    /// Removes the messages of these numbers, however they stand.
+    pub(crate) async fn remove(&self, seqs: Vec<i64>) -> Result<(), WriteError> {
+        let delete = move |connection: &Connection| {
+            let mut delete = connection.prepare_cached("DELETE FROM message WHERE seq = ?1")?;
+            for seq in seqs {
+                delete.execute([seq])?;
+            }
+            Ok(())
+        };
+        self.file.transact_on_ballast(delete).await
+    }
+
+    pub(crate) async fn count(&self) -> Result<u64, WriteError> {
+        let count = |connection: &Connection| {
+            connection.query_row("SELECT count(*) FROM message", [], |row| row.get(0))
+        };
+        self.file.transact_on_ballast(count).await
     }
 
     /// Has `messages`, which were taken, delivered again.
@@ -261,6 +316,13 @@ fn make_due_ready(connection: &Connection) -> rusqlite::Result<()> {
         connection.prepare_cached("DELETE FROM delayed WHERE seq = ?1")?.execute([seq])?;
     }
     Ok(())
+}
+
+/// What the file holds, without the pages in it that are free.
+fn bytes_in_use(connection: &Connection) -> rusqlite::Result<u64> {
+    let sql = "SELECT (page_count - freelist_count) * page_size
+               FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
+    connection.prepare_cached(sql)?.query_row([], |row| row.get(0))
 }
 
 fn now() -> i64 {

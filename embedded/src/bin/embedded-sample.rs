@@ -10,6 +10,7 @@ const FORMAT: Format = Format {
     application_id: u32::from_be_bytes(*b"LSte"),
     version: 1,
     schema: "CREATE TABLE number (n INTEGER PRIMARY KEY, filler TEXT) STRICT;",
+    ballast_bytes: 0,
 };
 
 #[tokio::main(flavor = "current_thread")]

@@ -1,6 +1,8 @@
 //! A producer in this process, and what lies in its queue.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use clap::Parser as _;
@@ -11,7 +13,7 @@ use producer::FrontDoor;
 use reqwest::header::HeaderMap;
 use serde_json::Value;
 use service::{CancellationToken, Health};
-use testbed::{Queue, amqp_uri, eventually};
+use testbed::{Queue, Scratch, amqp_uri, eventually};
 use tokio::task::JoinHandle;
 
 /// Far more than anything here needs, because a machine that runs all tests at once is slow.
@@ -35,10 +37,26 @@ pub(crate) fn config(arguments: &[String]) -> producer::Config {
 pub(crate) struct Producer {
     pub(crate) address: SocketAddr,
     pub(crate) health: Health,
-    pub(crate) shutdown: CancellationToken,
+    pub(crate) shutdown: Shutdown,
     pub(crate) served: JoinHandle<anyhow::Result<()>>,
     pub(crate) queue: Queue,
+    scratch: Scratch,
     client: reqwest::Client,
+}
+
+/// Stops the producer, at the latest on drop.
+pub(crate) struct Shutdown(CancellationToken);
+
+impl Shutdown {
+    pub(crate) fn cancel(&self) {
+        self.0.cancel();
+    }
+}
+
+impl Drop for Shutdown {
+    fn drop(&mut self) {
+        self.cancel();
+    }
 }
 
 /// The answer to a callback.
@@ -55,24 +73,52 @@ impl Producer {
     pub(crate) async fn start(arguments: &[&str]) -> Self {
         let producer = Self::start_at(&amqp_uri(), arguments).await;
         producer.ready().await;
+        eventually("the broker is there", DEADLINE, async || {
+            producer.health.done_without().is_empty().then_some(())
+        })
+        .await;
         producer
     }
 
     /// One that looks for its broker at `amqp_uri`.
     pub(crate) async fn start_at(amqp_uri: &str, arguments: &[&str]) -> Self {
-        let queue = Queue::new();
+        Self::start_with(Queue::new(), Scratch::new("spool"), amqp_uri, arguments).await
+    }
+
+    async fn start_with(
+        queue: Queue,
+        scratch: Scratch,
+        amqp_uri: &str,
+        arguments: &[&str],
+    ) -> Self {
         let mut all = vec![
             "--producer-addr=127.0.0.1:0".to_owned(),
             format!("--amqp-uri={amqp_uri}"),
             format!("--queue-name={}", queue.name),
         ];
+        if !arguments.iter().any(|argument| argument.starts_with("--spool-dir")) {
+            all.push(format!("--spool-dir={}", scratch.path().join("spool").display()));
+        }
         all.extend(arguments.iter().map(|&argument| argument.to_owned()));
         let health = Health::default();
         let front_door = FrontDoor::open(&config(&all), &health).await.unwrap();
         let address = front_door.address().unwrap();
-        let shutdown = CancellationToken::new();
-        let served = tokio::spawn(front_door.serve(shutdown.clone()));
-        Self { address, health, shutdown, served, queue, client: client() }
+        let shutdown = Shutdown(CancellationToken::new());
+        let served = tokio::spawn(front_door.serve(shutdown.0.clone()));
+        Self { address, health, shutdown, served, queue, scratch, client: client() }
+    }
+
+    /// Stops it, and starts another on the same queue and spool.
+    pub(crate) async fn start_again(self, amqp_uri: &str, arguments: &[&str]) -> Self {
+        let Self { shutdown, served, queue, scratch, .. } = self;
+        shutdown.cancel();
+        served.await.unwrap().unwrap();
+        Self::start_with(queue, scratch, amqp_uri, arguments).await
+    }
+
+    /// Its `SPOOL_DIR`, and the directory above.
+    pub(crate) fn directory(&self) -> &Path {
+        self.scratch.path()
     }
 
     pub(crate) async fn ready(&self) {
@@ -107,8 +153,11 @@ impl Producer {
 
     /// Takes all messages out of the queue.
     pub(crate) async fn messages(&self) -> Vec<BasicGetMessage> {
-        let broker = Broker::connect().await;
         let mut messages = Vec::new();
+        if self.queue.depth(&self.queue.name).await.is_none() {
+            return messages;
+        }
+        let broker = Broker::connect().await;
         let take = BasicGetOptions { no_ack: true };
         while let Some(message) =
             broker.channel.basic_get(self.queue.name.as_str().into(), take).await.unwrap()
@@ -126,17 +175,24 @@ impl Producer {
         ids
     }
 
+    /// Takes messages out of the queue until each of `wanted` has come, and tells how often each did.
+    pub(crate) async fn all_arrive(&self, wanted: &BTreeSet<i64>) -> BTreeMap<i64, usize> {
+        let mut arrived = BTreeMap::new();
+        eventually("all that was accepted is in the queue", DEADLINE, async || {
+            for id in self.ids().await {
+                *arrived.entry(id).or_default() += 1;
+            }
+            wanted.iter().all(|id| arrived.contains_key(id)).then_some(())
+        })
+        .await;
+        arrived
+    }
+
     /// That nothing was published since the queue was last emptied. A callback of its own goes the
     /// same way behind everything else, so that what came before it would be in the queue by now.
     pub(crate) async fn assert_nothing_queued(&self) {
         assert_eq!(self.post_ids(&[4_711]).await.status, 200);
         assert_eq!(self.ids().await, [4_711]);
-    }
-}
-
-impl Drop for Producer {
-    fn drop(&mut self) {
-        self.shutdown.cancel();
     }
 }
 

@@ -7,4 +7,5 @@ mod front_door;
 mod limits;
 mod outage;
 mod refused;
+mod spool;
 mod wire;

@@ -1,7 +1,6 @@
 use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
-use std::time::{Duration, Instant};
 
 use testbed::{Proxy, amqp_uri, eventually, free_port};
 use tokio::task::JoinSet;
@@ -9,14 +8,8 @@ use url::Url;
 
 use crate::front_door::{Answer, Broker, CLIENT_PATIENCE, DEADLINE, Producer, config};
 
-/// How soon callbacks are accepted again once the broker is back.
-const RECOVERY: Duration = Duration::from_secs(5);
-
-/// Shorter than the default, so that a loaded machine has time left within the client's patience.
-const PUBLISH_TIMEOUT: &str = "--publish-timeout=500ms";
-
 /// A proxy in front of the shared broker, and the URI that leads through it.
-async fn proxied_broker() -> (Proxy, String) {
+pub(crate) async fn proxied_broker() -> (Proxy, String) {
     let mut uri = Url::parse(&amqp_uri()).unwrap();
     let proxy =
         Proxy::start(format!("{}:{}", uri.host_str().unwrap(), uri.port().unwrap_or(5672))).await;
@@ -25,100 +18,122 @@ async fn proxied_broker() -> (Proxy, String) {
     (proxy, uri.to_string())
 }
 
-/// That the callback was refused, in time for its client to hear of it.
-fn assert_unavailable(answer: &Answer) {
-    answer.assert_problem(503);
-    let seconds: u32 = answer.header("retry-after").parse().unwrap();
-    assert!(seconds >= 1, "{answer:?}");
+/// That the callback was accepted, in time for its client to hear of it.
+fn assert_accepted(answer: &Answer) {
+    assert_eq!(answer.status, 200, "{answer:?}");
     assert!(answer.took < CLIENT_PATIENCE, "{answer:?}");
-}
-
-async fn accepted_again(producer: &Producer, id: i64) {
-    eventually("callbacks are accepted again", DEADLINE, async || {
-        (producer.post_ids(&[id]).await.status == 200).then_some(())
-    })
-    .await;
 }
 
 #[test]
 fn by_default_the_brokers_time_ends_before_the_clients() {
-    assert!(config(&[]).callbacks.publish_timeout < CLIENT_PATIENCE);
+    assert!(config(&[]).callbacks.publish_timeout < CLIENT_PATIENCE / 2);
 }
 
 #[tokio::test]
-async fn without_a_broker_a_callback_is_answered_503_and_readiness_says_why() {
-    let uri = format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port());
+async fn without_a_broker_callbacks_are_accepted_and_relayed_when_it_comes() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
     let producer = Producer::start_at(&uri, &[]).await;
-    assert_unavailable(&producer.post_ids(&[1, 2, 3]).await);
-    let reason = eventually("the reason is known", DEADLINE, async || {
-        let missing = producer.health.missing();
-        missing.into_iter().find(|(_, reason)| reason.contains("cannot reach"))
-    })
-    .await;
-    assert_eq!(reason.0, "broker");
-    assert_unavailable(&producer.post_ids(&[1, 2, 3]).await);
+    // It is ready: whoever sends callbacks to ready producers only must not stop sending.
+    producer.ready().await;
+    let mut accepted = BTreeSet::new();
+    for id in (0..100).step_by(2) {
+        assert_accepted(&producer.post_ids(&[id, id + 1]).await);
+        accepted.extend([id, id + 1]);
+    }
     // A bad callback is told so all the same.
     producer.post("{").await.assert_problem(400);
+    proxy.restore();
+    let arrived = producer.all_arrive(&accepted).await;
+    assert!(arrived.values().all(|&times| times == 1), "{arrived:?}");
+    assert_accepted(&producer.post_ids(&[200]).await);
+    producer.all_arrive(&[200].into()).await;
+}
+
+#[tokio::test]
+async fn what_is_relayed_goes_out_oldest_first_with_the_id_of_its_callback() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let producer = Producer::start_at(&uri, &[]).await;
+    let mut callbacks = Vec::new();
+    for id in 0..20 {
+        let answer = producer.post_ids(&[id]).await;
+        callbacks.push((id, answer.header("callback-id").to_owned()));
+    }
+    proxy.restore();
+    let mut relayed = Vec::new();
+    eventually("all are relayed", DEADLINE, async || {
+        for message in producer.messages().await {
+            let callback = message.delivery.properties.correlation_id().clone().unwrap();
+            relayed.push((crate::front_door::id_in(&message.delivery.data), callback.to_string()));
+        }
+        (relayed.len() >= callbacks.len()).then_some(())
+    })
+    .await;
+    assert_eq!(relayed[0], callbacks[0], "the oldest goes alone, to try the broker");
+    relayed.sort();
+    assert_eq!(relayed, callbacks);
 }
 
 #[tokio::test]
 async fn a_broker_that_cuts_the_connection_is_found_again() {
     let (proxy, uri) = proxied_broker().await;
     let producer = Producer::start_at(&uri, &[]).await;
-    producer.ready().await;
-    assert_eq!(producer.post_ids(&[1]).await.status, 200);
-
-    proxy.cut();
-    eventually("the broker is missed", DEADLINE, async || {
-        assert_ne!(producer.post_ids(&[2]).await.status, 400);
-        (!producer.health.missing().is_empty()).then_some(())
-    })
-    .await;
-    assert_unavailable(&producer.post_ids(&[2]).await);
-    proxy.restore();
-    let restored = Instant::now();
-    accepted_again(&producer, 3).await;
-    assert!(restored.elapsed() < RECOVERY, "{:?}", restored.elapsed());
-    assert!(producer.health.missing().is_empty());
-    let ids = producer.ids().await;
-    assert!(ids.contains(&1) && ids.contains(&3), "{ids:?}");
+    let mut accepted = BTreeSet::new();
+    for (id, change) in (0..).zip([None, Some(Proxy::cut as fn(&Proxy)), Some(Proxy::restore)]) {
+        if let Some(change) = change {
+            change(&proxy);
+        }
+        for id in id * 100..id * 100 + 20 {
+            assert_accepted(&producer.post_ids(&[id]).await);
+            accepted.insert(id);
+        }
+    }
+    producer.all_arrive(&accepted).await;
 }
 
 #[tokio::test]
-async fn while_the_broker_is_silent_every_callback_is_answered_503_within_the_clients_patience() {
+async fn while_the_broker_is_silent_every_callback_is_accepted_within_the_clients_patience() {
     let (proxy, uri) = proxied_broker().await;
-    let producer = Producer::start_at(&uri, &[PUBLISH_TIMEOUT]).await;
-    producer.ready().await;
-    assert_eq!(producer.post_ids(&[1]).await.status, 200);
+    let producer = Producer::start_at(&uri, &[]).await;
+    assert_accepted(&producer.post_ids(&[1]).await);
 
     proxy.silence();
-    let (name, _) = eventually("the broker is missed", 2 * DEADLINE, async || {
-        assert_unavailable(&producer.post_ids(&[2, 3]).await);
-        producer.health.missing().into_iter().next()
-    })
-    .await;
-    assert_eq!(name, "broker");
-    assert_unavailable(&producer.post_ids(&[2, 3]).await);
+    let mut accepted = BTreeSet::from([1]);
+    let waited = producer.post_ids(&[2, 3]).await;
+    assert_accepted(&waited);
+    // From then on it is known, and nobody waits for a confirm any more.
+    let publish_timeout = config(&[]).callbacks.publish_timeout;
+    let mut at_once = 0;
+    for id in 10..30 {
+        let answer = producer.post_ids(&[id]).await;
+        assert_accepted(&answer);
+        accepted.insert(id);
+        at_once += usize::from(answer.took < publish_timeout);
+    }
+    assert!(at_once > 10, "only {at_once} of 20 went to the spool at once");
 
     proxy.restore();
-    let restored = Instant::now();
-    accepted_again(&producer, 4).await;
-    assert!(restored.elapsed() < RECOVERY, "{:?}", restored.elapsed());
-    // What was refused may have arrived all the same, what was accepted must have.
-    let ids = producer.ids().await;
-    assert!(ids.contains(&1) && ids.contains(&4), "{ids:?}");
+    assert_accepted(&producer.post_ids(&[4]).await);
+    accepted.extend([2, 3, 4]);
+    producer.all_arrive(&accepted).await;
 }
 
 #[tokio::test]
-async fn a_silence_that_ends_before_it_is_noticed_leaves_the_producer_working() {
-    let (proxy, uri) = proxied_broker().await;
-    let producer = Producer::start_at(&uri, &[PUBLISH_TIMEOUT]).await;
-    producer.ready().await;
-    proxy.silence();
-    assert_unavailable(&producer.post_ids(&[1]).await);
-    proxy.restore();
-    accepted_again(&producer, 2).await;
-    assert!(producer.ids().await.contains(&2));
+async fn without_a_broker_and_a_spool_a_callback_is_answered_503_and_readiness_says_why() {
+    let nobody = format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port());
+    let no_directory = "--spool-dir=/dev/null/spool";
+    let producer = Producer::start_at(&nobody, &[no_directory]).await;
+    let answer = producer.post_ids(&[1, 2, 3]).await;
+    answer.assert_problem(503);
+    let seconds: u32 = answer.header("retry-after").parse().unwrap();
+    assert!(seconds >= 1 && answer.took < CLIENT_PATIENCE, "{answer:?}");
+    eventually("the reasons are known", DEADLINE, async || {
+        let (place, reasons) = producer.health.missing().pop()?;
+        let both = reasons.contains("cannot reach") && reasons.contains("/dev/null/spool");
+        (place == "a durable place" && both).then_some(())
+    })
+    .await;
 }
 
 /// What the clients of the test below saw.
@@ -128,36 +143,30 @@ struct Seen {
     deleted: AtomicBool,
     accepted_before: AtomicUsize,
     accepted_since: AtomicUsize,
-    refused: AtomicUsize,
     done: AtomicBool,
 }
 
 /// Sends callback after callback, and gives the ids of those that were begun after the queue had
-/// been deleted and were accepted.
+/// been deleted.
 async fn send_callbacks(producer: Arc<Producer>, seen: Arc<Seen>) -> BTreeSet<i64> {
     let mut accepted = BTreeSet::new();
     while !seen.done.load(Ordering::SeqCst) {
         let ids = [seen.next_id.fetch_add(1, Ordering::SeqCst)];
         let deleted = seen.deleted.load(Ordering::SeqCst);
-        let answer = producer.post_ids(&ids).await;
-        match (answer.status, deleted) {
-            (200, false) => _ = seen.accepted_before.fetch_add(1, Ordering::SeqCst),
-            (200, true) => {
-                accepted.extend(ids);
-                seen.accepted_since.fetch_add(1, Ordering::SeqCst);
-            }
-            _ => {
-                assert_unavailable(&answer);
-                seen.refused.fetch_add(1, Ordering::SeqCst);
-            }
+        assert_accepted(&producer.post_ids(&ids).await);
+        if deleted {
+            accepted.extend(ids);
+            seen.accepted_since.fetch_add(1, Ordering::SeqCst);
+        } else {
+            seen.accepted_before.fetch_add(1, Ordering::SeqCst);
         }
     }
     accepted
 }
 
 #[tokio::test]
-async fn nothing_is_accepted_that_a_deleted_queue_did_not_take_and_the_queue_comes_back() {
-    let producer = Arc::new(Producer::start(&[PUBLISH_TIMEOUT]).await);
+async fn nothing_is_lost_that_a_deleted_queue_did_not_take_and_the_queue_comes_back() {
+    let producer = Arc::new(Producer::start(&[]).await);
     let broker = Broker::connect().await;
     for _ in 0..3 {
         let seen = Arc::new(Seen::default());
@@ -174,11 +183,7 @@ async fn nothing_is_accepted_that_a_deleted_queue_did_not_take_and_the_queue_com
         seen.deleted.store(true, Ordering::SeqCst);
         reaches("callbacks are accepted again", &seen.accepted_since).await;
         seen.done.store(true, Ordering::SeqCst);
-
         let accepted: BTreeSet<i64> = clients.join_all().await.into_iter().flatten().collect();
-        assert!(seen.refused.load(Ordering::SeqCst) > 0, "the deletion was not noticed");
-        let queued: BTreeSet<i64> = producer.ids().await.into_iter().collect();
-        let lost: Vec<_> = accepted.difference(&queued).collect();
-        assert!(lost.is_empty(), "{} of {} are lost: {lost:?}", lost.len(), accepted.len());
+        producer.all_arrive(&accepted).await;
     }
 }

@@ -52,19 +52,28 @@ pub(super) async fn publish(channel: &Channel, batches: Vec<Batch>) -> Result<Ta
     };
     let mut number = 0;
     for batch in batches {
-        let mut answer = Ok(());
-        for _ in &batch.messages {
+        let mut is_unroutable = false;
+        let mut which = Vec::new();
+        for position in 0..batch.messages.len() {
             if returned.contains(&number) {
                 tally.unroutable += 1;
-                answer = Err(PublishError::Unroutable);
+                is_unroutable = true;
             } else if verdicts[number] == Verdict::Refused {
                 tally.refused += 1;
-                answer = answer.and(Err(PublishError::Refused));
+                which.push(position);
             } else {
                 tally.confirmed += 1;
             }
             number += 1;
         }
+        let answer = if is_unroutable {
+            // The queue has gone in the middle of the batch, with what was confirmed before.
+            Err(PublishError::Unroutable)
+        } else if which.is_empty() {
+            Ok(())
+        } else {
+            Err(PublishError::Refused { which })
+        };
         let _ = batch.reply.send(answer);
     }
     Ok(tally)

@@ -75,7 +75,7 @@ async fn a_full_queue_is_an_error_and_not_a_confirm() {
     let to_ours = || publisher.publish(std::iter::once(outgoing(&queue.name)), within);
     to_full().await.unwrap();
     let refused = to_full().await.unwrap_err();
-    assert!(matches!(refused, PublishError::Refused), "{refused}");
+    assert!(matches!(refused, PublishError::Refused { .. }), "{refused}");
     // In one round, each batch has its own answer.
     let (full, ours) =
         tokio::join!(join_all([to_full(), to_full()]), join_all([to_ours(), to_ours()]));

@@ -1,0 +1,103 @@
+//! The queue in a file as a second place, for what a broker does not take.
+
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use embedded::{OpenError, WriteError};
+use tokio::time::timeout;
+
+use crate::sqlite::{Queue, SPOOL};
+
+/// Messages that wait on this disk for a broker. One process has it, and in it one reader: that takes
+/// the oldest, publishes them, and removes them only when they are confirmed.
+pub struct Spool {
+    queue: Arc<Queue>,
+}
+
+/// Why messages are not known to be in the spool. Some of them may be all the same.
+#[derive(Clone, Debug, thiserror::Error)]
+pub enum SpoolError {
+    /// It is full, or its file cannot be written.
+    #[error(transparent)]
+    Write(#[from] WriteError),
+    /// The disk did not have them in time.
+    #[error("the spool did not take them within {0:?}")]
+    Timeout(Duration),
+}
+
+/// A message that waits.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Spooled {
+    /// Its number: the oldest has the lowest.
+    pub number: i64,
+    /// The object.
+    pub id: i64,
+    /// The callback that named it.
+    pub callback_id: String,
+}
+
+impl Spool {
+    /// Opens the spool in the file at `path`, with what an earlier process has left in it, or makes
+    /// an empty one. It holds up to `max_bytes`, and somewhat more in its log and its ballast.
+    ///
+    /// # Errors
+    /// [`OpenError`]; then the file is as it was.
+    pub fn open(path: &Path, max_bytes: u64) -> Result<Self, OpenError> {
+        let queue = Arc::new(Queue::open_as(path, SPOOL, max_bytes)?);
+        Ok(Self { queue })
+    }
+
+    /// Adds a message for each of `ids`; they are on disk on return.
+    ///
+    /// # Errors
+    /// [`SpoolError`], at the latest after `within`.
+    pub async fn add(
+        &self,
+        callback_id: &str,
+        ids: &[i64],
+        within: Duration,
+    ) -> Result<(), SpoolError> {
+        match timeout(within, self.queue.publish(callback_id, ids)).await {
+            Ok(added) => Ok(added?),
+            Err(_) => Err(SpoolError::Timeout(within)),
+        }
+    }
+
+    /// Up to `limit` messages, the oldest first. They stay until they are removed.
+    ///
+    /// # Errors
+    /// [`WriteError`] when the file cannot be read.
+    pub async fn oldest(&self, limit: usize) -> Result<Vec<Spooled>, WriteError> {
+        let messages = self.queue.oldest(limit).await?;
+        let spooled = |(number, id, callback_id)| Spooled { number, id, callback_id };
+        Ok(messages.into_iter().map(spooled).collect())
+    }
+
+    /// Removes the messages of these numbers for good. It goes on a full disk too, if only when it is
+    /// tried again.
+    ///
+    /// # Errors
+    /// [`WriteError`] when the file could not be written for now: they are still there.
+    pub async fn remove(&self, numbers: Vec<i64>) -> Result<(), WriteError> {
+        self.queue.remove(numbers).await
+    }
+
+    /// How many messages wait.
+    ///
+    /// # Errors
+    /// [`WriteError`] when the file cannot be read.
+    pub async fn count(&self) -> Result<u64, WriteError> {
+        self.queue.count().await
+    }
+
+    /// Returns only if what writes the file has died; a service must not outlive it.
+    pub async fn died(&self) {
+        self.queue.died().await;
+    }
+
+    /// Closes the file.
+    pub async fn close(self) {
+        self.queue.close().await;
+    }
+}

@@ -1,0 +1,168 @@
+//! The durable places of a callback: the broker, and while that takes nothing, the spool.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::time::Duration;
+
+use broker::{LinkStatus, PublishError, Publisher, SpoolError};
+use service::Health;
+use tokio::sync::watch;
+
+use crate::config::Config;
+use crate::spool::Outage;
+
+/// How long the disk may take to have a callback. With `PUBLISH_TIMEOUT` before it, the answer is
+/// there within the client's second.
+const SPOOL_TIMEOUT: Duration = Duration::from_millis(500);
+/// Where the spool is unless `SPOOL_DIR` says otherwise.
+const SPOOL_DIR: &str = "./spool";
+
+/// Why no place has taken a callback, or not all of it.
+#[derive(Debug, thiserror::Error)]
+#[error("{broker}{}", spool.as_ref().map(|error| format!("; {error}")).unwrap_or_default())]
+pub(crate) struct Unavailable {
+    pub(crate) broker: PublishError,
+    spool: Option<SpoolError>,
+}
+
+pub(crate) struct Places {
+    publisher: Publisher,
+    publish_timeout: Duration,
+    /// None if the broker is itself a file on this disk.
+    outage: Option<Arc<Outage>>,
+}
+
+impl Places {
+    /// Starts to look for the broker, and opens the spool if it can be opened.
+    ///
+    /// # Errors
+    /// When the broker is a file that cannot be opened.
+    pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
+        let Config { callbacks, broker } = config;
+        let publisher = Publisher::start(broker, "producer")?;
+        let outage = if broker.amqp_uri.is_file() {
+            None
+        } else {
+            // On a connection of its own: what waits must not come between a callback and its confirm.
+            let relay = Publisher::start(broker, "producer: relay")?;
+            let directory = callbacks.spool_dir.clone().unwrap_or_else(|| PathBuf::from(SPOOL_DIR));
+            let path = directory.join("spool.db");
+            Some(Arc::new(Outage::begin(path, callbacks.spool_max_bytes, relay).await))
+        };
+        Ok(Self { publisher, publish_timeout: callbacks.publish_timeout, outage })
+    }
+
+    /// Makes a durable message of each of `ids`, within a time that leaves the client's second
+    /// something over.
+    ///
+    /// # Errors
+    /// [`Unavailable`]: some of them may be durable all the same.
+    pub(crate) async fn take(&self, callback_id: &str, ids: &[i64]) -> Result<(), Unavailable> {
+        let publish = |within| self.publisher.publish_ids(callback_id, ids, within);
+        let Some((outage, spool)) = self.outage.as_ref().and_then(|o| Some((o, o.spool()?))) else {
+            let within = self.publish_timeout + SPOOL_TIMEOUT;
+            return publish(within).await.map_err(|broker| Unavailable { broker, spool: None });
+        };
+        let refused = if outage.broker_takes() {
+            match publish(self.publish_timeout).await {
+                Ok(()) => return Ok(()),
+                Err(error) => Some(error),
+            }
+        } else {
+            None
+        };
+        if refused.is_some() {
+            outage.divert();
+        }
+        let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
+        let added = spool.add(callback_id, &unconfirmed, SPOOL_TIMEOUT).await;
+        outage.note(&added, unconfirmed.len());
+        match (added, refused) {
+            (Ok(()), _) => Ok(()),
+            (Err(spool), Some(broker)) => Err(Unavailable { broker, spool: Some(spool) }),
+            // It was not asked, for it is believed to be away; now it is the only place.
+            (Err(spool), None) => publish(self.publish_timeout)
+                .await
+                .map_err(|broker| Unavailable { broker, spool: Some(spool) }),
+        }
+    }
+
+    /// Tells what it needs: one of the two.
+    pub(crate) fn tell(&self, health: &Health) {
+        let broker = self.publisher.status();
+        let Some(outage) = &self.outage else { return health.needs("broker", broker) };
+        health.needs("a durable place", either(broker.clone(), outage.status()));
+        health.wants("broker", broker);
+        health.wants("spool", outage.status());
+    }
+
+    /// Relays what is in the spool to the broker, for as long as this is polled.
+    ///
+    /// # Errors
+    /// When a part has died without which nothing could be accepted any more.
+    pub(crate) async fn serve(&self) -> anyhow::Result<()> {
+        let relay = async {
+            match &self.outage {
+                None => std::future::pending().await,
+                Some(outage) => outage.relay().await,
+            }
+        };
+        tokio::select! {
+            relayed = relay => relayed,
+            () = self.publisher.died() => anyhow::bail!("the publisher has died"),
+        }
+    }
+
+    /// Says goodbye to the broker and closes the spool; what is in it stays for the next start.
+    pub(crate) async fn close(self) {
+        let spool = async {
+            if let Some(outage) = self.outage.and_then(Arc::into_inner) {
+                outage.close().await;
+            }
+        };
+        tokio::join!(self.publisher.close(), spool);
+    }
+}
+
+/// What the broker has not confirmed of `ids`.
+fn left<'ids>(ids: &'ids [i64], error: &PublishError) -> Cow<'ids, [i64]> {
+    match error {
+        PublishError::Refused { which } => {
+            which.iter().filter_map(|position| ids.get(*position).copied()).collect()
+        }
+        _ => Cow::Borrowed(ids),
+    }
+}
+
+/// `Ok` while one of the two is.
+fn either(
+    mut broker: watch::Receiver<LinkStatus>,
+    mut spool: watch::Receiver<LinkStatus>,
+) -> watch::Receiver<LinkStatus> {
+    let (status, watched) = watch::channel(joined(&mut broker, &mut spool));
+    tokio::spawn(async move {
+        loop {
+            let changed = tokio::select! {
+                changed = broker.changed() => changed,
+                changed = spool.changed() => changed,
+                () = status.closed() => return,
+            };
+            if changed.is_err() {
+                return;
+            }
+            _ = status.send_replace(joined(&mut broker, &mut spool));
+        }
+    });
+    watched
+}
+
+fn joined(
+    broker: &mut watch::Receiver<LinkStatus>,
+    spool: &mut watch::Receiver<LinkStatus>,
+) -> LinkStatus {
+    match (&*broker.borrow_and_update(), &*spool.borrow_and_update()) {
+        (Err(broker), Err(spool)) => Err(format!("broker: {broker}; spool: {spool}")),
+        _ => Ok(()),
+    }
+}

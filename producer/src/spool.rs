@@ -1,0 +1,248 @@
+//! The outage spool and its relay: what the broker does not take waits on this disk, and goes to the
+//! broker, the oldest first, as soon as that takes messages again.
+
+use std::path::PathBuf;
+use std::sync::OnceLock;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use anyhow::bail;
+use broker::{LinkStatus, PublishError, Publisher, Spool, SpoolError, Spooled};
+use futures_util::future::join_all;
+use tokio::sync::{Notify, watch};
+use tokio::time::{Instant, sleep};
+
+/// How soon a spool that cannot be opened is tried again.
+const OPEN_INTERVAL: Duration = Duration::from_secs(5);
+/// Messages that are relayed at once.
+const RELAYED_AT_ONCE: usize = 256;
+/// Longer than a callback may wait: nobody waits for this, and what is not confirmed goes out twice.
+const RELAY_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// Both ends of the spool, and what is known of the broker meanwhile.
+pub(crate) struct Outage {
+    path: PathBuf,
+    max_bytes: u64,
+    spool: OnceLock<Spool>,
+    status: watch::Sender<LinkStatus>,
+    /// Whether callbacks are to ask the broker first. The one who clears it wakes the relay, which sets
+    /// it again when something is confirmed or nothing is left; so it is never cleared for good.
+    broker_takes: AtomicBool,
+    /// Wakes the relay.
+    news: Notify,
+    publisher: Publisher,
+}
+
+impl Outage {
+    /// Opens the spool; if that fails, callbacks do without it until it can be opened.
+    pub(crate) async fn begin(path: PathBuf, max_bytes: u64, publisher: Publisher) -> Self {
+        describe_metrics();
+        let (status, _) = watch::channel(Err("not opened yet".to_owned()));
+        let outage = Self {
+            path,
+            max_bytes,
+            spool: OnceLock::new(),
+            status,
+            broker_takes: AtomicBool::new(true),
+            news: Notify::new(),
+            publisher,
+        };
+        outage.open().await;
+        outage
+    }
+
+    /// The spool, if it could be opened.
+    pub(crate) fn spool(&self) -> Option<&Spool> {
+        self.spool.get()
+    }
+
+    /// Whether it takes messages: `Ok`, or why not.
+    pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
+        self.status.subscribe()
+    }
+
+    pub(crate) fn broker_takes(&self) -> bool {
+        self.broker_takes.load(Ordering::Relaxed)
+    }
+
+    /// The broker did not take something: from now on callbacks go to the spool at once.
+    pub(crate) fn divert(&self) {
+        self.broker_takes.store(false, Ordering::Relaxed);
+        self.news.notify_one();
+    }
+
+    /// Says what became of `count` messages that were to be added.
+    pub(crate) fn note(&self, added: &Result<(), SpoolError>, count: usize) {
+        if added.is_ok() {
+            metrics::counter!("lastseen_spooled_total").increment(count as u64);
+            waiting().increment(gauge(count));
+            self.news.notify_one();
+        }
+        self.set_status(added.as_ref().copied().map_err(ToString::to_string));
+    }
+
+    /// Relays for as long as this is polled. When it is dropped, nothing is lost, and something may
+    /// be published again at the next start.
+    ///
+    /// # Errors
+    /// When what writes the spool or what publishes has died.
+    pub(crate) async fn relay(&self) -> anyhow::Result<()> {
+        let spool = loop {
+            if let Some(spool) = self.spool.get() {
+                break spool;
+            }
+            sleep(OPEN_INTERVAL).await;
+            self.open().await;
+        };
+        tokio::select! {
+            () = self.relay_all(spool) => {}
+            () = spool.died() => bail!("the spool's writer has died"),
+            () = self.publisher.died() => bail!("the relay's publisher has died"),
+        }
+        Ok(())
+    }
+
+    pub(crate) async fn close(self) {
+        if let Some(spool) = self.spool.into_inner() {
+            match spool.count().await {
+                Ok(0) => {}
+                Ok(messages) => {
+                    tracing::warn!(
+                        messages,
+                        "the spool is not empty; they go out after the next start"
+                    );
+                }
+                Err(error) => tracing::warn!(%error, "cannot look into the spool"),
+            }
+            spool.close().await;
+        }
+        self.publisher.close().await;
+    }
+
+    async fn open(&self) {
+        let (path, max_bytes) = (self.path.clone(), self.max_bytes);
+        let opened = tokio::task::spawn_blocking(move || Spool::open(&path, max_bytes)).await;
+        let reason = match opened {
+            Ok(Ok(spool)) => {
+                let found = spool.count().await.unwrap_or_default();
+                if found > 0 {
+                    tracing::warn!(messages = found, "an earlier outage's spool; relaying it");
+                }
+                waiting().set(gauge(usize::try_from(found).unwrap_or(usize::MAX)));
+                _ = self.spool.set(spool);
+                self.set_status(Ok(()));
+                return;
+            }
+            Ok(Err(error)) => error.to_string(),
+            Err(died) => died.to_string(),
+        };
+        if self.status.borrow().as_ref().is_err_and(|known| *known == reason) {
+            return;
+        }
+        tracing::error!(reason, "no spool: while the broker is away, callbacks will be refused");
+        self.set_status(Err(reason));
+    }
+
+    fn set_status(&self, status: LinkStatus) {
+        self.status.send_if_modified(|now| {
+            let modified = *now != status;
+            *now = status;
+            modified
+        });
+    }
+
+    async fn relay_all(&self, spool: &Spool) {
+        let mut waits = broker::backoff();
+        let mut broker = self.publisher.status();
+        // Since the spool was last empty.
+        let mut relayed = 0;
+        loop {
+            // Only a probe, as long as it is not known to take more.
+            let limit = if self.broker_takes() { RELAYED_AT_ONCE } else { 1 };
+            let messages = match spool.oldest(limit).await {
+                Ok(messages) => messages,
+                Err(error) => {
+                    tracing::debug!(%error, "cannot read the spool");
+                    sleep(waits.next().unwrap_or(OPEN_INTERVAL)).await;
+                    continue;
+                }
+            };
+            if messages.is_empty() {
+                self.broker_takes.store(true, Ordering::Relaxed);
+                if relayed > 0 {
+                    tracing::info!(relayed, "the spool is empty again");
+                    relayed = 0;
+                }
+                self.news.notified().await;
+                continue;
+            }
+            // If its sender has gone, the publisher has died, and this process ends.
+            let _ = broker.wait_for(Result::is_ok).await;
+            let started = Instant::now();
+            let confirmed = self.publish(&messages).await;
+            let takes_all = confirmed.len() == messages.len();
+            self.broker_takes.store(takes_all, Ordering::Relaxed);
+            if !confirmed.is_empty() {
+                relayed += confirmed.len();
+                self.remove(spool, confirmed).await;
+            }
+            if takes_all {
+                waits = broker::backoff();
+                // Half of the time belongs to the callbacks of now.
+                sleep(started.elapsed()).await;
+            } else {
+                sleep(waits.next().unwrap_or(OPEN_INTERVAL)).await;
+            }
+        }
+    }
+
+    /// Publishes `messages`, those of one callback together, and gives the numbers of those confirmed.
+    async fn publish(&self, messages: &[Spooled]) -> Vec<i64> {
+        let callbacks = messages.chunk_by(|one, next| one.callback_id == next.callback_id);
+        let published = callbacks.map(async |messages| {
+            let callback_id = &messages[0].callback_id;
+            let ids: Vec<i64> = messages.iter().map(|message| message.id).collect();
+            let refused = match self.publisher.publish_ids(callback_id, &ids, RELAY_TIMEOUT).await {
+                Ok(()) => Vec::new(),
+                Err(PublishError::Refused { which }) => which,
+                Err(error) => {
+                    tracing::debug!(%error, callback_id, "not relayed; trying again");
+                    return Vec::new();
+                }
+            };
+            let confirmed = messages.iter().enumerate().filter(|(at, _)| !refused.contains(at));
+            confirmed.map(|(_, message)| message.number).collect()
+        });
+        join_all(published).await.concat()
+    }
+
+    /// They are confirmed: if they stayed, they would go out again.
+    async fn remove(&self, spool: &Spool, confirmed: Vec<i64>) {
+        let count = confirmed.len();
+        for wait in broker::backoff() {
+            match spool.remove(confirmed.clone()).await {
+                Ok(()) => break,
+                Err(error) => tracing::debug!(%error, "not removed from the spool; trying again"),
+            }
+            sleep(wait).await;
+        }
+        metrics::counter!("lastseen_relayed_total").increment(count as u64);
+        waiting().decrement(gauge(count));
+        self.set_status(Ok(()));
+    }
+}
+
+fn waiting() -> metrics::Gauge {
+    metrics::gauge!("lastseen_spool_messages")
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a gauge; nobody counts beyond 2^52 messages")]
+fn gauge(count: usize) -> f64 {
+    count as f64
+}
+
+fn describe_metrics() {
+    metrics::describe_counter!("lastseen_spooled_total", "Messages that went to the spool.");
+    metrics::describe_counter!("lastseen_relayed_total", "Messages relayed to the broker.");
+    metrics::describe_gauge!("lastseen_spool_messages", "Messages that wait in the spool.");
+}

@@ -1,0 +1,186 @@
+use std::collections::BTreeSet;
+use std::fs;
+use std::io::ErrorKind;
+use std::path::PathBuf;
+
+use testbed::{Process, Queue, Scratch, eventually};
+
+use crate::front_door::{DEADLINE, Producer};
+use crate::outage::proxied_broker;
+
+#[tokio::test]
+async fn a_spool_that_an_earlier_producer_left_is_relayed_by_the_next() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let mut producer = Producer::start_at(&uri, &[]).await;
+    let mut accepted = BTreeSet::new();
+    for round in 0..3 {
+        for id in round * 100..round * 100 + 10 {
+            assert_eq!(producer.post_ids(&[id]).await.status, 200);
+            accepted.insert(id);
+        }
+        producer = producer.start_again(&uri, &[]).await;
+    }
+    proxy.restore();
+    let arrived = producer.all_arrive(&accepted).await;
+    assert!(arrived.values().all(|&times| times == 1), "{arrived:?}");
+}
+
+#[tokio::test]
+async fn a_full_spool_refuses_and_with_the_broker_there_callbacks_pass_it_by() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let producer = Producer::start_at(&uri, &["--spool-max-bytes=1048576"]).await;
+    let mut accepted = BTreeSet::new();
+    let mut next = 0;
+    let refused = eventually("the spool is full", DEADLINE, async || {
+        let ids: Vec<i64> = (next..next + 1_000).collect();
+        next += 1_000;
+        let answer = producer.post_ids(&ids).await;
+        if answer.status == 200 {
+            accepted.extend(ids);
+            return None;
+        }
+        Some(answer)
+    })
+    .await;
+    let reason = refused.assert_problem(503);
+    assert!(reason.contains("it holds the 1048576 bytes that it may"), "{reason}");
+    assert!(producer.health.missing().iter().any(|(_, reason)| reason.contains("1048576")));
+    // Whatever else is in the file, it holds about as many messages as there is room for.
+    assert!((5_000..50_000).contains(&accepted.len()), "{}", accepted.len());
+
+    proxy.restore();
+    eventually("a callback passes by", DEADLINE, async || {
+        next += 1;
+        (producer.post_ids(&[next]).await.status == 200).then(|| accepted.insert(next))
+    })
+    .await;
+    eventually("all that was accepted is in the queue", DEADLINE, async || {
+        let depth = producer.queue.depth(&producer.queue.name).await?;
+        (depth as usize >= accepted.len()).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_spool_that_cannot_be_opened_is_done_without_until_it_can_be() {
+    let (proxy, uri) = proxied_broker().await;
+    let elsewhere = Scratch::new("elsewhere");
+    let blocked = elsewhere.path().join("blocked");
+    fs::write(&blocked, "a file where a directory should be").unwrap();
+    let argument = format!("--spool-dir={}", blocked.display());
+    let producer = Producer::start_at(&uri, &[&argument]).await;
+    producer.ready().await;
+    assert_eq!(producer.health.done_without()[0].0, "spool");
+    assert_eq!(producer.post_ids(&[1]).await.status, 200);
+
+    fs::remove_file(&blocked).unwrap();
+    eventually("the spool is there", DEADLINE, async || {
+        blocked.join("spool.db").exists().then_some(())
+    })
+    .await;
+    proxy.cut();
+    eventually("a callback goes to the spool", DEADLINE, async || {
+        (producer.post_ids(&[2]).await.status == 200).then_some(())
+    })
+    .await;
+    proxy.restore();
+    producer.all_arrive(&[1, 2].into()).await;
+}
+
+#[tokio::test]
+async fn a_spool_that_another_process_has_is_left_to_it() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let first = Producer::start_at(&uri, &[]).await;
+    let argument = format!("--spool-dir={}", first.directory().join("spool").display());
+    let second = Producer::start_at(&uri, &[&argument]).await;
+    assert_eq!(first.post_ids(&[1]).await.status, 200);
+    let answer = second.post_ids(&[2]).await;
+    answer.assert_problem(503);
+    let missing = second.health.missing();
+    assert!(missing.iter().any(|(_, reason)| reason.contains("in use")), "{missing:?}");
+}
+
+/// Mounts a small disk at `SPOOL_DIR`, for itself alone, and becomes the process that follows. Only
+/// root may do so, and whoever is root in a name space of its own.
+const ON_A_SMALL_DISK: [&str; 7] = [
+    "unshare",
+    "--user",
+    "--map-root-user",
+    "--mount",
+    "sh",
+    "-c",
+    r#"mount -t tmpfs -o size=48m small "$SPOOL_DIR" && exec "$0" "$@""#,
+];
+
+/// The case in which even deleting fails, were it not for the ballast.
+#[tokio::test]
+async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let (queue, scratch) = (Queue::new(), Scratch::new("small"));
+    let settings = [
+        ("AMQP_URI", uri),
+        ("QUEUE_NAME", queue.name.clone()),
+        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("SPOOL_DIR", scratch.path().display().to_string()),
+    ];
+    let producer = Process::spawn_through(&ON_A_SMALL_DISK, "producer", &settings, &[]);
+    let address = producer.wait_for_log("taking callbacks").await;
+    let address = address.split("address=").nth(1).unwrap().trim().to_owned();
+    let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap();
+    let post = async |ids: &[i64]| {
+        let body = format!(r#"{{"object_ids":{ids:?}}}"#);
+        let answer = client.post(format!("http://{address}/callback")).body(body).send().await;
+        let answer = answer.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    let (mut next, mut accepted) = (0, 0);
+    let mut post_many = async || {
+        let ids: Vec<i64> = (next..next + 1_000).collect();
+        next += 1_000;
+        let (status, body) = post(&ids).await;
+        if status == 200 {
+            accepted += 1_000;
+        }
+        (status, body)
+    };
+    for _ in 0..20 {
+        assert_eq!(post_many().await.0, 200);
+    }
+    // Seen from outside, its disk is below its own root.
+    let disk = PathBuf::from(format!("/proc/{}/root", producer.pid()));
+    let filling = disk.join(scratch.path().strip_prefix("/").unwrap()).join("filling");
+    let full = fs::write(&filling, vec![0; 64 << 20]).unwrap_err();
+    assert_eq!(full.kind(), ErrorKind::StorageFull);
+    let reason = eventually("the disk is full", DEADLINE, async || {
+        let (status, body) = post_many().await;
+        (status == 503).then_some(body)
+    })
+    .await;
+    assert!(reason.contains("disk is full"), "{reason}");
+    eventually("it is not ready, and says why", DEADLINE, async || {
+        let (status, ready) = producer.get("/readyz").await;
+        (status == 503 && ready.contains("disk is full")).then_some(())
+    })
+    .await;
+
+    proxy.restore();
+    eventually("the spool is empty", DEADLINE, async || {
+        (producer.metric("lastseen_spool_messages").await == 0.0).then_some(())
+    })
+    .await;
+    assert!(queue.depth(&queue.name).await.unwrap() >= accepted);
+    assert_eq!(post(&[-1]).await.0, 200);
+
+    fs::remove_file(&filling).unwrap();
+    proxy.cut();
+    eventually("there is room in the spool again", DEADLINE, async || {
+        (post(&[-2]).await.0 == 200).then_some(())
+    })
+    .await;
+    producer.terminate();
+    assert_eq!(producer.wait().await.code(), Some(0));
+}
