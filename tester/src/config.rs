@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::ops::Deref;
+use std::path::PathBuf;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
@@ -153,6 +154,9 @@ pub struct Load {
     /// Report as one JSON object
     #[arg(long)]
     pub json: bool,
+    /// Write what came of each callback to this new file, one JSON object per line, as it happens
+    #[arg(long, value_name = "FILE")]
+    pub ledger: Option<PathBuf>,
 }
 
 /// Settings of one concern that must also fit one another.

@@ -4,6 +4,7 @@
 pub mod api;
 mod callback;
 pub mod config;
+pub mod ledger;
 pub mod load;
 pub mod partner;
 mod report;

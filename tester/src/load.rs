@@ -19,6 +19,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::callback::{self, Sender};
 use crate::config::{self, Callbacks};
+use crate::ledger::{Entry, Ledger};
 use crate::report::{Report, Tally};
 
 /// How long to send if neither a duration nor a total is given.
@@ -35,7 +36,8 @@ const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 /// then still get the time they may take.
 ///
 /// # Errors
-/// When the HTTP client or a histogram cannot be made, or a worker panicked.
+/// When the HTTP client or a histogram cannot be made, the ledger cannot be written, or a worker
+/// panicked.
 pub async fn run(
     config: &config::Load,
     callbacks: &Callbacks,
@@ -45,11 +47,20 @@ pub async fn run(
     // The pacer has a thread to itself, and must not outlive this function however it ends.
     let stop = shutdown.child_token();
     let _stop_at_the_end = stop.clone().drop_guard();
+    let start = Instant::now();
+    let ledger = match &config.ledger {
+        Some(path) => Some(
+            Ledger::create(path, start)
+                .with_context(|| format!("cannot create the ledger {}", path.display()))?,
+        ),
+        None => None,
+    };
     let run = Arc::new(Run {
         workers: config.connections,
-        plan: Plan::new(config, Instant::now()),
+        plan: Plan::new(config, start),
         ids: Ids::new(config, callbacks),
         sender,
+        ledger,
         due: Semaphore::new(0),
         next: AtomicU64::new(0),
         sent: AtomicU64::new(0),
@@ -91,6 +102,7 @@ struct Run {
     plan: Plan,
     ids: Ids,
     sender: Sender,
+    ledger: Option<Ledger>,
     /// One permit for each callback that is due and that no worker has taken yet.
     due: Semaphore,
     /// The next callback's number.
@@ -105,10 +117,17 @@ impl Run {
     async fn work(self: Arc<Self>) -> anyhow::Result<Tally> {
         let mut tally = Tally::new()?;
         while let Some((number, counts_from)) = self.next_due().await {
-            let body = self.ids.body(number);
+            let ids = self.ids.of(number);
+            let body = callback::body(ids.iter().copied());
             self.sent.fetch_add(1, Ordering::Relaxed);
+            let sent_at = Instant::now();
             let outcome = self.sender.send(body).await;
-            tally.record(&outcome, counts_from.elapsed())?;
+            let latency = counts_from.elapsed();
+            tally.record(&outcome, latency)?;
+            if let Some(ledger) = &self.ledger {
+                let entry = Entry::new(ledger, counts_from, sent_at, latency, &outcome, ids);
+                ledger.write(&entry).context("cannot write the ledger")?;
+            }
         }
         Ok(tally)
     }
@@ -247,15 +266,15 @@ impl Ids {
         }
     }
 
-    fn body(&self, number: u64) -> String {
+    fn of(&self, number: u64) -> Vec<i64> {
         match *self {
             Self::Random { count, min, max } => {
                 let mut random = rand::rng();
-                callback::body((0..count).map(|_| random.random_range(min..=max)))
+                (0..count).map(|_| random.random_range(min..=max)).collect()
             }
             Self::Unique { count, first } => {
                 let first = first.wrapping_add_unsigned(number.wrapping_mul(u64::from(count)));
-                callback::body((0..count).map(|index| first.wrapping_add(i64::from(index))))
+                (0..count).map(|index| first.wrapping_add(i64::from(index))).collect()
             }
         }
     }
@@ -295,6 +314,7 @@ mod tests {
             connections: 1,
             unique: false,
             json: false,
+            ledger: None,
         };
         Plan::new(&config, Instant::now())
     }

@@ -1,10 +1,12 @@
 //! The load generator.
 
-use std::time::Duration;
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use service::CancellationToken;
 use tester::Report;
 use tester::config::Command;
+use tester::ledger::{Answer, Entry};
 
 use crate::support::{Endpoint, install_tls, settings, soon};
 
@@ -127,4 +129,61 @@ async fn when_told_to_stop_it_finishes_what_is_under_way_and_still_reports() {
     let (report, ()) = tokio::join!(running, stopping);
     assert_eq!((report.sent, report.accepted), (2, 2), "{report:?}");
     assert_eq!(report.unsent, 0, "{report:?}");
+}
+
+#[tokio::test]
+async fn the_ledger_says_what_came_of_each_callback_and_is_never_overwritten() {
+    // The first two are held up for longer than a partner waits.
+    let mut endpoint = Endpoint::slow(Duration::from_millis(1_300), 2).await;
+    let folder = testbed::Scratch::new("ledger");
+    let path = folder.path().join("ledger.jsonl");
+    let flag = format!("--ledger={}", path.display());
+    let flags = ["--rate=20", "--total=6", "--ids=2", "--unique", &flag];
+    let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap();
+    let report = load(&endpoint, &flags).await;
+
+    let entries = read_ledger(&path);
+    let with = |answer| entries.iter().filter(|entry| entry.answer == answer).count();
+    assert_eq!((with(Answer::Timeout), with(Answer::Status(200))), (2, 4), "{entries:?}");
+    assert_eq!((report.unanswered, report.accepted), (2, 4), "{report:?}");
+    let mut sent: Vec<i64> = endpoint.all_ids().concat();
+    let mut noted: Vec<i64> = entries.iter().flat_map(|entry| entry.ids.clone()).collect();
+    sent.sort_unstable();
+    noted.sort_unstable();
+    assert_eq!(noted, sent);
+    let due: Vec<u64> = entries.iter().map(|entry| entry.due_unix_us).collect();
+    let (first, last) = (*due.iter().min().unwrap(), *due.iter().max().unwrap());
+    assert!(u128::from(first) >= started.as_micros(), "{first}");
+    // Five intervals of 50 ms.
+    assert_eq!(last - first, 250_000);
+    for entry in entries {
+        let given_up = entry.answer == Answer::Timeout;
+        assert_eq!(entry.latency_us >= 1_000_000, given_up, "{entry:?}");
+        assert!(entry.late_us <= entry.latency_us, "{entry:?}");
+    }
+
+    let url = format!("--callback-endpoint=http://{}", endpoint.address);
+    let config = settings(&["load", &url, "--total=1", &flag]);
+    let Some(Command::Load(again)) = config.command else { panic!("no load") };
+    let refused = tester::load::run(&again, &config.callbacks, CancellationToken::new()).await;
+    assert!(refused.unwrap_err().to_string().contains("cannot create the ledger"));
+}
+
+#[tokio::test]
+async fn the_ledger_tells_a_refused_connection_from_no_answer() {
+    let address = testbed::free_port();
+    let folder = testbed::Scratch::new("ledger");
+    let path = folder.path().join("ledger.jsonl");
+    let flag = format!("--ledger={}", path.display());
+    run(&format!("127.0.0.1:{address}"), &["--total=1", &flag], CancellationToken::new()).await;
+    let entries = read_ledger(&path);
+    let [Entry { answer: Answer::Failed(reason), .. }] = entries.as_slice() else {
+        panic!("{entries:?}");
+    };
+    assert!(reason.contains("refused"), "{reason}");
+}
+
+fn read_ledger(path: &Path) -> Vec<Entry> {
+    let text = std::fs::read_to_string(path).unwrap();
+    text.lines().map(|line| serde_json::from_str(line).unwrap()).collect()
 }

@@ -1,0 +1,107 @@
+//! The ledger of a load run: what came of each callback, one JSON object per line.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::path::Path;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use serde::{Deserialize, Serialize};
+use tokio::time::Instant;
+
+use crate::callback::Outcome;
+
+/// One callback, as a line of the ledger has it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// When it was due, by this machine's clock, in microseconds since 1970.
+    pub due_unix_us: u64,
+    /// How much later it went out, because the load generator had no time or no free connection.
+    pub late_us: u64,
+    /// From when it was due to the end of its answer, or until it was given up or failed.
+    pub latency_us: u64,
+    /// What came back.
+    pub answer: Answer,
+    /// The ids in it.
+    pub ids: Vec<i64>,
+}
+
+/// What came back for a callback.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Answer {
+    /// A complete answer with this status.
+    Status(u16),
+    /// Nothing within `CALLBACK_TIMEOUT`.
+    Timeout,
+    /// The connection could not be made, or ended before the answer; with the reason.
+    Failed(String),
+}
+
+/// A file of [`Entry`] lines. Each is written by itself as soon as it is known, so that the file is
+/// true up to the moment at which the process is killed.
+pub(crate) struct Ledger {
+    file: File,
+    /// The same moment by both clocks.
+    start: (Instant, Duration),
+}
+
+impl Ledger {
+    /// Makes the file, which must not exist: a ledger is not to be overwritten by the next run.
+    pub(crate) fn create(path: &Path, start: Instant) -> io::Result<Self> {
+        let file = File::options().append(true).create_new(true).open(path)?;
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
+        Ok(Self { file, start: (start, now.saturating_sub(start.elapsed())) })
+    }
+
+    pub(crate) fn write(&self, entry: &Entry) -> io::Result<()> {
+        let mut line = serde_json::to_vec(entry)?;
+        line.push(b'\n');
+        // One write per line to a file opened for appending, so that those of several workers do
+        // not mix.
+        (&self.file).write_all(&line)
+    }
+
+    fn unix_time(&self, at: Instant) -> Duration {
+        let (start, unix) = self.start;
+        unix + at.saturating_duration_since(start)
+    }
+}
+
+impl Entry {
+    pub(crate) fn new(
+        ledger: &Ledger,
+        due_at: Instant,
+        sent_at: Instant,
+        latency: Duration,
+        outcome: &Outcome,
+        ids: Vec<i64>,
+    ) -> Self {
+        let answer = match outcome {
+            Outcome::Accepted(status) | Outcome::Refused(status) => {
+                Answer::Status(status.as_u16())
+            }
+            Outcome::Unanswered => Answer::Timeout,
+            Outcome::Failed(error) => Answer::Failed(innermost(error)),
+        };
+        Self {
+            due_unix_us: microseconds(ledger.unix_time(due_at)),
+            late_us: microseconds(sent_at.saturating_duration_since(due_at)),
+            latency_us: microseconds(latency),
+            answer,
+            ids,
+        }
+    }
+}
+
+/// What reqwest wraps: "connection refused" instead of "error sending request".
+fn innermost(error: &reqwest::Error) -> String {
+    let mut cause: &dyn std::error::Error = error;
+    while let Some(source) = cause.source() {
+        cause = source;
+    }
+    cause.to_string()
+}
+
+fn microseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_micros()).unwrap_or(u64::MAX)
+}
