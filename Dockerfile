@@ -7,6 +7,7 @@ COPY Cargo.toml Cargo.lock ./
 COPY broker/Cargo.toml broker/
 COPY consumer/Cargo.toml consumer/
 COPY embedded/Cargo.toml embedded/
+COPY faults/Cargo.toml faults/
 COPY pipeline/Cargo.toml pipeline/
 COPY producer/Cargo.toml producer/
 COPY routine/Cargo.toml routine/
@@ -16,6 +17,7 @@ COPY store/Cargo.toml store/
 COPY testbed/Cargo.toml testbed/
 COPY tester/Cargo.toml tester/
 RUN for crate in */; do mkdir "$crate/src" && touch "$crate/src/lib.rs"; done \
+ && mkdir faults/tests && touch faults/tests/faults.rs \
  && for service in producer consumer routine standalone tester; do echo 'fn main() {}' >"$service/src/main.rs"; done \
  && cargo build --release --locked -p producer -p consumer -p routine -p standalone -p tester
 

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test lint bench up down audit
+.PHONY: help test faults lint bench up down audit
 
 # The plugin where it is there, else the program of its own.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -9,6 +9,10 @@ help: ## list these targets
 
 test: ## build all and run all tests, with a RabbitMQ and a Postgres found or started for them
 	@scripts/test
+
+faults: ## run the whole fault suite, or one case (make faults CASE=broker_killed), and note it in FAULTS.md
+	cargo build --release --workspace --locked
+	FAULTS=all FAULTS_FILE=$(CURDIR)/FAULTS.md cargo test --release --locked -p faults --test faults -- $(CASE)
 
 lint: ## check format, clippy and documentation; a warning is a failure
 	cargo fmt --all --check

@@ -39,6 +39,7 @@ pub use http_get::{Reply, http_get};
 pub use ports::free_port;
 pub use postgres_cluster::PostgresCluster;
 pub use process::Process;
+pub use programs::server_versions;
 pub use proxy::Proxy;
 pub use queue::{Queue, RETRY_LEVELS};
 pub use rabbit_node::RabbitNode;

@@ -159,7 +159,8 @@ impl PostgresCluster {
             "listen_addresses = '127.0.0.1'\n\
              port = {}\n\
              unix_socket_directories = ''\n\
-             dynamic_shared_memory_type = mmap\n",
+             dynamic_shared_memory_type = mmap\n\
+             track_commit_timestamp = on\n",
             self.port
         );
         fs::write(self.folder().join("postgresql.auto.conf"), settings)
@@ -193,6 +194,14 @@ impl Drop for PostgresCluster {
         self.kill_all();
         programs::print_tail_if_panicking(&self.log_path());
     }
+}
+
+/// Such as `15.3`.
+pub(crate) fn version() -> String {
+    let mut command = Command::new(programs::find("postgres", &installed()));
+    let printed = programs::output(command.arg("--version"));
+    // postgres (PostgreSQL) 15.3 (Debian 15.3-0+deb12u1)
+    printed.split_whitespace().nth(2).unwrap_or_default().to_owned()
 }
 
 /// Where Debian puts each version's programs, the newest first.

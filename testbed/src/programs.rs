@@ -1,6 +1,9 @@
 //! Where the servers' programs are, and what they wrote last.
 
 use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::{postgres_cluster, rabbit_node};
 
 /// Finds a program in one of `folders`, else on `PATH`.
 ///
@@ -31,4 +34,19 @@ pub(crate) fn print_tail_if_panicking(log: &Path) {
 pub(crate) fn print_tail(name: &str, log: &[String]) {
     let tail = &log[log.len().saturating_sub(40)..];
     eprintln!("---- the end of {name} ----\n{}\n----", tail.join("\n"));
+}
+
+/// Which RabbitMQ and which Postgres [`crate::RabbitNode`] and [`crate::PostgresCluster`] start.
+///
+/// # Panics
+/// When one of them is not installed.
+#[must_use]
+pub fn server_versions() -> [String; 2] {
+    [rabbit_node::version(), postgres_cluster::version()]
+}
+
+/// What a program prints on its standard output, without its last line feed.
+pub(crate) fn output(command: &mut Command) -> String {
+    let output = command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
+    String::from_utf8_lossy(&output.stdout).trim().to_owned()
 }

@@ -213,6 +213,14 @@ impl Drop for RabbitNode {
     }
 }
 
+/// Such as `3.10.8`.
+pub(crate) fn version() -> String {
+    let mut command = Command::new(programs::find("rabbitmqctl", &[PathBuf::from(SCRIPTS)]));
+    // Its home is where it would keep a cookie.
+    command.arg("version").env("HOME", std::env::temp_dir());
+    programs::output(&mut command)
+}
+
 /// Whether the file by which Ra, the Raft of quorum queues, finds a queue's log has all that it
 /// should have.
 ///

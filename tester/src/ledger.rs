@@ -77,9 +77,7 @@ impl Entry {
         ids: Vec<i64>,
     ) -> Self {
         let answer = match outcome {
-            Outcome::Accepted(status) | Outcome::Refused(status) => {
-                Answer::Status(status.as_u16())
-            }
+            Outcome::Accepted(status) | Outcome::Refused(status) => Answer::Status(status.as_u16()),
             Outcome::Unanswered => Answer::Timeout,
             Outcome::Failed(error) => Answer::Failed(innermost(error)),
         };

@@ -1,0 +1,29 @@
+//! All cases, a file for each part that fails.
+
+use crate::case::Case;
+
+mod broker;
+mod consumer;
+mod database;
+mod producer;
+mod status_api;
+
+/// All cases, in the order of the table.
+pub(crate) fn all() -> Vec<Case> {
+    [broker::cases(), producer::cases(), consumer::cases(), database::cases(), status_api::cases()]
+        .into_iter()
+        .flatten()
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn each_case_can_be_run_alone_because_no_name_contains_another() {
+        let names: Vec<&str> = super::all().iter().map(|case| case.name).collect();
+        for name in &names {
+            let matched = names.iter().filter(|other| other.contains(name)).count();
+            assert_eq!(matched, 1, "`make faults CASE={name}` would run {matched} cases");
+        }
+    }
+}

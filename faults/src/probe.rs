@@ -1,0 +1,58 @@
+//! Callbacks that show whether the whole way is open again.
+
+use std::ops::RangeFrom;
+use std::time::{Duration, SystemTime};
+
+use pipeline::Partner;
+use sqlx::PgPool;
+
+const INTERVAL: Duration = Duration::from_millis(100);
+/// How long the table may take to answer before it counts as away.
+const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
+/// Far from the ids of the load; even, so that they end in the table.
+const FIRST_ID: i64 = 1_000_000_000_000;
+
+/// Posts callbacks of one id each, and looks for them in the table.
+pub(crate) struct Prober {
+    partner: Partner,
+    ids: RangeFrom<i64>,
+    accepted: Vec<(i64, SystemTime)>,
+}
+
+impl Default for Prober {
+    fn default() -> Self {
+        Self { partner: Partner::default(), ids: FIRST_ID.., accepted: Vec::new() }
+    }
+}
+
+impl Prober {
+    /// All that were accepted, and when.
+    pub(crate) fn accepted(&self) -> &[(i64, SystemTime)] {
+        &self.accepted
+    }
+
+    /// Posts probes until one of them is in the table.
+    pub(crate) async fn until_one_is_stored(&mut self, endpoint: &str, table: &PgPool) {
+        let mut waiting = Vec::new();
+        let mut ticks = tokio::time::interval(INTERVAL);
+        loop {
+            ticks.tick().await;
+            if let Some(id) = self.ids.by_ref().find(|id| id % 2 == 0)
+                && self.partner.post(endpoint, &[id]).await
+            {
+                self.accepted.push((id, SystemTime::now()));
+                waiting.push(id);
+            }
+            if is_any_stored(table, &waiting).await {
+                return;
+            }
+        }
+    }
+}
+
+async fn is_any_stored(table: &PgPool, ids: &[i64]) -> bool {
+    let query = sqlx::query_scalar("SELECT EXISTS (SELECT FROM object WHERE id = ANY($1))")
+        .bind(ids)
+        .fetch_one(table);
+    matches!(tokio::time::timeout(QUERY_TIMEOUT, query).await, Ok(Ok(true)))
+}

@@ -1,0 +1,202 @@
+//! The books: what the partner was answered, held against what the status API was asked, what the
+//! table holds and which dead letters there are.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use broker::{Inspector, Selection, Treatment};
+use sqlx::PgPool;
+use tester::ledger::{Answer, Entry};
+
+use crate::figures::{Allowed, Figures, Verdict};
+use crate::load::{is_2xx, is_in_time};
+use crate::status_api::{Lookups, StatusApi, is_online};
+use crate::world::QUEUE;
+
+/// For how long nothing may happen before what is missing counts as lost. A failed lookup may wait
+/// for up to 60 s before it is tried again.
+const STANDSTILL: Duration = Duration::from_secs(75);
+const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+
+/// How a fault ended.
+pub(crate) struct Recovery {
+    pub(crate) over_at: SystemTime,
+    /// Until a probe was through; `None` if none was.
+    pub(crate) took: Option<Duration>,
+}
+
+/// All that is known about what happened in a world.
+pub(crate) struct Books<'a> {
+    pub(crate) entries: Vec<Entry>,
+    pub(crate) probes: &'a [(i64, SystemTime)],
+    pub(crate) recoveries: &'a [Recovery],
+    pub(crate) nobody_listened: &'a [(SystemTime, Option<SystemTime>)],
+    pub(crate) status_api: &'a StatusApi,
+    pub(crate) table: &'a PgPool,
+    pub(crate) broker_uri: &'a str,
+}
+
+/// Where ids have got to.
+struct Settled {
+    lookups: HashMap<i64, Lookups>,
+    /// When each row was committed.
+    rows: HashMap<i64, SystemTime>,
+    dead_letters: Vec<Option<i64>>,
+    /// The ids of which nothing is known.
+    missing: Vec<i64>,
+}
+
+impl Books<'_> {
+    /// Waits until all that was accepted is settled, or nothing happens any more, and does the sums.
+    pub(crate) async fn close(self, allowed: Allowed) -> Verdict {
+        let accepted = self.accepted();
+        let settled = self.settled(&accepted).await;
+        let (mut cut_off, mut unanswered) = (0, 0);
+        for entry in self.entries.iter().filter(|entry| !is_in_time(entry)) {
+            if self.is_excused(entry) { cut_off += 1 } else { unanswered += 1 }
+        }
+        let in_time = || self.entries.iter().filter(|entry| is_in_time(entry));
+        let took = self.recoveries.iter().map(|recovery| recovery.took);
+        let figures = Figures {
+            accepted: in_time().filter(|entry| is_2xx(entry)).count(),
+            not_2xx: in_time().filter(|entry| !is_2xx(entry)).count(),
+            unanswered,
+            cut_off,
+            lost: settled.missing.len(),
+            looked_up_twice: settled.lookups.values().filter(|lookups| lookups.decided > 1).count(),
+            dead_letters: settled.dead_letters.len(),
+            // `None`, which is never, comes out as the longest.
+            recovery: took.max_by_key(|took| took.unwrap_or(Duration::MAX)).flatten(),
+            caught_up: self.caught_up(&accepted, &settled),
+        };
+        let mut breaches = figures.breaches(allowed);
+        let offline = settled.rows.keys().filter(|id| !is_online(**id)).count();
+        if offline > 0 {
+            breaches.push(format!("{offline} objects that were never online are in the table"));
+        }
+        if !breaches.is_empty() {
+            breaches.push(self.answers());
+            if let Some(id) = settled.missing.first() {
+                breaches.push(format!("one of the lost ids is {id}"));
+            }
+        }
+        Verdict { figures, breaches }
+    }
+
+    /// Each id that must not be lost, and when its callback was due.
+    fn accepted(&self) -> Vec<(i64, SystemTime)> {
+        let callbacks = self.entries.iter().filter(|entry| is_2xx(entry));
+        let ids = callbacks.flat_map(|entry| entry.ids.iter().map(|id| (*id, due_at(entry))));
+        ids.chain(self.probes.iter().copied()).collect()
+    }
+
+    async fn settled(&self, accepted: &[(i64, SystemTime)]) -> Settled {
+        let mut dead_letters = Vec::new();
+        let mut fewest = usize::MAX;
+        let mut moved = Instant::now();
+        loop {
+            let (lookups, rows) = (self.status_api.lookups(), committed(self.table).await);
+            let dead: HashSet<i64> = dead_letters.iter().copied().flatten().collect();
+            let is_settled = |id: &i64| {
+                let decided = lookups.get(id).is_some_and(|lookups| lookups.decided > 0);
+                decided && (!is_online(*id) || rows.contains_key(id)) || dead.contains(id)
+            };
+            let missing: Vec<i64> =
+                accepted.iter().map(|(id, _)| *id).filter(|id| !is_settled(id)).collect();
+            if missing.len() < fewest {
+                (fewest, moved) = (missing.len(), Instant::now());
+            }
+            // Looked at in any case, for a dead letter may be of an id that was settled before.
+            dead_letters = dead_lettered(self.broker_uri).await;
+            let dead: HashSet<i64> = dead_letters.iter().copied().flatten().collect();
+            if missing.iter().all(|id| dead.contains(id)) || moved.elapsed() > STANDSTILL {
+                let missing = missing.into_iter().filter(|id| !dead.contains(id)).collect();
+                return Settled { lookups, rows, dead_letters, missing };
+            }
+            tokio::time::sleep(LOOK_INTERVAL).await;
+        }
+    }
+
+    /// Whether nobody could have answered it: the connection failed while the case had the producer
+    /// killed. A callback that somebody kept waiting is not excused.
+    fn is_excused(&self, entry: &Entry) -> bool {
+        let (due, over) = (due_at(entry), due_at(entry) + Duration::from_micros(entry.latency_us));
+        matches!(entry.answer, Answer::Failed(_))
+            && self
+                .nobody_listened
+                .iter()
+                .any(|(from, until)| over >= *from && until.is_none_or(|until| due <= until))
+    }
+
+    /// The longest time from the end of a fault until the last of the ids accepted before it was
+    /// settled.
+    fn caught_up(&self, accepted: &[(i64, SystemTime)], settled: &Settled) -> Duration {
+        let settled_at = |id: &i64| {
+            let looked_up = settled.lookups.get(id).and_then(|lookups| lookups.first_decided_at);
+            settled.rows.get(id).copied().or(looked_up)
+        };
+        let late = |(id, due): &(i64, SystemTime)| {
+            let next_end = self.recoveries.iter().map(|recovery| recovery.over_at);
+            let over_at = next_end.filter(|over_at| over_at >= due).min()?;
+            settled_at(id)?.duration_since(over_at).ok()
+        };
+        accepted.iter().filter_map(late).max().unwrap_or_default()
+    }
+
+    /// What was answered how often, for whoever looks into a failure.
+    fn answers(&self) -> String {
+        let mut counts = BTreeMap::new();
+        for entry in &self.entries {
+            let answer = match &entry.answer {
+                Answer::Status(status) => status.to_string(),
+                Answer::Timeout => "no answer".to_owned(),
+                Answer::Failed(reason) => reason.clone(),
+            };
+            *counts.entry(answer).or_insert(0_usize) += 1;
+        }
+        let counts: Vec<String> =
+            counts.iter().map(|(answer, count)| format!("{count} × {answer}")).collect();
+        let late = self.entries.iter().map(|entry| entry.late_us / 1_000).max().unwrap_or(0);
+        let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
+        let load: Vec<&str> = load.split(' ').take(2).collect();
+        format!(
+            "answers: {}; the load generator was up to {late} ms late, the machine's load average over 1 and 5 minutes is {}",
+            counts.join(", "),
+            load.join(" and ")
+        )
+    }
+}
+
+fn due_at(entry: &Entry) -> SystemTime {
+    UNIX_EPOCH + Duration::from_micros(entry.due_unix_us)
+}
+
+/// When each row was committed.
+async fn committed(table: &PgPool) -> HashMap<i64, SystemTime> {
+    const ROWS: &str =
+        "SELECT id, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 FROM object";
+    let rows: Vec<(i64, f64)> =
+        sqlx::query_as(ROWS).fetch_all(table).await.expect("the table should be readable again");
+    rows.into_iter().map(|(id, at)| (id, UNIX_EPOCH + Duration::from_secs_f64(at))).collect()
+}
+
+/// The dead letters' ids; `None` is one whose id cannot be read.
+async fn dead_lettered(broker_uri: &str) -> Vec<Option<i64>> {
+    let config = broker::Config {
+        amqp_uri: broker_uri.parse().expect("a node's URI should be one"),
+        queue: broker::QueueConfig {
+            queue_name: QUEUE.to_owned(),
+            queue_type: broker::QueueType::Quorum,
+        },
+    };
+    let mut ids = Vec::new();
+    let look = async {
+        let mut inspector = Inspector::open(&config).await?;
+        let all = Selection::default();
+        inspector.dead_letters(&all, Treatment::Look, |letter| ids.push(letter.id)).await?;
+        inspector.close().await;
+        Ok::<(), broker::InspectError>(())
+    };
+    look.await.expect("the dead letters should be readable again");
+    ids
+}

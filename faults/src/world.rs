@@ -1,0 +1,252 @@
+//! One whole system for one case: its servers, its services, its partner.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant, SystemTime};
+
+use pipeline::Surroundings;
+use testbed::{
+    PostgresCluster, Process, Proxy, RabbitNode, Scratch, eventually, free_port,
+    postgres_environment,
+};
+
+use crate::figures::{Allowed, Verdict};
+use crate::load::{Load, Rate};
+use crate::probe::Prober;
+use crate::settling::{Books, Recovery};
+use crate::status_api::StatusApi;
+
+/// `QUEUE_NAME`.
+pub(crate) const QUEUE: &str = "objects";
+/// How long the load runs before the fault.
+const LEAD: Duration = Duration::from_secs(4);
+/// How long it goes on after the last recovery.
+const TAIL: Duration = Duration::from_secs(3);
+/// How long a case waits for its world to work, or to work again, before it gives up.
+const PATIENCE: Duration = Duration::from_mins(1);
+/// For how long after the death of one of several producers callbacks may still run into it.
+const CUTTING_OFF: Duration = Duration::from_millis(100);
+
+/// What is particular about a world. Variables come on top of those that each service gets anyway.
+pub(crate) struct Setup {
+    /// How many callbacks there are.
+    pub(crate) rate: Rate,
+    /// Whether the services reach broker and database through [`World::to_broker`] and
+    /// [`World::to_database`], which can go silent or be cut.
+    pub(crate) through_proxies: bool,
+    /// How many consumers there are.
+    pub(crate) consumers: usize,
+    /// Variables of the producer.
+    pub(crate) producer: Vec<(&'static str, &'static str)>,
+    /// Variables of each consumer.
+    pub(crate) consumer: Vec<(&'static str, &'static str)>,
+    /// Variables of the routine.
+    pub(crate) routine: Vec<(&'static str, &'static str)>,
+}
+
+impl Default for Setup {
+    fn default() -> Self {
+        Self {
+            rate: Rate::USUAL,
+            through_proxies: false,
+            consumers: 1,
+            producer: Vec::new(),
+            consumer: Vec::new(),
+            routine: Vec::new(),
+        }
+    }
+}
+
+/// Servers, services and load of one case. All of it ends with it.
+///
+/// Who is in `producer`, `consumers` and `routine` at the end of the case must still run: a case
+/// that ends one puts another into its place, or takes it out.
+pub(crate) struct World {
+    pub(crate) broker: RabbitNode,
+    pub(crate) database: PostgresCluster,
+    pub(crate) status_api: StatusApi,
+    /// In between only if [`Setup::through_proxies`] says so.
+    pub(crate) to_broker: Proxy,
+    /// In between only if [`Setup::through_proxies`] says so.
+    pub(crate) to_database: Proxy,
+    pub(crate) producer: Option<Process>,
+    pub(crate) consumers: Vec<Process>,
+    pub(crate) routine: Option<Process>,
+    setup: Setup,
+    surroundings: Surroundings,
+    producer_address: SocketAddr,
+    load: Option<Load>,
+    prober: Prober,
+    recoveries: Vec<Recovery>,
+    /// From when to when nobody took callbacks, because the case had killed who did.
+    nobody_listened: Vec<(SystemTime, Option<SystemTime>)>,
+    scratch: Scratch,
+}
+
+impl World {
+    /// Everything up and ready.
+    pub(crate) async fn start(setup: Setup) -> Self {
+        let mut world = Self::servers(setup).await;
+        world.start_services();
+        world.is_ready().await;
+        world
+    }
+
+    /// The servers only: broker, database, status API.
+    pub(crate) async fn servers(setup: Setup) -> Self {
+        let (broker, database) = tokio::join!(RabbitNode::start(), PostgresCluster::start());
+        let status_api = StatusApi::start();
+        let to_broker = Proxy::start(format!("127.0.0.1:{}", broker.amqp_port())).await;
+        let to_database = Proxy::start(format!("127.0.0.1:{}", database.port())).await;
+        let (amqp_uri, database_url) = if setup.through_proxies {
+            let (broker, database) = (to_broker.addr(), to_database.addr());
+            (
+                format!("amqp://guest:guest@{broker}/%2f"),
+                format!("postgres://postgres@{database}/postgres"),
+            )
+        } else {
+            (broker.amqp_uri(), database.url().to_owned())
+        };
+        let surroundings = Surroundings {
+            amqp_uri,
+            queue: QUEUE.to_owned(),
+            database: postgres_environment(&database_url),
+            status_api: status_api.endpoint(),
+        };
+        Self {
+            broker,
+            database,
+            status_api,
+            to_broker,
+            to_database,
+            producer: None,
+            consumers: Vec::new(),
+            routine: None,
+            setup,
+            surroundings,
+            producer_address: SocketAddr::from(([127, 0, 0, 1], free_port())),
+            load: None,
+            prober: Prober::default(),
+            recoveries: Vec::new(),
+            nobody_listened: Vec::new(),
+            scratch: Scratch::new("faults"),
+        }
+    }
+
+    /// Starts a producer, the consumers and a routine.
+    pub(crate) fn start_services(&mut self) {
+        self.producer = Some(self.spawn_producer());
+        self.consumers = (0..self.setup.consumers).map(|_| self.spawn_consumer()).collect();
+        self.routine = Some(self.spawn_routine());
+    }
+
+    /// Waits until all services are ready.
+    pub(crate) async fn is_ready(&self) {
+        for service in self.services() {
+            service.ready().await;
+        }
+    }
+
+    /// A producer where the load goes to. Each one finds the spool that the one before it left.
+    pub(crate) fn spawn_producer(&self) -> Process {
+        let spool = self.scratch.path().join("spool");
+        let (spool, address) = (spool.display().to_string(), self.producer_address.to_string());
+        let mut variables =
+            vec![("PRODUCER_ADDR", address.as_str()), ("SPOOL_DIR", spool.as_str())];
+        variables.extend(&self.setup.producer);
+        self.surroundings.spawn("producer", &variables)
+    }
+
+    /// A consumer with room for all lookups that the load leads to.
+    pub(crate) fn spawn_consumer(&self) -> Process {
+        let mut variables = vec![("MAX_CONSUMERS", "300")];
+        variables.extend(&self.setup.consumer);
+        self.surroundings.spawn("consumer", &variables)
+    }
+
+    /// A routine that deletes nothing which a case could want to see, unless told so.
+    pub(crate) fn spawn_routine(&self) -> Process {
+        let mut variables = vec![("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "500ms")];
+        variables.extend(&self.setup.routine);
+        self.surroundings.spawn("routine", &variables)
+    }
+
+    /// Where callbacks are posted to.
+    pub(crate) fn endpoint(&self) -> String {
+        format!("http://{}/callback", self.producer_address)
+    }
+
+    /// Starts the load, and lets it run for the usual while.
+    pub(crate) async fn comes_under_load(&mut self) {
+        let path = self.scratch.path().join("ledger.jsonl");
+        let load = self.load.insert(Load::start(&self.endpoint(), self.setup.rate, path));
+        let enough = self.setup.rate.callbacks as usize * LEAD.as_secs() as usize;
+        eventually("the load is under way", PATIENCE, async || {
+            (load.accepted() >= enough).then_some(())
+        })
+        .await;
+    }
+
+    /// Lets things be as they are for so long.
+    pub(crate) async fn stays(&self, duration: Duration) {
+        tokio::time::sleep(duration).await;
+    }
+
+    /// Kills the producer. Until [`World::producer_is_back`], a callback that is cut off or finds
+    /// nobody to connect to does not count as unanswered.
+    pub(crate) async fn producer_is_killed(&mut self) {
+        let producer = self.producer.take().expect("there should be a producer to kill");
+        self.nobody_listened.push((SystemTime::now(), None));
+        producer.kill();
+        producer.wait().await;
+    }
+
+    /// Starts another producer on the spool of the last, and waits until it takes callbacks.
+    pub(crate) async fn producer_is_back(&mut self) {
+        let producer = self.producer.insert(self.spawn_producer());
+        producer.wait_for_log("taking callbacks").await;
+        if let Some((_, until @ None)) = self.nobody_listened.last_mut() {
+            *until = Some(SystemTime::now() + CUTTING_OFF);
+        }
+    }
+
+    /// The fault is over. Posts probes until one of them has been accepted, looked up and committed,
+    /// and takes the time.
+    pub(crate) async fn recovers(&mut self) {
+        let (over_at, over) = (SystemTime::now(), Instant::now());
+        let endpoint = self.endpoint();
+        let probing = self.prober.until_one_is_stored(&endpoint, self.database.pool());
+        let took = tokio::time::timeout(PATIENCE, probing).await;
+        let took = took.ok().map(|()| over.elapsed());
+        self.recoveries.push(Recovery { over_at, took });
+    }
+
+    /// Ends the load a little later, waits until all that was accepted is settled, and holds the
+    /// books against each other.
+    pub(crate) async fn settles(mut self, allowed: Allowed) -> Verdict {
+        self.stays(TAIL).await;
+        let entries = match self.load.take() {
+            Some(load) => load.stop().await,
+            None => Vec::new(),
+        };
+        let broker_uri = self.broker.amqp_uri();
+        let books = Books {
+            entries,
+            probes: self.prober.accepted(),
+            recoveries: &self.recoveries,
+            nobody_listened: &self.nobody_listened,
+            status_api: &self.status_api,
+            table: self.database.pool(),
+            broker_uri: &broker_uri,
+        };
+        let mut verdict = books.close(allowed).await;
+        let ended = self.services().filter(|service| !service.is_running()).count();
+        if ended > 0 {
+            verdict.breaches.push(format!("{ended} services ended by themselves"));
+        }
+        verdict
+    }
+
+    fn services(&self) -> impl Iterator<Item = &Process> {
+        self.producer.iter().chain(&self.consumers).chain(&self.routine)
+    }
+}
