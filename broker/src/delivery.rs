@@ -17,6 +17,9 @@ pub enum Disposition {
         /// The least wait that the peer asked for.
         after: Option<Duration>,
     },
+    /// No attempt was made, or it says nothing about the message: it goes to the end of the queue as it
+    /// is, and counts neither as an attempt nor as a redelivery, of which the broker allows only some.
+    Requeue,
     /// Given up, kept for a person among the dead letters.
     DeadLetter {
         /// Why, as above.
@@ -81,7 +84,7 @@ impl Delivery {
         }
     }
 
-    /// Settles it. A retry or a dead letter is durable before the original is gone: between the two
+    /// Settles it. A requeued one, a retry or a dead letter is durable before the original is gone: between the two
     /// there may be two of them, never none. While the broker does not confirm, it is tried again
     /// for as long as the delivery's own channel lasts. If this is dropped, the message is settled all
     /// the same, or delivered again when its consumer is closed.
@@ -89,6 +92,7 @@ impl Delivery {
         let kind = match &disposition {
             Disposition::Ack => "ack",
             Disposition::Retry { .. } => "retry",
+            Disposition::Requeue => "requeue",
             Disposition::DeadLetter { .. } => "dead_letter",
         };
         let settled = match self.0 {

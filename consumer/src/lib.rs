@@ -1,6 +1,7 @@
 //! The lookup: takes messages, asks the status API about each object, writes down who is online,
 //! and acknowledges a message only when all that is committed.
 
+mod breaker;
 mod config;
 mod lookups;
 mod status_api;
@@ -11,9 +12,11 @@ use std::sync::Arc;
 use broker::{Consumer, Publisher};
 use service::{CancellationToken, Description, Health};
 use store::Store;
+use tokio::sync::watch;
 
 pub use config::{Config, Lookups};
 
+use crate::breaker::Breaker;
 use crate::lookups::Intake;
 use crate::status_api::StatusApi;
 use crate::writer::Writer;
@@ -39,7 +42,8 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let Config { lookups, broker, store } = config;
-    let status_api = StatusApi::new(&lookups)?;
+    let breaker = Breaker::new(lookups.max_consumers.into());
+    let status_api = StatusApi::new(&lookups, breaker.status())?;
     let store = Arc::new(Store::start(&store, "consumer", DATABASE_CONNECTIONS)?);
     let publisher = Publisher::start(&broker, "consumer: retries and dead letters")?;
     let deliveries = Consumer::new(&publisher, "consumer", lookups.prefetch());
@@ -50,12 +54,31 @@ pub async fn run(
     health.all_told();
 
     let writer = Writer::start(Arc::clone(&store), &lookups);
-    let intake = Intake::new(&lookups, status_api, writer);
+    let died = died(publisher.clone(), Arc::clone(&store), writer.clone(), status_api.status());
+    let intake = Intake::new(&lookups, status_api, Arc::clone(&breaker), writer, shutdown);
     tokio::select! {
-        ended = intake.run(deliveries, shutdown) => ended?,
-        () = publisher.died() => anyhow::bail!("the publisher has died"),
-        () = store.died() => anyhow::bail!("the store has died"),
+        ended = intake.run(deliveries) => ended?,
+        part = died => anyhow::bail!("{part} has died"),
+        never = breaker.watch() => match never {},
     }
     publisher.close().await;
     Ok(())
+}
+
+/// Waits until a part has died that runs by itself, and says which. Without one of them, this process
+/// would do nothing, or not know it, for as long as it lives.
+async fn died(
+    publisher: Publisher,
+    store: Arc<Store>,
+    writer: Writer,
+    mut status_api: watch::Receiver<Result<(), String>>,
+) -> &'static str {
+    // Its sender is gone only with the probe.
+    let probe_died = async { while status_api.changed().await.is_ok() {} };
+    tokio::select! {
+        () = publisher.died() => "the publisher",
+        () = store.died() => "the store",
+        () = writer.died() => "the batch writer",
+        () = probe_died => "the status API's probe",
+    }
 }

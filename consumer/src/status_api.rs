@@ -2,7 +2,7 @@
 
 use std::error::Error as _;
 use std::io;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime};
 
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Response, StatusCode, Url, redirect};
@@ -60,6 +60,18 @@ impl LookupError {
         }
     }
 
+    /// For how long the API asks to be left alone, by everybody: with 429 always, and with 503 if it
+    /// says so.
+    pub(crate) fn asks_to_wait(&self) -> Option<Duration> {
+        match self {
+            Self::Status { status: StatusCode::TOO_MANY_REQUESTS, retry_after } => {
+                Some(retry_after.unwrap_or_default())
+            }
+            Self::Status { status: StatusCode::SERVICE_UNAVAILABLE, retry_after } => *retry_after,
+            _ => None,
+        }
+    }
+
     /// The wait that the API asked for.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
@@ -69,7 +81,7 @@ impl LookupError {
     }
 }
 
-/// Whether an HTTP server can be reached at the API's address.
+/// Whether an HTTP server can be reached at the API's address, and answers lookups.
 type Reachable = Result<(), String>;
 
 pub(crate) struct StatusApi {
@@ -89,7 +101,10 @@ struct Body {
 impl StatusApi {
     /// # Errors
     /// When the HTTP client cannot be set up, for instance without the system's certificates.
-    pub(crate) fn new(config: &Lookups) -> Result<Self, reqwest::Error> {
+    pub(crate) fn new(
+        config: &Lookups,
+        by_lookups: watch::Receiver<Reachable>,
+    ) -> Result<Self, reqwest::Error> {
         let client = Client::builder()
             .connect_timeout(config.status_timeout.min(MAX_CONNECT_TIME))
             .timeout(config.status_timeout)
@@ -100,8 +115,11 @@ impl StatusApi {
             .user_agent(concat!("lastseen/", env!("CARGO_PKG_VERSION")))
             .build()?;
         let (sender, status) = watch::channel(Err(NOT_YET.to_owned()));
-        let probe =
-            AbortOnDropHandle::new(tokio::spawn(probe(config.tester_endpoint.clone(), sender)));
+        let probe = AbortOnDropHandle::new(tokio::spawn(probe(
+            config.tester_endpoint.clone(),
+            by_lookups,
+            sender,
+        )));
         Ok(Self {
             client,
             endpoint: config.tester_endpoint.as_str().trim_end_matches('/').to_owned(),
@@ -162,23 +180,30 @@ impl StatusApi {
     }
 }
 
-/// The whole seconds of `Retry-After`; its other form, a date, is rare and not worth a parser.
+/// `Retry-After`, in seconds or as a date; one that has passed is no wait.
 fn retry_after(response: &Response) -> Option<Duration> {
-    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?;
-    value.trim().parse().ok().map(Duration::from_secs)
+    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let seconds = value.parse().ok().map(Duration::from_secs);
+    let until = || httpdate::parse_http_date(value).ok();
+    seconds.or_else(|| until().map(|at| at.duration_since(SystemTime::now()).unwrap_or_default()))
 }
 
-/// Keeps `status` true, so that readiness does not depend on there being something to look up.
-async fn probe(endpoint: Url, status: watch::Sender<Reachable>) {
+/// Keeps `status` true: what the lookups say, which is bad news only; and by itself whether the API
+/// can be reached, so that readiness does not depend on there being something to look up.
+async fn probe(
+    endpoint: Url,
+    mut by_lookups: watch::Receiver<Reachable>,
+    status: watch::Sender<Reachable>,
+) {
     let host = endpoint.host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
     let port = endpoint.port_or_known_default().unwrap_or(80);
+    let mut before = Err(NOT_YET.to_owned());
     loop {
         let connected = timeout(MAX_CONNECT_TIME, TcpStream::connect((host.as_str(), port))).await;
         let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
         let reachable =
             connected.map(drop).map_err(|error| format!("cannot reach {host}:{port}: {error}"));
-        let before = status.send_replace(reachable.clone());
-        match reachable {
+        match &reachable {
             // Once for each outage; the first attempt of all counts as one.
             Err(reason) if before.is_ok() || before == Err(NOT_YET.to_owned()) => {
                 tracing::warn!(reason, "no status API; trying again until it is back");
@@ -187,6 +212,15 @@ async fn probe(endpoint: Url, status: watch::Sender<Reachable>) {
             Ok(()) if before.is_err() => tracing::info!("the status API can be reached"),
             Ok(()) => {}
         }
-        tokio::time::sleep(PROBE_INTERVAL).await;
+        before.clone_from(&reachable);
+        let answers = by_lookups.borrow_and_update().clone();
+        _ = status.send_replace(reachable.and(answers));
+        // Ended early by the lookups' news; without anybody to bring them, there are none.
+        let news = async {
+            if by_lookups.changed().await.is_err() {
+                std::future::pending().await
+            }
+        };
+        _ = timeout(PROBE_INTERVAL, news).await;
     }
 }

@@ -1,10 +1,11 @@
 //! Writing results down, many with one statement.
 
+use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backon::{BackoffBuilder as _, ExponentialBuilder};
-use store::{Sighting, Store};
+use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+use store::{Sighting, Store, StoreError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout_at;
 
@@ -15,8 +16,17 @@ use crate::config::Lookups;
 #[error("the batch writer has died")]
 pub(crate) struct WriterDied;
 
+/// What has become of a result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Written {
+    Committed,
+    /// The database will never take this row, for this reason.
+    Refused(String),
+}
+
 /// Collects results and commits them in batches. While one batch is being committed the next one
 /// gathers, so that batches grow with the load by themselves.
+#[derive(Clone)]
 pub(crate) struct Writer {
     results: mpsc::Sender<Seen>,
 }
@@ -25,27 +35,40 @@ pub(crate) struct Writer {
 struct Seen {
     id: i64,
     at: Instant,
-    committed: oneshot::Sender<()>,
+    written: oneshot::Sender<Written>,
 }
 
 impl Writer {
     pub(crate) fn start(store: Arc<Store>, config: &Lookups) -> Self {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
-        let (results, incoming) = mpsc::channel(batch_max);
         let linger = config.write_batch_linger;
-        tokio::spawn(write_batches(store, incoming, batch_max, linger));
+        Self::served_by(batch_max, |results| write_batches(store, results, batch_max, linger))
+    }
+
+    fn served_by<F: Future<Output = ()> + Send + 'static>(
+        waiting_max: usize,
+        write: impl FnOnce(mpsc::Receiver<Seen>) -> F,
+    ) -> Self {
+        let (results, incoming) = mpsc::channel(waiting_max);
+        tokio::spawn(write(incoming));
         Self { results }
     }
 
-    /// Returns once it is committed that the object was online at `at`, however long that takes.
+    /// Returns once it is committed that the object was online at `at`, or refused for good, however
+    /// long that takes.
     ///
     /// # Errors
     /// [`WriterDied`]; then it may not be committed and must not be acked.
-    pub(crate) async fn record(&self, id: i64, at: Instant) -> Result<(), WriterDied> {
-        let (committed, commit) = oneshot::channel();
-        self.results.send(Seen { id, at, committed }).await.map_err(|_| WriterDied)?;
-        commit.await.map_err(|_| WriterDied)
+    pub(crate) async fn record(&self, id: i64, at: Instant) -> Result<Written, WriterDied> {
+        let (written, outcome) = oneshot::channel();
+        self.results.send(Seen { id, at, written }).await.map_err(|_| WriterDied)?;
+        outcome.await.map_err(|_| WriterDied)
+    }
+
+    /// Returns only if what writes has died.
+    pub(crate) async fn died(&self) {
+        self.results.closed().await;
     }
 }
 
@@ -67,46 +90,73 @@ async fn write_batches(
                 Ok(_) => {}
             }
         }
-        commit(&store, &batch).await;
+        let refused = commit(&store, &batch).await;
         for seen in batch.drain(..) {
+            let reason = refused.get(&seen.id).cloned();
+            let written = reason.map_or(Written::Committed, Written::Refused);
             // Its delivery may have been lost meanwhile; the row is right all the same.
-            let _ = seen.committed.send(());
+            let _ = seen.written.send(written);
         }
     }
 }
 
 /// Writes the batch, and while the database is away tries again: results wait, unacked, and the
 /// prefetch stops the intake.
-async fn commit(store: &Store, batch: &[Seen]) {
+///
+/// Returns the objects whose rows the database refuses, with its reasons. They are found by halving:
+/// each half is committed or halved on, so one bad row among 1,000 costs some twenty statements.
+async fn commit(store: &Store, batch: &[Seen]) -> HashMap<i64, String> {
     let newest = newest_of_each(batch);
-    let mut waits = ExponentialBuilder::new()
-        .with_min_delay(Duration::from_millis(50))
-        .with_max_delay(Duration::from_millis(700))
-        .with_jitter()
-        .without_max_times()
-        .build();
+    let mut waits = waits();
     let started = Instant::now();
     let mut failures = 0_u32;
-    loop {
+    let mut refused = HashMap::new();
+    let mut parts = vec![newest.as_slice()];
+    while let Some(rows) = parts.pop() {
         // The age is taken anew for each attempt: it counts from now back to the answer.
         let sightings: Vec<Sighting> =
-            newest.iter().map(|&(id, at)| Sighting { id, age: at.elapsed() }).collect();
-        let Err(error) = store.record_seen(&sightings).await else { break };
-        failures += 1;
-        metrics::counter!("lastseen_write_failures_total").increment(1);
-        if failures == 1 {
-            tracing::warn!(%error, rows = newest.len(), "a batch is not written; trying again");
-        } else {
-            tracing::debug!(%error, failures, "a batch is still not written");
+            rows.iter().map(|&(id, at)| Sighting { id, age: at.elapsed() }).collect();
+        match (store.record_seen(&sightings).await, rows) {
+            (Ok(()), _) => waits = self::waits(),
+            (Err(error @ StoreError::Refused(_)), &[(id, _)]) => {
+                let reason = error.to_string();
+                tracing::warn!(id, reason, "not written");
+                refused.insert(id, reason);
+            }
+            (Err(StoreError::Refused(_)), rows) => {
+                let (first, second) = rows.split_at(rows.len() / 2);
+                parts.extend([second, first]);
+            }
+            (Err(error), rows) => {
+                failures += 1;
+                metrics::counter!("lastseen_write_failures_total").increment(1);
+                if failures == 1 {
+                    tracing::warn!(%error, rows = rows.len(), "a batch is not written; trying again");
+                } else {
+                    tracing::debug!(%error, failures, "a batch is still not written");
+                }
+                parts.push(rows);
+                tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(1))).await;
+            }
         }
-        tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(1))).await;
     }
     if failures > 0 {
         tracing::info!(rows = newest.len(), failures, "the batch is written after all");
     }
+    metrics::counter!("lastseen_rows_refused_total").increment(refused.len() as u64);
     metrics::histogram!("lastseen_write_seconds").record(started.elapsed());
     #[expect(clippy::cast_precision_loss, reason = "a batch has at most 10,000 rows")]
     metrics::histogram!("lastseen_write_batch_rows").record(newest.len() as f64);
+    refused
+}
+
+fn waits() -> ExponentialBackoff {
+    ExponentialBuilder::new()
+        .with_min_delay(Duration::from_millis(50))
+        .with_max_delay(Duration::from_millis(700))
+        .with_jitter()
+        .without_max_times()
+        .build()
 }
 
 /// Each object once, with its newest sighting, in ascending order of the ids: the order in which
@@ -127,6 +177,7 @@ fn describe_metrics() {
         "Time to commit a batch, failed attempts included."
     );
     metrics::describe_counter!("lastseen_write_failures_total", "Attempts at a batch that failed.");
+    metrics::describe_counter!("lastseen_rows_refused_total", "Rows that the database refused.");
 }
 
 #[cfg(test)]
@@ -139,11 +190,21 @@ mod tests {
         let seen = |id, after| Seen {
             id,
             at: start + Duration::from_secs(after),
-            committed: oneshot::channel().0,
+            written: oneshot::channel().0,
         };
         let batch = [seen(7, 1), seen(-3, 5), seen(7, 9), seen(7, 4)];
         let newest = newest_of_each(&batch);
         let seconds = |after| start + Duration::from_secs(after);
         assert_eq!(newest, [(-3, seconds(5)), (7, seconds(9))]);
+    }
+
+    #[tokio::test]
+    async fn a_writer_that_panics_is_noticed_by_all_who_depend_on_it() {
+        let writer = Writer::served_by(1, async |mut results| {
+            let _first = results.recv().await;
+            panic!("this one panics");
+        });
+        let (died, recorded) = tokio::join!(writer.died(), writer.record(42, Instant::now()));
+        assert!(matches!((died, recorded), ((), Err(WriterDied))));
     }
 }

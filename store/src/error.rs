@@ -23,6 +23,10 @@ pub enum StoreError {
     /// The batch of sightings was not written, none of it.
     #[error("cannot record what was seen: {0}")]
     RecordSeen(#[source] Cause),
+    /// The batch of sightings was not written, none of it, because the database will never take one of
+    /// its rows, as by a constraint or a trigger. Trying it again leads nowhere.
+    #[error("the database refuses it: {0}")]
+    Refused(#[source] Cause),
     /// The batch of stale rows was not deleted, none of it.
     #[error("cannot delete what is stale: {0}")]
     DeleteStale(#[source] Cause),

@@ -15,7 +15,6 @@ use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
-use crate::error::Cause;
 use crate::{Object, Sighting, StoreError, StoreStatus};
 
 static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
@@ -45,12 +44,25 @@ impl Table {
             .acquire_timeout(Duration::from_secs(2))
             .connect_lazy_with(options.clone());
         let (sender, status) = watch::channel(Err(monitor::NOT_YET.to_owned()));
-        let monitor = AbortOnDropHandle::new(tokio::spawn(monitor::watch(options, sender)));
-        Self { pool, status, _monitor: monitor }
+        Self::watched(pool, status, monitor::watch(options, sender))
+    }
+
+    fn watched(
+        pool: PgPool,
+        status: watch::Receiver<StoreStatus>,
+        monitor: impl Future<Output = ()> + Send + 'static,
+    ) -> Self {
+        Self { pool, status, _monitor: AbortOnDropHandle::new(tokio::spawn(monitor)) }
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<StoreStatus> {
         self.status.clone()
+    }
+
+    /// Returns only if the monitor has died, and the status with it.
+    pub(crate) async fn died(&self) {
+        let mut status = self.status.clone();
+        while status.changed().await.is_ok() {}
     }
 
     pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<(), StoreError> {
@@ -72,7 +84,7 @@ impl Table {
         )
         .bind(ids)
         .bind(ages);
-        execute(connection, query, StoreError::RecordSeen).await?;
+        execute(connection, query, recording_failed).await?;
         Ok(())
     }
 
@@ -87,7 +99,8 @@ impl Table {
         .bind(i64::from(limit));
         let connection =
             self.pool.acquire().await.map_err(|error| StoreError::DeleteStale(error.into()))?;
-        let done = execute(connection, query, StoreError::DeleteStale).await?;
+        let done =
+            execute(connection, query, |error| StoreError::DeleteStale(error.into())).await?;
         Ok(done.rows_affected())
     }
 }
@@ -98,13 +111,27 @@ impl Table {
 async fn execute(
     mut connection: PoolConnection<Postgres>,
     query: Query<'_, Postgres, PgArguments>,
-    failed: fn(Cause) -> StoreError,
+    failed: impl FnOnce(sqlx::Error) -> StoreError,
 ) -> Result<PgQueryResult, StoreError> {
     let Ok(done) = timeout(QUERY_TIMEOUT, query.execute(&mut *connection)).await else {
         drop(connection.detach());
         return Err(StoreError::Timeout(QUERY_TIMEOUT));
     };
-    done.map_err(|error| failed(error.into()))
+    done.map_err(failed)
+}
+
+/// Tells a row that the database refuses from a database that takes none.
+///
+/// What a SQLSTATE of these classes complains of is a value: out of range (22), against a constraint
+/// (23) or a view's check (44), or a trigger's `RAISE` (P0). All others, such as a missing table or
+/// privilege, a full disk or a deadlock, would hit each row alike and pass by: a row that was given up
+/// for one of those would be lost for an outage.
+fn recording_failed(error: sqlx::Error) -> StoreError {
+    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
+    let refused = code
+        .is_some_and(|code| ["22", "23", "44", "P0"].iter().any(|class| code.starts_with(class)));
+    let kind = if refused { StoreError::Refused } else { StoreError::RecordSeen };
+    kind(error.into())
 }
 
 /// The table, read on one connection.
@@ -142,4 +169,25 @@ fn named(options: PgConnectOptions, name: &str) -> PgConnectOptions {
     options
         .application_name(name)
         .options([("statement_timeout", STATEMENT_TIMEOUT), ("timezone", "UTC")])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_monitor_that_panics_is_noticed() {
+        let pool = PgPoolOptions::new().connect_lazy_with(PgConnectOptions::new());
+        let (sender, status) = watch::channel(Ok(()));
+        let (panic, panics) = tokio::sync::oneshot::channel::<()>();
+        let table = Table::watched(pool, status, async move {
+            let _status = sender;
+            panics.await.expect("this one panics");
+        });
+        let died = table.died();
+        tokio::pin!(died);
+        assert!(timeout(Duration::from_millis(100), &mut died).await.is_err(), "not yet");
+        drop(panic);
+        assert!(timeout(Duration::from_secs(30), died).await.is_ok());
+    }
 }

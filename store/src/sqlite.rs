@@ -61,6 +61,8 @@ impl Table {
                  WHERE object.last_seen < excluded.last_seen",
             )?;
             for seen in sightings {
+                // There is nothing here to refuse a row for: any two integers are one, and nobody else
+                // adds constraints to a file of ours.
                 upsert.execute((seen.id, ago_ms(now, seen.age.saturating_add(waited))))?;
             }
             Ok(())

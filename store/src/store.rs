@@ -55,11 +55,11 @@ impl Store {
         }
     }
 
-    /// Returns only if what writes has died; a service must not outlive it. A Postgres is another
-    /// process, and there is nothing of ours that could.
+    /// Returns only if what writes has died, or what looks after a Postgres; a service must not outlive
+    /// it.
     pub async fn died(&self) {
         match &self.0 {
-            Kind::Postgres(_) => std::future::pending().await,
+            Kind::Postgres(table) => table.died().await,
             Kind::Sqlite(table) => table.died().await,
         }
     }
@@ -70,7 +70,8 @@ impl Store {
     /// before 1970 counts as 1970.
     ///
     /// # Errors
-    /// [`StoreError`]; then none is written, or, after a timeout, perhaps all.
+    /// [`StoreError`]; then none is written, or, after a timeout, perhaps all. With
+    /// [`StoreError::Refused`], there is a row among them that will never be; other errors pass by.
     pub async fn record_seen(&self, sightings: &[Sighting]) -> Result<(), StoreError> {
         match &self.0 {
             Kind::Postgres(table) => table.record_seen(sightings).await,

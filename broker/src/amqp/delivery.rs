@@ -50,7 +50,7 @@ impl Delivery {
         self.redelivered
     }
 
-    /// For a retry or a dead letter that means a copy, confirmed before the original is acked.
+    /// For all but an ack that means a copy, confirmed before the original is acked.
     pub(crate) async fn settle(self, disposition: Disposition) -> Settled {
         let copy = match disposition {
             Disposition::Ack => None,
@@ -64,6 +64,11 @@ impl Delivery {
                         .with_expiration(expiration.into()),
                 })
             }
+            Disposition::Requeue => Some(Outgoing {
+                routing_key: self.publisher.topology().queue.clone(),
+                body: self.body.clone(),
+                properties: history::kept(&self.properties),
+            }),
             Disposition::DeadLetter { reason } => Some(Outgoing {
                 routing_key: self.publisher.topology().dead.clone(),
                 body: self.body.clone(),

@@ -50,6 +50,11 @@ pub(super) fn after_failure(properties: &BasicProperties, reason: &str) -> Basic
     copied(properties, headers)
 }
 
+/// The properties of the copy that goes to the end of the queue.
+pub(super) fn kept(properties: &BasicProperties) -> BasicProperties {
+    copied(properties, headers_without(properties, &[BROKERS]))
+}
+
 /// The properties of the copy by which a dead letter begins anew.
 pub(super) fn forgotten(properties: &BasicProperties) -> BasicProperties {
     copied(properties, headers_without(properties, &[BROKERS, OURS]))

@@ -256,6 +256,7 @@ impl Queue {
         attempts: u32,
         disposition: Disposition,
     ) -> Result<(), WriteError> {
+        let requeued = disposition == Disposition::Requeue;
         let settle = move |connection: &Connection| {
             match disposition {
                 Disposition::Ack => {}
@@ -265,6 +266,9 @@ impl Queue {
                     let mut delay = connection.prepare_cached(DELAY)?;
                     delay.execute(params![seq, reason, now(), due_at])?;
                 }
+                Disposition::Requeue => {
+                    connection.prepare_cached(MOVE_TO_END)?.execute([seq])?;
+                }
                 Disposition::DeadLetter { reason } => {
                     connection.prepare_cached(BURY)?.execute(params![seq, reason, now()])?;
                 }
@@ -272,7 +276,11 @@ impl Queue {
             connection.prepare_cached("DELETE FROM message WHERE seq = ?1")?.execute([seq])?;
             Ok(())
         };
-        self.file.transact(settle).await
+        self.file.transact(settle).await?;
+        if requeued {
+            self.arrived.notify_waiters();
+        }
+        Ok(())
     }
 
     fn delivered(&self) -> MutexGuard<'_, Delivered> {
@@ -285,6 +293,11 @@ const DELAY: &str = "
                          first_failed_at, last_failed_at)
     SELECT seq, ?4, object_id, callback_id, published_at, attempts + 1, ?2,
            coalesce(first_failed_at, ?3), ?3
+    FROM message WHERE seq = ?1";
+const MOVE_TO_END: &str = "
+    INSERT INTO message (object_id, callback_id, published_at, attempts, reason, first_failed_at,
+                         last_failed_at)
+    SELECT object_id, callback_id, published_at, attempts, reason, first_failed_at, last_failed_at
     FROM message WHERE seq = ?1";
 const BURY: &str = "
     INSERT INTO dead_letter (object_id, callback_id, published_at, attempts, reason,

@@ -49,6 +49,7 @@ on_every_backend! {
     an_ack_is_final_also_when_everything_is_opened_again
     what_was_confirmed_is_there_when_everything_is_opened_again
     a_retry_comes_back_after_its_wait_and_counts_the_attempt
+    what_is_requeued_comes_last_as_it_was_and_as_if_for_the_first_time
     a_wait_that_the_peer_asked_for_is_kept
     a_delayed_message_is_there_when_everything_is_opened_again
     a_dead_letter_keeps_its_body_and_tells_its_history
@@ -309,6 +310,26 @@ async fn a_retry_comes_back_after_its_wait_and_counts_the_attempt(backend: Backe
     assert_eq!(again.failed_attempts(), 1);
     assert!(!again.redelivered(), "it is a new message, not the old one again");
     assert_eq!(again.settle(Disposition::Ack).await, Settled::Done);
+    consumer.close().await;
+    place.holds(0, 0, 0).await;
+}
+
+async fn what_is_requeued_comes_last_as_it_was_and_as_if_for_the_first_time(backend: Backend) {
+    let place = Place::new(backend);
+    let publisher = place.open().await;
+    publisher.publish_ids("callback-1", &[1], PATIENCE).await.unwrap();
+    let mut consumer = consumer(&publisher, 1);
+    next(&mut consumer).await.settle(retry("answered 500")).await;
+    let again = next(&mut consumer).await;
+    publisher.publish_ids("callback-2", &[2], PATIENCE).await.unwrap();
+    assert_eq!(again.settle(Disposition::Requeue).await, Settled::Done);
+    let other = next(&mut consumer).await;
+    assert_eq!(other.id().unwrap(), 2);
+    other.settle(Disposition::Ack).await;
+    let last = next(&mut consumer).await;
+    let told = (last.id().unwrap(), last.callback_id(), last.failed_attempts(), last.redelivered());
+    assert_eq!(told, (1, "callback-1", 1, false));
+    assert_eq!(last.settle(Disposition::Ack).await, Settled::Done);
     consumer.close().await;
     place.holds(0, 0, 0).await;
 }

@@ -65,12 +65,32 @@ async fn the_wait_that_the_status_api_asks_for_is_kept() {
 #[tokio::test]
 async fn what_fails_as_often_as_allowed_becomes_a_dead_letter_that_tells_its_history() {
     let around = Surroundings::new().await;
-    let api = StatusApi::start(|_, _| Answer::Status(500));
-    around.publish([42]).await;
+    let api = StatusApi::start(|id, _| match id {
+        42 => Answer::Status(500),
+        _ => Answer::Offline,
+    });
     let consumer = around.start(&api.endpoint(), &["--max-attempts=2"]);
-    eventually("a dead letter", PATIENCE, async || (around.dead().await == 1).then_some(())).await;
+    // The API answers others all the time, before its failures and after.
+    let mut other = 1_000;
+    let mut answers_others = async || {
+        other += 1;
+        around.publish([other]).await;
+    };
+    eventually("others are answered", PATIENCE, async || {
+        answers_others().await;
+        (api.lookups().len() > 3).then_some(())
+    })
+    .await;
+    around.publish([42]).await;
+    eventually("a dead letter", PATIENCE, async || {
+        answers_others().await;
+        (around.dead().await == 1).then_some(())
+    })
+    .await;
+    eventually("no other is left", PATIENCE, async || (around.waiting().await == 0).then_some(()))
+        .await;
     consumer.stop().await;
-    assert_eq!(looked_up(&[&api]), [42, 42]);
+    assert_eq!(api.lookups_of(42), 2);
     let letter = around.queue.get(&around.queue.dead()).await.unwrap().delivery;
     assert_eq!(letter.data, br#"{"id":42}"#);
     let properties = &letter.properties;

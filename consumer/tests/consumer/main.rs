@@ -7,6 +7,7 @@
     reason = "the helpers of tests are tests as well"
 )]
 
+mod breaker;
 mod failures;
 mod lookups;
 mod outages;

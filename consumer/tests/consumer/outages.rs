@@ -95,13 +95,25 @@ async fn a_status_api_that_was_away_is_asked_again_when_it_is_back() {
     api.stop();
     around.publish(2..=5).await;
     consumer.misses(&["status API"]).await;
-    eventually("the lookups have failed", PATIENCE, async || {
-        (around.in_retry_queues().await > 0).then_some(())
-    })
-    .await;
+    eventually("all are taken", PATIENCE, async || (around.waiting().await == 0).then_some(()))
+        .await;
     let _api = StatusApi::start_on(api.address(), |_, _| Answer::Online);
     around.recorded(1..=5).await;
     consumer.misses(&[]).await;
+    consumer.stop().await;
+    around.assert_all_settled().await;
+}
+
+#[tokio::test]
+async fn a_table_that_was_dropped_comes_back_and_what_was_waiting_is_written() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    let consumer = around.start(&api.endpoint(), &["--max-attempts=1"]);
+    around.publish([1]).await;
+    around.recorded([1]).await;
+    sqlx::query("DROP TABLE object").execute(around.database.pool()).await.unwrap();
+    around.publish(2..=50).await;
+    around.recorded(2..=50).await;
     consumer.stop().await;
     around.assert_all_settled().await;
 }

@@ -33,16 +33,22 @@ async fn a_stopped_consumer_finishes_what_it_has_begun_and_leaves_the_rest_to_ot
 }
 
 #[tokio::test]
-async fn a_lookup_that_fails_during_the_drain_still_counts_and_is_kept_for_another_try() {
+async fn a_lookup_that_fails_during_the_drain_is_given_back_and_costs_no_attempt() {
     let around = Surroundings::new().await;
-    // It asks for a wait that will not be over before the test is.
-    let refusal = Answer::StatusWithHeader(429, "retry-after", "60".to_owned());
-    let api = StatusApi::start(move |_, _| Answer::After(SECOND, Box::new(refusal.clone())));
+    let api = StatusApi::start(|_, lookup| match lookup {
+        1 => Answer::After(SECOND, Box::new(Answer::Status(500))),
+        _ => Answer::Online,
+    });
     around.publish([42]).await;
-    let consumer = around.start(&api.endpoint(), &[]);
+    let consumer = around.start(&api.endpoint(), &["--max-attempts=1"]);
     eventually("the lookup is in flight", PATIENCE, async || (api.in_flight() == 1).then_some(()))
         .await;
     consumer.stop().await;
     assert_eq!(looked_up(&[&api]), [42]);
-    assert_eq!((around.waiting().await, around.in_retry_queues().await), (0, 1));
+    assert_eq!((around.waiting().await, around.in_retry_queues().await), (1, 0));
+
+    let other = around.start(&api.endpoint(), &[]);
+    around.recorded([42]).await;
+    other.stop().await;
+    around.assert_all_settled().await;
 }

@@ -87,3 +87,29 @@ async fn a_full_batch_does_not_wait_for_the_linger_and_none_is_larger() {
     assert_eq!(largest, 10);
     consumer.stop().await;
 }
+
+#[tokio::test]
+async fn a_row_that_the_database_refuses_is_a_dead_letter_and_the_others_of_its_batch_are_written()
+{
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    // All in one batch.
+    let consumer = around.start(&api.endpoint(), &["--write-batch-linger=1s"]);
+    around.migrated().await;
+    let never = "ALTER TABLE object ADD CONSTRAINT never_these CHECK (id NOT IN (3, 77))";
+    sqlx::query(never).execute(around.database.pool()).await.unwrap();
+    around.publish((1..=100).chain([3])).await;
+    around.recorded((1..=100).filter(|id| ![3, 77].contains(id))).await;
+    eventually("the dead letters", PATIENCE, async || (around.dead().await == 3).then_some(()))
+        .await;
+    consumer.stop().await;
+    let mut given_up = Vec::new();
+    while let Some(letter) = around.queue.get(&around.queue.dead()).await {
+        let headers = format!("{:?}", letter.delivery.properties.headers());
+        assert!(headers.contains("never_these"), "{headers}");
+        given_up.push(String::from_utf8(letter.delivery.data).unwrap());
+    }
+    given_up.sort_unstable();
+    assert_eq!(given_up, [r#"{"id":3}"#, r#"{"id":3}"#, r#"{"id":77}"#]);
+    around.assert_all_settled().await;
+}

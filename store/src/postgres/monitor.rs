@@ -58,12 +58,19 @@ pub(super) async fn watch(options: PgConnectOptions, status: watch::Sender<Store
 
 async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
     let mut connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
+    // A table that went away by itself has left sqlx's record of the migrations behind, by which it
+    // would not come back. They are all made anew, then.
+    let forget = sqlx::query(
+        "DO $$ BEGIN
+             IF to_regclass('object') IS NULL THEN DROP TABLE IF EXISTS _sqlx_migrations; END IF;
+         END $$",
+    );
+    within(MIGRATE_TIMEOUT, StoreError::Migrate, forget.execute(&mut connection)).await?;
     // Safe when several processes do it at once: sqlx takes an advisory lock. This is `run` without
     // its generic `Acquire`, which the compiler cannot prove to be `Send` for a borrowed connection.
     let migration = MIGRATIONS.run_direct(None, &mut connection, false);
     within(MIGRATE_TIMEOUT, StoreError::Migrate, migration).await?;
-    // Ready only with the table in place: it may have been dropped while sqlx's record of the
-    // migrations was left.
+    // Ready only with the table in place.
     ping(&mut connection).await?;
     Ok(connection)
 }

@@ -3,6 +3,7 @@
 mod locks;
 mod objects;
 mod outage;
+mod refusals;
 mod schema;
 
 use std::time::Duration;

@@ -28,9 +28,18 @@ async fn a_table_that_the_go_services_made_is_used_as_it_is() {
 
 #[tokio::test]
 async fn the_schema_comes_back_when_the_database_is_set_up_anew() {
+    comes_back_after(&["DROP SCHEMA public CASCADE", "CREATE SCHEMA public"]).await;
+}
+
+#[tokio::test]
+async fn the_table_comes_back_when_it_alone_was_dropped() {
+    comes_back_after(&["DROP TABLE object"]).await;
+}
+
+async fn comes_back_after(loss: &[&'static str]) {
     let (database, store) = open().await;
     store.record_seen(&[seen(1, HOUR)]).await.unwrap();
-    for sql in ["DROP SCHEMA public CASCADE", "CREATE SCHEMA public"] {
+    for &sql in loss {
         sqlx::query(sql).execute(database.pool()).await.unwrap();
     }
     assert!(store.record_seen(&[seen(2, HOUR)]).await.is_err());

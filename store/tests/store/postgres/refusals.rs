@@ -1,0 +1,69 @@
+use sqlx::PgPool;
+use store::{Sighting, Store, StoreError};
+
+use super::{ids, open};
+use crate::{HOUR, seen};
+
+async fn execute(pool: &PgPool, sql: &'static str) {
+    sqlx::raw_sql(sql).execute(pool).await.unwrap();
+}
+
+fn batch() -> Vec<Sighting> {
+    (1..=5).map(|id| seen(id, HOUR)).collect()
+}
+
+/// The batch is refused for a row in it, and none of it is written.
+async fn is_refused(store: &Store, pool: &PgPool, words: &str) {
+    let error = store.record_seen(&batch()).await.unwrap_err();
+    assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
+    assert!(error.to_string().contains(words), "{error}");
+    assert_eq!(ids(pool).await, [0; 0]);
+}
+
+/// The batch fails for what concerns no row, so that it is worth another try.
+async fn is_not_written(store: &Store) {
+    let error = store.record_seen(&batch()).await.unwrap_err();
+    assert!(matches!(error, StoreError::RecordSeen(_)), "{error:?}");
+}
+
+#[tokio::test]
+async fn a_row_against_a_constraint_or_a_trigger_is_told_as_refused() {
+    let (database, store) = open().await;
+    let pool = database.pool();
+    execute(pool, "ALTER TABLE object ADD CONSTRAINT not_three CHECK (id <> 3)").await;
+    is_refused(&store, pool, "not_three").await;
+    execute(
+        pool,
+        "ALTER TABLE object DROP CONSTRAINT not_three;
+         CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+         $$ BEGIN RAISE EXCEPTION 'never three'; END $$;
+         CREATE TRIGGER refuse BEFORE INSERT ON object FOR EACH ROW WHEN (NEW.id = 3)
+         EXECUTE FUNCTION refuse()",
+    )
+    .await;
+    is_refused(&store, pool, "never three").await;
+    execute(
+        pool,
+        "CREATE OR REPLACE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+         $$ BEGIN NEW.id = NEW.id / 0; RETURN NEW; END $$",
+    )
+    .await;
+    is_refused(&store, pool, "division by zero").await;
+    execute(pool, "DROP TRIGGER refuse ON object").await;
+    store.record_seen(&batch()).await.unwrap();
+}
+
+#[tokio::test]
+async fn what_would_hit_every_row_is_not_taken_for_a_refusal_of_one() {
+    let (database, store) = open().await;
+    let pool = database.pool();
+    let name: String =
+        sqlx::query_scalar("SELECT current_database()::text").fetch_one(pool).await.unwrap();
+    let read_only = format!("ALTER DATABASE {name} SET default_transaction_read_only = on");
+    execute(pool, "ALTER TABLE object RENAME TO elsewhere").await;
+    is_not_written(&store).await;
+    execute(pool, "DROP TABLE IF EXISTS object; ALTER TABLE elsewhere RENAME TO object").await;
+    sqlx::query(sqlx::AssertSqlSafe(read_only)).execute(pool).await.unwrap();
+    let late = super::start(database.url(), 1);
+    is_not_written(&late).await;
+}
