@@ -6,7 +6,8 @@
 //! - **Paused**, when the API asked for it: none run until then; after that it opens up as well.
 //!
 //! A failure counts as an attempt at its message only while the API answers others: one shortly
-//! before, and one that was asked after it. Whatever fails otherwise is looked up again at no cost.
+//! before, and after it one that was asked later, or many. Whatever fails otherwise is looked up again
+//! at no cost.
 
 mod window;
 
@@ -61,6 +62,8 @@ struct State {
     unanswered: BTreeSet<u64>,
     outcomes: Window,
     answered_at: Option<Instant>,
+    /// How many were answered.
+    answers: u64,
     /// The first lookup after the newest that was answered.
     answered_upto: u64,
 }
@@ -86,6 +89,9 @@ pub(crate) struct Failure {
     number: u64,
     /// A lookup from this number on has begun after the failure.
     after: u64,
+    /// With so many answers there are enough, whenever they were asked for. An API that goes away
+    /// answers some to its last, but fails more meanwhile than it takes to open.
+    enough: u64,
     answered_before: bool,
 }
 
@@ -114,6 +120,7 @@ impl Breaker {
             unanswered: BTreeSet::new(),
             outcomes: Window::default(),
             answered_at: None,
+            answers: 0,
             answered_upto: 0,
         };
         metrics::gauge!("lastseen_breaker_state").set(0);
@@ -199,6 +206,7 @@ impl Breaker {
 
     fn answered(&self, state: &mut State, number: u64) {
         state.answered_at = Some(Instant::now());
+        state.answers += 1;
         state.answered_upto = state.answered_upto.max(number + 1);
         // What was asked in an earlier phase says nothing about this one.
         if number < state.since {
@@ -311,6 +319,9 @@ impl Place {
             let answered_before =
                 state.answered_at.is_some_and(|answered_at| answered_at + SHORTLY >= self.began);
             let after = state.next;
+            // A quarter of the places, so that at slow answers those that wait for their verdicts leave
+            // room for the others, even if four of five fail.
+            let enough = state.answers + (breaker.max as u64 / 4).max(1);
             match outcome {
                 Outcome::Answered => {
                     breaker.answered(state, number);
@@ -319,7 +330,8 @@ impl Place {
                 Outcome::Failed(error) => breaker.failed(state, number, error),
                 Outcome::AskedToWait(wait) => breaker.asked_to_wait(state, number, *wait),
             }
-            Some(Failure { breaker: Arc::clone(&self.breaker), number, after, answered_before })
+            let breaker = Arc::clone(&breaker);
+            Some(Failure { breaker, number, after, enough, answered_before })
         });
         failure.flatten()
     }
@@ -348,8 +360,12 @@ impl Failure {
             return Some(Verdict::LookAgain);
         }
         // While it opens up, the next thing may be that it opens again.
-        let answers = state.phase == Phase::Closed && state.answered_upto > self.after;
-        answers.then_some(if self.answered_before { Verdict::Counts } else { Verdict::LookAgain })
+        let answers = state.answered_upto > self.after || state.answers >= self.enough;
+        (state.phase == Phase::Closed && answers).then_some(if self.answered_before {
+            Verdict::Counts
+        } else {
+            Verdict::LookAgain
+        })
     }
 }
 

@@ -145,15 +145,18 @@ impl Shared {
         let mut held = pin!(sleep(self.held_max));
         let mut waits = waits_between_lookups();
         loop {
-            let place = match place.take() {
-                Some(place) => place,
-                None => tokio::select! {
-                    // In this order, or a place that is there already would be lost for a moment.
-                    biased;
-                    place = self.breaker.enter() => place,
-                    () = self.shutdown.cancelled() => return Ok(None),
-                    () = &mut held => return Ok(Some(Disposition::Requeue)),
-                },
+            let enter = async {
+                match place.take() {
+                    Some(place) => place,
+                    None => self.breaker.enter().await,
+                }
+            };
+            let place = tokio::select! {
+                // In this order, or a place that is there already would be lost for a moment.
+                biased;
+                place = enter => place,
+                () = self.shutdown.cancelled() => return Ok(None),
+                () = &mut held => return Ok(Some(Disposition::Requeue)),
             };
             let answer = self.look_up(id).await;
             tracing::debug!(id, callback_id, ?answer, "looked up");

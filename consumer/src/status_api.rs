@@ -218,7 +218,7 @@ async fn probe(
         // Ended early by the lookups' news; without anybody to bring them, there are none.
         let news = async {
             if by_lookups.changed().await.is_err() {
-                std::future::pending().await
+                std::future::pending::<()>().await;
             }
         };
         _ = timeout(PROBE_INTERVAL, news).await;

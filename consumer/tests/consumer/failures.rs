@@ -5,7 +5,7 @@ use testbed::{Answer, StatusApi, eventually};
 use crate::{CALLBACK_ID, PATIENCE, SECOND, Surroundings, looked_up, times_of};
 
 /// A header as the text that a person would see.
-fn header(properties: &BasicProperties, name: &str) -> String {
+pub(crate) fn header(properties: &BasicProperties, name: &str) -> String {
     match properties.headers().as_ref().and_then(|headers| headers.inner().get(name)) {
         Some(AMQPValue::LongString(text)) => text.to_string(),
         Some(AMQPValue::LongLongInt(number)) => number.to_string(),
