@@ -212,7 +212,7 @@ async fn stopping_under_load_finishes_what_is_in_flight_and_loses_nothing() {
     producer.ready().await;
     let endpoint = callback_endpoint(&producer).await;
     let partner = Partner::default();
-    let load = partner.post_all(endpoint, 0..3_000, 10, MILLISECOND * 5);
+    let load = partner.post_all(endpoint, 0..3_000, 10, MILLISECOND * 20);
 
     let in_flight = async |service: &Process| service.metric("lastseen_lookups_in_flight").await;
     eventually("both consumers are busy", PATIENCE, async || {
@@ -237,7 +237,7 @@ async fn stopping_under_load_finishes_what_is_in_flight_and_loses_nothing() {
 
     // And the producer: whoever is in the middle of a callback gets its answer.
     let endpoint = callback_endpoint(&producer).await;
-    let load = partner.post_all(endpoint, 10_000..12_000, 10, MILLISECOND * 2);
+    let load = partner.post_all(endpoint, 10_000..12_000, 10, MILLISECOND * 10);
     eventually("the load is under way", PATIENCE, async || {
         (partner.ledger().accepted.len() >= 3_300).then_some(())
     })
