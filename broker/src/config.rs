@@ -5,6 +5,9 @@ use std::str::FromStr;
 use std::sync::Arc;
 
 use embedded::{Location, OpenError};
+use rustls::RootCertStore;
+use rustls::pki_types::CertificateDer;
+use rustls::pki_types::pem::PemObject as _;
 
 use crate::amqp::AmqpUri;
 use crate::sqlite::Queue;
@@ -51,7 +54,8 @@ impl Config {
     }
 }
 
-/// Which queue of a RabbitMQ. A file holds one queue only, and has no use for these.
+/// Which queue of a RabbitMQ, and whom to trust about it. A file holds one queue only, and has no use
+/// for these.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Broker")]
 #[group(skip)]
@@ -62,6 +66,9 @@ pub struct QueueConfig {
     /// How RabbitMQ's queue is declared: quorum, or classic without arguments, as the Go services do
     #[arg(long, global = true, value_enum, ignore_case = true, default_value = "quorum")]
     pub queue_type: QueueType,
+    /// Certificates, as PEM, of authorities to trust for amqps:// besides the system's; AMQP_CA_FILE names the file with them
+    #[arg(long, global = true, value_parser = certificates)]
+    pub amqp_ca: Option<String>,
 }
 
 /// How the queue is declared when it does not exist yet.
@@ -128,6 +135,16 @@ fn queue_name(text: &str) -> Result<String, String> {
         return Err("expected a name of 1 to 240 bytes that does not start with amq.".to_owned());
     }
     Ok(text.to_owned())
+}
+
+/// PEM text of which all can be used: whoever adds an authority must not find it ignored later on.
+fn certificates(text: &str) -> Result<String, String> {
+    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
+    let mut roots = RootCertStore::empty();
+    let usable = certificates.is_ok_and(|certificates| {
+        !certificates.is_empty() && certificates.into_iter().all(|one| roots.add(one).is_ok())
+    });
+    usable.then(|| text.to_owned()).ok_or_else(|| "expected certificates in PEM form".to_owned())
 }
 
 #[cfg(test)]

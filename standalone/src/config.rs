@@ -7,7 +7,7 @@ use clap::{Arg, Args, Subcommand};
 use store::DatabaseUrl;
 use tester::config::{Check, Checked};
 
-use crate::{dead_letters, objects};
+use crate::{dead_letters, migrate, objects};
 
 /// The default of [`consumer::Lookups::tester_endpoint`], which says that nobody has chosen one.
 const TESTER_ENDPOINT: &str = "http://localhost:9010/";
@@ -94,6 +94,9 @@ pub struct Without {
 
 impl Check for Config {
     fn check(&self) -> Result<(), String> {
+        if matches!(self.command, Some(Command::Migrate(_))) && self.database_url.is_none() {
+            return Err("DATABASE_URL must be set: it names the Postgres to migrate".to_owned());
+        }
         // A command plays no role and asks no status API.
         if self.command.is_some() {
             return Ok(());
@@ -137,6 +140,9 @@ pub enum Command {
         #[command(subcommand)]
         command: dead_letters::Command,
     },
+    /// Make the table in the Postgres, and make it again whenever it has gone, until a signal comes:
+    /// for services whose roles may not
+    Migrate(migrate::Migrate),
 }
 
 impl Config {

@@ -5,6 +5,7 @@
 mod banner;
 mod config;
 mod dead_letters;
+mod migrate;
 mod objects;
 mod roles;
 mod status_line;
@@ -64,6 +65,7 @@ async fn carry_out(
         Command::DeadLetters { command } => {
             dead_letters::run(command, &config.broker(), &shutdown).await
         }
+        Command::Migrate(command) => migrate::run(&command, &config.store(), &shutdown).await,
     }
 }
 

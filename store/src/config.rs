@@ -6,7 +6,7 @@ use std::str::FromStr;
 
 use embedded::{File, Location};
 use secrecy::{ExposeSecret as _, SecretString};
-use sqlx::postgres::PgConnectOptions;
+use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
 use crate::StoreError;
 use crate::sqlite::Table;
@@ -42,6 +42,12 @@ pub struct Config {
     /// The database's name
     #[arg(long, default_value = DB)]
     pub postgres_db: String,
+    /// How far TLS is insisted on: disable, prefer, require, verify-ca or verify-full, as libpq has them [default: prefer]
+    #[arg(long, value_parser = ssl_mode)]
+    pub postgres_sslmode: Option<PgSslMode>,
+    /// The file with the certificates, as PEM, of authorities to trust besides the system's
+    #[arg(long)]
+    pub postgres_sslrootcert: Option<String>,
 }
 
 impl Config {
@@ -55,6 +61,8 @@ impl Config {
             postgres_user: USER.to_owned(),
             postgres_password: PASSWORD.into(),
             postgres_db: DB.to_owned(),
+            postgres_sslmode: None,
+            postgres_sslrootcert: None,
         }
     }
 
@@ -76,14 +84,27 @@ impl Config {
         if let Some(DatabaseUrl(backend)) = &self.database_url {
             return backend.clone();
         }
-        let options = PgConnectOptions::new_without_pgpass()
+        let mut options = PgConnectOptions::new_without_pgpass()
             .host(&self.postgres_host)
             .port(self.postgres_port)
             .username(&self.postgres_user)
             .password(self.postgres_password.expose_secret())
             .database(&self.postgres_db);
+        if let Some(mode) = self.postgres_sslmode {
+            options = options.ssl_mode(mode);
+        }
+        if let Some(certificates) = &self.postgres_sslrootcert {
+            options = options.ssl_root_cert(certificates);
+        }
         Backend::Postgres(Box::new(options))
     }
+}
+
+/// libpq's modes without `allow`, by which sqlx never speaks TLS.
+fn ssl_mode(text: &str) -> Result<PgSslMode, String> {
+    let modes = ["disable", "prefer", "require", "verify-ca", "verify-full"];
+    let mode = modes.contains(&text).then(|| text.parse().ok()).flatten();
+    mode.ok_or_else(|| format!("allowed are {}", modes.join(", ")))
 }
 
 /// A file that is open for this process; see [`Config::claim`].

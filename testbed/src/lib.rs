@@ -3,7 +3,8 @@
 //! nobody to hand an error to.
 //!
 //! - On the shared servers: [`Queue`] and [`Database`], each of its own name, gone when dropped.
-//! - Of one's own, to kill and to boot again: [`RabbitNode`], [`PostgresCluster`].
+//! - Of one's own, to kill and to boot again: [`RabbitNode`], [`PostgresCluster`], with TLS if the test
+//!   has an [`Authority`].
 //! - What stands around our services: [`StatusApi`], [`Proxy`]; and a service itself: [`Process`].
 //!
 //! What a test starts ends with it, even when it panics. What is a process ends also when the test
@@ -16,6 +17,7 @@
 )]
 
 mod amqp;
+mod authority;
 mod cleanup;
 mod database;
 mod eventually;
@@ -33,6 +35,7 @@ mod scratch;
 mod status_api;
 
 pub use amqp::amqp_uri;
+pub use authority::Authority;
 pub use database::{Database, database_url, postgres_environment};
 pub use eventually::eventually;
 pub use http_get::{Reply, http_get};

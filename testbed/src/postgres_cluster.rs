@@ -11,6 +11,7 @@ use rustix::process::{Pid, Signal, geteuid, kill_process};
 use sqlx::Connection as _;
 use sqlx::postgres::{PgConnection, PgPool};
 
+use crate::authority::Authority;
 use crate::database::{postgres_environment, small_pool};
 use crate::process_group::ProcessGroup;
 use crate::scratch::Scratch;
@@ -40,6 +41,16 @@ struct User {
 impl PostgresCluster {
     /// Sets up an empty cluster and boots it.
     pub async fn start() -> Self {
+        Self::set_up(None).await
+    }
+
+    /// Like [`PostgresCluster::start`], speaking TLS with the authority's certificate to whoever asks
+    /// for it.
+    pub async fn start_with_tls(authority: &Authority) -> Self {
+        Self::set_up(Some(authority)).await
+    }
+
+    async fn set_up(authority: Option<&Authority>) -> Self {
         let scratch = Scratch::new("postgres");
         let user = geteuid().is_root().then(postgres_user);
         if let Some(User { uid, gid }) = user {
@@ -51,7 +62,7 @@ impl PostgresCluster {
         let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
         let pool = small_pool(&url);
         let mut cluster = Self { postmaster: None, user, port, url, pool, scratch };
-        cluster.create().await;
+        cluster.create(authority).await;
         cluster.boot().await;
         cluster
     }
@@ -142,20 +153,39 @@ impl PostgresCluster {
         }
     }
 
-    async fn create(&self) {
+    /// Runs a file of SQL by psql as `postgres`, with that environment; the first error ends it.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub async fn run_sql(&self, file: &Path, environment: &[(&str, &str)]) {
+        let mut command = Command::new(programs::find("psql", &installed()));
+        command.args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-d", &self.url, "-f"]).arg(file);
+        command.envs(environment.iter().copied());
+        programs::run(command).await;
+    }
+
+    /// Has everybody give a password from now on who is not `postgres`.
+    ///
+    /// # Panics
+    /// When the server does not take the change.
+    pub async fn ask_for_passwords(&self) {
+        let rules =
+            "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
+        fs::write(self.folder().join("pg_hba.conf"), rules)
+            .expect("a scratch file should be writable");
+        let reload = sqlx::query("SELECT pg_reload_conf()").execute(&self.pool).await;
+        reload.expect("the server should read its files again");
+    }
+
+    async fn create(&self, authority: Option<&Authority>) {
         let mut command = self.command("initdb");
         command
             .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"])
             .arg("-D")
-            .arg(self.folder())
-            .stdin(Stdio::null());
-        let output = tokio::task::spawn_blocking(move || command.output())
-            .await
-            .expect("running a command should not panic")
-            .expect("initdb should start");
-        assert!(output.status.success(), "initdb: {}", String::from_utf8_lossy(&output.stderr));
+            .arg(self.folder());
+        programs::run(command).await;
         // Shared memory in files goes away with them, even after a kill.
-        let settings = format!(
+        let mut settings = format!(
             "listen_addresses = '127.0.0.1'\n\
              port = {}\n\
              unix_socket_directories = ''\n\
@@ -163,6 +193,14 @@ impl PostgresCluster {
              track_commit_timestamp = on\n",
             self.port
         );
+        if let Some(authority) = authority {
+            let owner = self.user.map(|user| (user.uid, user.gid));
+            let files = authority.write_to(self.scratch.path(), owner);
+            let (certificate, key) = (files.certificate.display(), files.key.display());
+            let tls =
+                format!("ssl = on\nssl_cert_file = '{certificate}'\nssl_key_file = '{key}'\n");
+            settings.push_str(&tls);
+        }
         fs::write(self.folder().join("postgresql.auto.conf"), settings)
             .expect("a scratch file should be writable");
     }

@@ -1,7 +1,7 @@
 //! Where the servers' programs are, and what they wrote last.
 
 use std::path::{Path, PathBuf};
-use std::process::Command;
+use std::process::{Command, Stdio};
 
 use crate::{postgres_cluster, rabbit_node};
 
@@ -18,6 +18,23 @@ pub(crate) fn find(program: &str, folders: &[PathBuf]) -> PathBuf {
         .map(|folder| folder.join(program))
         .find(|candidate| candidate.is_file())
         .unwrap_or_else(|| panic!("{program} is neither in {folders:?} nor on PATH: install it"))
+}
+
+/// Runs a command to its end, and gives what it printed.
+///
+/// # Panics
+/// When it fails.
+pub(crate) async fn run(mut command: Command) -> String {
+    let shown = format!("{:?} {:?}", command.get_program(), command.get_args());
+    command.stdin(Stdio::null());
+    let output = tokio::task::spawn_blocking(move || command.output())
+        .await
+        .expect("running a command should not panic")
+        .unwrap_or_else(|error| panic!("{shown} does not start: {error}"));
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{shown}: {printed}{errors}");
+    printed
 }
 
 /// Shows the end of a server's log in the output of a test that fails.

@@ -8,6 +8,7 @@ use std::time::Duration;
 use rustix::process::Signal;
 use uuid::Uuid;
 
+use crate::authority::Authority;
 use crate::process_group::ProcessGroup;
 use crate::scratch::Scratch;
 use crate::{amqp, eventually, free_port, ports, programs};
@@ -31,6 +32,8 @@ pub struct RabbitNode {
     _epmd: ProcessGroup,
     name: String,
     amqp_port: u16,
+    /// 0 when it has no such listener.
+    tls_port: u16,
     distribution_port: u16,
     epmd_port: u16,
     scratch: Scratch,
@@ -39,9 +42,20 @@ pub struct RabbitNode {
 impl RabbitNode {
     /// Sets up an empty node and boots it.
     pub async fn start() -> Self {
+        Self::set_up(None).await
+    }
+
+    /// Like [`RabbitNode::start`], with a listener for TLS besides, that has the authority's
+    /// certificate.
+    pub async fn start_with_tls(authority: &Authority) -> Self {
+        Self::set_up(Some(authority)).await
+    }
+
+    async fn set_up(authority: Option<&Authority>) -> Self {
         let scratch = Scratch::new("rabbitmq");
+        let tls_port = authority.map_or(0, |_| free_port());
         let (amqp_port, distribution_port, epmd_port) = (free_port(), free_port(), free_port());
-        let config = format!(
+        let mut config = format!(
             "listeners.tcp.own = 127.0.0.1:{amqp_port}\n\
              default_user = guest\n\
              default_pass = guest\n\
@@ -50,6 +64,16 @@ impl RabbitNode {
              log.console = true\n\
              log.file = false\n"
         );
+        if let Some(authority) = authority {
+            let files = authority.write_to(scratch.path(), None);
+            let (certificate, key) = (files.certificate.display(), files.key.display());
+            let tls = format!(
+                "listeners.ssl.own = 127.0.0.1:{tls_port}\n\
+                 ssl_options.certfile = {certificate}\n\
+                 ssl_options.keyfile = {key}\n"
+            );
+            config.push_str(&tls);
+        }
         let write = |name, content| fs::write(scratch.path().join(name), content);
         write("rabbitmq.conf", config.as_str()).expect("a scratch file should be writable");
         // Without a file of its own, /etc/rabbitmq/rabbitmq-env.conf would be read.
@@ -65,6 +89,7 @@ impl RabbitNode {
             _epmd: ProcessGroup::spawn(&mut epmd, scratch.path()),
             name: format!("lastseen-{}@localhost", Uuid::now_v7().simple()),
             amqp_port,
+            tls_port,
             distribution_port,
             epmd_port,
             scratch,
@@ -79,6 +104,12 @@ impl RabbitNode {
     #[must_use]
     pub fn amqp_uri(&self) -> String {
         format!("amqp://guest:guest@127.0.0.1:{}/%2f", self.amqp_port)
+    }
+
+    /// Where its listener for TLS is, by that `host`, for guest, on the default vhost.
+    #[must_use]
+    pub fn amqps_uri(&self, host: &str) -> String {
+        format!("amqps://guest:guest@{host}:{}/%2f", self.tls_port)
     }
 
     /// Its AMQP port, for a proxy.
@@ -163,20 +194,29 @@ impl RabbitNode {
     /// When it fails.
     pub async fn rabbitmqctl(&self, arguments: &[&str]) -> String {
         let mut command = self.command("rabbitmqctl");
-        command.arg("--quiet").args(arguments).stdin(Stdio::null());
-        let output = tokio::task::spawn_blocking(move || command.output())
-            .await
-            .expect("running a command should not panic")
-            .expect("rabbitmqctl should start");
-        let printed = String::from_utf8_lossy(&output.stdout).into_owned();
-        let errors = String::from_utf8_lossy(&output.stderr);
-        assert!(output.status.success(), "rabbitmqctl {arguments:?}: {printed}{errors}");
-        printed
+        command.arg("--quiet").args(arguments);
+        programs::run(command).await
+    }
+
+    /// Runs a script that calls `rabbitmqctl`, as beside the node in its container, with that
+    /// environment.
+    ///
+    /// # Panics
+    /// When it fails.
+    pub async fn run_script(&self, script: &Path, environment: &[(&str, &str)]) -> String {
+        let mut command = self.within(Command::new(script));
+        let path = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{SCRIPTS}:{path}")).envs(environment.iter().copied());
+        programs::run(command).await
     }
 
     fn command(&self, script: &str) -> Command {
+        self.within(Command::new(programs::find(script, &[PathBuf::from(SCRIPTS)])))
+    }
+
+    /// Gives the command the environment by which the node, and nothing else, is found.
+    fn within(&self, mut command: Command) -> Command {
         let folder = self.scratch.path();
-        let mut command = Command::new(programs::find(script, &[PathBuf::from(SCRIPTS)]));
         command
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())

@@ -6,17 +6,19 @@ use std::pin::pin;
 use std::task::{Context, Waker};
 use std::time::Duration;
 
-use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{Connection, ConnectionProperties};
-use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use futures_util::{AsyncReadExt as _, AsyncWriteExt as _};
+use lapin::tcp::{AMQPUriTcpExt as _, OwnedTLSConfig};
+use lapin::uri::AMQPUri;
+use lapin::{Connection, ConnectionProperties, runtime};
 use tokio::time::timeout;
 
-use super::AmqpUri;
+use super::Config;
 use super::topology::TopologyError;
 
 const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
+/// What the broker's `connection.start`, its answer to our header, begins with.
+const METHOD_FRAME: u8 = 1;
 /// Opening a channel, declaring a queue, closing: answered at once or not at all.
 pub(super) const RPC_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -65,36 +67,38 @@ impl Drop for Link {
 /// Opens a connection that the management page shows as `name`.
 ///
 /// lapin's own recovery stays off: once its tries are spent it hangs for good.
-pub(super) async fn connect(uri: &AmqpUri, name: &str) -> Result<Link, LinkError> {
-    let uri = &uri.0;
+pub(super) async fn connect(config: &Config, name: &str) -> Result<Link, LinkError> {
+    let uri = &config.uri.0;
     let address = format!("{}:{}", uri.authority.host, uri.authority.port);
-    if uri.scheme == AMQPScheme::AMQP {
-        probe(uri, &address).await?;
+    // Of no use to amqp://. Of amqps://, the system's own authorities are trusted besides.
+    let tls = OwnedTLSConfig { identity: None, cert_chain: config.queue.amqp_ca.clone() };
+    match timeout(PROBE_TIMEOUT, greeting(uri, &tls)).await {
+        Ok(Ok(METHOD_FRAME)) => {}
+        Ok(Ok(_)) | Err(_) => return Err(LinkError::Silent { address }),
+        Ok(Err(source)) => return Err(LinkError::Reach { address, source }),
     }
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    match timeout(CONNECT_TIMEOUT, Connection::connect_uri(uri.clone(), properties)).await {
+    let connecting = async {
+        let runtime = runtime::default_runtime()?;
+        Connection::connect_uri_with_config(uri.clone(), properties, tls, runtime).await
+    };
+    match timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(Ok(connection)) => Ok(Link(connection)),
         Ok(Err(source)) => Err(LinkError::LogIn { address, source }),
         Err(_) => Err(LinkError::Silent { address }),
     }
 }
 
-/// Sees that a broker speaks at the other end before lapin is let near it: its connect never
-/// returns from a silent peer and leaves a thread behind each time.
-async fn probe(uri: &AMQPUri, address: &str) -> Result<(), LinkError> {
-    let reach = |source| LinkError::Reach { address: address.to_owned(), source };
-    let greeting = async {
-        let host = (uri.authority.host.as_str(), uri.authority.port);
-        let mut stream = TcpStream::connect(host).await?;
-        stream.write_all(b"AMQP\x00\x00\x09\x01").await?;
-        stream.read_u8().await
-    };
-    match timeout(PROBE_TIMEOUT, greeting).await {
-        // 1 is a method frame: the broker's connection.start.
-        Ok(Ok(1)) => Ok(()),
-        Ok(Ok(_)) | Err(_) => Err(LinkError::Silent { address: address.to_owned() }),
-        Ok(Err(source)) => Err(reach(source)),
-    }
+/// The first byte that a broker says, behind TLS if the URI asks for it. It is asked for before lapin
+/// is let near: lapin's connect never returns from a silent peer and leaves a thread behind each time.
+async fn greeting(uri: &AMQPUri, tls: &OwnedTLSConfig) -> io::Result<u8> {
+    let runtime = runtime::default_runtime().map_err(io::Error::other)?;
+    let mut stream = uri.connect_with_config_async(tls.as_ref(), &runtime).await?;
+    stream.write_all(b"AMQP\x00\x00\x09\x01").await?;
+    stream.flush().await?;
+    let mut first = [0];
+    stream.read_exact(&mut first).await?;
+    Ok(first[0])
 }
 
 /// Says once that the link is down and once that it is up again, however often it is tried between.

@@ -6,3 +6,5 @@ mod amqp;
 mod conformance;
 mod file;
 mod place;
+mod rights;
+mod tls;

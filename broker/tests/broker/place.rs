@@ -114,13 +114,14 @@ pub(crate) async fn treat(
 
 /// The queue in the file at `path`, apart from others that lead to the same file.
 pub(crate) fn file_config(path: &Path) -> Config {
-    let queue = QueueConfig { queue_name: "unused".to_owned(), queue_type: QueueType::Quorum };
+    let (queue_name, queue_type) = ("unused".to_owned(), QueueType::Quorum);
+    let queue = QueueConfig { queue_name, queue_type, amqp_ca: None };
     Config { amqp_uri: BrokerUrl::file(path.to_owned()), queue }
 }
 
 pub(crate) fn amqp_config(queue: &Queue, queue_type: QueueType) -> Config {
     let amqp_uri = testbed::amqp_uri().parse().unwrap();
-    let queue = QueueConfig { queue_name: queue.name.clone(), queue_type };
+    let queue = QueueConfig { queue_name: queue.name.clone(), queue_type, amqp_ca: None };
     Config { amqp_uri, queue }
 }
 

@@ -58,6 +58,15 @@ pub(super) async fn watch(options: PgConnectOptions, status: watch::Sender<Store
 
 async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
     let mut connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
+    if may_migrate(&mut connection).await? {
+        migrate(&mut connection).await?;
+    }
+    // Ready only with the table in place.
+    ping(&mut connection).await?;
+    Ok(connection)
+}
+
+async fn migrate(connection: &mut PgConnection) -> Result<(), StoreError> {
     // A table that went away by itself has left sqlx's record of the migrations behind, by which it
     // would not come back. They are all made anew, then.
     let forget = sqlx::query(
@@ -65,14 +74,20 @@ async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
              IF to_regclass('object') IS NULL THEN DROP TABLE IF EXISTS _sqlx_migrations; END IF;
          END $$",
     );
-    within(MIGRATE_TIMEOUT, StoreError::Migrate, forget.execute(&mut connection)).await?;
+    within(MIGRATE_TIMEOUT, StoreError::Migrate, forget.execute(&mut *connection)).await?;
     // Safe when several processes do it at once: sqlx takes an advisory lock. This is `run` without
     // its generic `Acquire`, which the compiler cannot prove to be `Send` for a borrowed connection.
-    let migration = MIGRATIONS.run_direct(None, &mut connection, false);
-    within(MIGRATE_TIMEOUT, StoreError::Migrate, migration).await?;
-    // Ready only with the table in place.
-    ping(&mut connection).await?;
-    Ok(connection)
+    let migration = MIGRATIONS.run_direct(None, connection, false);
+    within(MIGRATE_TIMEOUT, StoreError::Migrate, migration).await
+}
+
+/// Whether our role may make tables. One that may not leaves it to a process whose role may, and has
+/// its own work as soon as the table is there. Without any schema all are let through: that fails,
+/// and the reason is told.
+async fn may_migrate(connection: &mut PgConnection) -> Result<bool, StoreError> {
+    let sql = "SELECT coalesce(has_schema_privilege(current_schema(), 'CREATE'), true)";
+    let may = sqlx::query_scalar(sql).fetch_one(connection);
+    within(PING_TIMEOUT, StoreError::Migrate, may).await
 }
 
 async fn ping(connection: &mut PgConnection) -> Result<(), StoreError> {

@@ -4,7 +4,9 @@ mod locks;
 mod objects;
 mod outage;
 mod refusals;
+mod roles;
 mod schema;
+mod tls;
 
 use std::time::Duration;
 

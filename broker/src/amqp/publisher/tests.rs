@@ -8,7 +8,8 @@ use crate::{QueueConfig, QueueType};
 use testbed::Queue;
 
 fn config(queue: &Queue) -> Config {
-    let queue = QueueConfig { queue_name: queue.name.clone(), queue_type: QueueType::Quorum };
+    let (queue_name, queue_type) = (queue.name.clone(), QueueType::Quorum);
+    let queue = QueueConfig { queue_name, queue_type, amqp_ca: None };
     Config { uri: testbed::amqp_uri().parse().unwrap(), queue }
 }
 

@@ -1,0 +1,11 @@
+//! What keeps strangers out and secrets in, of the services as separate processes.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod roles;
+mod secrets;
+mod tls;
+
+use std::time::Duration;
+
+const PATIENCE: Duration = Duration::from_mins(1);

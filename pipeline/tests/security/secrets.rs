@@ -1,0 +1,294 @@
+//! No secret is ever told: not in a log, not in an error, not on a page, in whichever form.
+
+use std::collections::BTreeMap;
+
+use pipeline::{Partner, callback_endpoint};
+use testbed::{
+    Answer, PostgresCluster, Process, RabbitNode, Scratch, StatusApi, eventually, http_get,
+};
+
+use crate::PATIENCE;
+
+/// What marks each secret. The signs are among those that a URL needs to have encoded, so that the
+/// three forms in which it could come out differ.
+const MARK: &str = "s3cret:Mark/€";
+
+/// The places where a secret can be, each with its value; `{mark}` is the percent-encoded secret and
+/// `{plain}` the secret itself. One more secret is one more line.
+const SECRETS: [(&str, &str); 4] = [
+    ("AMQP_URI", "amqp://marked:{mark}@{broker}/%2f"),
+    ("DATABASE_URL", "postgres://marked:{mark}@{database}/postgres"),
+    ("POSTGRES_PASSWORD", "{plain}"),
+    ("TESTER_ENDPOINT", "http://marked:{mark}@{status_api}"),
+];
+
+/// The same places with values that are not allowed.
+const BAD: [(&str, &str); 6] = [
+    ("AMQP_URI", "amqp://marked:{mark}@host:none/%2f"),
+    ("AMQP_URI", "http://marked:{plain}@host"),
+    ("DATABASE_URL", "postgres://marked:{mark}@host:none/x"),
+    ("DATABASE_URL", "postgres://host/x?sslmode={plain}"),
+    ("TESTER_ENDPOINT", "ftp://marked:{mark}@host"),
+    ("TESTER_ENDPOINT", "http://marked:{plain}@"),
+];
+
+const BINARIES: [&str; 5] = ["producer", "consumer", "routine", "tester", "lastseen"];
+
+/// Where the peers are: host and port of each.
+#[derive(Clone)]
+struct Peers {
+    broker: String,
+    database: String,
+    status_api: String,
+}
+
+impl Peers {
+    /// Peers that nobody can reach.
+    fn away() -> Self {
+        let nowhere = || format!("127.0.0.1:{}", testbed::free_port());
+        Self { broker: nowhere(), database: nowhere(), status_api: nowhere() }
+    }
+
+    fn fill(&self, template: &str) -> String {
+        template
+            .replace("{mark}", &percent_encoded())
+            .replace("{plain}", MARK)
+            .replace("{broker}", &self.broker)
+            .replace("{database}", &self.database)
+            .replace("{status_api}", &self.status_api)
+    }
+
+    /// All settings with a secret that `binary` has, but for DATABASE_URL or what it replaces.
+    fn settings(&self, by_url: bool) -> BTreeMap<&'static str, String> {
+        let mut settings: BTreeMap<_, _> =
+            SECRETS.iter().map(|(name, value)| (*name, self.fill(value))).collect();
+        if !by_url {
+            settings.remove("DATABASE_URL");
+            let (host, port) = self.database.split_once(':').unwrap();
+            settings.insert("POSTGRES_USER", "marked".to_owned());
+            settings.insert("POSTGRES_HOST", host.to_owned());
+            settings.insert("POSTGRES_PORT", port.to_owned());
+        }
+        settings
+    }
+}
+
+fn percent_encoded() -> String {
+    url::form_urlencoded::byte_serialize(MARK.as_bytes()).collect()
+}
+
+/// The forms in which a secret would be found: as it is, percent-encoded, and in base64 at each of
+/// the three places where it can begin within a longer text.
+fn forms() -> Vec<String> {
+    let mut forms = vec![MARK.to_owned(), percent_encoded(), MARK.escape_debug().to_string()];
+    forms.push(MARK.escape_default().to_string());
+    // What a careless cut at one of the signs would leave.
+    forms.push("s3cret".to_owned());
+    for before in ["", "x", "xx"] {
+        let whole = base64(format!("{before}{MARK}").as_bytes());
+        // The first and the last signs depend on what is around.
+        forms.push(whole[4..whole.len() - 4].to_owned());
+    }
+    forms
+}
+
+fn base64(bytes: &[u8]) -> String {
+    const SIGNS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let sign = |group: u32, shift: u32| char::from(SIGNS[(group >> shift & 63) as usize]);
+    let groups = bytes.chunks(3).map(|chunk| {
+        let byte = |place: usize| u32::from(chunk.get(place).copied().unwrap_or(0));
+        byte(0) << 16 | byte(1) << 8 | byte(2)
+    });
+    groups.flat_map(|group| [18, 12, 6, 0].map(|shift| sign(group, shift))).collect()
+}
+
+/// No secret is in `text`.
+fn assert_clean(what: &str, text: &str) {
+    for form in forms() {
+        let leak = text.lines().find(|line| line.contains(&form));
+        assert!(leak.is_none(), "{what} tells {form:?}: {leak:?}");
+    }
+}
+
+/// Nothing that the process has printed, and no page of it, has a secret in it.
+async fn assert_all_clean(what: &str, process: &Process) {
+    for page in ["/livez", "/readyz", "/metrics", "/nowhere"] {
+        let (_, body) = process.get(page).await;
+        assert_clean(&format!("{what} at {page}"), &body);
+    }
+    assert_clean(&format!("{what}'s log"), &process.log().join("\n"));
+}
+
+fn spawn(
+    binary: &str,
+    mut settings: BTreeMap<&'static str, String>,
+    arguments: &[&str],
+) -> Process {
+    for (name, value) in [
+        ("RUST_LOG", "trace"),
+        ("PRODUCER_ADDR", "127.0.0.1:0"),
+        ("TESTER_ADDR", "127.0.0.1:0"),
+        ("MAX_ATTEMPTS", "1"),
+    ] {
+        settings.entry(name).or_insert_with(|| value.to_owned());
+    }
+    let settings: Vec<_> = settings.into_iter().collect();
+    Process::spawn(binary, &settings, arguments)
+}
+
+/// The services that have secrets, with the arguments by which each takes all its settings; those that
+/// take callbacks come first.
+fn services() -> [(&'static str, &'static [&'static str]); 4] {
+    [("producer", &[]), ("lastseen", &["--no-tester"]), ("consumer", &[]), ("routine", &[])]
+}
+
+#[tokio::test]
+async fn no_secret_is_told_while_all_goes_well_or_the_password_is_wrong() {
+    let (broker, database) = tokio::join!(RabbitNode::start(), PostgresCluster::start());
+    let escaped = MARK.replace('\'', "''");
+    let role = format!("CREATE ROLE marked SUPERUSER LOGIN PASSWORD '{escaped}'");
+    sqlx::query(sqlx::AssertSqlSafe(role)).execute(database.pool()).await.unwrap();
+    database.ask_for_passwords().await;
+    broker.rabbitmqctl(&["add_user", "marked", MARK]).await;
+    broker.rabbitmqctl(&["set_permissions", "marked", ".*", ".*", ".*"]).await;
+    let status_api = StatusApi::start(|id, _| match id {
+        0 => Answer::Status(500),
+        _ => Answer::Online,
+    });
+    let peers = Peers {
+        broker: format!("127.0.0.1:{}", broker.amqp_port()),
+        database: format!("127.0.0.1:{}", database.port()),
+        status_api: status_api.address().to_string(),
+    };
+
+    for by_url in [true, false] {
+        let mut running = Vec::new();
+        for (binary, arguments) in services() {
+            let settings = peers.settings(by_url || binary == "lastseen");
+            let process = spawn(binary, settings, arguments);
+            process.ready().await;
+            running.push((binary, process));
+        }
+        // One object is online, and the lookup of the other fails, so that it becomes a dead letter.
+        let looked_up = || [status_api.lookups_of(0), status_api.lookups_of(1)];
+        let before = looked_up();
+        for (binary, process) in &running[..2] {
+            let endpoint = callback_endpoint(process).await;
+            assert!(Partner::default().post(&endpoint, &[0, 1]).await, "{binary}");
+        }
+        eventually("both are looked up", PATIENCE, async || {
+            let now = looked_up();
+            (now[0] >= before[0] + 2 && now[1] >= before[1] + 2).then_some(())
+        })
+        .await;
+        for (binary, process) in &running {
+            assert_all_clean(binary, process).await;
+        }
+        for arguments in [&["dead-letters", "list"][..], &["objects"], &["migrate", "--once"]] {
+            let command = spawn("lastseen", peers.settings(true), arguments);
+            assert_eq!(command.wait().await.code(), Some(0), "{arguments:?}");
+            assert_clean(arguments[0], &command.log().join("\n"));
+        }
+        for (binary, process) in running {
+            process.terminate();
+            process.wait().await;
+            assert_clean(binary, &process.log().join("\n"));
+        }
+    }
+
+    // The same secret, and a server that does not take it.
+    sqlx::query("ALTER ROLE marked PASSWORD 'another'").execute(database.pool()).await.unwrap();
+    broker.rabbitmqctl(&["change_password", "marked", "another"]).await;
+    for (binary, arguments) in services() {
+        let process = spawn(binary, peers.settings(true), arguments);
+        eventually("it is refused", PATIENCE, async || {
+            let (status, reasons) = process.get("/readyz").await;
+            (status == 503 && (reasons.contains("cannot log in") || reasons.contains("password")))
+                .then_some(())
+        })
+        .await;
+        assert_all_clean(binary, &process).await;
+    }
+}
+
+#[tokio::test]
+async fn no_secret_is_told_while_nobody_can_be_reached() {
+    let peers = Peers::away();
+    let folder = Scratch::new("secrets");
+    for (binary, arguments) in services() {
+        for in_files in [false, true] {
+            let mut settings = peers.settings(true);
+            if in_files {
+                settings = settings
+                    .into_iter()
+                    .map(|(name, value)| {
+                        let file = folder.path().join(name);
+                        std::fs::write(&file, format!("{value}\n")).unwrap();
+                        (file_variable(name), file.display().to_string())
+                    })
+                    .collect();
+            }
+            let process = spawn(binary, settings, arguments);
+            eventually("it says whom it misses", PATIENCE, async || {
+                let (status, reasons) = process.get("/readyz").await;
+                (status == 503 && reasons.contains("refused")).then_some(())
+            })
+            .await;
+            if binary == "producer" {
+                let address = callback_endpoint(&process).await;
+                let address = address.trim_start_matches("http://").trim_end_matches("/callback");
+                let refused = http_get(address.parse().unwrap(), "/callback").await.unwrap();
+                assert_clean("an error answer", &format!("{}{}", refused.head, refused.body));
+                let partner = Partner::default();
+                partner.post(&callback_endpoint(&process).await, &[1]).await;
+                assert_clean("a callback's answer", &partner.ledger().refused.join("\n"));
+            }
+            assert_all_clean(binary, &process).await;
+        }
+    }
+    for arguments in [&["objects"][..], &["dead-letters", "list"]] {
+        let process = spawn("lastseen", peers.settings(true), arguments);
+        assert_eq!(process.wait().await.code(), Some(70));
+        assert_clean("a command's error", &process.log().join("\n"));
+    }
+}
+
+/// The variable that names a file with the value.
+fn file_variable(name: &str) -> &'static str {
+    match name {
+        "AMQP_URI" => "AMQP_URI_FILE",
+        "DATABASE_URL" => "DATABASE_URL_FILE",
+        "POSTGRES_PASSWORD" => "POSTGRES_PASSWORD_FILE",
+        "TESTER_ENDPOINT" => "TESTER_ENDPOINT_FILE",
+        other => panic!("how is {other} given by a file?"),
+    }
+}
+
+#[tokio::test]
+async fn no_secret_is_told_by_help_or_by_the_refusal_of_a_bad_value() {
+    let peers = Peers::away();
+    for binary in BINARIES {
+        let help = spawn(binary, peers.settings(true), &["--help"]);
+        assert_eq!(help.wait().await.code(), Some(0));
+        assert_clean(&format!("{binary} --help"), &help.log().join("\n"));
+        let mistyped = format!("--amqp-url={MARK}");
+        let refused = spawn(binary, peers.settings(true), &[&mistyped]);
+        assert_eq!(refused.wait().await.code(), Some(78));
+        assert_clean(&format!("{binary} with a flag that is none"), &refused.log().join("\n"));
+    }
+    for (name, value) in BAD {
+        let takes = |binary: &&&str| match name {
+            "AMQP_URI" => ["producer", "consumer", "lastseen"].contains(*binary),
+            "DATABASE_URL" => ["consumer", "routine", "lastseen"].contains(*binary),
+            _ => ["consumer", "lastseen"].contains(*binary),
+        };
+        for binary in BINARIES.iter().filter(takes) {
+            let settings = BTreeMap::from([(name, peers.fill(value))]);
+            let refused = spawn(binary, settings, &[]);
+            let code = refused.wait().await.code();
+            assert_eq!(code, Some(78), "{binary} takes {name}={value}");
+            refused.wait_for_log(name).await;
+            assert_clean(&format!("{binary} with a bad {name}"), &refused.log().join("\n"));
+        }
+    }
+}

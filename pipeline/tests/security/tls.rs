@@ -1,0 +1,115 @@
+//! The services at a broker and a database whose certificates are of a private authority.
+
+use std::net::TcpListener;
+
+use pipeline::{Partner, Surroundings, callback_endpoint};
+use testbed::{Answer, Authority, PostgresCluster, Process, RabbitNode, StatusApi, eventually};
+
+use crate::PATIENCE;
+
+/// What /readyz says, as soon as all of `parts` are in it.
+async fn not_ready_because(service: &Process, parts: &[&str]) {
+    let what = format!("/readyz tells {parts:?}");
+    eventually(&what, PATIENCE, async || {
+        let (status, reasons) = service.get("/readyz").await;
+        (status == 503 && parts.iter().all(|part| reasons.contains(part))).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn services_that_are_told_the_authority_work_and_others_say_whom_they_do_not_trust() {
+    let authority = Authority::new();
+    let (broker, database) = tokio::join!(
+        RabbitNode::start_with_tls(&authority),
+        PostgresCluster::start_with_tls(&authority)
+    );
+    let status_api = StatusApi::start(|_, _| Answer::Online);
+    let by_name = vec![
+        ("POSTGRES_HOST", "localhost".to_owned()),
+        ("POSTGRES_PORT", database.port().to_string()),
+        ("POSTGRES_SSLMODE", "verify-full".to_owned()),
+    ];
+    let amqps = broker.amqps_uri("localhost");
+    let surroundings = Surroundings::new(&amqps, "objects", by_name, &status_api);
+    let file = authority.file().display().to_string();
+    let told = [("AMQP_CA_FILE", file.as_str()), ("POSTGRES_SSLROOTCERT", &file)];
+
+    let producer = surroundings.spawn("producer", &told[..1]);
+    let consumer = surroundings.spawn("consumer", &told);
+    let routine = surroundings.spawn("routine", &told[1..]);
+    for service in [&producer, &consumer, &routine] {
+        service.ready().await;
+    }
+    let endpoint = callback_endpoint(&producer).await;
+    assert!(Partner::default().post(&endpoint, &[1, 2]).await);
+    eventually("both are stored", PATIENCE, async || {
+        let count = sqlx::query_scalar("SELECT count(*) FROM object").fetch_one(database.pool());
+        let count: i64 = count.await.ok()?;
+        (count == 2).then_some(())
+    })
+    .await;
+
+    let by_system = surroundings.spawn("producer", &[("SSL_CERT_FILE", &file)]);
+    by_system.ready().await;
+
+    let unknown = "UnknownIssuer";
+    let stranger = surroundings.spawn("consumer", &[]);
+    not_ready_because(&stranger, &["broker", "database", unknown]).await;
+    stranger.wait_for_log(unknown).await;
+    let stranger = surroundings.spawn("producer", &[]);
+    not_ready_because(&stranger, &["broker", unknown]).await;
+    let other_name = Surroundings { amqp_uri: broker.amqps_uri("127.0.0.1"), ..surroundings };
+    let stranger =
+        other_name.spawn("consumer", &[told[0], told[1], ("POSTGRES_HOST", "127.0.0.1")]);
+    not_ready_because(&stranger, &["broker", "database", "not valid for name"]).await;
+}
+
+/// Threads of a process.
+fn threads(process: &Process) -> usize {
+    std::fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap().count()
+}
+
+#[tokio::test]
+async fn behind_amqps_a_peer_that_accepts_and_never_speaks_costs_no_thread() {
+    let silent = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = silent.local_addr().unwrap();
+    silent.set_nonblocking(true).unwrap();
+    let environment = [
+        ("AMQP_URI", format!("amqps://guest:guest@{address}/%2f")),
+        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+    ];
+    let producer = Process::spawn("producer", &environment, &[]);
+    let mut open = Vec::new();
+    // Each is held open, as a peer that hangs holds it.
+    let mut attempts = async |count: usize| {
+        eventually("it tries again", PATIENCE, async || {
+            open.extend(silent.accept().ok());
+            (open.len() >= count).then_some(())
+        })
+        .await;
+    };
+    attempts(2).await;
+    producer.wait_for_log("does not speak AMQP").await;
+    let before = threads(&producer);
+    attempts(6).await;
+    assert!(threads(&producer) <= before, "{before} became {}", threads(&producer));
+}
+
+#[tokio::test]
+async fn certificates_that_are_none_stop_the_start_and_are_not_shown() {
+    let key =
+        "-----BEGIN PRIVATE KEY-----\nTUlHSEFnRUFNQk1HQnlxR1NNNDk=\n-----END PRIVATE KEY-----";
+    for value in [key, "no certificate"] {
+        let environment = [("AMQP_CA", value.to_owned())];
+        let producer = Process::spawn("producer", &environment, &[]);
+        assert_eq!(producer.wait().await.code(), Some(78));
+        let log = producer.log().join("\n");
+        assert!(log.contains("AMQP_CA=***: expected certificates in PEM form"), "{log}");
+        assert!(!log.contains("TUlHSEFn"), "{log}");
+    }
+    let missing = [("POSTGRES_SSLMODE", "allow".to_owned())];
+    let routine = Process::spawn("routine", &missing, &[]);
+    assert_eq!(routine.wait().await.code(), Some(78));
+    routine.wait_for_log("POSTGRES_SSLMODE=allow: allowed are disable, prefer").await;
+}

@@ -1,0 +1,52 @@
+-- The roles that Lastseen's services log in as, each with what its statements need and no more.
+--
+-- docker-compose.yml has Postgres run this when it sets up its files. Elsewhere a superuser runs it in
+-- the database, with the three passwords in the environment (psql 14 or later):
+--
+--   psql -d DATABASE -f scripts/postgres-roles.sql
+--
+-- It can be repeated: to change the passwords, for a table that is there already, or after the
+-- schema `public` was set up anew.
+\set ON_ERROR_STOP on
+\getenv migration_password POSTGRES_MIGRATION_PASSWORD
+\getenv consumer_password POSTGRES_CONSUMER_PASSWORD
+\getenv routine_password POSTGRES_ROUTINE_PASSWORD
+
+BEGIN;
+
+SELECT format('CREATE ROLE %I', name)
+FROM unnest(ARRAY['lastseen_migration', 'lastseen_consumer', 'lastseen_routine']) AS name
+WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
+ALTER ROLE lastseen_migration LOGIN PASSWORD :'migration_password';
+ALTER ROLE lastseen_consumer LOGIN PASSWORD :'consumer_password';
+ALTER ROLE lastseen_routine LOGIN PASSWORD :'routine_password';
+
+-- By default everybody may connect and make temporary tables and, before Postgres 15, any table.
+SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()) \gexec
+REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+SELECT format(
+    'GRANT CONNECT ON DATABASE %I TO lastseen_migration, lastseen_consumer, lastseen_routine',
+    current_database()) \gexec
+GRANT USAGE, CREATE ON SCHEMA public TO lastseen_migration;
+GRANT USAGE ON SCHEMA public TO lastseen_consumer, lastseen_routine;
+
+-- These rights come with the table, also when it is made anew: by default privileges, because a
+-- grant would go with the table that it was made for. sqlx's record of the migrations has them too.
+--
+-- The consumer's upsert inserts, updates, and reads the row that it may update. The routine deletes
+-- the rows that it has found by reading; it locks them first (FOR UPDATE SKIP LOCKED), and Postgres
+-- lets nobody lock a row who may not update it.
+ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
+    GRANT SELECT, INSERT, UPDATE ON TABLES TO lastseen_consumer;
+ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
+    GRANT SELECT, UPDATE, DELETE ON TABLES TO lastseen_routine;
+
+-- A table that somebody else made before.
+ALTER TABLE IF EXISTS object OWNER TO lastseen_migration;
+ALTER TABLE IF EXISTS _sqlx_migrations OWNER TO lastseen_migration;
+SELECT unnest(ARRAY[
+    'GRANT SELECT, INSERT, UPDATE ON object TO lastseen_consumer',
+    'GRANT SELECT, UPDATE, DELETE ON object TO lastseen_routine'])
+WHERE to_regclass('object') IS NOT NULL \gexec
+
+COMMIT;

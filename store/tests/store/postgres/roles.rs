@@ -1,0 +1,161 @@
+//! The roles of scripts/postgres-roles.sql.
+
+use std::path::Path;
+use std::time::Duration;
+
+use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool};
+use store::Store;
+use testbed::{PostgresCluster, eventually};
+
+use super::{ids, insert, start};
+use crate::{DEADLINE, HOUR, ready, seen};
+
+const ROLES: [&str; 3] = ["migration", "consumer", "routine"];
+
+async fn cluster_with_roles() -> PostgresCluster {
+    let cluster = PostgresCluster::start().await;
+    cluster.ask_for_passwords().await;
+    make_roles(&cluster).await;
+    cluster
+}
+
+async fn make_roles(cluster: &PostgresCluster) {
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/postgres-roles.sql");
+    let passwords = [
+        ("POSTGRES_MIGRATION_PASSWORD", "of-migration"),
+        ("POSTGRES_CONSUMER_PASSWORD", "of-consumer"),
+        ("POSTGRES_ROUTINE_PASSWORD", "of-routine"),
+    ];
+    cluster.run_sql(Path::new(script), &passwords).await;
+}
+
+fn url(cluster: &PostgresCluster, role: &str) -> String {
+    format!("postgres://lastseen_{role}:of-{role}@127.0.0.1:{}/postgres", cluster.port())
+}
+
+fn store(cluster: &PostgresCluster, role: &str) -> Store {
+    start(&url(cluster, role), 1)
+}
+
+async fn run(pool: &PgPool, sql: &str) {
+    sqlx::query(AssertSqlSafe(sql)).execute(pool).await.unwrap();
+}
+
+#[tokio::test]
+async fn the_roles_work_together_and_the_table_comes_back_with_their_rights_whoever_is_first() {
+    let cluster = cluster_with_roles().await;
+    // Those who may not make the table wait for it.
+    let (consumer, routine) = (store(&cluster, "consumer"), store(&cluster, "routine"));
+    let mut status = consumer.status();
+    let waits = status.wait_for(|status| {
+        status.as_ref().is_err_and(|reason| reason.contains("\"object\" does not exist"))
+    });
+    tokio::time::timeout(DEADLINE, waits).await.unwrap().unwrap();
+
+    let _migration = store(&cluster, "migration");
+    for upheaval in ["", "DROP TABLE object, _sqlx_migrations"] {
+        if !upheaval.is_empty() {
+            run(cluster.pool(), upheaval).await;
+        }
+        eventually("the consumer records", DEADLINE, async || {
+            consumer.record_seen(&[seen(1, 2 * HOUR), seen(2, Duration::ZERO)]).await.ok()
+        })
+        .await;
+        consumer.record_seen(&[seen(2, Duration::ZERO)]).await.unwrap();
+        eventually("the routine deletes", DEADLINE, async || {
+            routine.delete_stale(HOUR, 10).await.ok().filter(|rows| *rows == 1)
+        })
+        .await;
+        assert_eq!(ids(cluster.pool()).await, [2]);
+    }
+    for store in [&consumer, &routine] {
+        ready(store).await;
+    }
+}
+
+#[tokio::test]
+async fn the_rights_that_each_role_has_are_the_least_that_its_work_needs() {
+    let cluster = cluster_with_roles().await;
+    ready(&store(&cluster, "migration")).await;
+    let (consumer, routine) = (store(&cluster, "consumer"), store(&cluster, "routine"));
+    for (role, rights) in
+        [("consumer", ["SELECT", "INSERT", "UPDATE"]), ("routine", ["SELECT", "UPDATE", "DELETE"])]
+    {
+        let granted: Vec<String> = sqlx::query_scalar(
+            "SELECT privilege_type FROM pg_class, aclexplode(relacl)
+             WHERE oid = 'object'::regclass AND grantee = $1::regrole ORDER BY 1",
+        )
+        .bind(format!("lastseen_{role}"))
+        .fetch_all(cluster.pool())
+        .await
+        .unwrap();
+        let mut expected = rights;
+        expected.sort_unstable();
+        assert_eq!(granted, expected, "{role}");
+        for right in rights {
+            insert(cluster.pool(), 1..=1, 2 * HOUR).await;
+            run(cluster.pool(), &format!("REVOKE {right} ON object FROM lastseen_{role}")).await;
+            let error = match role {
+                "consumer" => consumer.record_seen(&[seen(1, HOUR)]).await.err(),
+                _ => routine.delete_stale(HOUR, 10).await.err(),
+            };
+            let error = error.unwrap_or_else(|| panic!("{role} works without {right}"));
+            assert!(error.to_string().contains("permission denied"), "{error}");
+            run(cluster.pool(), &format!("GRANT {right} ON object TO lastseen_{role}")).await;
+            run(cluster.pool(), "TRUNCATE object").await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn no_role_can_do_what_is_not_its_work() {
+    let cluster = cluster_with_roles().await;
+    ready(&store(&cluster, "migration")).await;
+    run(cluster.pool(), "CREATE TABLE other (id int)").await;
+    let not_theirs = [
+        ("consumer", "DELETE FROM object"),
+        ("routine", "INSERT INTO object VALUES (1, now())"),
+        ("consumer routine", "TRUNCATE object"),
+        ("consumer routine", "DROP TABLE object"),
+        ("consumer routine", "ALTER TABLE object ADD COLUMN note text"),
+        ("consumer routine", "CREATE TABLE mine (id int)"),
+        ("consumer routine migration", "CREATE TEMPORARY TABLE mine (id int)"),
+        ("consumer routine migration", "SELECT * FROM other"),
+        ("consumer routine migration", "CREATE SCHEMA mine"),
+        ("consumer routine migration", "CREATE ROLE mine"),
+        ("consumer routine migration", "SET ROLE postgres"),
+    ];
+    for role in ROLES {
+        let mut connection = PgConnection::connect(&url(&cluster, role)).await.unwrap();
+        for (_, sql) in not_theirs.iter().filter(|(roles, _)| roles.contains(role)) {
+            let refused = sqlx::query(*sql).execute(&mut connection).await;
+            let refused = refused.map(drop).unwrap_err();
+            let code = refused.as_database_error().and_then(|error| error.code());
+            assert_eq!(code.as_deref(), Some("42501"), "{role}: {sql}: {refused}");
+        }
+    }
+    let stranger = url(&cluster, "consumer").replace("of-consumer", "of-routine");
+    assert!(PgConnection::connect(&stranger).await.is_err());
+    run(cluster.pool(), "CREATE ROLE stranger LOGIN PASSWORD 'x'").await;
+    let stranger = format!("postgres://stranger:x@127.0.0.1:{}/postgres", cluster.port());
+    let error = PgConnection::connect(&stranger).await.unwrap_err();
+    assert!(error.to_string().contains("permission denied for database"), "{error}");
+}
+
+#[tokio::test]
+async fn a_table_that_was_there_before_the_roles_is_theirs_afterwards() {
+    let cluster = PostgresCluster::start().await;
+    let everything = start(cluster.url(), 1);
+    ready(&everything).await;
+    everything.record_seen(&[seen(1, 2 * HOUR)]).await.unwrap();
+    drop(everything);
+    cluster.ask_for_passwords().await;
+    make_roles(&cluster).await;
+    make_roles(&cluster).await;
+    for role in ROLES {
+        ready(&store(&cluster, role)).await;
+    }
+    store(&cluster, "consumer").record_seen(&[seen(2, Duration::ZERO)]).await.unwrap();
+    assert_eq!(store(&cluster, "routine").delete_stale(HOUR, 10).await.unwrap(), 1);
+    assert_eq!(ids(cluster.pool()).await, [2]);
+}

@@ -1,0 +1,91 @@
+use std::path::Path;
+use std::time::Duration;
+
+use clap::Parser as _;
+use store::{Config, Objects, Store};
+use testbed::{Authority, PostgresCluster};
+use tokio::time::timeout;
+
+use super::config;
+use crate::{DEADLINE, ready, seen};
+
+#[derive(clap::Parser)]
+struct Settings {
+    #[command(flatten)]
+    config: Config,
+}
+
+fn url(cluster: &PostgresCluster, host: &str, authority: Option<&Path>) -> String {
+    let port = cluster.port();
+    let trusted = authority.map(|file| format!("&sslrootcert={}", file.display()));
+    let trusted = trusted.unwrap_or_default();
+    format!("postgres://postgres:s3cret@{host}:{port}/postgres?sslmode=verify-full{trusted}")
+}
+
+/// Why there is no connection: the same for whoever writes and whoever reads.
+async fn refused(config: &Config) -> String {
+    let store = Store::start(config, "test", 1).unwrap();
+    let mut status = store.status();
+    let refused = status.wait_for(|status| {
+        status.as_ref().is_err_and(|reason| reason.starts_with("cannot connect"))
+    });
+    let reason = timeout(DEADLINE, refused).await.unwrap().unwrap().clone().unwrap_err();
+    assert!(store.record_seen(&[seen(1, Duration::ZERO)]).await.is_err());
+    let Err(reader) = Objects::open(config).await else { panic!("a reader is let in: {reason}") };
+    assert_eq!(reader.to_string(), reason);
+    assert!(!reason.contains("s3cret"), "{reason}");
+    reason
+}
+
+/// How many connections of clients there are that do not speak TLS, but for the asking one.
+async fn in_plain_text(cluster: &PostgresCluster) -> i64 {
+    let sql = "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
+               WHERE backend_type = 'client backend' AND NOT ssl AND application_name <> ''";
+    sqlx::query_scalar(sql).fetch_one(cluster.pool()).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_database_is_trusted_by_its_authority_and_its_name_or_not_at_all() {
+    let authority = Authority::new();
+    let cluster = PostgresCluster::start_with_tls(&authority).await;
+    let file = authority.file();
+
+    let trusted = config(&url(&cluster, "localhost", Some(&file)));
+    let store = Store::start(&trusted, "test", 1).unwrap();
+    ready(&store).await;
+    store.record_seen(&[seen(1, Duration::ZERO)]).await.unwrap();
+    assert_eq!(Objects::open(&trusted).await.unwrap().count().await.unwrap(), 1);
+
+    let port = format!("--postgres-port={}", cluster.port());
+    let certificates = format!("--postgres-sslrootcert={}", file.display());
+    let single = ["x", "--postgres-host=localhost", &port, "--postgres-sslmode=verify-full"];
+    let with_authority = Settings::parse_from(single.into_iter().chain([certificates.as_str()]));
+    ready(&Store::start(&with_authority.config, "test", 1).unwrap()).await;
+
+    for stranger in [config(&url(&cluster, "localhost", None)), Settings::parse_from(single).config]
+    {
+        let reason = refused(&stranger).await;
+        assert!(reason.contains("UnknownIssuer"), "{reason}");
+    }
+    let reason = refused(&config(&url(&cluster, "127.0.0.1", Some(&file)))).await;
+    assert!(reason.contains("not valid for name"), "{reason}");
+    assert_eq!(in_plain_text(&cluster).await, 0);
+}
+
+#[tokio::test]
+async fn a_database_without_tls_is_not_spoken_to_in_plain_text_instead() {
+    let authority = Authority::new();
+    let cluster = PostgresCluster::start().await;
+    let reason = refused(&config(&url(&cluster, "localhost", Some(&authority.file())))).await;
+    assert!(reason.contains("does not support TLS"), "{reason}");
+    assert_eq!(in_plain_text(&cluster).await, 0);
+}
+
+#[test]
+fn a_mode_that_would_silently_mean_plain_text_is_refused() {
+    for mode in ["allow", "verify_full", ""] {
+        let settings = Settings::try_parse_from(["x", &format!("--postgres-sslmode={mode}")]);
+        let error = settings.map(drop).unwrap_err().to_string();
+        assert!(error.contains("verify-full"), "{error}");
+    }
+}
