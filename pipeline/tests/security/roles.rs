@@ -26,7 +26,7 @@ async fn services_that_may_not_make_the_table_wait_for_the_process_that_makes_it
     let without_table = async || {
         eventually("the routine waits for the table", PATIENCE, async || {
             let (status, reason) = routine.get("/readyz").await;
-            (status == 503 && reason.contains("\"object\" does not exist")).then_some(())
+            (status == 503 && reason.contains("does not exist")).then_some(())
         })
         .await;
     };
