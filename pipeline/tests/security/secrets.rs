@@ -77,11 +77,13 @@ fn percent_encoded() -> String {
     url::form_urlencoded::byte_serialize(MARK.as_bytes()).collect()
 }
 
-/// The forms in which a secret would be found: as it is, percent-encoded, and in base64 at each of
-/// the three places where it can begin within a longer text.
+/// The forms in which a secret would be found: as it is, escaped, percent-encoded, as bytes, and in
+/// base64 at each of the three places where it can begin within a longer text.
 fn forms() -> Vec<String> {
     let mut forms = vec![MARK.to_owned(), percent_encoded(), MARK.escape_debug().to_string()];
     forms.push(MARK.escape_default().to_string());
+    // As `Debug` shows bytes: so lapin would log the login.
+    forms.push(format!("{:?}", MARK.as_bytes()).trim_matches(['[', ']']).to_owned());
     // What a careless cut at one of the signs would leave.
     forms.push("s3cret".to_owned());
     for before in ["", "x", "xx"] {
