@@ -66,7 +66,7 @@ pub struct QueueConfig {
     /// How RabbitMQ's queue is declared: quorum, or classic without arguments, as the Go services do
     #[arg(long, global = true, value_enum, ignore_case = true, default_value = "quorum")]
     pub queue_type: QueueType,
-    /// Certificates, as PEM, of authorities to trust for amqps:// besides the system's; AMQP_CA_FILE names the file with them
+    /// Certificates, as PEM, of authorities to trust for amqps:// besides the system's; mostly by `AMQP_CA_FILE`, a file with them
     #[arg(long, global = true, value_parser = certificates)]
     pub amqp_ca: Option<String>,
 }

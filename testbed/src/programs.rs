@@ -25,7 +25,8 @@ pub(crate) fn find(program: &str, folders: &[PathBuf]) -> PathBuf {
 /// # Panics
 /// When it fails.
 pub(crate) async fn run(mut command: Command) -> String {
-    let shown = format!("{:?} {:?}", command.get_program(), command.get_args());
+    // Without its environment, in which there may be passwords.
+    let shown = command.get_program().display().to_string();
     command.stdin(Stdio::null());
     let output = tokio::task::spawn_blocking(move || command.output())
         .await

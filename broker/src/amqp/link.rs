@@ -72,7 +72,8 @@ pub(super) async fn connect(config: &Config, name: &str) -> Result<Link, LinkErr
     let address = format!("{}:{}", uri.authority.host, uri.authority.port);
     // Of no use to amqp://. Of amqps://, the system's own authorities are trusted besides.
     let tls = OwnedTLSConfig { identity: None, cert_chain: config.queue.amqp_ca.clone() };
-    match timeout(PROBE_TIMEOUT, greeting(uri, &tls)).await {
+    // On the heap, both: a TLS handshake has a state of 20 KiB.
+    match timeout(PROBE_TIMEOUT, Box::pin(greeting(uri, &tls))).await {
         Ok(Ok(METHOD_FRAME)) => {}
         Ok(Ok(_)) | Err(_) => return Err(LinkError::Silent { address }),
         Ok(Err(source)) => return Err(LinkError::Reach { address, source }),
@@ -82,7 +83,7 @@ pub(super) async fn connect(config: &Config, name: &str) -> Result<Link, LinkErr
         let runtime = runtime::default_runtime()?;
         Connection::connect_uri_with_config(uri.clone(), properties, tls, runtime).await
     };
-    match timeout(CONNECT_TIMEOUT, connecting).await {
+    match timeout(CONNECT_TIMEOUT, Box::pin(connecting)).await {
         Ok(Ok(connection)) => Ok(Link(connection)),
         Ok(Err(source)) => Err(LinkError::LogIn { address, source }),
         Err(_) => Err(LinkError::Silent { address }),
