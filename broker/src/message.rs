@@ -1,6 +1,7 @@
 //! What is published: one object id.
 
 use serde::Deserialize;
+use serde::de::Error as _;
 
 /// A body that holds no object id. The message goes to the dead letters as it is.
 #[derive(Debug, thiserror::Error)]
@@ -24,8 +25,15 @@ pub(crate) fn encode(id: i64) -> Vec<u8> {
 /// # Errors
 /// [`DecodeError`] when the body is no JSON object, has no id, two, or one beyond 64 bits.
 pub(crate) fn decode(body: &[u8]) -> Result<i64, DecodeError> {
+    // Without this, serde would take the bare list `[42]` for the object's fields in order.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        return Err(serde_json::Error::custom("it is no JSON object").into());
+    }
     Ok(serde_json::from_slice::<Body>(body)?.id)
 }
+
+#[cfg(test)]
+mod properties;
 
 #[cfg(test)]
 mod tests {

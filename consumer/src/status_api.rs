@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime};
 use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Response, StatusCode, Url, redirect};
 use serde::Deserialize;
+use serde::de::Error as _;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -147,11 +148,8 @@ impl StatusApi {
                 return Err(LookupError::Status { status, retry_after: retry_after(&response) });
             }
         }
-        let body: Body = serde_json::from_slice(&self.read(response).await?)?;
-        if body.id != id {
-            return Err(LookupError::WrongId(body.id));
-        }
-        Ok(if body.online { Answer::Online(Instant::now()) } else { Answer::Offline })
+        let online = online(id, &self.read(response).await?)?;
+        Ok(if online { Answer::Online(Instant::now()) } else { Answer::Offline })
     }
 
     async fn read(&self, mut response: Response) -> Result<Vec<u8>, LookupError> {
@@ -178,6 +176,19 @@ impl StatusApi {
         }
         LookupError::Transport(cause.map_or_else(|| error.to_string(), ToString::to_string))
     }
+}
+
+/// Whether an answer says that this object is online.
+fn online(id: i64, answer: &[u8]) -> Result<bool, LookupError> {
+    // Without this, serde would take the bare list `[42,true]` for the object's fields in order.
+    if answer.trim_ascii_start().first() != Some(&b'{') {
+        return Err(serde_json::Error::custom("it is no JSON object").into());
+    }
+    let body: Body = serde_json::from_slice(answer)?;
+    if body.id != id {
+        return Err(LookupError::WrongId(body.id));
+    }
+    Ok(body.online)
 }
 
 /// `Retry-After`, in seconds or as a date; one that has passed is no wait.
@@ -224,3 +235,6 @@ async fn probe(
         _ = timeout(PROBE_INTERVAL, news).await;
     }
 }
+
+#[cfg(test)]
+mod properties;

@@ -187,6 +187,7 @@ async fn dead_lettered(broker_uri: &str) -> Vec<Option<i64>> {
         queue: broker::QueueConfig {
             queue_name: QUEUE.to_owned(),
             queue_type: broker::QueueType::Quorum,
+            amqp_ca: None,
         },
     };
     let mut ids = Vec::new();

@@ -68,6 +68,9 @@ fn bad_request(detail: impl Into<String>) -> Problem {
 }
 
 #[cfg(test)]
+mod properties;
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -4,6 +4,7 @@ use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use authenticity::Authenticity;
 use service::settings;
 
 /// The producer's settings.
@@ -13,6 +14,9 @@ pub struct Config {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub callbacks: Callbacks,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub authenticity: Authenticity,
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub broker: broker::Config,

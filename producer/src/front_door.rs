@@ -2,28 +2,30 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Instant;
 
 use anyhow::Context as _;
 use axum::Json;
 use axum::Router;
-use axum::body::{Body, HttpBody as _, to_bytes};
+use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderName, HeaderValue, Method, StatusCode, Uri};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use broker::PublishError;
-use http_body_util::LengthLimitError;
 use serde::Serialize;
 use service::problem::Problem;
 use service::{CancellationToken, Health, http};
 use tokio::net::TcpListener;
-use tokio::time::timeout;
+use tokio::time::Instant;
 use uuid::Uuid;
 
+use crate::body::Bodies;
 use crate::callback::Callback;
 use crate::config::{Callbacks, Config};
 use crate::places::{Places, Unavailable};
+use crate::repeats::Turn;
+use crate::signature::Signatures;
 
 /// Names the callback in our logs and in the messages that it becomes.
 const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
@@ -38,6 +40,8 @@ pub struct FrontDoor {
 /// What the requests share.
 struct Shared {
     places: Places,
+    bodies: Bodies,
+    signatures: Signatures,
     config: Callbacks,
 }
 
@@ -61,7 +65,12 @@ impl FrontDoor {
             max_connections: callbacks.max_connections,
             header_timeout: callbacks.header_timeout,
         };
-        let shared = Arc::new(Shared { places, config: callbacks.clone() });
+        let shared = Arc::new(Shared {
+            places,
+            bodies: Bodies::new(callbacks),
+            signatures: Signatures::new(config.authenticity.callback_secret.clone()),
+            config: callbacks.clone(),
+        });
         Ok(Self { listener, limits, shared })
     }
 
@@ -84,6 +93,7 @@ impl FrontDoor {
             .route("/callback", post(take))
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
+            .layer(middleware::from_fn(last_if_chunked))
             .with_state(self.shared);
         tokio::select! {
             () = http::serve(self.listener, router, self.limits, shutdown) => {}
@@ -108,12 +118,14 @@ struct Accepted {
 async fn take(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let started = Instant::now();
     let callback_id = Uuid::now_v7().to_string();
-    let outcome = shared.accept(&callback_id, request.into_body()).await;
+    let (head, body) = request.into_parts();
+    let outcome = shared.accept(&callback_id, &head.headers, body).await;
     let label = match &outcome {
         Ok(_) => "accepted",
         Err(problem) => match problem.status {
             StatusCode::SERVICE_UNAVAILABLE => "unavailable",
             StatusCode::REQUEST_TIMEOUT => "timeout",
+            StatusCode::UNAUTHORIZED => "unauthorized",
             _ => "bad",
         },
     };
@@ -135,41 +147,34 @@ async fn take(State(shared): State<Arc<Shared>>, request: Request) -> Response {
 
 impl Shared {
     /// Makes every distinct id of the body a message, and returns once all of them are durable.
-    async fn accept(&self, callback_id: &str, body: Body) -> Result<Accepted, Problem> {
-        let max_bytes = self.config.max_body_bytes;
-        // What says itself that it is too large is not read at all.
-        if body.size_hint().lower() > max_bytes as u64 {
-            return Err(too_large_for(max_bytes));
-        }
-        let body = match timeout(self.config.body_timeout, to_bytes(body, max_bytes)).await {
-            Ok(Ok(body)) => body,
-            Ok(Err(error)) => return Err(unreadable(&error, max_bytes)),
-            Err(_) => {
-                let limit = self.config.body_timeout;
-                let detail = format!("the body did not arrive within {limit:?}");
-                return Err(Problem::new(StatusCode::REQUEST_TIMEOUT, detail));
-            }
+    async fn accept(
+        &self,
+        callback_id: &str,
+        headers: &HeaderMap,
+        body: Body,
+    ) -> Result<Accepted, Problem> {
+        let unverified = self.signatures.claimed(headers)?;
+        let body = self.bodies.read(headers, body).await?;
+        let fingerprint = unverified.verify(&body.bytes)?;
+        let Callback { listed, ids } =
+            Callback::parse(&body.bytes, self.config.max_ids_per_callback)?;
+        drop(body);
+        let accepted = Accepted { accepted: listed, queued: ids.len() };
+        let turn = match fingerprint {
+            None => None,
+            Some(fingerprint) => match self.signatures.turn(fingerprint).await? {
+                Turn::Ours(turn) => Some(turn),
+                Turn::Published => return Ok(accepted),
+            },
         };
-        let Callback { listed, ids } = Callback::parse(&body, self.config.max_ids_per_callback)?;
         self.places.take(callback_id, &ids).await.map_err(|error| unavailable(&error))?;
+        if let Some(turn) = turn {
+            turn.published();
+        }
         tracing::debug!(callback_id, accepted = listed, queued = ids.len(), "callback accepted");
         metrics::counter!("lastseen_callback_ids_total").increment(listed as u64);
-        Ok(Accepted { accepted: listed, queued: ids.len() })
+        Ok(accepted)
     }
-}
-
-fn unreadable(error: &axum::Error, max_bytes: usize) -> Problem {
-    let too_large = std::error::Error::source(error)
-        .is_some_and(<dyn std::error::Error>::is::<LengthLimitError>);
-    if too_large {
-        return too_large_for(max_bytes);
-    }
-    Problem::new(StatusCode::BAD_REQUEST, format!("the body could not be read: {error}"))
-}
-
-fn too_large_for(max_bytes: usize) -> Problem {
-    let detail = format!("the body is over {max_bytes} bytes: send several callbacks");
-    Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
 }
 
 fn unavailable(error: &Unavailable) -> Problem {
@@ -184,6 +189,18 @@ fn unavailable(error: &Unavailable) -> Problem {
     }
 }
 
+/// Closes the connection behind a request that is chunked. It may have had a `Content-Length` too,
+/// by which somebody in front of us found another end of it; what follows is then a part of a body,
+/// and must not be read as a request (RFC 9112, 6.1).
+async fn last_if_chunked(request: Request, next: Next) -> Response {
+    let chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
+    let mut response = next.run(request).await;
+    if chunked {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
+}
+
 async fn method_not_allowed(method: Method) -> Problem {
     let detail = format!("{method} is not known here: POST to /callback");
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
@@ -196,6 +213,10 @@ async fn not_found(uri: Uri) -> Problem {
 
 fn describe_metrics() {
     metrics::describe_counter!("lastseen_callbacks_total", "Callbacks by outcome.");
+    metrics::describe_counter!(
+        "lastseen_callback_repeats_total",
+        "Signed callbacks that came again and were published before."
+    );
     metrics::describe_counter!("lastseen_callback_ids_total", "Ids listed in accepted callbacks.");
     metrics::describe_histogram!(
         "lastseen_callback_seconds",

@@ -2,10 +2,13 @@
 //! spool on this disk: never a 2xx for what could still be lost, and never a wait beyond the client's
 //! patience of one second.
 
+mod body;
 mod callback;
 mod config;
 mod front_door;
 mod places;
+mod repeats;
+mod signature;
 mod spool;
 
 use service::{CancellationToken, Description, Health};

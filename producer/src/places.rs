@@ -39,7 +39,7 @@ impl Places {
     /// # Errors
     /// When the broker is a file that cannot be opened.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
-        let Config { callbacks, broker } = config;
+        let Config { callbacks, broker, .. } = config;
         let publisher = Publisher::start(broker, "producer")?;
         let outage = if broker.amqp_uri.is_file() {
             None

@@ -32,6 +32,9 @@ fn text(config: &Config, callbacks: Option<&Url>, lookups: Option<&Url>, program
     let roles: Vec<&str> =
         roles.into_iter().filter_map(|(name, played)| played.then_some(name)).collect();
     let post = callbacks.map(|url| {
+        if config.authenticity.callback_secret.is_some() {
+            return format!("{url}, signed with CALLBACK_SECRET");
+        }
         format!("curl -d '{{\"object_ids\":[2,4,7]}}' -H 'content-type: application/json' {url}")
     });
     let mut lastseen = quoted(program);

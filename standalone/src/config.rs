@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use authenticity::Authenticity;
 use broker::{BrokerUrl, QueueConfig};
 use clap::{Arg, Args, Subcommand};
 use store::DatabaseUrl;
@@ -35,6 +36,9 @@ pub struct Config {
     /// How callbacks are taken.
     #[command(flatten)]
     pub callbacks: producer::Callbacks,
+    /// Whether callbacks must be signed, and are by the simulated partner.
+    #[command(flatten)]
+    pub authenticity: Authenticity,
     /// How objects are looked up.
     #[command(flatten)]
     pub lookups: consumer::Lookups,
@@ -59,9 +63,8 @@ pub struct Config {
 fn as_commands_need_it(setting: Arg) -> Arg {
     match setting.get_id().as_str() {
         "object_ttl" => setting.global(true),
-        "callback_endpoint" | "callback_timeout" | "object_id_min" | "object_id_max" => {
-            setting.global(false)
-        }
+        "callback_endpoint" | "callback_secret" | "callback_timeout" | "object_id_min"
+        | "object_id_max" => setting.global(false),
         _ => setting,
     }
 }

@@ -60,7 +60,8 @@ impl Stage {
         if !without.no_producer {
             let mut callbacks = config.callbacks.clone();
             callbacks.spool_dir.get_or_insert_with(|| config.lastseen_dir.join("spool"));
-            let door = producer::Config { callbacks, broker: broker.clone() };
+            let authenticity = config.authenticity.clone();
+            let door = producer::Config { callbacks, authenticity, broker: broker.clone() };
             let door = FrontDoor::open(&door, &health.part("producer")).await?;
             let url = url_of(door.address()?, "callback")?;
             partners_callbacks.callback_endpoint = url.clone();
@@ -79,7 +80,9 @@ impl Stage {
             roles.begin("routine", routine::run(routine, health.part("routine"), shutdown.clone()));
         }
         if !without.partner() {
-            let partner = Partner::new(partners_callbacks, config.partner.clone().into_inner());
+            let authenticity = config.authenticity.clone();
+            let partner = config.partner.clone().into_inner();
+            let partner = Partner::new(partners_callbacks, authenticity, partner);
             let partner = partner.context("cannot build the HTTP client")?;
             let shutdown = shutdown.clone();
             roles.begin("partner", async move {

@@ -1,9 +1,11 @@
 //! One callback: its body, its one and only request, and what came of it.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use authenticity::Keys;
 use reqwest::{Client, StatusCode, header, redirect, retry};
 use url::Url;
+use uuid::Uuid;
 
 use crate::config::Callbacks;
 
@@ -37,17 +39,18 @@ impl Outcome {
     }
 }
 
-/// Posts callbacks, each one once.
+/// Posts callbacks, each one once, signed if there are keys.
 #[derive(Clone, Debug)]
 pub(crate) struct Sender {
     client: Client,
     endpoint: Url,
+    keys: Option<Keys>,
 }
 
 impl Sender {
     /// # Errors
     /// When the client cannot be built, most likely for want of a TLS provider.
-    pub(crate) fn new(callbacks: &Callbacks) -> Result<Self, reqwest::Error> {
+    pub(crate) fn new(callbacks: &Callbacks, keys: Option<Keys>) -> Result<Self, reqwest::Error> {
         metrics::describe_counter!(CALLBACKS, "Callbacks sent, by what came of them.");
         let client = Client::builder()
             .no_proxy()
@@ -57,16 +60,24 @@ impl Sender {
             .timeout(callbacks.callback_timeout)
             .pool_idle_timeout(IDLE_TIMEOUT)
             .build()?;
-        Ok(Self { client, endpoint: callbacks.callback_endpoint.clone() })
+        Ok(Self { client, endpoint: callbacks.callback_endpoint.clone(), keys })
     }
 
     /// Sends one callback with this body, and waits for the answer no longer than the timeout.
     pub(crate) async fn send(&self, body: String) -> Outcome {
-        let request = self
+        let mut request = self
             .client
             .post(self.endpoint.clone())
-            .header(header::CONTENT_TYPE, "application/json")
-            .body(body);
+            .header(header::CONTENT_TYPE, "application/json");
+        if let Some(keys) = &self.keys {
+            let id = format!("msg_{}", Uuid::now_v7().simple());
+            let signed = keys.sign(&id, SystemTime::now(), body.as_bytes());
+            request = request
+                .header(authenticity::ID, id)
+                .header(authenticity::TIMESTAMP, signed.timestamp)
+                .header(authenticity::SIGNATURE, signed.signature);
+        }
+        let request = request.body(body);
         let answer = async {
             let mut response = request.send().await?;
             // Read to its end and thrown away, so that the connection can be used again.

@@ -5,6 +5,7 @@ use std::ops::Deref;
 use std::path::PathBuf;
 use std::time::Duration;
 
+use authenticity::Authenticity;
 use clap::error::ErrorKind;
 use clap::{ArgMatches, Args, FromArgMatches, Subcommand};
 use service::settings;
@@ -25,6 +26,9 @@ pub struct Config {
     /// Where callbacks go, and what they may hold.
     #[command(flatten)]
     pub callbacks: Checked<Callbacks>,
+    /// Whether callbacks are signed.
+    #[command(flatten)]
+    pub authenticity: Authenticity,
     /// How the partner posts.
     #[command(flatten)]
     pub partner: Checked<Partner>,

@@ -12,6 +12,7 @@ mod report;
 use std::io::Write as _;
 
 use anyhow::Context as _;
+use authenticity::Authenticity;
 use service::{CancellationToken, Description, Health, Invocation};
 
 pub use callback::Outcome;
@@ -43,7 +44,8 @@ pub fn plan(
     match config.command.take() {
         None => Invocation::Service(play(config, health, shutdown)),
         Some(Command::Load(load)) => {
-            Invocation::Command(print_load(load, config.callbacks.into_inner(), shutdown))
+            let callbacks = config.callbacks.into_inner();
+            Invocation::Command(print_load(load, callbacks, config.authenticity, shutdown))
         }
     }
 }
@@ -65,7 +67,8 @@ async fn play(config: Config, health: Health, shutdown: CancellationToken) -> an
     let partner = if config.no_partner {
         None
     } else {
-        let partner = Partner::new(config.callbacks.into_inner(), config.partner.into_inner());
+        let callbacks = config.callbacks.into_inner();
+        let partner = Partner::new(callbacks, config.authenticity, config.partner.into_inner());
         Some(partner.context("cannot build the HTTP client")?)
     };
     let answering = async {
@@ -92,9 +95,10 @@ async fn play(config: Config, health: Health, shutdown: CancellationToken) -> an
 pub async fn print_load(
     load: Load,
     callbacks: Callbacks,
+    authenticity: Authenticity,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let report = load::run(&load, &callbacks, shutdown).await?;
+    let report = load::run(&load, &callbacks, &authenticity, shutdown).await?;
     let text = if load.json { serde_json::to_string(&report)? } else { report.to_string() };
     // Not `println!`, which panics when the reader of a pipe has gone.
     writeln!(std::io::stdout(), "{text}").context("cannot write the report")

@@ -10,6 +10,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
+use authenticity::Authenticity;
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use rand::RngExt as _;
 use service::CancellationToken;
@@ -41,9 +42,11 @@ const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 pub async fn run(
     config: &config::Load,
     callbacks: &Callbacks,
+    authenticity: &Authenticity,
     shutdown: CancellationToken,
 ) -> anyhow::Result<Report> {
-    let sender = Sender::new(callbacks).context("cannot build the HTTP client")?;
+    let sender = Sender::new(callbacks, authenticity.callback_secret.clone())
+        .context("cannot build the HTTP client")?;
     // The pacer has a thread to itself, and must not outlive this function however it ends.
     let stop = shutdown.child_token();
     let _stop_at_the_end = stop.clone().drop_guard();

@@ -1,5 +1,6 @@
 //! The partner: posts a callback of random ids now and then, and never one twice.
 
+use authenticity::Authenticity;
 use rand::RngExt as _;
 use service::CancellationToken;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -19,8 +20,13 @@ impl Partner {
     ///
     /// # Errors
     /// When its HTTP client cannot be built, most likely for want of a TLS provider.
-    pub fn new(callbacks: Callbacks, config: config::Partner) -> Result<Self, reqwest::Error> {
-        Ok(Self { sender: Sender::new(&callbacks)?, callbacks, config })
+    pub fn new(
+        callbacks: Callbacks,
+        authenticity: Authenticity,
+        config: config::Partner,
+    ) -> Result<Self, reqwest::Error> {
+        let sender = Sender::new(&callbacks, authenticity.callback_secret)?;
+        Ok(Self { sender, callbacks, config })
     }
 
     /// Posts the first callback now and one per interval, until `shutdown`. The one under way then

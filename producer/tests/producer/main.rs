@@ -4,8 +4,10 @@
 
 mod accepted;
 mod front_door;
+mod hostile;
 mod limits;
 mod outage;
 mod refused;
+mod signed;
 mod spool;
 mod wire;

@@ -19,6 +19,21 @@ async fn with_no_settings_the_simulated_partner_and_api_fill_the_table() {
 }
 
 #[tokio::test]
+async fn with_a_secret_the_simulated_partner_signs_and_who_does_not_is_refused() {
+    let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+    let home = Home::new(&[("CALLBACK_SECRET", secret), ("CALLBACK_INTERVAL", "100ms")]);
+    let (lastseen, endpoint) = home.start(&[]).await;
+    eventually("the partner's callbacks are accepted", PATIENCE, async || {
+        let name = "lastseen_callbacks_total{outcome=\"accepted\"}";
+        (lastseen.metric(name).await >= 3.0).then_some(())
+    })
+    .await;
+    let partner = Partner::default();
+    assert!(!partner.post(&endpoint, &[2]).await);
+    assert!(partner.ledger().refused[0].starts_with("401 Unauthorized"), "{:?}", partner.ledger());
+}
+
+#[tokio::test]
 async fn a_callback_is_online_soon_and_gone_when_it_is_stale() {
     let home = Home::new(&[("OBJECT_TTL", "3s"), ("ROUTINE_INTERVAL", "200ms")]);
     let (lastseen, endpoint) = home.start(&["--no-partner"]).await;

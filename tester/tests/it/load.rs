@@ -17,7 +17,7 @@ async fn run(target: &str, flags: &[&str], shutdown: CancellationToken) -> Repor
     all.extend(flags);
     let config = settings(&all);
     let Some(Command::Load(load)) = config.command else { panic!("no load") };
-    soon(tester::load::run(&load, &config.callbacks, shutdown)).await.unwrap()
+    soon(tester::load::run(&load, &config.callbacks, &config.authenticity, shutdown)).await.unwrap()
 }
 
 async fn load(endpoint: &Endpoint, flags: &[&str]) -> Report {
@@ -165,7 +165,13 @@ async fn the_ledger_says_what_came_of_each_callback_and_is_never_overwritten() {
     let url = format!("--callback-endpoint=http://{}", endpoint.address);
     let config = settings(&["load", &url, "--total=1", &flag]);
     let Some(Command::Load(again)) = config.command else { panic!("no load") };
-    let refused = tester::load::run(&again, &config.callbacks, CancellationToken::new()).await;
+    let refused = tester::load::run(
+        &again,
+        &config.callbacks,
+        &config.authenticity,
+        CancellationToken::new(),
+    )
+    .await;
     assert!(refused.unwrap_err().to_string().contains("cannot create the ledger"));
 }
 

@@ -14,7 +14,8 @@ fn start(endpoint: &Endpoint, flags: &[&str]) -> (CancellationToken, tokio::task
     let mut all = vec![url.as_str()];
     all.extend(flags);
     let config = settings(&all);
-    let partner = Partner::new(config.callbacks.into_inner(), config.partner.into_inner()).unwrap();
+    let (callbacks, partner) = (config.callbacks.into_inner(), config.partner.into_inner());
+    let partner = Partner::new(callbacks, config.authenticity, partner).unwrap();
     let stop = CancellationToken::new();
     (stop.clone(), tokio::spawn(partner.post_until(stop)))
 }
@@ -92,4 +93,34 @@ async fn the_callback_under_way_is_finished_before_the_partner_stops() {
     let at_once = Duration::from_millis(100);
     assert!(tokio::time::timeout(at_once, &mut posting).await.is_err());
     soon(posting).await.unwrap();
+}
+
+#[tokio::test]
+async fn with_a_secret_every_callback_is_signed_with_the_first_key_under_an_id_of_its_own() {
+    let first = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+    let flag = format!("--callback-secret={first} whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD");
+    let mut endpoint = Endpoint::answering(200).await;
+    let (stop, posting) = start(&endpoint, &[&flag, "--callback-interval=5ms"]);
+    let keys: authenticity::Keys = first.parse().unwrap();
+    let mut fingerprints = Vec::new();
+    for _ in 0..10 {
+        let (headers, body) = endpoint.next_request().await;
+        let claim = authenticity::Claim::read(&headers, std::time::SystemTime::now()).unwrap();
+        fingerprints.push(claim.verify(&keys, body.as_bytes()).unwrap());
+    }
+    stop.cancel();
+    soon(posting).await.unwrap();
+    fingerprints.sort_unstable();
+    fingerprints.dedup();
+    assert_eq!(fingerprints.len(), 10);
+}
+
+#[tokio::test]
+async fn without_a_secret_a_callback_has_no_headers_of_a_signature() {
+    let mut endpoint = Endpoint::answering(200).await;
+    let (stop, posting) = start(&endpoint, &[]);
+    let (headers, _) = endpoint.next_request().await;
+    stop.cancel();
+    soon(posting).await.unwrap();
+    assert!(headers.keys().all(|name| !name.as_str().starts_with("webhook")), "{headers:?}");
 }

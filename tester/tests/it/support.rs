@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::State;
-use axum::http::StatusCode;
+use axum::http::{HeaderMap, StatusCode};
 use axum::routing::post;
 use clap::{Args as _, FromArgMatches as _};
 use service::CancellationToken;
@@ -46,7 +46,7 @@ pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
 /// A callback endpoint: gives the same answer to all, and hands out the bodies it got.
 pub(crate) struct Endpoint {
     pub(crate) address: SocketAddr,
-    bodies: mpsc::UnboundedReceiver<String>,
+    requests: mpsc::UnboundedReceiver<(HeaderMap, String)>,
     stop: CancellationToken,
 }
 
@@ -57,7 +57,7 @@ struct Conduct {
     delay: Duration,
     slow_ones: u64,
     seen: Arc<AtomicU64>,
-    bodies: mpsc::UnboundedSender<String>,
+    requests: mpsc::UnboundedSender<(HeaderMap, String)>,
 }
 
 impl Endpoint {
@@ -74,25 +74,31 @@ impl Endpoint {
     async fn start(status: u16, delay: Duration, slow_ones: u64) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
-        let (sender, bodies) = mpsc::unbounded_channel();
+        let (sender, requests) = mpsc::unbounded_channel();
         let status = StatusCode::from_u16(status).unwrap();
-        let conduct = Conduct { status, delay, slow_ones, seen: Arc::default(), bodies: sender };
+        let conduct = Conduct { status, delay, slow_ones, seen: Arc::default(), requests: sender };
         let router = Router::new().route("/callback", post(callback)).with_state(conduct);
         let limits = Limits { max_connections: 100, header_timeout: PATIENCE };
         let stop = CancellationToken::new();
         tokio::spawn(serve(listener, router, limits, stop.clone()));
-        Self { address, bodies, stop }
+        Self { address, requests, stop }
     }
 
     /// The ids of the next callback that came in.
     pub(crate) async fn next_ids(&mut self) -> Vec<i64> {
-        let body = soon(self.bodies.recv()).await.unwrap();
+        let (_, body) = self.next_request().await;
         ids_of(&body)
+    }
+
+    /// The headers and the body of the next callback that came in.
+    pub(crate) async fn next_request(&mut self) -> (HeaderMap, String) {
+        soon(self.requests.recv()).await.unwrap()
     }
 
     /// The ids of all callbacks that came in and were not asked for yet.
     pub(crate) fn all_ids(&mut self) -> Vec<Vec<i64>> {
-        std::iter::from_fn(|| self.bodies.try_recv().ok()).map(|body| ids_of(&body)).collect()
+        let requests = std::iter::from_fn(|| self.requests.try_recv().ok());
+        requests.map(|(_, body)| ids_of(&body)).collect()
     }
 }
 
@@ -102,8 +108,8 @@ impl Drop for Endpoint {
     }
 }
 
-async fn callback(State(conduct): State<Conduct>, body: String) -> StatusCode {
-    conduct.bodies.send(body).ok();
+async fn callback(State(conduct): State<Conduct>, headers: HeaderMap, body: String) -> StatusCode {
+    conduct.requests.send((headers, body)).ok();
     if conduct.seen.fetch_add(1, Ordering::Relaxed) < conduct.slow_ones {
         tokio::time::sleep(conduct.delay).await;
     }

@@ -1,0 +1,101 @@
+//! What holds for every answer. Inputs that once failed are kept in `tests/status.regressions`, others
+//! worth keeping in `tests/corpus/status`, under names that begin with what they say of object 42.
+
+use proptest::collection::{hash_map, vec};
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::FileFailurePersistence;
+use serde_json::{Value, json};
+
+use super::{LookupError, online};
+
+/// What an answer says of `id` as another parser reads it.
+fn online_by_value(id: i64, body: &[u8]) -> Option<bool> {
+    let value: Value = serde_json::from_slice(body).ok()?;
+    let fields = value.as_object()?;
+    let of = fields.get("id")?.as_i64()?;
+    let online = fields.get("online")?.as_bool()?;
+    (of == id).then_some(online)
+}
+
+fn config() -> ProptestConfig {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/status.regressions");
+    let kept = FileFailurePersistence::Direct(path);
+    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::default() }
+}
+
+fn leaf() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        4 => any::<bool>().prop_map(Value::from),
+        2 => Just(json!(42)),
+        2 => any::<i64>().prop_map(|id| json!(id)),
+        1 => any::<f64>().prop_map(|id| json!(id)),
+        1 => "\\PC*".prop_map(Value::from),
+        1 => Just(Value::Null),
+        1 => vec(any::<bool>(), 0..3).prop_map(Value::from),
+    ]
+}
+
+fn answer() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        4 => (leaf(), leaf()).prop_map(|(id, online)| json!({ "id": id, "online": online })),
+        2 => hash_map("id|online|\\PC{0,6}", leaf(), 0..4)
+            .prop_map(|fields| fields.into_iter().collect()),
+        1 => vec(leaf(), 0..3).prop_map(Value::from),
+    ]
+}
+
+#[test]
+fn what_is_in_the_corpus_says_what_its_name_does() {
+    let corpus = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/status"));
+    let mut answers = 0;
+    for entry in corpus.unwrap() {
+        let path = entry.unwrap().path();
+        let name = path.file_name().unwrap().to_str().unwrap().to_owned();
+        let expected = match name.split('-').next().unwrap() {
+            "online" => Some(true),
+            "offline" => Some(false),
+            _ => None,
+        };
+        assert_eq!(online(42, &std::fs::read(&path).unwrap()).ok(), expected, "{name}");
+        answers += u32::from(expected.is_some());
+    }
+    assert!(answers > 0);
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn what_is_said_of_an_object_is_read_and_holds_for_no_other(id: i64, other: i64, is_online: bool) {
+        let answer = json!({ "id": id, "online": is_online, "more": [] }).to_string();
+        prop_assert_eq!(online(id, answer.as_bytes()).unwrap(), is_online);
+        prop_assume!(other != id);
+        let refused = online(other, answer.as_bytes());
+        prop_assert!(matches!(refused, Err(LookupError::WrongId(said)) if said == id));
+    }
+
+    #[test]
+    fn of_json_exactly_what_another_parser_finds_is_read(answer in answer()) {
+        let answer = answer.to_string();
+        prop_assert_eq!(online(42, answer.as_bytes()).ok(), online_by_value(42, answer.as_bytes()));
+    }
+
+    #[test]
+    fn of_an_answer_with_a_few_wrong_bytes_nothing_is_read_that_another_parser_does_not_find(
+        is_online: bool,
+        changes in vec((any::<Index>(), any::<u8>()), 1..4),
+    ) {
+        let mut answer = json!({ "id": 42, "online": is_online }).to_string().into_bytes();
+        for (at, byte) in changes {
+            let at = at.index(answer.len());
+            answer[at] = byte;
+        }
+        prop_assert_eq!(online(42, &answer).ok(), online_by_value(42, &answer));
+    }
+
+    #[test]
+    fn any_bytes_at_all_say_something_or_nothing(answer: Vec<u8>) {
+        prop_assert_eq!(online(42, &answer).ok(), online_by_value(42, &answer));
+    }
+}

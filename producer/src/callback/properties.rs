@@ -1,0 +1,128 @@
+//! What holds for every body. Inputs that once failed are kept in `tests/callback.regressions`, others
+//! worth keeping in `tests/corpus/callback`, under names that say whether they are callbacks.
+
+use proptest::collection::{hash_map, vec};
+use proptest::prelude::*;
+use proptest::sample::Index;
+use proptest::test_runner::FileFailurePersistence;
+use serde_json::{Value, json};
+
+use super::Callback;
+
+const MAX_IDS: usize = 1_000;
+
+/// The ids that a body lists, in order and without repeats, as another parser reads it.
+fn ids_by_value(body: &[u8]) -> Option<Vec<i64>> {
+    let value: Value = serde_json::from_slice(body).ok()?;
+    let listed = value.as_object()?.get("object_ids")?.as_array()?;
+    let mut ids = listed.iter().map(Value::as_i64).collect::<Option<Vec<i64>>>()?;
+    ids.sort_unstable();
+    ids.dedup();
+    Some(ids)
+}
+
+fn ids(body: &[u8]) -> Option<Vec<i64>> {
+    Callback::parse(body, MAX_IDS).ok().map(|callback| callback.ids)
+}
+
+fn config() -> ProptestConfig {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/callback.regressions");
+    let kept = FileFailurePersistence::Direct(path);
+    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::default() }
+}
+
+fn number() -> impl Strategy<Value = Value> {
+    prop_oneof![
+        6 => any::<i64>().prop_map(|id| json!(id)),
+        1 => any::<u64>().prop_map(|id| json!(id)),
+        1 => any::<f64>().prop_map(|id| json!(id)),
+    ]
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        number(),
+        "\\PC*".prop_map(Value::from)
+    ];
+    leaf.prop_recursive(3, 24, 4, |inner| {
+        prop_oneof![
+            vec(inner.clone(), 0..4).prop_map(Value::from),
+            hash_map("object_ids|\\PC{0,8}", inner, 0..4)
+                .prop_map(|fields| fields.into_iter().collect()),
+        ]
+    })
+}
+
+/// Most often a callback, or all but one.
+fn body() -> impl Strategy<Value = Value> {
+    let listed = prop_oneof![
+        4 => vec(number(), 0..8).prop_map(Value::from),
+        1 => any_json(),
+    ];
+    let like_a_callback = (listed, hash_map("\\PC{0,8}", any_json(), 0..3)).prop_map(
+        |(listed, mut fields): (Value, std::collections::HashMap<String, Value>)| {
+            fields.insert("object_ids".to_owned(), listed);
+            fields.into_iter().collect()
+        },
+    );
+    prop_oneof![4 => like_a_callback, 1 => any_json()]
+}
+
+#[test]
+fn what_is_in_the_corpus_is_a_callback_by_its_name_alone() {
+    let corpus = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/callback"));
+    let mut callbacks = 0;
+    for entry in corpus.unwrap() {
+        let path = entry.unwrap().path();
+        let expected = path.file_name().unwrap().to_str().unwrap().starts_with("callback");
+        let ids = ids(&std::fs::read(&path).unwrap());
+        assert_eq!(ids.is_some(), expected, "{}", path.display());
+        callbacks += u32::from(expected);
+    }
+    assert!(callbacks > 0);
+}
+
+proptest! {
+    #![proptest_config(config())]
+
+    #[test]
+    fn any_list_of_ids_is_read_back(mut listed in vec(any::<i64>(), 0..MAX_IDS)) {
+        let body = format!(r#"{{"object_ids":{listed:?}}}"#);
+        let callback = Callback::parse(body.as_bytes(), MAX_IDS).unwrap();
+        prop_assert_eq!(callback.listed, listed.len());
+        listed.sort_unstable();
+        listed.dedup();
+        prop_assert_eq!(callback.ids, listed);
+    }
+
+    #[test]
+    fn of_json_exactly_what_another_parser_finds_to_be_a_callback_is_one(body in body(), pretty: bool) {
+        let body = if pretty { format!("\n{body:#}\n") } else { body.to_string() };
+        prop_assert_eq!(ids(body.as_bytes()), ids_by_value(body.as_bytes()));
+    }
+
+    #[test]
+    fn of_json_with_a_few_wrong_bytes_nothing_is_read_that_another_parser_does_not_find(
+        body in body(),
+        changes in vec((any::<Index>(), any::<u8>()), 1..4),
+    ) {
+        let mut body = body.to_string().into_bytes();
+        for (at, byte) in changes {
+            let at = at.index(body.len());
+            body[at] = byte;
+        }
+        // Where the other one finds no JSON, it is a field that is ignored here, unless it is ours.
+        if let (Some(ids), Ok(_)) = (ids(&body), serde_json::from_slice::<Value>(&body)) {
+            prop_assert_eq!(Some(ids), ids_by_value(&body));
+        }
+    }
+
+    #[test]
+    fn any_bytes_at_all_get_an_answer(body: Vec<u8>) {
+        if let Some(ids) = ids(&body) {
+            prop_assert_eq!(Some(ids), ids_by_value(&body));
+        }
+    }
+}

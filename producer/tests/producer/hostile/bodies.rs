@@ -1,0 +1,138 @@
+//! Bodies that are no callback, in every way that we could think of.
+
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::TcpStream;
+use tokio::task::JoinSet;
+
+use super::{Siege, exchange, statuses};
+use crate::wire::Wire;
+
+const MIB: usize = 1 << 20;
+
+/// A request with these headers and this body, and the last one on its connection.
+fn request(headers: &str, body: &[u8]) -> Vec<u8> {
+    let length = body.len();
+    let head = format!(
+        "POST /callback HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
+    );
+    [head.as_bytes(), body].concat()
+}
+
+/// What must be answered so, by what it is.
+fn refused() -> Vec<(&'static str, Vec<u8>, u16)> {
+    let good = r#"{"object_ids":[666]}"#.as_bytes();
+    let ids = |count: usize| format!(r#"{{"object_ids":[{}1]}}"#, "1,".repeat(count - 1));
+    let of_id = |id: String| format!(r#"{{"object_ids":[{id}]}}"#);
+    let utf16: Vec<u8> =
+        r#"{"object_ids":[666]}"#.encode_utf16().flat_map(u16::to_le_bytes).collect();
+    let deep = format!(r#"{{"object_ids":{}"#, "[".repeat(MIB - 20));
+    let unknown = format!(r#"{{"x":{}"#, "[{\"x\":".repeat(MIB / 8));
+    let typed = |kind: &str| request(&format!("Content-Type: {kind}\r\n"), good);
+    let encoded = |kind: &str| request(&format!("Content-Encoding: {kind}\r\n"), good);
+    vec![
+        ("brackets", request("", "[".repeat(MIB).as_bytes()), 400),
+        ("brackets for ids", request("", deep.as_bytes()), 400),
+        ("brackets in an unknown field", request("", unknown.as_bytes()), 400),
+        ("a million ids", request("", ids(1_000_000).as_bytes()), 413),
+        ("500,000 ids", request("", ids(500_000).as_bytes()), 422),
+        ("an id of 10 KB", request("", of_id("7".repeat(10_000)).as_bytes()), 400),
+        ("a negative one", request("", of_id(format!("-{}", "7".repeat(10_000))).as_bytes()), 400),
+        (
+            "an id with 10,000 zeros",
+            request("", of_id(format!("1e{}", "0".repeat(10_000))).as_bytes()),
+            400,
+        ),
+        ("an id that is infinite", request("", of_id("1e999999".to_owned()).as_bytes()), 400),
+        ("NUL bytes", request("", &vec![0; MIB]), 400),
+        ("no UTF-8", request("", &vec![0xff; MIB]), 400),
+        ("UTF-16", request("", &utf16), 400),
+        (
+            "UTF-16 that says so",
+            request("Content-Type: application/json; charset=utf-16\r\n", &utf16),
+            415,
+        ),
+        ("a byte order mark", request("", "\u{feff}{\"object_ids\":[666]}".as_bytes()), 400),
+        ("gzip", encoded("gzip"), 415),
+        ("gzip twice", encoded("identity, gzip"), 415),
+        ("an unknown encoding", encoded("\u{fc}"), 415),
+        ("XML", typed("application/xml"), 415),
+        ("a form with parts", typed("multipart/form-data; boundary=x"), 415),
+        ("a picture", typed("image/png"), 415),
+        ("another charset", typed("application/json;charset=\"UTF-16\""), 415),
+        ("no charset at all", typed("text/plain; charset=latin1"), 415),
+    ]
+}
+
+#[tokio::test]
+async fn bodies_that_are_no_callback_are_answered_4xx() {
+    let siege = Siege::begin(&[]).await;
+    for (what, bytes, expected) in refused() {
+        let mut clients = JoinSet::new();
+        for _ in 0..4 {
+            let (address, bytes) = (siege.address, bytes.clone());
+            clients.spawn(async move { exchange(address, &bytes).await });
+        }
+        for answer in clients.join_all().await {
+            assert_eq!(statuses(&answer), [expected], "{what}: {answer}");
+        }
+    }
+    siege.withstood(0, 120).await;
+}
+
+#[tokio::test]
+async fn a_callback_is_taken_whatever_a_client_says_of_a_text() {
+    let siege = Siege::begin(&[]).await;
+    let kinds = [
+        "application/json",
+        "Application/JSON; charset=\"UTF-8\"",
+        "application/problem+json",
+        "text/plain;charset=UTF-8",
+        "application/x-www-form-urlencoded",
+    ];
+    for kind in kinds {
+        let headers = format!("Content-Type: {kind}\r\nContent-Encoding: identity\r\n");
+        let bytes = request(&headers, br#"{"object_ids":[1]}"#);
+        let answer = exchange(siege.address, &bytes).await;
+        assert_eq!(statuses(&answer), [200], "{kind}: {answer}");
+    }
+    siege.withstood(5, 120).await;
+}
+
+#[tokio::test]
+async fn a_body_that_breaks_off_is_no_callback() {
+    let siege = Siege::begin(&[]).await;
+    let whole = request("", br#"{"object_ids":[666]}  "#);
+    let chunked = b"POST /callback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n14\r\n{\"object_ids\":[666]}\r\n";
+    // The whole JSON is there in all of them, the end of the body is not.
+    for bytes in [&whole[..whole.len() - 2], chunked, &chunked[..chunked.len() - 2]] {
+        let mut stream = TcpStream::connect(siege.address).await.unwrap();
+        stream.write_all(bytes).await.unwrap();
+        stream.shutdown().await.unwrap();
+        let mut answer = String::new();
+        tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut answer).await.unwrap();
+        assert!(matches!(statuses(&answer).as_slice(), [] | [400]), "{answer}");
+    }
+    siege.withstood(0, 120).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn large_bodies_that_are_held_back_take_no_more_memory_than_is_set_aside_for_them() {
+    super::allow_files(4_000);
+    let siege = Siege::begin(&[("BODY_TIMEOUT", "4s")]).await;
+    let body = vec![b' '; MIB];
+    let whole = request("", &body);
+    let all_but_the_end: &'static [u8] = Box::leak(whole[..whole.len() - 1].to_vec().into());
+    let mut clients = JoinSet::new();
+    for _ in 0..400 {
+        let address = siege.address;
+        clients.spawn(async move { exchange(address, all_but_the_end).await });
+    }
+    for answer in clients.join_all().await {
+        assert!(matches!(statuses(&answer).as_slice(), [] | [408]), "{answer}");
+    }
+    // There is room for large ones again.
+    let mut wire = Wire::connect(siege.address).await;
+    wire.send(request("", &[&body[20..], br#"{"object_ids":[1]}"#].concat())).await;
+    assert_eq!(wire.reply().await.status, 200);
+    siege.withstood(1, 200).await;
+}

@@ -1,0 +1,92 @@
+//! Clients that take their time, or never take an answer.
+
+use std::time::Duration;
+
+use testbed::{Process, Queue, amqp_uri};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::{sleep, timeout};
+
+use super::{Siege, allow_files, statuses};
+use crate::front_door::DEADLINE;
+use crate::wire::Wire;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn five_thousand_connections_that_send_a_byte_a_second_are_ended_and_hold_up_nobody() {
+    allow_files(12_000);
+    let siege = Siege::begin(&[("HEADER_TIMEOUT", "6s"), ("BODY_TIMEOUT", "4s")]).await;
+    let mut clients = JoinSet::new();
+    for number in 0..5_000 {
+        let mut stream = TcpStream::connect(siege.address).await.unwrap();
+        if number % 2 == 0 {
+            let head = "POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n";
+            stream.write_all(head.as_bytes()).await.unwrap();
+        }
+        clients.spawn(trickle(stream));
+    }
+    let answers = timeout(2 * DEADLINE, clients.join_all()).await.unwrap();
+    let mut timeouts = 0;
+    for answer in answers {
+        match statuses(&answer).as_slice() {
+            [] => {}
+            [408] => timeouts += 1,
+            _ => panic!("{answer}"),
+        }
+    }
+    // Those who had sent a head are told.
+    assert_eq!(timeouts, 2_500);
+    siege.withstood(0, 120).await;
+}
+
+/// Sends a byte a second until the server ends it, and gives what the server said.
+async fn trickle(stream: TcpStream) -> String {
+    let (mut reader, mut writer) = stream.into_split();
+    let mut answer = Vec::new();
+    let sending = async {
+        while writer.write_all(b"a").await.is_ok() {
+            sleep(Duration::from_secs(1)).await;
+        }
+        std::future::pending::<()>().await;
+    };
+    tokio::select! {
+        _ = reader.read_to_end(&mut answer) => {}
+        () = sending => {}
+    }
+    String::from_utf8(answer).unwrap()
+}
+
+#[tokio::test]
+async fn clients_that_never_read_an_answer_lose_their_places() {
+    let queue = Queue::new();
+    let environment = [
+        ("AMQP_URI", amqp_uri()),
+        ("QUEUE_NAME", queue.name.clone()),
+        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("HEADER_TIMEOUT", "2s".to_owned()),
+        ("MAX_CONNECTIONS", "2".to_owned()),
+    ];
+    let producer = Process::spawn("producer", &environment, &[]);
+    producer.ready().await;
+    let line = producer.wait_for_log("taking callbacks").await;
+    let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
+    // Its answer repeats the path.
+    let request = format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "a".repeat(8_000));
+    let mut clients = Vec::new();
+    for _ in 0..2 {
+        let socket = TcpSocket::new_v4().unwrap();
+        // So that little fits between the two.
+        socket.set_recv_buffer_size(4_096).unwrap();
+        let mut stream = socket.connect(address).await.unwrap();
+        let request = request.clone();
+        clients.push(tokio::spawn(async move {
+            while stream.write_all(request.as_bytes()).await.is_ok() {}
+        }));
+    }
+    for client in clients {
+        timeout(DEADLINE, client).await.unwrap().unwrap();
+    }
+    let mut wire = Wire::connect(address).await;
+    wire.send_callback(1).await;
+    assert_eq!(wire.reply().await.status, 200);
+}

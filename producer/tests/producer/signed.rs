@@ -1,0 +1,236 @@
+//! With `CALLBACK_SECRET`.
+
+use std::time::{Duration, SystemTime};
+
+use authenticity::{ID, Keys, SIGNATURE, TIMESTAMP};
+use axum::http::HeaderName;
+use reqwest::RequestBuilder;
+use testbed::{Process, Queue, eventually};
+
+use crate::front_door::{Answer, CLIENT_PATIENCE, DEADLINE, Producer, assert_problem_body};
+use crate::outage::proxied_broker;
+use crate::wire::Wire;
+
+const OLD: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
+const NEW: &str = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
+const OTHER: &str = "whsec_AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA";
+
+fn secret() -> String {
+    format!("--callback-secret={NEW} {OLD}")
+}
+
+async fn started() -> Producer {
+    Producer::start(&[&secret()]).await
+}
+
+/// What a sender with `key` adds to a callback that it sends at `time`.
+fn headers(key: &str, id: &str, time: SystemTime, body: &str) -> [(HeaderName, String); 3] {
+    let signed = key.parse::<Keys>().unwrap().sign(id, time, body.as_bytes());
+    [(ID, id.to_owned()), (TIMESTAMP, signed.timestamp), (SIGNATURE, signed.signature)]
+}
+
+fn request(producer: &Producer, headers: &[(HeaderName, String)], body: &str) -> RequestBuilder {
+    let request = producer.request("POST", "/callback").body(body.to_owned());
+    headers.iter().fold(request, |request, (name, value)| request.header(name, value))
+}
+
+async fn post(producer: &Producer, id: &str, body: &str) -> Answer {
+    let headers = headers(NEW, id, SystemTime::now(), body);
+    producer.send(request(producer, &headers, body)).await
+}
+
+async fn assert_only(producer: &Producer, expected: &[i64]) {
+    assert_eq!(post(producer, "the-last", r#"{"object_ids":[4711]}"#).await.status, 200);
+    assert_eq!(producer.ids().await, [expected, &[4_711]].concat());
+}
+
+#[tokio::test]
+async fn a_callback_that_is_signed_by_any_of_the_keys_is_accepted() {
+    let producer = started().await;
+    for (key, id) in [(OLD, 1), (NEW, 2)] {
+        let body = format!(r#"{{"object_ids":[{id}]}}"#);
+        let headers = headers(key, &format!("msg_{id}"), SystemTime::now(), &body);
+        let answer = producer.send(request(&producer, &headers, &body)).await;
+        assert_eq!(answer.status, 200, "{answer:?}");
+    }
+    assert_only(&producer, &[1, 2]).await;
+}
+
+#[tokio::test]
+async fn a_valid_signature_among_those_of_other_keys_and_versions_is_found() {
+    let producer = started().await;
+    let body = r#"{"object_ids":[1]}"#;
+    let mut headers = headers(OLD, "msg_1", SystemTime::now(), body);
+    headers[2].1 = format!("v1a,AAAA v2,x nonsense v1,AAAA {} v1,", headers[2].1);
+    assert_eq!(producer.send(request(&producer, &headers, body)).await.status, 200);
+}
+
+#[tokio::test]
+async fn what_is_not_signed_or_not_rightly_is_answered_401_and_nothing_is_queued() {
+    let producer = started().await;
+    let body = r#"{"object_ids":[1]}"#;
+    let now = SystemTime::now();
+    let right = headers(NEW, "msg_1", now, body);
+    let six_minutes = Duration::from_mins(6);
+    let without = |index: usize| {
+        let mut headers = right.to_vec();
+        headers.remove(index);
+        headers
+    };
+    let with = |index: usize, value: &str| {
+        let mut headers = right.to_vec();
+        headers[index].1 = value.to_owned();
+        headers
+    };
+    let twice = [right.as_slice(), &right[..1]].concat();
+    let cases = [
+        (Vec::new(), "the header webhook-id is missing"),
+        (without(0), "the header webhook-id is missing"),
+        (without(1), "the header webhook-timestamp is missing"),
+        (without(2), "the header webhook-signature is missing"),
+        (twice, "the header webhook-id is there more than once"),
+        (with(0, ""), "the header webhook-id must be"),
+        (with(0, "msg.1"), "the header webhook-id must be"),
+        (with(0, "msg_2"), "no v1 signature"),
+        (with(1, "soon"), "the header webhook-timestamp must be"),
+        (with(1, "+1"), "the header webhook-timestamp must be"),
+        (with(2, ""), "no v1 signature"),
+        (with(2, "v1,"), "no v1 signature"),
+        (headers(NEW, "msg_1", now, r#"{"object_ids":[2]}"#).to_vec(), "no v1 signature"),
+        (headers(OTHER, "msg_1", now, body).to_vec(), "no v1 signature"),
+        (headers(NEW, "msg_1", now - six_minutes, body).to_vec(), "the webhook-timestamp is 36"),
+        (headers(NEW, "msg_1", now + six_minutes, body).to_vec(), "the webhook-timestamp is 3"),
+    ];
+    for (headers, expected) in cases {
+        let answer = producer.send(request(&producer, &headers, body)).await;
+        let detail = answer.assert_problem(401);
+        assert!(detail.starts_with(expected), "{headers:?}: {detail}");
+        assert!(!detail.contains(&right[2].1[3..]), "{detail}");
+    }
+    // Four minutes of difference are allowed.
+    for time in [now - Duration::from_mins(4), now + Duration::from_mins(4)] {
+        let body = r#"{"object_ids":[7]}"#;
+        let headers = headers(NEW, "msg_7", time, body);
+        assert_eq!(producer.send(request(&producer, &headers, body)).await.status, 200);
+    }
+    assert_only(&producer, &[7]).await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_sign_is_answered_before_it_sends_its_body() {
+    let producer = started().await;
+    let mut wire = Wire::connect(producer.address).await;
+    wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n").await;
+    let reply = wire.reply().await;
+    assert_eq!(reply.status, 401, "{reply:?}");
+    assert!(assert_problem_body(&reply.body, 401).contains("must be signed"), "{reply:?}");
+}
+
+#[tokio::test]
+async fn whether_a_body_is_json_is_told_only_to_who_has_signed_it() {
+    let producer = started().await;
+    let headers = headers(OTHER, "msg_1", SystemTime::now(), "{");
+    producer.send(request(&producer, &headers, "{")).await.assert_problem(401);
+    post(&producer, "msg_1", "{").await.assert_problem(400);
+}
+
+#[tokio::test]
+async fn a_callback_that_comes_again_is_answered_as_the_first_time_and_published_once() {
+    let producer = started().await;
+    let body = r#"{"object_ids":[1,2,2]}"#;
+    // All at a time, so that most come while the first is not durable yet.
+    let at_once = (0..20).map(|_| post(&producer, "msg_1", body));
+    let mut answers = futures_util::future::join_all(at_once).await;
+    // With a time of its own, as who tries again sends it.
+    let later = SystemTime::now() + Duration::from_secs(9);
+    let later = headers(OLD, "msg_1", later, body);
+    answers.push(producer.send(request(&producer, &later, body)).await);
+    for answer in answers {
+        assert_eq!(answer.status, 200, "{answer:?}");
+        assert_eq!(answer.body, serde_json::json!({ "accepted": 3, "queued": 2 }));
+    }
+    assert_only(&producer, &[1, 2]).await;
+}
+
+#[tokio::test]
+async fn two_callbacks_under_one_id_are_both_published() {
+    let producer = started().await;
+    for body in [r#"{"object_ids":[1]}"#, r#"{"object_ids":[2]}"#] {
+        assert_eq!(post(&producer, "msg_1", body).await.status, 200);
+    }
+    assert_only(&producer, &[1, 2]).await;
+}
+
+#[tokio::test]
+async fn a_callback_that_was_refused_is_tried_anew_when_it_comes_again() {
+    let (proxy, uri) = proxied_broker().await;
+    // A file, and no directory: so that there is no second place.
+    let scratch = testbed::Scratch::new("no-spool");
+    let file = scratch.path().join("file");
+    std::fs::write(&file, "").unwrap();
+    let no_spool = format!("--spool-dir={}", file.join("spool").display());
+    let producer = Producer::start_at(&uri, &[&secret(), &no_spool]).await;
+    eventually("the broker takes it", DEADLINE, async || {
+        (post(&producer, "msg_0", "{\"object_ids\":[0]}").await.status == 200).then_some(())
+    })
+    .await;
+    proxy.silence();
+    let body = r#"{"object_ids":[1]}"#;
+    // The second one comes while the first is waiting for the broker, and neither waits too long.
+    let both = tokio::join!(post(&producer, "msg_1", body), post(&producer, "msg_1", body));
+    for answer in [both.0, both.1] {
+        answer.assert_problem(503);
+        assert!(answer.took < CLIENT_PATIENCE, "{answer:?}");
+    }
+    proxy.restore();
+    eventually("the broker takes it", DEADLINE, async || {
+        (post(&producer, "msg_1", body).await.status == 200).then_some(())
+    })
+    .await;
+    assert!(producer.ids().await.contains(&1));
+}
+
+#[tokio::test]
+async fn a_secret_that_is_none_ends_the_process_with_78_and_is_not_shown() {
+    let scratch = testbed::Scratch::new("secret");
+    let file = scratch.path().join("secret");
+    std::fs::write(&file, "whsec_tooshort\n").unwrap();
+    let bad = [
+        ("CALLBACK_SECRET", format!("{NEW},s3cret")),
+        ("CALLBACK_SECRET", " ".to_owned()),
+        ("CALLBACK_SECRET_FILE", file.display().to_string()),
+    ];
+    for setting in bad {
+        let producer = Process::spawn("producer", &[setting], &[]);
+        assert_eq!(producer.wait().await.code(), Some(78));
+        let log = producer.log().join("\n");
+        assert!(log.starts_with("producer: CALLBACK_SECRET=***: expected whsec_"), "{log}");
+        assert!(!log.contains(&NEW[6..]) && !log.contains("s3cret"), "{log}");
+        assert!(!log.contains("tooshort"), "{log}");
+    }
+}
+
+#[tokio::test]
+async fn a_secret_from_a_file_is_in_no_log_at_any_level() {
+    let scratch = testbed::Scratch::new("secret");
+    let file = scratch.path().join("secret");
+    std::fs::write(&file, format!("{NEW}\n{OLD}\n")).unwrap();
+    let queue = Queue::new();
+    let environment = [
+        ("AMQP_URI", testbed::amqp_uri()),
+        ("QUEUE_NAME", queue.name.clone()),
+        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("CALLBACK_SECRET_FILE", file.display().to_string()),
+        ("RUST_LOG", "trace".to_owned()),
+    ];
+    let process = Process::spawn("producer", &environment, &[]);
+    process.ready().await;
+    let line = process.wait_for_log("taking callbacks").await;
+    let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
+    let mut wire = Wire::connect(address).await;
+    wire.send_callback(1).await;
+    assert_eq!(wire.reply().await.status, 401);
+    process.wait_for_log("callback not accepted").await;
+    let log = process.log().join("\n");
+    assert!(!log.contains(&NEW[6..]) && !log.contains(&OLD[6..]));
+}
