@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use pipeline::{Partner, Surroundings, callback_endpoint};
 use sqlx::PgPool;
 use testbed::{
-    Answer, Database, PostgresCluster, Process, Queue, RabbitNode, StatusApi, eventually,
+    Answer, Balancer, Database, PostgresCluster, Process, Queue, RabbitNode, StatusApi, eventually,
 };
 
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -255,4 +255,68 @@ async fn stopping_under_load_finishes_what_is_in_flight_and_loses_nothing() {
     assert_eq!(staying.wait().await.code(), Some(0));
     assert_eq!(queue.depth(&queue.name).await, Some(0));
     assert_eq!(queue.depth(&queue.dead()).await, Some(0));
+}
+
+/// Each of two producers and two consumers is stopped and started again while callbacks come in, as it
+/// is when a new version is rolled out.
+#[tokio::test]
+async fn a_rolling_restart_is_felt_by_nobody() {
+    let (queue, database) = (Queue::new(), Database::new().await);
+    let status_api = even_ids_online(MILLISECOND * 300);
+    let surroundings =
+        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let addresses = [(); 2].map(|()| format!("127.0.0.1:{}", testbed::free_port()));
+    let producer = |address: &String| {
+        // What the broker confirms too late would go through the spool as well, and be looked up twice.
+        let late = ("PUBLISH_TIMEOUT", "5s");
+        surroundings.spawn("producer", &[("PRODUCER_ADDR", address.as_str()), late])
+    };
+    let consumer = || surroundings.spawn("consumer", &[]);
+    let mut producers = addresses.each_ref().map(producer);
+    let mut consumers = [consumer(), consumer()];
+    for service in producers.iter().chain(&consumers) {
+        service.ready().await;
+    }
+    let balancer = Balancer::start(addresses.each_ref().map(|a| a.parse().unwrap()).into()).await;
+    let endpoint = format!("http://{}/callback", balancer.addr());
+    let partner = Partner::with_patience(PATIENCE);
+    let load = partner.post_all(endpoint, 0..30_000, 5, MILLISECOND * 10);
+    let mut accepted = 0;
+    let mut goes_on = async || {
+        accepted += 500;
+        eventually("the load goes on", PATIENCE, async || {
+            (partner.ledger().accepted.len() >= accepted).then_some(())
+        })
+        .await;
+        accepted = partner.ledger().accepted.len();
+    };
+
+    for (place, address) in producers.iter_mut().zip(&addresses) {
+        goes_on().await;
+        place.terminate();
+        assert_eq!(place.wait().await.code(), Some(0), "it should drain");
+        goes_on().await;
+        *place = producer(address);
+        place.ready().await;
+    }
+    for place in &mut consumers {
+        goes_on().await;
+        place.terminate();
+        assert_eq!(place.wait().await.code(), Some(0), "it should drain");
+        goes_on().await;
+        *place = consumer();
+        place.ready().await;
+    }
+    assert!(!load.is_finished(), "the load should outlast the restarts");
+    load.abort();
+    _ = load.await;
+    let ledger = partner.ledger();
+    assert_eq!((ledger.refused, ledger.unanswered), (Vec::new(), 0));
+    all_arrive(&ledger.accepted, &status_api, database.pool()).await;
+    let mut lookups = HashMap::new();
+    for (id, _) in status_api.lookups() {
+        *lookups.entry(id).or_insert(0) += 1;
+    }
+    let twice: Vec<i64> = lookups.iter().filter(|(_, n)| **n > 1).map(|(id, _)| *id).collect();
+    assert!(twice.is_empty(), "looked up twice because of clean stops: {twice:?}");
 }

@@ -2,6 +2,7 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
+use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::Json;
@@ -27,6 +28,8 @@ use crate::places::{Places, Unavailable};
 use crate::repeats::Turn;
 use crate::signature::Signatures;
 
+/// Who sends callbacks all the time brings the next one within this time, and then moves on.
+const FAREWELL: Duration = Duration::from_secs(2);
 /// Names the callback in our logs and in the messages that it becomes.
 const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
 
@@ -64,6 +67,7 @@ impl FrontDoor {
         let limits = http::Limits {
             max_connections: callbacks.max_connections,
             header_timeout: callbacks.header_timeout,
+            farewell: FAREWELL,
         };
         let shared = Arc::new(Shared {
             places,

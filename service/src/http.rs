@@ -6,11 +6,16 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderValue, header};
+use axum::middleware::{self, Next};
+use axum::response::Response;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Notify, Semaphore};
+use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use write_deadline::WriteDeadline;
@@ -31,10 +36,14 @@ pub struct Limits {
     /// Time to send a request's head. It also ends a connection that idles for so long, or whose
     /// client takes nothing of its answers for so long.
     pub header_timeout: Duration,
+    /// After the shutdown each open connection may bring one more request. Those that have brought none
+    /// are closed when nobody has brought any for so long: closed at once, one could be closed in the
+    /// middle of its next request.
+    pub farewell: Duration,
 }
 
 /// Serves `router` on `listener` until `shutdown`, then takes who has already connected, stops
-/// accepting, lets the requests in flight finish and returns.
+/// accepting, and returns when each connection has had its last answer; see [`Limits::farewell`].
 pub async fn serve(
     listener: TcpListener,
     router: Router,
@@ -42,6 +51,8 @@ pub async fn serve(
     shutdown: CancellationToken,
 ) {
     let slots = Arc::new(Semaphore::new(limits.max_connections));
+    let door = Door { shutdown: shutdown.clone(), request: Arc::default() };
+    let router = router.layer(middleware::from_fn_with_state(door.clone(), last_if_draining));
     let service = TowerToHyperService::new(router);
     let mut server = hyper::server::conn::http1::Builder::new();
     server.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
@@ -82,5 +93,27 @@ pub async fn serve(
         });
     }
     drop(listener);
+    let all = u32::try_from(limits.max_connections).unwrap_or(u32::MAX);
+    tokio::select! {
+        _ = slots.acquire_many(all) => {}
+        () = async { while timeout(limits.farewell, door.request.notified()).await.is_ok() {} } => {}
+    }
     connections.shutdown().await;
+}
+
+#[derive(Clone)]
+struct Door {
+    shutdown: CancellationToken,
+    /// Notified of each request.
+    request: Arc<Notify>,
+}
+
+/// Tells the client with the answer that its connection ends.
+async fn last_if_draining(State(door): State<Door>, request: Request, next: Next) -> Response {
+    door.request.notify_one();
+    let mut response = next.run(request).await;
+    if door.shutdown.is_cancelled() {
+        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
+    }
+    response
 }

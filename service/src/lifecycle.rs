@@ -27,8 +27,11 @@ Every option that takes a value can also be set as an environment variable, or i
 the name in <>; NAME_FILE names a file that holds the value.";
 
 /// The admin address answers probes and a scraper, never the public.
-const ADMIN_LIMITS: http::Limits =
-    http::Limits { max_connections: 64, header_timeout: Duration::from_secs(10) };
+const ADMIN_LIMITS: http::Limits = http::Limits {
+    max_connections: 64,
+    header_timeout: Duration::from_secs(10),
+    farewell: Duration::ZERO,
+};
 
 /// What a service is called and where its admin address is by default.
 #[derive(Clone, Copy, Debug)]

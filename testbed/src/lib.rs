@@ -5,7 +5,7 @@
 //! - On the shared servers: [`Queue`] and [`Database`], each of its own name, gone when dropped.
 //! - Of one's own, to kill and to boot again: [`RabbitNode`], [`PostgresCluster`], with TLS if the test
 //!   has an [`Authority`].
-//! - What stands around our services: [`StatusApi`], [`Proxy`]; and a service itself: [`Process`].
+//! - What stands around our services: [`StatusApi`], [`Proxy`], [`Balancer`]; and a service itself: [`Process`].
 //!
 //! What a test starts ends with it, even when it panics. What is a process ends also when the test
 //! process is killed.
@@ -18,6 +18,7 @@
 
 mod amqp;
 mod authority;
+mod balancer;
 mod cleanup;
 mod database;
 mod eventually;
@@ -36,6 +37,7 @@ mod status_api;
 
 pub use amqp::amqp_uri;
 pub use authority::Authority;
+pub use balancer::Balancer;
 pub use database::{Database, database_url, postgres_environment};
 pub use eventually::eventually;
 pub use http_get::{Reply, http_get};

@@ -88,7 +88,11 @@ impl StatusApi {
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
-            let limits = Limits { max_connections: 20_000, header_timeout: Duration::from_mins(1) };
+            let limits = Limits {
+                max_connections: 20_000,
+                header_timeout: Duration::from_mins(1),
+                farewell: Duration::ZERO,
+            };
             runtime.block_on(stopped.run_until_cancelled(serve(
                 listener,
                 router,

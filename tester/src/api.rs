@@ -20,7 +20,11 @@ use crate::config::{self, Failures};
 
 /// Generous, because the status API is the party that is never at fault in a test: a consumer may
 /// hold thousands of slow lookups open.
-const LIMITS: Limits = Limits { max_connections: 20_000, header_timeout: Duration::from_secs(30) };
+const LIMITS: Limits = Limits {
+    max_connections: 20_000,
+    header_timeout: Duration::from_secs(30),
+    farewell: Duration::ZERO,
+};
 
 const LOOKUPS: &str = "lastseen_tester_lookups_total";
 const IN_FLIGHT: &str = "lastseen_tester_lookups_in_flight";
