@@ -83,7 +83,7 @@ impl Spool {
         self.queue.remove(numbers).await
     }
 
-    /// How many messages wait.
+    /// How many messages wait; of a batch that was removed in part, all from the first that was left.
     ///
     /// # Errors
     /// [`WriteError`] when the file cannot be read.

@@ -48,7 +48,10 @@ impl Places {
             let relay = Publisher::start(broker, "producer: relay")?;
             let directory = callbacks.spool_dir.clone().unwrap_or_else(|| PathBuf::from(SPOOL_DIR));
             let path = directory.join("spool.db");
-            Some(Arc::new(Outage::begin(path, callbacks.spool_max_bytes, relay).await))
+            Some(Arc::new(
+                Outage::begin(path, callbacks.spool_max_bytes, callbacks.publish_timeout, relay)
+                    .await,
+            ))
         };
         Ok(Self { publisher, publish_timeout: callbacks.publish_timeout, outage })
     }
@@ -73,7 +76,7 @@ impl Places {
             None
         };
         if refused.is_some() {
-            outage.divert();
+            outage.set_broker_takes(false);
         }
         let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
         let added = spool.add(callback_id, &unconfirmed, SPOOL_TIMEOUT).await;
@@ -82,9 +85,11 @@ impl Places {
             (Ok(()), _) => Ok(()),
             (Err(spool), Some(broker)) => Err(Unavailable { broker, spool: Some(spool) }),
             // It was not asked, for it is believed to be away; now it is the only place.
-            (Err(spool), None) => publish(self.publish_timeout)
-                .await
-                .map_err(|broker| Unavailable { broker, spool: Some(spool) }),
+            (Err(spool), None) => {
+                let published = publish(self.publish_timeout).await;
+                outage.set_broker_takes(published.is_ok());
+                published.map_err(|broker| Unavailable { broker, spool: Some(spool) })
+            }
         }
     }
 

@@ -14,8 +14,10 @@ use tokio::time::{Instant, sleep};
 
 /// How soon a spool that cannot be opened is tried again.
 const OPEN_INTERVAL: Duration = Duration::from_secs(5);
-/// Messages that are relayed at once.
-const RELAYED_AT_ONCE: usize = 256;
+/// Messages that are relayed at once, at most. A broker that is slow to confirm takes as many per
+/// second only if many are under way.
+const RELAYED_AT_ONCE: usize = 2_048;
+const MEASURE_INTERVAL: Duration = Duration::from_secs(1);
 /// Longer than a callback may wait: nobody waits for this, and what is not confirmed goes out twice.
 const RELAY_TIMEOUT: Duration = Duration::from_secs(5);
 
@@ -25,8 +27,11 @@ pub(crate) struct Outage {
     max_bytes: u64,
     spool: OnceLock<Spool>,
     status: watch::Sender<LinkStatus>,
-    /// Whether callbacks are to ask the broker first. The one who clears it wakes the relay, which sets
-    /// it again when something is confirmed or nothing is left; so it is never cleared for good.
+    /// What callbacks give the broker.
+    publish_timeout: Duration,
+    /// Whether they are to ask it first. Who is not confirmed in time clears it; whatever is confirmed in
+    /// time sets it, be it relayed or published past a spool that does not take it. So it cannot
+    /// stay cleared: with the next callback one of the two is tried.
     broker_takes: AtomicBool,
     /// Wakes the relay.
     news: Notify,
@@ -35,7 +40,12 @@ pub(crate) struct Outage {
 
 impl Outage {
     /// Opens the spool; if that fails, callbacks do without it until it can be opened.
-    pub(crate) async fn begin(path: PathBuf, max_bytes: u64, publisher: Publisher) -> Self {
+    pub(crate) async fn begin(
+        path: PathBuf,
+        max_bytes: u64,
+        publish_timeout: Duration,
+        publisher: Publisher,
+    ) -> Self {
         describe_metrics();
         let (status, _) = watch::channel(Err("not opened yet".to_owned()));
         let outage = Self {
@@ -43,6 +53,7 @@ impl Outage {
             max_bytes,
             spool: OnceLock::new(),
             status,
+            publish_timeout,
             broker_takes: AtomicBool::new(true),
             news: Notify::new(),
             publisher,
@@ -65,17 +76,16 @@ impl Outage {
         self.broker_takes.load(Ordering::Relaxed)
     }
 
-    /// The broker did not take something: from now on callbacks go to the spool at once.
-    pub(crate) fn divert(&self) {
-        self.broker_takes.store(false, Ordering::Relaxed);
-        self.news.notify_one();
+    /// Says whether the broker has confirmed something in time: if not, callbacks go to the spool at
+    /// once from now on.
+    pub(crate) fn set_broker_takes(&self, takes: bool) {
+        self.broker_takes.store(takes, Ordering::Relaxed);
     }
 
     /// Says what became of `count` messages that were to be added.
     pub(crate) fn note(&self, added: &Result<(), SpoolError>, count: usize) {
         if added.is_ok() {
             metrics::counter!("lastseen_spooled_total").increment(count as u64);
-            waiting().increment(gauge(count));
             self.news.notify_one();
         }
         self.set_status(added.as_ref().copied().map_err(ToString::to_string));
@@ -96,6 +106,7 @@ impl Outage {
         };
         tokio::select! {
             () = self.relay_all(spool) => {}
+            () = measure(spool) => {}
             () = spool.died() => bail!("the spool's writer has died"),
             () = self.publisher.died() => bail!("the relay's publisher has died"),
         }
@@ -128,7 +139,6 @@ impl Outage {
                 if found > 0 {
                     tracing::warn!(messages = found, "an earlier outage's spool; relaying it");
                 }
-                waiting().set(gauge(usize::try_from(found).unwrap_or(usize::MAX)));
                 _ = self.spool.set(spool);
                 self.set_status(Ok(()));
                 return;
@@ -154,11 +164,11 @@ impl Outage {
     async fn relay_all(&self, spool: &Spool) {
         let mut waits = broker::backoff();
         let mut broker = self.publisher.status();
+        // The first is a probe.
+        let mut limit = 1;
         // Since the spool was last empty.
         let mut relayed = 0;
         loop {
-            // Only a probe, as long as it is not known to take more.
-            let limit = if self.broker_takes() { RELAYED_AT_ONCE } else { 1 };
             let messages = match spool.oldest(limit).await {
                 Ok(messages) => messages,
                 Err(error) => {
@@ -168,7 +178,6 @@ impl Outage {
                 }
             };
             if messages.is_empty() {
-                self.broker_takes.store(true, Ordering::Relaxed);
                 if relayed > 0 {
                     tracing::info!(relayed, "the spool is empty again");
                     relayed = 0;
@@ -180,17 +189,24 @@ impl Outage {
             let _ = broker.wait_for(Result::is_ok).await;
             let started = Instant::now();
             let confirmed = self.publish(&messages).await;
+            let took = started.elapsed();
             let takes_all = confirmed.len() == messages.len();
-            self.broker_takes.store(takes_all, Ordering::Relaxed);
+            // A broker that is slow gets everything from here, and nothing twice.
+            let in_time = takes_all && took < self.publish_timeout;
+            self.set_broker_takes(in_time);
             if !confirmed.is_empty() {
                 relayed += confirmed.len();
                 self.remove(spool, confirmed).await;
             }
             if takes_all {
                 waits = broker::backoff();
-                // Half of the time belongs to the callbacks of now.
-                sleep(started.elapsed()).await;
+                limit = (4 * limit).min(RELAYED_AT_ONCE);
+                if in_time {
+                    // Half of the time belongs to the callbacks of now.
+                    sleep(took).await;
+                }
             } else {
+                limit = 1;
                 sleep(waits.next().unwrap_or(OPEN_INTERVAL)).await;
             }
         }
@@ -227,18 +243,21 @@ impl Outage {
             sleep(wait).await;
         }
         metrics::counter!("lastseen_relayed_total").increment(count as u64);
-        waiting().decrement(gauge(count));
         self.set_status(Ok(()));
     }
 }
 
-fn waiting() -> metrics::Gauge {
-    metrics::gauge!("lastseen_spool_messages")
-}
-
-#[expect(clippy::cast_precision_loss, reason = "a gauge; nobody counts beyond 2^52 messages")]
-fn gauge(count: usize) -> f64 {
-    count as f64
+/// Keeps the gauge true.
+async fn measure(spool: &Spool) {
+    let gauge = metrics::gauge!("lastseen_spool_messages");
+    let mut ticks = tokio::time::interval(MEASURE_INTERVAL);
+    loop {
+        ticks.tick().await;
+        if let Ok(messages) = spool.count().await {
+            #[expect(clippy::cast_precision_loss, reason = "nobody counts beyond 2^52 messages")]
+            gauge.set(messages as f64);
+        }
+    }
 }
 
 fn describe_metrics() {

@@ -235,9 +235,13 @@ impl Queue {
         self.file.transact_on_ballast(delete).await
     }
 
+    /// How many messages there are, if they are removed in the order in which they came.
     pub(crate) async fn count(&self) -> Result<u64, WriteError> {
         let count = |connection: &Connection| {
-            connection.query_row("SELECT count(*) FROM message", [], |row| row.get(0))
+            // One by one, each is found by the index; together they would be found by a scan.
+            let sql = "SELECT coalesce((SELECT max(seq) FROM message)
+                                     - (SELECT min(seq) FROM message) + 1, 0)";
+            connection.prepare_cached(sql)?.query_row([], |row| row.get(0))
         };
         self.file.transact_on_ballast(count).await
     }
