@@ -64,7 +64,7 @@ impl Siege {
 
     /// That all the callbacks were answered 200, that of everything else only `others` messages have
     /// come through, and that the memory has not grown by more than that.
-    async fn withstood(self, others: u32, growth_mib: u64) {
+    async fn withstood(self, others: u32, allowed_mib: u64) {
         assert!(self.producer.is_running());
         // One more, behind everything else.
         let mut wire = Wire::connect(self.address).await;
@@ -82,7 +82,7 @@ impl Siege {
         .await;
         let growth_kib = peak_memory_kib.saturating_sub(self.memory_before_kib);
         println!("{accepted} callbacks accepted meanwhile; memory grew by {growth_kib} KiB");
-        assert!(growth_kib <= growth_mib << 10, "the memory grew by {growth_kib} KiB");
+        assert!(growth_kib <= allowed_mib << 10, "the memory grew by {growth_kib} KiB");
     }
 }
 

@@ -134,5 +134,5 @@ async fn large_bodies_that_are_held_back_take_no_more_memory_than_is_set_aside_f
     let mut wire = Wire::connect(siege.address).await;
     wire.send(request("", &[&body[20..], br#"{"object_ids":[1]}"#].concat())).await;
     assert_eq!(wire.reply().await.status, 200);
-    siege.withstood(1, 200).await;
+    siege.withstood(1, 150).await;
 }
