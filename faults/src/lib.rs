@@ -1,6 +1,6 @@
 //! What the whole system loses, and for how long it is away, when its parts fail.
 //!
-//! A case brings up a [`world::World`] of its own, puts it under load, does something to it, and
+//! A case brings up a `World` of its own, puts it under load, does something to it, and
 //! lets it settle; the world then holds what the partner was answered against what the status API
 //! was asked and what the table holds. Each case gives one row of the table in `FAULTS.md`.
 //!

@@ -63,7 +63,7 @@ impl Books<'_> {
             unanswered,
             cut_off,
             lost: settled.missing.len(),
-            looked_up_twice: settled.lookups.values().filter(|lookups| lookups.decided > 1).count(),
+            looked_up_twice: settled.lookups.values().filter(|lookups| lookups.asked > 1).count(),
             dead_letters: settled.dead_letters.len(),
             // `None`, which is never, comes out as the longest.
             recovery: took.max_by_key(|took| took.unwrap_or(Duration::MAX)).flatten(),
@@ -98,7 +98,7 @@ impl Books<'_> {
             let (lookups, rows) = (self.status_api.lookups(), committed(self.table).await);
             let dead: HashSet<i64> = dead_letters.iter().copied().flatten().collect();
             let is_settled = |id: &i64| {
-                let decided = lookups.get(id).is_some_and(|lookups| lookups.decided > 0);
+                let decided = lookups.get(id).is_some_and(|lookups| lookups.answered > 0);
                 decided && (!is_online(*id) || rows.contains_key(id)) || dead.contains(id)
             };
             let missing: Vec<i64> =
@@ -132,7 +132,7 @@ impl Books<'_> {
     /// settled.
     fn caught_up(&self, accepted: &[(i64, SystemTime)], settled: &Settled) -> Duration {
         let settled_at = |id: &i64| {
-            let looked_up = settled.lookups.get(id).and_then(|lookups| lookups.first_decided_at);
+            let looked_up = settled.lookups.get(id).and_then(|lookups| lookups.answered_at);
             settled.rows.get(id).copied().or(looked_up)
         };
         let late = |(id, due): &(i64, SystemTime)| {

@@ -1,10 +1,10 @@
 //! The status API of a world: quick, with moods, and with a memory of who was asked for when.
 
 use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use testbed::Answer;
+use testbed::{Answer, Note};
 
 /// How long an answer takes: a tenth of what the real API takes, so that a case can catch up soon.
 const LATENCY_MS: std::ops::Range<u64> = 20..50;
@@ -25,16 +25,15 @@ struct Day {
     lookups: Mutex<HashMap<i64, Lookups>>,
 }
 
-/// The lookups of one id.
-#[derive(Clone, Copy, Debug)]
+/// The lookups of one id whose answer is "online" or "offline".
+#[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Lookups {
-    /// How many were answered "online" or "offline", or would have been if whoever asked had not
-    /// gone away.
-    pub(crate) decided: u32,
-    /// When the first of those came in.
-    pub(crate) first_decided_at: Option<SystemTime>,
-    /// How many there were, failed ones included.
-    pub(crate) all: u32,
+    /// How often it was asked. If it was again, then for no fault of this API.
+    pub(crate) asked: u32,
+    /// How often whoever asked was still there when the answer went out.
+    pub(crate) answered: u32,
+    /// When that was the first time.
+    pub(crate) answered_at: Option<SystemTime>,
 }
 
 impl StatusApi {
@@ -62,36 +61,48 @@ impl StatusApi {
     /// Closes its port and all connections.
     pub(crate) fn goes_down(&mut self) {
         self.server.stop();
+        // What it had not answered yet is to be asked again.
+        for lookups in self.day.lookups().values_mut() {
+            lookups.asked = lookups.answered;
+        }
     }
 
     /// Listens where it listened before.
     pub(crate) fn comes_back(&mut self) {
         let answering = Arc::clone(&self.day);
-        self.server =
-            testbed::StatusApi::start_on(self.server.address(), move |id, _| answering.answer(id));
+        let address = self.server.address();
+        self.server = testbed::StatusApi::start_on(address, move |id, _| answering.answer(id));
     }
 
     /// The lookups so far, by id.
     pub(crate) fn lookups(&self) -> HashMap<i64, Lookups> {
-        self.day.lookups.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        self.day.lookups().clone()
     }
 }
 
 impl Day {
-    fn answer(&self, id: i64) -> Answer {
+    fn answer(self: &Arc<Self>, id: i64) -> Answer {
         let mood = self.mood.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let answer = mood.map_or_else(|| truth(id), |mood| mood(id));
-        let mut lookups = self.lookups.lock().unwrap_or_else(PoisonError::into_inner);
-        let none = Lookups { decided: 0, first_decided_at: None, all: 0 };
-        let lookups = lookups.entry(id).or_insert(none);
-        lookups.all += 1;
+        let mut answer = mood.map_or_else(|| truth(id), |mood| mood(id));
         if is_decision(&answer) {
-            lookups.decided += 1;
-            lookups.first_decided_at.get_or_insert_with(SystemTime::now);
+            self.lookups().entry(id).or_default().asked += 1;
+            let day = Arc::clone(self);
+            answer = noted(Note::new(move || day.answered(id)), answer);
         }
         let spread = LATENCY_MS.end - LATENCY_MS.start;
         let latency = LATENCY_MS.start + id.unsigned_abs() % spread;
         Answer::After(Duration::from_millis(latency), Box::new(answer))
+    }
+
+    fn answered(&self, id: i64) {
+        let mut lookups = self.lookups();
+        let lookups = lookups.entry(id).or_default();
+        lookups.answered += 1;
+        lookups.answered_at.get_or_insert_with(SystemTime::now);
+    }
+
+    fn lookups(&self) -> MutexGuard<'_, HashMap<i64, Lookups>> {
+        self.lookups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -110,5 +121,13 @@ fn is_decision(answer: &Answer) -> bool {
         Answer::Online | Answer::Offline => true,
         Answer::After(_, later) => is_decision(later),
         _ => false,
+    }
+}
+
+/// The answer, with the note told after all waiting.
+fn noted(note: Note, answer: Answer) -> Answer {
+    match answer {
+        Answer::After(delay, later) => Answer::After(delay, Box::new(noted(note, *later))),
+        answer => Answer::Noted(note, Box::new(answer)),
     }
 }

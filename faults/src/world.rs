@@ -18,7 +18,7 @@ use crate::status_api::StatusApi;
 /// `QUEUE_NAME`.
 pub(crate) const QUEUE: &str = "objects";
 /// How long the load runs before the fault.
-const LEAD: Duration = Duration::from_secs(4);
+const LEAD_SECONDS: usize = 4;
 /// How long it goes on after the last recovery.
 const TAIL: Duration = Duration::from_secs(3);
 /// How long a case waits for its world to work, or to work again, before it gives up.
@@ -179,7 +179,7 @@ impl World {
     pub(crate) async fn comes_under_load(&mut self) {
         let path = self.scratch.path().join("ledger.jsonl");
         let load = self.load.insert(Load::start(&self.endpoint(), self.setup.rate, path));
-        let enough = self.setup.rate.callbacks as usize * LEAD.as_secs() as usize;
+        let enough = self.setup.rate.callbacks as usize * LEAD_SECONDS;
         eventually("the load is under way", PATIENCE, async || {
             (load.accepted() >= enough).then_some(())
         })

@@ -49,4 +49,4 @@ pub use proxy::Proxy;
 pub use queue::{Queue, RETRY_LEVELS};
 pub use rabbit_node::RabbitNode;
 pub use scratch::Scratch;
-pub use status_api::{Answer, StatusApi};
+pub use status_api::{Answer, Note, StatusApi};

@@ -1,6 +1,7 @@
 //! The status API as it is on good and on bad days.
 
 use std::collections::HashMap;
+use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -38,6 +39,26 @@ pub enum Answer {
     After(Duration, Box<Answer>),
     /// 302 to that location.
     Redirect(String),
+    /// The other answer, of which the note is told just before it goes out. A client that has gone
+    /// away by then gets none, and the note is not told.
+    Noted(Note, Box<Answer>),
+}
+
+/// What is to be told of an answer that goes out.
+#[derive(Clone)]
+pub struct Note(Arc<dyn Fn() + Send + Sync>);
+
+impl Note {
+    /// A note that calls `told`.
+    pub fn new(told: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(told))
+    }
+}
+
+impl fmt::Debug for Note {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        out.write_str("Note")
+    }
 }
 
 type Behaviour = dyn Fn(i64, u32) -> Answer + Send + Sync;
@@ -207,10 +228,22 @@ async fn look_up(
 ) -> Response {
     let _in_flight = InFlight::enter(&records);
     let mut answer = behaviour(id, records.note(id));
-    while let Answer::After(delay, later) = answer {
-        tokio::time::sleep(delay).await;
-        answer = *later;
+    loop {
+        answer = match answer {
+            Answer::After(delay, later) => {
+                tokio::time::sleep(delay).await;
+                *later
+            }
+            Answer::Noted(note, answer) => {
+                (note.0)();
+                *answer
+            }
+            answer => break respond(id, answer).await,
+        };
     }
+}
+
+async fn respond(id: i64, answer: Answer) -> Response {
     let json = [(header::CONTENT_TYPE, "application/json")];
     match answer {
         Answer::Online => (json, format!(r#"{{"id":{id},"online":true}}"#)).into_response(),
@@ -223,7 +256,7 @@ async fn look_up(
         Answer::Redirect(location) => {
             (StatusCode::FOUND, [(header::LOCATION, location)]).into_response()
         }
-        Answer::Hang | Answer::After(..) => std::future::pending().await,
+        Answer::Hang | Answer::After(..) | Answer::Noted(..) => std::future::pending().await,
     }
 }
 

@@ -1,6 +1,8 @@
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use testbed::{Answer, Reply, StatusApi, eventually, http_get};
+use testbed::{Answer, Note, Reply, StatusApi, eventually, http_get};
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -50,6 +52,30 @@ async fn the_status_api_answers_in_each_way() {
     assert_eq!(api.peak_in_flight(), 1);
     let ids: Vec<i64> = api.lookups().into_iter().map(|(id, _)| id).collect();
     assert_eq!(ids, [1, 2, 3, 4, 5, 6, 7, 8]);
+}
+
+#[tokio::test]
+async fn a_note_is_told_of_an_answer_that_goes_out_and_of_no_other() {
+    let told = Arc::new(AtomicU32::new(0));
+    let telling = Arc::clone(&told);
+    let api = StatusApi::start(move |_, lookup| {
+        let telling = Arc::clone(&telling);
+        let note = Note::new(move || {
+            telling.fetch_add(1, Ordering::SeqCst);
+        });
+        let answer = Answer::Noted(note, Box::new(Answer::Online));
+        Answer::After(Duration::from_millis(if lookup == 1 { 0 } else { 200 }), Box::new(answer))
+    });
+    assert_eq!(look_up(&api, 1).await.body, r#"{"id":1,"online":true}"#);
+    assert_eq!(told.load(Ordering::SeqCst), 1);
+
+    let impatient = tokio::time::timeout(Duration::from_millis(100), look_up(&api, 1)).await;
+    assert!(impatient.is_err());
+    eventually("the client's leaving is seen", DEADLINE, async || {
+        (api.in_flight() == 0).then_some(())
+    })
+    .await;
+    assert_eq!((api.lookups_of(1), told.load(Ordering::SeqCst)), (2, 1));
 }
 
 #[tokio::test]
