@@ -129,16 +129,18 @@ impl Books<'_> {
     }
 
     /// The longest time from the end of a fault until the last of the ids accepted before it was
-    /// settled.
+    /// settled. Of several faults it is the last one before that: what a further fault holds up is not
+    /// the first one's.
     fn caught_up(&self, accepted: &[(i64, SystemTime)], settled: &Settled) -> Duration {
         let settled_at = |id: &i64| {
             let looked_up = settled.lookups.get(id).and_then(|lookups| lookups.answered_at);
             settled.rows.get(id).copied().or(looked_up)
         };
         let late = |(id, due): &(i64, SystemTime)| {
-            let next_end = self.recoveries.iter().map(|recovery| recovery.over_at);
-            let over_at = next_end.filter(|over_at| over_at >= due).min()?;
-            settled_at(id)?.duration_since(over_at).ok()
+            let settled_at = settled_at(id)?;
+            let ends = self.recoveries.iter().map(|recovery| recovery.over_at);
+            let over_at = ends.filter(|over_at| (*due..=settled_at).contains(over_at)).max()?;
+            settled_at.duration_since(over_at).ok()
         };
         accepted.iter().filter_map(late).max().unwrap_or_default()
     }
