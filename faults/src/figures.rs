@@ -39,7 +39,8 @@ pub(crate) struct Verdict {
 pub(crate) struct Allowed {
     /// Answers that are not 2xx, because no durable place is left.
     pub(crate) not_2xx: bool,
-    /// Ids that are looked up again, because who had them is gone.
+    /// Ids that are looked up again, because who had them is gone, or because the broker confirmed
+    /// them after they had gone to the spool. A busy machine alone can bring about the latter.
     pub(crate) looked_up_twice: bool,
     /// Dead letters.
     pub(crate) dead_letters: bool,

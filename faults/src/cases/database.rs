@@ -21,7 +21,7 @@ async fn killed() -> Verdict {
     world.stays(Duration::from_secs(5)).await;
     world.database.boot().await;
     world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.settles(Allowed::REPEATS).await
 }
 
 async fn silent() -> Verdict {
@@ -31,5 +31,5 @@ async fn silent() -> Verdict {
     world.stays(Duration::from_secs(12)).await;
     world.to_database.restore();
     world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.settles(Allowed::REPEATS).await
 }

@@ -19,5 +19,5 @@ async fn killed() -> Verdict {
         world.producer_is_back().await;
         world.recovers().await;
     }
-    world.settles(Allowed::NOTHING).await
+    world.settles(Allowed::REPEATS).await
 }

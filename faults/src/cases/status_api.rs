@@ -22,7 +22,7 @@ async fn down() -> Verdict {
     world.stays(Duration::from_secs(20)).await;
     world.status_api.comes_back();
     world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.settles(Allowed::REPEATS).await
 }
 
 async fn answering_500() -> Verdict {
@@ -32,5 +32,5 @@ async fn answering_500() -> Verdict {
     world.stays(Duration::from_secs(10)).await;
     world.status_api.behaves();
     world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.settles(Allowed::REPEATS).await
 }
