@@ -162,9 +162,22 @@ impl Process {
     /// When it has ended.
     #[must_use]
     pub fn rss_kib(&self) -> u64 {
+        self.memory_kib("VmRSS:")
+    }
+
+    /// The most memory that it has occupied so far, in KiB.
+    ///
+    /// # Panics
+    /// When it has ended.
+    #[must_use]
+    pub fn peak_rss_kib(&self) -> u64 {
+        self.memory_kib("VmHWM:")
+    }
+
+    fn memory_kib(&self, field: &str) -> u64 {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
         let status = status.expect("a process that runs has a status");
-        let value = status.lines().find_map(|line| line.strip_prefix("VmRSS:"));
+        let value = status.lines().find_map(|line| line.strip_prefix(field));
         value
             .and_then(|value| value.trim().strip_suffix(" kB"))
             .and_then(|value| value.parse().ok())
@@ -174,6 +187,16 @@ impl Process {
     /// Asks it to drain and end, by SIGTERM.
     pub fn terminate(&self) {
         self.group().signal(Signal::TERM);
+    }
+
+    /// Takes the processor away from it, as a debugger or a frozen virtual machine would.
+    pub fn pause(&self) {
+        self.group().signal(Signal::STOP);
+    }
+
+    /// Lets it go on where it was paused.
+    pub fn resume(&self) {
+        self.group().signal(Signal::CONT);
     }
 
     /// Kills it, and returns when it is gone.

@@ -1,6 +1,7 @@
 //! The status API as it is on good and on bad days.
 
 use std::collections::HashMap;
+use std::convert::Infallible;
 use std::fmt;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -9,10 +10,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
 use axum::http::{HeaderName, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
+use futures_util::stream::{self, StreamExt as _};
 use service::CancellationToken;
 use service::http::{Limits, serve};
 use tokio::net::TcpSocket;
@@ -39,6 +42,10 @@ pub enum Answer {
     After(Duration, Box<Answer>),
     /// 302 to that location.
     Redirect(String),
+    /// [`Answer::Online`], its body at a byte a second.
+    Trickle,
+    /// [`Answer::Online`], behind so many KiB of white space. It is made as it is sent.
+    Huge(usize),
     /// The other answer, of which the note is told just before it goes out. A client that has gone
     /// away by then gets none, and the note is not told.
     Noted(Note, Box<Answer>),
@@ -246,7 +253,7 @@ async fn look_up(
 async fn respond(id: i64, answer: Answer) -> Response {
     let json = [(header::CONTENT_TYPE, "application/json")];
     match answer {
-        Answer::Online => (json, format!(r#"{{"id":{id},"online":true}}"#)).into_response(),
+        Answer::Online => (json, online(id)).into_response(),
         Answer::Offline => (json, format!(r#"{{"id":{id},"online":false}}"#)).into_response(),
         Answer::Status(code) => status(code).into_response(),
         Answer::StatusWithHeader(code, name, value) => {
@@ -256,8 +263,30 @@ async fn respond(id: i64, answer: Answer) -> Response {
         Answer::Redirect(location) => {
             (StatusCode::FOUND, [(header::LOCATION, location)]).into_response()
         }
+        Answer::Trickle => (json, trickling(online(id))).into_response(),
+        Answer::Huge(kib) => (json, behind_white_space(kib, online(id))).into_response(),
         Answer::Hang | Answer::After(..) | Answer::Noted(..) => std::future::pending().await,
     }
+}
+
+fn online(id: i64) -> String {
+    format!(r#"{{"id":{id},"online":true}}"#)
+}
+
+fn trickling(text: String) -> Body {
+    let next = async |mut bytes: std::vec::IntoIter<u8>| {
+        let byte = bytes.next()?;
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        Some((Ok::<_, Infallible>(vec![byte]), bytes))
+    };
+    Body::from_stream(stream::unfold(text.into_bytes().into_iter(), next))
+}
+
+fn behind_white_space(kib: usize, text: String) -> Body {
+    static KIB: [u8; 1_024] = [b' '; 1_024];
+    let spaces = stream::iter(std::iter::repeat_n(Bytes::from_static(&KIB), kib));
+    let all = spaces.chain(stream::iter([Bytes::from(text)]));
+    Body::from_stream(all.map(Ok::<_, Infallible>))
 }
 
 fn status(code: u16) -> StatusCode {

@@ -21,6 +21,8 @@ async fn a_process_tells_its_log_readiness_and_metrics_and_drains_when_asked() {
     assert!(sample.metric("absent_total").await.abs() < f64::EPSILON);
     assert!((500..500_000).contains(&sample.rss_kib()), "{} KiB", sample.rss_kib());
 
+    assert!(sample.peak_rss_kib() >= sample.rss_kib());
+
     assert!(sample.is_running());
     sample.terminate();
     let ended = sample.wait().await;
@@ -38,6 +40,17 @@ async fn a_process_sees_no_variable_but_those_it_is_given() {
         environment.split_terminator('\0').filter_map(|v| v.split('=').next()).collect();
     names.sort_unstable();
     assert_eq!(names, ["ADMIN_ADDR", "PATH"]);
+}
+
+#[tokio::test]
+async fn a_process_that_is_paused_does_nothing_until_it_is_resumed() {
+    let sample = Process::spawn("testbed-sample", &[], &[]);
+    sample.ready().await;
+    sample.pause();
+    let asked = tokio::time::timeout(Duration::from_millis(300), sample.get("/livez"));
+    assert!(asked.await.is_err(), "it answers");
+    sample.resume();
+    assert_eq!(sample.get("/livez").await.0, 200);
 }
 
 #[tokio::test]

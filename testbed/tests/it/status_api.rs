@@ -3,6 +3,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use testbed::{Answer, Note, Reply, StatusApi, eventually, http_get};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
@@ -20,6 +22,7 @@ async fn the_status_api_answers_in_each_way() {
         5 => Answer::Body("not json".to_owned()),
         6 => Answer::Redirect("http://elsewhere/objects/6".to_owned()),
         7 => Answer::After(Duration::from_millis(80), Box::new(Answer::Online)),
+        8 => Answer::Huge(1_000),
         _ => Answer::Hang,
     });
     assert!(api.endpoint().starts_with("http://127.0.0.1:"));
@@ -38,10 +41,13 @@ async fn the_status_api_answers_in_each_way() {
     let asked = Instant::now();
     assert_eq!(look_up(&api, 7).await.status, 200);
     assert!(asked.elapsed() >= Duration::from_millis(80));
+    let huge = look_up(&api, 8).await;
+    assert_eq!(huge.body.len(), 1_000 * 1_024 + r#"{"id":8,"online":true}"#.len());
+    assert_eq!(huge.body.trim_start(), r#"{"id":8,"online":true}"#);
 
     assert_eq!(api.in_flight(), 0);
     let (hung, ()) = tokio::join!(
-        tokio::time::timeout(Duration::from_millis(300), look_up(&api, 8)),
+        tokio::time::timeout(Duration::from_millis(300), look_up(&api, 9)),
         eventually("it is in flight", DEADLINE, async || (api.in_flight() == 1).then_some(())),
     );
     assert!(hung.is_err());
@@ -51,7 +57,21 @@ async fn the_status_api_answers_in_each_way() {
     .await;
     assert_eq!(api.peak_in_flight(), 1);
     let ids: Vec<i64> = api.lookups().into_iter().map(|(id, _)| id).collect();
-    assert_eq!(ids, [1, 2, 3, 4, 5, 6, 7, 8]);
+    assert_eq!(ids, [1, 2, 3, 4, 5, 6, 7, 8, 9]);
+}
+
+#[tokio::test]
+async fn the_status_api_can_trickle() {
+    let api = StatusApi::start(|_, _| Answer::Trickle);
+    let mut stream = TcpStream::connect(api.address()).await.unwrap();
+    let asked = Instant::now();
+    stream.write_all(b"GET /objects/1 HTTP/1.0\r\n\r\n").await.unwrap();
+    let mut answer = Vec::new();
+    while !answer.ends_with(br#"{"id"#) {
+        let byte = tokio::time::timeout(DEADLINE, stream.read_u8()).await;
+        answer.push(byte.unwrap().unwrap());
+    }
+    assert!(asked.elapsed() >= Duration::from_secs(4), "four bytes in {:?}", asked.elapsed());
 }
 
 #[tokio::test]
