@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use broker::{Inspector, Selection, Treatment};
+use broker::{DeadLetter, Inspector, Selection, Treatment};
 use sqlx::PgPool;
 use tester::ledger::{Answer, Entry};
 
@@ -107,7 +107,9 @@ impl Books<'_> {
                 (fewest, moved) = (missing.len(), Instant::now());
             }
             // Looked at in any case, for a dead letter may be of an id that was settled before.
-            dead_letters = dead_lettered(self.broker_uri).await;
+            let letters = treat_dead_letters(self.broker_uri, Treatment::Look).await;
+            // `None` is one whose id cannot be read.
+            dead_letters = letters.iter().map(|letter| letter.id).collect();
             let dead: HashSet<i64> = dead_letters.iter().copied().flatten().collect();
             if missing.iter().all(|id| dead.contains(id)) || moved.elapsed() > STANDSTILL {
                 let missing = missing.into_iter().filter(|id| !dead.contains(id)).collect();
@@ -182,8 +184,8 @@ async fn committed(table: &PgPool) -> HashMap<i64, SystemTime> {
     rows.into_iter().map(|(id, at)| (id, UNIX_EPOCH + Duration::from_secs_f64(at))).collect()
 }
 
-/// The dead letters' ids; `None` is one whose id cannot be read.
-async fn dead_lettered(broker_uri: &str) -> Vec<Option<i64>> {
+/// The dead letters, when that has been done to all of them.
+pub(crate) async fn treat_dead_letters(broker_uri: &str, treatment: Treatment) -> Vec<DeadLetter> {
     let config = broker::Config {
         amqp_uri: broker_uri.parse().expect("a node's URI should be one"),
         queue: broker::QueueConfig {
@@ -192,14 +194,14 @@ async fn dead_lettered(broker_uri: &str) -> Vec<Option<i64>> {
             amqp_ca: None,
         },
     };
-    let mut ids = Vec::new();
+    let mut letters = Vec::new();
     let look = async {
         let mut inspector = Inspector::open(&config).await?;
         let all = Selection::default();
-        inspector.dead_letters(&all, Treatment::Look, |letter| ids.push(letter.id)).await?;
+        inspector.dead_letters(&all, treatment, |letter| letters.push(letter)).await?;
         inspector.close().await;
         Ok::<(), broker::InspectError>(())
     };
     look.await.expect("the dead letters should be readable again");
-    ids
+    letters
 }

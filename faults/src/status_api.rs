@@ -74,6 +74,16 @@ impl StatusApi {
         self.server = testbed::StatusApi::start_on(address, move |id, _| answering.answer(id));
     }
 
+    /// How many lookups there have been so far.
+    pub(crate) fn asked(&self) -> usize {
+        self.day.lookups().values().map(|lookups| lookups.all as usize).sum()
+    }
+
+    /// How many lookups wait for their answer now.
+    pub(crate) fn in_flight(&self) -> usize {
+        self.server.in_flight()
+    }
+
     /// The lookups so far, by id.
     pub(crate) fn lookups(&self) -> HashMap<i64, Lookups> {
         self.day.lookups().clone()

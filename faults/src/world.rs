@@ -3,6 +3,7 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant, SystemTime};
 
+use broker::{DeadLetter, Treatment};
 use pipeline::Surroundings;
 use testbed::{
     PostgresCluster, Process, Proxy, RabbitNode, Scratch, eventually, free_port,
@@ -12,7 +13,7 @@ use testbed::{
 use crate::figures::{Allowed, Verdict};
 use crate::load::{Load, Rate};
 use crate::probe::Prober;
-use crate::settling::{Books, Recovery};
+use crate::settling::{Books, Recovery, treat_dead_letters};
 use crate::status_api::StatusApi;
 
 /// `QUEUE_NAME`.
@@ -207,6 +208,11 @@ impl World {
         if let Some((_, until @ None)) = self.nobody_listened.last_mut() {
             *until = Some(SystemTime::now() + CUTTING_OFF);
         }
+    }
+
+    /// Sends all dead letters back to the queue, and says which they were.
+    pub(crate) async fn redrives(&self) -> Vec<DeadLetter> {
+        treat_dead_letters(&self.broker.amqp_uri(), Treatment::Redrive).await
     }
 
     /// The fault is over. Posts probes until one of them has been accepted, looked up and committed,

@@ -1,25 +1,138 @@
 //! What happens to the consumers.
 
+use std::time::Duration;
+
+use testbed::{Answer, eventually};
+
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
-use crate::world::{Setup, World};
+use crate::world::{QUEUE, Setup, World};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::new("consumer_killed", "the only consumer killed -9 under load, five times", killed)
             .in_make_test(),
+        Case::new(
+            "consumer_crash_loop",
+            "the only consumer killed -9 25 times, each time amid the same lookups",
+            crash_loop,
+        ),
+        Case::new(
+            "consumer_delivery_limit",
+            "likewise, under a policy of `delivery-limit` 20; what the broker gives up by that is redriven",
+            delivery_limit,
+        ),
+        Case::new(
+            "consumer_stopped",
+            "the only consumer stopped (SIGSTOP) until the broker has given it up, for 18 s",
+            stopped,
+        ),
+        Case::new("one_of_two_consumers_killed", "one of two consumers killed -9", one_of_two),
     ]
 }
+
+/// More often than RabbitMQ 4 by default delivers a message.
+const KILLS: u32 = 25;
+const DELIVERY_LIMIT: u32 = 20;
+/// Enough lookups to be amid them.
+const AMID: usize = 200;
+const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn killed() -> Verdict {
     let mut world = World::start(Setup::default()).await;
     world.comes_under_load().await;
     for _ in 0..5 {
-        let killed = world.consumers.remove(0);
-        killed.kill();
-        killed.wait().await;
+        is_killed(&mut world).await;
         world.consumers.push(world.spawn_consumer());
         world.recovers().await;
     }
     world.settles(Allowed::REPEATS).await
+}
+
+async fn crash_loop() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    let unlucky = crashes(&mut world).await;
+    world.recovers().await;
+    // None is a dead letter: our queue says how often a message may come back, which is 100 times.
+    let mut verdict = world.settles(Allowed::REPEATS).await;
+    if unlucky < AMID {
+        verdict.breaches.push(format!("only {unlucky} messages were delivered so often"));
+    }
+    verdict
+}
+
+async fn delivery_limit() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    let limit = format!(r#"{{"delivery-limit":{DELIVERY_LIMIT}}}"#);
+    let policy = ["set_policy", "limit", &format!("^{QUEUE}$"), &limit, "--apply-to", "queues"];
+    world.broker.rabbitmqctl(&policy).await;
+    world.comes_under_load().await;
+    let unlucky = crashes(&mut world).await;
+    world.recovers().await;
+    let letters = world.redrives().await;
+    let mut verdict = world.settles(Allowed::REPEATS).await;
+    if letters.len() < unlucky || unlucky < AMID {
+        let count = letters.len();
+        verdict.breaches.push(format!("{count} dead letters of {unlucky} delivered so often"));
+    }
+    if let Some(letter) = letters.iter().find(|letter| !letter.reason.contains("delivery_limit")) {
+        verdict.breaches.push(format!("a dead letter because of {:?}", letter.reason));
+    }
+    verdict
+}
+
+async fn stopped() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    world.consumers[0].pause();
+    // Longer than the broker waits for a heartbeat, which is three times 5 s at most.
+    world.stays(Duration::from_secs(18)).await;
+    let consumers = world.broker.rabbitmqctl(&["list_consumers", "queue_name"]).await;
+    world.consumers[0].resume();
+    world.recovers().await;
+    let mut verdict = world.settles(Allowed::REPEATS).await;
+    if consumers.contains(QUEUE) {
+        verdict.breaches.push("the broker had not given it up".to_owned());
+    }
+    verdict
+}
+
+async fn one_of_two() -> Verdict {
+    let mut world = World::start(Setup { consumers: 2, ..Setup::default() }).await;
+    world.comes_under_load().await;
+    is_killed(&mut world).await;
+    world.recovers().await;
+    let taken_over = r#"lastseen_deliveries_total{redelivered="true"}"#;
+    let taken_over = world.consumers[0].metric(taken_over).await;
+    let mut verdict = world.settles(Allowed::REPEATS).await;
+    if taken_over < 1.0 {
+        verdict.breaches.push("it held nothing that the other could take over".to_owned());
+    }
+    verdict
+}
+
+/// Kills the consumer and starts another, again and again, while no lookup is answered: so the next
+/// one takes the same messages. Returns how many have been delivered more often than the limit.
+async fn crashes(world: &mut World) -> usize {
+    world.status_api.misbehaves(|_| Answer::Hang);
+    for _ in 0..KILLS {
+        in_flight(world, "the consumer is amid its lookups", |count| count >= AMID).await;
+        is_killed(world).await;
+        in_flight(world, "its lookups are broken off", |count| count == 0).await;
+        world.consumers.push(world.spawn_consumer());
+    }
+    world.status_api.behaves();
+    let lookups = world.status_api.lookups();
+    lookups.values().filter(|lookups| lookups.all > DELIVERY_LIMIT).count()
+}
+
+async fn in_flight(world: &World, what: &str, is_so: impl Fn(usize) -> bool) {
+    eventually(what, PATIENCE, async || is_so(world.status_api.in_flight()).then_some(())).await;
+}
+
+async fn is_killed(world: &mut World) {
+    let killed = world.consumers.remove(0);
+    killed.kill();
+    killed.wait().await;
 }

@@ -1,36 +1,201 @@
 //! What happens to the status API.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
-use testbed::Answer;
+use testbed::{Answer, eventually};
 
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
+use crate::status_api::truth;
 use crate::world::{Setup, World};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
-        Case::new("status_api_down", "status API down for 20 s", down).in_make_test(),
-        Case::new("status_api_500", "status API answers all with 500 for 10 s", answering_500),
+        Case::new(
+            "status_api_down",
+            "status API down for 20 s, where each message has one attempt only",
+            down,
+        )
+        .in_make_test(),
+        Case::new("status_api_500", "status API answers all with 500 for 10 s, likewise", all_500),
+        Case::new(
+            "status_api_429",
+            "status API answers all with 429 and `Retry-After: 2` for 10 s, likewise",
+            all_429,
+        ),
+        Case::new("status_api_hangs", "status API takes lookups and is silent, likewise", hanging),
+        Case::new(
+            "status_api_trickles",
+            "status API answers at a byte a second for 10 s, likewise",
+            trickling,
+        ),
+        Case::new(
+            "status_api_huge",
+            "status API answers with 1 GiB for 10 s, likewise; the consumer grows by less than 64 MiB",
+            huge,
+        ),
+        Case::new("status_api_garbage", "status API answers in HTML for 10 s, likewise", garbage),
+        Case::new(
+            "status_api_wrong_id",
+            "status API answers about another object for 10 s, likewise",
+            wrong_id,
+        ),
+        Case::new(
+            "status_api_half",
+            "status API answers half of the ids with 500 for 10 s; the others keep 90% of their rate",
+            half,
+        ),
     ]
 }
 
+/// For how long it ails once the consumer has noticed.
+const AILING: Duration = Duration::from_secs(10);
+/// So many failed lookups make the consumer notice.
+const NOTICEABLE: f64 = 20.0;
+/// Longer than a lookup may take.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// A world in which each failed lookup that counted would make a dead letter.
+fn no_attempt_to_spare() -> Setup {
+    Setup { consumer: vec![("MAX_ATTEMPTS", "1")], ..Setup::default() }
+}
+
 async fn down() -> Verdict {
-    let mut world = World::start(Setup::default()).await;
+    let mut world = World::start(no_attempt_to_spare()).await;
     world.comes_under_load().await;
     world.status_api.goes_down();
+    is_noticed(&world, "transport").await;
     world.stays(Duration::from_secs(20)).await;
     world.status_api.comes_back();
     world.recovers().await;
     world.settles(Allowed::REPEATS).await
 }
 
-async fn answering_500() -> Verdict {
-    let mut world = World::start(Setup::default()).await;
+async fn all_500() -> Verdict {
+    ailing(|_| Answer::Status(500), "status").await
+}
+
+async fn hanging() -> Verdict {
+    ailing(|_| Answer::Hang, "timeout").await
+}
+
+async fn trickling() -> Verdict {
+    ailing(|_| Answer::Trickle, "timeout").await
+}
+
+async fn garbage() -> Verdict {
+    ailing(|_| Answer::Body("<html>Welcome to our proxy</html>".to_owned()), "garbage").await
+}
+
+async fn wrong_id() -> Verdict {
+    // If it were believed, ids that are never online would be in the table.
+    let online = |id| Answer::Body(format!(r#"{{"id":{id},"online":true}}"#));
+    ailing(move |id| online(id + 1), "wrong_id").await
+}
+
+/// Under a status API that fails all lookups in one way, which the consumer counts as `outcome`.
+async fn ailing(mood: impl Fn(i64) -> Answer + Send + Sync + 'static, outcome: &str) -> Verdict {
+    let mut world = World::start(no_attempt_to_spare()).await;
     world.comes_under_load().await;
-    world.status_api.misbehaves(|_| Answer::Status(500));
-    world.stays(Duration::from_secs(10)).await;
+    world.status_api.misbehaves(mood);
+    is_noticed(&world, outcome).await;
+    world.stays(AILING).await;
     world.status_api.behaves();
     world.recovers().await;
     world.settles(Allowed::REPEATS).await
+}
+
+async fn huge() -> Verdict {
+    const GIB_IN_KIB: usize = 1_024 * 1_024;
+    const ROOM_KIB: u64 = 64 * 1_024;
+    let mut world = World::start(no_attempt_to_spare()).await;
+    world.comes_under_load().await;
+    let before = world.consumers[0].peak_rss_kib();
+    world.status_api.misbehaves(|_| Answer::Huge(GIB_IN_KIB));
+    is_noticed(&world, "garbage").await;
+    world.stays(AILING).await;
+    let peak = world.consumers[0].peak_rss_kib();
+    world.status_api.behaves();
+    world.recovers().await;
+    let mut verdict = world.settles(Allowed::NOTHING).await;
+    if peak > before + ROOM_KIB {
+        verdict.breaches.push(format!("the consumer grew from {before} KiB to {peak} KiB"));
+    }
+    verdict
+}
+
+async fn all_429() -> Verdict {
+    // One after each pause, what was under way when the first was answered, and as much again.
+    const FEW: usize = 100;
+    let mut world = World::start(no_attempt_to_spare()).await;
+    world.comes_under_load().await;
+    let before = world.status_api.asked();
+    let wait = || Answer::StatusWithHeader(429, "retry-after", "2".to_owned());
+    world.status_api.misbehaves(move |_| wait());
+    world.stays(AILING).await;
+    let asked = world.status_api.asked() - before;
+    world.status_api.behaves();
+    world.recovers().await;
+    let mut verdict = world.settles(Allowed::NOTHING).await;
+    if !(1..=FEW).contains(&asked) {
+        verdict.breaches.push(format!("{asked} lookups although it asked to be left alone"));
+    }
+    verdict
+}
+
+async fn half() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    let before = spared_per_second(&world, AILING).await;
+    world.status_api.misbehaves(|id| if is_spared(id) { truth(id) } else { Answer::Status(500) });
+    let meanwhile = spared_per_second(&world, AILING).await;
+    let failed = failures(&world, "status").await;
+    world.status_api.behaves();
+    world.recovers().await;
+    let mut verdict = world.settles(Allowed::NOTHING).await;
+    if meanwhile < 0.9 * before {
+        verdict.breaches.push(format!(
+            "of the ids that it answered, it was asked for {meanwhile:.0} per second, and for {before:.0} before"
+        ));
+    }
+    if failed < before {
+        verdict.breaches.push(format!("only {failed} lookups failed"));
+    }
+    verdict
+}
+
+/// Half of the ids, and of them half are online.
+fn is_spared(id: i64) -> bool {
+    id % 4 < 2
+}
+
+/// How many of the ids that are spared were looked up for the first time in each second of the next
+/// `duration`.
+async fn spared_per_second(world: &World, duration: Duration) -> f64 {
+    let from = SystemTime::now();
+    world.stays(duration).await;
+    let (until, lookups) = (SystemTime::now(), world.status_api.lookups());
+    let meanwhile = |at: SystemTime| (from..until).contains(&at);
+    let spared = lookups.iter().filter(|(id, _)| is_spared(**id));
+    let count = spared.filter(|(_, lookups)| lookups.first_decided_at.is_some_and(meanwhile));
+    let seconds = until.duration_since(from).unwrap_or(duration).as_secs_f64();
+    #[expect(clippy::cast_precision_loss, reason = "there are thousands")]
+    let count = count.count() as f64;
+    count / seconds
+}
+
+/// Waits until the consumer has had failures of that kind, and says that it has no status API.
+async fn is_noticed(world: &World, outcome: &str) {
+    eventually("the consumer notices how the status API is", PATIENCE, async || {
+        let (status, reason) = world.consumers[0].get("/readyz").await;
+        let ready = status == 200 || !reason.contains("status API");
+        (!ready && failures(world, outcome).await >= NOTICEABLE).then_some(())
+    })
+    .await;
+}
+
+/// How many lookups of the consumer have come to that.
+async fn failures(world: &World, outcome: &str) -> f64 {
+    let name = format!(r#"lastseen_lookups_total{{outcome="{outcome}"}}"#);
+    world.consumers[0].metric(&name).await
 }
