@@ -5,15 +5,21 @@ use crate::case::Case;
 mod broker;
 mod consumer;
 mod database;
+mod machine;
 mod producer;
 mod status_api;
 
 /// All cases, in the order of the table.
 pub(crate) fn all() -> Vec<Case> {
-    [broker::cases(), producer::cases(), consumer::cases(), database::cases(), status_api::cases()]
-        .into_iter()
-        .flatten()
-        .collect()
+    let parts = [
+        broker::cases(),
+        producer::cases(),
+        consumer::cases(),
+        database::cases(),
+        status_api::cases(),
+        machine::cases(),
+    ];
+    parts.into_iter().flatten().collect()
 }
 
 #[cfg(test)]

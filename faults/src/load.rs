@@ -37,15 +37,22 @@ pub(crate) struct Load {
 }
 
 impl Load {
-    /// Starts it against `endpoint`, with its ledger in `path`.
-    pub(crate) fn start(endpoint: &str, rate: Rate, path: PathBuf) -> Self {
+    /// Starts it against `endpoint`, with its ledger in `path`; over so many connections at most if it
+    /// is told how many.
+    pub(crate) fn start(
+        endpoint: &str,
+        rate: Rate,
+        connections: Option<u32>,
+        path: PathBuf,
+    ) -> Self {
         let ledger = format!("--ledger={}", path.display());
         let callbacks = format!("--rate={}", rate.callbacks);
         let ids = format!("--ids={}", rate.ids);
         let first = format!("--object-id-min={FIRST_ID}");
         let last = format!("--object-id-max={FIRST_ID}");
         // Enough for a second without any answer, and half as much again.
-        let connections = format!("--connections={}", (rate.callbacks * 3 / 2).clamp(16, 2_000));
+        let enough = (rate.callbacks * 3 / 2).clamp(16, 2_000);
+        let connections = format!("--connections={}", connections.unwrap_or(enough));
         let endpoint = format!("--callback-endpoint={endpoint}");
         let tester = Process::spawn(
             "tester",

@@ -1,13 +1,15 @@
 //! One whole system for one case: its servers, its services, its partner.
 
+use std::fs;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
 use broker::{DeadLetter, Treatment};
 use pipeline::Surroundings;
 use testbed::{
-    PostgresCluster, Process, Proxy, RabbitNode, Scratch, eventually, free_port,
-    postgres_environment,
+    PostgresCluster, Process, Proxy, RabbitNode, SPOOL_ON_A_SMALL_DISK, Scratch, eventually,
+    free_port, postgres_environment,
 };
 
 use crate::figures::{Allowed, Verdict};
@@ -23,7 +25,7 @@ const LEAD_SECONDS: usize = 4;
 /// How long it goes on after the last recovery.
 const TAIL: Duration = Duration::from_secs(3);
 /// How long a case waits for its world to work, or to work again, before it gives up.
-const PATIENCE: Duration = Duration::from_mins(1);
+pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 /// For how long after the death of one of several producers callbacks may still run into it.
 const CUTTING_OFF: Duration = Duration::from_millis(100);
 
@@ -34,6 +36,10 @@ pub(crate) struct Setup {
     /// Whether the services reach broker and database through [`World::to_broker`] and
     /// [`World::to_database`], which can go silent or be cut.
     pub(crate) through_proxies: bool,
+    /// How many connections the load may use; as many as it needs if it is not said.
+    pub(crate) connections: Option<u32>,
+    /// Whether the producer's spool is on a disk of 48 MiB, which goes with the producer.
+    pub(crate) small_spool_disk: bool,
     /// How many consumers there are.
     pub(crate) consumers: usize,
     /// Variables of the producer.
@@ -49,6 +55,8 @@ impl Default for Setup {
         Self {
             rate: Rate::USUAL,
             through_proxies: false,
+            connections: None,
+            small_spool_disk: false,
             consumers: 1,
             producer: Vec::new(),
             consumer: Vec::new(),
@@ -149,12 +157,21 @@ impl World {
 
     /// A producer where the load goes to. Each one finds the spool that the one before it left.
     pub(crate) fn spawn_producer(&self) -> Process {
-        let spool = self.scratch.path().join("spool");
-        let (spool, address) = (spool.display().to_string(), self.producer_address.to_string());
+        let (spool, address) =
+            (self.spool().display().to_string(), self.producer_address.to_string());
         let mut variables =
             vec![("PRODUCER_ADDR", address.as_str()), ("SPOOL_DIR", spool.as_str())];
         variables.extend(&self.setup.producer);
+        if self.setup.small_spool_disk {
+            fs::create_dir_all(self.spool()).expect("a scratch directory should be writable");
+            return self.surroundings.spawn_through(&SPOOL_ON_A_SMALL_DISK, "producer", &variables);
+        }
         self.surroundings.spawn("producer", &variables)
+    }
+
+    /// The producer's `SPOOL_DIR`.
+    pub(crate) fn spool(&self) -> PathBuf {
+        self.scratch.path().join("spool")
     }
 
     /// A consumer with room for all lookups that the load leads to.
@@ -171,6 +188,42 @@ impl World {
         self.surroundings.spawn("routine", &variables)
     }
 
+    /// The producer.
+    pub(crate) fn producer(&self) -> &Process {
+        self.producer.as_ref().expect("there should be a producer")
+    }
+
+    /// How many messages wait in the producer's spool.
+    pub(crate) async fn spooled(&self) -> f64 {
+        self.producer().metric("lastseen_spool_messages").await
+    }
+
+    /// Waits until at least so many messages are in the producer's spool.
+    pub(crate) async fn spools(&self, least: f64) {
+        let what = format!("{least} messages are in the spool");
+        eventually(&what, PATIENCE, async || (self.spooled().await >= least).then_some(())).await;
+    }
+
+    /// Waits until the producer has begun to relay what is in its spool.
+    pub(crate) async fn relays_some(&self) {
+        eventually("the producer relays", PATIENCE, async || {
+            let relayed = self.producer().metric("lastseen_relayed_total").await;
+            (relayed >= 1.0).then_some(())
+        })
+        .await;
+    }
+
+    /// Waits until the producer's spool is empty.
+    pub(crate) async fn relays_all(&self) {
+        let empty = async || (self.spooled().await < 1.0).then_some(());
+        eventually("the spool is empty", PATIENCE, empty).await;
+    }
+
+    /// Where the producer listens.
+    pub(crate) fn producer_address(&self) -> SocketAddr {
+        self.producer_address
+    }
+
     /// Where callbacks are posted to.
     pub(crate) fn endpoint(&self) -> String {
         format!("http://{}/callback", self.producer_address)
@@ -179,7 +232,12 @@ impl World {
     /// Starts the load, and lets it run for the usual while.
     pub(crate) async fn comes_under_load(&mut self) {
         let path = self.scratch.path().join("ledger.jsonl");
-        let load = self.load.insert(Load::start(&self.endpoint(), self.setup.rate, path));
+        let load = self.load.insert(Load::start(
+            &self.endpoint(),
+            self.setup.rate,
+            self.setup.connections,
+            path,
+        ));
         let enough = self.setup.rate.callbacks as usize * LEAD_SECONDS;
         eventually("the load is under way", PATIENCE, async || {
             (load.accepted() >= enough).then_some(())
@@ -252,7 +310,8 @@ impl World {
         verdict
     }
 
-    fn services(&self) -> impl Iterator<Item = &Process> {
+    /// All services, as the end of the case wants them to run.
+    pub(crate) fn services(&self) -> impl Iterator<Item = &Process> {
         self.producer.iter().chain(&self.consumers).chain(&self.routine)
     }
 }

@@ -45,6 +45,17 @@ impl Surroundings {
     /// Starts the service of that name, with `extra` variables.
     #[must_use]
     pub fn spawn(&self, service: &str, extra: &[(&'static str, &str)]) -> Process {
+        self.spawn_through(&[], service, extra)
+    }
+
+    /// Like [`Surroundings::spawn`], by a command as [`Process::spawn_through`] describes it.
+    #[must_use]
+    pub fn spawn_through(
+        &self,
+        wrapper: &[&str],
+        service: &str,
+        extra: &[(&'static str, &str)],
+    ) -> Process {
         let mut environment = vec![
             ("AMQP_URI", self.amqp_uri.clone()),
             ("QUEUE_NAME", self.queue.clone()),
@@ -53,7 +64,7 @@ impl Surroundings {
         ];
         environment.extend(self.database.iter().cloned());
         environment.extend(extra.iter().map(|(name, value)| (*name, (*value).to_owned())));
-        Process::spawn(service, &environment, &[])
+        Process::spawn_through(wrapper, service, &environment, &[])
     }
 }
 

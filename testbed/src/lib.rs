@@ -33,6 +33,7 @@ mod proxy;
 mod queue;
 mod rabbit_node;
 mod scratch;
+mod small_disk;
 mod status_api;
 
 pub use amqp::amqp_uri;
@@ -50,3 +51,4 @@ pub use queue::{Queue, RETRY_LEVELS};
 pub use rabbit_node::RabbitNode;
 pub use scratch::Scratch;
 pub use status_api::{Answer, Note, StatusApi};
+pub use small_disk::{SPOOL_ON_A_SMALL_DISK, fill_disk};

@@ -7,7 +7,7 @@ use std::process::{Command, ExitStatus, Stdio};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use rustix::process::Signal;
+use rustix::process::{Resource, Rlimit, Signal, getrlimit, prlimit};
 
 use crate::process_group::ProcessGroup;
 use crate::process_log::ProcessLog;
@@ -182,6 +182,19 @@ impl Process {
             .and_then(|value| value.trim().strip_suffix(" kB"))
             .and_then(|value| value.parse().ok())
             .expect("a process that runs has a resident set")
+    }
+
+    /// Lets it have no more than so many files and connections open, and gives how many it could have
+    /// before. What is open stays open, however many those are.
+    ///
+    /// # Panics
+    /// When it has ended.
+    #[must_use]
+    pub fn limit_open_files(&self, most: u64) -> u64 {
+        // The hard limit, which it has inherited, stays: only root could raise it again.
+        let limit = Rlimit { current: Some(most), maximum: getrlimit(Resource::Nofile).maximum };
+        let before = prlimit(Some(self.group().pid()), Resource::Nofile, limit);
+        before.expect("a child can be limited").current.unwrap_or(u64::MAX)
     }
 
     /// Asks it to drain and end, by SIGTERM.

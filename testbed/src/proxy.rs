@@ -2,6 +2,8 @@
 
 use std::io;
 use std::net::SocketAddr;
+use std::ops::Range;
+use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
@@ -26,9 +28,16 @@ enum Traffic {
     Refused,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
+struct Lag {
+    delay: Range<Duration>,
+    stall: Duration,
+}
+
+#[derive(Clone, Debug)]
 struct Network {
     traffic: Traffic,
+    lag: Option<Lag>,
     /// How often it was cut. A connection ends when this is no longer what it was at its start;
     /// looking at `traffic` it would miss a cut that is restored at once.
     cuts: u64,
@@ -40,7 +49,8 @@ impl Proxy {
         let listener =
             TcpListener::bind(local(free_port())).await.expect("a free port can be listened on");
         let address = listener.local_addr().expect("a listener has an address");
-        let (network, watched) = watch::channel(Network { traffic: Traffic::Flows, cuts: 0 });
+        let (network, watched) =
+            watch::channel(Network { traffic: Traffic::Flows, cuts: 0, lag: None });
         tokio::spawn(accept(listener, target.into(), watched));
         Self { address, network }
     }
@@ -66,9 +76,18 @@ impl Proxy {
         });
     }
 
-    /// Forwards again: new connections, and those that were only silent.
+    /// From now on each piece of what is forwarded is held up: for a random time out of `delay`, and
+    /// every hundredth, or so, for `stall` on top, which is what TCP makes of a lost packet. The order stays.
+    pub fn slow_down(&self, delay: Range<Duration>, stall: Duration) {
+        self.network.send_modify(|network| network.lag = Some(Lag { delay, stall }));
+    }
+
+    /// Forwards again, and at once: new connections, and those that were only silent or slow.
     pub fn restore(&self) {
-        self.network.send_modify(|network| network.traffic = Traffic::Flows);
+        self.network.send_modify(|network| {
+            network.traffic = Traffic::Flows;
+            network.lag = None;
+        });
     }
 }
 
@@ -80,7 +99,7 @@ async fn accept(listener: TcpListener, target: String, mut network: watch::Recei
             changed = network.changed() => if changed.is_ok() { continue } else { return },
         };
         let (client, _) = accepted.expect("a test has few connections");
-        let now = *network.borrow();
+        let now = network.borrow().clone();
         if now.traffic == Traffic::Refused {
             continue;
         }
@@ -123,10 +142,21 @@ async fn forward(
     loop {
         let length = from.read(&mut buffer).await?;
         flowing(network).await?;
+        let lag = network.borrow().lag.clone();
+        if let Some(lag) = lag {
+            tokio::time::sleep(lag.time()).await;
+        }
         if length == 0 {
             return to.shutdown().await;
         }
         to.write_all(&buffer[..length]).await?;
+    }
+}
+
+impl Lag {
+    fn time(&self) -> Duration {
+        let delay = rand::random_range(self.delay.clone());
+        if rand::random_ratio(1, 100) { delay + self.stall } else { delay }
     }
 }
 

@@ -1,9 +1,7 @@
 use std::collections::BTreeSet;
 use std::fs;
-use std::io::ErrorKind;
-use std::path::PathBuf;
 
-use testbed::{Process, Queue, Scratch, eventually};
+use testbed::{Process, Queue, SPOOL_ON_A_SMALL_DISK, Scratch, eventually, fill_disk};
 
 use crate::front_door::{DEADLINE, Producer};
 use crate::outage::proxied_broker;
@@ -103,18 +101,6 @@ async fn a_spool_that_another_process_has_is_left_to_it() {
     assert!(missing.iter().any(|(_, reason)| reason.contains("in use")), "{missing:?}");
 }
 
-/// Mounts a small disk at `SPOOL_DIR`, for itself alone, and becomes the process that follows. Only
-/// root may do so, and whoever is root in a name space of its own.
-const ON_A_SMALL_DISK: [&str; 7] = [
-    "unshare",
-    "--user",
-    "--map-root-user",
-    "--mount",
-    "sh",
-    "-c",
-    r#"mount -t tmpfs -o size=48m small "$SPOOL_DIR" && exec "$0" "$@""#,
-];
-
 /// The case in which even deleting fails, were it not for the ballast.
 #[tokio::test]
 async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
@@ -127,7 +113,7 @@ async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
         ("SPOOL_DIR", scratch.path().display().to_string()),
     ];
-    let producer = Process::spawn_through(&ON_A_SMALL_DISK, "producer", &settings, &[]);
+    let producer = Process::spawn_through(&SPOOL_ON_A_SMALL_DISK, "producer", &settings, &[]);
     let address = producer.wait_for_log("taking callbacks").await;
     let address = address.split("address=").nth(1).unwrap().trim().to_owned();
     let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap();
@@ -150,11 +136,7 @@ async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
     for _ in 0..20 {
         assert_eq!(post_many().await.0, 200);
     }
-    // Seen from outside, its disk is below its own root.
-    let disk = PathBuf::from(format!("/proc/{}/root", producer.pid()));
-    let filling = disk.join(scratch.path().strip_prefix("/").unwrap()).join("filling");
-    let full = fs::write(&filling, vec![0; 64 << 20]).unwrap_err();
-    assert_eq!(full.kind(), ErrorKind::StorageFull);
+    let filling = fill_disk(&producer, scratch.path());
     let reason = eventually("the disk is full", DEADLINE, async || {
         let (status, body) = post_many().await;
         (status == 503).then_some(body)

@@ -1,0 +1,166 @@
+//! What happens to the machine that all of it runs on.
+
+use std::time::Duration;
+
+use tokio::net::TcpStream;
+
+use crate::case::Case;
+use crate::figures::{Allowed, Verdict};
+use crate::world::{Setup, World};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::new(
+            "files_exhausted",
+            "no service can open another file or connection for 6 s, and those to broker and database are cut meanwhile",
+            files_exhausted,
+        ),
+        Case::new(
+            "any_order",
+            "everything down, and started in three orders, first with the services before all that they need",
+            any_order,
+        ),
+        Case::new(
+            "network_slow",
+            "10 to 30 ms of delay each way between services, broker and database for 15 s, and every hundredth packet 200 ms late (by proxies, and not by `tc netem`, which few kernels have)",
+            network_slow,
+        ),
+    ]
+}
+
+/// A service that tries again without a pause would say so in its log some thousand times a second.
+const LINES_PER_SECOND: usize = 40;
+
+async fn files_exhausted() -> Verdict {
+    let connections = 16;
+    let setup = Setup { through_proxies: true, connections: Some(connections), ..Setup::default() };
+    let mut world = World::start(setup).await;
+    world.comes_under_load().await;
+    // While it pauses more callbacks come than there are connections, so that all of those are opened,
+    // and the load needs no other afterwards.
+    world.producer().pause();
+    world.stays(Duration::from_millis(250)).await;
+    world.producer().resume();
+    world.stays(Duration::from_secs(1)).await;
+
+    let said = |world: &World| -> Vec<usize> {
+        world.services().map(|service| service.log().len()).collect()
+    };
+    let said_before = said(&world);
+    let limits: Vec<u64> = world.services().map(|service| service.limit_open_files(8)).collect();
+    let refused = TcpStream::connect(world.producer_address()).await;
+    let refused = refused.expect("the kernel should take the connection");
+    world.producer().wait_for_log("cannot accept a connection").await;
+    // Now they need new ones.
+    for proxy in [&world.to_broker, &world.to_database] {
+        proxy.cut();
+        proxy.restore();
+    }
+    let seconds = 6;
+    world.stays(Duration::from_secs(seconds)).await;
+    let said_after = said(&world);
+    for (service, limit) in world.services().zip(limits) {
+        let _ = service.limit_open_files(limit);
+    }
+    drop(refused);
+    world.recovers().await;
+
+    let mut verdict = world.settles(Allowed::REPEATS).await;
+    for (before, after) in said_before.iter().zip(said_after) {
+        let lines = after - before;
+        if lines > LINES_PER_SECOND * usize::try_from(seconds).unwrap_or(usize::MAX) {
+            verdict.breaches.push(format!("a service logged {lines} lines in {seconds} s"));
+        }
+    }
+    verdict
+}
+
+#[derive(Clone, Copy)]
+enum Part {
+    Broker,
+    Database,
+    StatusApi,
+    Producer,
+    Consumer,
+    Routine,
+}
+
+async fn any_order() -> Verdict {
+    use Part::{Broker, Consumer, Database, Producer, Routine, StatusApi};
+    let orders = [
+        [Producer, Consumer, Routine, StatusApi, Database, Broker],
+        [Broker, Routine, Consumer, Producer, Database, StatusApi],
+        [Database, Consumer, StatusApi, Broker, Routine, Producer],
+    ];
+    // Nobody has declared a queue or made a table yet.
+    let mut world = World::servers(Setup::default()).await;
+    let mut under_load = false;
+    for order in orders {
+        everything_ends(&mut world).await;
+        for part in order {
+            starts(&mut world, part).await;
+            if matches!(part, Producer) && !under_load {
+                world.comes_under_load().await;
+                under_load = true;
+            }
+            world.stays(Duration::from_secs(1)).await;
+        }
+        world.recovers().await;
+        world.is_ready().await;
+    }
+    // Consumers have been killed.
+    world.settles(Allowed::REPEATS).await
+}
+
+async fn everything_ends(world: &mut World) {
+    if world.producer.is_some() {
+        world.producer_is_killed().await;
+    }
+    for service in world.consumers.drain(..).chain(world.routine.take()) {
+        service.kill();
+    }
+    world.broker.kill().await;
+    world.database.kill().await;
+    world.status_api.goes_down();
+}
+
+async fn starts(world: &mut World, part: Part) {
+    match part {
+        Part::Broker => world.broker.boot().await,
+        Part::Database => world.database.boot().await,
+        Part::StatusApi => world.status_api.comes_back(),
+        Part::Producer => world.producer_is_back().await,
+        Part::Consumer => {
+            let consumer = world.spawn_consumer();
+            world.consumers.push(consumer);
+        }
+        Part::Routine => world.routine = Some(world.spawn_routine()),
+    }
+}
+
+async fn network_slow() -> Verdict {
+    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
+    world.comes_under_load().await;
+    for proxy in [&world.to_broker, &world.to_database] {
+        let (least, most) = (Duration::from_millis(10), Duration::from_millis(30));
+        // A packet that is lost goes out again after 200 ms, which is Linux's shortest time.
+        proxy.slow_down(least..most, Duration::from_millis(200));
+    }
+    let (count, sum) = publishing(&world).await;
+    world.stays(Duration::from_secs(15)).await;
+    let (later_count, later_sum) = publishing(&world).await;
+    let mean = (later_sum - sum) / (later_count - count);
+    assert!(mean > 0.02, "a publish took {mean} s on average, less than there and back");
+    for proxy in [&world.to_broker, &world.to_database] {
+        proxy.restore();
+    }
+    world.recovers().await;
+    // A confirm that comes after `PUBLISH_TIMEOUT` finds its callback in the spool as well.
+    world.settles(Allowed::REPEATS).await
+}
+
+/// How many batches the producer has published, and how many seconds that took.
+async fn publishing(world: &World) -> (f64, f64) {
+    let count = world.producer().metric("lastseen_publish_seconds_count").await;
+    (count, world.producer().metric("lastseen_publish_seconds_sum").await)
+}
