@@ -20,7 +20,7 @@ use crate::status_api::StatusApi;
 
 /// `QUEUE_NAME`.
 pub(crate) const QUEUE: &str = "objects";
-/// How long the load runs before the fault.
+/// For how many seconds the load runs before the fault.
 const LEAD_SECONDS: usize = 4;
 /// How long it goes on after the last recovery.
 const TAIL: Duration = Duration::from_secs(3);

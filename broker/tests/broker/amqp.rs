@@ -232,6 +232,23 @@ async fn a_peer_that_accepts_and_never_speaks_is_told_apart_from_one_that_refuse
 }
 
 #[tokio::test]
+async fn a_broker_that_hangs_up_is_tried_again_after_pauses_and_not_at_once() {
+    let rude = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = rude.local_addr().unwrap();
+    let amqp_uri = format!("amqp://guest:guest@{address}/%2f").parse().unwrap();
+    let config = Config { amqp_uri, ..amqp_config(&Queue::new(), QueueType::Quorum) };
+    let _publisher = Publisher::start(&config, "test").unwrap();
+    let (first, _) = timeout(PATIENCE, rude.accept()).await.unwrap().unwrap();
+    drop(first);
+    let started = Instant::now();
+    for _ in 0..8 {
+        drop(timeout(PATIENCE, rude.accept()).await.unwrap().unwrap());
+    }
+    // 100, 200 and 400 ms, then 700 each, and up to as much again.
+    assert!(started.elapsed() > SECOND * 2, "eight more attempts in {:?}", started.elapsed());
+}
+
+#[tokio::test]
 async fn a_broker_that_falls_silent_is_noticed_and_found_again() {
     let queue = Queue::new();
     let (proxy, config) = through_a_proxy(&queue).await;
