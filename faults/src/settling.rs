@@ -31,6 +31,8 @@ pub(crate) struct Books<'a> {
     pub(crate) probes: &'a [(i64, SystemTime)],
     pub(crate) recoveries: &'a [Recovery],
     pub(crate) nobody_listened: &'a [(SystemTime, Option<SystemTime>)],
+    /// What was under way to the queue while it was deleted does not count as accepted.
+    pub(crate) deletions: &'a [(SystemTime, SystemTime)],
     pub(crate) status_api: &'a StatusApi,
     pub(crate) table: &'a PgPool,
     pub(crate) broker_uri: &'a str,
@@ -85,7 +87,13 @@ impl Books<'_> {
 
     /// Each id that must not be lost, and when its callback was due.
     fn accepted(&self) -> Vec<(i64, SystemTime)> {
-        let callbacks = self.entries.iter().filter(|entry| is_2xx(entry));
+        let went_with_the_queue = |entry: &Entry| {
+            let is_under_way =
+                |(from, until): &_| over_at(entry) >= *from && sent_at(entry) <= *until;
+            self.deletions.iter().any(is_under_way)
+        };
+        let callbacks =
+            self.entries.iter().filter(|entry| is_2xx(entry) && !went_with_the_queue(entry));
         let ids = callbacks.flat_map(|entry| entry.ids.iter().map(|id| (*id, due_at(entry))));
         ids.chain(self.probes.iter().copied()).collect()
     }
@@ -122,7 +130,7 @@ impl Books<'_> {
     /// Whether nobody could have answered it: the connection failed while the case had the producer
     /// killed. A callback that somebody kept waiting is not excused.
     fn is_excused(&self, entry: &Entry) -> bool {
-        let (due, over) = (due_at(entry), due_at(entry) + Duration::from_micros(entry.latency_us));
+        let (due, over) = (due_at(entry), over_at(entry));
         matches!(entry.answer, Answer::Failed(_))
             && self
                 .nobody_listened
@@ -171,8 +179,17 @@ impl Books<'_> {
     }
 }
 
-fn due_at(entry: &Entry) -> SystemTime {
+pub(crate) fn due_at(entry: &Entry) -> SystemTime {
     UNIX_EPOCH + Duration::from_micros(entry.due_unix_us)
+}
+
+fn sent_at(entry: &Entry) -> SystemTime {
+    due_at(entry) + Duration::from_micros(entry.late_us)
+}
+
+/// When it was answered, given up or failed.
+fn over_at(entry: &Entry) -> SystemTime {
+    due_at(entry) + Duration::from_micros(entry.latency_us)
 }
 
 /// When each row was committed.

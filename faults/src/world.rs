@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::net::SocketAddr;
+use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
@@ -11,11 +12,12 @@ use testbed::{
     PostgresCluster, Process, Proxy, RabbitNode, SPOOL_ON_A_SMALL_DISK, Scratch, eventually,
     free_port, postgres_environment,
 };
+use tester::ledger::Entry;
 
 use crate::figures::{Allowed, Verdict};
 use crate::load::{Load, Rate};
 use crate::probe::Prober;
-use crate::settling::{Books, Recovery, treat_dead_letters};
+use crate::settling::{Books, Recovery, due_at, treat_dead_letters};
 use crate::status_api::StatusApi;
 
 /// `QUEUE_NAME`.
@@ -88,6 +90,8 @@ pub(crate) struct World {
     recoveries: Vec<Recovery>,
     /// From when to when nobody took callbacks, because the case had killed who did.
     nobody_listened: Vec<(SystemTime, Option<SystemTime>)>,
+    /// From when to when the broker was deleting the queue.
+    deletions: Vec<(SystemTime, SystemTime)>,
     scratch: Scratch,
 }
 
@@ -137,6 +141,7 @@ impl World {
             prober: Prober::default(),
             recoveries: Vec::new(),
             nobody_listened: Vec::new(),
+            deletions: Vec::new(),
             scratch: Scratch::new("faults"),
         }
     }
@@ -273,6 +278,19 @@ impl World {
         treat_dead_letters(&self.broker.amqp_uri(), Treatment::Redrive).await
     }
 
+    /// Deletes the queue, as only an operator can. What is on its way into it at that moment is lost by
+    /// the operator's will: RabbitMQ confirms it although the queue is gone, so that nobody can know.
+    /// What was answered before, or comes in after, is still not to be lost.
+    pub(crate) async fn queue_is_deleted(&mut self) {
+        self.deletions.push(self.broker.delete_queue(QUEUE).await);
+    }
+
+    /// What has come of the callbacks of the load that were due in that time.
+    pub(crate) fn entries_due(&mut self, during: Range<SystemTime>) -> Vec<Entry> {
+        let entries = self.load.as_mut().map(Load::entries).unwrap_or_default();
+        entries.iter().filter(|entry| during.contains(&due_at(entry))).cloned().collect()
+    }
+
     /// The fault is over. Posts probes until one of them has been accepted, looked up and committed,
     /// and takes the time.
     pub(crate) async fn recovers(&mut self) {
@@ -298,6 +316,7 @@ impl World {
             probes: self.prober.accepted(),
             recoveries: &self.recoveries,
             nobody_listened: &self.nobody_listened,
+            deletions: &self.deletions,
             status_api: &self.status_api,
             table: self.database.pool(),
             broker_uri: &broker_uri,

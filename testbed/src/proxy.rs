@@ -3,6 +3,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -19,6 +21,7 @@ use crate::ports::local;
 pub struct Proxy {
     address: SocketAddr,
     network: watch::Sender<Network>,
+    accepted: Arc<AtomicU64>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,14 +54,21 @@ impl Proxy {
         let address = listener.local_addr().expect("a listener has an address");
         let (network, watched) =
             watch::channel(Network { traffic: Traffic::Flows, cuts: 0, lag: None });
-        tokio::spawn(accept(listener, target.into(), watched));
-        Self { address, network }
+        let accepted = Arc::default();
+        tokio::spawn(accept(listener, target.into(), watched, Arc::clone(&accepted)));
+        Self { address, network, accepted }
     }
 
     /// Where to connect to instead of the target.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.address
+    }
+
+    /// How many connections were made to it so far, also while it refused them.
+    #[must_use]
+    pub fn accepted(&self) -> u64 {
+        self.accepted.load(Ordering::Relaxed)
     }
 
     /// From now on nothing is forwarded, in either direction. Connections stay open, and new ones
@@ -91,7 +101,12 @@ impl Proxy {
     }
 }
 
-async fn accept(listener: TcpListener, target: String, mut network: watch::Receiver<Network>) {
+async fn accept(
+    listener: TcpListener,
+    target: String,
+    mut network: watch::Receiver<Network>,
+    count: Arc<AtomicU64>,
+) {
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
@@ -99,6 +114,7 @@ async fn accept(listener: TcpListener, target: String, mut network: watch::Recei
             changed = network.changed() => if changed.is_ok() { continue } else { return },
         };
         let (client, _) = accepted.expect("a test has few connections");
+        count.fetch_add(1, Ordering::Relaxed);
         let now = network.borrow().clone();
         if now.traffic == Traffic::Refused {
             continue;

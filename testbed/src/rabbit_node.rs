@@ -3,8 +3,11 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
+use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
+use lapin::types::{AMQPValue, FieldTable};
+use lapin::{Channel, Connection};
 use rustix::process::Signal;
 use uuid::Uuid;
 
@@ -20,6 +23,7 @@ const SAVE_DEADLINE: Duration = Duration::from_secs(10);
 const STOP_DEADLINE: Duration = Duration::from_mins(1);
 /// RabbitMQ's own default.
 const WATERMARK: &str = "0.4";
+const DISK_FREE_LIMIT: &str = "1MB";
 
 /// A RabbitMQ node without plugins, with its own files, ports, cookie and epmd, so that it meets
 /// neither the machine's RabbitMQ nor another test's. It takes about 4 s to boot.
@@ -59,7 +63,7 @@ impl RabbitNode {
             "listeners.tcp.own = 127.0.0.1:{amqp_port}\n\
              default_user = guest\n\
              default_pass = guest\n\
-             disk_free_limit.absolute = 1MB\n\
+             disk_free_limit.absolute = {DISK_FREE_LIMIT}\n\
              vm_memory_high_watermark.relative = {WATERMARK}\n\
              log.console = true\n\
              log.file = false\n"
@@ -188,6 +192,39 @@ impl RabbitNode {
         self.rabbitmqctl(&["set_vm_memory_high_watermark", watermark]).await;
     }
 
+    /// Raises or clears the disk alarm, which does the same as that of the memory.
+    pub async fn set_disk_alarm(&self, raised: bool) {
+        // In bytes: more than any disk has.
+        let limit = if raised { "1000000000000000" } else { DISK_FREE_LIMIT };
+        self.rabbitmqctl(&["set_disk_free_limit", limit]).await;
+    }
+
+    /// Declares a durable queue with these arguments and no others, so a classic one.
+    ///
+    /// # Panics
+    /// When there is another of that name.
+    pub async fn declare_queue(&self, name: &str, arguments: &[(&str, i32)]) {
+        let mut table = FieldTable::default();
+        for (key, value) in arguments {
+            table.insert((*key).into(), AMQPValue::LongInt(*value));
+        }
+        let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
+        let (_connection, channel) = self.channel().await;
+        channel.queue_declare(name.into(), durable, table).await.expect("the queue is free");
+    }
+
+    /// Deletes a queue with all that is in it, and gives from when to when the broker was at it.
+    ///
+    /// # Panics
+    /// When the broker is not there.
+    pub async fn delete_queue(&self, name: &str) -> (SystemTime, SystemTime) {
+        let (_connection, channel) = self.channel().await;
+        let from = SystemTime::now();
+        let deleted = channel.queue_delete(name.into(), QueueDeleteOptions::default()).await;
+        deleted.expect("a queue can be deleted");
+        (from, SystemTime::now())
+    }
+
     /// Runs `rabbitmqctl` on the node, which takes a second or two, and gives what it printed.
     ///
     /// # Panics
@@ -208,6 +245,13 @@ impl RabbitNode {
         let path = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{SCRIPTS}:{path}")).envs(environment.iter().copied());
         programs::run(command).await
+    }
+
+    async fn channel(&self) -> (Connection, Channel) {
+        let connection = amqp::connect(&self.amqp_uri()).await;
+        let connection = connection.expect("the node should take connections");
+        let channel = connection.create_channel().await.expect("a channel should open");
+        (connection, channel)
     }
 
     fn command(&self, script: &str) -> Command {

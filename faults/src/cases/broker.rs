@@ -1,17 +1,70 @@
 //! What happens to the broker.
 
-use std::time::Duration;
+use std::collections::HashMap;
+use std::time::{Duration, SystemTime};
+
+use testbed::{Answer, Process, eventually};
+use tester::ledger::Entry;
 
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
-use crate::world::{Setup, World};
+use crate::settling::due_at;
+use crate::status_api::truth;
+use crate::world::{QUEUE, Setup, World};
+
+/// How long a case waits until what it did shows.
+const PATIENCE: Duration = Duration::from_mins(1);
+
+/// What the broker has answered with a nack.
+const REFUSED: &str = r#"lastseen_published_total{outcome="refused"}"#;
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
+        Case::new("broker_stopped", "broker stopped in good order for 20 s", stopped),
         Case::new("broker_killed", "broker killed -9 under load, three times", killed)
             .in_make_test(),
+        Case::new("broker_outage", "broker killed -9, away for 25 s and its boot", outage),
         Case::new("broker_silent", "broker silent for 12 s (black hole)", silent),
+        Case::new("broker_speechless", "broker accepts and never speaks, 12 s", speechless),
+        Case::new("broker_flapping", "broker gone for 2 s of every 4 s, six times", flapping),
+        Case::new("broker_memory_alarm", "broker's memory alarm for 8 s", memory_alarm)
+            .in_make_test(),
+        Case::new("broker_disk_alarm", "broker's disk alarm for 8 s", disk_alarm),
+        Case::new("broker_queue_deleted", "queue deleted under load, three times", queue_deleted),
+        Case::new(
+            "broker_queue_full",
+            "queue full, with reject-publish, and the only consumer stopped for 8 s",
+            queue_full,
+        ),
+        Case::new("broker_queue_adopted", "queue exists and is a classic one", queue_adopted),
+        Case::new(
+            "broker_queue_refused",
+            "queue exists and drops what is beyond 1,000; deleted 10 s later",
+            queue_refused,
+        ),
+        Case::new(
+            "broker_connections_closed",
+            "all connections closed by an operator, three times",
+            connections_closed,
+        ),
+        Case::new(
+            "broker_consumer_timeout",
+            "some lookups take 6 s for 10 s, the broker's consumer timeout is 3 s",
+            consumer_timeout,
+        ),
     ]
+}
+
+async fn stopped() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    world.broker.stop().await;
+    producer_spools(&world, "cannot reach").await;
+    world.stays(Duration::from_secs(20)).await;
+    world.broker.boot().await;
+    world.recovers().await;
+    // What was being looked up goes back to the queue with the connection.
+    world.settles(Allowed::REPEATS).await
 }
 
 async fn killed() -> Verdict {
@@ -25,6 +78,34 @@ async fn killed() -> Verdict {
     world.settles(Allowed::REPEATS).await
 }
 
+/// A quarter of an hour differs in nothing but the size of the spool, which has many thousand messages
+/// after half a minute too.
+async fn outage() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    world.broker.kill().await;
+    producer_spools(&world, "cannot reach").await;
+    let away_from = SystemTime::now();
+    world.stays(Duration::from_secs(25)).await;
+    let away_until = SystemTime::now();
+    world.broker.boot().await;
+    let back_from = SystemTime::now();
+    world.recovers().await;
+    let spooled = producer(&world).metric("lastseen_spooled_total").await;
+    spool_is_empty(&world).await;
+    let back_until = SystemTime::now();
+    let waited = world.entries_due(away_from..away_until);
+    let meanwhile = world.entries_due(back_from..back_until);
+    let looked_up_at = looked_up_at(&world, &waited).await;
+    let mut verdict = world.settles(Allowed::REPEATS).await;
+    verdict.breaches.extend(out_of_order(&waited, &looked_up_at));
+    verdict.breaches.extend(slowed(&meanwhile));
+    if spooled < 10_000.0 {
+        verdict.breaches.push(format!("only {spooled} messages were spooled"));
+    }
+    verdict
+}
+
 async fn silent() -> Verdict {
     let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
     world.comes_under_load().await;
@@ -34,4 +115,231 @@ async fn silent() -> Verdict {
     world.to_broker.restore();
     world.recovers().await;
     world.settles(Allowed::REPEATS).await
+}
+
+async fn speechless() -> Verdict {
+    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
+    world.comes_under_load().await;
+    world.to_broker.cut();
+    world.to_broker.silence();
+    producer_spools(&world, "does not speak AMQP").await;
+    world.stays(Duration::from_secs(12)).await;
+    world.to_broker.restore();
+    world.recovers().await;
+    world.settles(Allowed::REPEATS).await
+}
+
+async fn flapping() -> Verdict {
+    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
+    world.comes_under_load().await;
+    for _ in 0..6 {
+        world.stays(Duration::from_secs(2)).await;
+        world.to_broker.cut();
+        world.stays(Duration::from_secs(2)).await;
+        world.to_broker.restore();
+    }
+    world.recovers().await;
+    let lost = times_logged(producer(&world), "no broker; trying again");
+    assert!(lost >= 6, "the producer noticed {lost} ends of its connections");
+    world.settles(Allowed::REPEATS).await
+}
+
+async fn memory_alarm() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    world.broker.set_memory_alarm(true).await;
+    producer_spools(&world, "blocked: low on memory").await;
+    world.stays(Duration::from_secs(8)).await;
+    world.broker.set_memory_alarm(false).await;
+    world.recovers().await;
+    // What was on its way when the broker stopped to read is spooled, and then read all the same.
+    world.settles(Allowed::REPEATS).await
+}
+
+async fn disk_alarm() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    world.broker.set_disk_alarm(true).await;
+    producer_spools(&world, "blocked: low on disk").await;
+    world.stays(Duration::from_secs(8)).await;
+    world.broker.set_disk_alarm(false).await;
+    world.recovers().await;
+    // As after the alarm of the memory.
+    world.settles(Allowed::REPEATS).await
+}
+
+async fn queue_deleted() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    for _ in 0..3 {
+        // Else the relay could have something under way to the queue that was accepted long before.
+        spool_is_empty(&world).await;
+        world.queue_is_deleted().await;
+        world.recovers().await;
+    }
+    let gone = times_logged(producer(&world), "the queue is gone");
+    assert!(gone >= 3, "the producer noticed {gone} times that the queue is gone");
+    // What was being looked up is not known to be done: its connection ends with the queue.
+    world.settles(Allowed::REPEATS).await
+}
+
+async fn queue_full() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    let limit = r#"{"max-length":1000,"overflow":"reject-publish"}"#;
+    let policy = ["set_policy", "full", "^objects$", limit, "--apply-to", "queues"];
+    world.broker.rabbitmqctl(&policy).await;
+    world.comes_under_load().await;
+    let consumer = world.consumers.remove(0);
+    consumer.terminate();
+    consumer.wait().await;
+    producer_spools(&world, "").await;
+    world.stays(Duration::from_secs(8)).await;
+    let refused = producer(&world).metric(REFUSED).await;
+    assert!(refused > 0.0, "the broker has not refused anything");
+    world.consumers.push(world.spawn_consumer());
+    world.recovers().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+async fn queue_adopted() -> Verdict {
+    let mut world = World::servers(Setup::default()).await;
+    world.broker.declare_queue(QUEUE, &[]).await;
+    world.start_services();
+    world.is_ready().await;
+    for service in [producer(&world), &world.consumers[0]] {
+        service.wait_for_log("the queue has another type; using it as it is").await;
+    }
+    world.comes_under_load().await;
+    world.recovers().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+async fn queue_refused() -> Verdict {
+    let mut world = World::servers(Setup { through_proxies: true, ..Setup::default() }).await;
+    world.broker.declare_queue(QUEUE, &[("x-max-length", 1_000)]).await;
+    world.start_services();
+    world.comes_under_load().await;
+    let reason = "queue objects exists with other arguments";
+    producer_spools(&world, reason).await;
+    let consumer = &world.consumers[0];
+    eventually("the consumer says why it is not ready", PATIENCE, async || {
+        let (status, page) = consumer.get("/readyz").await;
+        (status == 503 && page.contains(reason)).then_some(())
+    })
+    .await;
+    let seen = |world: &World| {
+        let lines = producer(world).log().len() + world.consumers[0].log().len();
+        (world.to_broker.accepted(), lines)
+    };
+    let before = seen(&world);
+    world.stays(Duration::from_secs(10)).await;
+    let after = seen(&world);
+    let (attempts, lines) = (after.0 - before.0, after.1 - before.1);
+    // Two services with two links each, which try about every second and knock first.
+    assert!(attempts <= 160, "{attempts} connections within 10 s");
+    assert!(lines <= 10, "{lines} lines logged within 10 s");
+    world.broker.delete_queue(QUEUE).await;
+    world.recovers().await;
+    world.is_ready().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+async fn connections_closed() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    for _ in 0..3 {
+        world.broker.rabbitmqctl(&["close_all_connections", "--global", "maintenance"]).await;
+        world.recovers().await;
+    }
+    for service in [producer(&world), &world.consumers[0]] {
+        let lost = times_logged(service, "no broker; trying again");
+        assert!(lost >= 3, "a service noticed {lost} ends of its connections");
+    }
+    // What was being looked up goes back to the queue with the connection.
+    world.settles(Allowed::REPEATS).await
+}
+
+async fn consumer_timeout() -> Verdict {
+    let setup = Setup { consumer: vec![("STATUS_TIMEOUT", "20s")], ..Setup::default() };
+    let mut world = World::servers(setup).await;
+    // A channel takes the timeout when it is opened, and looks at it every minute otherwise.
+    let settings = "application:set_env(rabbit, consumer_timeout, 3000), \
+                    application:set_env(rabbit, channel_tick_interval, 1000).";
+    world.broker.rabbitmqctl(&["eval", settings]).await;
+    world.start_services();
+    world.is_ready().await;
+    world.comes_under_load().await;
+    world.status_api.misbehaves(|id| match id % 250 {
+        0 => Answer::After(Duration::from_secs(6), Box::new(truth(id))),
+        _ => truth(id),
+    });
+    world.consumers[0].wait_for_log("PRECONDITION_FAILED").await;
+    world.stays(Duration::from_secs(10)).await;
+    world.status_api.behaves();
+    world.recovers().await;
+    // All that the consumer has goes back to the queue with its channel, and is looked up again.
+    world.settles(Allowed::REPEATS).await
+}
+
+fn producer(world: &World) -> &Process {
+    world.producer.as_ref().expect("no case here ends the producer")
+}
+
+/// Waits until the producer, which stays ready, does without the broker for this reason and has taken
+/// something all the same.
+async fn producer_spools(world: &World, reason: &str) {
+    let what = format!("the producer spools, without broker: {reason}");
+    eventually(&what, PATIENCE, async || {
+        let (status, page) = producer(world).get("/readyz").await;
+        assert_eq!(status, 200, "{page}");
+        let spooled = producer(world).metric("lastseen_spooled_total").await;
+        (page.contains(reason) && spooled > 0.0).then_some(())
+    })
+    .await;
+}
+
+async fn spool_is_empty(world: &World) {
+    eventually("the spool is empty", PATIENCE, async || {
+        (producer(world).metric("lastseen_spool_messages").await == 0.0).then_some(())
+    })
+    .await;
+}
+
+fn times_logged(service: &Process, text: &str) -> usize {
+    service.log().iter().filter(|line| line.contains(text)).count()
+}
+
+/// When each id in `entries` was looked up, once all of them have been.
+async fn looked_up_at(world: &World, entries: &[Entry]) -> HashMap<i64, SystemTime> {
+    eventually("all that waited is looked up", PATIENCE, async || {
+        let lookups = world.status_api.lookups();
+        let ids = entries.iter().flat_map(|entry| &entry.ids);
+        ids.map(|id| Some((*id, lookups.get(id)?.first_decided_at?))).collect()
+    })
+    .await
+}
+
+/// A breach if ids were looked up that had come in long after others that were not yet. The order is
+/// not exact: many are relayed at once, and looked up at once.
+fn out_of_order(entries: &[Entry], looked_up_at: &HashMap<i64, SystemTime>) -> Option<String> {
+    const ROUGHLY: Duration = Duration::from_secs(3);
+    let in_order = |entry: &Entry| entry.ids.iter().map(|id| looked_up_at[id]).min();
+    let mut entries: Vec<&Entry> = entries.iter().collect();
+    entries.sort_by_key(|entry| in_order(entry));
+    let mut newest = SystemTime::UNIX_EPOCH;
+    let ahead = entries.into_iter().map(|entry| {
+        newest = newest.max(due_at(entry));
+        newest.duration_since(due_at(entry)).unwrap_or_default()
+    });
+    let most = ahead.max().unwrap_or_default();
+    (most > ROUGHLY).then(|| format!("a callback was relayed before one {most:.1?} older"))
+}
+
+/// A breach if more than one in a hundred of these callbacks waited for the broker in vain.
+fn slowed(entries: &[Entry]) -> Option<String> {
+    const PUBLISH_TIMEOUT_US: u64 = 300_000;
+    let waited = |entry: &&Entry| entry.latency_us > entry.late_us + PUBLISH_TIMEOUT_US;
+    let slow = entries.iter().filter(waited).count();
+    (slow * 100 > entries.len())
+        .then(|| format!("the relay slowed {slow} of {} callbacks", entries.len()))
 }
