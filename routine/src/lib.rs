@@ -1,11 +1,15 @@
 //! The cleanup: whoever has not been seen for `OBJECT_TTL` is not online any more.
 
+mod steps;
+
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use service::{CancellationToken, Description, Health, settings};
-use store::{Store, StoreError};
+use store::{Moment, Store, StoreError};
 use tokio::time::MissedTickBehavior;
+
+use crate::steps::Steps;
 
 /// What the process is called and where its admin address is.
 pub const DESCRIPTION: Description = Description {
@@ -75,6 +79,7 @@ pub async fn run(
     let mut interval = tokio::time::interval(cleanup.routine_interval);
     // After an outage one cleanup is enough; those that were missed have nothing left to delete.
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut steps = Steps::default();
     let mut failing = false;
     loop {
         tokio::select! {
@@ -86,8 +91,8 @@ pub async fn run(
         if store.status().borrow().is_err() {
             continue;
         }
-        match clean_up(&store, &cleanup, &shutdown).await {
-            Ok(_) => failing = false,
+        match clean_up(&store, &cleanup, &mut steps, &shutdown).await {
+            Ok(()) => failing = false,
             Err(error) if failing => tracing::debug!(%error, "cleanup failed again"),
             Err(error) => {
                 tracing::warn!(%error, "cleanup failed; trying again with each interval");
@@ -105,37 +110,71 @@ async fn clean_up_once(store: &Store, config: &Cleanup) -> anyhow::Result<()> {
         anyhow::bail!("no database within {ONCE_PATIENCE:?}: {reason}");
     };
     ready.context("the database is no longer watched")?;
-    clean_up(store, config, &CancellationToken::new()).await?;
+    // There is no earlier reading of the clock to hold this one against.
+    clean_up(store, config, &mut Steps::default(), &CancellationToken::new()).await?;
     Ok(())
 }
 
-/// Deletes batch after batch until one is short, and says how many rows went.
+/// Deletes what is stale, unless the database's clock has stepped lately.
 ///
-/// Replicas do not collide: each skips the rows that another is deleting.
+/// The clock is read once for all batches, and no statement looks at it again: a step in between
+/// deletes nothing.
 async fn clean_up(
     store: &Store,
     config: &Cleanup,
+    steps: &mut Steps,
     shutdown: &CancellationToken,
-) -> Result<u64, StoreError> {
+) -> Result<(), StoreError> {
+    let asked_at = Instant::now();
+    let now = match store.now().await {
+        Ok(now) => now,
+        Err(error) => {
+            count("failed");
+            return Err(error);
+        }
+    };
+    if let Some(step) = steps.look(now, asked_at, Instant::now()) {
+        let pause = config.object_ttl;
+        tracing::warn!(?step, ?pause, "the database's clock has stepped ahead; pausing deletions");
+    }
+    if steps.is_recent(config.object_ttl) {
+        count("skipped");
+        return Ok(());
+    }
+    delete(store, now.before(config.object_ttl), config.delete_batch_max, shutdown).await
+}
+
+/// Deletes batch after batch until one is short.
+///
+/// Replicas do not collide: each skips the rows that another is deleting.
+async fn delete(
+    store: &Store,
+    oldest: Moment,
+    batch_max: u32,
+    shutdown: &CancellationToken,
+) -> Result<(), StoreError> {
     let started = Instant::now();
     let mut deleted = 0;
     let outcome = loop {
-        match store.delete_stale(config.object_ttl, config.delete_batch_max).await {
+        match store.delete_stale(oldest, batch_max).await {
             Ok(rows) => {
                 deleted += rows;
-                if rows < u64::from(config.delete_batch_max) || shutdown.is_cancelled() {
-                    break Ok(deleted);
+                if rows < u64::from(batch_max) || shutdown.is_cancelled() {
+                    break Ok(());
                 }
             }
             Err(error) => break Err(error),
         }
     };
-    let label = if outcome.is_ok() { "ok" } else { "failed" };
-    metrics::counter!("lastseen_cleanups_total", "outcome" => label).increment(1);
+    count(if outcome.is_ok() { "ok" } else { "failed" });
     metrics::counter!("lastseen_deleted_rows_total").increment(deleted);
     metrics::histogram!("lastseen_cleanup_seconds").record(started.elapsed());
     if deleted > 0 {
         tracing::info!(deleted, took = ?started.elapsed(), "deleted stale objects");
     }
     outcome
+}
+
+fn count(outcome: &'static str) {
+    metrics::counter!("lastseen_cleanups_total", "outcome" => outcome).increment(1);
 }

@@ -7,7 +7,7 @@ use std::time::Duration;
 use clap::Parser as _;
 use service::{CancellationToken, Health};
 use sqlx::PgPool;
-use testbed::{Database, Process, Proxy, eventually};
+use testbed::{Database, DatabaseClock, Process, Proxy, eventually};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use url::Url;
@@ -54,7 +54,7 @@ async fn database() -> Database {
 
 /// Writes the rows `ids`, last seen `age` ago, as Postgres writes an interval.
 async fn insert(pool: &PgPool, ids: std::ops::RangeInclusive<i64>, age: &str) {
-    let sql = "INSERT INTO object SELECT id, now() - $3::text::interval
+    let sql = "INSERT INTO object SELECT id, pg_catalog.now() - $3::text::interval
                FROM generate_series($1, $2) AS id";
     let query = sqlx::query(sql).bind(ids.start()).bind(ids.end()).bind(age);
     query.execute(pool).await.unwrap();
@@ -151,6 +151,58 @@ async fn two_routines_at_once_delete_all_without_an_error_and_count_each_row_onc
         assert!(failed < 0.5, "{failed} cleanups failed");
         assert!(routine.metric(r#"lastseen_cleanups_total{outcome="ok"}"#).await > 0.5);
     }
+}
+
+#[tokio::test]
+async fn when_the_clock_steps_ahead_only_what_nobody_sees_for_a_ttl_from_then_on_is_deleted() {
+    const HOUR: Duration = Duration::from_hours(1);
+    let database = database().await;
+    let clock = DatabaseClock::of(database.pool()).await;
+    let routine = process(&database, &[("OBJECT_TTL", "10s")], &[]);
+    routine.ready().await;
+    cleaned_up_again(&routine, "ok").await;
+
+    insert(database.pool(), 1..=2, "0 s").await;
+    clock.set_ahead(HOUR).await;
+    let line = routine.wait_for_log("stepped ahead").await;
+    assert!(line.contains("step=3600") || line.contains("step=3599"), "{line}");
+    cleaned_up_again(&routine, "skipped").await;
+    assert_eq!(ids(database.pool()).await, [1, 2]);
+
+    // Seen again, and for good.
+    let seen = "UPDATE object SET last_seen = pg_catalog.now() + interval '2 h' WHERE id = 2";
+    sqlx::query(seen).execute(database.pool()).await.unwrap();
+    only_is_left(database.pool(), &[2]).await;
+    assert!(routine.metric(r#"lastseen_cleanups_total{outcome="skipped"}"#).await > 10.0);
+}
+
+#[tokio::test]
+async fn when_the_clock_steps_back_rows_stay_and_when_it_is_set_right_again_too() {
+    const HOUR: Duration = Duration::from_hours(1);
+    let database = database().await;
+    let clock = DatabaseClock::of(database.pool()).await;
+    let routine = process(&database, &[("OBJECT_TTL", "10m")], &[]);
+    routine.ready().await;
+    insert(database.pool(), 1..=1, "0 s").await;
+    cleaned_up_again(&routine, "ok").await;
+
+    clock.set_back(HOUR).await;
+    insert(database.pool(), 2..=2, "1 h").await;
+    cleaned_up_again(&routine, "ok").await;
+    assert_eq!(ids(database.pool()).await, [1, 2]);
+    clock.set_right().await;
+    cleaned_up_again(&routine, "skipped").await;
+    assert_eq!(ids(database.pool()).await, [1, 2]);
+}
+
+/// Waits until some more cleanups have ended so, the last of which began after this call.
+async fn cleaned_up_again(routine: &Process, outcome: &str) {
+    let name = format!("lastseen_cleanups_total{{outcome=\"{outcome}\"}}");
+    let before = routine.metric(&name).await;
+    eventually("there were more cleanups", DEADLINE, async || {
+        (routine.metric(&name).await >= before + 2.0).then_some(())
+    })
+    .await;
 }
 
 #[tokio::test]

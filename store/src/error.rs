@@ -27,6 +27,9 @@ pub enum StoreError {
     /// its rows, as by a constraint or a trigger. Trying it again leads nowhere.
     #[error("the database refuses it: {0}")]
     Refused(#[source] Cause),
+    /// The database did not say what time it is.
+    #[error("cannot read the clock: {0}")]
+    Clock(#[source] Cause),
     /// The batch of stale rows was not deleted, none of it.
     #[error("cannot delete what is stale: {0}")]
     DeleteStale(#[source] Cause),

@@ -1,11 +1,13 @@
 //! SQL and nothing else: record what was seen, delete what is stale, list what is there.
 //!
 //! The table is `object(id, last_seen)`, in a Postgres or in a SQLite file: [`DatabaseUrl`] says
-//! which. All times are the database's: callers pass ages, never clock readings.
+//! which. All times are the database's: callers pass ages, or what its clock has said, and never
+//! readings of their own clocks.
 
 mod config;
 mod deadline;
 mod error;
+mod moment;
 mod objects;
 mod postgres;
 mod sqlite;
@@ -14,6 +16,7 @@ mod store;
 pub use config::{Claim, Config, DatabaseUrl};
 pub use embedded::OpenError;
 pub use error::StoreError;
+pub use moment::Moment;
 pub use objects::{Object, Objects};
 pub use store::{Sighting, Store};
 

@@ -15,7 +15,7 @@ use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
-use crate::{Object, Sighting, StoreError, StoreStatus};
+use crate::{Moment, Object, Sighting, StoreError, StoreStatus};
 
 static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     let mut migrations = sqlx::migrate!("../migrations");
@@ -88,14 +88,27 @@ impl Table {
         Ok(())
     }
 
-    pub(crate) async fn delete_stale(&self, ttl: Duration, limit: u32) -> Result<u64, StoreError> {
+    pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
+        let mut connection =
+            self.pool.acquire().await.map_err(|error| StoreError::Clock(error.into()))?;
+        let read = sqlx::query_scalar("SELECT extract(epoch FROM now())::float8");
+        let Ok(read) = timeout(QUERY_TIMEOUT, read.fetch_one(&mut *connection)).await else {
+            drop(connection.detach());
+            return Err(StoreError::Timeout(QUERY_TIMEOUT));
+        };
+        let seconds: f64 = read.map_err(|error| StoreError::Clock(error.into()))?;
+        let since_1970 = Duration::try_from_secs_f64(seconds).unwrap_or_default();
+        Ok(Moment { since_1970 })
+    }
+
+    pub(crate) async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<u64, StoreError> {
         let query = sqlx::query(
             "DELETE FROM object WHERE ctid = ANY (ARRAY(
                  SELECT ctid FROM object
-                 WHERE last_seen < (SELECT to_timestamp(greatest(date_part('epoch', now()) - $1, 0)))
+                 WHERE last_seen < to_timestamp($1)
                  LIMIT $2 FOR UPDATE SKIP LOCKED))",
         )
-        .bind(ttl.as_secs_f64())
+        .bind(oldest.since_1970.as_secs_f64())
         .bind(i64::from(limit));
         let connection =
             self.pool.acquire().await.map_err(|error| StoreError::DeleteStale(error.into()))?;

@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
-use crate::{Object, Sighting, StoreError, StoreStatus};
+use crate::{Moment, Object, Sighting, StoreError, StoreStatus};
 
 /// No index on `last_seen`, as in Postgres: each upsert would have to write it as well.
 const FORMAT: Format = Format {
@@ -70,14 +70,20 @@ impl Table {
         within(QUERY_TIMEOUT, StoreError::RecordSeen, record).await
     }
 
-    pub(crate) async fn delete_stale(&self, ttl: Duration, limit: u32) -> Result<u64, StoreError> {
+    pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
+        let read = self.0.transact(now_ms);
+        let now_ms = within(QUERY_TIMEOUT, StoreError::Clock, read).await?;
+        Ok(Moment { since_1970: Duration::from_millis(now_ms.try_into().unwrap_or(0)) })
+    }
+
+    pub(crate) async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<u64, StoreError> {
+        let oldest_ms = i64::try_from(oldest.since_1970.as_millis()).unwrap_or(i64::MAX);
         let delete = self.0.transact(move |connection| {
-            let stale_before = ago_ms(now_ms(connection)?, ttl);
             let mut delete = connection.prepare_cached(
                 "DELETE FROM object WHERE id IN (
                      SELECT id FROM object WHERE last_seen < ?1 LIMIT ?2)",
             )?;
-            delete.execute((stale_before, limit))
+            delete.execute((oldest_ms, limit))
         });
         let deleted = within(QUERY_TIMEOUT, StoreError::DeleteStale, delete).await?;
         Ok(deleted as u64)

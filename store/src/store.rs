@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 
 use crate::config::Backend;
-use crate::{Config, StoreError, StoreStatus, postgres, sqlite};
+use crate::{Config, Moment, StoreError, StoreStatus, postgres, sqlite};
 
 /// An object that was online.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -79,9 +79,22 @@ impl Store {
         }
     }
 
-    /// Deletes up to `limit` rows that are older than `ttl` by the database's clock, and says how
-    /// many; fewer than `limit` means that no more are left that nobody else is busy with. With a
-    /// `ttl` that reaches back before 1970, nothing is stale.
+    /// What the database's clock says.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `Clock` or `Timeout`.
+    pub async fn now(&self) -> Result<Moment, StoreError> {
+        match &self.0 {
+            Kind::Postgres(table) => table.now().await,
+            Kind::Sqlite(table) => table.now().await,
+        }
+    }
+
+    /// Deletes up to `limit` rows that were last seen before `oldest`, and says how many; fewer than
+    /// `limit` means that no more are left that nobody else is busy with. Nothing was seen before 1970.
+    ///
+    /// It does not look at the clock itself: a clock that is set after its caller has looked at it
+    /// makes nothing stale.
     ///
     /// A row that is being written at this moment is left out: it is not stale any more, or another
     /// replica deletes it. So this never waits for an upsert, and an upsert waits at most for the
@@ -89,10 +102,10 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`]; then none is deleted, or, after a timeout, perhaps all.
-    pub async fn delete_stale(&self, ttl: Duration, limit: u32) -> Result<u64, StoreError> {
+    pub async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<u64, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.delete_stale(ttl, limit).await,
-            Kind::Sqlite(table) => table.delete_stale(ttl, limit).await,
+            Kind::Postgres(table) => table.delete_stale(oldest, limit).await,
+            Kind::Sqlite(table) => table.delete_stale(oldest, limit).await,
         }
     }
 }

@@ -9,7 +9,7 @@ mod sqlite;
 
 use std::time::Duration;
 
-use store::{Sighting, Store};
+use store::{Sighting, Store, StoreError};
 use tokio::time::timeout;
 
 /// Far more than anything here needs, because a machine that runs all tests at once is slow.
@@ -18,6 +18,12 @@ const HOUR: Duration = Duration::from_hours(1);
 
 fn seen(id: i64, age: Duration) -> Sighting {
     Sighting { id, age }
+}
+
+/// Deletes what is older than `ttl` by the database's clock.
+async fn delete_stale(store: &Store, ttl: Duration, limit: u32) -> Result<u64, StoreError> {
+    let now = store.now().await?;
+    store.delete_stale(now.before(ttl), limit).await
 }
 
 async fn ready(store: &Store) {

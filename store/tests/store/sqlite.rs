@@ -9,7 +9,7 @@ use store::{Config, DatabaseUrl, Objects, OpenError, Store, StoreError};
 use testbed::Scratch;
 
 use crate::backend::insert;
-use crate::{HOUR, close, seen};
+use crate::{HOUR, close, delete_stale, seen};
 
 /// SQLite's own default.
 const PAGE_BYTES: usize = 4096;
@@ -24,7 +24,7 @@ async fn a_second_owner_is_refused_and_the_first_goes_on() {
     assert_eq!(busy, path);
     first.record_seen(&[seen(0, Duration::ZERO)]).await.unwrap();
     close(first).await;
-    assert_eq!(start(&path).unwrap().delete_stale(HOUR / 2, 30_000).await.unwrap(), 20_000);
+    assert_eq!(delete_stale(&start(&path).unwrap(), HOUR / 2, 30_000).await.unwrap(), 20_000);
 }
 
 #[tokio::test]

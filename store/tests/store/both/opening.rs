@@ -3,7 +3,7 @@ use std::time::Duration;
 use store::{Objects, Store};
 
 use crate::backend::{Backend, insert};
-use crate::{HOUR, close, ready, seen};
+use crate::{HOUR, close, delete_stale, ready, seen};
 
 on_both! {
     what_is_recorded_survives_closing_and_opening_again,
@@ -22,7 +22,7 @@ async fn what_is_recorded_survives_closing_and_opening_again(backend: &Backend) 
     store.record_seen(&[seen(7, 2 * HOUR), seen(101, HOUR)]).await.unwrap();
     assert_eq!(backend.object(7).await.last_seen, before);
     assert_eq!(backend.ids().await, (1..=101).collect::<Vec<_>>());
-    assert_eq!(store.delete_stale(HOUR / 2, 1_000).await.unwrap(), 101);
+    assert_eq!(delete_stale(&store, HOUR / 2, 1_000).await.unwrap(), 101);
 }
 
 async fn stores_that_start_at_once_on_an_empty_database_all_become_ready(backend: &Backend) {
@@ -53,6 +53,6 @@ async fn a_store_stays_open_when_another_of_its_configs_clones_is_closed(backend
     drop((one, objects));
     insert(&other, 4..=5, Duration::ZERO).await;
     assert!(other.status().borrow().is_ok());
-    assert_eq!(other.delete_stale(HOUR / 2, 10).await.unwrap(), 3);
+    assert_eq!(delete_stale(&other, HOUR / 2, 10).await.unwrap(), 3);
     assert_eq!(backend.ids().await, [4, 5]);
 }

@@ -6,7 +6,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::backend::Backend;
-use crate::{DEADLINE, HOUR, seen};
+use crate::{DEADLINE, HOUR, delete_stale, seen};
 
 /// The objects' times are cut to it.
 const MILLISECOND: Duration = Duration::from_millis(1);
@@ -70,7 +70,7 @@ async fn an_age_that_reaches_back_before_1970_counts_as_1970(backend: &Backend) 
 
     store.record_seen(&[seen(4, Duration::ZERO)]).await.unwrap();
     assert!(backend.object(4).await.age < HOUR);
-    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 4);
+    assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 4);
 }
 
 async fn the_ends_of_64_bits_are_recorded_and_an_empty_batch_is_nothing(backend: &Backend) {

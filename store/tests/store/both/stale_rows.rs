@@ -4,13 +4,14 @@ use store::Store;
 use tokio::time::timeout;
 
 use crate::backend::{Backend, insert};
-use crate::{DEADLINE, HOUR, seen};
+use crate::{DEADLINE, HOUR, delete_stale, seen};
 
 const MINUTE: Duration = Duration::from_mins(1);
 
 on_both! {
     only_what_is_older_than_the_ttl_is_deleted,
     with_a_ttl_that_reaches_back_before_1970_nothing_is_stale,
+    a_row_is_as_old_as_it_was_when_the_clock_was_read,
     one_call_deletes_no_more_than_its_limit,
     two_replicas_at_once_delete_every_stale_row_once_and_report_so,
     sightings_and_deletions_at_once_lose_nobody_who_was_seen,
@@ -20,25 +21,40 @@ async fn only_what_is_older_than_the_ttl_is_deleted(backend: &Backend) {
     let store = backend.open().await;
     insert(&store, 1..=3, HOUR + MINUTE).await;
     insert(&store, 4..=6, 50 * MINUTE).await;
-    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 3);
+    assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 3);
     assert_eq!(backend.ids().await, [4, 5, 6]);
-    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 0);
+    assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 0);
 }
 
 async fn with_a_ttl_that_reaches_back_before_1970_nothing_is_stale(backend: &Backend) {
     let store = backend.open().await;
     store.record_seen(&[seen(1, HOUR), seen(2, Duration::MAX)]).await.unwrap();
     for ttl in [1_000_000 * HOUR, 10_000_000 * HOUR, Duration::MAX] {
-        assert_eq!(store.delete_stale(ttl, 100).await.unwrap(), 0, "{ttl:?}");
+        assert_eq!(delete_stale(&store, ttl, 100).await.unwrap(), 0, "{ttl:?}");
     }
     assert_eq!(backend.ids().await, [1, 2]);
+}
+
+async fn a_row_is_as_old_as_it_was_when_the_clock_was_read(backend: &Backend) {
+    let store = backend.open().await;
+    let before = store.now().await.unwrap();
+    insert(&store, 1..=3, Duration::ZERO).await;
+    let after = loop {
+        let now = store.now().await.unwrap();
+        if now.ahead_of(before) > Duration::from_millis(10) {
+            break now;
+        }
+    };
+    assert_eq!(before.ahead_of(after), Duration::ZERO);
+    assert_eq!(store.delete_stale(before, 100).await.unwrap(), 0);
+    assert_eq!(store.delete_stale(after, 100).await.unwrap(), 3);
 }
 
 async fn one_call_deletes_no_more_than_its_limit(backend: &Backend) {
     let store = backend.open().await;
     insert(&store, 1..=25, 2 * HOUR).await;
     for (deleted, left) in [(10, 15), (10, 5), (5, 0), (0, 0)] {
-        assert_eq!(store.delete_stale(HOUR, 10).await.unwrap(), deleted);
+        assert_eq!(delete_stale(&store, HOUR, 10).await.unwrap(), deleted);
         assert_eq!(backend.ids().await.len(), left);
     }
 }
@@ -53,7 +69,7 @@ async fn two_replicas_at_once_delete_every_stale_row_once_and_report_so(backend:
     let drain = async |store: &Store| {
         let mut deleted = 0;
         loop {
-            let batch = store.delete_stale(HOUR, LIMIT).await.unwrap();
+            let batch = delete_stale(&store, HOUR, LIMIT).await.unwrap();
             assert!(batch <= u64::from(LIMIT));
             deleted += batch;
             if batch < u64::from(LIMIT) {
@@ -75,7 +91,7 @@ async fn sightings_and_deletions_at_once_lose_nobody_who_was_seen(backend: &Back
         let ids = first..=first + ROWS - 1;
         insert(&consumers, ids.clone(), 2 * HOUR).await;
         let record = || insert(&consumers, ids.clone(), Duration::ZERO);
-        let delete = || routines.delete_stale(HOUR, 400);
+        let delete = || delete_stale(&routines, HOUR, 400);
         let together = async { tokio::join!(delete(), record(), delete(), record(), delete()) };
         let (one, (), two, (), three) = Box::pin(timeout(DEADLINE, together)).await.unwrap();
         one.and(two).and(three).unwrap();

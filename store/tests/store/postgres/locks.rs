@@ -5,7 +5,7 @@ use testbed::eventually;
 use tokio::time::timeout;
 
 use super::{age_seconds, ids, insert, open, start, waiting};
-use crate::{DEADLINE, HOUR, ready, seen};
+use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
 #[tokio::test]
 async fn a_row_that_another_transaction_has_locked_is_skipped_without_waiting_for_it() {
@@ -15,10 +15,10 @@ async fn a_row_that_another_transaction_has_locked_is_skipped_without_waiting_fo
     sqlx::query("SELECT FROM object WHERE id = 2 FOR UPDATE").execute(&mut *other).await.unwrap();
 
     // The lock is held until after this call, so a call that waited would end in an error.
-    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 2);
+    assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 2);
     assert_eq!(ids(database.pool()).await, [2]);
     other.rollback().await.unwrap();
-    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 1);
+    assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 1);
 }
 
 #[tokio::test]
@@ -29,9 +29,9 @@ async fn a_stale_row_whose_sighting_is_being_written_survives() {
     let sql = "UPDATE object SET last_seen = now() WHERE id = 1";
     sqlx::query(sql).execute(&mut *sighting).await.unwrap();
 
-    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 0);
+    assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 0);
     sighting.commit().await.unwrap();
-    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 0);
+    assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 0);
     assert_eq!(ids(database.pool()).await, [1]);
 }
 
@@ -66,7 +66,7 @@ async fn sightings_and_deletions_of_the_same_rows_do_not_fail_each_other() {
         sqlx::query(stale).bind(ROWS).execute(database.pool()).await.unwrap();
 
         let record = || store.record_seen(&online);
-        let delete = || store.delete_stale(HOUR, 2_000);
+        let delete = || delete_stale(&store, HOUR, 2_000);
         let together = async { tokio::join!(record(), delete(), record(), delete()) };
         let (one, two, three, four) = Box::pin(timeout(DEADLINE, together)).await.unwrap();
         one.and(three).unwrap();

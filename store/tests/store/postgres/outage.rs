@@ -10,7 +10,7 @@ use tokio::time::timeout;
 use url::Url;
 
 use super::{ids, insert, start, waiting};
-use crate::{DEADLINE, HOUR, ready, seen};
+use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
 /// `url` with another address in it.
 fn at(address: SocketAddr, url: &str) -> String {
@@ -77,7 +77,7 @@ async fn a_store_that_starts_before_the_database_or_loses_it_comes_to_work_by_it
     let proxy = Proxy::start(server(database.url())).await;
     proxy.cut();
     let store = start(&at(proxy.addr(), database.url()), 2);
-    assert!(store.delete_stale(HOUR, 1).await.is_err());
+    assert!(delete_stale(&store, HOUR, 1).await.is_err());
     away(&store).await;
     proxy.restore();
     ready(&store).await;

@@ -3,7 +3,7 @@ use std::time::Duration;
 use testbed::{Database, eventually};
 
 use super::{ids, open, start};
-use crate::{DEADLINE, HOUR, ready, seen};
+use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
 #[tokio::test]
 async fn a_table_that_the_go_services_made_is_used_as_it_is() {
@@ -19,7 +19,7 @@ async fn a_table_that_the_go_services_made_is_used_as_it_is() {
     let store = start(database.url(), 1);
     ready(&store).await;
     store.record_seen(&[seen(3, Duration::ZERO), seen(4, Duration::ZERO)]).await.unwrap();
-    assert_eq!(store.delete_stale(HOUR, 100).await.unwrap(), 1);
+    assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 1);
     assert_eq!(ids(pool).await, [2, 3, 4]);
     let nulls = "SELECT count(*) FROM object WHERE last_seen IS NULL";
     assert_eq!(sqlx::query_scalar::<_, i64>(nulls).fetch_one(pool).await.unwrap(), 0);
@@ -49,5 +49,5 @@ async fn comes_back_after(loss: &[&'static str]) {
     .await;
     ready(&store).await;
     assert_eq!(ids(database.pool()).await, [3]);
-    assert_eq!(store.delete_stale(HOUR / 2, 10).await.unwrap(), 1);
+    assert_eq!(delete_stale(&store, HOUR / 2, 10).await.unwrap(), 1);
 }
