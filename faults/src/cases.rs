@@ -7,6 +7,7 @@ mod consumer;
 mod database;
 mod machine;
 mod producer;
+mod routine;
 mod status_api;
 
 /// All cases, in the order of the table.
@@ -17,6 +18,7 @@ pub(crate) fn all() -> Vec<Case> {
         consumer::cases(),
         database::cases(),
         status_api::cases(),
+        routine::cases(),
         machine::cases(),
     ];
     parts.into_iter().flatten().collect()

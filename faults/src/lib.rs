@@ -13,6 +13,7 @@ mod cases;
 mod figures;
 mod load;
 mod probe;
+mod rows;
 mod settling;
 mod status_api;
 mod table;

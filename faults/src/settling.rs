@@ -10,6 +10,7 @@ use tester::ledger::{Answer, Entry};
 
 use crate::figures::{Allowed, Figures, Verdict};
 use crate::load::{is_2xx, is_in_time};
+use crate::rows::committed;
 use crate::status_api::{Lookups, StatusApi, is_online};
 use crate::world::QUEUE;
 
@@ -190,15 +191,6 @@ fn sent_at(entry: &Entry) -> SystemTime {
 /// When it was answered, given up or failed.
 fn over_at(entry: &Entry) -> SystemTime {
     due_at(entry) + Duration::from_micros(entry.latency_us)
-}
-
-/// When each row was committed.
-async fn committed(table: &PgPool) -> HashMap<i64, SystemTime> {
-    const ROWS: &str =
-        "SELECT id, extract(epoch FROM pg_xact_commit_timestamp(xmin))::float8 FROM object";
-    let rows: Vec<(i64, f64)> =
-        sqlx::query_as(ROWS).fetch_all(table).await.expect("the table should be readable again");
-    rows.into_iter().map(|(id, at)| (id, UNIX_EPOCH + Duration::from_secs_f64(at))).collect()
 }
 
 /// The dead letters, when that has been done to all of them.

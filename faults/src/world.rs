@@ -17,6 +17,7 @@ use tester::ledger::Entry;
 use crate::figures::{Allowed, Verdict};
 use crate::load::{Load, Rate};
 use crate::probe::Prober;
+use crate::rows;
 use crate::settling::{Books, Recovery, due_at, treat_dead_letters};
 use crate::status_api::StatusApi;
 
@@ -42,6 +43,8 @@ pub(crate) struct Setup {
     pub(crate) connections: Option<u32>,
     /// Whether the producer's spool is on a disk of 48 MiB, which goes with the producer.
     pub(crate) small_spool_disk: bool,
+    /// Whether the table is on a small disk: [`PostgresCluster::fill_small_disk`].
+    pub(crate) small_database_disk: bool,
     /// How many consumers there are.
     pub(crate) consumers: usize,
     /// Variables of the producer.
@@ -59,6 +62,7 @@ impl Default for Setup {
             through_proxies: false,
             connections: None,
             small_spool_disk: false,
+            small_database_disk: false,
             consumers: 1,
             producer: Vec::new(),
             consumer: Vec::new(),
@@ -106,7 +110,14 @@ impl World {
 
     /// The servers only: broker, database, status API.
     pub(crate) async fn servers(setup: Setup) -> Self {
-        let (broker, database) = tokio::join!(RabbitNode::start(), PostgresCluster::start());
+        let database = async {
+            if setup.small_database_disk {
+                return PostgresCluster::start_on_a_small_disk().await;
+            }
+            PostgresCluster::start().await
+        };
+        let (broker, database) = tokio::join!(RabbitNode::start(), database);
+        rows::prepare(database.pool()).await;
         let status_api = StatusApi::start();
         let to_broker = Proxy::start(format!("127.0.0.1:{}", broker.amqp_port())).await;
         let to_database = Proxy::start(format!("127.0.0.1:{}", database.port())).await;
@@ -289,6 +300,30 @@ impl World {
     pub(crate) fn entries_due(&mut self, during: Range<SystemTime>) -> Vec<Entry> {
         let entries = self.load.as_mut().map(Load::entries).unwrap_or_default();
         entries.iter().filter(|entry| during.contains(&due_at(entry))).cloned().collect()
+    }
+
+    /// Kills the database, and boots an empty one in its place. What was committed in the old one by
+    /// then, to the last row that survived the kill, is gone with it and not lost by us.
+    pub(crate) async fn database_comes_back_empty(&mut self) {
+        self.database.kill().await;
+        let mut former = self.database.replace().await;
+        former.boot().await;
+        let committed = rows::committed(former.pool()).await;
+        drop(former);
+        self.database.boot().await;
+        rows::prepare(self.database.pool()).await;
+        rows::note_gone(self.database.pool(), &committed).await;
+    }
+
+    /// How many callbacks there are.
+    pub(crate) fn rate(&self) -> Rate {
+        self.setup.rate
+    }
+
+    /// The first id that the load has not come to; those after it will follow, one after the other.
+    pub(crate) fn next_id(&mut self) -> i64 {
+        let last = self.load.iter_mut().flat_map(Load::entries).flat_map(|entry| &entry.ids);
+        last.max().map_or(1, |last| last + 1)
     }
 
     /// The fault is over. Posts probes until one of them has been accepted, looked up and committed,

@@ -19,6 +19,7 @@
 mod amqp;
 mod authority;
 mod balancer;
+mod children;
 mod cleanup;
 mod database;
 mod database_clock;

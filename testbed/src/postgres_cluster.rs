@@ -1,5 +1,6 @@
 //! A Postgres cluster of one's own, to kill and to boot again.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::os::unix::process::CommandExt as _;
@@ -7,17 +8,24 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use rustix::process::{Pid, Signal, geteuid, kill_process};
-use sqlx::Connection as _;
+use rustix::process::{Signal, geteuid, kill_process};
 use sqlx::postgres::{PgConnection, PgPool};
+use sqlx::{AssertSqlSafe, Connection as _};
 
 use crate::authority::Authority;
+use crate::children::children_once_stopped;
 use crate::database::{postgres_environment, small_pool};
 use crate::process_group::ProcessGroup;
 use crate::scratch::Scratch;
 use crate::{eventually, free_port, ports, programs};
 
 const BOOT_DEADLINE: Duration = Duration::from_mins(1);
+const STOP_DEADLINE: Duration = Duration::from_secs(30);
+/// Mounts a small disk at the directory `$0`, for itself alone, and becomes the server. Only root may
+/// mount, or whoever is root in a name space of its own; and there Postgres would refuse to run as
+/// root, so that it gets another one in which it is not.
+const ON_A_SMALL_DISK: &str =
+    r#"mount -t tmpfs -o size=24m small "$0" && exec unshare --user --map-user=1000 "$@""#;
 
 /// A Postgres cluster with its own files and port, which lets anybody in as `postgres`.
 #[derive(Debug)]
@@ -29,6 +37,8 @@ pub struct PostgresCluster {
     port: u16,
     url: String,
     pool: PgPool,
+    /// Whether its tables are on a small disk.
+    has_small_disk: bool,
     scratch: Scratch,
 }
 
@@ -41,30 +51,49 @@ struct User {
 impl PostgresCluster {
     /// Sets up an empty cluster and boots it.
     pub async fn start() -> Self {
-        Self::set_up(None).await
+        let mut cluster = Self::create(free_port(), None).await;
+        cluster.boot().await;
+        cluster
     }
 
     /// Like [`PostgresCluster::start`], speaking TLS with the authority's certificate to whoever asks
     /// for it.
     pub async fn start_with_tls(authority: &Authority) -> Self {
-        Self::set_up(Some(authority)).await
-    }
-
-    async fn set_up(authority: Option<&Authority>) -> Self {
-        let scratch = Scratch::new("postgres");
-        let user = geteuid().is_root().then(postgres_user);
-        if let Some(User { uid, gid }) = user {
-            chown(scratch.path(), Some(uid), Some(gid)).expect("root can give away a directory");
-        }
-        fs::set_permissions(scratch.path(), fs::Permissions::from_mode(0o700))
-            .expect("the owner can change a directory's mode");
-        let port = free_port();
-        let url = format!("postgres://postgres@127.0.0.1:{port}/postgres");
-        let pool = small_pool(&url);
-        let mut cluster = Self { postmaster: None, user, port, url, pool, scratch };
-        cluster.create(authority).await;
+        let mut cluster = Self::create(free_port(), Some(authority)).await;
         cluster.boot().await;
         cluster
+    }
+
+    /// Like [`PostgresCluster::start`], with its tables on a disk of 24 MiB, which
+    /// [`PostgresCluster::fill_small_disk`] fills. It cannot be booted again: the disk goes with its processes.
+    /// The rest of its files is where there is room, for a Postgres without room for its log ends.
+    pub async fn start_on_a_small_disk() -> Self {
+        let mut cluster = Self::create(free_port(), None).await;
+        let disk = cluster.disk_path();
+        fs::create_dir(&disk).expect("a scratch directory should be writable");
+        cluster.give_to_user(&disk);
+        cluster.has_small_disk = true;
+        cluster.boot().await;
+        let create = format!("CREATE TABLESPACE small LOCATION '{}'", disk.display());
+        let mut admin = PgConnection::connect(&cluster.url).await.expect("it has just booted");
+        for sql in [create.as_str(), "ALTER DATABASE postgres SET default_tablespace = small"] {
+            let done = sqlx::query(AssertSqlSafe(sql)).execute(&mut admin).await;
+            done.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        }
+        cluster
+    }
+
+    /// Puts another, empty cluster in the place of this one, which must be down. Gives back the one
+    /// that was here, which keeps its files and gets another port. Both are down.
+    ///
+    /// # Panics
+    /// When it runs.
+    pub async fn replace(&mut self) -> Self {
+        assert!(self.postmaster.is_none(), "the cluster runs");
+        let empty = Self::create(self.port, None).await;
+        let mut former = std::mem::replace(self, empty);
+        former.move_to(free_port());
+        former
     }
 
     /// Where its database `postgres` is, as a `postgres://` URL.
@@ -100,10 +129,11 @@ impl PostgresCluster {
         assert!(self.postmaster.is_none(), "the cluster runs already");
         let log = File::options().create(true).append(true).open(self.log_path());
         let log = log.expect("a scratch file should be writable");
-        let mut command = self.command("postgres");
+        let mut command = self.server();
         command
             .arg("-D")
             .arg(self.folder())
+            .args(["-p", &self.port.to_string()])
             .stdout(log.try_clone().expect("a file handle can be duplicated"))
             .stderr(log);
         let postmaster =
@@ -123,6 +153,47 @@ impl PostgresCluster {
     pub async fn kill(&mut self) {
         self.kill_all();
         ports::closed(self.port).await;
+    }
+
+    /// Ends it as `pg_ctl stop -m immediate` does: without a checkpoint, so that it has to recover when
+    /// it boots. Waits until its port is closed.
+    ///
+    /// # Panics
+    /// When it is down, or does not end within 30 s.
+    pub async fn stop_immediately(&mut self) {
+        let mut postmaster = self.postmaster.take().expect("it should run");
+        postmaster.signal(Signal::QUIT);
+        eventually("the Postgres cluster has stopped", STOP_DEADLINE, async || {
+            postmaster.try_wait()
+        })
+        .await;
+        ports::closed(self.port).await;
+    }
+
+    /// Fills the tables' disk, to the last byte.
+    ///
+    /// # Panics
+    /// When it is down, or its tables are on no small disk.
+    pub async fn fill_small_disk(&self) {
+        let rows = "SELECT repeat('x', 8000) FROM generate_series(1, 4000)";
+        let error = self.write_filling(rows).await.expect_err("24 MiB should be too few");
+        assert!(error.to_string().contains("No space left on device"), "{error}");
+    }
+
+    /// Makes room on it again.
+    ///
+    /// # Panics
+    /// When it is down, or its tables are on no small disk.
+    pub async fn clear_small_disk(&self) {
+        let cleared = self.write_filling("SELECT 1 WHERE false").await;
+        cleared.expect("a file on a full disk can be cut short");
+    }
+
+    /// Writes a file by the server, which is the only one that sees the disk.
+    async fn write_filling(&self, rows: &str) -> Result<(), sqlx::Error> {
+        assert!(self.has_small_disk, "it has no small disk");
+        let copy = format!("COPY ({rows}) TO '{}'", self.disk_path().join("filling").display());
+        sqlx::query(AssertSqlSafe(copy)).execute(&self.pool).await.map(drop)
     }
 
     fn kill_all(&mut self) {
@@ -177,22 +248,46 @@ impl PostgresCluster {
         reload.expect("the server should read its files again");
     }
 
-    async fn create(&self, authority: Option<&Authority>) {
-        let mut command = self.command("initdb");
+    /// Sets up an empty cluster.
+    async fn create(port: u16, authority: Option<&Authority>) -> Self {
+        let scratch = Scratch::new("postgres");
+        let user = geteuid().is_root().then(postgres_user);
+        let url = url_at(port);
+        let pool = small_pool(&url);
+        let cluster =
+            Self { postmaster: None, user, port, url, pool, has_small_disk: false, scratch };
+        cluster.give_to_user(cluster.scratch.path());
+        fs::set_permissions(cluster.scratch.path(), fs::Permissions::from_mode(0o700))
+            .expect("the owner can change a directory's mode");
+        cluster.initialize(authority).await;
+        cluster
+    }
+
+    fn move_to(&mut self, port: u16) {
+        self.port = port;
+        self.url = url_at(port);
+        self.pool = small_pool(&self.url);
+    }
+
+    fn give_to_user(&self, folder: &Path) {
+        if let Some(User { uid, gid }) = self.user {
+            chown(folder, Some(uid), Some(gid)).expect("root can give away a directory");
+        }
+    }
+
+    async fn initialize(&self, authority: Option<&Authority>) {
+        let mut command = self.command(programs::find("initdb", &installed()));
         command
             .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"])
             .arg("-D")
             .arg(self.folder());
         programs::run(command).await;
         // Shared memory in files goes away with them, even after a kill.
-        let mut settings = format!(
-            "listen_addresses = '127.0.0.1'\n\
-             port = {}\n\
+        let mut settings = "listen_addresses = '127.0.0.1'\n\
              unix_socket_directories = ''\n\
              dynamic_shared_memory_type = mmap\n\
-             track_commit_timestamp = on\n",
-            self.port
-        );
+             track_commit_timestamp = on\n"
+            .to_owned();
         if let Some(authority) = authority {
             let owner = self.user.map(|user| (user.uid, user.gid));
             let files = authority.write_to(self.scratch.path(), owner);
@@ -205,8 +300,22 @@ impl PostgresCluster {
             .expect("a scratch file should be writable");
     }
 
-    fn command(&self, program: &str) -> Command {
-        let mut command = Command::new(programs::find(program, &installed()));
+    /// The server itself, however it is started.
+    fn server(&self) -> Command {
+        let server = programs::find("postgres", &installed());
+        if !self.has_small_disk {
+            return self.command(server);
+        }
+        let mut command = self.command("unshare");
+        command
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK])
+            .arg(self.disk_path())
+            .arg(server);
+        command
+    }
+
+    fn command(&self, program: impl AsRef<OsStr>) -> Command {
+        let mut command = Command::new(program);
         command
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
@@ -216,6 +325,10 @@ impl PostgresCluster {
             command.uid(uid).gid(gid);
         }
         command
+    }
+
+    fn disk_path(&self) -> PathBuf {
+        self.scratch.path().join("disk")
     }
 
     fn folder(&self) -> PathBuf {
@@ -232,6 +345,10 @@ impl Drop for PostgresCluster {
         self.kill_all();
         programs::print_tail_if_panicking(&self.log_path());
     }
+}
+
+fn url_at(port: u16) -> String {
+    format!("postgres://postgres@127.0.0.1:{port}/postgres")
 }
 
 /// Such as `15.3`.
@@ -261,34 +378,4 @@ fn postgres_user() -> User {
             Some(User { uid, gid })
         })
         .expect("when a test runs as root, Postgres runs as the user postgres: create it")
-}
-
-/// The processes that `parent` has started, once it is stopped and can start no more.
-fn children_once_stopped(parent: Pid) -> Vec<Pid> {
-    let parent = parent.as_raw_nonzero().get();
-    // It takes effect at once on a process that sleeps, and soon on one that runs. A zombie is as
-    // good as stopped.
-    while stat(Path::new(&format!("/proc/{parent}")))
-        .is_some_and(|stat| !matches!(stat.state, 'T' | 'Z'))
-    {
-        std::thread::yield_now();
-    }
-    fs::read_dir("/proc")
-        .expect("/proc should be there")
-        .flatten()
-        .filter(|entry| stat(&entry.path()).is_some_and(|stat| stat.parent == parent))
-        .filter_map(|entry| Pid::from_raw(entry.file_name().to_str()?.parse().ok()?))
-        .collect()
-}
-
-struct Stat {
-    state: char,
-    parent: i32,
-}
-
-fn stat(folder: &Path) -> Option<Stat> {
-    let line = fs::read_to_string(folder.join("stat")).ok()?;
-    // The second field is the program's name in parentheses, which can hold anything.
-    let mut fields = line.rsplit_once(") ")?.1.split(' ');
-    Some(Stat { state: fields.next()?.chars().next()?, parent: fields.next()?.parse().ok()? })
 }

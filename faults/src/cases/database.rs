@@ -2,15 +2,38 @@
 
 use std::time::Duration;
 
+use sqlx::{PgConnection, PgPool};
+use testbed::eventually;
+
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
-use crate::world::{Setup, World};
+use crate::world::{PATIENCE, Setup, World};
 
 pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::new("database_killed", "database killed -9 under load, away for 5 s", killed)
             .in_make_test(),
+        Case::new("database_stopped", "database stopped by `-m immediate`, three times", stopped),
         Case::new("database_silent", "database silent for 12 s (black hole)", silent),
+        Case::new("database_read_only", "database read-only for 8 s", read_only),
+        Case::new("database_disk_full", "database's disk full for 8 s", disk_full),
+        Case::new(
+            "database_row_locked",
+            "a row that is to be written locked for 6 s, then for 13 s, longer than a statement may take",
+            row_locked,
+        ),
+        Case::new(
+            "database_deadlock",
+            "batches deadlocked with another session, three times",
+            deadlock,
+        ),
+        Case::new(
+            "database_backend_terminated",
+            "all our backends terminated, every 200 ms for 6 s",
+            backend_terminated,
+        ),
+        Case::new("database_empty", "database killed -9, and back without anything in it", empty)
+            .in_make_test(),
     ]
 }
 
@@ -24,6 +47,18 @@ async fn killed() -> Verdict {
     world.settles(Allowed::REPEATS).await
 }
 
+async fn stopped() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    for _ in 0..3 {
+        world.database.stop_immediately().await;
+        world.stays(Duration::from_secs(1)).await;
+        world.database.boot().await;
+        world.recovers().await;
+    }
+    world.settles(Allowed::NOTHING).await
+}
+
 async fn silent() -> Verdict {
     let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
     world.comes_under_load().await;
@@ -32,4 +67,160 @@ async fn silent() -> Verdict {
     world.to_database.restore();
     world.recovers().await;
     world.settles(Allowed::REPEATS).await
+}
+
+async fn read_only() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    execute(world.database.pool(), "ALTER SYSTEM SET default_transaction_read_only = on").await;
+    execute(world.database.pool(), "SELECT pg_reload_conf()").await;
+    terminate_backends(world.database.pool()).await;
+    eventually("the consumer is not ready, and says why", PATIENCE, async || {
+        let (status, body) = world.consumers[0].get("/readyz").await;
+        (status == 503 && body.contains("read-only")).then_some(())
+    })
+    .await;
+    world.stays(Duration::from_secs(8)).await;
+    execute(world.database.pool(), "ALTER SYSTEM RESET default_transaction_read_only").await;
+    execute(world.database.pool(), "SELECT pg_reload_conf()").await;
+    world.recovers().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+async fn disk_full() -> Verdict {
+    let mut world = World::start(Setup { small_database_disk: true, ..Setup::default() }).await;
+    world.comes_under_load().await;
+    world.database.fill_small_disk().await;
+    world.consumers[0].wait_for_log("No space left on device").await;
+    world.stays(Duration::from_secs(8)).await;
+    world.database.clear_small_disk().await;
+    world.recovers().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+async fn row_locked() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    for hold in [Duration::from_secs(6), Duration::from_secs(13)] {
+        let id = rows_to_come(&mut world).await;
+        let mut other = world.database.pool().begin().await.expect("the database should be there");
+        lock(&mut other, id).await.expect("nobody else should want it yet");
+        consumer_waits_for_a_lock(&world).await;
+        world.stays(hold).await;
+        other.rollback().await.expect("the database should be there");
+        world.recovers().await;
+        row_is_seen(&world, id).await;
+    }
+    // The second time, that is.
+    world.consumers[0].wait_for_log("canceling statement due to statement timeout").await;
+    world.settles(Allowed::NOTHING).await
+}
+
+async fn deadlock() -> Verdict {
+    // So that two ids of the same callback are in one batch.
+    let consumer = vec![("WRITE_BATCH_LINGER", "500ms")];
+    let mut world = World::start(Setup { consumer, ..Setup::default() }).await;
+    world.comes_under_load().await;
+    while deadlocks(world.database.pool()).await < 3 {
+        let id = rows_to_come(&mut world).await;
+        let mut other = world.database.pool().begin().await.expect("the database should be there");
+        // It is the consumer that is to find the deadlock, and so to be its victim.
+        execute(&mut *other, "SET LOCAL deadlock_timeout = '1min'").await;
+        lock(&mut other, id + 2).await.expect("nobody else should want it yet");
+        consumer_waits_for_a_lock(&world).await;
+        // By now a batch with both has the lower one, and waits for the higher one. If both are in
+        // different batches, there is no deadlock this time.
+        lock(&mut other, id).await.expect("the other side should have been the victim");
+        other.rollback().await.expect("the database should be there");
+        row_is_seen(&world, id).await;
+        row_is_seen(&world, id + 2).await;
+    }
+    world.consumers[0].wait_for_log("deadlock detected").await;
+    world.recovers().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+async fn backend_terminated() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    let mut terminated = 0;
+    for _ in 0..30 {
+        terminated += terminate_backends(world.database.pool()).await;
+        world.stays(Duration::from_millis(200)).await;
+    }
+    world.recovers().await;
+    let mut verdict = world.settles(Allowed::NOTHING).await;
+    // Both services connect anew each time, if not within 200 ms.
+    if terminated < 20 {
+        verdict.breaches.push(format!("only {terminated} backends were there to be terminated"));
+    }
+    verdict
+}
+
+async fn empty() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    world.database_comes_back_empty().await;
+    world.recovers().await;
+    world.is_ready().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+/// Writes two rows that the load will come to in a second or so, by one callback, last seen a while ago.
+/// Gives the first; the other one is two above.
+async fn rows_to_come(world: &mut World) -> i64 {
+    let ahead = i64::from(world.rate().callbacks * world.rate().ids) * 3 / 2;
+    // The first of its callback, and even.
+    let id = (world.next_id() + ahead) / 10 * 10 + 6;
+    let rows = "INSERT INTO object SELECT id, now() - interval '10 min'
+                FROM generate_series($1, $1 + 2, 2) AS id";
+    let written = sqlx::query(rows).bind(id).execute(world.database.pool()).await;
+    written.expect("the load should not have come to these rows yet");
+    id
+}
+
+async fn lock(connection: &mut PgConnection, id: i64) -> Result<(), sqlx::Error> {
+    let lock = "SELECT FROM object WHERE id = $1 FOR UPDATE";
+    sqlx::query(lock).bind(id).execute(connection).await.map(drop)
+}
+
+async fn consumer_waits_for_a_lock(world: &World) {
+    let waiting = "SELECT count(*) FROM pg_stat_activity
+                   WHERE application_name = 'consumer' AND wait_event_type = 'Lock'";
+    eventually("the consumer waits for a lock", PATIENCE, async || {
+        let waiting = sqlx::query_scalar(waiting).fetch_one(world.database.pool());
+        let waiting: i64 = waiting.await.expect("the database should be there");
+        (waiting > 0).then_some(())
+    })
+    .await;
+}
+
+/// Waits until a row of [`rows_to_come`] has been written by the consumer, for in the books it counts
+/// from the start.
+async fn row_is_seen(world: &World, id: i64) {
+    let seen = "SELECT last_seen > now() - interval '5 min' FROM object WHERE id = $1";
+    eventually("a locked row is written after all", PATIENCE, async || {
+        let seen = sqlx::query_scalar(seen).bind(id).fetch_one(world.database.pool());
+        let seen: bool = seen.await.expect("the row should be there");
+        seen.then_some(())
+    })
+    .await;
+}
+
+/// How many deadlocks the server has found in this database.
+async fn deadlocks(pool: &PgPool) -> i64 {
+    let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
+    sqlx::query_scalar(deadlocks).fetch_one(pool).await.expect("the database should be there")
+}
+
+/// Ends all connections of our services, and says how many there were.
+async fn terminate_backends(pool: &PgPool) -> i64 {
+    let terminate = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
+                     WHERE application_name IN ('consumer', 'routine')";
+    sqlx::query_scalar(terminate).fetch_one(pool).await.expect("the database should be there")
+}
+
+async fn execute(connection: impl sqlx::PgExecutor<'_>, sql: &'static str) {
+    let done = sqlx::query(sql).execute(connection).await;
+    done.unwrap_or_else(|error| panic!("{sql}: {error}"));
 }

@@ -86,3 +86,31 @@ async fn a_postgres_cluster_that_is_killed_and_booted_again_still_has_a_committe
     });
     assert_eq!(row.await, 42);
 }
+
+#[tokio::test]
+async fn a_postgres_cluster_can_be_stopped_immediately_and_replaced_by_an_empty_one() {
+    let mut cluster = PostgresCluster::start().await;
+    sqlx::query("CREATE TABLE kept (id bigint)").execute(cluster.pool()).await.unwrap();
+    cluster.stop_immediately().await;
+    let mut former = cluster.replace().await;
+    assert_ne!(former.port(), cluster.port());
+    former.boot().await;
+    cluster.boot().await;
+    for (cluster, tables) in [(&former, 1), (&cluster, 0)] {
+        let sql = "SELECT count(*) FROM pg_tables WHERE tablename = 'kept'";
+        let found: i64 = sqlx::query_scalar(sql).fetch_one(cluster.pool()).await.unwrap();
+        assert_eq!(found, tables);
+    }
+}
+
+#[tokio::test]
+async fn a_postgres_cluster_whose_small_disk_is_full_takes_no_more_rows_until_there_is_room() {
+    let cluster = PostgresCluster::start_on_a_small_disk().await;
+    sqlx::query("CREATE TABLE rows (id bigint)").execute(cluster.pool()).await.unwrap();
+    cluster.fill_small_disk().await;
+    let insert = || sqlx::query("INSERT INTO rows VALUES (1)").execute(cluster.pool());
+    let refused = insert().await.unwrap_err().to_string();
+    assert!(refused.contains("No space left on device"), "{refused}");
+    cluster.clear_small_disk().await;
+    insert().await.unwrap();
+}

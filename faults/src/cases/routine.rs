@@ -1,0 +1,139 @@
+//! What happens to the routine, and to the clock that it goes by.
+
+use std::time::Duration;
+
+use testbed::{DatabaseClock, eventually};
+
+use crate::case::Case;
+use crate::figures::{Allowed, Verdict};
+use crate::rows;
+use crate::world::{PATIENCE, Setup, World};
+
+const HOUR: Duration = Duration::from_hours(1);
+/// `OBJECT_TTL` where rows are to become stale.
+const TTL: Duration = Duration::from_secs(4);
+/// For how long a row may be stale: `ROUTINE_INTERVAL`, which is 500 ms here, and what a busy machine
+/// takes.
+const MARGIN: Duration = Duration::from_secs(3);
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![
+        Case::new("routine_killed", "one of two routines killed -9 under load", one_of_two_killed),
+        Case::new(
+            "routine_without_database",
+            "database unreachable for 8 s while rows become stale",
+            without_database,
+        ),
+        Case::new("clock_ahead", "database's clock an hour ahead for 6 s", clock_ahead)
+            .in_make_test(),
+        Case::new("clock_back", "database's clock an hour back for 6 s", clock_back),
+    ]
+}
+
+async fn one_of_two_killed() -> Verdict {
+    let mut world = World::start(cleaning_up()).await;
+    rows::note_deletions(world.database.pool()).await;
+    let other = world.spawn_routine();
+    other.ready().await;
+    world.comes_under_load().await;
+    let first = world.routine.replace(other).expect("there should be a routine");
+    rows_are_deleted(&world, 500).await;
+    first.kill();
+    first.wait().await;
+    world.recovers().await;
+    world.stays(TTL + MARGIN).await;
+    let oldest = rows::oldest(world.database.pool()).await;
+    let ages = rows::ages_when_deleted(world.database.pool()).await;
+    let mut verdict = world.settles(Allowed::NOTHING).await;
+    let (youngest, oldest_deleted) = ages.expect("rows should have been deleted");
+    verdict.breaches.extend(too_early(youngest).into_iter().chain(too_late(oldest_deleted)));
+    verdict.breaches.extend(too_late(oldest));
+    verdict
+}
+
+async fn without_database() -> Verdict {
+    let mut world = World::start(Setup { through_proxies: true, ..cleaning_up() }).await;
+    rows::note_deletions(world.database.pool()).await;
+    world.comes_under_load().await;
+    rows_are_deleted(&world, 500).await;
+    world.to_database.cut();
+    is_missed(&world).await;
+    let before = rows::deleted(world.database.pool()).await;
+    world.stays(Duration::from_secs(8)).await;
+    assert_eq!(rows::deleted(world.database.pool()).await, before, "nobody should reach it");
+    world.to_database.restore();
+    world.recovers().await;
+    // What was seen during the outage, and written late, is stale soon; all of it goes.
+    world.stays(TTL + MARGIN).await;
+    let oldest = rows::oldest(world.database.pool()).await;
+    let ages = rows::ages_when_deleted(world.database.pool()).await;
+    let mut verdict = world.settles(Allowed::NOTHING).await;
+    let (youngest, _) = ages.expect("rows should have been deleted");
+    verdict.breaches.extend(too_early(youngest).into_iter().chain(too_late(oldest)));
+    verdict
+}
+
+/// The books want each row that was written: were it deleted, it would be lost.
+async fn clock_ahead() -> Verdict {
+    let (mut world, clock) = by_a_clock().await;
+    clock.set_ahead(HOUR).await;
+    let routine = world.routine.as_ref().expect("there should be a routine");
+    routine.wait_for_log("stepped ahead").await;
+    world.stays(Duration::from_secs(6)).await;
+    clock.set_right().await;
+    world.recovers().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+/// What is written while the clock is behind looks an hour old when it is right again.
+async fn clock_back() -> Verdict {
+    let (mut world, clock) = by_a_clock().await;
+    clock.set_back(HOUR).await;
+    world.stays(Duration::from_secs(6)).await;
+    clock.set_right().await;
+    let routine = world.routine.as_ref().expect("there should be a routine");
+    routine.wait_for_log("stepped ahead").await;
+    world.recovers().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+/// A world under load, in which nothing becomes stale as long as the database's clock is right.
+async fn by_a_clock() -> (World, DatabaseClock) {
+    let routine = vec![("OBJECT_TTL", "30m")];
+    let mut world = World::servers(Setup { routine, ..Setup::default() }).await;
+    let clock = DatabaseClock::of(world.database.pool()).await;
+    world.start_services();
+    world.is_ready().await;
+    world.comes_under_load().await;
+    (world, clock)
+}
+
+/// Rows become stale soon.
+fn cleaning_up() -> Setup {
+    Setup { routine: vec![("OBJECT_TTL", "4s")], ..Setup::default() }
+}
+
+async fn rows_are_deleted(world: &World, count: i64) {
+    eventually("rows are deleted", PATIENCE, async || {
+        (rows::deleted(world.database.pool()).await >= count).then_some(())
+    })
+    .await;
+}
+
+/// Waits until the routine says that the database is away.
+async fn is_missed(world: &World) {
+    let routine = world.routine.as_ref().expect("there should be a routine");
+    eventually("the routine misses the database", PATIENCE, async || {
+        let (status, body) = routine.get("/readyz").await;
+        (status == 503 && body.contains("database")).then_some(())
+    })
+    .await;
+}
+
+fn too_early(youngest: Duration) -> Option<String> {
+    (youngest < TTL).then(|| format!("a row was deleted {youngest:.1?} after it was seen"))
+}
+
+fn too_late(oldest: Duration) -> Option<String> {
+    (oldest > TTL + MARGIN).then(|| format!("a row was still there {oldest:.1?} after it was seen"))
+}
