@@ -74,9 +74,9 @@ impl StatusApi {
         self.server = testbed::StatusApi::start_on(address, move |id, _| answering.answer(id));
     }
 
-    /// How many lookups there have been so far.
+    /// How many lookups there have been since it last came up, whatever the answer.
     pub(crate) fn asked(&self) -> usize {
-        self.day.lookups().values().map(|lookups| lookups.all as usize).sum()
+        self.server.lookups().len()
     }
 
     /// How many lookups wait for their answer now.

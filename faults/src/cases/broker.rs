@@ -314,7 +314,7 @@ async fn looked_up_at(world: &World, entries: &[Entry]) -> HashMap<i64, SystemTi
     eventually("all that waited is looked up", PATIENCE, async || {
         let lookups = world.status_api.lookups();
         let ids = entries.iter().flat_map(|entry| &entry.ids);
-        ids.map(|id| Some((*id, lookups.get(id)?.first_decided_at?))).collect()
+        ids.map(|id| Some((*id, lookups.get(id)?.answered_at?))).collect()
     })
     .await
 }

@@ -54,7 +54,7 @@ async fn crash_loop() -> Verdict {
     world.comes_under_load().await;
     crashes(&mut world).await;
     let lookups = world.status_api.lookups();
-    let unlucky = lookups.values().filter(|lookups| lookups.all > DELIVERY_LIMIT).count();
+    let unlucky = lookups.values().filter(|lookups| lookups.asked > DELIVERY_LIMIT).count();
     world.recovers().await;
     // None is a dead letter: our queue says how often a message may come back, which is 100 times.
     let mut verdict = world.settles(Allowed::REPEATS).await;

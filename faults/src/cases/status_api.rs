@@ -177,7 +177,7 @@ async fn spared_per_second(world: &World, duration: Duration) -> f64 {
     let (until, lookups) = (SystemTime::now(), world.status_api.lookups());
     let meanwhile = |at: SystemTime| (from..until).contains(&at);
     let spared = lookups.iter().filter(|(id, _)| is_spared(**id));
-    let count = spared.filter(|(_, lookups)| lookups.first_decided_at.is_some_and(meanwhile));
+    let count = spared.filter(|(_, lookups)| lookups.answered_at.is_some_and(meanwhile));
     let seconds = until.duration_since(from).unwrap_or(duration).as_secs_f64();
     #[expect(clippy::cast_precision_loss, reason = "there are thousands")]
     let count = count.count() as f64;

@@ -69,9 +69,14 @@ pub(crate) struct Answer {
 }
 
 impl Producer {
-    /// One that is connected to the shared broker.
+    /// One that is connected to the shared broker, and gives it time, also on a busy machine.
     pub(crate) async fn start(arguments: &[&str]) -> Self {
-        let producer = Self::start_at(&amqp_uri(), arguments).await;
+        let mut all = vec!["--publish-timeout=10s"];
+        if arguments.iter().any(|argument| argument.starts_with("--publish-timeout")) {
+            all.clear();
+        }
+        all.extend(arguments);
+        let producer = Self::start_at(&amqp_uri(), &all).await;
         producer.ready().await;
         eventually("the broker is there", DEADLINE, async || {
             producer.health.done_without().is_empty().then_some(())

@@ -166,7 +166,7 @@ async fn send_callbacks(producer: Arc<Producer>, seen: Arc<Seen>) -> BTreeSet<i6
 
 #[tokio::test]
 async fn nothing_is_lost_that_a_deleted_queue_did_not_take_and_the_queue_comes_back() {
-    let producer = Arc::new(Producer::start(&[]).await);
+    let producer = Arc::new(Producer::start(&["--publish-timeout=300ms"]).await);
     let broker = Broker::connect().await;
     for _ in 0..3 {
         let seen = Arc::new(Seen::default());

@@ -69,7 +69,7 @@ async fn two_replicas_at_once_delete_every_stale_row_once_and_report_so(backend:
     let drain = async |store: &Store| {
         let mut deleted = 0;
         loop {
-            let batch = delete_stale(&store, HOUR, LIMIT).await.unwrap();
+            let batch = delete_stale(store, HOUR, LIMIT).await.unwrap();
             assert!(batch <= u64::from(LIMIT));
             deleted += batch;
             if batch < u64::from(LIMIT) {

@@ -8,7 +8,7 @@ use store::Store;
 use testbed::{PostgresCluster, eventually};
 
 use super::{ids, insert, start};
-use crate::{DEADLINE, HOUR, ready, seen};
+use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
 const ROLES: [&str; 3] = ["migration", "consumer", "routine"];
 
@@ -63,7 +63,7 @@ async fn the_roles_work_together_and_the_table_comes_back_with_their_rights_whoe
         .await;
         consumer.record_seen(&[seen(2, Duration::ZERO)]).await.unwrap();
         eventually("the routine deletes", DEADLINE, async || {
-            routine.delete_stale(HOUR, 10).await.ok().filter(|rows| *rows == 1)
+            delete_stale(&routine, HOUR, 10).await.ok().filter(|rows| *rows == 1)
         })
         .await;
         assert_eq!(ids(cluster.pool()).await, [2]);
@@ -97,7 +97,7 @@ async fn the_rights_that_each_role_has_are_the_least_that_its_work_needs() {
             run(cluster.pool(), &format!("REVOKE {right} ON object FROM lastseen_{role}")).await;
             let error = match role {
                 "consumer" => consumer.record_seen(&[seen(1, HOUR)]).await.err(),
-                _ => routine.delete_stale(HOUR, 10).await.err(),
+                _ => delete_stale(&routine, HOUR, 10).await.err(),
             };
             let error = error.unwrap_or_else(|| panic!("{role} works without {right}"));
             assert!(error.to_string().contains("permission denied"), "{error}");
@@ -156,6 +156,6 @@ async fn a_table_that_was_there_before_the_roles_is_theirs_afterwards() {
         ready(&store(&cluster, role)).await;
     }
     store(&cluster, "consumer").record_seen(&[seen(2, Duration::ZERO)]).await.unwrap();
-    assert_eq!(store(&cluster, "routine").delete_stale(HOUR, 10).await.unwrap(), 1);
+    assert_eq!(delete_stale(&store(&cluster, "routine"), HOUR, 10).await.unwrap(), 1);
     assert_eq!(ids(cluster.pool()).await, [2]);
 }
