@@ -32,14 +32,15 @@ pub(super) fn cases() -> Vec<Case> {
 const LINES_PER_SECOND: usize = 40;
 
 async fn files_exhausted() -> Verdict {
-    let connections = 16;
+    let connections = 48;
     let setup = Setup { through_proxies: true, connections: Some(connections), ..Setup::default() };
+    let until_all_are_due = Duration::from_secs(connections.into()) / setup.rate.callbacks;
     let mut world = World::start(setup).await;
     world.comes_under_load().await;
     // While it pauses more callbacks come than there are connections, so that all of those are opened,
     // and the load needs no other afterwards.
     world.producer().pause();
-    world.stays(Duration::from_millis(250)).await;
+    world.stays(until_all_are_due + Duration::from_millis(50)).await;
     world.producer().resume();
     world.stays(Duration::from_secs(1)).await;
 
