@@ -111,8 +111,9 @@ async fn unwritable() -> Verdict {
     assert!(ready.contains("without spool: "), "{ready}");
     world.stays(Duration::from_secs(4)).await;
     fs::remove_file(world.spool()).expect("the file should still be in the way");
-    eventually("the spool is there", PATIENCE, async || {
-        world.spool().join("spool.db").exists().then_some(())
+    eventually("the producer has its spool", PATIENCE, async || {
+        let (_, ready) = world.producer().get("/readyz").await;
+        (!ready.contains("without spool: ")).then_some(())
     })
     .await;
     // It serves from now on.
