@@ -1,7 +1,7 @@
 //! Callbacks that show whether the whole way is open again.
 
 use std::ops::RangeFrom;
-use std::time::{Duration, SystemTime};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use pipeline::Partner;
 use sqlx::PgPool;
@@ -31,8 +31,14 @@ impl Prober {
         &self.accepted
     }
 
-    /// Posts probes until one of them is in the table.
-    pub(crate) async fn until_one_is_stored(&mut self, endpoint: &str, table: &PgPool) {
+    /// Posts probes until one of them has been accepted, and it or another object that was looked up
+    /// after `over_at` is in the table: a probe comes behind whatever waited before it.
+    pub(crate) async fn until_it_works(
+        &mut self,
+        over_at: SystemTime,
+        endpoint: &str,
+        table: &PgPool,
+    ) {
         let mut waiting = Vec::new();
         let mut ticks = tokio::time::interval(INTERVAL);
         loop {
@@ -43,16 +49,17 @@ impl Prober {
                 self.accepted.push((id, SystemTime::now()));
                 waiting.push(id);
             }
-            if is_any_stored(table, &waiting).await {
+            if !waiting.is_empty() && is_any_stored(table, &waiting, over_at).await {
                 return;
             }
         }
     }
 }
 
-async fn is_any_stored(table: &PgPool, ids: &[i64]) -> bool {
-    let query = sqlx::query_scalar("SELECT EXISTS (SELECT FROM object WHERE id = ANY($1))")
-        .bind(ids)
-        .fetch_one(table);
+async fn is_any_stored(table: &PgPool, ids: &[i64], over_at: SystemTime) -> bool {
+    const ANY: &str =
+        "SELECT EXISTS (SELECT FROM object WHERE id = ANY($1) OR last_seen > to_timestamp($2))";
+    let over_at = over_at.duration_since(UNIX_EPOCH).unwrap_or_default().as_secs_f64();
+    let query = sqlx::query_scalar(ANY).bind(ids).bind(over_at).fetch_one(table);
     matches!(tokio::time::timeout(QUERY_TIMEOUT, query).await, Ok(Ok(true)))
 }

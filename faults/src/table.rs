@@ -106,7 +106,7 @@ const LEGEND: &str = "\
 - **cut off**: callbacks whose connection broke or was refused while the case had killed the only producer there was. Nobody was there who could have answered; they are not accepted, and count nowhere else.
 - **lost**: ids of callbacks answered 2xx, however late, that in the end have neither a lookup that said online or offline (and for online, a committed row) nor lie among the dead letters.
 - **looked up twice**: ids for which the status API was asked again although it had said, or was about to say, online or offline. Failed lookups do not count. Delivery is at-least-once: what a process held when it died is looked up again, and so is what went to the spool because the broker confirmed it too late.
-- **recovery, s**: from the end of the fault (a killed server takes connections again, a silent one speaks again) until a callback posted after it is accepted, looked up and committed, with the load going on. If a case has several faults, the longest.
+- **recovery, s**: from the end of the fault (a killed server takes connections again, a silent one speaks again) until a callback posted after it has been accepted and an object looked up after it is committed, with the load going on. What waited meanwhile goes first; how long that takes is the next column. If a case has several faults, the longest.
 - **caught up, s**: from the end of the fault until the last id that had been accepted before it was settled.
 - **outcome**: `held` if lost and unanswered are 0, recovery took no more than 10 s, and nothing else stands in the row that the case does not allow; and the day of the measurement.
 ";

@@ -326,12 +326,12 @@ impl World {
         last.max().map_or(1, |last| last + 1)
     }
 
-    /// The fault is over. Posts probes until one of them has been accepted, looked up and committed,
-    /// and takes the time.
+    /// The fault is over. Posts probes until one of them has been accepted, and objects are looked up and
+    /// committed again, and takes the time.
     pub(crate) async fn recovers(&mut self) {
         let (over_at, over) = (SystemTime::now(), Instant::now());
         let endpoint = self.endpoint();
-        let probing = self.prober.until_one_is_stored(&endpoint, self.database.pool());
+        let probing = self.prober.until_it_works(over_at, &endpoint, self.database.pool());
         let took = tokio::time::timeout(PATIENCE, probing).await;
         let took = took.ok().map(|()| over.elapsed());
         self.recoveries.push(Recovery { over_at, took });

@@ -149,6 +149,10 @@ async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
     })
     .await;
 
+    eventually("the gauge tells what waits", DEADLINE, async || {
+        (producer.metric("lastseen_spool_messages").await >= f64::from(accepted)).then_some(())
+    })
+    .await;
     proxy.restore();
     eventually("the spool is empty", DEADLINE, async || {
         (producer.metric("lastseen_spool_messages").await == 0.0).then_some(())
