@@ -6,7 +6,8 @@ use testbed::{Answer, Process, Queue, StatusApi, eventually};
 
 use crate::{Home, PATIENCE};
 
-/// A status API that fails until it is told to be well.
+/// A status API that fails until it is told to be well, but for ids below zero, which are offline: if
+/// it answered nobody, that would be nothing against a message.
 struct Moody {
     api: StatusApi,
     well: Arc<AtomicBool>,
@@ -17,6 +18,7 @@ impl Moody {
         let well = Arc::new(AtomicBool::new(false));
         let now = Arc::clone(&well);
         let api = StatusApi::start(move |id, _| match (now.load(Ordering::SeqCst), id % 2) {
+            _ if id < 0 => Answer::Offline,
             (true, _) => Answer::Online,
             (false, 0) => Answer::Status(500),
             (false, _) => Answer::Status(503),
@@ -46,12 +48,15 @@ async fn found(home: &Home, arguments: &[&str], count: usize) -> Vec<String> {
 async fn bury(home: &Home, lastseen: &Process, endpoint: &str, ids: &[i64]) {
     let settled = || lastseen.metric("lastseen_settled_total{disposition=\"dead_letter\"}");
     let before = settled().await;
-    // In small callbacks, each of which the partner sees answered in time also on a busy machine.
-    let partner = Partner::default();
-    for callback in ids.chunks(100) {
-        assert!(partner.post(endpoint, callback).await, "{:?}", partner.ledger().refused);
+    let partner = Partner::with_patience(PATIENCE);
+    let mut others = (1..).map(|id: i64| -id);
+    for callback in ids.chunks(10) {
+        let callback: Vec<i64> = others.by_ref().take(10).chain(callback.iter().copied()).collect();
+        assert!(partner.post(endpoint, &callback).await, "{:?}", partner.ledger().refused);
     }
     eventually("all are dead letters", PATIENCE, async || {
+        let callback: Vec<i64> = others.by_ref().take(10).collect();
+        assert!(partner.post(endpoint, &callback).await, "{:?}", partner.ledger().refused);
         #[expect(clippy::cast_precision_loss, reason = "it is a small number")]
         (settled().await >= before + ids.len() as f64).then_some(())
     })
