@@ -16,7 +16,6 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep, sleep_until};
 
@@ -165,7 +164,7 @@ impl Breaker {
     /// Sends probes while it is open, and ends pauses.
     pub(crate) async fn watch(&self) -> Infallible {
         let mut states = self.state.subscribe();
-        let (mut opened, mut waits) = (0, probe_waits());
+        let (mut opened, mut waits) = (0, broker::backoff());
         loop {
             let idle = |state: &State| matches!(state.phase, Phase::Closed | Phase::OpeningUp);
             let acting = states.wait_for(|state| !idle(state)).await;
@@ -179,7 +178,7 @@ impl Breaker {
                 self.change(|state| self.end_pause(state));
             } else {
                 if std::mem::replace(&mut opened, since) != since {
-                    waits = probe_waits();
+                    waits = broker::backoff();
                 }
                 sleep(waits.next().unwrap_or(SHORTLY)).await;
                 self.change(|state| self.probe(state));
@@ -367,13 +366,4 @@ impl Failure {
             Verdict::LookAgain
         })
     }
-}
-
-fn probe_waits() -> ExponentialBackoff {
-    ExponentialBuilder::new()
-        .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(Duration::from_millis(700))
-        .with_jitter()
-        .without_max_times()
-        .build()
 }

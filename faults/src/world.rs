@@ -9,8 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 use broker::{DeadLetter, Treatment};
 use pipeline::Surroundings;
 use testbed::{
-    PostgresCluster, Process, Proxy, RabbitNode, SPOOL_ON_A_SMALL_DISK, Scratch, eventually,
-    free_port, postgres_environment,
+    ON_A_SMALL_DISK, PostgresCluster, Process, Proxy, RabbitNode, Scratch, eventually, free_port,
+    postgres_environment,
 };
 use tester::ledger::Entry;
 
@@ -180,7 +180,7 @@ impl World {
         variables.extend(&self.setup.producer);
         if self.setup.small_spool_disk {
             fs::create_dir_all(self.spool()).expect("a scratch directory should be writable");
-            return self.surroundings.spawn_through(&SPOOL_ON_A_SMALL_DISK, "producer", &variables);
+            return self.surroundings.spawn_through(&ON_A_SMALL_DISK, "producer", &variables);
         }
         self.surroundings.spawn("producer", &variables)
     }

@@ -41,6 +41,14 @@ async fn all_arrive(accepted: &[i64], status_api: &StatusApi, pool: &PgPool) {
     .await;
 }
 
+fn looked_up_twice(status_api: &StatusApi) -> Vec<i64> {
+    let mut lookups = HashMap::new();
+    for (id, _) in status_api.lookups() {
+        *lookups.entry(id).or_insert(0) += 1;
+    }
+    lookups.into_iter().filter(|(_, count)| *count > 1).map(|(id, _)| id).collect()
+}
+
 #[tokio::test]
 async fn the_testers_callbacks_fill_the_table_and_what_is_no_longer_seen_leaves_it() {
     let (queue, database) = (Queue::new(), Database::new().await);
@@ -237,11 +245,7 @@ async fn stopping_under_load_finishes_what_is_in_flight_and_loses_nothing() {
     assert_eq!((ledger.refused, ledger.unanswered), (Vec::new(), 0));
     all_arrive(&ledger.accepted, &status_api, database.pool()).await;
 
-    let mut lookups = HashMap::new();
-    for (id, _) in status_api.lookups() {
-        *lookups.entry(id).or_insert(0) += 1;
-    }
-    let twice: Vec<i64> = lookups.iter().filter(|(_, n)| **n > 1).map(|(id, _)| *id).collect();
+    let twice = looked_up_twice(&status_api);
     assert!(twice.is_empty(), "looked up twice because of a clean stop: {twice:?}");
 
     // And the producer: whoever is in the middle of a callback gets its answer.
@@ -320,10 +324,6 @@ async fn a_rolling_restart_is_felt_by_nobody() {
     let ledger = partner.ledger();
     assert_eq!((ledger.refused, ledger.unanswered), (Vec::new(), 0));
     all_arrive(&ledger.accepted, &status_api, database.pool()).await;
-    let mut lookups = HashMap::new();
-    for (id, _) in status_api.lookups() {
-        *lookups.entry(id).or_insert(0) += 1;
-    }
-    let twice: Vec<i64> = lookups.iter().filter(|(_, n)| **n > 1).map(|(id, _)| *id).collect();
+    let twice = looked_up_twice(&status_api);
     assert!(twice.is_empty(), "looked up twice because of clean stops: {twice:?}");
 }

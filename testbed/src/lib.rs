@@ -53,5 +53,5 @@ pub use proxy::Proxy;
 pub use queue::{Queue, RETRY_LEVELS};
 pub use rabbit_node::RabbitNode;
 pub use scratch::Scratch;
-pub use small_disk::{SPOOL_ON_A_SMALL_DISK, fill_disk};
+pub use small_disk::{ON_A_SMALL_DISK, fill_disk};
 pub use status_api::{Answer, Note, StatusApi};

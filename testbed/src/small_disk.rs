@@ -6,17 +6,17 @@ use std::path::{Path, PathBuf};
 
 use crate::process::Process;
 
-/// For [`Process::spawn_through`]: mounts a disk of 48 MiB at the process's `SPOOL_DIR`, for itself
-/// alone, and becomes the process that follows. Only root may do so, and whoever is root in a name
-/// space of its own. The disk goes with the process.
-pub const SPOOL_ON_A_SMALL_DISK: [&str; 7] = [
+/// For [`Process::spawn_through`]: mounts a disk of 48 MiB at the process's `SPOOL_DIR`, or if it has
+/// none at its `LASTSEEN_DIR`, for itself alone, and becomes the process that follows. Only root may do
+/// so, and whoever is root in a name space of its own. The disk goes with the process.
+pub const ON_A_SMALL_DISK: [&str; 7] = [
     "unshare",
     "--user",
     "--map-root-user",
     "--mount",
     "sh",
     "-c",
-    r#"mount -t tmpfs -o size=48m small "$SPOOL_DIR" && exec "$0" "$@""#,
+    r#"mount -t tmpfs -o size=48m small "${SPOOL_DIR:-$LASTSEEN_DIR}" && exec "$0" "$@""#,
 ];
 
 /// Fills the small disk that `process` has at `directory`. Removing the file that it gives makes room

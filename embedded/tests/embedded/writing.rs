@@ -8,6 +8,7 @@ use std::task::Poll;
 use embedded::File;
 use rusqlite::Connection;
 use testbed::{Process, Scratch, eventually};
+use tokio::sync::oneshot;
 use tokio::time::timeout;
 
 use crate::{FORMAT, INSERT, PATIENCE, insert, numbers, open, path_in};
@@ -28,11 +29,18 @@ async fn callers_at_once_share_commits_and_each_gets_its_own_answer() {
     assert_eq!(numbers(&path_in(&folder)).len(), 3_000);
 }
 
-/// Work that keeps the thread busy until it is told to go on, so that what is asked for meanwhile
-/// shares the next commit.
-fn held_up() -> (mpsc::Sender<()>, impl FnOnce(&Connection) -> rusqlite::Result<()> + Send) {
-    let (go_on, told) = mpsc::channel();
-    (go_on, move |_: &Connection| {
+/// The thread's hold on work that keeps it busy.
+struct Hold {
+    begun: oneshot::Receiver<()>,
+    go_on: mpsc::Sender<()>,
+}
+
+/// Work that keeps the thread busy until it is told to go on: what is asked for once it has begun shares
+/// the next commit.
+fn held_up() -> (Hold, impl FnOnce(&Connection) -> rusqlite::Result<()> + Send) {
+    let ((begin, begun), (go_on, told)) = (oneshot::channel(), mpsc::channel());
+    (Hold { begun, go_on }, move |_: &Connection| {
+        let _ = begin.send(());
         let _ = told.recv();
         Ok(())
     })
@@ -42,16 +50,18 @@ fn held_up() -> (mpsc::Sender<()>, impl FnOnce(&Connection) -> rusqlite::Result<
 async fn work_that_fails_is_undone_by_itself_and_the_rest_of_its_group_is_kept() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
-    let (go_on, held_up) = held_up();
+    let (hold, held_up) = held_up();
     let failing = file.transact(|connection| {
         connection.execute(INSERT, [2])?;
         connection.execute("INSERT INTO nowhere VALUES (1)", [])
     });
-    // They are asked for in this order, the last of them before the thread goes on.
-    let (_, first, failed, last, ()) =
-        tokio::join!(file.transact(held_up), insert(&file, 1), failing, insert(&file, 3), async {
-            go_on.send(()).unwrap();
-        });
+    let (_, (first, failed, last, ())) = tokio::join!(file.transact(held_up), async {
+        hold.begun.await.unwrap();
+        // They are asked for in this order, the last of them before the thread goes on.
+        tokio::join!(insert(&file, 1), failing, insert(&file, 3), async {
+            hold.go_on.send(()).unwrap();
+        })
+    });
     let error = failed.unwrap_err().to_string();
     assert!(error.contains("nowhere"), "{error}");
     first.unwrap();
@@ -74,13 +84,12 @@ async fn a_full_disk_undoes_the_group_and_is_over_when_there_is_room_again() {
     // To SQLite it is the same as a disk that is full.
     limit(1).await.unwrap();
     let large = "INSERT INTO number VALUES (2, hex(zeroblob(100000)))";
-    let (go_on, held_up) = held_up();
-    let (_, small, large, ()) = tokio::join!(
-        file.transact(held_up),
-        insert(&file, 3),
-        file.transact(move |connection| connection.execute(large, [])),
-        async { go_on.send(()).unwrap() }
-    );
+    let (hold, held_up) = held_up();
+    let (_, (small, large, ())) = tokio::join!(file.transact(held_up), async {
+        hold.begun.await.unwrap();
+        let large = file.transact(move |connection| connection.execute(large, []));
+        tokio::join!(insert(&file, 3), large, async { hold.go_on.send(()).unwrap() })
+    });
     let error = large.unwrap_err().to_string();
     assert!(error.contains("full"), "{error}");
     small.unwrap_err();
@@ -111,12 +120,14 @@ async fn a_panic_in_the_work_ends_the_thread_and_everybody_hears_of_it() {
 async fn what_a_caller_has_given_up_is_not_done_any_more() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
-    let (go_on, held_up) = held_up();
-    let (_, last, ()) = tokio::join!(file.transact(held_up), insert(&file, 2), async {
+    let (hold, held_up) = held_up();
+    let (_, last) = tokio::join!(file.transact(held_up), async {
+        hold.begun.await.unwrap();
         let mut given_up = Box::pin(insert(&file, 1));
         poll_fn(|context| Poll::Ready(given_up.as_mut().poll(context).is_pending())).await;
         drop(given_up);
-        go_on.send(()).unwrap();
+        let go_on = async { hold.go_on.send(()).unwrap() };
+        tokio::join!(insert(&file, 2), go_on).0
     });
     last.unwrap();
     assert_eq!(numbers(&path_in(&folder)), [2]);

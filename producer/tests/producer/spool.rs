@@ -1,7 +1,7 @@
 use std::collections::BTreeSet;
 use std::fs;
 
-use testbed::{Process, Queue, SPOOL_ON_A_SMALL_DISK, Scratch, eventually, fill_disk};
+use testbed::{ON_A_SMALL_DISK, Process, Queue, Scratch, eventually, fill_disk};
 
 use crate::front_door::{DEADLINE, Producer};
 use crate::outage::proxied_broker;
@@ -113,7 +113,7 @@ async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
         ("SPOOL_DIR", scratch.path().display().to_string()),
     ];
-    let producer = Process::spawn_through(&SPOOL_ON_A_SMALL_DISK, "producer", &settings, &[]);
+    let producer = Process::spawn_through(&ON_A_SMALL_DISK, "producer", &settings, &[]);
     let address = producer.wait_for_log("taking callbacks").await;
     let address = address.split("address=").nth(1).unwrap().trim().to_owned();
     let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap();

@@ -1,23 +1,10 @@
 use std::collections::HashSet;
 use std::fs;
-use std::path::PathBuf;
 
 use pipeline::{Partner, callback_endpoint};
-use testbed::{Process, eventually};
+use testbed::{ON_A_SMALL_DISK, Process, eventually, fill_disk};
 
 use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
-
-/// Mounts a small disk at the directory in its last argument, for itself alone, and becomes the
-/// process that follows. Only root may do so, and whoever is root in a name space of its own.
-const ON_A_SMALL_DISK: [&str; 7] = [
-    "unshare",
-    "--user",
-    "--map-root-user",
-    "--mount",
-    "sh",
-    "-c",
-    r#"mount -t tmpfs -o size=6m small "$LASTSEEN_DIR" && exec "$0" "$@""#,
-];
 
 #[tokio::test]
 async fn on_a_full_disk_callbacks_are_refused_and_all_goes_on_when_there_is_room() {
@@ -31,12 +18,7 @@ async fn on_a_full_disk_callbacks_are_refused_and_all_goes_on_when_there_is_room
     let partner = Partner::default();
     assert!(partner.post(&endpoint, &[2]).await);
 
-    // Seen from outside, its disk is below its own root.
-    let disk = PathBuf::from(format!("/proc/{}/root", lastseen.pid()));
-    let disk = disk.join(home.file("").strip_prefix("/").unwrap());
-    let ballast = disk.join("ballast");
-    let filled = fs::write(&ballast, vec![0; 8 << 20]).unwrap_err();
-    assert_eq!(filled.kind(), std::io::ErrorKind::StorageFull);
+    let filling = fill_disk(&lastseen, &home.file(""));
     let mut next = 1_000;
     eventually("a callback is refused", PATIENCE, async || {
         next += 1_000;
@@ -53,7 +35,7 @@ async fn on_a_full_disk_callbacks_are_refused_and_all_goes_on_when_there_is_room
     })
     .await;
 
-    fs::remove_file(&ballast).unwrap();
+    fs::remove_file(&filling).unwrap();
     lastseen.ready().await;
     eventually("a callback is accepted", PATIENCE, async || {
         next += 2;
