@@ -38,9 +38,9 @@ struct Hold {
 /// Work that keeps the thread busy until it is told to go on: what is asked for once it has begun shares
 /// the next commit.
 fn held_up() -> (Hold, impl FnOnce(&Connection) -> rusqlite::Result<()> + Send) {
-    let ((begin, begun), (go_on, told)) = (oneshot::channel(), mpsc::channel());
+    let ((started, begun), (go_on, told)) = (oneshot::channel(), mpsc::channel());
     (Hold { begun, go_on }, move |_: &Connection| {
-        let _ = begin.send(());
+        let _ = started.send(());
         let _ = told.recv();
         Ok(())
     })
