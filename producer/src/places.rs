@@ -2,12 +2,14 @@
 
 use std::borrow::Cow;
 use std::path::PathBuf;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
 use broker::{LinkStatus, PublishError, Publisher, SpoolError};
 use service::Health;
 use tokio::sync::watch;
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::Config;
 use crate::spool::Outage;
@@ -62,35 +64,36 @@ impl Places {
     /// # Errors
     /// [`Unavailable`]: some of them may be durable all the same.
     pub(crate) async fn take(&self, callback_id: &str, ids: &[i64]) -> Result<(), Unavailable> {
-        let publish = |within| self.publisher.publish_ids(callback_id, ids, within);
+        let within = self.publish_timeout + SPOOL_TIMEOUT;
+        let late = Instant::now() + within;
+        let mut publishing = pin!(self.publisher.publish_ids(callback_id, ids, within));
         let Some((outage, spool)) = self.outage.as_ref().and_then(|o| Some((o, o.spool()?))) else {
-            let within = self.publish_timeout + SPOOL_TIMEOUT;
-            return publish(within).await.map_err(|broker| Unavailable { broker, spool: None });
+            return publishing.await.map_err(|broker| Unavailable { broker, spool: None });
         };
-        let refused = if outage.broker_takes() {
-            match publish(self.publish_timeout).await {
-                Ok(()) => return Ok(()),
-                Err(error) => Some(error),
+        let mut refused = None;
+        if outage.broker_takes() {
+            match timeout(self.publish_timeout, publishing.as_mut()).await {
+                Ok(Ok(())) => return Ok(()),
+                Ok(Err(error)) => refused = Some(error),
+                // Its confirm may still come, should the spool not take it.
+                Err(_) => {}
             }
-        } else {
-            None
-        };
-        if refused.is_some() {
             outage.set_broker_takes(false);
         }
         let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
         let added = spool.add(callback_id, &unconfirmed, SPOOL_TIMEOUT).await;
         outage.note(&added, unconfirmed.len());
-        match (added, refused) {
-            (Ok(()), _) => Ok(()),
-            (Err(spool), Some(broker)) => Err(Unavailable { broker, spool: Some(spool) }),
-            // It was not asked, for it is believed to be away; now it is the only place.
-            (Err(spool), None) => {
-                let published = publish(self.publish_timeout).await;
-                outage.set_broker_takes(published.is_ok());
-                published.map_err(|broker| Unavailable { broker, spool: Some(spool) })
-            }
-        }
+        let Err(spool) = added else { return Ok(()) };
+        let published = match refused {
+            Some(error) => Err(error),
+            // Now it is the only place, and has what is left of the time.
+            None => match timeout_at(late, publishing).await {
+                Ok(published) => published,
+                Err(_) => Err(PublishError::Timeout(within)),
+            },
+        };
+        outage.set_broker_takes(published.is_ok());
+        published.map_err(|broker| Unavailable { broker, spool: Some(spool) })
     }
 
     /// Tells what it needs: one of the two.

@@ -1,5 +1,6 @@
 use std::collections::BTreeSet;
 use std::fs;
+use std::time::Duration;
 
 use testbed::{ON_A_SMALL_DISK, Process, Queue, Scratch, eventually, fill_disk};
 
@@ -59,6 +60,31 @@ async fn a_full_spool_refuses_and_with_the_broker_there_callbacks_pass_it_by() {
         (depth as usize >= accepted.len()).then_some(())
     })
     .await;
+}
+
+#[tokio::test]
+async fn with_a_full_spool_a_slow_broker_has_all_of_the_time() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let settings = ["--spool-max-bytes=1048576", "--publish-timeout=50ms"];
+    let producer = Producer::start_at(&uri, &settings).await;
+    let mut next = 0;
+    eventually("the spool is full", DEADLINE, async || {
+        let ids: Vec<i64> = (next..next + 1_000).collect();
+        next += 1_000;
+        (producer.post_ids(&ids).await.status == 503).then_some(())
+    })
+    .await;
+    proxy.restore();
+    proxy.slow_down(Duration::from_millis(60)..Duration::from_millis(70), Duration::ZERO);
+    eventually("the broker is there", DEADLINE, async || {
+        let missed = producer.health.done_without();
+        missed.iter().all(|(name, _)| *name != "broker").then_some(())
+    })
+    .await;
+    // Each way takes longer than PUBLISH_TIMEOUT, and both less than a callback may take.
+    let answer = producer.post_ids(&[next]).await;
+    assert_eq!(answer.status, 200, "{answer:?}");
 }
 
 #[tokio::test]
