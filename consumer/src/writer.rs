@@ -4,7 +4,6 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use store::{Sighting, Store, StoreError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout_at;
@@ -107,7 +106,7 @@ async fn write_batches(
 /// each half is committed or halved on, so one bad row among 1,000 costs some twenty statements.
 async fn commit(store: &Store, batch: &[Seen]) -> HashMap<i64, String> {
     let newest = newest_of_each(batch);
-    let mut waits = waits();
+    let mut waits = broker::backoff();
     let started = Instant::now();
     let mut failures = 0_u32;
     let mut refused = HashMap::new();
@@ -117,7 +116,7 @@ async fn commit(store: &Store, batch: &[Seen]) -> HashMap<i64, String> {
         let sightings: Vec<Sighting> =
             rows.iter().map(|&(id, at)| Sighting { id, age: at.elapsed() }).collect();
         match (store.record_seen(&sightings).await, rows) {
-            (Ok(()), _) => waits = self::waits(),
+            (Ok(()), _) => waits = broker::backoff(),
             (Err(error @ StoreError::Refused(_)), &[(id, _)]) => {
                 let reason = error.to_string();
                 tracing::warn!(id, reason, "not written");
@@ -148,15 +147,6 @@ async fn commit(store: &Store, batch: &[Seen]) -> HashMap<i64, String> {
     #[expect(clippy::cast_precision_loss, reason = "a batch has at most 10,000 rows")]
     metrics::histogram!("lastseen_write_batch_rows").record(newest.len() as f64);
     refused
-}
-
-fn waits() -> ExponentialBackoff {
-    ExponentialBuilder::new()
-        .with_min_delay(Duration::from_millis(50))
-        .with_max_delay(Duration::from_millis(700))
-        .with_jitter()
-        .without_max_times()
-        .build()
 }
 
 /// Each object once, with its newest sighting, in ascending order of the ids: the order in which
