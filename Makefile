@@ -12,7 +12,7 @@ test: ## build all and run all tests, with a RabbitMQ and a Postgres found or st
 
 faults: ## run the whole fault suite, or one case (make faults CASE=broker_killed), and note it in FAULTS.md
 	cargo build --release --workspace --locked
-	FAULTS=all FAULTS_FILE=$(CURDIR)/FAULTS.md cargo test --release --locked -p faults --test faults -- $(CASE)
+	FAULTS=all FAULTS_FILE=$(CURDIR)/FAULTS.md cargo test --release --workspace --locked --test faults -- $(CASE)
 
 lint: ## check format, clippy and documentation; a warning is a failure
 	cargo fmt --all --check

@@ -71,6 +71,8 @@ struct State {
 pub(crate) enum Outcome<'a> {
     Answered,
     Failed(&'a dyn std::error::Error),
+    /// It has failed for an object that failed before while others were answered.
+    FailedAgain(&'a dyn std::error::Error),
     /// The API asked to be left alone for so long.
     AskedToWait(Duration),
 }
@@ -326,7 +328,12 @@ impl Place {
                     breaker.answered(state, number);
                     return None;
                 }
-                Outcome::Failed(error) => breaker.failed(state, number, error),
+                // It tells about its object, as before, and nothing about the API. Objects that always
+                // fail come again with each attempt, and would soon be nearly all there is.
+                Outcome::FailedAgain(_) if answered_before => {}
+                Outcome::Failed(error) | Outcome::FailedAgain(error) => {
+                    breaker.failed(state, number, *error);
+                }
                 Outcome::AskedToWait(wait) => breaker.asked_to_wait(state, number, *wait),
             }
             let breaker = Arc::clone(&breaker);
@@ -365,5 +372,41 @@ impl Failure {
         } else {
             Verdict::LookAgain
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::{Error, ErrorKind};
+
+    use super::*;
+
+    fn looked_up(breaker: &Arc<Breaker>, outcome: &Outcome) {
+        breaker.try_enter().expect("there should be a place").leave(outcome);
+    }
+
+    #[test]
+    fn objects_that_fail_again_and_again_do_not_trip_it_while_others_are_answered() {
+        let breaker = Breaker::new(10);
+        let error = Error::from(ErrorKind::Other);
+        for _ in 0..100 {
+            looked_up(&breaker, &Outcome::Answered);
+            looked_up(&breaker, &Outcome::Failed(&error));
+            for _ in 0..8 {
+                looked_up(&breaker, &Outcome::FailedAgain(&error));
+            }
+        }
+        assert!(breaker.is_closed());
+    }
+
+    #[test]
+    fn objects_that_fail_again_trip_it_when_no_other_is_answered() {
+        let breaker = Breaker::new(100);
+        let error = Error::from(ErrorKind::Other);
+        for _ in 0..20 {
+            assert!(breaker.is_closed());
+            looked_up(&breaker, &Outcome::FailedAgain(&error));
+        }
+        assert!(!breaker.is_closed());
     }
 }

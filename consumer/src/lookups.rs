@@ -161,7 +161,7 @@ impl Shared {
             let answer = self.look_up(id).await;
             tracing::debug!(id, callback_id, ?answer, "looked up");
             // Waiting for the commit, or for a verdict, takes no lookup's place.
-            let failure = place.leave(&outcome(&answer));
+            let failure = place.leave(&outcome(&answer, delivery.failed_attempts()));
             let (error, failure) = match (answer, failure) {
                 (Ok(Answer::Online(at)), _) => {
                     return Ok(Some(match self.writer.record(id, at).await? {
@@ -223,13 +223,16 @@ impl Shared {
     }
 }
 
-/// What an answer says about the API.
-fn outcome(answer: &Result<Answer, LookupError>) -> Outcome<'_> {
+/// What an answer says about the API, given how often lookups for the same delivery have failed and
+/// counted.
+fn outcome(answer: &Result<Answer, LookupError>, failed_attempts: u32) -> Outcome<'_> {
     match answer {
         Ok(_) => Outcome::Answered,
-        Err(error) => {
-            error.asks_to_wait().map_or_else(|| Outcome::Failed(error), Outcome::AskedToWait)
-        }
+        Err(error) => match error.asks_to_wait() {
+            Some(wait) => Outcome::AskedToWait(wait),
+            None if failed_attempts > 0 => Outcome::FailedAgain(error),
+            None => Outcome::Failed(error),
+        },
     }
 }
 

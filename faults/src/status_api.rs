@@ -79,6 +79,15 @@ impl StatusApi {
         self.server.lookups().len()
     }
 
+    /// For how many ids it has been asked more than `times` since it last came up, whatever the answer.
+    pub(crate) fn asked_more_than(&self, times: u32) -> usize {
+        let mut counts: HashMap<i64, u32> = HashMap::new();
+        for (id, _) in self.server.lookups() {
+            *counts.entry(id).or_default() += 1;
+        }
+        counts.values().filter(|count| **count > times).count()
+    }
+
     /// How many lookups wait for their answer now.
     pub(crate) fn in_flight(&self) -> usize {
         self.server.in_flight()

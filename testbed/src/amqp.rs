@@ -20,7 +20,11 @@ pub fn amqp_uri() -> String {
     clippy::disallowed_methods,
     reason = "broker's link is what is tested; here a timeout is enough, and a leaked thread ends with the test"
 )]
-pub(crate) async fn connect(uri: &str) -> Result<Connection, String> {
+/// Opens a connection, or says why there is none.
+///
+/// # Errors
+/// When there is no broker, or it does not answer within 5 s.
+pub async fn connect(uri: &str) -> Result<Connection, String> {
     let connecting = Connection::connect(uri, ConnectionProperties::default());
     match tokio::time::timeout(CONNECT_TIMEOUT, connecting).await {
         Ok(connection) => connection.map_err(|error| error.to_string()),

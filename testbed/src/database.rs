@@ -24,24 +24,29 @@ pub fn database_url() -> String {
 #[derive(Debug)]
 pub struct Database {
     name: String,
+    admin_url: String,
     url: String,
     pool: PgPool,
 }
 
 impl Database {
-    /// Creates the database.
+    /// Creates the database on the shared server.
     pub async fn new() -> Self {
-        let admin_url = database_url();
+        Self::on(&database_url()).await
+    }
+
+    /// Creates the database on the server where `admin_url` leads.
+    pub async fn on(admin_url: &str) -> Self {
         let name = format!("lastseen_test_{}", Uuid::now_v7().simple());
-        let mut url = Url::parse(&admin_url).expect("TEST_DATABASE_URL should be a URL");
+        let mut url = Url::parse(admin_url).expect("an administrator's URL should be a URL");
         url.set_path(&name);
         // From template1 it would fail whenever somebody is connected to that.
-        execute(&admin_url, format!("CREATE DATABASE {name} TEMPLATE template0"))
+        execute(admin_url, format!("CREATE DATABASE {name} TEMPLATE template0"))
             .await
-            .expect("TEST_DATABASE_URL should lead to a server where databases can be created");
+            .expect("an administrator's URL should lead to a server where databases can be created");
         let url = url.to_string();
         let pool = small_pool(&url);
-        Self { name, url, pool }
+        Self { name, admin_url: admin_url.to_owned(), url, pool }
     }
 
     /// Where it is, as a `postgres://` URL.
@@ -66,8 +71,9 @@ impl Database {
 impl Drop for Database {
     fn drop(&mut self) {
         let drop_it = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
+        let admin_url = self.admin_url.clone();
         cleanup::block_on("drop a test's database", async move || {
-            execute(&database_url(), drop_it).await.map_err(|error| error.to_string())
+            execute(&admin_url, drop_it).await.map_err(|error| error.to_string())
         });
     }
 }

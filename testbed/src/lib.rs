@@ -38,7 +38,7 @@ mod scratch;
 mod small_disk;
 mod status_api;
 
-pub use amqp::amqp_uri;
+pub use amqp::{amqp_uri, connect};
 pub use authority::Authority;
 pub use balancer::Balancer;
 pub use database::{Database, database_url, postgres_environment};

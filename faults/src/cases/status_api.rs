@@ -13,7 +13,7 @@ pub(super) fn cases() -> Vec<Case> {
     vec![
         Case::new(
             "status_api_down",
-            "status API down for 20 s, where each message has one attempt only",
+            "status API down for 2 minutes (20 s in `make test`), where each message has one attempt only",
             down,
         )
         .in_make_test(),
@@ -48,6 +48,8 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
+/// For how long it is away.
+const DOWN: Duration = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 120 });
 /// For how long it ails once the consumer has noticed.
 const AILING: Duration = Duration::from_secs(10);
 /// So many failed lookups make the consumer notice.
@@ -65,7 +67,7 @@ async fn down() -> Verdict {
     world.comes_under_load().await;
     world.status_api.goes_down();
     is_noticed(&world, "transport").await;
-    world.stays(Duration::from_secs(20)).await;
+    world.stays(DOWN).await;
     world.status_api.comes_back();
     world.recovers().await;
     world.settles(Allowed::REPEATS).await
