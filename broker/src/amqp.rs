@@ -1,5 +1,6 @@
 //! The queue on a RabbitMQ.
 
+mod acks;
 mod consumer;
 mod delivery;
 mod history;

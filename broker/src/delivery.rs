@@ -103,4 +103,12 @@ impl Delivery {
         metrics::counter!("lastseen_settled_total", "disposition" => label).increment(1);
         settled
     }
+
+    /// Gives it back at once, as if it had not been delivered, so that another consumer can have it.
+    pub async fn give_back(self) {
+        match self.0 {
+            Inner::Amqp(delivery) => delivery.give_back().await,
+            Inner::Sqlite(delivery) => delivery.give_back(),
+        }
+    }
 }

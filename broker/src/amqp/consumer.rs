@@ -1,24 +1,22 @@
 //! Taking messages from a RabbitMQ.
 
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backon::ExponentialBackoff;
 use futures_util::StreamExt as _;
 use lapin::Channel;
-use lapin::options::{
-    BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicNackOptions, BasicQosOptions,
-};
+use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::delivery::Delivery;
+use super::acks::Acks;
+use super::delivery::{Delivery, Outward, REQUEUE};
 use super::link::{self, Link, LinkError, OutageLog, RPC_TIMEOUT};
 use super::publisher::Publisher;
 use super::topology::Topology;
 use crate::{LinkStatus, backoff};
-
-const REQUEUE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
 
 /// A consumer of the queue, on a connection of its own: a publishing connection that the broker has
 /// blocked would hold back its acks too.
@@ -37,6 +35,7 @@ struct Session {
     connection: Link,
     channel: Channel,
     deliveries: lapin::Consumer,
+    outward: Arc<Outward>,
 }
 
 impl Consumer {
@@ -62,7 +61,7 @@ impl Consumer {
         loop {
             let reason = match &mut self.session {
                 Some(session) => match session.next().await {
-                    Ok(received) => return Delivery::new(received, self.publisher.clone()),
+                    Ok(received) => return Delivery::new(received, Arc::clone(&session.outward)),
                     Err(reason) => reason,
                 },
                 None => match self.open().await {
@@ -135,7 +134,8 @@ impl Consumer {
             channel.basic_consume(queue, "".into(), options, FieldTable::default()).await
         };
         let deliveries = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
-        Ok(Session { connection, channel, deliveries })
+        let outward = Outward { publisher: self.publisher.clone(), acks: Acks::start() };
+        Ok(Session { connection, channel, deliveries, outward: Arc::new(outward) })
     }
 }
 

@@ -1,11 +1,14 @@
 //! A message as received from a RabbitMQ, and how it is settled there.
 
+use std::sync::Arc;
 use std::time::Duration;
 
-use lapin::options::BasicAckOptions;
+use lapin::options::BasicNackOptions;
+use lapin::types::ShortString;
 use lapin::{Acker, BasicProperties, message};
 use tokio::time::timeout;
 
+use super::acks::Acks;
 use super::history;
 use super::publisher::{Outgoing, Publisher};
 use crate::message::{DecodeError, decode};
@@ -14,6 +17,13 @@ use crate::{Disposition, Settled, backoff, retry};
 /// A copy that is not confirmed in this time is published again.
 const COPY_TIMEOUT: Duration = Duration::from_secs(5);
 const ACK_TIMEOUT: Duration = Duration::from_secs(15);
+pub(super) const REQUEUE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
+
+/// What the deliveries of one session are settled by.
+pub(super) struct Outward {
+    pub(super) publisher: Publisher,
+    pub(super) acks: Acks,
+}
 
 /// See [`crate::Delivery`].
 pub(crate) struct Delivery {
@@ -22,16 +32,18 @@ pub(crate) struct Delivery {
     properties: BasicProperties,
     attempts: u32,
     redelivered: bool,
+    tag: u64,
     acker: Acker,
-    publisher: Publisher,
+    outward: Arc<Outward>,
 }
 
 impl Delivery {
-    pub(super) fn new(received: message::Delivery, publisher: Publisher) -> Self {
-        let message::Delivery { data: body, properties, redelivered, acker, .. } = received;
+    pub(super) fn new(received: message::Delivery, outward: Arc<Outward>) -> Self {
+        let message::Delivery { data: body, properties, redelivered, delivery_tag, acker, .. } =
+            received;
         let id = decode(&body);
         let attempts = history::failed_attempts(&properties);
-        Self { id, body, properties, attempts, redelivered, acker, publisher }
+        Self { id, body, properties, attempts, redelivered, tag: delivery_tag, acker, outward }
     }
 
     pub(crate) fn id(&self) -> Result<i64, &DecodeError> {
@@ -52,48 +64,51 @@ impl Delivery {
 
     /// For all but an ack that means a copy, confirmed before the original is acked.
     pub(crate) async fn settle(self, disposition: Disposition) -> Settled {
+        let topology = self.outward.publisher.topology();
         let copy = match disposition {
             Disposition::Ack => None,
             Disposition::Retry { reason, after } => {
                 let wait = retry::wait(self.attempts + 1, after, rand::random());
                 let expiration = wait.length.as_millis().to_string();
-                Some(Outgoing {
-                    routing_key: self.publisher.topology().delays[wait.level].clone(),
-                    body: self.body.clone(),
-                    properties: history::after_failure(&self.properties, &reason)
-                        .with_expiration(expiration.into()),
-                })
+                let properties = history::after_failure(&self.properties, &reason);
+                Some((&topology.delays[wait.level], properties.with_expiration(expiration.into())))
             }
-            Disposition::Requeue => Some(Outgoing {
-                routing_key: self.publisher.topology().queue.clone(),
-                body: self.body.clone(),
-                properties: history::kept(&self.properties),
-            }),
-            Disposition::DeadLetter { reason } => Some(Outgoing {
-                routing_key: self.publisher.topology().dead.clone(),
-                body: self.body.clone(),
-                properties: history::after_failure(&self.properties, &reason),
-            }),
+            Disposition::Requeue => Some((&topology.queue, history::kept(&self.properties))),
+            Disposition::DeadLetter { reason } => {
+                Some((&topology.dead, history::after_failure(&self.properties, &reason)))
+            }
         };
-        if let Some(copy) = copy
-            && self.publish_copy(copy).await == Settled::Lost
+        if let Some((queue, properties)) = copy
+            && self.publish_copy(queue, properties).await == Settled::Lost
         {
             return Settled::Lost;
         }
-        match timeout(ACK_TIMEOUT, self.acker.ack(BasicAckOptions::default())).await {
-            Ok(Ok(true)) => Settled::Done,
-            // `Ok(false)` is lapin's word for an ack that was never sent.
-            Ok(Ok(false) | Err(_)) | Err(_) => Settled::Lost,
+        match timeout(ACK_TIMEOUT, self.outward.acks.send(self.tag, self.acker)).await {
+            Ok(true) => Settled::Done,
+            Ok(false) | Err(_) => Settled::Lost,
         }
     }
 
-    async fn publish_copy(&self, copy: Outgoing) -> Settled {
+    pub(crate) async fn give_back(self) {
+        if let Err(error) = self.acker.nack(REQUEUE).await {
+            // It goes back with its channel.
+            tracing::debug!(%error, "not given back");
+        }
+    }
+
+    async fn publish_copy(&self, queue: &ShortString, properties: BasicProperties) -> Settled {
+        let copy = Outgoing { body: self.body.clone(), properties };
         for wait in backoff() {
             // First, or each message of a lost channel would be there twice: its copy and itself.
             if !self.acker.usable() {
                 return Settled::Lost;
             }
-            match self.publisher.publish(std::iter::once(copy.clone()), COPY_TIMEOUT).await {
+            match self
+                .outward
+                .publisher
+                .publish(queue, std::iter::once(copy.clone()), COPY_TIMEOUT)
+                .await
+            {
                 Ok(()) => return Settled::Done,
                 Err(error) => tracing::debug!(%error, "the copy is not confirmed; trying again"),
             }

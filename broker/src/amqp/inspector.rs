@@ -235,14 +235,16 @@ async fn redrive(
     letters: impl ExactSizeIterator<Item = &Delivery>,
 ) -> Result<(), InspectError> {
     let copy = |letter: &Delivery| Outgoing {
-        routing_key: publisher.topology().queue.clone(),
         body: letter.data.clone(),
         properties: history::forgotten(&letter.properties),
     };
-    publisher.publish(letters.map(copy), CONFIRM_TIMEOUT).await.map_err(|error| match error {
-        PublishError::Away(reason) => InspectError::Away(reason),
-        refused => InspectError::Away(refused.to_string()),
-    })
+    publisher
+        .publish(&publisher.topology().queue, letters.map(copy), CONFIRM_TIMEOUT)
+        .await
+        .map_err(|error| match error {
+            PublishError::Away(reason) => InspectError::Away(reason),
+            refused => InspectError::Away(refused.to_string()),
+        })
 }
 
 async fn ack(letters: impl Iterator<Item = &Delivery>) -> Result<(), InspectError> {

@@ -40,13 +40,14 @@ pub(crate) struct Publisher {
 /// One message on its way out.
 #[derive(Clone, Debug)]
 pub(super) struct Outgoing {
-    pub(super) routing_key: ShortString,
     pub(super) body: Vec<u8>,
     pub(super) properties: BasicProperties,
 }
 
 /// What one caller wants to have published, all of it or an error.
 struct Batch {
+    /// The queue that all of them go to.
+    queue: ShortString,
     messages: Vec<Outgoing>,
     reply: oneshot::Sender<Result<(), PublishError>>,
     /// Held until the batch is answered.
@@ -82,17 +83,15 @@ impl Publisher {
             .with_content_type("application/json".into())
             .with_correlation_id(callback_id.into())
             .with_timestamp(seconds);
-        let message = |id: &i64| Outgoing {
-            routing_key: self.topology.queue.clone(),
-            body: message::encode(*id),
-            properties: properties.clone(),
-        };
-        self.publish(ids.iter().map(message), within).await
+        let message =
+            |id: &i64| Outgoing { body: message::encode(*id), properties: properties.clone() };
+        self.publish(&self.topology.queue, ids.iter().map(message), within).await
     }
 
-    /// Publishes `messages`, which are not built before there is room for them.
+    /// Publishes `messages` to one queue. They are not built before there is room for them.
     pub(super) async fn publish(
         &self,
+        queue: &ShortString,
         messages: impl ExactSizeIterator<Item = Outgoing>,
         within: Duration,
     ) -> Result<(), PublishError> {
@@ -105,7 +104,8 @@ impl Publisher {
             let places = Arc::clone(&self.places).acquire_many_owned(wanted).await;
             let places = places.map_err(|_| stopped())?;
             let (reply, answer) = oneshot::channel();
-            let batch = Batch { messages: messages.collect(), reply, _places: places };
+            let messages = messages.collect();
+            let batch = Batch { queue: queue.clone(), messages, reply, _places: places };
             self.batches.send(batch).map_err(|_| stopped())?;
             // Its round ended with the connection.
             answer

@@ -53,6 +53,14 @@ impl Delivery {
         }
         Settled::Lost
     }
+
+    pub(crate) fn give_back(self) {
+        let seq = self.message.seq;
+        if let Some(message) = self.unsettled.begin_to_settle(seq) {
+            self.queue.give_back([message]);
+            self.unsettled.settled(seq);
+        }
+    }
 }
 
 /// A message that is being settled. When that is broken off, the message stays in flight.

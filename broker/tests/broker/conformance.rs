@@ -43,6 +43,8 @@ on_every_backend! {
     no_more_than_the_prefetch_is_delivered_until_something_is_settled
     a_stopped_consumer_gives_back_what_it_had_not_begun_and_settles_the_rest
     a_closed_consumer_gives_back_what_it_had_not_settled
+    deliveries_may_be_settled_in_any_order_and_many_at_once
+    what_is_given_back_can_be_had_by_another_at_once
     what_was_settled_before_the_close_is_not_delivered_again
     what_a_lost_consumer_had_taken_is_delivered_again
     two_consumers_share_the_queue_and_no_message_goes_to_both
@@ -180,6 +182,52 @@ async fn a_closed_consumer_gives_back_what_it_had_not_settled(backend: Backend) 
     }
     assert_eq!(again.keys().copied().collect::<Vec<i64>>(), [2, 3, 4, 5, 6]);
     assert!(again[&2], "{again:?}");
+    other.close().await;
+    place.holds(0, 0, 0).await;
+}
+
+/// The acks of a prefix go out as one; a broker would close the channel for a wrong one.
+async fn deliveries_may_be_settled_in_any_order_and_many_at_once(backend: Backend) {
+    const COUNT: usize = 500;
+    let place = Place::new(backend);
+    let publisher = place.open().await;
+    let ids: Vec<i64> = (0..500).collect();
+    publisher.publish_ids("c", &ids, PATIENCE).await.unwrap();
+    let mut consumer = consumer(&publisher, 500);
+    let mut deliveries = BTreeMap::new();
+    for number in 0..COUNT {
+        deliveries.insert(number * 7_919 % COUNT, next(&mut consumer).await);
+    }
+    let mut settling = JoinSet::new();
+    for (number, delivery) in deliveries {
+        settling.spawn(delivery.settle(Disposition::Ack));
+        if number % 100 == 99 {
+            // Those so far, and nothing beyond, so that a later prefix includes what was acked before.
+            while let Some(settled) = settling.join_next().await {
+                assert_eq!(settled.unwrap(), Settled::Done);
+            }
+        }
+    }
+    consumer.close().await;
+    place.holds(0, 0, 0).await;
+}
+
+async fn what_is_given_back_can_be_had_by_another_at_once(backend: Backend) {
+    let place = Place::new(backend);
+    let publisher = place.open().await;
+    publisher.publish_ids("c", &[1, 2, 3], PATIENCE).await.unwrap();
+    let mut first = consumer(&publisher, 3);
+    let [one, two, three] =
+        [next(&mut first).await, next(&mut first).await, next(&mut first).await];
+    first.stop().await;
+    two.give_back().await;
+    let mut other = consumer(&publisher, 1);
+    let two = next(&mut other).await;
+    assert_eq!(two.id().unwrap(), 2);
+    for delivery in [one, two, three] {
+        assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
+    }
+    first.close().await;
     other.close().await;
     place.holds(0, 0, 0).await;
 }

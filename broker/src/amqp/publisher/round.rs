@@ -1,11 +1,13 @@
 //! One round of publishing on one channel.
 
 use std::collections::HashSet;
+use std::pin::Pin;
+use std::task::{Context, Waker};
 
-use futures_util::StreamExt as _;
-use futures_util::stream::FuturesUnordered;
+use futures_util::future::{MaybeDone, maybe_done};
 use lapin::options::BasicPublishOptions;
-use lapin::{Channel, Confirmation};
+use lapin::types::ShortString;
+use lapin::{Channel, Confirmation, PublisherConfirm};
 
 use super::{Batch, Outgoing};
 use crate::PublishError;
@@ -24,7 +26,7 @@ pub(super) struct Tally {
     pub(super) unroutable: u64,
 }
 
-/// What became of one message.
+/// What the broker said of one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
     Confirmed,
@@ -36,11 +38,10 @@ enum Verdict {
 ///
 /// lapin attaches a returned (unroutable) message to whichever publish is confirmed next, which may
 /// be another caller's. So no batch is told "confirmed" before all that was outstanding together
-/// is in: among those is the one that carries the return.
-pub(super) async fn publish(channel: &Channel, batches: Vec<Batch>) -> Result<Tally, Broken> {
-    let outcome = publish_all(channel, &batches).await;
-    let mut tally = Tally::default();
-    let (verdicts, returned) = match outcome {
+/// is in: among those is the one that carries the return, which says itself which queue is gone.
+pub(super) async fn publish(channel: &Channel, mut batches: Vec<Batch>) -> Result<Tally, Broken> {
+    let outcome = publish_all(channel, &mut batches).await;
+    let (verdicts, gone) = match outcome {
         Ok(outcome) => outcome,
         Err(Broken(reason)) => {
             for batch in batches {
@@ -50,86 +51,72 @@ pub(super) async fn publish(channel: &Channel, batches: Vec<Batch>) -> Result<Ta
             return Err(Broken(reason));
         }
     };
-    let mut number = 0;
+    let mut tally = Tally::default();
+    let mut verdicts = verdicts.into_iter();
     for batch in batches {
-        let mut is_unroutable = false;
-        let mut which = Vec::new();
-        for position in 0..batch.messages.len() {
-            if returned.contains(&number) {
-                tally.unroutable += 1;
-                is_unroutable = true;
-            } else if verdicts[number] == Verdict::Refused {
-                tally.refused += 1;
-                which.push(position);
-            } else {
-                tally.confirmed += 1;
-            }
-            number += 1;
-        }
-        let answer = if is_unroutable {
-            // The queue has gone in the middle of the batch, with what was confirmed before.
+        let verdicts = verdicts.by_ref().take(batch.messages.len()).enumerate();
+        let refused = verdicts.filter(|(_, verdict)| *verdict == Verdict::Refused);
+        let which: Vec<usize> = refused.map(|(position, _)| position).collect();
+        let (all, refused) = (batch.messages.len() as u64, which.len() as u64);
+        let answer = if gone.contains(&batch.queue) {
+            // Maybe in the middle of the batch, with what was confirmed before.
+            tally.unroutable += all;
             Err(PublishError::Unroutable)
-        } else if which.is_empty() {
-            Ok(())
         } else {
-            Err(PublishError::Refused { which })
+            tally.confirmed += all - refused;
+            tally.refused += refused;
+            if which.is_empty() { Ok(()) } else { Err(PublishError::Refused { which }) }
         };
         let _ = batch.reply.send(answer);
     }
     Ok(tally)
 }
 
-/// The verdict on each message, in the order of the batches, and the numbers of those returned.
+/// The verdict on each message, in the order of the batches, and the queues that are gone.
 async fn publish_all(
     channel: &Channel,
-    batches: &[Batch],
-) -> Result<(Vec<Verdict>, HashSet<usize>), Broken> {
-    // Polled together, the frames of all of them share writes.
-    let mut unconfirmed: FuturesUnordered<_> =
-        batches
-            .iter()
-            .flat_map(|batch| &batch.messages)
-            .enumerate()
-            .map(|(number, message)| async move {
-                (number, publish_one(channel, number, message).await)
-            })
-            .collect();
-    let mut verdicts = vec![Verdict::Refused; unconfirmed.len()];
-    let mut returned = HashSet::new();
-    while let Some((number, confirmation)) = unconfirmed.next().await {
-        let (verdict, message) = match confirmation {
-            Ok(Confirmation::Ack(message)) => (Verdict::Confirmed, message),
-            Ok(Confirmation::Nack(message)) => (Verdict::Refused, message),
-            Ok(Confirmation::NotRequested) => {
+    batches: &mut [Batch],
+) -> Result<(Vec<Verdict>, HashSet<ShortString>), Broken> {
+    let broken = |error: lapin::Error| Broken(error.to_string());
+    // All are begun before any is awaited, so that their frames share writes.
+    let mut begun = Vec::new();
+    for Batch { queue, messages, .. } in batches {
+        begun.extend(messages.iter_mut().map(|message| begin(channel, queue, message)));
+    }
+    let mut confirms = Vec::with_capacity(begun.len());
+    for mut publish in begun {
+        publish.as_mut().await;
+        confirms.extend(publish.as_mut().take_output().transpose().map_err(broken)?);
+    }
+    let mut verdicts = Vec::with_capacity(confirms.len());
+    let mut gone = HashSet::new();
+    for confirm in confirms {
+        let (verdict, returned) = match confirm.await.map_err(broken)? {
+            Confirmation::Ack(returned) => (Verdict::Confirmed, returned),
+            Confirmation::Nack(returned) => (Verdict::Refused, returned),
+            Confirmation::NotRequested => {
                 return Err(Broken("the channel does not confirm".to_owned()));
             }
-            Err(error) => return Err(Broken(error.to_string())),
         };
-        verdicts[number] = verdict;
-        if let Some(message) = message {
-            let id = message.delivery.properties.message_id().as_ref();
-            let id = id.and_then(|id| id.as_str().parse().ok());
-            let Some(id) = id.filter(|id| *id < verdicts.len()) else {
-                return Err(Broken("a message came back that was not sent".to_owned()));
-            };
-            returned.insert(id);
-        }
+        verdicts.push(verdict);
+        gone.extend(returned.map(|message| message.delivery.routing_key.clone()));
     }
-    Ok((verdicts, returned))
+    Ok((verdicts, gone))
 }
 
-/// The message id tells a returned message apart within its round.
-async fn publish_one(
-    channel: &Channel,
-    number: usize,
-    message: &Outgoing,
-) -> lapin::Result<Confirmation> {
-    let Outgoing { routing_key, body, properties } = message;
-    let properties = properties
-        .clone()
-        .with_delivery_mode(PERSISTENT)
-        .with_message_id(number.to_string().into());
+/// Hands a message's frames over to lapin, which its first poll does. What is left is to learn that
+/// they are written, for which nobody needs to be woken before all have been begun.
+fn begin<'a>(
+    channel: &'a Channel,
+    queue: &ShortString,
+    message: &'a mut Outgoing,
+) -> Pin<Box<MaybeDone<impl Future<Output = lapin::Result<PublisherConfirm>> + use<'a>>>> {
+    let properties = std::mem::take(&mut message.properties).with_delivery_mode(PERSISTENT);
     let mandatory = BasicPublishOptions { mandatory: true, ..BasicPublishOptions::default() };
-    let key = routing_key.clone();
-    channel.basic_publish("".into(), key, mandatory, body, properties).await?.await
+    let publish =
+        channel.basic_publish("".into(), queue.clone(), mandatory, &message.body, properties);
+    let mut publish = Box::pin(maybe_done(publish));
+    // Whether that is already known by now is seen when it is awaited.
+    let _ = publish.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+    publish
 }

@@ -13,9 +13,13 @@ fn config(queue: &Queue) -> Config {
     Config { uri: testbed::amqp_uri().parse().unwrap(), queue }
 }
 
-fn outgoing(routing_key: &str) -> Outgoing {
-    let properties = BasicProperties::default();
-    Outgoing { routing_key: routing_key.into(), body: b"{}".to_vec(), properties }
+async fn publish_one(
+    publisher: &Publisher,
+    queue: &str,
+    within: Duration,
+) -> Result<(), PublishError> {
+    let message = Outgoing { body: b"{}".to_vec(), properties: BasicProperties::default() };
+    publisher.publish(&queue.into(), std::iter::once(message), within).await
 }
 
 /// lapin hands a returned message to whichever publish is confirmed next, often another caller's.
@@ -32,15 +36,13 @@ async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
     for _round in 0..10 {
         // Each unroutable message ends the session.
         timeout(within, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
-        publisher.publish(std::iter::once(outgoing(&queue.name)), within).await.unwrap();
+        publish_one(&publisher, &queue.name, within).await.unwrap();
         confirmed += 1;
         let mut batches = tokio::task::JoinSet::new();
         for batch in 0..60 {
             let publisher = publisher.clone();
             let key = if batch == 30 { nowhere.clone() } else { queue.name.clone() };
-            batches.spawn(async move {
-                (batch, publisher.publish(std::iter::once(outgoing(&key)), within).await)
-            });
+            batches.spawn(async move { (batch, publish_one(&publisher, &key, within).await) });
         }
         while let Some(published) = batches.join_next().await {
             match published.unwrap() {
@@ -72,8 +74,8 @@ async fn a_full_queue_is_an_error_and_not_a_confirm() {
     let publisher = Publisher::start(config, "test");
     let within = Duration::from_secs(30);
     timeout(within, publisher.status().wait_for(Result::is_ok)).await.unwrap().unwrap();
-    let to_full = || publisher.publish(std::iter::once(outgoing(&full.name)), within);
-    let to_ours = || publisher.publish(std::iter::once(outgoing(&queue.name)), within);
+    let to_full = || publish_one(&publisher, &full.name, within);
+    let to_ours = || publish_one(&publisher, &queue.name, within);
     to_full().await.unwrap();
     let refused = to_full().await.unwrap_err();
     assert!(matches!(refused, PublishError::Refused { .. }), "{refused}");
