@@ -17,7 +17,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use tokio::sync::{Semaphore, watch};
-use tokio::time::{Instant, sleep, sleep_until};
+use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use window::Window;
 
@@ -147,20 +147,16 @@ impl Breaker {
         self.begin()
     }
 
-    /// A place, if one is free and nobody waits for it.
-    pub(crate) fn try_enter(self: &Arc<Self>) -> Option<Place> {
-        self.places.try_acquire().ok()?.forget();
-        Some(self.begin())
-    }
-
-    /// Waits until it is of use to take another delivery: there is a place for it, or it is open. Then
-    /// deliveries are taken to wait here, where a limit is set to that; with the broker they would
-    /// wait in our hands as well, but be taken back with their session after a while.
-    pub(crate) async fn wants_more(&self) {
-        let wants =
-            |state: &State| state.phase == Phase::Open || self.places.available_permits() > 0;
-        // Its sender is here.
-        let _ = self.state.subscribe().wait_for(wants).await;
+    /// Returns when it has been open for so long without a break.
+    pub(crate) async fn stays_open(&self, duration: Duration) {
+        let mut status = self.status.subscribe();
+        loop {
+            // Its sender is here.
+            _ = status.wait_for(Result::is_err).await;
+            if timeout(duration, status.wait_for(Result::is_ok)).await.is_err() {
+                return;
+            }
+        }
     }
 
     /// Sends probes while it is open, and ends pauses.
@@ -381,31 +377,27 @@ mod tests {
 
     use super::*;
 
-    fn looked_up(breaker: &Arc<Breaker>, outcome: &Outcome) {
-        breaker.try_enter().expect("there should be a place").leave(outcome);
-    }
-
-    #[test]
-    fn objects_that_fail_again_and_again_do_not_trip_it_while_others_are_answered() {
+    #[tokio::test]
+    async fn objects_that_fail_again_and_again_do_not_trip_it_while_others_are_answered() {
         let breaker = Breaker::new(10);
         let error = Error::from(ErrorKind::Other);
         for _ in 0..100 {
-            looked_up(&breaker, &Outcome::Answered);
-            looked_up(&breaker, &Outcome::Failed(&error));
+            _ = breaker.enter().await.leave(&Outcome::Answered);
+            _ = breaker.enter().await.leave(&Outcome::Failed(&error));
             for _ in 0..8 {
-                looked_up(&breaker, &Outcome::FailedAgain(&error));
+                _ = breaker.enter().await.leave(&Outcome::FailedAgain(&error));
             }
         }
         assert!(breaker.is_closed());
     }
 
-    #[test]
-    fn objects_that_fail_again_trip_it_when_no_other_is_answered() {
+    #[tokio::test]
+    async fn objects_that_fail_again_trip_it_when_no_other_is_answered() {
         let breaker = Breaker::new(100);
         let error = Error::from(ErrorKind::Other);
         for _ in 0..20 {
             assert!(breaker.is_closed());
-            looked_up(&breaker, &Outcome::FailedAgain(&error));
+            _ = breaker.enter().await.leave(&Outcome::FailedAgain(&error));
         }
         assert!(!breaker.is_closed());
     }

@@ -2,7 +2,14 @@
 
 use std::time::Duration;
 
+use clap::ArgAction;
 use service::settings;
+
+/// Deliveries that wait for a lookup, for each that may run: at 5 s for a lookup, the last of them has
+/// its turn within minutes, long before RabbitMQ takes it back.
+const WAITING_PER_LOOKUP: u16 = 40;
+/// At about 1 KB each they take 4 MB.
+const WAITING_MAX: u16 = 4_000;
 
 /// The consumer's settings.
 #[derive(Clone, Debug, clap::Args)]
@@ -27,6 +34,9 @@ pub struct Lookups {
     /// How many lookups run at once in this process
     #[arg(long, value_parser = settings::number(1..=50_000_u16), default_value = "100")]
     pub max_consumers: u16,
+    /// Whether deliveries of one object that wait for a lookup share it
+    #[arg(long, action = ArgAction::Set, value_parser = settings::switch, default_value = "on")]
+    pub coalesce: bool,
     /// The status API; objects are looked up under its path /objects/
     #[arg(long, value_parser = endpoint, default_value = "http://localhost:9010")]
     pub tester_endpoint: reqwest::Url,
@@ -45,11 +55,22 @@ pub struct Lookups {
 }
 
 impl Lookups {
-    /// How many deliveries to take without having settled them: those being looked up, and as many
-    /// whose results wait to be written, up to one batch. With less, lookups would stand still
-    /// during each commit; with more, this process would hoard what another could look up.
-    pub(crate) fn prefetch(&self) -> u16 {
+    /// How many objects may be looked up or have results that are not written: as many as are looked
+    /// up, and as many again, up to one batch, or lookups would stand still during each commit.
+    pub(crate) fn begun_max(&self) -> u16 {
         self.max_consumers.saturating_add(self.max_consumers.min(self.write_batch_max))
+    }
+
+    /// How many deliveries to take without having settled them: those whose lookup has begun, and those
+    /// that wait for one, so that there is something to coalesce. With more, this process would hoard
+    /// what another could look up.
+    pub(crate) fn prefetch(&self) -> u16 {
+        let waiting = if self.coalesce {
+            self.max_consumers.saturating_mul(WAITING_PER_LOOKUP).min(WAITING_MAX)
+        } else {
+            0
+        };
+        self.begun_max().saturating_add(waiting)
     }
 }
 

@@ -1,35 +1,46 @@
 //! From a delivery to its settlement.
 
+mod waiting;
+
 use std::pin::pin;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Context as _;
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use broker::{Consumer, Delivery, Disposition};
+use futures_util::future::join_all;
 use service::CancellationToken;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::task::JoinSet;
-use tokio::time::sleep;
+use tokio::time::{Instant, sleep};
 
-use crate::breaker::{Breaker, Outcome, Place, Verdict};
+use crate::breaker::{Breaker, Outcome, Verdict};
 use crate::config::Lookups;
 use crate::status_api::{Answer, LookupError, StatusApi};
 use crate::writer::{Writer, WriterDied, Written};
+use waiting::{Taken, Turn, Waiting};
 
-/// A delivery is kept for another lookup for as long as so many may take, and then sent to the end of
-/// the queue: maybe another consumer has a better way to the API, and RabbitMQ ends the session of one
-/// that holds a message for 30 minutes.
+/// Once a lookup has failed, or while the API is away, a delivery is kept for as long as so many
+/// lookups may take, and then sent to the end of the queue: maybe another consumer has a better way to
+/// the API.
 const LOOKUPS_HELD: u32 = 6;
+/// However long it waits, it is sent there after this time: RabbitMQ ends the session of a consumer that
+/// holds a message for 30 minutes.
 const HELD_MAX: Duration = Duration::from_mins(15);
 
 /// Takes deliveries, and runs as many lookups at once as the breaker lets.
 pub(crate) struct Intake {
-    max_unsettled: usize,
+    unsettled_max: usize,
     shared: Arc<Shared>,
 }
 
 /// What each lookup needs.
 struct Shared {
+    waiting: Waiting,
+    /// Room for the objects whose lookup has begun and whose deliveries are not settled. While results
+    /// cannot be written, this is what stops the lookups.
+    begun: Semaphore,
     status_api: StatusApi,
     breaker: Arc<Breaker>,
     writer: Writer,
@@ -37,6 +48,19 @@ struct Shared {
     held_max: Duration,
     shutdown: CancellationToken,
     failure_log: FailureLog,
+}
+
+/// What has come of the lookup for some deliveries of an object.
+enum Told {
+    /// Online and committed, or offline.
+    Settled,
+    Refused(String),
+    /// It failed, and that counts.
+    Failed(LookupError),
+    /// It was not looked up, or in vain, for so long that others should have them.
+    Nothing,
+    /// The process drains before that is known.
+    Draining,
 }
 
 impl Intake {
@@ -49,6 +73,8 @@ impl Intake {
     ) -> Self {
         describe_metrics();
         let shared = Shared {
+            waiting: Waiting::new(config.coalesce),
+            begun: Semaphore::new(config.begun_max().into()),
             status_api,
             breaker,
             writer,
@@ -57,119 +83,155 @@ impl Intake {
             shutdown,
             failure_log: FailureLog::default(),
         };
-        Self { max_unsettled: config.prefetch().into(), shared: Arc::new(shared) }
+        Self { unsettled_max: config.prefetch().into(), shared: Arc::new(shared) }
     }
 
-    /// Looks up what is delivered until the shutdown, then finishes the lookups that run, and gives
-    /// back what waits for one.
+    /// Looks up what is delivered until the shutdown, then gives back what waits for a lookup, and
+    /// finishes those that run.
     ///
     /// # Errors
     /// When a part that the lookups need has died: deliveries would stay unsettled for as long as this
     /// process lives, so the process must not.
     pub(crate) async fn run(self, mut deliveries: Consumer) -> anyhow::Result<()> {
-        let Shared { breaker, shutdown, .. } = &*self.shared;
-        let mut in_flight = JoinSet::new();
-        let settled = |ended: Result<Result<(), WriterDied>, _>| -> anyhow::Result<()> {
+        let Self { unsettled_max, shared } = self;
+        // The prefetch bounds them too, but each session of the broker's anew.
+        let unsettled = Arc::new(Semaphore::new(unsettled_max));
+        let mut lookups = JoinSet::new();
+        let ended = |ended: Result<Result<(), WriterDied>, _>| -> anyhow::Result<()> {
             Ok(ended.context("a lookup panicked")??)
         };
         loop {
-            let delivery = {
-                let mut next = pin!(deliveries.next());
+            let taken = {
+                let mut taken = pin!(Taken::next(&mut deliveries, &unsettled));
                 loop {
-                    // The prefetch bounds them too, but each session of the broker's anew.
-                    let room = in_flight.len() < self.max_unsettled;
-                    // The place comes first: what is taken is looked up at once.
-                    let taken = async {
-                        breaker.wants_more().await;
-                        next.as_mut().await
-                    };
                     tokio::select! {
-                        delivery = taken, if room => break Some(delivery),
-                        Some(ended) = in_flight.join_next() => settled(ended)?,
-                        () = shutdown.cancelled() => break None,
+                        taken = &mut taken => break taken,
+                        Some(lookup) = lookups.join_next() => ended(lookup)?,
+                        () = shared.shutdown.cancelled() => break None,
                     }
                 }
             };
-            let Some(delivery) = delivery else { break };
-            let place = breaker.try_enter();
-            in_flight.spawn(look_up_and_settle(Arc::clone(&self.shared), delivery, place));
-            while let Some(ended) = in_flight.try_join_next() {
-                settled(ended)?;
+            let Some(taken) = taken else { break };
+            match taken.delivery.id() {
+                Ok(id) => {
+                    if let Some(turn) = shared.waiting.add(id, taken) {
+                        lookups.spawn(look_up_and_settle(Arc::clone(&shared), turn));
+                    }
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a message that cannot be read goes to the dead letters");
+                    let reason = error.to_string();
+                    lookups.spawn(async {
+                        settle(taken, Disposition::DeadLetter { reason }).await;
+                        Ok(())
+                    });
+                }
+            }
+            while let Some(lookup) = lookups.try_join_next() {
+                ended(lookup)?;
             }
         }
         deliveries.stop().await;
-        tracing::info!(in_flight = in_flight.len(), "finishing the lookups in flight");
-        while let Some(ended) = in_flight.join_next().await {
-            settled(ended)?;
+        join_all(shared.waiting.take_all().into_iter().map(|taken| taken.delivery.give_back()))
+            .await;
+        tracing::info!(lookups = lookups.len(), "finishing the lookups in flight");
+        while let Some(lookup) = lookups.join_next().await {
+            ended(lookup)?;
         }
-        // With it, what was dropped unsettled is given back.
         deliveries.close().await;
         Ok(())
     }
 }
 
-/// Looks one delivery's object up, has the result committed, and settles the delivery; or drops it, to
-/// be given back, at the shutdown.
-async fn look_up_and_settle(
-    shared: Arc<Shared>,
-    delivery: Delivery,
-    place: Option<Place>,
-) -> Result<(), WriterDied> {
-    let disposition = match delivery.id() {
-        Ok(id) => match shared.look_up_until_it_tells(id, &delivery, place).await? {
-            Some(disposition) => disposition,
-            None => return Ok(()),
-        },
-        Err(error) => {
-            drop(place);
-            tracing::warn!(%error, "a message that cannot be read goes to the dead letters");
-            Disposition::DeadLetter { reason: error.to_string() }
+/// Looks up an object that deliveries wait for, has the result committed, and settles them; and again,
+/// if others have come while the lookup ran.
+async fn look_up_and_settle(shared: Arc<Shared>, turn: Turn) -> Result<(), WriterDied> {
+    let mut group = Vec::new();
+    loop {
+        let mut begun = None;
+        let told = shared.look_up_until_it_tells(&turn, &mut group, &mut begun).await?;
+        let settling = group.drain(..).map(|taken: Taken| {
+            let disposition = match &told {
+                Told::Settled => Some(Disposition::Ack),
+                Told::Refused(reason) => Some(Disposition::DeadLetter { reason: reason.clone() }),
+                Told::Failed(error) => Some(shared.after_failure(turn.id, &taken.delivery, error)),
+                Told::Nothing => Some(Disposition::Requeue),
+                Told::Draining => None,
+            };
+            async {
+                match disposition {
+                    Some(disposition) => settle(taken, disposition).await,
+                    None => taken.delivery.give_back().await,
+                }
+            }
+        });
+        join_all(settling).await;
+        drop(begun);
+        if shared.waiting.is_over(&turn) {
+            return Ok(());
         }
-    };
-    let (id, callback_id) = (delivery.id().ok(), delivery.callback_id().to_owned());
+    }
+}
+
+async fn settle(taken: Taken, disposition: Disposition) {
+    let Taken { delivery, room } = taken;
+    let id = delivery.id().ok();
+    let callback_id = delivery.callback_id().to_owned();
     let settled = delivery.settle(disposition).await;
+    drop(room);
     tracing::debug!(id, callback_id, ?settled, "settled");
-    Ok(())
 }
 
 impl Shared {
-    /// Looks the object up, and again for as long as a failure may be nobody's but the API's. `None`
-    /// means that the process drains before that is known.
-    async fn look_up_until_it_tells(
-        &self,
-        id: i64,
-        delivery: &Delivery,
-        mut place: Option<Place>,
-    ) -> Result<Option<Disposition>, WriterDied> {
-        let callback_id = delivery.callback_id();
-        let mut held = pin!(sleep(self.held_max));
+    /// Looks the object up, and again for as long as a failure may be nobody's but the API's. What waits
+    /// for the object joins `group` just before each lookup, so that none shares one that had begun before
+    /// it was delivered.
+    async fn look_up_until_it_tells<'a>(
+        &'a self,
+        turn: &Turn,
+        group: &mut Vec<Taken>,
+        begun: &mut Option<SemaphorePermit<'a>>,
+    ) -> Result<Told, WriterDied> {
+        let id = turn.id;
+        let mut held = pin!(sleep(HELD_MAX));
+        let mut away = pin!(self.breaker.stays_open(self.held_max));
         let mut waits = waits_between_lookups();
         loop {
             let enter = async {
-                match place.take() {
-                    Some(place) => place,
-                    None => self.breaker.enter().await,
+                if begun.is_none() {
+                    // Nothing closes it.
+                    *begun = self.begun.acquire().await.ok();
                 }
+                self.breaker.enter().await
             };
             let place = tokio::select! {
                 // In this order, or a place that is there already would be lost for a moment.
                 biased;
-                place = enter => place,
-                () = self.shutdown.cancelled() => return Ok(None),
-                () = &mut held => return Ok(Some(Disposition::Requeue)),
+                place = enter => Some(place),
+                () = self.shutdown.cancelled() => None,
+                () = &mut away => None,
+                () = &mut held => None,
+            };
+            self.waiting.join(turn, group);
+            let place = match place {
+                _ if self.shutdown.is_cancelled() => return Ok(Told::Draining),
+                None => return Ok(Told::Nothing),
+                Some(place) => place,
             };
             let answer = self.look_up(id).await;
-            tracing::debug!(id, callback_id, ?answer, "looked up");
+            let callback_id = group.first().map_or("", |first| first.delivery.callback_id());
+            tracing::debug!(id, callback_id, deliveries = group.len(), ?answer, "looked up");
             // Waiting for the commit, or for a verdict, takes no lookup's place.
-            let failure = place.leave(&outcome(&answer, delivery.failed_attempts()));
+            let has_failed = group.iter().any(|taken| taken.delivery.failed_attempts() > 0);
+            let failure = place.leave(&outcome(&answer, has_failed));
             let (error, failure) = match (answer, failure) {
                 (Ok(Answer::Online(at)), _) => {
-                    return Ok(Some(match self.writer.record(id, at).await? {
-                        Written::Committed => Disposition::Ack,
-                        Written::Refused(reason) => Disposition::DeadLetter { reason },
-                    }));
+                    return Ok(match self.writer.record(id, at).await? {
+                        Written::Committed => Told::Settled,
+                        Written::Refused(reason) => Told::Refused(reason),
+                    });
                 }
-                (Ok(Answer::Offline), _) => return Ok(Some(Disposition::Ack)),
+                (Ok(Answer::Offline), _) => return Ok(Told::Settled),
                 (Err(error), failure) => (error, failure),
             };
             if self.breaker.is_closed() {
@@ -186,11 +248,14 @@ impl Shared {
             };
             tokio::select! {
                 verdict = verdict => if verdict == Verdict::Counts {
-                    return Ok(Some(self.after_failure(id, delivery, &error)));
+                    return Ok(Told::Failed(error));
                 },
                 () = sleep(wait) => {}
-                () = self.shutdown.cancelled() => return Ok(None),
-                () = &mut held => return Ok(Some(Disposition::Requeue)),
+                () = self.shutdown.cancelled() => {}
+                () = &mut held => return Ok(Told::Nothing),
+            }
+            if held.deadline() > Instant::now() + self.held_max {
+                held.as_mut().reset(Instant::now() + self.held_max);
             }
         }
     }
@@ -223,14 +288,13 @@ impl Shared {
     }
 }
 
-/// What an answer says about the API, given how often lookups for the same delivery have failed and
-/// counted.
-fn outcome(answer: &Result<Answer, LookupError>, failed_attempts: u32) -> Outcome<'_> {
+/// What an answer says about the API, given whether lookups of the object have failed before and counted.
+fn outcome(answer: &Result<Answer, LookupError>, has_failed: bool) -> Outcome<'_> {
     match answer {
         Ok(_) => Outcome::Answered,
         Err(error) => match error.asks_to_wait() {
             Some(wait) => Outcome::AskedToWait(wait),
-            None if failed_attempts > 0 => Outcome::FailedAgain(error),
+            None if has_failed => Outcome::FailedAgain(error),
             None => Outcome::Failed(error),
         },
     }

@@ -193,6 +193,18 @@ pub fn duration(text: &str) -> Result<Duration, String> {
         .ok_or_else(|| "expected a duration above zero, such as 500ms, 3s or 2m".to_owned())
 }
 
+/// A value parser for what is `on` or `off`.
+///
+/// # Errors
+/// What is allowed, in words.
+pub fn switch(text: &str) -> Result<bool, String> {
+    match text {
+        "on" => Ok(true),
+        "off" => Ok(false),
+        _ => Err("expected on or off".to_owned()),
+    }
+}
+
 /// A value parser for listening addresses: `127.0.0.1:9090`, `[::1]:9090`, or `:9090` for all
 /// interfaces. Port 0 takes any free port.
 ///

@@ -40,6 +40,8 @@ pub enum Answer {
     Body(String),
     /// The other answer, after that time.
     After(Duration, Box<Answer>),
+    /// The other answer, once the token is cancelled.
+    Once(CancellationToken, Box<Answer>),
     /// 302 to that location.
     Redirect(String),
     /// [`Answer::Online`], its body at a byte a second.
@@ -241,6 +243,10 @@ async fn look_up(
                 tokio::time::sleep(delay).await;
                 *later
             }
+            Answer::Once(token, answer) => {
+                token.cancelled().await;
+                *answer
+            }
             Answer::Noted(note, answer) => {
                 (note.0)();
                 *answer
@@ -265,7 +271,9 @@ async fn respond(id: i64, answer: Answer) -> Response {
         }
         Answer::Trickle => (json, trickling(online(id))).into_response(),
         Answer::Huge(kib) => (json, behind_white_space(kib, online(id))).into_response(),
-        Answer::Hang | Answer::After(..) | Answer::Noted(..) => std::future::pending().await,
+        Answer::Hang | Answer::After(..) | Answer::Once(..) | Answer::Noted(..) => {
+            std::future::pending().await
+        }
     }
 }
 

@@ -73,13 +73,13 @@ async fn two_consumers_share_a_queue_and_each_id_is_looked_up_once() {
     });
     let second_api = StatusApi::start(|_, _| Answer::Online);
     around.publish(1..=200).await;
-    let first = around.start(&first_api.endpoint(), &["--max-consumers=10"]);
+    let first = around.start(&first_api.endpoint(), &["--max-consumers=10", "--coalesce=off"]);
     eventually("the first consumer is busy", PATIENCE, async || {
         (first_api.in_flight() == 10).then_some(())
     })
     .await;
     // A first consumer that had taken the whole backlog would leave nothing for the second.
-    let second = around.start(&second_api.endpoint(), &["--max-consumers=10"]);
+    let second = around.start(&second_api.endpoint(), &["--max-consumers=10", "--coalesce=off"]);
     around.recorded(1..=200).await;
     assert!(looked_up(&[&second_api]).len() > 20, "{}", looked_up(&[&second_api]).len());
     assert!(looked_up(&[&first_api]).len() >= 10, "{}", looked_up(&[&first_api]).len());

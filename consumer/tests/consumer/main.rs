@@ -8,6 +8,7 @@
 )]
 
 mod breaker;
+mod coalescing;
 mod failures;
 mod lookups;
 mod outages;
