@@ -19,7 +19,7 @@ lint: ## check format, clippy and documentation; a warning is a failure
 	cargo clippy --workspace --all-targets --locked -- -D warnings
 	RUSTDOCFLAGS="-D warnings" cargo doc --workspace --no-deps --locked --document-private-items
 
-bench: ## measure lastseen on its files, and the producer while its broker is down; SOAK=10m make bench for a long look at memory
+bench: ## measure all services against their limits, in one table; SOAK=10m make bench for a long look at memory
 	@scripts/bench
 
 up: ## build the image, start the whole system in the background, say where it is

@@ -41,9 +41,9 @@ impl Database {
         let mut url = Url::parse(admin_url).expect("an administrator's URL should be a URL");
         url.set_path(&name);
         // From template1 it would fail whenever somebody is connected to that.
-        execute(admin_url, format!("CREATE DATABASE {name} TEMPLATE template0"))
-            .await
-            .expect("an administrator's URL should lead to a server where databases can be created");
+        execute(admin_url, format!("CREATE DATABASE {name} TEMPLATE template0")).await.expect(
+            "an administrator's URL should lead to a server where databases can be created",
+        );
         let url = url.to_string();
         let pool = small_pool(&url);
         Self { name, admin_url: admin_url.to_owned(), url, pool }

@@ -1,0 +1,10 @@
+//! The limits: the plainest programs that do what ours do. Nothing is handled in them but success.
+
+mod amqp;
+mod fetch;
+mod publish;
+mod upsert;
+
+pub(crate) use fetch::fetch;
+pub(crate) use publish::{publish, publish_by_lapin};
+pub(crate) use upsert::upsert;

@@ -1,0 +1,51 @@
+//! Measures Lastseen, and in the same run the limit: what the plainest program that does the same
+//! gets from the same servers on the same machine. The ratio is what can be compared between machines.
+
+#![expect(
+    clippy::expect_used,
+    reason = "a measurement that breaks off has nobody to hand an error to"
+)]
+
+mod callbacks;
+mod limits;
+mod parts;
+mod status_api;
+mod table;
+mod usage;
+mod world;
+
+use std::path::PathBuf;
+
+use clap::Parser;
+
+use crate::parts::Part;
+use crate::table::Row;
+
+/// Measures Lastseen against its limits, each part by itself, and prints one table.
+#[derive(Debug, Parser)]
+struct Arguments {
+    /// The parts to measure; all of them if none is named
+    #[arg(value_enum)]
+    parts: Vec<Part>,
+    /// Writes the rows there as well, as JSON
+    #[arg(long)]
+    json: Option<PathBuf>,
+}
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let Arguments { parts, json } = Arguments::parse();
+    let parts = if parts.is_empty() { Part::all() } else { parts };
+    // The HTTP client wants to know which cryptography to use, though nothing here is encrypted.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    let mut rows: Vec<Row> = Vec::new();
+    for part in parts {
+        eprintln!("measuring: {part}");
+        rows.extend(part.measure().await?);
+    }
+    println!("{}", table::text(&rows));
+    if let Some(path) = json {
+        table::write(&path, &rows)?;
+    }
+    Ok(())
+}

@@ -1,0 +1,59 @@
+//! What is measured.
+
+mod callbacks;
+mod cleanup;
+mod lookups;
+
+use std::fmt;
+
+use clap::ValueEnum;
+
+use crate::table::Row;
+use crate::world::World;
+
+/// One part of the bench.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Part {
+    /// The producer: callbacks of 1 and of 200 ids
+    Callbacks,
+    /// The consumer, with a status API that answers at once
+    Lookups,
+    /// The consumer, with a status API that takes 0.3 to 4.3 s
+    Slow,
+    /// The consumer, with many messages about few objects
+    Coalescing,
+    /// The routine, with a million stale rows
+    Cleanup,
+}
+
+impl Part {
+    pub(crate) fn all() -> Vec<Self> {
+        Self::value_variants().to_vec()
+    }
+
+    /// Measures it on servers of its own.
+    ///
+    /// # Errors
+    /// When something breaks off.
+    pub(crate) async fn measure(self) -> anyhow::Result<Vec<Row>> {
+        let world = World::start().await;
+        let mut rows = match self {
+            Self::Callbacks => callbacks::measure(&world).await?,
+            Self::Lookups => lookups::measure_instant(&world).await?,
+            Self::Slow => lookups::measure_slow(&world).await?,
+            Self::Coalescing => lookups::measure_coalescing(&world).await?,
+            Self::Cleanup => cleanup::measure(&world).await?,
+        };
+        for row in &mut rows {
+            row.part = self.to_string();
+        }
+        Ok(rows)
+    }
+}
+
+impl fmt::Display for Part {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let value = self.to_possible_value();
+        out.write_str(value.as_ref().map_or("", |value| value.get_name()))
+    }
+}

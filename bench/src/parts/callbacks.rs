@@ -1,0 +1,70 @@
+//! From the callback to its confirm.
+
+use std::time::Duration;
+
+use anyhow::Context as _;
+use pipeline::callback_endpoint;
+
+use crate::callbacks::Load;
+use crate::limits;
+use crate::table::{Goal, Row};
+use crate::usage::Meter;
+use crate::world::World;
+
+/// Enough for some seconds.
+const MESSAGES: i64 = 200_000;
+/// Nobody asks it.
+const NO_STATUS_API: &str = "http://127.0.0.1:1";
+
+pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
+    let raw = {
+        let place = world.place(NO_STATUS_API.to_owned()).await;
+        place.prepare().await;
+        limits::publish(world.amqp_uri(), &place.queue.name, 1..=MESSAGES).await?
+    };
+    let by_lapin = {
+        let place = world.place(NO_STATUS_API.to_owned()).await;
+        place.prepare().await;
+        limits::publish_by_lapin(world.amqp_uri(), &place.queue.name, MESSAGES.unsigned_abs())
+            .await?
+    };
+    let mut lapin =
+        Row::new("for comparison: lapin, 1,000 publishes polled together", "messages/s", by_lapin);
+    lapin.limit = Some(raw);
+    let mut one = callbacks(world, 1, 64).await?;
+    one.limit = Some(raw);
+    one.goals =
+        vec![Goal::RatioAtLeast(0.55), Goal::OursAtLeast(16_700.0), Goal::P99MsAtMost(25.0)];
+    let mut many = callbacks(world, 200, 16).await?;
+    many.limit = Some(raw);
+    many.goals = vec![Goal::RatioAtLeast(0.85), Goal::P99MsAtMost(200.0)];
+    Ok(vec![lapin, one, many])
+}
+
+async fn callbacks(world: &World, ids: u16, connections: u16) -> anyhow::Result<Row> {
+    let place = world.place(NO_STATUS_API.to_owned()).await;
+    let producer = place.spawn("producer", &[]).await;
+    let endpoint = callback_endpoint(&producer).await;
+    let address = endpoint.trim_start_matches("http://").trim_end_matches("/callback");
+    let load = Load {
+        producer: address.parse().context("the producer's address is none")?,
+        connections,
+        ids,
+        warm_up: Duration::from_secs(1),
+        duration: Duration::from_secs(6),
+    };
+    let meter = Meter::start(&producer);
+    let answers = load.run().await?;
+    let measured = load.duration.as_secs_f64() / (load.warm_up + load.duration).as_secs_f64();
+    let ids_per_second = answers.accepted_per_second * f64::from(ids);
+    let what = format!(
+        "callbacks of {ids} id{}, {connections} connections",
+        if ids == 1 { "" } else { "s" }
+    );
+    let mut row = Row::new(what, "ids/s", ids_per_second);
+    row.p50_ms = Some(answers.latency_ms(0.5));
+    row.p99_ms = Some(answers.latency_ms(0.99));
+    // The warm-up has cost it as much as what was measured.
+    row.cost = Some(meter.cost_of(ids_per_second * load.duration.as_secs_f64() / measured));
+    Ok(row)
+}

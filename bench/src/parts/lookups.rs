@@ -1,0 +1,134 @@
+//! From the delivery to the committed row.
+
+use std::time::{Duration, Instant};
+
+use testbed::{Process, eventually};
+
+use crate::limits;
+use crate::status_api::StatusApi;
+use crate::table::{Goal, Row};
+use crate::usage::Meter;
+use crate::world::{Place, World, per_second};
+
+const PATIENCE: Duration = Duration::from_mins(1);
+const MESSAGES: i64 = 100_000;
+/// The status API's, and the mean of it.
+const SLOW: std::ops::Range<Duration> = Duration::from_millis(300)..Duration::from_millis(4_300);
+const SLOW_MEAN_SECONDS: f64 = 2.3;
+/// When the measuring begins, after the first lookup of a backlog, and how long it takes.
+const SLOW_RAMP: Duration = Duration::from_secs(10);
+const SLOW_DURATION: Duration = Duration::from_secs(12);
+
+pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
+    const AT_ONCE: u16 = 300;
+    let status_api = StatusApi::start(Duration::ZERO..Duration::ZERO)?;
+    let limit =
+        limits::fetch(&status_api.endpoint(), AT_ONCE.into(), Duration::from_secs(4)).await?;
+    let place = world.place(status_api.endpoint()).await;
+    place.prepare().await;
+    limits::publish(world.amqp_uri(), &place.queue.name, 1..=MESSAGES).await?;
+    let consumer = place.spawn("consumer", &[("MAX_CONSUMERS", "300")]).await;
+    let meter = Meter::start(&consumer);
+    let before = settled(&consumer).await;
+    let started = Instant::now();
+    // What is left at the end comes in as the queue runs dry.
+    let enough = before + (MESSAGES.unsigned_abs() - before) / 10 * 9;
+    let after = settles(&consumer, enough).await;
+    let took = started.elapsed();
+    let mut row =
+        Row::new("answers at once, 300 in flight", "objects/s", per_second(after - before, took));
+    row.limit = Some(limit);
+    row.cost = Some(meter.cost_of(per_second(after - before, Duration::from_secs(1))));
+    row.goals = vec![Goal::RatioAtLeast(0.55), Goal::OursAtLeast(8_000.0)];
+    Ok(vec![row])
+}
+
+pub(crate) async fn measure_slow(world: &World) -> anyhow::Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for (processes, at_once) in [(1, 300), (1, 2_000), (2, 2_000), (1, 10_000)] {
+        rows.push(slow(world, processes, at_once).await?);
+    }
+    Ok(rows)
+}
+
+async fn slow(world: &World, processes: u16, at_once: u16) -> anyhow::Result<Row> {
+    let status_api = StatusApi::start(SLOW)?;
+    let place = world.place(status_api.endpoint()).await;
+    place.prepare().await;
+    let limit = f64::from(processes) * f64::from(at_once) / SLOW_MEAN_SECONDS;
+    let seconds = (SLOW_RAMP + SLOW_DURATION).as_secs_f64() + 5.0;
+    #[expect(clippy::cast_possible_truncation, reason = "it is some 100,000")]
+    let messages = (limit * seconds) as i64 + 3 * i64::from(at_once) * i64::from(processes);
+    limits::publish(world.amqp_uri(), &place.queue.name, 1..=messages).await?;
+    let consumers = spawn_consumers(&place, processes, at_once);
+    eventually("the first lookup is answered", PATIENCE, async || {
+        (status_api.answered() > 0).then_some(())
+    })
+    .await;
+    tokio::time::sleep(SLOW_RAMP).await;
+    let meter = Meter::start(&consumers[0]);
+    let (started, before) = (Instant::now(), status_api.answered());
+    tokio::time::sleep(SLOW_DURATION).await;
+    let answered = status_api.answered() - before;
+    let ours = per_second(answered, started.elapsed());
+    let what = format!(
+        "takes 0.3 to 4.3 s, {}{at_once} in flight",
+        if processes == 1 { String::new() } else { format!("{processes} processes, each ") }
+    );
+    let mut row = Row::new(what, "lookups/s", ours);
+    row.limit = Some(limit);
+    let of_one = per_second(answered, Duration::from_secs(1)) / f64::from(processes);
+    row.cost = Some(meter.cost_of(of_one));
+    row.goals = vec![Goal::RatioAtLeast(0.98)];
+    if at_once == 10_000 {
+        row.goals.push(Goal::PeakMbAtMost(150.0));
+    }
+    Ok(row)
+}
+
+/// Many messages about few objects: how few lookups they need, and whether each message was acked after
+/// one that began when it had been published.
+pub(crate) async fn measure_coalescing(world: &World) -> anyhow::Result<Vec<Row>> {
+    const MESSAGES: u64 = 20_000;
+    const OBJECTS: i64 = 100;
+    let status_api = StatusApi::start(SLOW)?;
+    let place = world.place(status_api.endpoint()).await;
+    place.prepare().await;
+    let ids = (0..).map(|number| number % OBJECTS).take(usize::try_from(MESSAGES)?);
+    limits::publish(world.amqp_uri(), &place.queue.name, ids).await?;
+    let started = Instant::now();
+    let consumer = place.spawn("consumer", &[]).await;
+    let meter = Meter::start(&consumer);
+    settles(&consumer, MESSAGES).await;
+    let took = started.elapsed();
+    #[expect(clippy::cast_precision_loss, reason = "it is below 20,000")]
+    let lookups = status_api.answered() as f64;
+    let what =
+        format!("20,000 messages about 100 objects, all acked after {:.0} s", took.as_secs_f64());
+    let mut row = Row::new(what, "lookups", lookups);
+    row.cost = Some(meter.cost_of(per_second(MESSAGES, Duration::from_secs(1))));
+    row.goals = vec![Goal::OursAtMost(1_000.0)];
+    Ok(vec![row])
+}
+
+fn spawn_consumers(place: &Place, processes: u16, at_once: u16) -> Vec<Process> {
+    let max_consumers = at_once.to_string();
+    let variables = [("MAX_CONSUMERS", max_consumers.as_str())];
+    (0..processes).map(|_| place.surroundings.spawn("consumer", &variables)).collect()
+}
+
+/// Waits until at least so many deliveries are settled, and gives how many are.
+async fn settles(consumer: &Process, least: u64) -> u64 {
+    eventually("the backlog is looked up", PATIENCE, async || {
+        let settled = settled(consumer).await;
+        (settled >= least).then_some(settled)
+    })
+    .await
+}
+
+async fn settled(consumer: &Process) -> u64 {
+    let settled = consumer.metric("lastseen_settled_total").await;
+    #[expect(clippy::cast_possible_truncation, clippy::cast_sign_loss, reason = "a count")]
+    let settled = settled as u64;
+    settled
+}

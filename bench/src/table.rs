@@ -1,0 +1,165 @@
+//! The table of what was measured.
+
+use std::fmt::Write as _;
+use std::path::Path;
+
+use anyhow::Context as _;
+use serde::Serialize;
+
+use crate::usage::Cost;
+
+const HEAD: &str = "\
+| part | what | limit | ours | ratio | p50 ms | p99 ms | peak MB | CPU s per 100,000 | goals |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
+";
+
+/// One measurement of ours beside its limit.
+#[derive(Debug, Serialize)]
+pub(crate) struct Row {
+    pub(crate) part: String,
+    pub(crate) what: String,
+    /// What `limit` and `ours` count.
+    pub(crate) unit: &'static str,
+    pub(crate) limit: Option<f64>,
+    pub(crate) ours: f64,
+    pub(crate) p50_ms: Option<f64>,
+    pub(crate) p99_ms: Option<f64>,
+    pub(crate) cost: Option<Cost>,
+    pub(crate) goals: Vec<Goal>,
+}
+
+/// What is to be reached.
+#[derive(Clone, Copy, Debug, Serialize)]
+pub(crate) enum Goal {
+    RatioAtLeast(f64),
+    OursAtLeast(f64),
+    OursAtMost(f64),
+    P99MsAtMost(f64),
+    PeakMbAtMost(f64),
+}
+
+impl Row {
+    /// A measurement of which only the figure is known so far.
+    pub(crate) fn new(what: impl Into<String>, unit: &'static str, ours: f64) -> Self {
+        Self {
+            part: String::new(),
+            what: what.into(),
+            unit,
+            limit: None,
+            ours,
+            p50_ms: None,
+            p99_ms: None,
+            cost: None,
+            goals: Vec::new(),
+        }
+    }
+
+    fn ratio(&self) -> Option<f64> {
+        self.limit.map(|limit| self.ours / limit)
+    }
+
+    /// Whether it reaches `goal`; without the figure that the goal is about, it does not.
+    fn reaches(&self, goal: Goal) -> bool {
+        match goal {
+            Goal::RatioAtLeast(least) => self.ratio().is_some_and(|ratio| ratio >= least),
+            Goal::OursAtLeast(least) => self.ours >= least,
+            Goal::OursAtMost(most) => self.ours <= most,
+            Goal::P99MsAtMost(most) => self.p99_ms.is_some_and(|p99| p99 <= most),
+            Goal::PeakMbAtMost(most) => self.cost.is_some_and(|cost| cost.peak_mb <= most),
+        }
+    }
+
+    fn line(&self) -> String {
+        let optional = |value: Option<f64>, digits: usize| {
+            value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
+        };
+        let goals: Vec<String> = self.goals.iter().map(|goal| self.verdict(*goal)).collect();
+        format!(
+            "| {} | {} | {} | {} {} | {} | {} | {} | {} | {} | {} |",
+            self.part,
+            self.what,
+            self.limit.map_or_else(|| "–".to_owned(), rounded),
+            rounded(self.ours),
+            self.unit,
+            optional(self.ratio(), 2),
+            optional(self.p50_ms, 1),
+            optional(self.p99_ms, 1),
+            optional(self.cost.map(|cost| cost.peak_mb), 1),
+            optional(self.cost.map(|cost| cost.cpu_seconds_per_100k), 2),
+            if goals.is_empty() { "–".to_owned() } else { goals.join(", ") },
+        )
+    }
+
+    fn verdict(&self, goal: Goal) -> String {
+        let text = match goal {
+            Goal::RatioAtLeast(least) => format!("ratio ≥ {least}"),
+            Goal::OursAtLeast(least) => format!("≥ {}", rounded(least)),
+            Goal::OursAtMost(most) => format!("≤ {}", rounded(most)),
+            Goal::P99MsAtMost(most) => format!("p99 ≤ {most} ms"),
+            Goal::PeakMbAtMost(most) => format!("peak ≤ {most} MB"),
+        };
+        if self.reaches(goal) { text } else { format!("**missed: {text}**") }
+    }
+}
+
+/// The table of these rows.
+pub(crate) fn text(rows: &[Row]) -> String {
+    rows.iter().fold(format!("\n{HEAD}"), |mut text, row| {
+        let _ = writeln!(text, "{}", row.line());
+        text
+    })
+}
+
+/// Writes the rows to `path`.
+///
+/// # Errors
+/// When the file cannot be written.
+pub(crate) fn write(path: &Path, rows: &[Row]) -> anyhow::Result<()> {
+    let text = serde_json::to_string_pretty(rows)?;
+    std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
+}
+
+/// With commas between the thousands, and digits behind the point only for what is small.
+fn rounded(value: f64) -> String {
+    if value < 100.0 {
+        return format!("{value:.1}");
+    }
+    let digits = format!("{value:.0}");
+    let mut text = String::new();
+    for (place, digit) in digits.chars().enumerate() {
+        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+            text.push(',');
+        }
+        text.push(digit);
+    }
+    text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_goal_that_is_missed_is_said_to_be() {
+        let mut row = Row::new("callbacks", "/s", 16_000.0);
+        row.limit = Some(20_000.0);
+        row.goals = vec![Goal::RatioAtLeast(0.8), Goal::OursAtLeast(16_700.0)];
+        assert!(row.line().ends_with("| ratio ≥ 0.8, **missed: ≥ 16,700** |"), "{}", row.line());
+    }
+
+    #[test]
+    fn a_goal_about_what_was_not_measured_is_missed() {
+        let row = Row::new("callbacks", "/s", 16_000.0);
+        assert!(!row.reaches(Goal::RatioAtLeast(0.1)));
+        assert!(!row.reaches(Goal::P99MsAtMost(1_000.0)));
+        assert!(!row.reaches(Goal::PeakMbAtMost(1_000.0)));
+    }
+
+    #[test]
+    fn thousands_are_told_apart() {
+        assert_eq!(
+            [7.25, 100.4, 16_700.0, 1_234_567.0].map(rounded),
+            ["7.2", "100", "16,700", "1,234,567"]
+        );
+    }
+}
