@@ -5,6 +5,7 @@ WORKDIR /build
 # The dependencies, in a layer that lasts until a manifest changes: each crate is empty here.
 COPY Cargo.toml Cargo.lock ./
 COPY authenticity/Cargo.toml authenticity/
+COPY bench/Cargo.toml bench/
 COPY broker/Cargo.toml broker/
 COPY consumer/Cargo.toml consumer/
 COPY embedded/Cargo.toml embedded/
