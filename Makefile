@@ -1,11 +1,11 @@
 .DEFAULT_GOAL := help
-.PHONY: help test faults lint bench up down audit
+.PHONY: help test faults lint bench bench-check up down audit
 
 # The plugin where it is there, else the program of its own.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-6s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: ## build all and run all tests, with a RabbitMQ and a Postgres found or started for them
 	@scripts/test
@@ -21,6 +21,9 @@ lint: ## check format, clippy and documentation; a warning is a failure
 
 bench: ## measure all services against their limits, in one table; SOAK=10m make bench for a long look at memory
 	@scripts/bench
+
+bench-check: ## measure the ratios to the limits, and fail if one is more than a tenth below bench/ratios.json
+	@BENCH_CHECK=bench/ratios.json scripts/bench callbacks lookups slow cleanup
 
 up: ## build the image, start the whole system in the background, say where it is
 	$(COMPOSE) up --build -d

@@ -30,11 +30,14 @@ struct Arguments {
     /// Writes the rows there as well, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Fails if a ratio is more than a tenth below that of an earlier run's JSON
+    #[arg(long)]
+    check: Option<PathBuf>,
 }
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Arguments { parts, json } = Arguments::parse();
+    let Arguments { parts, json, check } = Arguments::parse();
     let parts = if parts.is_empty() { Part::all() } else { parts };
     // The HTTP client wants to know which cryptography to use, though nothing here is encrypted.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -46,6 +49,10 @@ async fn main() -> anyhow::Result<()> {
     println!("{}", table::text(&rows));
     if let Some(path) = json {
         table::write(&path, &rows)?;
+    }
+    if let Some(path) = check {
+        let fallen = table::fallen(&path, &rows)?;
+        anyhow::ensure!(fallen.is_empty(), "fallen by more than a tenth:\n{}", fallen.join("\n"));
     }
     Ok(())
 }

@@ -4,7 +4,7 @@ use std::fmt::Write as _;
 use std::path::Path;
 
 use anyhow::Context as _;
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 use crate::usage::Cost;
 
@@ -119,6 +119,36 @@ pub(crate) fn write(path: &Path, rows: &[Row]) -> anyhow::Result<()> {
     std::fs::write(path, text + "\n").with_context(|| format!("cannot write {}", path.display()))
 }
 
+/// A row of an earlier run.
+#[derive(Debug, Deserialize)]
+struct Stored {
+    part: String,
+    what: String,
+    limit: Option<f64>,
+    ours: f64,
+}
+
+/// Which rows have fallen by more than a tenth, by their ratio, since those in the file at `path`. Those
+/// without a limit are not compared: they say as much about the machine as about us.
+///
+/// # Errors
+/// When the file cannot be read, or is none of ours.
+pub(crate) fn fallen(path: &Path, rows: &[Row]) -> anyhow::Result<Vec<String>> {
+    let text = std::fs::read_to_string(path)
+        .with_context(|| format!("cannot read {}", path.display()))?;
+    let stored: Vec<Stored> = serde_json::from_str(&text)?;
+    let before = |row: &Row| {
+        let stored = stored.iter().find(|old| old.part == row.part && old.what == row.what)?;
+        stored.limit.map(|limit| stored.ours / limit)
+    };
+    let fallen = rows.iter().filter_map(|row| {
+        let (before, now) = (before(row)?, row.ratio()?);
+        (now < before * 0.9)
+            .then(|| format!("{}, {}: {now:.2} instead of {before:.2}", row.part, row.what))
+    });
+    Ok(fallen.collect())
+}
+
 /// With commas between the thousands, and digits behind the point only for what is small.
 fn rounded(value: f64) -> String {
     if value < 100.0 {
@@ -153,6 +183,21 @@ mod tests {
         assert!(!row.reaches(Goal::RatioAtLeast(0.1)));
         assert!(!row.reaches(Goal::P99MsAtMost(1_000.0)));
         assert!(!row.reaches(Goal::PeakMbAtMost(1_000.0)));
+    }
+
+    #[test]
+    fn a_ratio_that_fell_by_more_than_a_tenth_is_told() {
+        let row = |what: &str, ours| {
+            let mut row = Row::new(what, "/s", ours);
+            row.limit = Some(100.0);
+            row
+        };
+        let path = std::env::temp_dir().join(format!("bench-{}.json", std::process::id()));
+        write(&path, &[row("a", 80.0), row("b", 80.0)]).unwrap();
+        // What was not measured before cannot have fallen.
+        let fallen = fallen(&path, &[row("a", 73.0), row("b", 71.0), row("c", 1.0)]);
+        std::fs::remove_file(&path).unwrap();
+        assert_eq!(fallen.unwrap(), [", b: 0.71 instead of 0.80"]);
     }
 
     #[test]

@@ -34,9 +34,9 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let without = limits::upsert(url, ROWS_PER_UPSERT, FRESH, sleep(WITHOUT_IT)).await?;
 
     let variables = [("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "500ms")];
+    let started = Instant::now();
     let routine = place.spawn("routine", &variables).await;
     let meter = Meter::start(&routine);
-    let started = Instant::now();
     let mut took = Duration::ZERO;
     let gone = async {
         eventually("all that is stale is gone", PATIENCE, async || {
