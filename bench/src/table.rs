@@ -134,8 +134,8 @@ struct Stored {
 /// # Errors
 /// When the file cannot be read, or is none of ours.
 pub(crate) fn fallen(path: &Path, rows: &[Row]) -> anyhow::Result<Vec<String>> {
-    let text = std::fs::read_to_string(path)
-        .with_context(|| format!("cannot read {}", path.display()))?;
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let stored: Vec<Stored> = serde_json::from_str(&text)?;
     let before = |row: &Row| {
         let stored = stored.iter().find(|old| old.part == row.part && old.what == row.what)?;

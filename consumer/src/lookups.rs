@@ -11,22 +11,21 @@ use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use broker::{Consumer, Delivery, Disposition};
 use futures_util::future::join_all;
 use service::CancellationToken;
-use tokio::sync::{Semaphore, SemaphorePermit};
-use tokio::task::JoinSet;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep};
 
-use crate::breaker::{Breaker, Outcome, Verdict};
+use crate::breaker::{Breaker, Outcome, Place, Verdict};
 use crate::config::Lookups;
 use crate::status_api::{Answer, LookupError, StatusApi};
 use crate::writer::{Writer, WriterDied, Written};
 use waiting::{Taken, Turn, Waiting};
 
-/// Once a lookup has failed, or while the API is away, a delivery is kept for as long as so many
-/// lookups may take, and then sent to the end of the queue: maybe another consumer has a better way to
-/// the API.
+/// A delivery whose lookup has failed is kept for another one for as long as so many may take, and then
+/// sent to the end of the queue, and so is what waits for a lookup while the API is away for so long: maybe
+/// another consumer has a better way to the API, and RabbitMQ ends the session of one that holds a
+/// message for 30 minutes.
 const LOOKUPS_HELD: u32 = 6;
-/// However long it waits, it is sent there after this time: RabbitMQ ends the session of a consumer that
-/// holds a message for 30 minutes.
 const HELD_MAX: Duration = Duration::from_mins(15);
 
 /// Takes deliveries, and runs as many lookups at once as the breaker lets.
@@ -40,7 +39,7 @@ struct Shared {
     waiting: Waiting,
     /// Room for the objects whose lookup has begun and whose deliveries are not settled. While results
     /// cannot be written, this is what stops the lookups.
-    begun: Semaphore,
+    begun: Arc<Semaphore>,
     status_api: StatusApi,
     breaker: Arc<Breaker>,
     writer: Writer,
@@ -50,6 +49,9 @@ struct Shared {
     failure_log: FailureLog,
 }
 
+/// What a task comes to: the turn that it had, if it had one.
+type Ended = Result<Option<Turn>, WriterDied>;
+
 /// What has come of the lookup for some deliveries of an object.
 enum Told {
     /// Online and committed, or offline.
@@ -57,7 +59,7 @@ enum Told {
     Refused(String),
     /// It failed, and that counts.
     Failed(LookupError),
-    /// It was not looked up, or in vain, for so long that others should have them.
+    /// It was looked up in vain for so long that others should have them.
     Nothing,
     /// The process drains before that is known.
     Draining,
@@ -74,7 +76,7 @@ impl Intake {
         describe_metrics();
         let shared = Shared {
             waiting: Waiting::new(config.coalesce),
-            begun: Semaphore::new(config.begun_max().into()),
+            begun: Arc::new(Semaphore::new(config.begun_max().into())),
             status_api,
             breaker,
             writer,
@@ -97,38 +99,40 @@ impl Intake {
         // The prefetch bounds them too, but each session of the broker's anew.
         let unsettled = Arc::new(Semaphore::new(unsettled_max));
         let mut lookups = JoinSet::new();
-        let ended = |ended: Result<Result<(), WriterDied>, _>| -> anyhow::Result<()> {
-            Ok(ended.context("a lookup panicked")??)
-        };
+        let mut begin = pin!(shared.begin());
+        let mut away = pin!(shared.breaker.stays_open(shared.held_max));
         loop {
             let taken = {
                 let mut taken = pin!(Taken::next(&mut deliveries, &unsettled));
                 loop {
                     tokio::select! {
+                        (room, place) = &mut begin, if shared.waiting.has_turns() => {
+                            begin.set(shared.begin());
+                            if let Some(turn) = shared.waiting.next_turn() {
+                                let shared = Arc::clone(&shared);
+                                lookups.spawn(look_up_and_settle(shared, turn, place, room));
+                            }
+                        }
+                        Some(lookup) = lookups.join_next() => shared.ended(lookup)?,
                         taken = &mut taken => break taken,
-                        Some(lookup) = lookups.join_next() => ended(lookup)?,
+                        () = &mut away => {
+                            away.set(shared.breaker.stays_open(shared.held_max));
+                            for taken in shared.waiting.take_all() {
+                                lookups.spawn(settle(taken, Disposition::Requeue));
+                            }
+                        }
                         () = shared.shutdown.cancelled() => break None,
                     }
                 }
             };
             let Some(taken) = taken else { break };
             match taken.delivery.id() {
-                Ok(id) => {
-                    if let Some(turn) = shared.waiting.add(id, taken) {
-                        lookups.spawn(look_up_and_settle(Arc::clone(&shared), turn));
-                    }
-                }
+                Ok(id) => shared.waiting.add(id, taken),
                 Err(error) => {
                     tracing::warn!(%error, "a message that cannot be read goes to the dead letters");
                     let reason = error.to_string();
-                    lookups.spawn(async {
-                        settle(taken, Disposition::DeadLetter { reason }).await;
-                        Ok(())
-                    });
+                    lookups.spawn(settle(taken, Disposition::DeadLetter { reason }));
                 }
-            }
-            while let Some(lookup) = lookups.try_join_next() {
-                ended(lookup)?;
             }
         }
         deliveries.stop().await;
@@ -136,88 +140,77 @@ impl Intake {
             .await;
         tracing::info!(lookups = lookups.len(), "finishing the lookups in flight");
         while let Some(lookup) = lookups.join_next().await {
-            ended(lookup)?;
+            shared.ended(lookup)?;
         }
         deliveries.close().await;
         Ok(())
     }
 }
 
-/// Looks up an object that deliveries wait for, has the result committed, and settles them; and again,
-/// if others have come while the lookup ran.
-async fn look_up_and_settle(shared: Arc<Shared>, turn: Turn) -> Result<(), WriterDied> {
+/// Looks up an object that deliveries wait for, has the result committed, and settles them.
+async fn look_up_and_settle(
+    shared: Arc<Shared>,
+    turn: Turn,
+    place: Place,
+    room: Option<OwnedSemaphorePermit>,
+) -> Ended {
     let mut group = Vec::new();
-    loop {
-        let mut begun = None;
-        let told = shared.look_up_until_it_tells(&turn, &mut group, &mut begun).await?;
-        let settling = group.drain(..).map(|taken: Taken| {
-            let disposition = match &told {
-                Told::Settled => Some(Disposition::Ack),
-                Told::Refused(reason) => Some(Disposition::DeadLetter { reason: reason.clone() }),
-                Told::Failed(error) => Some(shared.after_failure(turn.id, &taken.delivery, error)),
-                Told::Nothing => Some(Disposition::Requeue),
-                Told::Draining => None,
-            };
-            async {
-                match disposition {
-                    Some(disposition) => settle(taken, disposition).await,
-                    None => taken.delivery.give_back().await,
-                }
-            }
-        });
-        join_all(settling).await;
-        drop(begun);
-        if shared.waiting.is_over(&turn) {
-            return Ok(());
-        }
-    }
+    let told = shared.look_up_until_it_tells(&turn, place, &mut group).await?;
+    let settling = group.into_iter().map(async |taken| {
+        let disposition = match &told {
+            Told::Settled => Disposition::Ack,
+            Told::Refused(reason) => Disposition::DeadLetter { reason: reason.clone() },
+            Told::Failed(error) => shared.after_failure(turn.id, &taken.delivery, error),
+            Told::Nothing => Disposition::Requeue,
+            Told::Draining => return taken.delivery.give_back().await,
+        };
+        _ = settle(taken, disposition).await;
+    });
+    join_all(settling).await;
+    drop(room);
+    Ok(Some(turn))
 }
 
-async fn settle(taken: Taken, disposition: Disposition) {
+async fn settle(taken: Taken, disposition: Disposition) -> Ended {
     let Taken { delivery, room } = taken;
     let id = delivery.id().ok();
     let callback_id = delivery.callback_id().to_owned();
     let settled = delivery.settle(disposition).await;
     drop(room);
     tracing::debug!(id, callback_id, ?settled, "settled");
+    Ok(None)
 }
 
 impl Shared {
+    /// Waits until another lookup may begin.
+    async fn begin(&self) -> (Option<OwnedSemaphorePermit>, Place) {
+        // Nothing closes it.
+        let room = Arc::clone(&self.begun).acquire_owned().await.ok();
+        (room, self.breaker.enter().await)
+    }
+
+    /// Something has come to its end: whoever waits for its object has a turn again.
+    fn ended(&self, ended: Result<Ended, JoinError>) -> anyhow::Result<()> {
+        if let Some(turn) = ended.context("a lookup panicked")?? {
+            self.waiting.end(turn);
+        }
+        Ok(())
+    }
+
     /// Looks the object up, and again for as long as a failure may be nobody's but the API's. What waits
     /// for the object joins `group` just before each lookup, so that none shares one that had begun before
     /// it was delivered.
-    async fn look_up_until_it_tells<'a>(
-        &'a self,
+    async fn look_up_until_it_tells(
+        &self,
         turn: &Turn,
+        mut place: Place,
         group: &mut Vec<Taken>,
-        begun: &mut Option<SemaphorePermit<'a>>,
     ) -> Result<Told, WriterDied> {
         let id = turn.id;
-        let mut held = pin!(sleep(HELD_MAX));
-        let mut away = pin!(self.breaker.stays_open(self.held_max));
+        let mut held = pin!(sleep(self.held_max));
         let mut waits = waits_between_lookups();
         loop {
-            let enter = async {
-                if begun.is_none() {
-                    // Nothing closes it.
-                    *begun = self.begun.acquire().await.ok();
-                }
-                self.breaker.enter().await
-            };
-            let place = tokio::select! {
-                // In this order, or a place that is there already would be lost for a moment.
-                biased;
-                place = enter => Some(place),
-                () = self.shutdown.cancelled() => None,
-                () = &mut away => None,
-                () = &mut held => None,
-            };
             self.waiting.join(turn, group);
-            let place = match place {
-                _ if self.shutdown.is_cancelled() => return Ok(Told::Draining),
-                None => return Ok(Told::Nothing),
-                Some(place) => place,
-            };
             let answer = self.look_up(id).await;
             let callback_id = group.first().map_or("", |first| first.delivery.callback_id());
             tracing::debug!(id, callback_id, deliveries = group.len(), ?answer, "looked up");
@@ -251,12 +244,16 @@ impl Shared {
                     return Ok(Told::Failed(error));
                 },
                 () = sleep(wait) => {}
-                () = self.shutdown.cancelled() => {}
+                () = self.shutdown.cancelled() => return Ok(Told::Draining),
                 () = &mut held => return Ok(Told::Nothing),
             }
-            if held.deadline() > Instant::now() + self.held_max {
-                held.as_mut().reset(Instant::now() + self.held_max);
-            }
+            place = tokio::select! {
+                // In this order, or a place that is there already would be lost for a moment.
+                biased;
+                place = self.breaker.enter() => place,
+                () = self.shutdown.cancelled() => return Ok(Told::Draining),
+                () = &mut held => return Ok(Told::Nothing),
+            };
         }
     }
 

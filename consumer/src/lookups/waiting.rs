@@ -1,7 +1,6 @@
 //! Deliveries that wait for a lookup. Those of one object share the next one.
 
-use std::collections::HashMap;
-use std::collections::hash_map::Entry;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use broker::{Consumer, Delivery};
@@ -32,16 +31,19 @@ pub(super) struct Waiting {
 
 #[derive(Default)]
 struct Turns {
+    /// Those whose turn has come or is to come.
     waiting: HashMap<Turn, Vec<Taken>>,
-    /// How many turns there have been.
+    /// Those whose turn is to come, in order.
+    queue: VecDeque<Turn>,
+    /// How many deliveries there have been.
     count: u64,
 }
 
-/// Something to be looked up, for as long as deliveries come for it.
+/// An object's turn to be looked up, for those that wait for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Turn {
     pub(super) id: i64,
-    /// 0 for all deliveries of an object if they share lookups, else different for each.
+    /// 0 if all deliveries of an object share lookups, else different for each.
     number: u64,
 }
 
@@ -54,47 +56,61 @@ impl Waiting {
         Self { coalesce, turns: Mutex::default() }
     }
 
-    /// Adds a delivery of object `id`. If nobody sees to that object, the caller has to: it
-    /// [joins](Self::join) what waits whenever a lookup begins, until [it is over](Self::is_over).
-    pub(super) fn add(&self, id: i64, taken: Taken) -> Option<Turn> {
-        let mut turns = self.turns();
+    /// Adds a delivery of object `id`.
+    pub(super) fn add(&self, id: i64, taken: Taken) {
+        let turns = &mut *self.turns();
         turns.count += 1;
         let turn = Turn { id, number: if self.coalesce { 0 } else { turns.count } };
-        match turns.waiting.entry(turn) {
-            Entry::Occupied(mut waiting) => {
-                waiting.get_mut().push(taken);
-                None
-            }
-            Entry::Vacant(vacant) => {
-                vacant.insert(vec![taken]);
-                Some(turn)
-            }
-        }
+        turns
+            .waiting
+            .entry(turn)
+            .or_insert_with(|| {
+                turns.queue.push_back(turn);
+                Vec::new()
+            })
+            .push(taken);
+    }
+
+    pub(super) fn has_turns(&self) -> bool {
+        !self.turns().queue.is_empty()
+    }
+
+    /// Whose turn it is. Whoever asks has to [end](Self::end) it.
+    pub(super) fn next_turn(&self) -> Option<Turn> {
+        self.turns().queue.pop_front()
     }
 
     /// Moves all that waits for `turn` to `group`. What comes later waits for the next lookup.
     pub(super) fn join(&self, turn: &Turn, group: &mut Vec<Taken>) {
+        let before = group.len();
         if let Some(waiting) = self.turns().waiting.get_mut(turn) {
             group.append(waiting);
         }
-        if let Some(shared @ 1..) = group.len().checked_sub(1) {
+        // The first of them is not one that shares another's.
+        let shared = group.len().saturating_sub(before.max(1));
+        if shared > 0 {
             metrics::counter!("lastseen_coalesced_total").increment(shared as u64);
         }
     }
 
-    /// Takes all that waits, whatever for.
-    pub(super) fn take_all(&self) -> Vec<Taken> {
-        self.turns().waiting.values_mut().flat_map(std::mem::take).collect()
+    /// The turn is over. What has come for its object meanwhile gets another one.
+    pub(super) fn end(&self, turn: Turn) {
+        let turns = &mut *self.turns();
+        if turns.waiting.get(&turn).is_some_and(|waiting| !waiting.is_empty()) {
+            turns.queue.push_back(turn);
+        } else {
+            turns.waiting.remove(&turn);
+        }
     }
 
-    /// Whether nothing waits for `turn`; then whatever comes next for its object is its own.
-    pub(super) fn is_over(&self, turn: &Turn) -> bool {
-        let mut turns = self.turns();
-        let is_over = turns.waiting.get(turn).is_none_or(Vec::is_empty);
-        if is_over {
-            turns.waiting.remove(turn);
+    /// Takes all that waits.
+    pub(super) fn take_all(&self) -> Vec<Taken> {
+        let turns = &mut *self.turns();
+        let all = turns.waiting.values_mut().flat_map(std::mem::take).collect();
+        for turn in turns.queue.drain(..) {
+            turns.waiting.remove(&turn);
         }
-        is_over
+        all
     }
 
     fn turns(&self) -> MutexGuard<'_, Turns> {
