@@ -66,7 +66,8 @@ impl Waiting {
             .entry(turn)
             .or_insert_with(|| {
                 turns.queue.push_back(turn);
-                Vec::new()
+                // Most are alone; it would begin with room for four.
+                Vec::with_capacity(1)
             })
             .push(taken);
     }
