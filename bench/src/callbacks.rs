@@ -10,8 +10,12 @@ use hdrhistogram::Histogram;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
+use tokio::time::sleep_until;
 
 use crate::world::per_second;
+
+/// For how long after its end a load at a rate waits for what is late.
+const LATE: Duration = Duration::from_secs(2);
 
 /// What to post.
 #[derive(Clone, Copy)]
@@ -20,6 +24,8 @@ pub(crate) struct Load {
     pub(crate) connections: u16,
     /// In each callback; each id is in one callback only.
     pub(crate) ids: u16,
+    /// Callbacks per second, whether they are answered or not; as fast as is answered if it is not said.
+    pub(crate) rate: Option<f64>,
     /// Not measured.
     pub(crate) warm_up: Duration,
     pub(crate) duration: Duration,
@@ -28,8 +34,10 @@ pub(crate) struct Load {
 /// What was answered.
 pub(crate) struct Answers {
     pub(crate) accepted_per_second: f64,
-    /// In microseconds.
-    pub(crate) latencies: Histogram<u64>,
+    /// Answers other than 200, and none at all within a second or so.
+    pub(crate) refused_per_second: f64,
+    /// Of what was accepted, in microseconds from when it was sent; at a rate, from when it was due.
+    latencies: Histogram<u64>,
 }
 
 impl Answers {
@@ -38,11 +46,17 @@ impl Answers {
     }
 }
 
+/// What came of the callbacks of one connection.
+struct Tally {
+    latencies: Histogram<u64>,
+    refused: u64,
+}
+
 impl Load {
-    /// Posts as fast as is answered.
+    /// Posts callbacks.
     ///
     /// # Errors
-    /// When a connection breaks, or an answer is not 200.
+    /// When a connection breaks.
     pub(crate) async fn run(self) -> anyhow::Result<Answers> {
         // In a thread of its own, so that nothing else here waits for the same core.
         tokio::task::spawn_blocking(move || {
@@ -53,42 +67,65 @@ impl Load {
     }
 
     async fn post(self) -> anyhow::Result<Answers> {
-        let begins = Instant::now() + self.warm_up;
+        let starts = Instant::now();
         let mut connections = JoinSet::new();
         for number in 0..self.connections {
-            connections.spawn(self.post_on_one(number, begins));
+            connections.spawn(self.post_on_one(number, starts));
         }
-        let (mut accepted, mut latencies) = (0, Histogram::new(3)?);
+        let (mut latencies, mut refused) = (Histogram::new(3)?, 0);
         while let Some(ended) = connections.join_next().await {
             let of_one = ended??;
-            accepted += of_one.len();
-            latencies.add(&of_one)?;
+            latencies.add(&of_one.latencies)?;
+            refused += of_one.refused;
         }
-        let accepted_per_second = per_second(accepted, self.duration);
-        Ok(Answers { accepted_per_second, latencies })
+        Ok(Answers {
+            accepted_per_second: per_second(latencies.len(), self.duration),
+            refused_per_second: per_second(refused, self.duration),
+            latencies,
+        })
     }
 
-    async fn post_on_one(self, number: u16, begins: Instant) -> anyhow::Result<Histogram<u64>> {
+    async fn post_on_one(self, number: u16, starts: Instant) -> anyhow::Result<Tally> {
         let mut stream = TcpStream::connect(self.producer).await?;
         stream.set_nodelay(true)?;
-        let mut latencies = Histogram::new(3)?;
+        let (begins, ends) = (starts + self.warm_up, starts + self.warm_up + self.duration);
+        let mut tally = Tally { latencies: Histogram::new(3)?, refused: 0 };
         let (mut request, mut answer) = (Vec::new(), Vec::with_capacity(1_024));
         // Ids far apart for each connection, so that all are distinct.
         let mut next = i64::from(number) << 40;
+        // The connections take turns.
+        let turns =
+            self.rate.map(|rate| Duration::from_secs_f64(f64::from(self.connections) / rate));
+        let mut due = starts
+            + turns.unwrap_or_default().mul_f64(f64::from(number) / f64::from(self.connections));
         loop {
-            let sent = Instant::now();
-            if sent >= begins + self.duration {
-                return Ok(latencies);
+            match turns {
+                Some(_) => sleep_until(due.into()).await,
+                None => due = Instant::now(),
+            }
+            if due >= ends {
+                return Ok(tally);
+            }
+            let is_measured = due >= begins;
+            if Instant::now() > ends + LATE {
+                tally.refused += u64::from(is_measured);
+                due += turns.unwrap_or_default();
+                continue;
             }
             encode(&mut request, next, self.ids)?;
             next += i64::from(self.ids);
             stream.write_all(&request).await?;
             let status = read_answer(&mut stream, &mut answer).await?;
-            ensure!(status == 200, "answered {status}");
             let now = Instant::now();
-            if now >= begins && now < begins + self.duration {
-                latencies.record(u64::try_from((now - sent).as_micros())?)?;
+            // As fast as is answered, what ends after the end is not of that time.
+            if is_measured && (turns.is_some() || now < ends) {
+                if status == 200 {
+                    tally.latencies.record(u64::try_from((now - due).as_micros())?)?;
+                } else {
+                    tally.refused += 1;
+                }
             }
+            due += turns.unwrap_or_default();
         }
     }
 }

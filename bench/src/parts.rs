@@ -16,12 +16,16 @@ use crate::world::World;
 pub(crate) enum Part {
     /// The producer: callbacks of 1 and of 200 ids
     Callbacks,
+    /// The producer, with up to three times the callbacks that it can pass on
+    Overload,
     /// The consumer, with a status API that answers at once
     Lookups,
     /// The consumer, with a status API that takes 0.3 to 4.3 s
     Slow,
     /// The consumer, with many messages about few objects
     Coalescing,
+    /// Producer and consumer, with a million messages that wait
+    Backlog,
     /// The routine, with a million stale rows
     Cleanup,
 }
@@ -39,9 +43,11 @@ impl Part {
         let world = World::start().await;
         let mut rows = match self {
             Self::Callbacks => callbacks::measure(&world).await?,
+            Self::Overload => callbacks::measure_overload(&world).await?,
             Self::Lookups => lookups::measure_instant(&world).await?,
             Self::Slow => lookups::measure_slow(&world).await?,
             Self::Coalescing => lookups::measure_coalescing(&world).await?,
+            Self::Backlog => lookups::measure_backlog(&world).await?,
             Self::Cleanup => cleanup::measure(&world).await?,
         };
         for row in &mut rows {

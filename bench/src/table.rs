@@ -96,7 +96,7 @@ impl Row {
             Goal::OursAtLeast(least) => format!("≥ {}", rounded(least)),
             Goal::OursAtMost(most) => format!("≤ {}", rounded(most)),
             Goal::P99MsAtMost(most) => format!("p99 ≤ {most} ms"),
-            Goal::PeakMbAtMost(most) => format!("peak ≤ {most} MB"),
+            Goal::PeakMbAtMost(most) => format!("peak ≤ {most:.0} MB"),
         };
         if self.reaches(goal) { text } else { format!("**missed: {text}**") }
     }

@@ -84,6 +84,16 @@ impl Delivery {
         }
     }
 
+    /// Whether the channel that it came by is gone: then it cannot be settled, and is delivered again.
+    #[must_use]
+    pub fn is_lost(&self) -> bool {
+        match &self.0 {
+            Inner::Amqp(delivery) => delivery.is_lost(),
+            // A file is not lost without its process.
+            Inner::Sqlite(_) => false,
+        }
+    }
+
     /// Settles it. A requeued one, a retry or a dead letter is durable before the original is gone: between the two
     /// there may be two of them, never none. While the broker does not confirm, it is tried again
     /// for as long as the delivery's own channel lasts. If this is dropped, the message is settled all

@@ -23,10 +23,13 @@ use waiting::{Taken, Turn, Waiting};
 
 /// A delivery whose lookup has failed is kept for another one for as long as so many may take, and then
 /// sent to the end of the queue, and so is what waits for a lookup while the API is away for so long: maybe
-/// another consumer has a better way to the API, and RabbitMQ ends the session of one that holds a
-/// message for 30 minutes.
+/// another consumer has a better way to the API.
 const LOOKUPS_HELD: u32 = 6;
-const HELD_MAX: Duration = Duration::from_mins(15);
+/// At most so long a delivery waits for its lookup, and again for as long is kept when that has failed:
+/// RabbitMQ ends the session of a consumer that holds a message for 30 minutes.
+const HELD_MAX: Duration = Duration::from_mins(10);
+/// How often it is seen to that none waits for longer.
+const LOOK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Takes deliveries, and runs as many lookups at once as the breaker lets.
 pub(crate) struct Intake {
@@ -101,6 +104,7 @@ impl Intake {
         let mut lookups = JoinSet::new();
         let mut begin = pin!(shared.begin());
         let mut away = pin!(shared.breaker.stays_open(shared.held_max));
+        let mut look = tokio::time::interval(LOOK_INTERVAL);
         loop {
             let taken = {
                 let mut taken = pin!(Taken::next(&mut deliveries, &unsettled));
@@ -117,10 +121,17 @@ impl Intake {
                         taken = &mut taken => break taken,
                         () = &mut away => {
                             away.set(shared.breaker.stays_open(shared.held_max));
-                            for taken in shared.waiting.take_all() {
+                            // With nobody left to begin with, it must not keep a place for itself.
+                            begin.set(shared.begin());
+                            for taken in shared.waiting.take_older_than(Instant::now()) {
                                 lookups.spawn(settle(taken, Disposition::Requeue));
                             }
                         }
+                        now = look.tick() => if let Some(long_ago) = now.checked_sub(HELD_MAX) {
+                            for taken in shared.waiting.take_older_than(long_ago) {
+                                lookups.spawn(settle(taken, Disposition::Requeue));
+                            }
+                        },
                         () = shared.shutdown.cancelled() => break None,
                     }
                 }
@@ -136,8 +147,8 @@ impl Intake {
             }
         }
         deliveries.stop().await;
-        join_all(shared.waiting.take_all().into_iter().map(|taken| taken.delivery.give_back()))
-            .await;
+        let waiting = shared.waiting.take_older_than(Instant::now());
+        join_all(waiting.into_iter().map(|taken| taken.delivery.give_back())).await;
         tracing::info!(lookups = lookups.len(), "finishing the lookups in flight");
         while let Some(lookup) = lookups.join_next().await {
             shared.ended(lookup)?;
@@ -172,7 +183,7 @@ async fn look_up_and_settle(
 }
 
 async fn settle(taken: Taken, disposition: Disposition) -> Ended {
-    let Taken { delivery, room } = taken;
+    let Taken { delivery, room, .. } = taken;
     let id = delivery.id().ok();
     let callback_id = delivery.callback_id().to_owned();
     let settled = delivery.settle(disposition).await;

@@ -100,7 +100,7 @@ async fn write_batches(
 }
 
 /// Writes the batch, and while the database is away tries again: results wait, unacked, and the
-/// prefetch stops the intake.
+/// room for lookups that have begun stops the next ones.
 ///
 /// Returns the objects whose rows the database refuses, with its reasons. They are found by halving:
 /// each half is committed or halved on, so one bad row among 1,000 costs some twenty statements.

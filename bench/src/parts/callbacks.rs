@@ -1,15 +1,17 @@
 //! From the callback to its confirm.
 
+use std::net::SocketAddr;
 use std::time::Duration;
 
-use anyhow::Context as _;
+use anyhow::{Context as _, ensure};
 use pipeline::callback_endpoint;
+use testbed::Process;
 
 use crate::callbacks::Load;
 use crate::limits;
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
-use crate::world::World;
+use crate::world::{Place, World};
 
 /// Enough for some seconds.
 const MESSAGES: i64 = 200_000;
@@ -35,27 +37,33 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     one.limit = Some(raw);
     one.goals =
         vec![Goal::RatioAtLeast(0.55), Goal::OursAtLeast(16_700.0), Goal::P99MsAtMost(25.0)];
+    let mut connections = callbacks(world, 1, 1_000).await?;
+    connections.limit = Some(raw);
+    connections.goals = vec![Goal::PeakMbAtMost(40.0)];
     let mut many = callbacks(world, 200, 16).await?;
     many.limit = Some(raw);
     many.goals = vec![Goal::RatioAtLeast(0.85), Goal::P99MsAtMost(200.0)];
-    Ok(vec![lapin, one, many])
+    Ok(vec![lapin, one, connections, many])
 }
 
 async fn callbacks(world: &World, ids: u16, connections: u16) -> anyhow::Result<Row> {
-    let place = world.place(NO_STATUS_API.to_owned()).await;
+    callbacks_at(&world.place(NO_STATUS_API.to_owned()).await, ids, connections).await
+}
+
+/// Posts as fast as is answered.
+pub(super) async fn callbacks_at(place: &Place, ids: u16, connections: u16) -> anyhow::Result<Row> {
     let producer = place.spawn("producer", &[]).await;
-    let endpoint = callback_endpoint(&producer).await;
-    let address = endpoint.trim_start_matches("http://").trim_end_matches("/callback");
     let load = Load {
-        producer: address.parse().context("the producer's address is none")?,
+        producer: address(&producer).await?,
         connections,
         ids,
+        rate: None,
         warm_up: Duration::from_secs(1),
         duration: Duration::from_secs(6),
     };
     let meter = Meter::start(&producer);
     let answers = load.run().await?;
-    let measured = load.duration.as_secs_f64() / (load.warm_up + load.duration).as_secs_f64();
+    ensure!(answers.refused_per_second == 0.0, "some callbacks were refused");
     let ids_per_second = answers.accepted_per_second * f64::from(ids);
     let what = format!(
         "callbacks of {ids} id{}, {connections} connections",
@@ -65,6 +73,48 @@ async fn callbacks(world: &World, ids: u16, connections: u16) -> anyhow::Result<
     row.p50_ms = Some(answers.latency_ms(0.5));
     row.p99_ms = Some(answers.latency_ms(0.99));
     // The warm-up has cost it as much as what was measured.
-    row.cost = Some(meter.cost_of(ids_per_second * load.duration.as_secs_f64() / measured));
+    row.cost = Some(meter.cost_of(ids_per_second * (load.warm_up + load.duration).as_secs_f64()));
     Ok(row)
+}
+
+/// What the producer does with more than it can take.
+pub(crate) async fn measure_overload(world: &World) -> anyhow::Result<Vec<Row>> {
+    const IDS: u16 = 200;
+    let capacity = callbacks(world, IDS, 16).await?.ours;
+    let mut rows = Vec::new();
+    for share in [0.5, 0.9, 1.5, 2.0, 3.0] {
+        let place = world.place(NO_STATUS_API.to_owned()).await;
+        let producer = place.spawn("producer", &[]).await;
+        let offered = capacity * share;
+        let load = Load {
+            producer: address(&producer).await?,
+            connections: 1_000,
+            ids: IDS,
+            rate: Some(offered / f64::from(IDS)),
+            warm_up: Duration::from_secs(1),
+            duration: Duration::from_secs(6),
+        };
+        let meter = Meter::start(&producer);
+        let answers = load.run().await?;
+        let accepted = answers.accepted_per_second * f64::from(IDS);
+        let refused = answers.refused_per_second * f64::from(IDS);
+        let what = format!(
+            "{share} of what it takes offered, callbacks of {IDS} ids; {:.0}% refused",
+            100.0 * refused / (accepted + refused)
+        );
+        let mut row = Row::new(what, "ids/s", accepted);
+        row.limit = Some(offered);
+        row.p50_ms = Some(answers.latency_ms(0.5));
+        row.p99_ms = Some(answers.latency_ms(0.99));
+        row.cost = Some(meter.cost_of(accepted * (load.warm_up + load.duration).as_secs_f64()));
+        row.goals = vec![Goal::P99MsAtMost(1_000.0)];
+        rows.push(row);
+    }
+    Ok(rows)
+}
+
+async fn address(producer: &Process) -> anyhow::Result<SocketAddr> {
+    let endpoint = callback_endpoint(producer).await;
+    let address = endpoint.trim_start_matches("http://").trim_end_matches("/callback");
+    address.parse().context("the producer's address is none")
 }

@@ -4,6 +4,7 @@ use std::time::{Duration, Instant};
 
 use testbed::{Process, eventually};
 
+use super::callbacks::callbacks_at;
 use crate::limits;
 use crate::status_api::StatusApi;
 use crate::table::{Goal, Row};
@@ -12,6 +13,7 @@ use crate::world::{Place, World, per_second};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 const MESSAGES: i64 = 100_000;
+const AT_ONCE: u16 = 300;
 /// The status API's, and the mean of it.
 const SLOW: std::ops::Range<Duration> = Duration::from_millis(300)..Duration::from_millis(4_300);
 const SLOW_MEAN_SECONDS: f64 = 2.3;
@@ -20,27 +22,66 @@ const SLOW_RAMP: Duration = Duration::from_secs(10);
 const SLOW_DURATION: Duration = Duration::from_secs(12);
 
 pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
-    const AT_ONCE: u16 = 300;
     let status_api = StatusApi::start(Duration::ZERO..Duration::ZERO)?;
-    let limit =
-        limits::fetch(&status_api.endpoint(), AT_ONCE.into(), Duration::from_secs(4)).await?;
+    let seconds = Duration::from_secs(4);
+    let limit = limits::fetch(&status_api.endpoint(), AT_ONCE.into(), seconds).await?;
     let place = world.place(status_api.endpoint()).await;
     place.prepare().await;
     limits::publish(world.amqp_uri(), &place.queue.name, 1..=MESSAGES).await?;
-    let consumer = place.spawn("consumer", &[("MAX_CONSUMERS", "300")]).await;
+    let mut row = looked_up_at_once(&place).await?;
+    row.limit = Some(limit);
+    row.goals = vec![Goal::RatioAtLeast(0.55), Goal::OursAtLeast(8_000.0)];
+    Ok(vec![row])
+}
+
+/// Looks up most of [`MESSAGES`] at a status API that answers at once.
+async fn looked_up_at_once(place: &Place) -> anyhow::Result<Row> {
+    let at_once = AT_ONCE.to_string();
+    let consumer = place.spawn("consumer", &[("MAX_CONSUMERS", at_once.as_str())]).await;
     let meter = Meter::start(&consumer);
     let before = settled(&consumer).await;
     let started = Instant::now();
     // What is left at the end comes in as the queue runs dry.
     let enough = before + (MESSAGES.unsigned_abs() - before) / 10 * 9;
     let after = settles(&consumer, enough).await;
-    let took = started.elapsed();
-    let mut row =
-        Row::new("answers at once, 300 in flight", "objects/s", per_second(after - before, took));
-    row.limit = Some(limit);
+    let rate = per_second(after - before, started.elapsed());
+    let mut row = Row::new("answers at once, 300 in flight", "objects/s", rate);
     row.cost = Some(meter.cost_of(per_second(after - before, Duration::from_secs(1))));
-    row.goals = vec![Goal::RatioAtLeast(0.55), Goal::OursAtLeast(8_000.0)];
-    Ok(vec![row])
+    Ok(row)
+}
+
+/// What a million messages that wait cost those who publish and those who consume.
+pub(crate) async fn measure_backlog(world: &World) -> anyhow::Result<Vec<Row>> {
+    const BACKLOG: i64 = 1_000_000;
+    let status_api = StatusApi::start(Duration::ZERO..Duration::ZERO)?;
+    let mut rows = Vec::new();
+    for backlog in [0, BACKLOG] {
+        let place = world.place(status_api.endpoint()).await;
+        place.prepare().await;
+        let queue = &place.queue.name;
+        if backlog > 0 {
+            limits::publish(world.amqp_uri(), queue, 1..=backlog).await?;
+        }
+        rows.push(callbacks_at(&place, 1, 64).await?);
+        if backlog == 0 {
+            limits::publish(world.amqp_uri(), queue, 1..=MESSAGES).await?;
+        }
+        rows.push(looked_up_at_once(&place).await?);
+    }
+    let with = rows.split_off(2);
+    Ok(with
+        .into_iter()
+        .zip(rows)
+        .map(|(mut with, without)| {
+            with.what = format!("{}, behind {BACKLOG} messages, beside without", with.what);
+            with.limit = Some(without.ours);
+            with.goals = vec![Goal::RatioAtLeast(0.9)];
+            if let Some(cost) = without.cost {
+                with.goals.push(Goal::PeakMbAtMost(cost.peak_mb * 1.1));
+            }
+            with
+        })
+        .collect())
 }
 
 pub(crate) async fn measure_slow(world: &World) -> anyhow::Result<Vec<Row>> {

@@ -62,6 +62,10 @@ impl Delivery {
         self.redelivered
     }
 
+    pub(crate) fn is_lost(&self) -> bool {
+        !self.acker.usable()
+    }
+
     /// For all but an ack that means a copy, confirmed before the original is acked.
     pub(crate) async fn settle(self, disposition: Disposition) -> Settled {
         let topology = self.outward.publisher.topology();
@@ -90,9 +94,9 @@ impl Delivery {
     }
 
     pub(crate) async fn give_back(self) {
-        if let Err(error) = self.acker.nack(REQUEUE).await {
-            // It goes back with its channel.
-            tracing::debug!(%error, "not given back");
+        // Else it goes back with its channel.
+        if !matches!(timeout(ACK_TIMEOUT, self.acker.nack(REQUEUE)).await, Ok(Ok(true))) {
+            tracing::debug!("not given back");
         }
     }
 
@@ -100,7 +104,7 @@ impl Delivery {
         let copy = Outgoing { body: self.body.clone(), properties };
         for wait in backoff() {
             // First, or each message of a lost channel would be there twice: its copy and itself.
-            if !self.acker.usable() {
+            if self.is_lost() {
                 return Settled::Lost;
             }
             match self

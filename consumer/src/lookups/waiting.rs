@@ -5,10 +5,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use broker::{Consumer, Delivery};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 
 /// A delivery, and the room that it takes up until it is settled.
 pub(super) struct Taken {
     pub(super) delivery: Delivery,
+    pub(super) since: Instant,
     pub(super) room: OwnedSemaphorePermit,
 }
 
@@ -19,7 +21,8 @@ impl Taken {
         unsettled: &Arc<Semaphore>,
     ) -> Option<Self> {
         let room = Arc::clone(unsettled).acquire_owned().await.ok()?;
-        Some(Self { delivery: deliveries.next().await, room })
+        let delivery = deliveries.next().await;
+        Some(Self { delivery, since: Instant::now(), room })
     }
 }
 
@@ -76,9 +79,19 @@ impl Waiting {
         !self.turns().queue.is_empty()
     }
 
-    /// Whose turn it is. Whoever asks has to [end](Self::end) it.
+    /// Whose turn it is. Whoever asks has to [end](Self::end) it. Deliveries that are lost meanwhile are
+    /// dropped: they are delivered again, and a lookup now would be one more.
     pub(super) fn next_turn(&self) -> Option<Turn> {
-        self.turns().queue.pop_front()
+        let turns = &mut *self.turns();
+        while let Some(turn) = turns.queue.pop_front() {
+            let waiting = turns.waiting.entry(turn).or_default();
+            waiting.retain(|taken| !taken.delivery.is_lost());
+            if !waiting.is_empty() {
+                return Some(turn);
+            }
+            turns.waiting.remove(&turn);
+        }
+        None
     }
 
     /// Moves all that waits for `turn` to `group`. What comes later waits for the next lookup.
@@ -104,14 +117,20 @@ impl Waiting {
         }
     }
 
-    /// Takes all that waits.
-    pub(super) fn take_all(&self) -> Vec<Taken> {
-        let turns = &mut *self.turns();
-        let all = turns.waiting.values_mut().flat_map(std::mem::take).collect();
-        for turn in turns.queue.drain(..) {
-            turns.waiting.remove(&turn);
-        }
-        all
+    /// Takes what waits since before that moment.
+    pub(super) fn take_older_than(&self, moment: Instant) -> Vec<Taken> {
+        let Turns { waiting, queue, .. } = &mut *self.turns();
+        let older = |taken: &mut Taken| taken.since < moment;
+        let taken =
+            waiting.values_mut().flat_map(|waiting| waiting.extract_if(.., older)).collect();
+        queue.retain(|turn| {
+            let is_wanted = waiting.get(turn).is_some_and(|waiting| !waiting.is_empty());
+            if !is_wanted {
+                waiting.remove(turn);
+            }
+            is_wanted
+        });
+        taken
     }
 
     fn turns(&self) -> MutexGuard<'_, Turns> {

@@ -1,3 +1,4 @@
+use service::CancellationToken;
 use testbed::{Answer, StatusApi, eventually, free_port};
 use tokio::time::timeout;
 
@@ -165,6 +166,32 @@ async fn peers_may_come_in_any_order_after_the_consumer() {
     assert_eq!(looked_up(&[&api]), [1, 2, 3, 4, 5]);
     consumer.stop().await;
     around.assert_all_settled().await;
+}
+
+#[tokio::test]
+async fn what_waited_when_the_broker_connection_broke_is_looked_up_once() {
+    let around = Surroundings::new().await;
+    let (broker, amqp_uri) = proxied(&testbed::amqp_uri(), 5672).await;
+    let go = CancellationToken::new();
+    let noticed = go.clone();
+    let api = StatusApi::start(move |_, _| Answer::Once(noticed.clone(), Box::new(Answer::Online)));
+    around.publish(1..=100).await;
+    let amqp_uri = format!("--amqp-uri={amqp_uri}");
+    let consumer = around.start(&api.endpoint(), &[&amqp_uri, "--max-consumers=3"]);
+    eventually("all are taken", PATIENCE, async || {
+        (api.in_flight() == 3 && around.waiting().await == 0).then_some(())
+    })
+    .await;
+    broker.cut();
+    consumer.misses(&["broker", "broker, for retries"]).await;
+    go.cancel();
+    broker.restore();
+    around.recorded(1..=100).await;
+    eventually("all is settled", PATIENCE, async || (around.waiting().await == 0).then_some(()))
+        .await;
+    consumer.stop().await;
+    // The three that were in flight are not known to be done.
+    assert!(api.lookups().len() <= 103, "{} lookups", api.lookups().len());
 }
 
 #[tokio::test]

@@ -182,7 +182,10 @@ async fn queue_deleted() -> Verdict {
         world.recovers().await;
     }
     let gone = times_logged(producer(&world), "the queue is gone");
-    assert!(gone >= 3, "the producer noticed {gone} times that the queue is gone");
+    assert!(gone > 0, "the producer has not noticed that the queue is gone");
+    // Now and then the broker's channel dies of it first.
+    let lost = times_logged(producer(&world), "no broker; trying again");
+    assert!(lost >= 3, "the producer noticed {lost} ends of its connections");
     // What was being looked up is not known to be done: its connection ends with the queue.
     world.settles(Allowed::REPEATS).await
 }

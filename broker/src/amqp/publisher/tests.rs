@@ -23,7 +23,7 @@ async fn publish_one(
 }
 
 /// lapin hands a returned message to whichever publish is confirmed next, often another caller's.
-/// Without telling them apart by their ids, a caller whose message is gone would hear "confirmed".
+/// Without looking at which queue is gone, a caller whose message is gone would hear "confirmed".
 #[tokio::test]
 async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
     let queue = Queue::new();
