@@ -112,9 +112,10 @@ impl Intake {
                     tokio::select! {
                         (room, place) = &mut begin, if shared.waiting.has_turns() => {
                             begin.set(shared.begin());
-                            if let Some(turn) = shared.waiting.next_turn() {
+                            // With what waits for it, or that could be given back before it runs.
+                            if let Some((turn, group)) = shared.waiting.next_turn() {
                                 let shared = Arc::clone(&shared);
-                                lookups.spawn(look_up_and_settle(shared, turn, place, room));
+                                lookups.spawn(look_up_and_settle(shared, turn, group, place, room));
                             }
                         }
                         Some(lookup) = lookups.join_next() => shared.ended(lookup)?,
@@ -162,10 +163,10 @@ impl Intake {
 async fn look_up_and_settle(
     shared: Arc<Shared>,
     turn: Turn,
+    mut group: Vec<Taken>,
     place: Place,
     room: Option<OwnedSemaphorePermit>,
 ) -> Ended {
-    let mut group = Vec::new();
     let told = shared.look_up_until_it_tells(&turn, place, &mut group).await?;
     let settling = group.into_iter().map(async |taken| {
         let disposition = match &told {
@@ -208,8 +209,8 @@ impl Shared {
         Ok(())
     }
 
-    /// Looks the object up, and again for as long as a failure may be nobody's but the API's. What waits
-    /// for the object joins `group` just before each lookup, so that none shares one that had begun before
+    /// Looks the object up, and again for as long as a failure may be nobody's but the API's. What has come
+    /// for the object meanwhile joins `group` just before each lookup, so that none shares one that had begun before
     /// it was delivered.
     async fn look_up_until_it_tells(
         &self,

@@ -79,15 +79,17 @@ impl Waiting {
         !self.turns().queue.is_empty()
     }
 
-    /// Whose turn it is. Whoever asks has to [end](Self::end) it. Deliveries that are lost meanwhile are
-    /// dropped: they are delivered again, and a lookup now would be one more.
-    pub(super) fn next_turn(&self) -> Option<Turn> {
+    /// Whose turn it is, and what waits for it. Whoever asks has to [end](Self::end) it. Deliveries that
+    /// are lost meanwhile are dropped: they are delivered again, and a lookup now would be one more.
+    pub(super) fn next_turn(&self) -> Option<(Turn, Vec<Taken>)> {
         let turns = &mut *self.turns();
         while let Some(turn) = turns.queue.pop_front() {
             let waiting = turns.waiting.entry(turn).or_default();
             waiting.retain(|taken| !taken.delivery.is_lost());
             if !waiting.is_empty() {
-                return Some(turn);
+                let group = std::mem::take(waiting);
+                count_shared(group.len() - 1);
+                return Some((turn, group));
             }
             turns.waiting.remove(&turn);
         }
@@ -96,14 +98,9 @@ impl Waiting {
 
     /// Moves all that waits for `turn` to `group`. What comes later waits for the next lookup.
     pub(super) fn join(&self, turn: &Turn, group: &mut Vec<Taken>) {
-        let before = group.len();
         if let Some(waiting) = self.turns().waiting.get_mut(turn) {
+            count_shared(waiting.len());
             group.append(waiting);
-        }
-        // The first of them is not one that shares another's.
-        let shared = group.len().saturating_sub(before.max(1));
-        if shared > 0 {
-            metrics::counter!("lastseen_coalesced_total").increment(shared as u64);
         }
     }
 
@@ -135,5 +132,11 @@ impl Waiting {
 
     fn turns(&self) -> MutexGuard<'_, Turns> {
         self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+fn count_shared(deliveries: usize) {
+    if deliveries > 0 {
+        metrics::counter!("lastseen_coalesced_total").increment(deliveries as u64);
     }
 }

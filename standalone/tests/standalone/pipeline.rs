@@ -35,7 +35,7 @@ async fn with_a_secret_the_simulated_partner_signs_and_who_does_not_is_refused()
 
 #[tokio::test]
 async fn a_callback_is_online_soon_and_gone_when_it_is_stale() {
-    let home = Home::new(&[("OBJECT_TTL", "3s"), ("ROUTINE_INTERVAL", "200ms")]);
+    let home = Home::new(&[("OBJECT_TTL", "8s"), ("ROUTINE_INTERVAL", "200ms")]);
     let (lastseen, endpoint) = home.start(&["--no-partner"]).await;
     assert!(Partner::default().post(&endpoint, &[2, 4, 7]).await);
     eventually("2 and 4 are online", PATIENCE, async || {
