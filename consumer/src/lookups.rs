@@ -209,9 +209,9 @@ impl Shared {
         Ok(())
     }
 
-    /// Looks the object up, and again for as long as a failure may be nobody's but the API's. What has come
-    /// for the object meanwhile joins `group` just before each lookup, so that none shares one that had begun before
-    /// it was delivered.
+    /// Looks the object up, and again for as long as a failure may be nobody's but the API's. What
+    /// has come for the object meanwhile joins `group` just before each lookup, so that none shares
+    /// one that had begun before it was delivered.
     async fn look_up_until_it_tells(
         &self,
         turn: &Turn,

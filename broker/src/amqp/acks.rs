@@ -30,6 +30,11 @@ impl Acks {
         Self { wanted }
     }
 
+    /// Whether nothing can be acked any more.
+    pub(super) fn have_died(&self) -> bool {
+        self.wanted.is_closed()
+    }
+
     /// Whether the ack of that delivery is sent.
     pub(super) async fn send(&self, tag: u64, acker: Acker) -> bool {
         let (sent, answer) = oneshot::channel();
@@ -96,6 +101,16 @@ impl Acked {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[tokio::test]
+    async fn acks_that_have_died_are_known_to_have() {
+        let acks = Acks::start();
+        tokio::task::yield_now().await;
+        assert!(!acks.have_died());
+        let (wanted, incoming) = mpsc::unbounded_channel();
+        drop(incoming);
+        assert!(Acks { wanted }.have_died());
+    }
 
     #[test]
     fn a_prefix_ends_before_the_first_tag_that_is_missing() {

@@ -159,6 +159,10 @@ impl Session {
     /// The next message, or why there will be none by this session.
     async fn next(&mut self) -> Result<lapin::message::Delivery, String> {
         loop {
+            // Without them each delivery would be lost, and the session would look sound.
+            if self.outward.acks.have_died() {
+                return Err("what sends the acks has died".to_owned());
+            }
             // The stream can fall silent without an end, so the connection is looked at as well.
             match timeout(Duration::from_secs(1), self.deliveries.next()).await {
                 Ok(Some(Ok(delivery))) if delivery.acker.usable() => return Ok(delivery),
