@@ -6,5 +6,5 @@ mod publish;
 mod upsert;
 
 pub(crate) use fetch::fetch;
-pub(crate) use publish::{publish, publish_by_lapin};
+pub(crate) use publish::{publish, publish_by_lapin, publish_in_a_window};
 pub(crate) use upsert::upsert;

@@ -1,6 +1,6 @@
 //! The breaker: how many lookups may run at once, and whose fault it is when one fails.
 //!
-//! - **Closed**: up to `MAX_CONSUMERS` run.
+//! - **Closed**: up to `MAX_CONSUMERS` run, or fewer, with an [adaptive](Concurrency::Adaptive) limit.
 //! - **Open**, when nearly all fail: none run but a probe now and then, which is an ordinary lookup.
 //! - **Opening up**, after a probe was answered: one runs, and each answer lets a few more.
 //! - **Paused**, when the API asked for it: none run until then; after that it opens up as well.
@@ -9,6 +9,8 @@
 //! before, and after it one that was asked later, or many. Whatever fails otherwise is looked up again
 //! at no cost.
 
+mod adaptive;
+mod verdict;
 mod window;
 
 use std::collections::BTreeSet;
@@ -19,7 +21,11 @@ use std::time::Duration;
 use tokio::sync::{Semaphore, watch};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use crate::config::Concurrency;
+use adaptive::{Adaptive, CameTo};
 use window::Window;
+
+pub(crate) use verdict::{Failure, Verdict};
 
 /// How many probes may wait for their answers. The next one does not wait for the one before: an API
 /// that hangs is asked again before `STATUS_TIMEOUT`, or its recovery would be seen that much later.
@@ -60,6 +66,7 @@ struct State {
     next: u64,
     unanswered: BTreeSet<u64>,
     outcomes: Window,
+    adaptive: Option<Adaptive>,
     answered_at: Option<Instant>,
     /// How many were answered.
     answers: u64,
@@ -84,49 +91,36 @@ pub(crate) struct Place {
     began: Instant,
 }
 
-/// A lookup that has failed.
-pub(crate) struct Failure {
-    breaker: Arc<Breaker>,
-    number: u64,
-    /// A lookup from this number on has begun after the failure.
-    after: u64,
-    /// With so many answers there are enough, whenever they were asked for. An API that goes away
-    /// answers some to its last, but fails more meanwhile than it takes to open.
-    enough: u64,
-    answered_before: bool,
-}
-
-/// Whose fault a failure is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Verdict {
-    /// The API answers others, so it is about this object.
-    Counts,
-    /// The API answers nobody, or it cannot be told.
-    LookAgain,
-}
-
 impl Breaker {
     /// With up to `max` lookups at once.
-    pub(crate) fn new(max: usize) -> Arc<Self> {
+    pub(crate) fn new(max: usize, concurrency: Concurrency) -> Arc<Self> {
         metrics::describe_gauge!(
             "lastseen_breaker_state",
             "Whether lookups are made: 0 closed (all), 1 opening up, 2 paused by the API, 3 open (probes only)."
         );
+        metrics::describe_gauge!(
+            "lastseen_lookups_limit",
+            "How many lookups may run at once, when the status API answers as it should."
+        );
+        let adaptive = (concurrency == Concurrency::Adaptive).then(|| Adaptive::new(max));
+        let limit = adaptive.as_ref().map_or(max, Adaptive::limit);
+        metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
         let state = State {
             phase: Phase::Closed,
             since: 0,
-            limit: max,
-            granted: max,
+            limit,
+            granted: limit,
             next: 0,
             unanswered: BTreeSet::new(),
             outcomes: Window::default(),
+            adaptive,
             answered_at: None,
             answers: 0,
             answered_upto: 0,
         };
         metrics::gauge!("lastseen_breaker_state").set(0);
         let (state, status) = (watch::Sender::new(state), watch::Sender::new(Ok(())));
-        Arc::new(Self { state, places: Semaphore::new(max), max, status })
+        Arc::new(Self { state, places: Semaphore::new(limit), max, status })
     }
 
     /// Why the API counts as away, while it is open.
@@ -189,7 +183,11 @@ impl Breaker {
         self.state.send_if_modified(|state| {
             number = state.next;
             state.next += 1;
-            state.unanswered.insert(number)
+            state.unanswered.insert(number);
+            if let Some(adaptive) = &mut state.adaptive {
+                adaptive.begins(state.unanswered.len());
+            }
+            true
         });
         Place { breaker: Arc::clone(self), number, began: Instant::now() }
     }
@@ -218,11 +216,15 @@ impl Breaker {
                     self.turn(state, Phase::OpeningUp, 1);
                 }
                 state.outcomes.push(true);
-                if state.limit + MORE_PER_ANSWER < self.max {
+                let whole = self.whole_limit(state);
+                if state.limit + MORE_PER_ANSWER < whole {
                     self.set_limit(state, state.limit + MORE_PER_ANSWER);
                 } else {
                     tracing::info!("the status API is as before");
-                    self.set_limit(state, self.max);
+                    self.set_limit(state, whole);
+                    if let Some(adaptive) = &mut state.adaptive {
+                        adaptive.begin_round(state.next);
+                    }
                     state.phase = Phase::Closed;
                     metrics::gauge!("lastseen_breaker_state").set(0);
                 }
@@ -277,6 +279,21 @@ impl Breaker {
         }
     }
 
+    /// A lookup has come to an end, of whatever kind.
+    fn adapt(&self, state: &mut State, number: u64, came_to: CameTo) {
+        let Some(adaptive) = &mut state.adaptive else { return };
+        if adaptive.ended(number, came_to, state.next) && state.phase == Phase::Closed {
+            let limit = adaptive.limit();
+            metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
+            self.set_limit(state, limit);
+        }
+    }
+
+    /// How many may run when the API is well.
+    fn whole_limit(&self, state: &State) -> usize {
+        state.adaptive.as_ref().map_or(self.max, Adaptive::limit)
+    }
+
     fn turn(&self, state: &mut State, phase: Phase, limit: usize) {
         if state.phase == Phase::Open {
             _ = self.status.send_replace(Ok(()));
@@ -318,7 +335,14 @@ impl Place {
             let after = state.next;
             // A quarter of the places, so that at slow answers those that wait for their verdicts leave
             // room for the others, even if four of five fail.
-            let enough = state.answers + (breaker.max as u64 / 4).max(1);
+            let enough = state.answers + (breaker.whole_limit(state) as u64 / 4).max(1);
+            let is_its_own = matches!(outcome, Outcome::FailedAgain(_)) && answered_before;
+            let came_to = match outcome {
+                Outcome::Answered => CameTo::Answer(self.began.elapsed()),
+                Outcome::FailedAgain(_) if is_its_own => CameTo::Nothing,
+                _ => CameTo::Failure,
+            };
+            breaker.adapt(state, number, came_to);
             match outcome {
                 Outcome::Answered => {
                     breaker.answered(state, number);
@@ -326,7 +350,7 @@ impl Place {
                 }
                 // It tells about its object, as before, and nothing about the API. Objects that always
                 // fail come again with each attempt, and would soon be nearly all there is.
-                Outcome::FailedAgain(_) if answered_before => {}
+                Outcome::FailedAgain(_) if is_its_own => {}
                 Outcome::Failed(error) | Outcome::FailedAgain(error) => {
                     breaker.failed(state, number, *error);
                 }
@@ -342,63 +366,19 @@ impl Place {
 impl Drop for Place {
     fn drop(&mut self) {
         self.breaker.change(|state| {
-            state.unanswered.remove(&self.number);
+            if state.unanswered.remove(&self.number) {
+                self.breaker.adapt(state, self.number, CameTo::Nothing);
+            }
             state.granted -= 1;
             self.breaker.fill(state);
         });
     }
 }
 
-impl Failure {
-    /// Waits for what tells whose fault it is, which while nothing else is looked up may never come.
-    pub(crate) async fn verdict(&self) -> Verdict {
-        let mut states = self.breaker.state.subscribe();
-        let decided = states.wait_for(|state| self.verdict_by(state).is_some()).await;
-        decided.ok().and_then(|state| self.verdict_by(&state)).unwrap_or(Verdict::LookAgain)
-    }
-
-    fn verdict_by(&self, state: &State) -> Option<Verdict> {
-        if self.number < state.since {
-            return Some(Verdict::LookAgain);
-        }
-        // While it opens up, the next thing may be that it opens again.
-        let answers = state.answered_upto > self.after || state.answers >= self.enough;
-        (state.phase == Phase::Closed && answers).then_some(if self.answered_before {
-            Verdict::Counts
-        } else {
-            Verdict::LookAgain
-        })
-    }
+#[expect(clippy::cast_precision_loss, reason = "there are at most 50,000 lookups")]
+fn gauge(limit: usize) -> f64 {
+    limit as f64
 }
 
 #[cfg(test)]
-mod tests {
-    use std::io::{Error, ErrorKind};
-
-    use super::*;
-
-    #[tokio::test]
-    async fn objects_that_fail_again_and_again_do_not_trip_it_while_others_are_answered() {
-        let breaker = Breaker::new(10);
-        let error = Error::from(ErrorKind::Other);
-        for _ in 0..100 {
-            _ = breaker.enter().await.leave(&Outcome::Answered);
-            _ = breaker.enter().await.leave(&Outcome::Failed(&error));
-            for _ in 0..8 {
-                _ = breaker.enter().await.leave(&Outcome::FailedAgain(&error));
-            }
-        }
-        assert!(breaker.is_closed());
-    }
-
-    #[tokio::test]
-    async fn objects_that_fail_again_trip_it_when_no_other_is_answered() {
-        let breaker = Breaker::new(100);
-        let error = Error::from(ErrorKind::Other);
-        for _ in 0..20 {
-            assert!(breaker.is_closed());
-            _ = breaker.enter().await.leave(&Outcome::FailedAgain(&error));
-        }
-        assert!(!breaker.is_closed());
-    }
-}
+mod tests;

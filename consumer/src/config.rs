@@ -34,6 +34,9 @@ pub struct Lookups {
     /// How many lookups run at once in this process
     #[arg(long, value_parser = settings::number(1..=50_000_u16), default_value = "100")]
     pub max_consumers: u16,
+    /// Whether always so many may run, or fewer while the status API is slower the more it is asked
+    #[arg(long, value_enum, ignore_case = true, default_value = "fixed")]
+    pub concurrency: Concurrency,
     /// Whether deliveries of one object that wait for a lookup share it
     #[arg(long, action = ArgAction::Set, value_parser = settings::switch, default_value = "on")]
     pub coalesce: bool,
@@ -52,6 +55,15 @@ pub struct Lookups {
     /// How long a result may wait for others to be written with
     #[arg(long, value_parser = settings::duration, default_value = "10ms", help_heading = "Writes")]
     pub write_batch_linger: Duration,
+}
+
+/// What bounds the lookups at once.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Concurrency {
+    /// `MAX_CONSUMERS`.
+    Fixed,
+    /// What the status API bears without becoming slower, from 1 to `MAX_CONSUMERS`.
+    Adaptive,
 }
 
 impl Lookups {

@@ -14,7 +14,7 @@ use service::{CancellationToken, Description, Health};
 use store::Store;
 use tokio::sync::watch;
 
-pub use config::{Config, Lookups};
+pub use config::{Concurrency, Config, Lookups};
 
 use crate::breaker::Breaker;
 use crate::lookups::Intake;
@@ -42,7 +42,7 @@ pub async fn run(
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let Config { lookups, broker, store } = config;
-    let breaker = Breaker::new(lookups.max_consumers.into());
+    let breaker = Breaker::new(lookups.max_consumers.into(), lookups.concurrency);
     let status_api = StatusApi::new(&lookups, breaker.status())?;
     let store = Arc::new(Store::start(&store, "consumer", DATABASE_CONNECTIONS)?);
     let publisher = Publisher::start(&broker, "consumer: retries and dead letters")?;

@@ -99,6 +99,11 @@ impl Confirms {
         Ok(Ack { tag: u64::from_be_bytes(*tag), multiple: rest.first() == Some(&1) })
     }
 
+    /// Whether the next one has to come over the network first.
+    pub(super) fn is_drained(&self) -> bool {
+        self.0.buffer().is_empty()
+    }
+
     fn method(&mut self) -> anyhow::Result<([u16; 2], Vec<u8>)> {
         loop {
             let mut head = [0; 7];

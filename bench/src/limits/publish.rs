@@ -1,5 +1,6 @@
 //! Publishing with confirms.
 
+use std::collections::BTreeSet;
 use std::io::Write as _;
 use std::time::Instant;
 
@@ -59,6 +60,48 @@ fn publish_over_a_socket(uri: &str, frames: Vec<u8>, count: u64) -> anyhow::Resu
         writing.join().map_err(|_| anyhow::anyhow!("the writer panicked"))??;
         Ok(per_second(count, took))
     })
+}
+
+/// The same with at most `window` messages that are not confirmed: what the broker does for as many
+/// callers, each of whom waits for its answer.
+pub(crate) async fn publish_in_a_window(
+    uri: &str,
+    queue: &str,
+    count: u64,
+    window: u64,
+) -> anyhow::Result<f64> {
+    let (uri, queue) = (uri.to_owned(), queue.to_owned());
+    let publish = move || {
+        let (mut socket, mut confirms) = amqp::open(&uri)?;
+        let (mut published, mut confirmed, mut frames) = (0, 0, Vec::new());
+        let mut single = BTreeSet::new();
+        let started = Instant::now();
+        while confirmed < count {
+            frames.clear();
+            while published < count && published - confirmed - (single.len() as u64) < window {
+                published += 1;
+                amqp::publish(&mut frames, &queue, body(published.cast_signed()).as_bytes());
+            }
+            socket.write_all(&frames)?;
+            loop {
+                let ack = confirms.next()?;
+                if ack.multiple {
+                    confirmed = confirmed.max(ack.tag);
+                    single.retain(|tag| *tag > confirmed);
+                } else {
+                    single.insert(ack.tag);
+                }
+                while single.remove(&(confirmed + 1)) {
+                    confirmed += 1;
+                }
+                if confirms.is_drained() {
+                    break;
+                }
+            }
+        }
+        Ok(per_second(count, started.elapsed()))
+    };
+    tokio::task::spawn_blocking(publish).await?
 }
 
 /// The same by lapin's plainest loop: publishes are polled together, a thousand at a time.

@@ -15,6 +15,8 @@ use crate::world::{Place, World};
 
 /// Enough for some seconds.
 const MESSAGES: i64 = 200_000;
+/// The same for fewer at a time.
+const IN_A_WINDOW: u64 = 60_000;
 /// Nobody asks it.
 const NO_STATUS_API: &str = "http://127.0.0.1:1";
 
@@ -24,6 +26,18 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
         place.prepare().await;
         limits::publish(world.amqp_uri(), &place.queue.name, 1..=MESSAGES).await?
     };
+    let mut windows = Vec::new();
+    for window in [64, 1_000] {
+        let place = world.place(NO_STATUS_API.to_owned()).await;
+        place.prepare().await;
+        let queue = &place.queue.name;
+        let rate =
+            limits::publish_in_a_window(world.amqp_uri(), queue, IN_A_WINDOW, window).await?;
+        let what = format!("for comparison: one socket, {window} messages at a time");
+        let mut row = Row::new(what, "messages/s", rate);
+        row.limit = Some(raw);
+        windows.push(row);
+    }
     let by_lapin = {
         let place = world.place(NO_STATUS_API.to_owned()).await;
         place.prepare().await;
@@ -43,7 +57,8 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let mut many = callbacks(world, 200, 16).await?;
     many.limit = Some(raw);
     many.goals = vec![Goal::RatioAtLeast(0.85), Goal::P99MsAtMost(200.0)];
-    Ok(vec![lapin, one, connections, many])
+    windows.extend([lapin, one, connections, many]);
+    Ok(windows)
 }
 
 async fn callbacks(world: &World, ids: u16, connections: u16) -> anyhow::Result<Row> {

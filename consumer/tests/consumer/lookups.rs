@@ -1,8 +1,12 @@
 use std::time::Duration;
 
+use service::CancellationToken;
 use testbed::{Answer, StatusApi, eventually};
 
 use crate::{PATIENCE, Surroundings, looked_up};
+
+/// Of an API that bears whatever it is asked.
+const LATENCY: Duration = Duration::from_millis(50);
 
 #[tokio::test]
 async fn who_is_online_gets_a_row_and_who_is_offline_or_unknown_gets_none() {
@@ -48,6 +52,33 @@ async fn as_many_lookups_as_allowed_run_at_once_and_never_more() {
     around.recorded(1..=200).await;
     assert_eq!(api.peak_in_flight(), 20);
     consumer.stop().await;
+}
+
+#[tokio::test]
+async fn an_adaptive_limit_begins_with_fifty_and_rises_while_the_api_bears_it() {
+    let around = Surroundings::new().await;
+    let answers = CancellationToken::new();
+    let held = answers.clone();
+    let api = StatusApi::start(move |_, _| {
+        Answer::Once(held.clone(), Box::new(Answer::After(LATENCY, Box::new(Answer::Online))))
+    });
+    around.publish(1..=2_000).await;
+    let settings = ["--max-consumers=200", "--concurrency=adaptive"];
+    let consumer = around.start(&api.endpoint(), &settings);
+    eventually("fifty are asked for", PATIENCE, async || (api.in_flight() == 50).then_some(()))
+        .await;
+    // As many as are delivered; that there are no more of them needs no time to pass, since all of them
+    // are begun by the same loop as the first.
+    eventually("the prefetch is taken", PATIENCE, async || {
+        (around.queue.depth(&around.queue.name).await == Some(0)).then_some(())
+    })
+    .await;
+    assert_eq!(api.peak_in_flight(), 50);
+    answers.cancel();
+    around.recorded(1..=2_000).await;
+    assert!((51..=200).contains(&api.peak_in_flight()), "{}", api.peak_in_flight());
+    consumer.stop().await;
+    around.assert_all_settled().await;
 }
 
 #[tokio::test]

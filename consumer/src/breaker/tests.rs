@@ -1,0 +1,28 @@
+use std::io::{Error, ErrorKind};
+
+use super::*;
+
+#[tokio::test]
+async fn objects_that_fail_again_and_again_do_not_trip_it_while_others_are_answered() {
+    let breaker = Breaker::new(10, Concurrency::Fixed);
+    let error = Error::from(ErrorKind::Other);
+    for _ in 0..100 {
+        _ = breaker.enter().await.leave(&Outcome::Answered);
+        _ = breaker.enter().await.leave(&Outcome::Failed(&error));
+        for _ in 0..8 {
+            _ = breaker.enter().await.leave(&Outcome::FailedAgain(&error));
+        }
+    }
+    assert!(breaker.is_closed());
+}
+
+#[tokio::test]
+async fn objects_that_fail_again_trip_it_when_no_other_is_answered() {
+    let breaker = Breaker::new(100, Concurrency::Fixed);
+    let error = Error::from(ErrorKind::Other);
+    for _ in 0..20 {
+        assert!(breaker.is_closed());
+        _ = breaker.enter().await.leave(&Outcome::FailedAgain(&error));
+    }
+    assert!(!breaker.is_closed());
+}
