@@ -17,6 +17,9 @@ pub enum PublishError {
     /// There is no usable connection, or the file cannot be written.
     #[error("the broker is away: {0}")]
     Away(String),
+    /// The broker has as many messages to confirm as it may have: it is given more than it takes.
+    #[error("the broker has {0} messages to confirm already")]
+    Full(usize),
     /// The broker did not confirm in time.
     #[error("the broker did not confirm within {0:?}")]
     Timeout(Duration),
@@ -71,7 +74,7 @@ impl Publisher {
     }
 
     /// Publishes one persistent message for each of `ids` and waits until all are confirmed.
-    /// `callback_id` travels along.
+    /// `callback_id` travels along. On RabbitMQ it does not wait until there is room for them.
     ///
     /// # Errors
     /// [`PublishError`], at the latest after `within`; then none, some or all are in the queue.

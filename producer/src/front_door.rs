@@ -182,8 +182,8 @@ impl Shared {
 }
 
 fn unavailable(error: &Unavailable) -> Problem {
-    if !matches!(error.broker, PublishError::Away(_)) {
-        // An outage is logged once by the publisher; these happen while it believes to be connected.
+    // An outage is logged once by the publisher, and under overload a line for each would be more load.
+    if !matches!(error.broker, PublishError::Away(_) | PublishError::Full(_)) {
         tracing::warn!(%error, "callback refused");
     }
     Problem {

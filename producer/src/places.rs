@@ -78,7 +78,9 @@ impl Places {
                 // Its confirm may still come, should the spool not take it.
                 Err(_) => {}
             }
-            outage.set_broker_takes(false);
+            if !is_full(refused.as_ref()) {
+                outage.set_broker_takes(false);
+            }
         }
         let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
         let added = spool.add(callback_id, &unconfirmed, SPOOL_TIMEOUT).await;
@@ -92,7 +94,10 @@ impl Places {
                 Err(_) => Err(PublishError::Timeout(within)),
             },
         };
-        outage.set_broker_takes(published.is_ok());
+        // One that has more to confirm than it may have takes messages all the same.
+        if !is_full(published.as_ref().err()) {
+            outage.set_broker_takes(published.is_ok());
+        }
         published.map_err(|broker| Unavailable { broker, spool: Some(spool) })
     }
 
@@ -131,6 +136,10 @@ impl Places {
         };
         tokio::join!(self.publisher.close(), spool);
     }
+}
+
+fn is_full(error: Option<&PublishError>) -> bool {
+    matches!(error, Some(PublishError::Full(_)))
 }
 
 /// What the broker has not confirmed of `ids`.

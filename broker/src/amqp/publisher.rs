@@ -11,7 +11,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use lapin::BasicProperties;
 use lapin::types::ShortString;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, oneshot, watch};
 use tokio::time::timeout;
 
 use super::Config;
@@ -21,10 +21,11 @@ use crate::{LinkStatus, PublishError, message};
 
 use driver::Driver;
 
-/// Messages that are waiting to be published or confirmed, over all callers; beyond it callers wait,
-/// and their deadlines run. At about 1 KiB each it bounds the memory that a broker which stops
-/// confirming can make us hold. A larger batch is taken when nothing else is there.
-const MAX_OUTSTANDING: u32 = 20_000;
+/// Messages that are waiting to be published or confirmed, over all callers; what RabbitMQ takes in a
+/// fifth of a second when it is quick. With more of them, callbacks would wait for a confirm that comes too
+/// late. At about 1 KiB each it also bounds the memory that a broker which stops confirming can make us
+/// hold. A larger batch is taken when nothing else is there.
+const MAX_OUTSTANDING: u32 = 10_000;
 
 /// See [`crate::Publisher`].
 #[derive(Clone)]
@@ -85,12 +86,32 @@ impl Publisher {
             .with_timestamp(seconds);
         let message =
             |id: &i64| Outgoing { body: message::encode(*id), properties: properties.clone() };
-        self.publish(&self.topology.queue, ids.iter().map(message), within).await
+        let places = Arc::clone(&self.places).try_acquire_many_owned(places_for(ids.len()));
+        let places = async {
+            places.map_err(|error| match error {
+                TryAcquireError::NoPermits => PublishError::Full(MAX_OUTSTANDING as usize),
+                TryAcquireError::Closed => stopped(),
+            })
+        };
+        self.publish_in(places, &self.topology.queue, ids.iter().map(message), within).await
     }
 
-    /// Publishes `messages` to one queue. They are not built before there is room for them.
+    /// Publishes `messages` to one queue, and waits until there is room for them.
     pub(super) async fn publish(
         &self,
+        queue: &ShortString,
+        messages: impl ExactSizeIterator<Item = Outgoing>,
+        within: Duration,
+    ) -> Result<(), PublishError> {
+        let places = Arc::clone(&self.places).acquire_many_owned(places_for(messages.len()));
+        let places = async { places.await.map_err(|_| stopped()) };
+        self.publish_in(places, queue, messages, within).await
+    }
+
+    /// The messages are not built before there is room for them.
+    async fn publish_in(
+        &self,
+        places: impl Future<Output = Result<OwnedSemaphorePermit, PublishError>>,
         queue: &ShortString,
         messages: impl ExactSizeIterator<Item = Outgoing>,
         within: Duration,
@@ -98,11 +119,8 @@ impl Publisher {
         if let Err(reason) = &*self.status.borrow() {
             return Err(PublishError::Away(reason.clone()));
         }
-        let stopped = || PublishError::Away("the publisher has stopped".to_owned());
         let confirmed = async {
-            let wanted = u32::try_from(messages.len()).unwrap_or(u32::MAX).min(MAX_OUTSTANDING);
-            let places = Arc::clone(&self.places).acquire_many_owned(wanted).await;
-            let places = places.map_err(|_| stopped())?;
+            let places = places.await?;
             let (reply, answer) = oneshot::channel();
             let messages = messages.collect();
             let batch = Batch { queue: queue.clone(), messages, reply, _places: places };
@@ -140,6 +158,14 @@ impl Publisher {
     pub(super) fn topology(&self) -> &Topology {
         &self.topology
     }
+}
+
+fn places_for(messages: usize) -> u32 {
+    u32::try_from(messages).unwrap_or(u32::MAX).min(MAX_OUTSTANDING)
+}
+
+fn stopped() -> PublishError {
+    PublishError::Away("the publisher has stopped".to_owned())
 }
 
 #[cfg(test)]

@@ -1,11 +1,13 @@
 //! What is RabbitMQ's alone.
 
+use std::pin::pin;
 use std::time::Instant;
 
 use broker::{
     Config, Depths, Disposition, InspectError, Inspector, PublishError, Publisher, QueueType,
     Selection, Settled, Treatment,
 };
+use futures_util::FutureExt as _;
 use lapin::options::{
     BasicGetOptions, BasicNackOptions, BasicPublishOptions, ConfirmSelectOptions,
     QueueDeclareOptions, QueueDeleteOptions,
@@ -275,6 +277,30 @@ async fn a_broker_that_falls_silent_is_noticed_and_found_again() {
         ids.push(delivery.id().unwrap());
         delivery.settle(Disposition::Ack).await;
     }
+}
+
+#[tokio::test]
+async fn what_is_more_than_the_broker_may_have_to_confirm_is_turned_away_at_once() {
+    let queue = Queue::new();
+    let (proxy, config) = through_a_proxy(&queue).await;
+    let publisher = connected(&config).await;
+    proxy.silence();
+    let many: Vec<i64> = (0..9_999).collect();
+    let waits = publisher.publish_ids("many", &many, PATIENCE);
+    let one = publisher.publish_ids("one", &[1], PATIENCE);
+    let (mut waits, mut one) = (pin!(waits), pin!(one));
+    assert!(waits.as_mut().now_or_never().is_none() && one.as_mut().now_or_never().is_none());
+    let more = publisher.publish_ids("more", &[2], PATIENCE).now_or_never();
+    assert!(matches!(more, Some(Err(PublishError::Full(10_000)))), "{more:?}");
+    proxy.restore();
+    // The silence may have ended the session; then they are told so.
+    for told in [waits.await, one.await] {
+        assert!(matches!(told, Ok(()) | Err(PublishError::Away(_))), "{told:?}");
+    }
+    eventually("there is room again", PATIENCE, async || {
+        publisher.publish_ids("more", &[3], PATIENCE).await.ok()
+    })
+    .await;
 }
 
 #[tokio::test]

@@ -133,6 +133,14 @@ impl Producer {
         .await;
     }
 
+    /// Waits until it is connected to the broker, which to be ready it need not be.
+    pub(crate) async fn connected(&self) {
+        eventually("the producer has its broker", DEADLINE, async || {
+            self.health.done_without().iter().all(|(name, _)| *name != "broker").then_some(())
+        })
+        .await;
+    }
+
     pub(crate) async fn post(&self, body: impl Into<reqwest::Body>) -> Answer {
         self.send(self.request("POST", "/callback").body(body)).await
     }

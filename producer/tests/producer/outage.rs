@@ -119,6 +119,46 @@ async fn while_the_broker_is_silent_every_callback_is_accepted_within_the_client
     producer.all_arrive(&accepted).await;
 }
 
+/// Posts callbacks of half as many ids as the broker may have to confirm, until one is answered: the first
+/// two wait for it.
+async fn answered_beyond_the_room(producer: &Producer) -> (Vec<i64>, Answer) {
+    let firsts = AtomicI64::new(0);
+    eventually("one is answered", DEADLINE, async || {
+        let first = firsts.fetch_add(5_000, Ordering::SeqCst);
+        let ids: Vec<i64> = (first..first + 5_000).collect();
+        let answer = tokio::time::timeout(CLIENT_PATIENCE, producer.post_ids(&ids)).await;
+        answer.ok().map(|answer| (ids, answer))
+    })
+    .await
+}
+
+#[tokio::test]
+async fn what_the_broker_has_no_room_for_goes_to_the_spool_and_waits_for_nothing() {
+    let (proxy, uri) = proxied_broker().await;
+    // From a quorum queue, taking thousands of messages one by one would take a minute.
+    let settings = ["--publish-timeout=1m", "--queue-type=classic"];
+    let producer = Producer::start_at(&uri, &settings).await;
+    producer.connected().await;
+    proxy.silence();
+    let (ids, answer) = answered_beyond_the_room(&producer).await;
+    assert_accepted(&answer);
+    proxy.restore();
+    producer.all_arrive(&ids.into_iter().collect()).await;
+}
+
+#[tokio::test]
+async fn what_has_no_room_anywhere_is_answered_503_at_once() {
+    let (proxy, uri) = proxied_broker().await;
+    let settings = ["--publish-timeout=1m", "--spool-dir=/dev/null/spool"];
+    let producer = Producer::start_at(&uri, &settings).await;
+    producer.connected().await;
+    proxy.silence();
+    let (_, answer) = answered_beyond_the_room(&producer).await;
+    answer.assert_problem(503);
+    assert_eq!(answer.header("retry-after"), "1");
+    assert!(format!("{answer:?}").contains("to confirm already"), "{answer:?}");
+}
+
 #[tokio::test]
 async fn without_a_broker_and_a_spool_a_callback_is_answered_503_and_readiness_says_why() {
     let nobody = format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port());
