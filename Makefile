@@ -23,7 +23,7 @@ bench: ## measure all services against their limits, in one table; SOAK=10m make
 	@scripts/bench
 
 bench-check: ## measure the ratios to the limits, and fail if one is more than a tenth below bench/ratios.json
-	@BENCH_CHECK=bench/ratios.json scripts/bench callbacks lookups slow cleanup
+	@BENCH_CHECK=bench/ratios.json scripts/bench callbacks lookups slow adaptive writes cleanup
 
 up: ## build the image, start the whole system in the background, say where it is
 	$(COMPOSE) up --build -d

@@ -7,6 +7,7 @@
 )]
 
 mod callbacks;
+mod curve;
 mod limits;
 mod parts;
 mod status_api;
@@ -20,6 +21,7 @@ use clap::Parser;
 
 use crate::parts::Part;
 use crate::table::Row;
+use crate::world::World;
 
 /// Measures Lastseen against its limits, each part by itself, and prints one table.
 #[derive(Debug, Parser)]
@@ -30,6 +32,9 @@ struct Arguments {
     /// Writes the rows there as well, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
+    /// Draws there, as SVG, what became of more and more load (part overload)
+    #[arg(long)]
+    curve: Option<PathBuf>,
     /// Fails if a ratio is more than a tenth below that of an earlier run's JSON
     #[arg(long)]
     check: Option<PathBuf>,
@@ -37,14 +42,15 @@ struct Arguments {
 
 #[tokio::main]
 async fn main() -> anyhow::Result<()> {
-    let Arguments { parts, json, check } = Arguments::parse();
+    let Arguments { parts, json, curve, check } = Arguments::parse();
     let parts = if parts.is_empty() { Part::all() } else { parts };
     // The HTTP client wants to know which cryptography to use, though nothing here is encrypted.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    let world = World::start().await;
     let mut rows: Vec<Row> = Vec::new();
     for part in parts {
         eprintln!("measuring: {part}");
-        rows.extend(part.measure().await?);
+        rows.extend(part.measure(&world, curve.as_deref()).await?);
     }
     println!("{}", table::text(&rows));
     if let Some(path) = json {

@@ -1,10 +1,14 @@
 //! What is measured.
 
+mod adaptive;
 mod callbacks;
 mod cleanup;
 mod lookups;
+mod overload;
+mod writes;
 
 use std::fmt;
+use std::path::Path;
 
 use clap::ValueEnum;
 
@@ -24,6 +28,10 @@ pub(crate) enum Part {
     Slow,
     /// The consumer, with many messages about few objects
     Coalescing,
+    /// The consumer, with a status API that slows down beyond a knee
+    Adaptive,
+    /// The consumer's batch writer, alone
+    Writes,
     /// Producer and consumer, with a million messages that wait
     Backlog,
     /// The routine, with a million stale rows
@@ -35,20 +43,25 @@ impl Part {
         Self::value_variants().to_vec()
     }
 
-    /// Measures it on servers of its own.
+    /// Measures it, and draws what the overload gives into the file at `curve`.
     ///
     /// # Errors
     /// When something breaks off.
-    pub(crate) async fn measure(self) -> anyhow::Result<Vec<Row>> {
-        let world = World::start().await;
+    pub(crate) async fn measure(
+        self,
+        world: &World,
+        curve: Option<&Path>,
+    ) -> anyhow::Result<Vec<Row>> {
         let mut rows = match self {
-            Self::Callbacks => callbacks::measure(&world).await?,
-            Self::Overload => callbacks::measure_overload(&world).await?,
-            Self::Lookups => lookups::measure_instant(&world).await?,
-            Self::Slow => lookups::measure_slow(&world).await?,
-            Self::Coalescing => lookups::measure_coalescing(&world).await?,
-            Self::Backlog => lookups::measure_backlog(&world).await?,
-            Self::Cleanup => cleanup::measure(&world).await?,
+            Self::Callbacks => callbacks::measure(world).await?,
+            Self::Overload => overload::measure(world, curve).await?,
+            Self::Lookups => lookups::measure_instant(world).await?,
+            Self::Slow => lookups::measure_slow(world).await?,
+            Self::Coalescing => lookups::measure_coalescing(world).await?,
+            Self::Adaptive => adaptive::measure(world).await?,
+            Self::Writes => writes::measure(world).await?,
+            Self::Backlog => lookups::measure_backlog(world).await?,
+            Self::Cleanup => cleanup::measure(world).await?,
         };
         for row in &mut rows {
             row.part = self.to_string();

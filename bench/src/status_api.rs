@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -16,32 +16,60 @@ const BACKLOG: u32 = 16_384;
 /// lookup leads to a write.
 pub(crate) struct StatusApi {
     address: SocketAddr,
-    answered: Arc<AtomicU64>,
+    records: Arc<Records>,
+}
+
+#[derive(Default)]
+struct Records {
+    answered: AtomicU64,
+    in_flight: AtomicU32,
+}
+
+/// How long answers take.
+#[derive(Clone, Debug)]
+pub(crate) struct Pace {
+    /// Each time out of it is as likely as any other.
+    pub(crate) latency: Range<Duration>,
+    /// With more lookups at once than so many, the latency grows with the square of their number.
+    pub(crate) knee: Option<u32>,
+}
+
+impl Pace {
+    pub(crate) const AT_ONCE: Self = Self { latency: Duration::ZERO..Duration::ZERO, knee: None };
+
+    /// How long a lookup takes that begins as one of so many.
+    fn of(&self, in_flight: u32) -> Option<Duration> {
+        if self.latency.is_empty() {
+            return None;
+        }
+        let load = self.knee.map_or(1.0, |knee| f64::from(in_flight) / f64::from(knee));
+        Some(rand::random_range(self.latency.clone()).mul_f64(load.max(1.0).powi(2)))
+    }
 }
 
 impl StatusApi {
-    /// Starts it. An answer takes a time out of `latency`, each as likely as any other.
+    /// Starts it.
     ///
     /// # Errors
     /// When no runtime or socket can be had.
-    pub(crate) fn start(latency: Range<Duration>) -> anyhow::Result<Self> {
+    pub(crate) fn start(pace: Pace) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
         let address = socket.local_addr()?;
-        let answered = Arc::new(AtomicU64::new(0));
-        let counter = Arc::clone(&answered);
+        let records = Arc::new(Records::default());
+        let kept = Arc::clone(&records);
         std::thread::spawn(move || {
             runtime.block_on(async move {
                 let listener = socket.listen(BACKLOG).expect("a bound socket can listen");
                 loop {
                     let (stream, _) =
                         listener.accept().await.expect("there should be files enough");
-                    tokio::spawn(answer(stream, latency.clone(), Arc::clone(&counter)));
+                    tokio::spawn(answer(stream, pace.clone(), Arc::clone(&kept)));
                 }
             });
         });
-        Ok(Self { address, answered })
+        Ok(Self { address, records })
     }
 
     /// What to set `TESTER_ENDPOINT` to.
@@ -51,16 +79,12 @@ impl StatusApi {
 
     /// How many lookups it has answered.
     pub(crate) fn answered(&self) -> u64 {
-        self.answered.load(Ordering::Relaxed)
+        self.records.answered.load(Ordering::Relaxed)
     }
 }
 
 /// Answers one request after the other until the client has gone.
-async fn answer(
-    mut stream: TcpStream,
-    latency: Range<Duration>,
-    answered: Arc<AtomicU64>,
-) -> anyhow::Result<()> {
+async fn answer(mut stream: TcpStream, pace: Pace, records: Arc<Records>) -> anyhow::Result<()> {
     stream.set_nodelay(true)?;
     let (mut request, mut response) = (Vec::with_capacity(1_024), Vec::with_capacity(256));
     loop {
@@ -71,9 +95,12 @@ async fn answer(
         let line = std::str::from_utf8(&request)?;
         let path = line.strip_prefix("GET /objects/").context("not a lookup")?;
         let id = path.split(' ').next().unwrap_or_default();
-        if !latency.is_empty() {
-            tokio::time::sleep(rand::random_range(latency.clone())).await;
+        let in_flight = records.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
+        if let Some(latency) = pace.of(in_flight) {
+            // Also if the client goes away meanwhile, as with most servers.
+            tokio::time::sleep(latency).await;
         }
+        records.in_flight.fetch_sub(1, Ordering::Relaxed);
         let body = format!(r#"{{"id":{id},"online":true}}"#);
         response.clear();
         let head = format!(
@@ -83,7 +110,7 @@ async fn answer(
         response.extend(head.as_bytes());
         response.extend(body.as_bytes());
         // Counted first: who has the answer finds it counted.
-        answered.fetch_add(1, Ordering::Relaxed);
+        records.answered.fetch_add(1, Ordering::Relaxed);
         stream.write_all(&response).await?;
     }
 }

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::usage::Cost;
 
 const HEAD: &str = "\
-| part | what | limit | ours | ratio | p50 ms | p99 ms | peak MB | CPU s per 100,000 | goals |
+| part | what | limit | ours | ratio | p50 ms | p99 ms | peak MB | CPU s per 100,000 | goals and notes |
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 ";
 
@@ -26,6 +26,8 @@ pub(crate) struct Row {
     pub(crate) p99_ms: Option<f64>,
     pub(crate) cost: Option<Cost>,
     pub(crate) goals: Vec<Goal>,
+    /// What else was seen.
+    pub(crate) note: Option<String>,
 }
 
 /// What is to be reached.
@@ -51,10 +53,11 @@ impl Row {
             p99_ms: None,
             cost: None,
             goals: Vec::new(),
+            note: None,
         }
     }
 
-    fn ratio(&self) -> Option<f64> {
+    pub(crate) fn ratio(&self) -> Option<f64> {
         self.limit.map(|limit| self.ours / limit)
     }
 
@@ -73,7 +76,8 @@ impl Row {
         let optional = |value: Option<f64>, digits: usize| {
             value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
         };
-        let goals: Vec<String> = self.goals.iter().map(|goal| self.verdict(*goal)).collect();
+        let goals = self.goals.iter().map(|goal| self.verdict(*goal));
+        let last: Vec<String> = goals.chain(self.note.clone()).collect();
         format!(
             "| {} | {} | {} | {} {} | {} | {} | {} | {} | {} | {} |",
             self.part,
@@ -86,7 +90,7 @@ impl Row {
             optional(self.p99_ms, 1),
             optional(self.cost.map(|cost| cost.peak_mb), 1),
             optional(self.cost.map(|cost| cost.cpu_seconds_per_100k), 2),
-            if goals.is_empty() { "–".to_owned() } else { goals.join(", ") },
+            if last.is_empty() { "–".to_owned() } else { last.join(", ") },
         )
     }
 

@@ -15,11 +15,11 @@ use store::Store;
 use tokio::sync::watch;
 
 pub use config::{Concurrency, Config, Lookups};
+pub use writer::{Writer, WriterDied, Written};
 
 use crate::breaker::Breaker;
 use crate::lookups::Intake;
 use crate::status_api::StatusApi;
-use crate::writer::Writer;
 
 /// What the process is called and where its admin address is.
 pub const DESCRIPTION: Description = Description {

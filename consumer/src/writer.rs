@@ -13,11 +13,12 @@ use crate::config::Lookups;
 /// The batch writer has died; nothing more can be committed by this process.
 #[derive(Debug, thiserror::Error)]
 #[error("the batch writer has died")]
-pub(crate) struct WriterDied;
+pub struct WriterDied;
 
 /// What has become of a result.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Written {
+pub enum Written {
+    /// It is in the table, or a newer one is.
     Committed,
     /// The database will never take this row, for this reason.
     Refused(String),
@@ -26,7 +27,7 @@ pub(crate) enum Written {
 /// Collects results and commits them in batches. While one batch is being committed the next one
 /// gathers, so that batches grow with the load by themselves.
 #[derive(Clone)]
-pub(crate) struct Writer {
+pub struct Writer {
     results: mpsc::Sender<Seen>,
 }
 
@@ -38,7 +39,9 @@ struct Seen {
 }
 
 impl Writer {
-    pub(crate) fn start(store: Arc<Store>, config: &Lookups) -> Self {
+    /// Starts the task that writes.
+    #[must_use]
+    pub fn start(store: Arc<Store>, config: &Lookups) -> Self {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
         let linger = config.write_batch_linger;
@@ -59,7 +62,7 @@ impl Writer {
     ///
     /// # Errors
     /// [`WriterDied`]; then it may not be committed and must not be acked.
-    pub(crate) async fn record(&self, id: i64, at: Instant) -> Result<Written, WriterDied> {
+    pub async fn record(&self, id: i64, at: Instant) -> Result<Written, WriterDied> {
         let (written, outcome) = oneshot::channel();
         self.results.send(Seen { id, at, written }).await.map_err(|_| WriterDied)?;
         outcome.await.map_err(|_| WriterDied)
@@ -90,12 +93,18 @@ async fn write_batches(
             }
         }
         let refused = commit(&store, &batch).await;
-        for seen in batch.drain(..) {
-            let reason = refused.get(&seen.id).cloned();
-            let written = reason.map_or(Written::Committed, Written::Refused);
-            // Its delivery may have been lost meanwhile; the row is right all the same.
-            let _ = seen.written.send(written);
-        }
+        let answered = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
+        // While it is told, the next batch is written.
+        tokio::spawn(async move { tell(answered, &refused) });
+    }
+}
+
+fn tell(batch: Vec<Seen>, refused: &HashMap<i64, String>) {
+    for seen in batch {
+        let reason = refused.get(&seen.id).cloned();
+        let written = reason.map_or(Written::Committed, Written::Refused);
+        // Its delivery may have been lost meanwhile; the row is right all the same.
+        let _ = seen.written.send(written);
     }
 }
 

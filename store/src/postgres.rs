@@ -42,6 +42,9 @@ impl Table {
             .max_connections(connections)
             // Short, because its caller tries again and a connection that comes back is found then.
             .acquire_timeout(Duration::from_secs(2))
+            // It would cost each batch a round trip more. A connection that is gone fails the statement, and
+            // every caller tries again.
+            .test_before_acquire(false)
             .connect_lazy_with(options.clone());
         let (sender, status) = watch::channel(Err(monitor::NOT_YET.to_owned()));
         Self::watched(pool, status, monitor::watch(options, sender))

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, ensure};
 use pipeline::callback_endpoint;
-use testbed::Process;
+use testbed::{Process, eventually};
 
 use crate::callbacks::Load;
 use crate::limits;
@@ -13,10 +13,13 @@ use crate::table::{Goal, Row};
 use crate::usage::Meter;
 use crate::world::{Place, World};
 
+const PATIENCE: Duration = Duration::from_mins(1);
 /// Enough for some seconds.
 const MESSAGES: i64 = 200_000;
 /// The same for fewer at a time.
 const IN_A_WINDOW: u64 = 60_000;
+/// So that the spool takes nothing of what is compared with what the broker confirms.
+pub(super) const PATIENT: [(&str, &str); 1] = [("PUBLISH_TIMEOUT", "10s")];
 /// Nobody asks it.
 const NO_STATUS_API: &str = "http://127.0.0.1:1";
 
@@ -62,12 +65,23 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
 }
 
 async fn callbacks(world: &World, ids: u16, connections: u16) -> anyhow::Result<Row> {
-    callbacks_at(&world.place(NO_STATUS_API.to_owned()).await, ids, connections).await
+    let place = world.place(NO_STATUS_API.to_owned()).await;
+    callbacks_at(&place, ids, connections, &PATIENT).await
 }
 
 /// Posts as fast as is answered.
-pub(super) async fn callbacks_at(place: &Place, ids: u16, connections: u16) -> anyhow::Result<Row> {
-    let producer = place.spawn("producer", &[]).await;
+pub(super) async fn callbacks_at(
+    place: &Place,
+    ids: u16,
+    connections: u16,
+    variables: &[(&'static str, &str)],
+) -> anyhow::Result<Row> {
+    let producer = place.spawn("producer", variables).await;
+    // It is ready without its broker, too.
+    eventually("the producer is connected", PATIENCE, async || {
+        (!producer.get("/readyz").await.1.contains("without broker")).then_some(())
+    })
+    .await;
     let load = Load {
         producer: address(&producer).await?,
         connections,
@@ -89,46 +103,23 @@ pub(super) async fn callbacks_at(place: &Place, ids: u16, connections: u16) -> a
     row.p99_ms = Some(answers.latency_ms(0.99));
     // The warm-up has cost it as much as what was measured.
     row.cost = Some(meter.cost_of(ids_per_second * (load.warm_up + load.duration).as_secs_f64()));
+    row.note = Some(waits(&producer).await);
+    ensure!(producer.metric("lastseen_spooled_total").await == 0.0, "some went to the spool");
     Ok(row)
 }
 
-/// What the producer does with more than it can take.
-pub(crate) async fn measure_overload(world: &World) -> anyhow::Result<Vec<Row>> {
-    const IDS: u16 = 200;
-    let capacity = callbacks(world, IDS, 16).await?.ours;
-    let mut rows = Vec::new();
-    for share in [0.5, 0.9, 1.5, 2.0, 3.0] {
-        let place = world.place(NO_STATUS_API.to_owned()).await;
-        let producer = place.spawn("producer", &[]).await;
-        let offered = capacity * share;
-        let load = Load {
-            producer: address(&producer).await?,
-            connections: 1_000,
-            ids: IDS,
-            rate: Some(offered / f64::from(IDS)),
-            warm_up: Duration::from_secs(1),
-            duration: Duration::from_secs(6),
-        };
-        let meter = Meter::start(&producer);
-        let answers = load.run().await?;
-        let accepted = answers.accepted_per_second * f64::from(IDS);
-        let refused = answers.refused_per_second * f64::from(IDS);
-        let what = format!(
-            "{share} of what it takes offered, callbacks of {IDS} ids; {:.0}% refused",
-            100.0 * refused / (accepted + refused)
-        );
-        let mut row = Row::new(what, "ids/s", accepted);
-        row.limit = Some(offered);
-        row.p50_ms = Some(answers.latency_ms(0.5));
-        row.p99_ms = Some(answers.latency_ms(0.99));
-        row.cost = Some(meter.cost_of(accepted * (load.warm_up + load.duration).as_secs_f64()));
-        row.goals = vec![Goal::P99MsAtMost(1_000.0)];
-        rows.push(row);
-    }
-    Ok(rows)
+/// How long a round of publishing waits, for its frames to be written and for its confirms.
+async fn waits(producer: &Process) -> String {
+    let mean_ms = async |name: &str| {
+        let sum = producer.metric(&format!("{name}_sum")).await;
+        1e3 * sum / producer.metric(&format!("{name}_count")).await
+    };
+    let frames = mean_ms("lastseen_publish_write_seconds").await;
+    let confirms = mean_ms("lastseen_publish_confirm_seconds").await;
+    format!("a round waits {frames:.1} ms for its frames and {confirms:.1} for its confirms")
 }
 
-async fn address(producer: &Process) -> anyhow::Result<SocketAddr> {
+pub(super) async fn address(producer: &Process) -> anyhow::Result<SocketAddr> {
     let endpoint = callback_endpoint(producer).await;
     let address = endpoint.trim_start_matches("http://").trim_end_matches("/callback");
     address.parse().context("the producer's address is none")

@@ -55,5 +55,49 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let mut upserts = Row::new("upserts meanwhile, beside those without it", "rows/s", with);
     upserts.limit = Some(without);
     upserts.goals = vec![Goal::RatioAtLeast(0.7)];
-    Ok(vec![deleted, upserts])
+    Ok(vec![deleted, upserts, rounds(world).await?])
+}
+
+/// How large the table is after many rounds of rows that come and go.
+async fn rounds(world: &World) -> anyhow::Result<Row> {
+    const ROUNDS: u32 = 20;
+    /// When it has as much room as it will need.
+    const SETTLED: u32 = 5;
+    let place = world.place("http://127.0.0.1:1".to_owned()).await;
+    place.prepare().await;
+    let mut table = PgConnection::connect(place.database.url()).await?;
+    let variables = [("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "100ms")];
+    let _routine = place.spawn("routine", &variables).await;
+    let (mut settled, mut bytes) = (0, 0);
+    for round in 1..=ROUNDS {
+        // One of two is written anew each time, the other is stale and goes.
+        sqlx::query(
+            "INSERT INTO object AS seen
+             SELECT id, CASE WHEN id % 2 = 0 THEN now() ELSE now() - interval '2 h' END
+             FROM generate_series(0, 99999) AS id
+             ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen",
+        )
+        .execute(&mut table)
+        .await?;
+        eventually("what is stale is gone", PATIENCE, async || {
+            let stale = "SELECT count(*) FROM object WHERE id % 2 = 1";
+            let left: i64 = sqlx::query_scalar(stale).fetch_one(&mut table).await.ok()?;
+            (left == 0).then_some(())
+        })
+        .await;
+        // As autovacuum does once a minute by default, which would make this last for half an hour.
+        sqlx::query("VACUUM object").execute(&mut table).await?;
+        let size = "SELECT pg_total_relation_size('object')";
+        bytes = sqlx::query_scalar::<_, i64>(size).fetch_one(&mut table).await?;
+        if round == SETTLED {
+            settled = bytes;
+        }
+    }
+    #[expect(clippy::cast_precision_loss, reason = "it is some megabytes")]
+    let megabytes = |bytes: i64| bytes as f64 / 1e6;
+    let what = format!("size of the table after {ROUNDS} rounds, 50,000 rows come and go in each");
+    let mut row = Row::new(what, "MB", megabytes(bytes));
+    row.goals = vec![Goal::OursAtMost(megabytes(settled) * 1.1)];
+    row.note = Some(format!("{:.1} MB after {SETTLED}", megabytes(settled)));
+    Ok(row)
 }

@@ -4,9 +4,9 @@ use std::time::{Duration, Instant};
 
 use testbed::{Process, eventually};
 
-use super::callbacks::callbacks_at;
+use super::callbacks::{PATIENT, callbacks_at};
 use crate::limits;
-use crate::status_api::StatusApi;
+use crate::status_api::{Pace, StatusApi};
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
 use crate::world::{Place, World, per_second};
@@ -15,14 +15,15 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const MESSAGES: i64 = 100_000;
 const AT_ONCE: u16 = 300;
 /// The status API's, and the mean of it.
-const SLOW: std::ops::Range<Duration> = Duration::from_millis(300)..Duration::from_millis(4_300);
+const SLOW: Pace =
+    Pace { latency: Duration::from_millis(300)..Duration::from_millis(4_300), knee: None };
 const SLOW_MEAN_SECONDS: f64 = 2.3;
 /// When the measuring begins, after the first lookup of a backlog, and how long it takes.
 const SLOW_RAMP: Duration = Duration::from_secs(10);
-const SLOW_DURATION: Duration = Duration::from_secs(12);
+const SLOW_DURATION: Duration = Duration::from_secs(10);
 
 pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
-    let status_api = StatusApi::start(Duration::ZERO..Duration::ZERO)?;
+    let status_api = StatusApi::start(Pace::AT_ONCE)?;
     let seconds = Duration::from_secs(4);
     let limit = limits::fetch(&status_api.endpoint(), AT_ONCE.into(), seconds).await?;
     let place = world.place(status_api.endpoint()).await;
@@ -53,7 +54,7 @@ async fn looked_up_at_once(place: &Place) -> anyhow::Result<Row> {
 /// What a million messages that wait cost those who publish and those who consume.
 pub(crate) async fn measure_backlog(world: &World) -> anyhow::Result<Vec<Row>> {
     const BACKLOG: i64 = 1_000_000;
-    let status_api = StatusApi::start(Duration::ZERO..Duration::ZERO)?;
+    let status_api = StatusApi::start(Pace::AT_ONCE)?;
     let mut rows = Vec::new();
     for backlog in [0, BACKLOG] {
         let place = world.place(status_api.endpoint()).await;
@@ -62,7 +63,7 @@ pub(crate) async fn measure_backlog(world: &World) -> anyhow::Result<Vec<Row>> {
         if backlog > 0 {
             limits::publish(world.amqp_uri(), queue, 1..=backlog).await?;
         }
-        rows.push(callbacks_at(&place, 1, 64).await?);
+        rows.push(callbacks_at(&place, 1, 64, &PATIENT).await?);
         if backlog == 0 {
             limits::publish(world.amqp_uri(), queue, 1..=MESSAGES).await?;
         }

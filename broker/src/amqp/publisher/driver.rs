@@ -7,7 +7,7 @@ use futures_util::StreamExt as _;
 use futures_util::stream::FuturesUnordered;
 use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, Event};
-use metrics::Counter;
+use metrics::{Counter, Histogram};
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
@@ -130,6 +130,8 @@ impl Driver {
                     self.counters.confirmed.increment(tally.confirmed);
                     self.counters.refused.increment(tally.refused);
                     self.counters.unroutable.increment(tally.unroutable);
+                    self.counters.written.record(tally.waits.written);
+                    self.counters.until_confirmed.record(tally.waits.confirmed);
                     if tally.unroutable > 0 {
                         // The next session declares it, and not this one at once: a quorum queue that
                         // is back before its consumers' channels have noticed keeps them, but they
@@ -225,15 +227,29 @@ struct Counters {
     confirmed: Counter,
     refused: Counter,
     unroutable: Counter,
+    written: Histogram,
+    until_confirmed: Histogram,
 }
 
 impl Counters {
     fn new() -> Self {
+        metrics::describe_histogram!(
+            "lastseen_publish_write_seconds",
+            metrics::Unit::Seconds,
+            "Time until the frames of a round of messages were written."
+        );
+        metrics::describe_histogram!(
+            "lastseen_publish_confirm_seconds",
+            metrics::Unit::Seconds,
+            "Time from then until all of the round was confirmed."
+        );
         let outcome = |outcome| metrics::counter!("lastseen_published_total", "outcome" => outcome);
         Self {
             confirmed: outcome("confirmed"),
             refused: outcome("refused"),
             unroutable: outcome("unroutable"),
+            written: metrics::histogram!("lastseen_publish_write_seconds"),
+            until_confirmed: metrics::histogram!("lastseen_publish_confirm_seconds"),
         }
     }
 }

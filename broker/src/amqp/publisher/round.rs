@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 use std::pin::Pin;
 use std::task::{Context, Waker};
+use std::time::{Duration, Instant};
 
 use futures_util::future::{MaybeDone, maybe_done};
 use lapin::options::BasicPublishOptions;
@@ -24,6 +25,25 @@ pub(super) struct Tally {
     pub(super) confirmed: u64,
     pub(super) refused: u64,
     pub(super) unroutable: u64,
+    pub(super) waits: Waits,
+}
+
+/// What a round has waited for.
+#[derive(Clone, Copy, Debug, Default)]
+pub(super) struct Waits {
+    /// Until all frames were written.
+    pub(super) written: Duration,
+    /// From then on until all messages were confirmed.
+    pub(super) confirmed: Duration,
+}
+
+/// What the broker said of all messages.
+struct Verdicts {
+    /// On each message, in the order of the batches.
+    all: Vec<Verdict>,
+    /// The queues that are gone.
+    gone: HashSet<ShortString>,
+    waits: Waits,
 }
 
 /// What the broker said of one message.
@@ -41,8 +61,8 @@ enum Verdict {
 /// is in: among those is the one that carries the return, which says itself which queue is gone.
 pub(super) async fn publish(channel: &Channel, mut batches: Vec<Batch>) -> Result<Tally, Broken> {
     let outcome = publish_all(channel, &mut batches).await;
-    let (verdicts, gone) = match outcome {
-        Ok(outcome) => outcome,
+    let Verdicts { all, gone, waits } = match outcome {
+        Ok(verdicts) => verdicts,
         Err(Broken(reason)) => {
             for batch in batches {
                 // A caller whose deadline is over has gone.
@@ -51,8 +71,8 @@ pub(super) async fn publish(channel: &Channel, mut batches: Vec<Batch>) -> Resul
             return Err(Broken(reason));
         }
     };
-    let mut tally = Tally::default();
-    let mut verdicts = verdicts.into_iter();
+    let mut tally = Tally { waits, ..Tally::default() };
+    let mut verdicts = all.into_iter();
     for batch in batches {
         let verdicts = verdicts.by_ref().take(batch.messages.len()).enumerate();
         let refused = verdicts.filter(|(_, verdict)| *verdict == Verdict::Refused);
@@ -72,12 +92,9 @@ pub(super) async fn publish(channel: &Channel, mut batches: Vec<Batch>) -> Resul
     Ok(tally)
 }
 
-/// The verdict on each message, in the order of the batches, and the queues that are gone.
-async fn publish_all(
-    channel: &Channel,
-    batches: &mut [Batch],
-) -> Result<(Vec<Verdict>, HashSet<ShortString>), Broken> {
+async fn publish_all(channel: &Channel, batches: &mut [Batch]) -> Result<Verdicts, Broken> {
     let broken = |error: lapin::Error| Broken(error.to_string());
+    let started = Instant::now();
     // All are begun before any is awaited, so that their frames share writes.
     let mut begun = Vec::new();
     for Batch { queue, messages, .. } in batches {
@@ -88,7 +105,8 @@ async fn publish_all(
         publish.as_mut().await;
         confirms.extend(publish.as_mut().take_output().transpose().map_err(broken)?);
     }
-    let mut verdicts = Vec::with_capacity(confirms.len());
+    let written = started.elapsed();
+    let mut all = Vec::with_capacity(confirms.len());
     let mut gone = HashSet::new();
     for confirm in confirms {
         let (verdict, returned) = match confirm.await.map_err(broken)? {
@@ -98,10 +116,11 @@ async fn publish_all(
                 return Err(Broken("the channel does not confirm".to_owned()));
             }
         };
-        verdicts.push(verdict);
+        all.push(verdict);
         gone.extend(returned.map(|message| message.delivery.routing_key.clone()));
     }
-    Ok((verdicts, gone))
+    let waits = Waits { written, confirmed: started.elapsed().saturating_sub(written) };
+    Ok(Verdicts { all, gone, waits })
 }
 
 /// Hands a message's frames over to lapin, which its first poll does. What is left is to learn that

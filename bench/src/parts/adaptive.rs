@@ -1,0 +1,71 @@
+//! A status API that slows down beyond a knee, and who finds it.
+
+use std::time::{Duration, Instant};
+
+use testbed::eventually;
+use tokio::time::sleep;
+
+use crate::limits;
+use crate::status_api::{Pace, StatusApi};
+use crate::table::{Goal, Row};
+use crate::usage::Meter;
+use crate::world::{World, per_second};
+
+const PATIENCE: Duration = Duration::from_mins(1);
+const KNEE: u32 = 200;
+/// At ease it gives 870 answers a second.
+const PACE: Pace =
+    Pace { latency: Duration::from_millis(30)..Duration::from_millis(430), knee: Some(KNEE) };
+/// The limits to compare with; the best is at the knee.
+const FIXED: [u16; 3] = [100, 200, 400];
+/// What an operator might say who knows nothing of the API.
+const MAX: u16 = 2_000;
+
+/// Lookups per second with the best of some fixed limits, and with one that nobody has tuned.
+pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for limit in FIXED {
+        let what = format!("for comparison: MAX_CONSUMERS={limit}");
+        rows.push(measured(world, what, limit, "fixed", Duration::from_secs(2)).await?);
+    }
+    let best = rows.iter().map(|row| row.ours).fold(0.0, f64::max);
+    let what = format!("CONCURRENCY=adaptive, MAX_CONSUMERS={MAX}, from 20 s on");
+    let mut adaptive = measured(world, what, MAX, "adaptive", Duration::from_secs(20)).await?;
+    adaptive.goals = vec![Goal::RatioAtLeast(0.9)];
+    rows.push(adaptive);
+    for row in &mut rows {
+        row.limit = Some(best);
+    }
+    Ok(rows)
+}
+
+async fn measured(
+    world: &World,
+    what: String,
+    max_consumers: u16,
+    concurrency: &str,
+    ramp: Duration,
+) -> anyhow::Result<Row> {
+    let duration = if concurrency == "fixed" { 4 } else { 10 };
+    let status_api = StatusApi::start(PACE)?;
+    let place = world.place(status_api.endpoint()).await;
+    place.prepare().await;
+    // More than it can answer in that time.
+    let messages = 1_000 * (i64::try_from(ramp.as_secs())? + duration + 5);
+    limits::publish(world.amqp_uri(), &place.queue.name, 1..=messages).await?;
+    let max_consumers = max_consumers.to_string();
+    let variables = [("MAX_CONSUMERS", max_consumers.as_str()), ("CONCURRENCY", concurrency)];
+    let consumer = place.surroundings.spawn("consumer", &variables);
+    eventually("the first lookup is answered", PATIENCE, async || {
+        (status_api.answered() > 0).then_some(())
+    })
+    .await;
+    sleep(ramp).await;
+    let meter = Meter::start(&consumer);
+    let (started, before) = (Instant::now(), status_api.answered());
+    sleep(Duration::from_secs(duration.unsigned_abs())).await;
+    let answered = status_api.answered() - before;
+    let mut row = Row::new(what, "lookups/s", per_second(answered, started.elapsed()));
+    row.cost = Some(meter.cost_of(per_second(answered, Duration::from_secs(1))));
+    Ok(row)
+}

@@ -1,0 +1,66 @@
+//! The consumer's batch writer alone.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use clap::Parser as _;
+use consumer::{Writer, Written};
+use store::Store;
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+
+use crate::limits;
+use crate::table::{Goal, Row};
+use crate::world::{World, per_second};
+
+const DURATION: Duration = Duration::from_secs(4);
+const ROWS_PER_UPSERT: u32 = 1_000;
+/// How many objects there are.
+const POPULATION: u32 = 100_000;
+/// As many as wait for their commit in a consumer with many lookups: a batch that is written, and one that
+/// gathers.
+const WAITING: i64 = 2_000;
+
+/// The settings of a consumer, of which the writer needs a part.
+#[derive(clap::Parser)]
+struct Settings {
+    #[command(flatten)]
+    consumer: consumer::Config,
+}
+
+pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
+    let place = world.place("http://127.0.0.1:1".to_owned()).await;
+    place.prepare().await;
+    let url = place.database.url();
+    // Once round, so that both find all rows there.
+    limits::upsert(url, ROWS_PER_UPSERT, POPULATION, sleep(DURATION / 2)).await?;
+    let limit = limits::upsert(url, ROWS_PER_UPSERT, POPULATION, sleep(DURATION)).await?;
+
+    let settings = Settings::try_parse_from(["bench", "--database-url", url])?.consumer;
+    let store = Arc::new(Store::start(&settings.store, "bench", 2)?);
+    store.status().wait_for(Result::is_ok).await?;
+    let writer = Writer::start(store, &settings.lookups);
+    let (started, mut waiting) = (Instant::now(), JoinSet::new());
+    for first in 0..WAITING {
+        let writer = writer.clone();
+        waiting.spawn(async move {
+            let (mut written, mut id) = (0_u64, first);
+            while started.elapsed() < DURATION {
+                let outcome = writer.record(id * 2, Instant::now()).await?;
+                anyhow::ensure!(outcome == Written::Committed, "{outcome:?}");
+                written += 1;
+                id = (id + WAITING) % i64::from(POPULATION);
+            }
+            Ok(written)
+        });
+    }
+    let mut written = 0;
+    while let Some(of_one) = waiting.join_next().await {
+        written += of_one??;
+    }
+    let ours = per_second(written, started.elapsed());
+    let mut row = Row::new("the batch writer, 2,000 results at once", "rows/s", ours);
+    row.limit = Some(limit);
+    row.goals = vec![Goal::RatioAtLeast(0.8)];
+    Ok(vec![row])
+}
