@@ -6,6 +6,7 @@
 
 mod admin;
 mod health;
+mod healthcheck;
 pub mod http;
 mod lifecycle;
 pub mod problem;
