@@ -10,6 +10,7 @@ mod healthcheck;
 pub mod http;
 mod lifecycle;
 pub mod problem;
+mod process;
 mod recorder;
 pub mod settings;
 mod telemetry;
