@@ -8,6 +8,7 @@
 
 mod metrics;
 mod promtool;
+mod rules;
 
 use std::time::Duration;
 

@@ -7,6 +7,7 @@ use pipeline::{Partner, Surroundings, callback_endpoint};
 use testbed::{Answer, Database, Process, Queue, Scratch, StatusApi, eventually};
 
 use crate::promtool::promtool;
+use crate::rules::asked_for;
 use crate::{PATIENCE, scrape};
 
 /// Online, offline, and one that always fails.
@@ -98,11 +99,18 @@ async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
         .map(|rest| format!("lastseen_{rest}"))
         .collect();
     let mut told = BTreeSet::from(["lastseen_commit_seconds".to_owned()]);
+    let mut missing = asked_for();
     for service in [producer, consumer, routine] {
         let text = scrape(service).await;
         promtool(&["check", "metrics"], &text);
         told.extend(names(&text));
+        let samples = text.lines().filter_map(|line| line.split(['{', ' ']).next());
+        samples.for_each(|name| _ = missing.remove(name));
     }
+    assert!(
+        missing.is_empty(),
+        "what the alerts or the dashboard ask for is not there: {missing:?}"
+    );
     let testers = documented.iter().filter(|name| name.starts_with("lastseen_tester_"));
     told.extend(testers.cloned());
     assert_eq!(told, documented, "what the services tell, and docs/operations.md");
