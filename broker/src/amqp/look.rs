@@ -98,15 +98,15 @@ async fn look(
         ticks.tick().await;
         let Some(connection) = connection.upgrade() else { return };
         let (at, wait) = (SystemTime::now(), found.waits.load(Ordering::Relaxed));
-        let depths = match timeout(RPC_TIMEOUT, depths(&connection, &topology)).await {
-            Ok(Ok(depths)) => depths,
-            // The session notices by itself that it is over.
-            Ok(Err(error)) => {
-                tracing::debug!(%error, "cannot look at the queues");
-                continue;
-            }
-            Err(_) => {
-                tracing::debug!("the broker did not say how much is in the queues");
+        let looked = timeout(RPC_TIMEOUT, depths(&connection, &topology)).await;
+        let looked = looked.map_err(|late| late.to_string());
+        let depths = match looked.and_then(|looked| looked.map_err(|error| error.to_string())) {
+            Ok(depths) => depths,
+            // Whether the session is over is seen elsewhere. A broker that does not say how much there is
+            // can be excused for not giving it either.
+            Err(error) => {
+                tracing::debug!(error, "cannot look at the queues");
+                found.in_vain.store(vain.note(wait, false), Ordering::Relaxed);
                 continue;
             }
         };

@@ -80,6 +80,15 @@ async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
         service.ready().await;
     }
     let [producer, consumer, routine, tester] = &services;
+    // As in docker-compose.yml.
+    for (name, service) in
+        [("producer", producer), ("consumer", consumer), ("routine", routine), ("tester", tester)]
+    {
+        let address = [("ADMIN_ADDR", service.admin().await.to_string())];
+        let check = Process::spawn(name, &address, &["healthcheck"]);
+        assert_eq!(check.wait().await.code(), Some(0), "{name}: {:?}", check.log());
+        assert_eq!(check.log(), ["ready"], "{name}");
+    }
     work(&endpoint, consumer).await;
     assert_eq!(metric(consumer, "lastseen_breaker_state", |_| true).await, 0.0);
     metric(producer, "lastseen_callback_ids_total", |ids| ids >= 4.0).await;
@@ -127,6 +136,9 @@ async fn all_in_one_process_and_in_files_tells_the_same_of_its_queue() {
     ];
     let lastseen = Process::spawn("lastseen", &settings, &["--no-tester"]);
     lastseen.ready().await;
+    let address = [("ADMIN_ADDR", lastseen.admin().await.to_string())];
+    let check = Process::spawn("lastseen", &address, &["healthcheck"]);
+    assert_eq!(check.wait().await.code(), Some(0), "{:?}", check.log());
     work(&callback_endpoint(&lastseen).await, &lastseen).await;
     assert_true(&lastseen).await;
     let text = scrape(&lastseen).await;
