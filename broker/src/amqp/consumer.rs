@@ -31,8 +31,8 @@ pub(crate) struct Consumer {
     outage: OutageLog,
     waits: ExponentialBackoff,
     connected_at: Instant,
-    /// Whether the last session was given nothing although there was something. Then the next has to
-    /// show that it is better.
+    /// Whether a session was given nothing although there was something, and none since has shown that
+    /// it is better.
     in_vain: bool,
 }
 
@@ -90,7 +90,7 @@ impl Consumer {
             };
             // The broker takes back all that came by this session as soon as it is closed.
             if let Some(session) = self.session.take() {
-                self.in_vain = session.look.is_in_vain();
+                self.in_vain = session.look.is_in_vain() || !session.is_sound;
                 if self.connected_at.elapsed() > Duration::from_secs(5) {
                     self.waits = backoff();
                 }
