@@ -34,7 +34,7 @@ FROM debian:bookworm-slim
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /build/target/release/producer /build/target/release/consumer \
      /build/target/release/routine /build/target/release/lastseen /build/target/release/tester \
-     /build/scripts/ready /usr/local/bin/
+     /usr/local/bin/
 # The producer's spool, on a volume that takes over the owner.
 RUN mkdir /var/lib/lastseen && chown 65532:65532 /var/lib/lastseen
 USER 65532:65532

@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help test faults lint bench bench-check up down audit
+.PHONY: help test faults lint bench bench-check up observe down audit
 
 # The plugin where it is there, else the program of its own.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
@@ -33,6 +33,12 @@ up: ## build the image, start the whole system in the background, say where it i
 	@echo "who is on   $(COMPOSE) exec postgres psql -U postgres -c 'select * from object order by id'"
 	@echo "logs        $(COMPOSE) logs -f producer consumer routine tester"
 
+observe: export COMPOSE_PROFILES = observability
+observe: up ## the same, with Prometheus and Grafana beside it
+	@echo "dashboard   http://$$($(COMPOSE) port grafana 3000)"
+	@echo "alerts      http://$$($(COMPOSE) port prometheus 9090)/alerts"
+
+down: export COMPOSE_PROFILES = observability
 down: ## stop it; its volumes stay (remove them too: docker-compose down -v)
 	$(COMPOSE) down
 

@@ -3,11 +3,14 @@
 mod acks;
 mod consumer;
 mod delivery;
+mod depths;
 mod history;
 mod inspector;
 mod link;
+mod look;
 mod publisher;
 mod topology;
+mod unsettled;
 mod uri;
 
 pub(crate) use consumer::Consumer;

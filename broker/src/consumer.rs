@@ -25,6 +25,13 @@ impl Consumer {
             "lastseen_settled_total",
             "Deliveries by how they were settled; lost ones are delivered again."
         );
+        for redelivered in ["false", "true"] {
+            metrics::counter!("lastseen_deliveries_total", "redelivered" => redelivered)
+                .increment(0);
+        }
+        for disposition in ["ack", "retry", "requeue", "dead_letter", "lost"] {
+            metrics::counter!("lastseen_settled_total", "disposition" => disposition).increment(0);
+        }
         Self(match &publisher.kind {
             Kind::Amqp(publisher) => {
                 Inner::Amqp(Box::new(amqp::Consumer::new(name, prefetch, publisher.clone())))

@@ -1,6 +1,6 @@
 //! A message as received, and the ways to settle it.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use crate::message::DecodeError;
 use crate::{amqp, sqlite};
@@ -63,6 +63,16 @@ impl Delivery {
         match &self.0 {
             Inner::Amqp(delivery) => delivery.callback_id(),
             Inner::Sqlite(delivery) => delivery.callback_id(),
+        }
+    }
+
+    /// When the callback came in, by the clock of the producer that took it; `None` for a message that
+    /// does not tell.
+    #[must_use]
+    pub fn accepted_at(&self) -> Option<SystemTime> {
+        match &self.0 {
+            Inner::Amqp(delivery) => delivery.accepted_at(),
+            Inner::Sqlite(delivery) => delivery.accepted_at(),
         }
     }
 

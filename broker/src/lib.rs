@@ -14,6 +14,7 @@ mod amqp;
 mod config;
 mod consumer;
 mod delivery;
+mod gauges;
 mod inspector;
 mod message;
 mod publisher;

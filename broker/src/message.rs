@@ -1,7 +1,10 @@
 //! What is published: one object id.
 
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
 use serde::Deserialize;
 use serde::de::Error as _;
+use uuid::Uuid;
 
 /// A body that holds no object id. The message goes to the dead letters as it is.
 #[derive(Debug, thiserror::Error)]
@@ -32,6 +35,13 @@ pub(crate) fn decode(body: &[u8]) -> Result<i64, DecodeError> {
     Ok(serde_json::from_slice::<Body>(body)?.id)
 }
 
+/// When the callback came in, to the millisecond, if its id tells: those of our producer do (UUID v7).
+pub(crate) fn accepted_at(callback_id: &str) -> Option<SystemTime> {
+    let id = Uuid::try_parse(callback_id).ok().filter(|id| id.get_version_num() == 7)?;
+    let (seconds, nanoseconds) = id.get_timestamp()?.to_unix();
+    UNIX_EPOCH.checked_add(Duration::new(seconds, nanoseconds))
+}
+
 #[cfg(test)]
 mod properties;
 
@@ -51,6 +61,17 @@ mod tests {
     fn a_message_of_the_go_producer_is_read() {
         assert_eq!(decode(br#"{"ID":42}"#).unwrap(), 42);
         assert_eq!(decode(br#"{"Id":42,"Seen":"never"}"#).unwrap(), 42);
+    }
+
+    #[test]
+    fn the_id_of_a_callback_tells_to_the_millisecond_when_it_came_in() {
+        let before = SystemTime::now() - Duration::from_millis(1);
+        let told = accepted_at(&Uuid::now_v7().to_string()).unwrap();
+        assert!(before <= told && told <= SystemTime::now());
+        let of_a_partner = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+        for id in ["", "callback-1", of_a_partner] {
+            assert_eq!(accepted_at(id), None, "{id:?}");
+        }
     }
 
     #[test]

@@ -63,6 +63,9 @@ impl Publisher {
             "lastseen_published_total",
             "Messages by the broker's verdict; retries and dead letters included."
         );
+        for outcome in ["confirmed", "refused", "unroutable"] {
+            metrics::counter!("lastseen_published_total", "outcome" => outcome).increment(0);
+        }
         let kind = match &config.amqp_uri.0 {
             Backend::Amqp(uri) => {
                 let config = amqp::Config { uri: uri.clone(), queue: config.queue.clone() };

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use embedded::{OpenError, WriteError};
 use tokio::time::timeout;
@@ -89,6 +89,14 @@ impl Spool {
     /// [`WriteError`] when the file cannot be read.
     pub async fn count(&self) -> Result<u64, WriteError> {
         self.queue.count().await
+    }
+
+    /// When the oldest message came; `None` if there is none.
+    ///
+    /// # Errors
+    /// [`WriteError`] when the file cannot be read.
+    pub async fn oldest_at(&self) -> Result<Option<SystemTime>, WriteError> {
+        self.queue.oldest_at().await
     }
 
     /// Returns only if what writes the file has died; a service must not outlive it.

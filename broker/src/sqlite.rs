@@ -6,6 +6,7 @@
 mod consumer;
 mod delivery;
 mod inspector;
+mod look;
 mod queue;
 
 use std::sync::Arc;

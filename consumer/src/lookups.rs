@@ -232,7 +232,10 @@ impl Shared {
             let (error, failure) = match (answer, failure) {
                 (Ok(Answer::Online(at)), _) => {
                     return Ok(match self.writer.record(id, at).await? {
-                        Written::Committed => Told::Settled,
+                        Written::Committed => {
+                            record_ages(group);
+                            Told::Settled
+                        }
                         Written::Refused(reason) => Told::Refused(reason),
                     });
                 }
@@ -352,9 +355,27 @@ impl FailureLog {
     }
 }
 
+/// Records how long ago the callbacks came in whose objects are committed now.
+fn record_ages(group: &[Taken]) {
+    for accepted_at in group.iter().filter_map(|taken| taken.delivery.accepted_at()) {
+        // The producer's clock may be ahead of ours.
+        let age = accepted_at.elapsed().unwrap_or_default();
+        metrics::histogram!("lastseen_callback_to_commit_seconds").record(age);
+    }
+}
+
 fn describe_metrics() {
     metrics::describe_counter!("lastseen_lookups_total", "Lookups by outcome.");
+    for outcome in ["online", "offline"].into_iter().chain(LookupError::LABELS) {
+        metrics::counter!("lastseen_lookups_total", "outcome" => outcome).increment(0);
+    }
+    metrics::describe_histogram!(
+        "lastseen_callback_to_commit_seconds",
+        metrics::Unit::Seconds,
+        "Time from a callback to the commit of an object that was online, for each message."
+    );
     metrics::describe_gauge!("lastseen_lookups_in_flight", "Lookups running now.");
+    metrics::gauge!("lastseen_lookups_in_flight").set(0);
     metrics::describe_histogram!(
         "lastseen_lookup_seconds",
         metrics::Unit::Seconds,

@@ -49,6 +49,10 @@ pub(crate) enum LookupError {
 }
 
 impl LookupError {
+    /// All labels that there are.
+    pub(crate) const LABELS: [&str; 6] =
+        ["timeout", "transport", "throttled", "status", "garbage", "wrong_id"];
+
     /// The label of this failure in metrics.
     pub(crate) fn label(&self) -> &'static str {
         match self {

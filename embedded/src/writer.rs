@@ -1,10 +1,12 @@
 //! The thread that writes, for all who wait at once.
 
+use std::cell::LazyCell;
 use std::iter;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
+use metrics::Histogram;
 use rusqlite::{Connection, TransactionBehavior};
 use tokio::sync::{oneshot, watch};
 
@@ -95,11 +97,6 @@ impl File {
     /// # Errors
     /// [`OpenError`]; then the file is as it was.
     pub fn open(path: &Path, format: Format) -> Result<Self, OpenError> {
-        metrics::describe_histogram!(
-            "lastseen_commit_seconds",
-            metrics::Unit::Seconds,
-            "Time of one commit to an embedded file, the work of all its callers included."
-        );
         // Whoever comes by a link must find the same lock.
         let real_path = path.canonicalize().ok().filter(|_| path.is_symlink());
         let path = real_path.as_deref().unwrap_or(path);
@@ -212,9 +209,20 @@ fn is_full(error: &rusqlite::Error) -> bool {
     error.sqlite_error_code() == Some(rusqlite::ErrorCode::DiskFull) || code.is_some_and(shm)
 }
 
+fn commit_seconds(file: &'static str) -> Histogram {
+    metrics::describe_histogram!(
+        "lastseen_commit_seconds",
+        metrics::Unit::Seconds,
+        "Time of one commit to an embedded file, the work of all its callers included."
+    );
+    metrics::histogram!("lastseen_commit_seconds", "file" => file)
+}
+
 impl Writer {
     fn run(mut self, asked: &mpsc::Receiver<Box<dyn Work>>) {
-        let seconds = metrics::histogram!("lastseen_commit_seconds", "file" => self.format.name);
+        // With the first commit: a file may be opened before there is anybody to record.
+        let name = self.format.name;
+        let seconds = LazyCell::new(|| commit_seconds(name));
         let mut group = Vec::new();
         let mut looked_at = Instant::now();
         loop {

@@ -217,11 +217,16 @@ async fn not_found(uri: Uri) -> Problem {
 
 fn describe_metrics() {
     metrics::describe_counter!("lastseen_callbacks_total", "Callbacks by outcome.");
+    for outcome in ["accepted", "bad", "unauthorized", "timeout", "unavailable"] {
+        metrics::counter!("lastseen_callbacks_total", "outcome" => outcome).increment(0);
+    }
     metrics::describe_counter!(
         "lastseen_callback_repeats_total",
         "Signed callbacks that came again and were published before."
     );
     metrics::describe_counter!("lastseen_callback_ids_total", "Ids listed in accepted callbacks.");
+    metrics::counter!("lastseen_callback_repeats_total").increment(0);
+    metrics::counter!("lastseen_callback_ids_total").increment(0);
     metrics::describe_histogram!(
         "lastseen_callback_seconds",
         metrics::Unit::Seconds,

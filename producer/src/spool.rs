@@ -247,15 +247,20 @@ impl Outage {
     }
 }
 
-/// Keeps the gauge true.
+/// Keeps the gauges true.
 async fn measure(spool: &Spool) {
     let gauge = metrics::gauge!("lastseen_spool_messages");
+    let oldest_age = metrics::gauge!("lastseen_spool_oldest_age_seconds");
     let mut ticks = tokio::time::interval(MEASURE_INTERVAL);
     loop {
         ticks.tick().await;
         if let Ok(messages) = spool.count().await {
             #[expect(clippy::cast_precision_loss, reason = "nobody counts beyond 2^52 messages")]
             gauge.set(messages as f64);
+        }
+        if let Ok(oldest) = spool.oldest_at().await {
+            let age = oldest.and_then(|since| since.elapsed().ok()).unwrap_or_default();
+            oldest_age.set(age.as_secs_f64());
         }
     }
 }
@@ -264,4 +269,12 @@ fn describe_metrics() {
     metrics::describe_counter!("lastseen_spooled_total", "Messages that went to the spool.");
     metrics::describe_counter!("lastseen_relayed_total", "Messages relayed to the broker.");
     metrics::describe_gauge!("lastseen_spool_messages", "Messages that wait in the spool.");
+    metrics::describe_gauge!(
+        "lastseen_spool_oldest_age_seconds",
+        metrics::Unit::Seconds,
+        "How long the oldest message in the spool has waited; 0 if there is none."
+    );
+    // There from the start on, so that their growth can be told from the first one on.
+    metrics::counter!("lastseen_spooled_total").increment(0);
+    metrics::counter!("lastseen_relayed_total").increment(0);
 }

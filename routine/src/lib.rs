@@ -2,7 +2,7 @@
 
 mod steps;
 
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use service::{CancellationToken, Description, Health, settings};
@@ -18,6 +18,8 @@ pub const DESCRIPTION: Description = Description {
     admin_address: ":9093",
 };
 
+/// When the last cleanup succeeded.
+const LAST_SUCCESS: &str = "lastseen_cleanup_last_success_timestamp_seconds";
 /// How long `--once` waits for the database before it fails; cron will try again.
 const ONCE_PATIENCE: Duration = Duration::from_secs(30);
 
@@ -62,13 +64,7 @@ pub async fn run(
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    metrics::describe_counter!("lastseen_deleted_rows_total", "Stale rows deleted.");
-    metrics::describe_counter!("lastseen_cleanups_total", "Cleanups by outcome.");
-    metrics::describe_histogram!(
-        "lastseen_cleanup_seconds",
-        metrics::Unit::Seconds,
-        "Time that one cleanup took, all of its batches together."
-    );
+    describe_metrics();
     let Config { cleanup, once, store } = config;
     let store = Store::start(&store, "routine", 1)?;
     health.needs("database", store.status());
@@ -166,6 +162,10 @@ async fn delete(
             Err(error) => break Err(error),
         }
     };
+    if outcome.is_ok() {
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        metrics::gauge!(LAST_SUCCESS).set(now.as_secs_f64());
+    }
     count(if outcome.is_ok() { "ok" } else { "failed" });
     metrics::counter!("lastseen_deleted_rows_total").increment(deleted);
     metrics::histogram!("lastseen_cleanup_seconds").record(started.elapsed());
@@ -177,4 +177,24 @@ async fn delete(
 
 fn count(outcome: &'static str) {
     metrics::counter!("lastseen_cleanups_total", "outcome" => outcome).increment(1);
+}
+
+fn describe_metrics() {
+    metrics::describe_counter!("lastseen_deleted_rows_total", "Stale rows deleted.");
+    metrics::counter!("lastseen_deleted_rows_total").increment(0);
+    metrics::describe_counter!("lastseen_cleanups_total", "Cleanups by outcome.");
+    for outcome in ["ok", "failed", "skipped"] {
+        metrics::counter!("lastseen_cleanups_total", "outcome" => outcome).increment(0);
+    }
+    metrics::describe_gauge!(
+        LAST_SUCCESS,
+        metrics::Unit::Seconds,
+        "When the last cleanup that did not fail ended, since 1970; 0 before the first."
+    );
+    metrics::gauge!(LAST_SUCCESS).set(0.0);
+    metrics::describe_histogram!(
+        "lastseen_cleanup_seconds",
+        metrics::Unit::Seconds,
+        "Time that one cleanup took, all of its batches together."
+    );
 }

@@ -8,8 +8,8 @@ use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
 use tokio_util::sync::CancellationToken;
 
-use crate::Health;
 use crate::problem::Problem;
+use crate::{Health, recorder};
 
 #[derive(Clone)]
 struct Admin {
@@ -51,5 +51,6 @@ async fn readyz(State(admin): State<Admin>) -> Response {
 
 async fn render_metrics(State(admin): State<Admin>) -> impl IntoResponse {
     let content_type = "text/plain; version=0.0.4; charset=utf-8";
-    ([(header::CONTENT_TYPE, content_type)], admin.metrics.render())
+    let is_ready = !admin.draining.is_cancelled() && admin.health.missing().is_empty();
+    ([(header::CONTENT_TYPE, content_type)], recorder::render(&admin.metrics, is_ready))
 }

@@ -6,9 +6,11 @@
 
 mod admin;
 mod health;
+mod healthcheck;
 pub mod http;
 mod lifecycle;
 pub mod problem;
+mod process;
 mod recorder;
 pub mod settings;
 mod telemetry;

@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use clap::{Args, Command, FromArgMatches};
+use clap::{ArgMatches, Args, Command, FromArgMatches};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::settings::{self, Parsed};
-use crate::{Health, admin, http, recorder, telemetry};
+use crate::{Health, admin, healthcheck, http, recorder, telemetry};
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
 const EXIT_SETTINGS: u8 = 78;
@@ -75,7 +75,8 @@ pub enum Invocation<S, K> {
 /// The whole of a service's `main`: reads its settings, sets up logs, metrics and the admin address,
 /// runs it until it ends or a signal drains it, and says how it went by the exit code:
 /// 0 for a clean end, 69 if it ended with [`Unavailable`], 70 for another failure or an incomplete
-/// drain, 78 for a bad setting.
+/// drain, 78 for a bad setting. With the command `healthcheck` it asks a service that runs with the same
+/// settings whether it is ready, and says so by 0 or 1.
 ///
 /// `run` takes the service's own settings, the [`Health`] to report its peers to, and the token that
 /// tells it to drain.
@@ -109,7 +110,10 @@ where
     K: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
     let (common, config) = match read_settings::<C>(description) {
-        Ok(Parsed::Run(settings)) => settings,
+        Ok(Parsed::Run(Asked { common, healthcheck: true, .. })) => {
+            return healthcheck::run(common.admin_addr);
+        }
+        Ok(Parsed::Run(Asked { common, config, .. })) => (common, config),
         Ok(Parsed::Print(text)) => {
             print!("{text}");
             return ExitCode::SUCCESS;
@@ -153,22 +157,31 @@ fn told(description: Description, ended: anyhow::Result<()>) -> anyhow::Result<(
     ended.inspect_err(|error| eprintln!("{}: {error:#}", description.name))
 }
 
+/// What the command line asks for: the service's own settings with those of every service, and whether
+/// only to look how such a service does.
+struct Asked<C> {
+    common: Common,
+    config: C,
+    healthcheck: bool,
+}
+
+impl<C: FromArgMatches> FromArgMatches for Asked<C> {
+    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
+        let common = Common::from_arg_matches(matches)?;
+        let config = C::from_arg_matches(matches)?;
+        let healthcheck = matches.subcommand_name() == Some(healthcheck::NAME);
+        Ok(Self { common, config, healthcheck })
+    }
+
+    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
+        *self = Self::from_arg_matches(matches)?;
+        Ok(())
+    }
+}
+
 fn read_settings<C: Args + FromArgMatches>(
     description: Description,
-) -> Result<Parsed<(Common, C)>, settings::SettingsError> {
-    struct Both<C>(Common, C);
-    impl<C: FromArgMatches> FromArgMatches for Both<C> {
-        fn from_arg_matches(matches: &clap::ArgMatches) -> Result<Self, clap::Error> {
-            Ok(Self(Common::from_arg_matches(matches)?, C::from_arg_matches(matches)?))
-        }
-        fn update_from_arg_matches(
-            &mut self,
-            matches: &clap::ArgMatches,
-        ) -> Result<(), clap::Error> {
-            self.0.update_from_arg_matches(matches)?;
-            self.1.update_from_arg_matches(matches)
-        }
-    }
+) -> Result<Parsed<Asked<C>>, settings::SettingsError> {
     let command = Common::augment_args(C::augment_args(Command::new(description.name)))
         .version(env!("CARGO_PKG_VERSION"))
         // Set after the settings, whose own doc comments would stand here otherwise.
@@ -176,15 +189,13 @@ fn read_settings<C: Args + FromArgMatches>(
         .long_about(None)
         .after_help(ABOUT_VARIABLES)
         .args_override_self(true)
+        .subcommand(Command::new(healthcheck::NAME).about(healthcheck::ABOUT))
         .mut_arg("admin_addr", |argument| {
             argument.required(false).default_value(description.admin_address)
         });
     let environment = settings::environment()?;
     let arguments = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
-    Ok(match settings::parse::<Both<C>>(command, &environment, arguments)? {
-        Parsed::Run(Both(common, config)) => Parsed::Run((common, config)),
-        Parsed::Print(text) => Parsed::Print(text),
-    })
+    settings::parse(command, &environment, arguments)
 }
 
 /// Runs `future` on a runtime of its own, and leaves behind what it has abandoned there.

@@ -5,11 +5,19 @@ use std::time::Duration;
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::process;
+
 /// Upper bounds of every `_seconds` histogram: from a fast commit to a status API at its slowest.
 const SECONDS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+/// Upper bounds of the time from a callback to the commit, which after an outage may be hours.
+const SECONDS_TO_COMMIT: [f64; 14] =
+    [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0, 86_400.0];
 /// Upper bounds of every `_rows` histogram.
 const ROWS: [f64; 8] = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 10_000.0];
+
+/// Whether the service is ready.
+const READY: &str = "lastseen_ready";
 
 /// The recorder of this process, which the `metrics` facade has only one of.
 static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
@@ -21,11 +29,23 @@ static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
 pub(crate) fn install(service: &'static str) -> Result<PrometheusHandle, BuildError> {
     let handle = PrometheusBuilder::new()
         .set_buckets_for_metric(Matcher::Suffix("_seconds".to_owned()), &SECONDS)?
+        .set_buckets_for_metric(
+            Matcher::Suffix("_to_commit_seconds".to_owned()),
+            &SECONDS_TO_COMMIT,
+        )?
         .set_buckets_for_metric(Matcher::Suffix("_rows".to_owned()), &ROWS)?
         .install_recorder()?;
     metrics::describe_gauge!("lastseen_build_info", "Always 1; the labels say what runs.");
     metrics::gauge!("lastseen_build_info", "service" => service, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    metrics::describe_gauge!(READY, "Whether /readyz says that it is ready: 1, or 0.");
+    process::note_start();
     Ok(INSTALLED.get_or_init(|| handle).clone())
+}
+
+/// All metrics of a service that is ready or is not, in Prometheus's text format.
+pub(crate) fn render(handle: &PrometheusHandle, is_ready: bool) -> String {
+    metrics::gauge!(READY).set(if is_ready { 1.0 } else { 0.0 });
+    handle.render() + &process::render()
 }
 
 /// Moves recorded samples into their buckets every few seconds, so that histograms stay small when

@@ -5,7 +5,7 @@
 use std::process::{Output, Stdio};
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, BufReader};
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
 use tokio::net::TcpListener;
 use tokio::process::Command;
 use tokio::time::timeout;
@@ -155,4 +155,45 @@ async fn a_command_that_does_not_drain_in_time_is_given_up() {
 async fn a_service_can_look_up_the_total_of_its_own_metric() {
     let service = ended(sample(&[])).await;
     assert!(service.errors.contains("counted total=5.0"), "{}", service.errors);
+}
+
+/// What the command `healthcheck` says about an address where that is answered to whoever asks.
+async fn checked(answer: &'static str) -> Ended {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let answering = tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut stream = BufReader::new(stream);
+        let mut request = String::new();
+        stream.read_line(&mut request).await.unwrap();
+        stream.write_all(answer.as_bytes()).await.unwrap();
+        request
+    });
+    let mut command = sample(&["healthcheck"]);
+    command.env("ADMIN_ADDR", address);
+    let ended = ended(command).await;
+    assert!(answering.await.unwrap().starts_with("GET /readyz HTTP/1."));
+    ended
+}
+
+#[tokio::test]
+async fn a_healthcheck_says_by_0_or_1_whether_the_service_is_ready_and_why_not() {
+    let ready = checked("HTTP/1.1 200 OK\r\n\r\nready\nwithout broker: refused\n").await;
+    assert_eq!((ready.code, ready.printed.as_str()), (Some(0), "ready\nwithout broker: refused\n"));
+    let problem = "HTTP/1.1 503 Service Unavailable\r\n\r\n{\"detail\":\"database: refused\"}";
+    let not = checked(problem).await;
+    assert_eq!((not.code, not.printed.as_str()), (Some(1), "database: refused\n"));
+}
+
+#[tokio::test]
+async fn a_healthcheck_of_nobody_fails_and_says_where_it_asked() {
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = nobody.local_addr().unwrap().to_string();
+    drop(nobody);
+    let mut command = sample(&["healthcheck"]);
+    command.env("ADMIN_ADDR", &address);
+    let ended = ended(command).await;
+    assert_eq!(ended.code, Some(1));
+    let said = format!("no answer at ADMIN_ADDR={address}: ");
+    assert!(ended.printed.starts_with(&said), "{}", ended.printed);
 }

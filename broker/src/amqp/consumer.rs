@@ -14,8 +14,10 @@ use tokio::time::timeout;
 use super::acks::Acks;
 use super::delivery::{Delivery, Outward, REQUEUE};
 use super::link::{self, Link, LinkError, OutageLog, RPC_TIMEOUT};
+use super::look::Look;
 use super::publisher::Publisher;
 use super::topology::Topology;
+use super::unsettled::Unsettled;
 use crate::{LinkStatus, backoff};
 
 /// A consumer of the queue, on a connection of its own: a publishing connection that the broker has
@@ -29,13 +31,21 @@ pub(crate) struct Consumer {
     outage: OutageLog,
     waits: ExponentialBackoff,
     connected_at: Instant,
+    /// Whether a session was given nothing although there was something, and none since has shown that
+    /// it is better.
+    in_vain: bool,
 }
 
 struct Session {
-    connection: Link,
+    // Before the connection, which it looks by.
+    look: Look,
+    connection: Arc<Link>,
     channel: Channel,
     deliveries: lapin::Consumer,
     outward: Arc<Outward>,
+    status: watch::Sender<LinkStatus>,
+    /// Whether the status says so.
+    is_sound: bool,
 }
 
 impl Consumer {
@@ -50,6 +60,7 @@ impl Consumer {
             outage: OutageLog::default(),
             waits: backoff(),
             connected_at: Instant::now(),
+            in_vain: false,
         }
     }
 
@@ -66,19 +77,23 @@ impl Consumer {
                 },
                 None => match self.open().await {
                     Ok(session) => {
-                        self.session = Some(session);
+                        let session = self.session.insert(session);
                         self.connected_at = Instant::now();
                         self.outage.up(&self.name);
-                        _ = self.status.send_replace(Ok(()));
+                        if !self.in_vain {
+                            session.tell_that_it_is_sound();
+                        }
                         continue;
                     }
                     Err(error) => error.to_string(),
                 },
             };
             // The broker takes back all that came by this session as soon as it is closed.
-            if self.session.take().is_some() && self.connected_at.elapsed() > Duration::from_secs(5)
-            {
-                self.waits = backoff();
+            if let Some(session) = self.session.take() {
+                self.in_vain = session.look.is_in_vain() || !session.is_sound;
+                if self.connected_at.elapsed() > Duration::from_secs(5) {
+                    self.waits = backoff();
+                }
             }
             self.outage.down(&self.name, &reason);
             _ = self.status.send_replace(Err(reason));
@@ -134,8 +149,14 @@ impl Consumer {
             channel.basic_consume(queue, "".into(), options, FieldTable::default()).await
         };
         let deliveries = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
-        let outward = Outward { publisher: self.publisher.clone(), acks: Acks::start() };
-        Ok(Session { connection, channel, deliveries, outward: Arc::new(outward) })
+        let connection = Arc::new(connection);
+        let unsettled = Arc::new(Unsettled::default());
+        let look =
+            Look::start(&connection, topology.clone(), Arc::clone(&unsettled), self.prefetch);
+        let outward =
+            Arc::new(Outward { publisher: self.publisher.clone(), acks: Acks::start(), unsettled });
+        let status = self.status.clone();
+        Ok(Session { look, connection, channel, deliveries, outward, status, is_sound: false })
     }
 }
 
@@ -156,8 +177,15 @@ impl Session {
         Ok(())
     }
 
+    fn tell_that_it_is_sound(&mut self) {
+        if !std::mem::replace(&mut self.is_sound, true) {
+            _ = self.status.send_replace(Ok(()));
+        }
+    }
+
     /// The next message, or why there will be none by this session.
     async fn next(&mut self) -> Result<lapin::message::Delivery, String> {
+        let _waiting = self.look.waiting();
         loop {
             // Without them each delivery would be lost, and the session would look sound.
             if self.outward.acks.have_died() {
@@ -165,7 +193,10 @@ impl Session {
             }
             // The stream can fall silent without an end, so the connection is looked at as well.
             match timeout(Duration::from_secs(1), self.deliveries.next()).await {
-                Ok(Some(Ok(delivery))) if delivery.acker.usable() => return Ok(delivery),
+                Ok(Some(Ok(delivery))) if delivery.acker.usable() => {
+                    self.tell_that_it_is_sound();
+                    return Ok(delivery);
+                }
                 // What lapin had buffered when the channel was lost; it will be delivered again.
                 Ok(Some(Ok(_))) => return Err("the channel is lost".to_owned()),
                 Ok(Some(Err(error))) => return Err(error.to_string()),
@@ -176,6 +207,13 @@ impl Session {
                 Err(_) if !self.channel.status().connected() => {
                     return Err("the channel is closed".to_owned());
                 }
+                // Another session may be given what this one is not.
+                Err(_) if self.look.is_in_vain() => {
+                    return Err(
+                        "the broker gives nothing although the queue is not empty".to_owned()
+                    );
+                }
+                Err(_) if self.look.is_empty() => self.tell_that_it_is_sound(),
                 Err(_) => {}
             }
         }

@@ -1,7 +1,7 @@
 //! A message as received from a RabbitMQ, and how it is settled there.
 
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use lapin::options::BasicNackOptions;
 use lapin::types::ShortString;
@@ -11,6 +11,7 @@ use tokio::time::timeout;
 use super::acks::Acks;
 use super::history;
 use super::publisher::{Outgoing, Publisher};
+use super::unsettled::{Held, Unsettled};
 use crate::message::{DecodeError, decode};
 use crate::{Disposition, Settled, backoff, retry};
 
@@ -23,6 +24,7 @@ pub(super) const REQUEUE: BasicNackOptions = BasicNackOptions { requeue: true, m
 pub(super) struct Outward {
     pub(super) publisher: Publisher,
     pub(super) acks: Acks,
+    pub(super) unsettled: Arc<Unsettled>,
 }
 
 /// See [`crate::Delivery`].
@@ -30,11 +32,14 @@ pub(crate) struct Delivery {
     id: Result<i64, DecodeError>,
     body: Vec<u8>,
     properties: BasicProperties,
+    accepted_at: Option<SystemTime>,
     attempts: u32,
     redelivered: bool,
     tag: u64,
     acker: Acker,
     outward: Arc<Outward>,
+    /// Counts it until it is settled or dropped.
+    _held: Held,
 }
 
 impl Delivery {
@@ -42,8 +47,21 @@ impl Delivery {
         let message::Delivery { data: body, properties, redelivered, delivery_tag, acker, .. } =
             received;
         let id = decode(&body);
+        let accepted_at = history::accepted_at(&properties);
         let attempts = history::failed_attempts(&properties);
-        Self { id, body, properties, attempts, redelivered, tag: delivery_tag, acker, outward }
+        let held = outward.unsettled.hold(delivery_tag, accepted_at);
+        Self {
+            id,
+            body,
+            properties,
+            accepted_at,
+            attempts,
+            redelivered,
+            tag: delivery_tag,
+            acker,
+            outward,
+            _held: held,
+        }
     }
 
     pub(crate) fn id(&self) -> Result<i64, &DecodeError> {
@@ -52,6 +70,10 @@ impl Delivery {
 
     pub(crate) fn callback_id(&self) -> &str {
         self.properties.correlation_id().as_ref().map_or("", |id| id.as_str())
+    }
+
+    pub(crate) fn accepted_at(&self) -> Option<SystemTime> {
+        self.accepted_at
     }
 
     pub(crate) fn failed_attempts(&self) -> u32 {

@@ -6,7 +6,7 @@ use lapin::BasicProperties;
 use lapin::types::{AMQPValue, FieldTable};
 
 use crate::inspector::DeadLetter;
-use crate::message::decode;
+use crate::message::{self, decode};
 
 /// What the names of all of our headers begin with, and of the broker's own: its record of the
 /// dead-lettering, that by our delay queues included.
@@ -36,6 +36,13 @@ pub(super) fn failed_attempts(properties: &BasicProperties) -> u32 {
     u32::try_from(attempts).unwrap_or(0)
 }
 
+/// When the callback came in: to the millisecond by its id, or else to the second.
+pub(super) fn accepted_at(properties: &BasicProperties) -> Option<SystemTime> {
+    let by_id =
+        properties.correlation_id().as_ref().and_then(|id| message::accepted_at(id.as_str()));
+    by_id.or_else(|| published_at(properties))
+}
+
 /// The properties of the copy that is made when another attempt has failed.
 pub(super) fn after_failure(properties: &BasicProperties, reason: &str) -> BasicProperties {
     let now = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
@@ -63,7 +70,6 @@ pub(super) fn forgotten(properties: &BasicProperties) -> BasicProperties {
 /// What a person is told of a message among the dead letters.
 pub(super) fn dead_letter(body: Vec<u8>, properties: &BasicProperties) -> DeadLetter {
     let time = |name| humantime::parse_rfc3339(&text(header(properties, name)?)?).ok();
-    let published_at = properties.timestamp().map(Duration::from_secs);
     DeadLetter {
         id: decode(&body).ok(),
         body,
@@ -73,7 +79,7 @@ pub(super) fn dead_letter(body: Vec<u8>, properties: &BasicProperties) -> DeadLe
             .map_or_else(String::new, ToString::to_string),
         reason: reason(properties),
         attempts: failed_attempts(properties),
-        published_at: published_at.and_then(|since| UNIX_EPOCH.checked_add(since)),
+        published_at: published_at(properties),
         first_failed_at: time(FIRST_FAILED_AT),
         last_failed_at: time(LAST_FAILED_AT),
     }
@@ -98,6 +104,10 @@ fn reason(properties: &BasicProperties) -> String {
         (None, Some(ours)) => ours,
         (None, None) => "unknown".to_owned(),
     }
+}
+
+fn published_at(properties: &BasicProperties) -> Option<SystemTime> {
+    UNIX_EPOCH.checked_add(Duration::from_secs((*properties.timestamp())?))
 }
 
 fn header<'a>(properties: &'a BasicProperties, name: &str) -> Option<&'a AMQPValue> {

@@ -4,18 +4,16 @@ use std::time::Duration;
 
 use futures_util::StreamExt as _;
 use futures_util::future::try_join_all;
+use lapin::Channel;
 use lapin::message::Delivery;
-use lapin::options::{
-    BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions, QueueDeclareOptions,
-};
+use lapin::options::{BasicAckOptions, BasicCancelOptions, BasicConsumeOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
-use lapin::{Channel, ErrorKind};
 use tokio::time::timeout;
 
 use super::link::{self, Link, RPC_TIMEOUT};
 use super::publisher::{Outgoing, Publisher};
 use super::topology::Topology;
-use super::{Config, history};
+use super::{Config, depths, history};
 use crate::PublishError;
 use crate::inspector::{DeadLetter, Depths, InspectError, Selection, Treatment};
 
@@ -30,7 +28,6 @@ const BATCH: usize = 500;
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(10);
 /// How long the publisher may take to connect and to declare the queues.
 const START_TIMEOUT: Duration = Duration::from_secs(15);
-const NOT_FOUND: u16 = 404;
 
 /// See [`crate::Inspector`].
 pub(crate) struct Inspector {
@@ -53,16 +50,8 @@ impl Inspector {
         Ok(Self { topology: Topology::new(&config), config, connection })
     }
 
-    /// The queues are counted one after the other: a message that moves meanwhile may be counted
-    /// twice or not at all.
     pub(crate) async fn depths(&self) -> Result<Depths, InspectError> {
-        let Self { topology, connection, .. } = self;
-        let mut delayed = 0;
-        for delay in &topology.delays {
-            delayed += depth(connection, delay).await?;
-        }
-        let ready = depth(connection, &topology.queue).await?;
-        Ok(Depths { ready, delayed, dead: depth(connection, &topology.dead).await? })
+        answered(depths::depths(&self.connection, &self.topology)).await
     }
 
     /// What another look holds at this moment is not among the letters that are there.
@@ -262,26 +251,8 @@ async fn connect(config: &Config) -> Result<Link, InspectError> {
     connected.map_err(|error| InspectError::Away(error.to_string()))
 }
 
-/// How many messages of `queue` are ready; 0 if there is no such queue.
 async fn depth(connection: &Link, queue: &ShortString) -> Result<u64, InspectError> {
-    // A new one each time, because the broker closes it along with its answer that there is none.
-    let channel = answered(connection.create_channel()).await?;
-    let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    let declared = channel.queue_declare(queue.clone(), passive, FieldTable::default());
-    let count = async {
-        match declared.await {
-            Ok(queue) => Ok(queue.message_count().into()),
-            Err(error) if is_missing(&error) => Ok(0),
-            Err(error) => Err(error),
-        }
-    };
-    answered(count).await
-}
-
-fn is_missing(error: &lapin::Error) -> bool {
-    // A queue whose node is down is NOT_FOUND as well, and not empty.
-    matches!(error.kind(), ErrorKind::ProtocolError(error)
-        if error.get_id() == NOT_FOUND && error.get_message().as_str().contains("no queue"))
+    answered(depths::depth(connection, queue)).await
 }
 
 /// The answer of the broker, which gives it at once or not at all.

@@ -8,6 +8,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
 use super::delivery::Delivery;
+use super::look::Look;
 use super::queue::{Message, Queue};
 use crate::LinkStatus;
 
@@ -26,6 +27,7 @@ pub(crate) struct Consumer {
     unsettled: Arc<Unsettled>,
     /// Whether messages could not be taken the last time, which is said once.
     failing: bool,
+    _look: Look,
 }
 
 /// What a consumer has handed out and what has not been settled yet.
@@ -65,6 +67,11 @@ impl Unsettled {
         self.settled.notify_one();
     }
 
+    /// How many there are.
+    pub(super) fn count(&self) -> usize {
+        self.messages().in_flight.len()
+    }
+
     fn messages(&self) -> MutexGuard<'_, Messages> {
         self.messages.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -72,11 +79,13 @@ impl Unsettled {
 
 impl Consumer {
     pub(crate) fn new(queue: &Arc<Queue>, prefetch: u16) -> Self {
+        let unsettled = Arc::default();
         Self {
+            _look: Look::start(queue, &unsettled),
             queue: Arc::clone(queue),
             prefetch: usize::from(prefetch.max(1)),
             ahead: VecDeque::new(),
-            unsettled: Arc::default(),
+            unsettled,
             failing: false,
         }
     }
@@ -91,7 +100,7 @@ impl Consumer {
                 self.unsettled.messages().in_flight.insert(message.seq, Some(message.clone()));
                 return Delivery::new(message, &self.queue, &self.unsettled);
             }
-            let in_flight = self.unsettled.messages().in_flight.len();
+            let in_flight = self.unsettled.count();
             let room = u16::try_from(self.prefetch.saturating_sub(in_flight)).unwrap_or(AHEAD_MAX);
             if room == 0 {
                 self.unsettled.settled.notified().await;

@@ -1,10 +1,11 @@
 //! A message as taken from a file, and how it is settled there.
 
 use std::sync::Arc;
+use std::time::SystemTime;
 
 use super::consumer::Unsettled;
-use super::queue::{Message, Queue};
-use crate::{Disposition, Settled, backoff};
+use super::queue::{Message, Queue, moment};
+use crate::{Disposition, Settled, backoff, message};
 
 /// See [`crate::Delivery`].
 pub(crate) struct Delivery {
@@ -24,6 +25,11 @@ impl Delivery {
 
     pub(crate) fn callback_id(&self) -> &str {
         &self.message.callback_id
+    }
+
+    pub(crate) fn accepted_at(&self) -> Option<SystemTime> {
+        let by_id = message::accepted_at(&self.message.callback_id);
+        by_id.or_else(|| moment(self.message.published_at))
     }
 
     pub(crate) fn failed_attempts(&self) -> u32 {

@@ -3,12 +3,12 @@
 use std::error::Error;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime};
 
 use rusqlite::{Connection, Row, TransactionBehavior, params};
 use tokio::task::spawn_blocking;
 
-use super::queue::FORMAT;
+use super::queue::{FORMAT, moment, oldest_at};
 use crate::inspector::{DeadLetter, Depths, InspectError, Selection, Treatment};
 use crate::message;
 
@@ -48,6 +48,11 @@ impl Inspector {
             })
         })
         .await
+    }
+
+    /// When the oldest message was published, taken or not.
+    pub(super) async fn oldest_at(&self) -> Result<Option<SystemTime>, InspectError> {
+        self.with_connection(|connection| oldest_at(connection)).await
     }
 
     pub(crate) async fn dead_letters(
@@ -131,10 +136,7 @@ fn treat_page(
 }
 
 fn letter(row: &Row) -> rusqlite::Result<DeadLetter> {
-    let time = |column| -> rusqlite::Result<Option<SystemTime>> {
-        let milliseconds = u64::try_from(row.get::<_, i64>(column)?).unwrap_or(0);
-        Ok(UNIX_EPOCH.checked_add(Duration::from_millis(milliseconds)))
-    };
+    let time = |column| Ok::<_, rusqlite::Error>(moment(row.get(column)?));
     let id = row.get("object_id")?;
     Ok(DeadLetter {
         id: Some(id),

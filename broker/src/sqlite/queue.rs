@@ -1,12 +1,12 @@
 //! The file, what is in it, and the statements.
 
 use std::collections::{BTreeMap, VecDeque};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use embedded::{File, Format, OpenError, WriteError};
-use rusqlite::{Connection, Row, params};
+use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::{Disposition, LinkStatus, retry};
@@ -79,12 +79,14 @@ pub(super) struct Message {
     pub(super) seq: i64,
     pub(super) object_id: i64,
     pub(super) callback_id: String,
+    pub(super) published_at: i64,
     pub(super) attempts: u32,
     pub(super) redelivered: bool,
 }
 
 /// A queue in a file, open for its one process.
 pub(crate) struct Queue {
+    path: PathBuf,
     file: File,
     max_bytes: u64,
     places: Arc<Semaphore>,
@@ -120,6 +122,7 @@ impl Queue {
                 what: error.to_string(),
             })?;
         Ok(Self {
+            path: path.to_owned(),
             file,
             max_bytes,
             places: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
@@ -128,6 +131,11 @@ impl Queue {
             taking: tokio::sync::Mutex::default(),
             arrived: Notify::new(),
         })
+    }
+
+    /// Where the file is.
+    pub(super) fn path(&self) -> &Path {
+        &self.path
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
@@ -187,7 +195,7 @@ impl Queue {
         let take = move |connection: &Connection| {
             make_due_ready(connection)?;
             let mut select = connection.prepare_cached(
-                "SELECT seq, object_id, callback_id, attempts FROM message
+                "SELECT seq, object_id, callback_id, published_at, attempts FROM message
                  WHERE seq > ?1 ORDER BY seq LIMIT ?2",
             )?;
             let message = |row: &Row| {
@@ -196,6 +204,7 @@ impl Queue {
                     seq,
                     object_id: row.get("object_id")?,
                     callback_id: row.get("callback_id")?,
+                    published_at: row.get("published_at")?,
                     attempts: row.get("attempts")?,
                     redelivered: seq <= found_upto,
                 })
@@ -244,6 +253,11 @@ impl Queue {
             connection.prepare_cached(sql)?.query_row([], |row| row.get(0))
         };
         self.file.transact_on_ballast(count).await
+    }
+
+    /// When the oldest message was published, taken or not.
+    pub(crate) async fn oldest_at(&self) -> Result<Option<SystemTime>, WriteError> {
+        self.file.transact_on_ballast(oldest_at).await
     }
 
     /// Has `messages`, which were taken, delivered again.
@@ -333,6 +347,18 @@ fn make_due_ready(connection: &Connection) -> rusqlite::Result<()> {
         connection.prepare_cached("DELETE FROM delayed WHERE seq = ?1")?.execute([seq])?;
     }
     Ok(())
+}
+
+/// When the message at the head was published.
+pub(super) fn oldest_at(connection: &Connection) -> rusqlite::Result<Option<SystemTime>> {
+    let sql = "SELECT published_at FROM message ORDER BY seq LIMIT 1";
+    let head = connection.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?;
+    Ok(head.and_then(moment))
+}
+
+/// A moment as it stands in the file.
+pub(super) fn moment(milliseconds: i64) -> Option<SystemTime> {
+    UNIX_EPOCH.checked_add(Duration::from_millis(u64::try_from(milliseconds).ok()?))
 }
 
 /// What the file holds, without the pages in it that are free.

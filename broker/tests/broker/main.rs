@@ -5,6 +5,7 @@
 mod amqp;
 mod conformance;
 mod file;
+mod forgotten;
 mod place;
 mod rights;
 mod tls;

@@ -56,6 +56,7 @@ impl Waiting {
             "lastseen_coalesced_total",
             "Deliveries that shared the lookup of another of the same object."
         );
+        metrics::counter!("lastseen_coalesced_total").increment(0);
         Self { coalesce, turns: Mutex::default() }
     }
 

@@ -179,9 +179,16 @@ async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
         (producer.metric("lastseen_spool_messages").await >= f64::from(accepted)).then_some(())
     })
     .await;
+    let age = async || producer.metric("lastseen_spool_oldest_age_seconds").await;
+    let before = age().await;
+    eventually("it waits for longer and longer", DEADLINE, async || {
+        (age().await > before.max(0.1)).then_some(())
+    })
+    .await;
     proxy.restore();
     eventually("the spool is empty", DEADLINE, async || {
-        (producer.metric("lastseen_spool_messages").await == 0.0).then_some(())
+        let left = producer.metric("lastseen_spool_messages").await + age().await;
+        (left == 0.0).then_some(())
     })
     .await;
     assert!(queue.depth(&queue.name).await.unwrap() >= accepted);

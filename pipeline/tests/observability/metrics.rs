@@ -1,0 +1,192 @@
+//! The metrics of each service while it works.
+
+use std::collections::BTreeSet;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use pipeline::{Partner, Surroundings, callback_endpoint};
+use testbed::{Answer, Database, Process, Queue, Scratch, StatusApi, eventually};
+
+use crate::promtool::promtool;
+use crate::rules::asked_for;
+use crate::{PATIENCE, scrape};
+
+/// Online, offline, and one that always fails.
+fn status_api() -> StatusApi {
+    StatusApi::start(|id, _| match id {
+        13 => Answer::Status(500),
+        id if id % 2 == 0 => Answer::Online,
+        _ => Answer::Offline,
+    })
+}
+
+/// The names of all metrics in a text of Prometheus's format.
+pub(crate) fn names(text: &str) -> BTreeSet<String> {
+    let types = text.lines().filter_map(|line| line.strip_prefix("# TYPE "));
+    types.filter_map(|rest| rest.split(' ').next()).map(str::to_owned).collect()
+}
+
+/// Waits until a metric of the service has a value that will do, and gives that.
+async fn metric(service: &Process, name: &str, will_do: impl Fn(f64) -> bool) -> f64 {
+    eventually(name, PATIENCE, async || {
+        Some(service.metric(&format!("{name} ")).await).filter(|value| will_do(*value))
+    })
+    .await
+}
+
+/// Whether a value is that count.
+fn is(count: u32) -> impl Fn(f64) -> bool {
+    move |value| (value - f64::from(count)).abs() < 0.5
+}
+
+/// Posts callbacks until one lookup has failed for good, and the others are done.
+async fn work(endpoint: &str, consumer: &Process) {
+    let partner = Partner::with_patience(PATIENCE);
+    // A failure counts once the API has answered others, before it and after.
+    eventually("an object is given up", PATIENCE, async || {
+        assert!(partner.post(endpoint, &[2, 4, 7]).await);
+        assert!(partner.post(endpoint, &[13]).await);
+        (consumer.metric("lastseen_settled_total{disposition=\"dead_letter\"}").await >= 1.0)
+            .then_some(())
+    })
+    .await;
+    metric(consumer, "lastseen_dead_letters", |count| count >= 1.0).await;
+}
+
+/// What a consumer tells must be so, wherever its queue lies.
+async fn assert_true(consumer: &Process) {
+    let online = consumer.metric("lastseen_lookups_total{outcome=\"online\"}").await;
+    assert!(online >= 2.0, "{online}");
+    let aged = "lastseen_callback_to_commit_seconds_count";
+    let aged = metric(consumer, aged, |aged| aged >= online).await;
+    let seconds = consumer.metric("lastseen_callback_to_commit_seconds_sum").await / aged;
+    assert!(0.0 < seconds && seconds < 10.0, "{seconds} s from a callback to the commit");
+    metric(consumer, "lastseen_queue_messages", is(0)).await;
+    metric(consumer, "lastseen_ready", is(1)).await;
+    metric(consumer, "lastseen_process_resident_memory_bytes", |bytes| bytes > 1e6).await;
+    metric(consumer, "lastseen_process_cpu_seconds_total", |seconds| seconds > 0.0).await;
+}
+
+#[tokio::test]
+async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
+    let (queue, database, status_api) = (Queue::new(), Database::new().await, status_api());
+    let surroundings =
+        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let producer = surroundings.spawn("producer", &[]);
+    let settings = [("MAX_ATTEMPTS", "1"), ("WRITE_BATCH_LINGER", "1ms")];
+    let consumer = surroundings.spawn("consumer", &settings);
+    let routine = surroundings.spawn("routine", &[("ROUTINE_INTERVAL", "100ms")]);
+    let endpoint = callback_endpoint(&producer).await;
+    producer.ready().await;
+    let address = ("TESTER_ADDR", "127.0.0.1:0");
+    let callbacks = [("CALLBACK_ENDPOINT", endpoint.as_str()), ("CALLBACK_INTERVAL", "100ms")];
+    let tester = surroundings.spawn("tester", &[address, callbacks[0], callbacks[1]]);
+    let services = [producer, consumer, routine, tester];
+    for service in &services {
+        service.ready().await;
+    }
+    let [producer, consumer, routine, tester] = &services;
+    // As in docker-compose.yml.
+    for (name, service) in
+        [("producer", producer), ("consumer", consumer), ("routine", routine), ("tester", tester)]
+    {
+        let address = [("ADMIN_ADDR", service.admin().await.to_string())];
+        let check = Process::spawn(name, &address, &["healthcheck"]);
+        assert_eq!(check.wait().await.code(), Some(0), "{name}: {:?}", check.log());
+        assert_eq!(check.log(), ["ready"], "{name}");
+    }
+    work(&endpoint, consumer).await;
+    metric(consumer, "lastseen_breaker_state", is(0)).await;
+    metric(producer, "lastseen_callback_ids_total", |ids| ids >= 4.0).await;
+    metric(tester, "lastseen_ready", is(1)).await;
+    let cleaned_at = "lastseen_cleanup_last_success_timestamp_seconds";
+    let cleaned_at = metric(routine, cleaned_at, |at| at > 0.0).await;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
+    assert!((now - 30.0..=now).contains(&cleaned_at), "cleaned up at {cleaned_at}, now {now}");
+    tester.terminate();
+    tester.wait().await;
+    assert_true(consumer).await;
+
+    let documented = include_str!("../../../docs/operations.md");
+    let documented: BTreeSet<String> = documented
+        .lines()
+        .filter_map(|line| line.strip_prefix("| `lastseen_")?.split(['`', '{']).next())
+        .map(|rest| format!("lastseen_{rest}"))
+        .collect();
+    let mut told = BTreeSet::from(["lastseen_commit_seconds".to_owned()]);
+    let mut missing = asked_for();
+    for service in [producer, consumer, routine] {
+        let text = scrape(service).await;
+        promtool(&["check", "metrics"], &text);
+        told.extend(names(&text));
+        let samples = text.lines().filter_map(|line| line.split(['{', ' ']).next());
+        samples.for_each(|name| _ = missing.remove(name));
+    }
+    assert!(
+        missing.is_empty(),
+        "what the alerts or the dashboard ask for is not there: {missing:?}"
+    );
+    let testers = documented.iter().filter(|name| name.starts_with("lastseen_tester_"));
+    told.extend(testers.cloned());
+    assert_eq!(told, documented, "what the services tell, and docs/operations.md");
+}
+
+#[tokio::test]
+async fn all_in_one_process_and_in_files_tells_the_same_of_its_queue() {
+    let (home, status_api) = (Scratch::new("home"), status_api());
+    let settings = [
+        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("LASTSEEN_DIR", home.path().join("data").display().to_string()),
+        ("TESTER_ENDPOINT", status_api.endpoint()),
+        ("MAX_ATTEMPTS", "1".to_owned()),
+    ];
+    let lastseen = Process::spawn("lastseen", &settings, &["--no-tester"]);
+    lastseen.ready().await;
+    let address = [("ADMIN_ADDR", lastseen.admin().await.to_string())];
+    let check = Process::spawn("lastseen", &address, &["healthcheck"]);
+    assert_eq!(check.wait().await.code(), Some(0), "{:?}", check.log());
+    work(&callback_endpoint(&lastseen).await, &lastseen).await;
+    assert_true(&lastseen).await;
+    let text = scrape(&lastseen).await;
+    promtool(&["check", "metrics"], &text);
+    assert!(names(&text).contains("lastseen_commit_seconds"), "{text}");
+}
+
+#[tokio::test]
+async fn what_waits_is_told_with_its_age_wherever_it_waits() {
+    let status_api = StatusApi::start(|_, _| Answer::Hang);
+    let (queue, database) = (Queue::new(), Database::new().await);
+    let surroundings =
+        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let producer = surroundings.spawn("producer", &[]);
+    // It may take two messages and no more.
+    let settings = [("MAX_CONSUMERS", "1"), ("COALESCE", "off"), ("STATUS_TIMEOUT", "60s")];
+    let consumer = surroundings.spawn("consumer", &settings);
+    let home = Scratch::new("home");
+    let settings = [
+        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("LASTSEEN_DIR", home.path().join("data").display().to_string()),
+        ("TESTER_ENDPOINT", status_api.endpoint()),
+        ("MAX_CONSUMERS", "1".to_owned()),
+        ("COALESCE", "off".to_owned()),
+        ("STATUS_TIMEOUT", "60s".to_owned()),
+    ];
+    let lastseen = Process::spawn("lastseen", &settings, &["--no-tester"]);
+    for service in [&producer, &consumer, &lastseen] {
+        service.ready().await;
+    }
+    let partner = Partner::with_patience(PATIENCE);
+    for (producer, consumer) in [(&producer, &consumer), (&lastseen, &lastseen)] {
+        assert!(partner.post(&callback_endpoint(producer).await, &[1, 2, 3, 4, 5]).await);
+        metric(consumer, "lastseen_unsettled_messages", is(2)).await;
+        metric(consumer, "lastseen_queue_messages", is(3)).await;
+        let age = "lastseen_oldest_message_age_seconds";
+        let before = metric(consumer, age, |seconds| seconds > 0.0).await;
+        let later = metric(consumer, age, |seconds| seconds > before).await;
+        assert!(later < PATIENCE.as_secs_f64(), "{later}");
+        metric(consumer, "lastseen_lookups_in_flight", is(1)).await;
+    }
+    // They would wait for their lookups.
+    for service in [producer, consumer, lastseen] {
+        service.kill();
+    }
+}

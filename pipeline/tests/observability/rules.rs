@@ -1,0 +1,73 @@
+//! The alerts, and the dashboard.
+
+use std::collections::BTreeSet;
+
+use serde_json::Value;
+
+use crate::promtool::promtool;
+
+const ALERTS: &str = include_str!("../../../observability/alerts.yml");
+const TESTS: &str = include_str!("../../../observability/alerts-test.yml");
+const RUNBOOK: &str = include_str!("../../../docs/operations.md");
+const DATASOURCE: &str =
+    include_str!("../../../observability/grafana/provisioning/datasources/prometheus.yml");
+const DASHBOARD: &str = include_str!("../../../observability/grafana/dashboards/lastseen.json");
+
+/// What the alerts and the dashboard ask for.
+pub(crate) fn asked_for() -> BTreeSet<String> {
+    let mut names = BTreeSet::new();
+    for text in [ALERTS, DASHBOARD] {
+        for (at, _) in text.match_indices("lastseen_") {
+            let is_part = |letter: char| letter.is_ascii_lowercase() || letter == '_';
+            names.insert(text[at..].chars().take_while(|&letter| is_part(letter)).collect());
+        }
+    }
+    names
+}
+
+#[test]
+fn promtool_finds_nothing_wrong_and_each_alert_rings_when_it_should() {
+    promtool(&["check", "config", "observability/prometheus.yml"], "");
+    promtool(&["check", "rules", "--lint=all", "--lint-fatal", "observability/alerts.yml"], "");
+    promtool(&["test", "rules", "observability/alerts-test.yml"], "");
+}
+
+#[test]
+fn each_alert_is_tested_and_leads_to_its_section_of_the_runbook() {
+    let alerts: Vec<&str> =
+        ALERTS.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
+    assert!(alerts.len() >= 6, "{alerts:?}");
+    let leads: Vec<&str> =
+        ALERTS.lines().filter_map(|line| line.trim().strip_prefix("runbook_url: ")).collect();
+    let sections =
+        alerts.iter().map(|alert| format!("docs/operations.md#{}", alert.to_lowercase()));
+    assert_eq!(leads, sections.collect::<Vec<_>>());
+    for alert in alerts {
+        assert!(RUNBOOK.contains(&format!("\n### {alert}\n")), "no section {alert}");
+        let rings = TESTS.split("alertname: ").any(|test| {
+            test.strip_prefix(alert).is_some_and(|rest| rest.trim_start().starts_with("exp_alerts"))
+        });
+        assert!(rings, "no test by which {alert} rings");
+    }
+}
+
+#[test]
+fn each_panel_of_the_dashboard_asks_the_provisioned_prometheus_for_something() {
+    let dashboard: Value = serde_json::from_str(DASHBOARD).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
+    let mut ids = BTreeSet::new();
+    for panel in panels {
+        assert!(ids.insert(panel["id"].as_u64()), "two panels with one id: {panel}");
+        if panel["type"] == "row" {
+            continue;
+        }
+        let targets = panel["targets"].as_array().unwrap();
+        assert!(!targets.is_empty(), "{panel}");
+        for target in targets {
+            assert!(target["expr"].as_str().unwrap().contains("lastseen_"), "{target}");
+            let uid = target["datasource"]["uid"].as_str().unwrap();
+            assert!(DATASOURCE.contains(&format!("uid: {uid}\n")), "{target}");
+        }
+    }
+    assert!(ids.len() > 20, "{ids:?}");
+}
