@@ -116,7 +116,7 @@ async fn commit(store: &Store, batch: &[Seen]) -> HashMap<i64, String> {
         let sightings: Vec<Sighting> =
             rows.iter().map(|&(id, at)| Sighting { id, age: at.elapsed() }).collect();
         match (store.record_seen(&sightings).await, rows) {
-            (Ok(()), _) => waits = broker::backoff(),
+            (Ok(_), _) => waits = broker::backoff(),
             (Err(error @ StoreError::Refused(_)), &[(id, _)]) => {
                 let reason = error.to_string();
                 tracing::warn!(id, reason, "not written");

@@ -158,8 +158,8 @@ async fn delete(
     let outcome = loop {
         match store.delete_stale(oldest, batch_max).await {
             Ok(rows) => {
-                deleted += rows;
-                if rows < u64::from(batch_max) || shutdown.is_cancelled() {
+                deleted += rows.len() as u64;
+                if rows.len() < batch_max as usize || shutdown.is_cancelled() {
                     break Ok(());
                 }
             }
