@@ -28,10 +28,11 @@ bench-check: ## measure the ratios to the limits, and fail if one is more than a
 up: ## build the image, start the whole system in the background, say where it is
 	$(COMPOSE) up --build -d
 	@echo
+	@echo "watch       http://$$($(COMPOSE) port viewer 9080)/"
 	@echo "callbacks   http://$$($(COMPOSE) port producer 9090)/callback"
 	@echo "broker      http://$$($(COMPOSE) port rabbitmq 15672), user and password: RABBITMQ_DEFAULT_… in .env"
 	@echo "who is on   $(COMPOSE) exec postgres psql -U postgres -c 'select * from object order by id'"
-	@echo "logs        $(COMPOSE) logs -f producer consumer routine tester"
+	@echo "logs        $(COMPOSE) logs -f producer consumer routine viewer tester"
 
 down: ## stop it; its volumes stay (remove them too: docker-compose down -v)
 	$(COMPOSE) down

@@ -79,7 +79,7 @@ async fn a_role_that_is_left_out_is_not_played_and_its_work_waits() {
 
 #[tokio::test]
 async fn leaving_out_every_role_is_a_settings_error() {
-    let all = ["--no-producer", "--no-consumer", "--no-routine", "--no-tester"];
+    let all = ["--no-producer", "--no-consumer", "--no-routine", "--no-viewer", "--no-tester"];
     let (code, lines) = Home::new(&[]).run(&all).await;
     assert_eq!(code, Some(78), "{lines:?}");
     assert!(lines.concat().contains("leave no role to play: drop one of these flags"), "{lines:?}");
