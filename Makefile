@@ -1,14 +1,17 @@
 .DEFAULT_GOAL := help
-.PHONY: help test faults lint bench bench-check up down audit
+.PHONY: help test schemathesis faults lint bench bench-check up down audit
 
 # The plugin where it is there, else the program of its own.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 test: ## build all and run all tests, with a RabbitMQ and a Postgres found or started for them
 	@scripts/test
+
+schemathesis: ## try the viewer's API against its own description; needs Python 3
+	@scripts/schemathesis
 
 faults: ## run the whole fault suite, or one case (make faults CASE=broker_killed), and note it in FAULTS.md
 	cargo build --release --workspace --locked

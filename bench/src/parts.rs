@@ -3,6 +3,7 @@
 mod callbacks;
 mod cleanup;
 mod lookups;
+mod viewer;
 
 use std::fmt;
 
@@ -28,6 +29,8 @@ pub(crate) enum Part {
     Backlog,
     /// The routine, with a million stale rows
     Cleanup,
+    /// The viewer, with 1,000 and with 10,000 subscribers
+    Viewer,
 }
 
 impl Part {
@@ -49,6 +52,7 @@ impl Part {
             Self::Coalescing => lookups::measure_coalescing(&world).await?,
             Self::Backlog => lookups::measure_backlog(&world).await?,
             Self::Cleanup => cleanup::measure(&world).await?,
+            Self::Viewer => viewer::measure(&world).await?,
         };
         for row in &mut rows {
             row.part = self.to_string();

@@ -56,7 +56,7 @@ pub(crate) fn router(shared: Shared) -> Router {
 
 /// An object that is online.
 #[derive(Serialize, ToSchema)]
-pub(crate) struct Object {
+pub(crate) struct OnlineObject {
     /// Which.
     id: ObjectId,
     /// When it was last seen, by the database's clock.
@@ -68,7 +68,7 @@ pub(crate) struct Object {
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Page {
     /// In ascending order of their ids.
-    objects: Vec<Object>,
+    objects: Vec<OnlineObject>,
     /// What to ask for the next ones with, as `after`; null if there are none.
     next: Option<String>,
 }
@@ -77,7 +77,7 @@ pub(crate) struct Page {
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ObjectInDetail {
     #[serde(flatten)]
-    object: Object,
+    object: OnlineObject,
     /// When it was seen, the latest first: at most 20, and those since this viewer knows of it.
     #[schema(value_type = Vec<String>, format = DateTime)]
     sightings: Vec<String>,
@@ -101,7 +101,7 @@ pub(crate) struct Stats {
     numbers: Numbers,
 }
 
-impl From<Sighted> for Object {
+impl From<Sighted> for OnlineObject {
     fn from(Sighted { id, last_seen }: Sighted) -> Self {
         Self { id: ObjectId(id), last_seen: text_of(last_seen) }
     }
@@ -115,6 +115,7 @@ impl From<Sighted> for Object {
     responses(
         (status = 200, description = "Some of them", body = Page),
         (status = 400, description = "A parameter is not as it should be", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 431, description = "The request's head has more than 16 KiB"),
         (status = 503, description = "The table was not read yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
 )]
@@ -144,7 +145,7 @@ pub(crate) async fn objects(
         }
     };
     let next = found.last().filter(|_| more).map(|last| query::cursor(last.id));
-    Ok(Json(Page { objects: found.into_iter().map(Object::from).collect(), next }))
+    Ok(Json(Page { objects: found.into_iter().map(OnlineObject::from).collect(), next }))
 }
 
 /// One object
@@ -156,6 +157,7 @@ pub(crate) async fn objects(
         (status = 200, description = "It is online", body = ObjectInDetail),
         (status = 400, description = "The id is no 64-bit integer", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 404, description = "It is not online", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 431, description = "The request's head has more than 16 KiB"),
         (status = 503, description = "The table was not read yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
 )]
@@ -176,7 +178,10 @@ pub(crate) async fn object(
 /// Numbers
 ///
 /// How many are online, and what the services do.
-#[utoipa::path(get, path = "/stats", responses((status = 200, description = "They", body = Stats)))]
+#[utoipa::path(get, path = "/stats", responses(
+    (status = 200, description = "They", body = Stats),
+    (status = 431, description = "The request's head has more than 16 KiB"),
+))]
 pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
     let text = |status: &watch::Receiver<PeerStatus>| {
         status.borrow().clone().err().unwrap_or_else(|| "ok".to_owned())
@@ -209,6 +214,7 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
     responses(
         (status = 200, description = "The stream", body = String, content_type = "text/event-stream"),
         (status = 400, description = "A parameter is not as it should be", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 431, description = "The request's head has more than 16 KiB"),
     )
 )]
 pub(crate) async fn changes(

@@ -40,6 +40,16 @@ mod tests {
     use super::*;
 
     #[test]
+    fn each_shape_that_is_referred_to_is_there() {
+        let document = serde_json::to_value(document()).unwrap();
+        let text = document.to_string();
+        let names = text.split("#/components/schemas/").skip(1);
+        for name in names.filter_map(|rest| rest.split('"').next()) {
+            assert!(document["components"]["schemas"][name].is_object(), "{name}");
+        }
+    }
+
+    #[test]
     fn it_is_of_version_3_1_and_names_each_event_of_the_stream() {
         let document = serde_json::to_value(document()).unwrap();
         assert_eq!(document["openapi"], "3.1.0");

@@ -9,8 +9,8 @@ use utoipa::{IntoParams, PartialSchema, ToSchema};
 
 const LIMIT_DEFAULT: usize = 100;
 const LIMIT_MAX: usize = 1_000;
-/// So many fit into a request's head.
-const IDS_MAX: usize = 500;
+/// It has to fit into a request's head.
+const IDS_LENGTH_MAX: usize = 10_000;
 
 /// An object's id: any integer of 64 bits.
 #[derive(Clone, Copy, Serialize)]
@@ -41,8 +41,8 @@ pub(crate) struct ObjectsQuery {
     /// Those after these: what the page before has as `next`
     #[param(pattern = "^[0-9a-f]{16}$")]
     after: Option<String>,
-    /// Of these only, separated by commas
-    #[param(value_type = Option<Vec<ObjectId>>, style = Form, explode = false, min_items = 1, max_items = 500)]
+    /// Of these only, separated by commas, in 10,000 characters at most
+    #[param(pattern = "^(0|-?[1-9][0-9]{0,17})(,(0|-?[1-9][0-9]{0,17}))*$", max_length = 10_000)]
     ids: Option<String>,
     /// Only those that were seen so short a time ago, such as `10s`
     #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h)$")]
@@ -53,8 +53,8 @@ pub(crate) struct ObjectsQuery {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct StreamQuery {
-    /// About these only, separated by commas
-    #[param(value_type = Option<Vec<ObjectId>>, style = Form, explode = false, min_items = 1, max_items = 500)]
+    /// About these only, separated by commas, in 10,000 characters at most
+    #[param(pattern = "^(0|-?[1-9][0-9]{0,17})(,(0|-?[1-9][0-9]{0,17}))*$", max_length = 10_000)]
     ids: Option<String>,
 }
 
@@ -106,17 +106,18 @@ fn digits(text: &str) -> Option<usize> {
 }
 
 pub(crate) fn id(text: &str) -> Result<i64, String> {
-    let id = text.parse().ok().filter(|_| !text.starts_with('+'));
+    // In its only spelling: neither +1, nor 01, nor -0.
+    let id = text.parse().ok().filter(|id: &i64| id.to_string() == text);
     id.ok_or_else(|| "id: expected an integer of 64 bits".to_owned())
 }
 
 fn ids(text: &str) -> Result<Vec<i64>, String> {
+    if text.len() > IDS_LENGTH_MAX {
+        return Err(format!("ids: expected at most {IDS_LENGTH_MAX} characters"));
+    }
     let ids: Result<Vec<i64>, String> = text.split(',').map(id).collect();
     let mut ids =
         ids.map_err(|_| "ids: expected integers of 64 bits, separated by commas".to_owned())?;
-    if ids.len() > IDS_MAX {
-        return Err(format!("ids: {} of them; expected at most {IDS_MAX}", ids.len()));
-    }
     ids.sort_unstable();
     ids.dedup();
     Ok(ids)
@@ -165,9 +166,9 @@ mod tests {
     #[test]
     fn ids_are_sorted_and_free_of_repeats() {
         assert_eq!(ids("7,-3,7,0"), Ok(vec![-3, 0, 7]));
-        for text in ["", "1,", "1,,2", "1;2", "9223372036854775808", "+1", "1.0"] {
+        for text in ["", "1,", "1,,2", "1;2", "9223372036854775808", "+1", "01", "-0", "1.0"] {
             assert!(ids(text).is_err(), "{text}");
         }
-        assert!(ids(&vec!["1"; IDS_MAX + 1].join(",")).is_err());
+        assert!(ids(&vec!["1"; IDS_LENGTH_MAX].join(",")).is_err());
     }
 }
