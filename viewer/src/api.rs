@@ -201,7 +201,7 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
 /// Server-sent events without end. `event` is `snapshot` (these are all who are online: it comes first),
 /// `online` (these were not before), `seen` (these were, and were seen again) or `gone` (these are not any
 /// more). `data` is `{"objects":[{"id":2,"last_seen":"…"}]}`; of those that are gone, `last_seen` is the
-/// last that is known. Changes that come within some 40 ms are told together. With the `id` of the last
+/// last that is known. Changes that come within 40 ms, or longer with thousands of subscribers, are told together. With the `id` of the last
 /// event as `Last-Event-ID`, as a browser sends it by itself, it goes on from there without a gap or a
 /// repeat, or, if that is too long ago, with a new snapshot. A comment comes every 15 s if nothing else
 /// does. A subscriber who is too slow is disconnected.

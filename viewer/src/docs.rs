@@ -112,7 +112,7 @@ fn table(page: &mut String, heads: [&str; 3], rows: &[[String; 3]]) {
     // Writing to a text cannot fail.
     let _ = writeln!(page, "<div class=\"table\"><table>\n<tr>{heads}</tr>");
     for row in rows {
-        let cells: String = row.iter().map(|cell| format!("<td>{cell}</td>")).collect();
+        let cells = row.each_ref().map(|cell| format!("<td>{cell}</td>")).concat();
         let _ = writeln!(page, "<tr>{cells}</tr>");
     }
     page.push_str("</table></div>\n");

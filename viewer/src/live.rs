@@ -20,9 +20,10 @@ pub(crate) use ring::{Message, TooFarBehind};
 /// Microseconds since 1970.
 pub(crate) type Micros = i64;
 
-/// Changes are told together that come within so long of each other. Each telling wakes all
-/// subscribers: with 1,000 of them it costs some 20 ms of the processor.
+/// Changes are told together that come within so long of each other,
 const PACE: Duration = Duration::from_millis(40);
+/// or, with many subscribers, within so long for each of them: each telling wakes them all.
+const PACE_FOR_EACH: Duration = Duration::from_micros(25);
 /// Objects in one event.
 const OBJECTS_MAX: usize = 1_000;
 /// How old a snapshot may be that is given to one more subscriber, with what came after it.
@@ -140,7 +141,8 @@ impl Live {
             };
             let is_new = |told: &mut u64| std::mem::replace(told, last) != last;
             self.told.send_if_modified(is_new);
-            tokio::time::sleep(PACE).await;
+            let subscribers = u32::try_from(self.told.receiver_count()).unwrap_or(u32::MAX);
+            tokio::time::sleep(PACE.max(PACE_FOR_EACH.saturating_mul(subscribers))).await;
         }
     }
 

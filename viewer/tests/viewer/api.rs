@@ -36,7 +36,7 @@ async fn pages_go_through_all_objects_in_ascending_order() {
 async fn only_who_was_seen_lately_is_listed_if_asked_for() {
     let around = Around::new().await;
     around.see_ago([1], HOUR / 2).await;
-    around.see_ago([2], Duration::from_secs(60)).await;
+    around.see_ago([2], Duration::from_mins(1)).await;
     let viewer = around.view().await;
     viewer.shows([1, 2]).await;
     for (within, expected) in [("10s", &[][..]), ("10m", &[2]), ("2h", &[1, 2])] {

@@ -108,7 +108,7 @@ impl Around {
         let viewer = Viewer::open(config, &health).await.unwrap();
         let url = format!("http://{}", viewer.address().unwrap());
         let ended = tokio::spawn(viewer.serve(shutdown.clone()));
-        Running { health, shutdown, ended, url }
+        Running { health, url, shutdown, ended }
     }
 }
 

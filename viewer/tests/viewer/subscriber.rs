@@ -40,8 +40,8 @@ impl Subscriber {
                 let (block, rest) = (block.to_owned(), rest.to_owned());
                 self.text = rest;
                 let field = |name: &str| {
-                    let lines = block.lines();
-                    lines.filter_map(|line| line.strip_prefix(name)).next().map(str::to_owned)
+                    let mut lines = block.lines();
+                    lines.find_map(|line| line.strip_prefix(name)).map(str::to_owned)
                 };
                 if let Some(id) = field("id: ") {
                     self.last_id = id;
