@@ -5,6 +5,7 @@ mod callbacks;
 mod cleanup;
 mod lookups;
 mod overload;
+mod viewer;
 mod writes;
 
 use std::fmt;
@@ -36,6 +37,8 @@ pub(crate) enum Part {
     Backlog,
     /// The routine, with a million stale rows
     Cleanup,
+    /// The viewer, with 1,000 and with 10,000 subscribers
+    Viewer,
 }
 
 impl Part {
@@ -62,6 +65,7 @@ impl Part {
             Self::Writes => writes::measure(world).await?,
             Self::Backlog => lookups::measure_backlog(world).await?,
             Self::Cleanup => cleanup::measure(world).await?,
+            Self::Viewer => viewer::measure(world).await?,
         };
         for row in &mut rows {
             row.part = self.to_string();

@@ -61,6 +61,7 @@ impl Surroundings {
             ("QUEUE_NAME", self.queue.clone()),
             ("TESTER_ENDPOINT", self.status_api.clone()),
             ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+            ("VIEWER_ADDR", "127.0.0.1:0".to_owned()),
         ];
         environment.extend(self.database.iter().cloned());
         environment.extend(extra.iter().map(|(name, value)| (*name, (*value).to_owned())));
@@ -73,4 +74,11 @@ pub async fn callback_endpoint(producer: &Process) -> String {
     let line = producer.wait_for_log("taking callbacks").await;
     let address = line.split("address=").nth(1).expect("the line should end in the address");
     format!("http://{}/callback", address.trim())
+}
+
+/// Where a viewer is, as it says in its log: `http://` and its address.
+pub async fn viewer_url(viewer: &Process) -> String {
+    let line = viewer.wait_for_log("showing who is online").await;
+    let address = line.split("address=").nth(1).expect("the line should end in the address");
+    format!("http://{}", address.trim())
 }

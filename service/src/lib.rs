@@ -18,5 +18,5 @@ pub mod terminal;
 
 pub use health::{Health, PeerStatus};
 pub use lifecycle::{Description, Invocation, Unavailable, main, main_with_commands};
-pub use recorder::metric_total;
+pub use recorder::{metric_total, rendered_metrics};
 pub use tokio_util::sync::CancellationToken;

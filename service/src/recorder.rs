@@ -58,6 +58,12 @@ pub(crate) async fn upkeep(handle: PrometheusHandle) {
     }
 }
 
+/// All metrics of this process as `/metrics` shows them; nothing if it has none.
+#[must_use]
+pub fn rendered_metrics() -> String {
+    INSTALLED.get().map_or_else(String::new, PrometheusHandle::render)
+}
+
 /// What a counter or gauge of this process stands at, all its label sets together, by the name that
 /// it has in `/metrics`; 0 if there is none.
 ///

@@ -6,32 +6,40 @@ use url::Url;
 
 use crate::{Config, print_line};
 
-/// Prints it to standard output; the logs go elsewhere. `callbacks` and `lookups` are where the
-/// producer takes callbacks and where the consumer asks, if they are played.
+/// Where the roles that are played are found, and whom they ask.
+#[derive(Debug, Default)]
+pub(crate) struct Addresses {
+    /// The viewer's page.
+    pub(crate) shown_at: Option<Url>,
+    /// Where the producer takes callbacks.
+    pub(crate) callbacks_to: Option<Url>,
+    /// Where the consumer asks.
+    pub(crate) lookups_at: Option<Url>,
+}
+
+/// Prints it to standard output; the logs go elsewhere.
 ///
 /// # Errors
 /// When standard output cannot be written.
-pub(crate) fn print(
-    config: &Config,
-    callbacks: Option<&Url>,
-    lookups: Option<&Url>,
-) -> anyhow::Result<()> {
+pub(crate) fn print(config: &Config, addresses: &Addresses) -> anyhow::Result<()> {
     let program = std::env::args().next().unwrap_or_else(|| "lastseen".to_owned());
-    print_line(text(config, callbacks, lookups, &program)).map(drop)
+    print_line(text(config, addresses, &program)).map(drop)
 }
 
-fn text(config: &Config, callbacks: Option<&Url>, lookups: Option<&Url>, program: &str) -> String {
+fn text(config: &Config, addresses: &Addresses, program: &str) -> String {
+    let Addresses { shown_at, callbacks_to, lookups_at } = addresses;
     let without = config.without;
     let roles = [
         ("producer", !without.no_producer),
         ("consumer", !without.no_consumer),
         ("routine", !without.no_routine),
+        ("viewer", !without.no_viewer),
         ("simulated partner", !without.partner()),
         ("simulated status API", !without.api()),
     ];
     let roles: Vec<&str> =
         roles.into_iter().filter_map(|(name, played)| played.then_some(name)).collect();
-    let post = callbacks.map(|url| {
+    let post = callbacks_to.as_ref().map(|url| {
         if config.authenticity.callback_secret.is_some() {
             return format!("{url}, signed with CALLBACK_SECRET");
         }
@@ -45,10 +53,11 @@ fn text(config: &Config, callbacks: Option<&Url>, lookups: Option<&Url>, program
     let elsewhere = config.amqp_uri.is_some() || config.database_url.is_some();
     let same = if elsewhere { "  (with the same AMQP_URI and DATABASE_URL)" } else { "" };
     let lines = [
+        ("watch", shown_at.as_ref().map(ToString::to_string)),
         ("post", post),
         ("look", Some(format!("{lastseen} objects{same}"))),
         ("given up", Some(format!("{lastseen} dead-letters list{same}"))),
-        ("lookups", lookups.map(|url| format!("GET {}/objects/{{id}}", shown(url)))),
+        ("lookups", lookups_at.as_ref().map(|url| format!("GET {}/objects/{{id}}", shown(url)))),
         ("queue", Some(format!("{:?}", config.broker().amqp_uri))),
         ("table", Some(format!("{:?}", config.table()))),
         ("stop", Some("ctrl-c; what was accepted is kept".to_owned())),
@@ -92,14 +101,19 @@ mod tests {
 
     #[test]
     fn by_default_all_roles_and_the_files_are_told() {
-        let callbacks = "http://127.0.0.1:9090/callback".parse().unwrap();
-        let lookups = "http://127.0.0.1:9010/".parse().unwrap();
-        let text = text(&config(&[]), Some(&callbacks), Some(&lookups), "target/debug/lastseen");
+        let url = |url: &str| Some(url.parse().unwrap());
+        let addresses = Addresses {
+            shown_at: url("http://127.0.0.1:9080/"),
+            callbacks_to: url("http://127.0.0.1:9090/callback"),
+            lookups_at: url("http://127.0.0.1:9010/"),
+        };
+        let text = text(&config(&[]), &addresses, "target/debug/lastseen");
         assert_eq!(
             text,
             "\
-Lastseen is at work: producer, consumer, routine, simulated partner, simulated status API
+Lastseen is at work: producer, consumer, routine, viewer, simulated partner, simulated status API
 
+  watch     http://127.0.0.1:9080/
   post      curl -d '{\"object_ids\":[2,4,7]}' -H 'content-type: application/json' http://127.0.0.1:9090/callback
   look      target/debug/lastseen objects
   given up  target/debug/lastseen dead-letters list
@@ -114,7 +128,7 @@ Lastseen is at work: producer, consumer, routine, simulated partner, simulated s
     #[test]
     fn what_is_not_played_is_left_out_and_an_unusual_directory_is_quoted() {
         let config = config(&["--no-producer", "--no-consumer", "--lastseen-dir", "it's here"]);
-        let text = text(&config, None, None, "lastseen");
+        let text = text(&config, &Addresses::default(), "lastseen");
         assert!(!text.contains("post") && !text.contains("lookups"), "{text}");
         assert!(text.contains(r"lastseen --lastseen-dir 'it'\''s here' objects"), "{text}");
         assert!(text.contains("queue     sqlite:it's here/queue.db"), "{text}");
@@ -123,8 +137,9 @@ Lastseen is at work: producer, consumer, routine, simulated partner, simulated s
     #[test]
     fn a_place_elsewhere_has_to_be_named_again_and_no_password_is_shown() {
         let config = config(&["--amqp-uri", "amqp://me:s3cret@rabbit:5672/x", "--no-tester"]);
-        let lookups = "http://me:s3cret@api/v2/".parse().unwrap();
-        let text = text(&config, None, Some(&lookups), "lastseen");
+        let lookups_at = Some("http://me:s3cret@api/v2/".parse().unwrap());
+        let addresses = Addresses { lookups_at, ..Addresses::default() };
+        let text = text(&config, &addresses, "lastseen");
         let given_up = "lastseen dead-letters list  (with the same AMQP_URI and DATABASE_URL)";
         assert!(text.contains(given_up), "{text}");
         assert!(text.contains("GET http://api/v2/objects/{id}"), "{text}");

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use authenticity::Authenticity;
 use broker::{BrokerUrl, QueueConfig};
 use clap::{Arg, Args, Subcommand};
+use events::Exchange;
 use store::DatabaseUrl;
 use tester::config::{Check, Checked};
 
@@ -45,6 +46,9 @@ pub struct Config {
     /// How stale objects are deleted.
     #[command(flatten)]
     pub cleanup: routine::Cleanup,
+    /// Where it is shown who is online.
+    #[command(flatten)]
+    pub view: viewer::View,
     /// Where the simulated partner posts to, and what.
     #[command(flatten)]
     pub partners_callbacks: Checked<tester::config::Callbacks>,
@@ -84,6 +88,9 @@ pub struct Without {
     /// Delete nothing
     #[arg(long)]
     pub no_routine: bool,
+    /// Show nothing over HTTP
+    #[arg(long)]
+    pub no_viewer: bool,
     /// Play neither the partner nor the status API: lookups go to `TESTER_ENDPOINT`
     #[arg(long)]
     pub no_tester: bool,
@@ -104,9 +111,10 @@ impl Check for Config {
         if self.command.is_some() {
             return Ok(());
         }
-        let Without { no_producer, no_consumer, no_routine, .. } = self.without;
+        let Without { no_producer, no_consumer, no_routine, no_viewer, .. } = self.without;
         let (no_api, no_partner) = (self.without.api(), self.without.partner());
-        if no_producer && no_consumer && no_routine && no_api && no_partner {
+        let only_testers = no_producer && no_consumer && no_routine && no_viewer;
+        if only_testers && no_api && no_partner {
             return Err(
                 "the flags --no-… leave no role to play: drop one of these flags".to_owned()
             );
@@ -155,6 +163,15 @@ impl Config {
         let url = self.amqp_uri.clone();
         let amqp_uri = url.unwrap_or_else(|| BrokerUrl::file(self.lastseen_dir.join("queue.db")));
         broker::Config { amqp_uri, queue: self.queue.clone() }
+    }
+
+    /// Where the roles tell each other what is committed: on the broker, if it is a RabbitMQ, for others
+    /// may be there, too.
+    pub(crate) fn exchange(&self) -> Exchange {
+        let access = self.broker().access();
+        access.map_or_else(Exchange::in_process, |access| {
+            Exchange::on(access, &self.queue.queue_name)
+        })
     }
 
     /// The table in the directory, unless another is named.

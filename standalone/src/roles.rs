@@ -9,7 +9,9 @@ use tester::api::Api;
 use tester::partner::Partner;
 use tokio::task::JoinSet;
 use url::Url;
+use viewer::Viewer;
 
+use crate::banner::Addresses;
 use crate::{Config, banner, status_line};
 
 /// What the roles are to play with: the settings, and the files, open for this process.
@@ -44,6 +46,7 @@ impl Stage {
         let without = config.without;
         let mut lookups = config.lookups.clone();
         let mut partners_callbacks = config.partners_callbacks.clone().into_inner();
+        let exchange = config.exchange();
         let mut roles = Roles { running: JoinSet::new(), shutdown: shutdown.clone() };
 
         let api = if without.api() {
@@ -69,15 +72,29 @@ impl Stage {
             roles.begin("producer", door.serve(shutdown.clone()));
         }
         if !without.no_consumer {
-            let consumer =
-                consumer::Config { lookups, broker: broker.clone(), store: store.clone() };
+            let consumer = consumer::Config {
+                lookups,
+                broker: broker.clone(),
+                store: store.clone(),
+                events: Some(exchange.clone()),
+            };
             let health = health.part("consumer");
             roles.begin("consumer", consumer::run(consumer, health, shutdown.clone()));
         }
         if !without.no_routine {
             let cleanup = config.cleanup.clone();
-            let routine = routine::Config { cleanup, once: false, store: store.clone() };
+            let events = events::Config::made(exchange.clone());
+            let routine = routine::Config { cleanup, once: false, store: store.clone(), events };
             roles.begin("routine", routine::run(routine, health.part("routine"), shutdown.clone()));
+        }
+        let mut shown_at = None;
+        if !without.no_viewer {
+            let events = events::Config::made(exchange.clone());
+            let view = config.view.clone();
+            let viewer = viewer::Config { view, events, store: store.clone(), is_among_them: true };
+            let viewer = Viewer::open(viewer, &health.part("viewer")).await?;
+            shown_at = Some(url_of(viewer.address()?, "")?);
+            roles.begin("viewer", viewer.serve(shutdown.clone()));
         }
         if !without.partner() {
             let authenticity = config.authenticity.clone();
@@ -101,7 +118,8 @@ impl Stage {
             }
         });
         health.all_told();
-        banner::print(&config, callbacks_to.as_ref(), lookups_at.as_ref())?;
+        let addresses = Addresses { shown_at, callbacks_to, lookups_at };
+        banner::print(&config, &addresses)?;
         let status_line = status_line::draw(broker, store, shutdown);
         roles.begin("status line", async move {
             status_line.await;

@@ -5,6 +5,7 @@ use std::time::{Duration, Instant};
 
 use clap::Parser as _;
 use consumer::{Writer, Written};
+use events::{Emitter, Exchange};
 use store::Store;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -39,7 +40,8 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let settings = Settings::try_parse_from(["bench", "--database-url", url])?.consumer;
     let store = Arc::new(Store::start(&settings.store, "bench", 2)?);
     store.status().wait_for(Result::is_ok).await?;
-    let writer = Writer::start(store, &settings.lookups);
+    let events = Emitter::start(&Exchange::nowhere(), "bench: events");
+    let writer = Writer::start(store, events, &settings.lookups);
     let (started, mut waiting) = (Instant::now(), JoinSet::new());
     for first in 0..WAITING {
         let writer = writer.clone();

@@ -32,7 +32,7 @@ const BAD: [(&str, &str); 6] = [
     ("TESTER_ENDPOINT", "http://marked:{plain}@"),
 ];
 
-const BINARIES: [&str; 5] = ["producer", "consumer", "routine", "tester", "lastseen"];
+const BINARIES: [&str; 6] = ["producer", "consumer", "routine", "viewer", "tester", "lastseen"];
 
 /// Where the peers are: host and port of each.
 #[derive(Clone)]
@@ -130,6 +130,7 @@ fn spawn(
         ("RUST_LOG", "trace"),
         ("PRODUCER_ADDR", "127.0.0.1:0"),
         ("TESTER_ADDR", "127.0.0.1:0"),
+        ("VIEWER_ADDR", "127.0.0.1:0"),
         ("MAX_ATTEMPTS", "1"),
     ] {
         settings.entry(name).or_insert_with(|| value.to_owned());
@@ -140,8 +141,14 @@ fn spawn(
 
 /// The services that have secrets, with the arguments by which each takes all its settings; those that
 /// take callbacks come first.
-fn services() -> [(&'static str, &'static [&'static str]); 4] {
-    [("producer", &[]), ("lastseen", &["--no-tester"]), ("consumer", &[]), ("routine", &[])]
+fn services() -> [(&'static str, &'static [&'static str]); 5] {
+    [
+        ("producer", &[]),
+        ("lastseen", &["--no-tester"]),
+        ("consumer", &[]),
+        ("routine", &[]),
+        ("viewer", &[]),
+    ]
 }
 
 #[tokio::test]
@@ -277,8 +284,10 @@ async fn no_secret_is_told_by_help_or_by_the_refusal_of_a_bad_value() {
     }
     for (name, value) in BAD {
         let takes = |binary: &&&str| match name {
-            "AMQP_URI" => ["producer", "consumer", "lastseen"].contains(*binary),
-            "DATABASE_URL" => ["consumer", "routine", "lastseen"].contains(*binary),
+            "AMQP_URI" => {
+                ["producer", "consumer", "routine", "viewer", "lastseen"].contains(*binary)
+            }
+            "DATABASE_URL" => ["consumer", "routine", "viewer", "lastseen"].contains(*binary),
             _ => ["consumer", "lastseen"].contains(*binary),
         };
         for binary in BINARIES.iter().filter(takes) {

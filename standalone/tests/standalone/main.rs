@@ -19,8 +19,12 @@ const MILLISECOND: Duration = Duration::from_millis(1);
 const PATIENCE: Duration = Duration::from_mins(1);
 
 /// Settings that take any free port, and rows that stay.
-const QUIET: [(&str, &str); 3] =
-    [("PRODUCER_ADDR", "127.0.0.1:0"), ("TESTER_ADDR", "127.0.0.1:0"), ("OBJECT_TTL", "1h")];
+const QUIET: [(&str, &str); 4] = [
+    ("PRODUCER_ADDR", "127.0.0.1:0"),
+    ("TESTER_ADDR", "127.0.0.1:0"),
+    ("VIEWER_ADDR", "127.0.0.1:0"),
+    ("OBJECT_TTL", "1h"),
+];
 
 /// A directory for the files of `lastseen`, that outlives its processes.
 struct Home {

@@ -1,7 +1,7 @@
 use std::collections::HashSet;
 
-use pipeline::Partner;
-use testbed::{Database, Queue, eventually};
+use pipeline::{Partner, viewer_url};
+use testbed::{Database, Queue, eventually, http_get};
 
 use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
 
@@ -51,6 +51,26 @@ async fn a_callback_is_online_soon_and_gone_when_it_is_stale() {
 }
 
 #[tokio::test]
+async fn the_viewer_in_it_shows_at_once_who_has_come_and_who_is_gone() {
+    let home = Home::new(&[("OBJECT_TTL", "4s"), ("ROUTINE_INTERVAL", "200ms")]);
+    let (lastseen, endpoint) = home.start(&["--no-partner"]).await;
+    let address = viewer_url(&lastseen).await.trim_start_matches("http://").parse().unwrap();
+    let shown = async || {
+        let reply = http_get(address, "/objects").await.unwrap();
+        let page: serde_json::Value = serde_json::from_str(&reply.body).unwrap();
+        let objects = page["objects"].as_array().unwrap();
+        objects.iter().map(|object| object["id"].as_i64().unwrap()).collect::<Vec<_>>()
+    };
+    assert!(Partner::default().post(&endpoint, &[2, 4, 7]).await);
+    // Sooner than it would look at the table by itself.
+    let soon = PATIENCE / 2;
+    eventually("both are shown", soon, async || (shown().await == [2, 4]).then_some(())).await;
+    eventually("nobody is shown", soon, async || shown().await.is_empty().then_some(())).await;
+    let stats = http_get(address, "/stats").await.unwrap().body;
+    assert!(stats.contains(r#"{"url":"this process","status":"ok"}"#), "{stats}");
+}
+
+#[tokio::test]
 async fn without_the_tester_the_users_own_status_api_is_asked_and_nobody_posts() {
     let status_api = even_ids_online(MILLISECOND);
     let home = Home::beside(&status_api);
@@ -79,7 +99,7 @@ async fn a_role_that_is_left_out_is_not_played_and_its_work_waits() {
 
 #[tokio::test]
 async fn leaving_out_every_role_is_a_settings_error() {
-    let all = ["--no-producer", "--no-consumer", "--no-routine", "--no-tester"];
+    let all = ["--no-producer", "--no-consumer", "--no-routine", "--no-viewer", "--no-tester"];
     let (code, lines) = Home::new(&[]).run(&all).await;
     assert_eq!(code, Some(78), "{lines:?}");
     assert!(lines.concat().contains("leave no role to play: drop one of these flags"), "{lines:?}");

@@ -1,0 +1,41 @@
+//! The read side: who is online now, and when each was last seen, over HTTP, and told to whoever
+//! subscribes as soon as it changes.
+//!
+//! It keeps in memory what is in the table: from one reading, and from the events. Where those may be
+//! lost it looks at the table again, so that it is never wrong for long. The write side knows nothing of
+//! it.
+
+mod api;
+mod config;
+mod docs;
+mod following;
+mod live;
+mod openapi;
+mod page;
+mod services;
+mod stream;
+mod viewer;
+
+use service::{CancellationToken, Description, Health};
+
+pub use config::{Config, View};
+pub use viewer::Viewer;
+
+/// What the process is called and where its admin address is.
+pub const DESCRIPTION: Description = Description {
+    name: "viewer",
+    about: "Shows who is online, live: a page, an API and a stream of changes",
+    admin_address: ":9095",
+};
+
+/// Shows what there is until `shutdown`.
+///
+/// # Errors
+/// When it cannot listen, or a part of it has died.
+pub async fn run(
+    config: Config,
+    health: Health,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    Viewer::open(config, &health).await?.serve(shutdown).await
+}

@@ -1,0 +1,7 @@
+//! The viewer as a process.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    service::main(viewer::DESCRIPTION, viewer::run)
+}

@@ -1,0 +1,48 @@
+//! The live page: files that are in the program.
+
+use axum::Router;
+use axum::http::{HeaderName, header};
+use axum::response::IntoResponse;
+use axum::routing::get;
+
+const HTML: &str = "text/html; charset=utf-8";
+const CSS: &str = "text/css; charset=utf-8";
+
+/// A file of `viewer/page/`, as it was when the program was built.
+struct File {
+    name: &'static str,
+    content_type: &'static str,
+    text: &'static str,
+}
+
+macro_rules! files {
+    ($($name:literal as $content_type:expr),* $(,)?) => {
+        [$(File {
+            name: $name,
+            content_type: $content_type,
+            text: include_str!(concat!("../page/", $name)),
+        }),*]
+    };
+}
+
+/// All of them: served under `/page/`, and the first at `/` as well. Of a new one, this is the only place
+/// that has to know.
+const FILES: &[File] = &files! {
+    "index.html" as HTML,
+    "docs.css" as CSS,
+};
+
+pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
+    let index = FILES.iter().take(1).map(|file| ("/".to_owned(), file));
+    let under_page = FILES.iter().map(|file| (format!("/page/{}", file.name), file));
+    index
+        .chain(under_page)
+        .fold(Router::new(), |router, (path, file)| router.route(&path, get(async || served(file))))
+}
+
+fn served(file: &'static File) -> impl IntoResponse {
+    // Another version of the program has other files under the same names.
+    let headers: [(HeaderName, &str); 2] =
+        [(header::CONTENT_TYPE, file.content_type), (header::CACHE_CONTROL, "no-cache")];
+    (headers, file.text)
+}

@@ -1,0 +1,260 @@
+//! The services' numbers, as they tell them in their metrics.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use futures_util::future::join_all;
+use reqwest::{Client, Url};
+use serde::Serialize;
+use tokio::time::MissedTickBehavior;
+use utoipa::ToSchema;
+
+use crate::config::Service;
+
+const INTERVAL: Duration = Duration::from_secs(1);
+const TIMEOUT: Duration = Duration::from_millis(900);
+/// Ours have some 20 KB.
+const BYTES_MAX: usize = 2 << 20;
+
+/// A service, and whether it tells its numbers.
+#[derive(Clone, Debug, Serialize, ToSchema)]
+pub(crate) struct Told {
+    /// Where; of lastseen "this process".
+    url: String,
+    /// "ok", or why not.
+    status: String,
+}
+
+/// What the services do, all of them together. What none of them tells is null.
+#[derive(Clone, Debug, Default, Serialize, ToSchema)]
+pub(crate) struct Numbers {
+    /// Each service that is asked for its numbers.
+    services: Vec<Told>,
+    /// Callbacks answered, whatever the answer.
+    callbacks_per_second: Option<f64>,
+    /// Ids listed in accepted callbacks.
+    ids_per_second: Option<f64>,
+    /// Lookups ended.
+    lookups_per_second: Option<f64>,
+    /// Lookups running now.
+    lookups_in_flight: Option<f64>,
+    /// Lookups ended per second, by how.
+    lookups_by_outcome: Option<BTreeMap<String, f64>>,
+    /// Messages in the queue that no consumer has taken.
+    queue_messages: Option<f64>,
+    /// Messages that were given up and are kept for a person.
+    dead_letters: Option<f64>,
+    /// How long ago the oldest message of the queue came in.
+    oldest_message_age_seconds: Option<f64>,
+    /// Messages on the producers' disks, because the broker takes none.
+    spool_messages: Option<f64>,
+    /// Whether the status API is asked: 0 by all lookups, 1 by more and more, 2 paused as it asked, 3 by
+    /// probes only.
+    breaker_state: Option<f64>,
+}
+
+/// Asks each service every second.
+pub(crate) struct Services {
+    asked: Vec<Asked>,
+    client: Client,
+    numbers: Mutex<Numbers>,
+}
+
+struct Asked {
+    service: Service,
+    before: Mutex<Option<Scrape>>,
+}
+
+/// The samples of a service, by their names with labels.
+#[derive(Clone)]
+struct Scrape {
+    samples: HashMap<String, f64>,
+    at: Instant,
+}
+
+impl Services {
+    /// # Errors
+    /// When there is no HTTP client to be had.
+    pub(crate) fn new(services: Vec<Service>) -> reqwest::Result<Self> {
+        let client = Client::builder()
+            .timeout(TIMEOUT)
+            .redirect(reqwest::redirect::Policy::none())
+            .no_proxy()
+            .build()?;
+        let asked = |service| Asked { service, before: Mutex::default() };
+        let asked = services.into_iter().map(asked).collect();
+        Ok(Self { asked, client, numbers: Mutex::default() })
+    }
+
+    pub(crate) fn numbers(&self) -> Numbers {
+        self.numbers.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Keeps the numbers true for ever.
+    pub(crate) async fn ask(&self) -> std::convert::Infallible {
+        let mut interval = tokio::time::interval(INTERVAL);
+        interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            interval.tick().await;
+            let answers = join_all(self.asked.iter().map(|asked| asked.scrape(&self.client))).await;
+            let mut services = Vec::new();
+            let mut pairs = Vec::new();
+            for (asked, answer) in self.asked.iter().zip(answers) {
+                let status = answer.as_ref().err().cloned().unwrap_or_else(|| "ok".to_owned());
+                services.push(Told { url: asked.service.to_string(), status });
+                let mut before = asked.before.lock().unwrap_or_else(PoisonError::into_inner);
+                let now = answer.ok();
+                if let Some(now) = now.clone() {
+                    pairs.push((before.take(), now));
+                }
+                *before = now;
+            }
+            *self.numbers.lock().unwrap_or_else(PoisonError::into_inner) =
+                Numbers { services, ..numbers(&pairs) };
+        }
+    }
+}
+
+impl std::fmt::Display for Service {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self {
+            Self::ThisProcess => formatter.write_str("this process"),
+            Self::At(url) => url.fmt(formatter),
+        }
+    }
+}
+
+impl Asked {
+    async fn scrape(&self, client: &Client) -> Result<Scrape, String> {
+        let text = match &self.service {
+            Service::ThisProcess => service::rendered_metrics(),
+            Service::At(url) => fetch(client, url).await?,
+        };
+        Ok(Scrape { samples: samples(&text), at: Instant::now() })
+    }
+}
+
+async fn fetch(client: &Client, url: &Url) -> Result<String, String> {
+    let failed = |error: reqwest::Error| {
+        // The address is told beside it.
+        let error = error.without_url();
+        let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
+        format!("{error}{}", cause.unwrap_or_default())
+    };
+    let mut response = client.get(url.clone()).send().await.map_err(failed)?;
+    if !response.status().is_success() {
+        return Err(format!("answered {}", response.status()));
+    }
+    let mut bytes = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(failed)? {
+        bytes.extend_from_slice(&chunk);
+        if bytes.len() > BYTES_MAX {
+            return Err("answered far too much".to_owned());
+        }
+    }
+    String::from_utf8(bytes).map_err(|_| "answered what is no text".to_owned())
+}
+
+/// The samples in a text of Prometheus's format, but those of histograms' buckets. The exporter writes
+/// no timestamps, so the value is what follows the last space.
+fn samples(text: &str) -> HashMap<String, f64> {
+    let lines = text.lines().filter(|line| line.starts_with("lastseen_"));
+    let sample = |line: &str| {
+        let (name, value) = line.rsplit_once(' ')?;
+        Some((name.to_owned(), value.parse().ok()?))
+    };
+    lines.filter(|line| !line.contains("_bucket{")).filter_map(sample).collect()
+}
+
+/// What services tell together, each with what it told before, if it did.
+fn numbers(scrapes: &[(Option<Scrape>, Scrape)]) -> Numbers {
+    let sum = |name| gauges(scrapes, name).reduce(|one, other| one + other);
+    // All who look at one queue tell the same of it.
+    let most = |name| gauges(scrapes, name).reduce(f64::max);
+    let rate = |name| rates(scrapes, name).map(|rates| rates.into_values().sum());
+    Numbers {
+        services: Vec::new(),
+        callbacks_per_second: rate("lastseen_callbacks_total"),
+        ids_per_second: rate("lastseen_callback_ids_total"),
+        lookups_per_second: rate("lastseen_lookups_total"),
+        lookups_in_flight: sum("lastseen_lookups_in_flight"),
+        lookups_by_outcome: rates(scrapes, "lastseen_lookups_total"),
+        queue_messages: most("lastseen_queue_messages"),
+        dead_letters: most("lastseen_dead_letters"),
+        oldest_message_age_seconds: most("lastseen_oldest_message_age_seconds"),
+        spool_messages: sum("lastseen_spool_messages"),
+        breaker_state: most("lastseen_breaker_state"),
+    }
+}
+
+fn gauges(scrapes: &[(Option<Scrape>, Scrape)], name: &'static str) -> impl Iterator<Item = f64> {
+    scrapes.iter().flat_map(move |(_, now)| now.of(name)).map(|(_, value)| value)
+}
+
+/// How much a counter has grown in a second, by its label `outcome`; nothing if nobody has it.
+fn rates(
+    scrapes: &[(Option<Scrape>, Scrape)],
+    name: &'static str,
+) -> Option<BTreeMap<String, f64>> {
+    let mut rates = BTreeMap::new();
+    for (before, now) in scrapes {
+        let Some(before) = before else { continue };
+        let seconds = now.at.duration_since(before.at).as_secs_f64();
+        for (key, value) in now.of(name) {
+            // One that was not there before, or that has started anew, has counted from 0.
+            let counted_before = before.samples.get(key).filter(|before| **before <= value);
+            let grown = value - counted_before.copied().unwrap_or(0.0);
+            let label = key.split_once("outcome=\"").and_then(|(_, rest)| rest.split_once('"'));
+            let outcome = label.map_or("", |(outcome, _)| outcome).to_owned();
+            *rates.entry(outcome).or_default() += grown / seconds.max(0.001);
+        }
+    }
+    (!rates.is_empty()).then_some(rates)
+}
+
+impl Scrape {
+    /// The samples of one name, whatever their labels.
+    fn of(&self, name: &'static str) -> impl Iterator<Item = (&String, f64)> {
+        let is_it = move |key: &str| {
+            key.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('{'))
+        };
+        self.samples.iter().filter(move |(key, _)| is_it(key)).map(|(key, value)| (key, *value))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn scrape(text: &str, at: Instant) -> Scrape {
+        Scrape { samples: samples(text), at }
+    }
+
+    #[test]
+    fn counters_are_shown_as_rates_and_gauges_of_all_services_together() {
+        let start = Instant::now();
+        let later = start + Duration::from_secs(2);
+        let before = "lastseen_lookups_total{outcome=\"online\"} 100\nlastseen_lookups_in_flight 1";
+        let now = "# HELP lastseen_lookups_total 7\n\
+                   lastseen_lookups_total{outcome=\"online\"} 110\n\
+                   lastseen_lookups_total{outcome=\"timeout\"} 4\n\
+                   lastseen_lookups_total_others 1000\n\
+                   lastseen_lookups_in_flight 3\nlastseen_dead_letters 5";
+        // Restarted meanwhile.
+        let other = "lastseen_lookups_total{outcome=\"online\"} 6\n\
+                     lastseen_lookups_in_flight 4\nlastseen_dead_letters 5";
+        let numbers = numbers(&[
+            (Some(scrape(before, start)), scrape(now, later)),
+            (Some(scrape(before, start)), scrape(other, later)),
+            (None, scrape(now, later)),
+        ]);
+        let by_outcome = numbers.lookups_by_outcome.unwrap();
+        assert_eq!(by_outcome["online"].to_string(), "8");
+        assert_eq!(by_outcome["timeout"].to_string(), "2");
+        assert_eq!(numbers.lookups_per_second.map(|rate| rate.to_string()), Some("10".to_owned()));
+        assert_eq!(numbers.lookups_in_flight.map(|count| count.to_string()), Some("10".to_owned()));
+        assert_eq!(numbers.dead_letters.map(|count| count.to_string()), Some("5".to_owned()));
+        assert!(numbers.callbacks_per_second.is_none() && numbers.queue_messages.is_none());
+    }
+}

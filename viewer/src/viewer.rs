@@ -1,0 +1,120 @@
+//! The parts together.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use events::Subscriber;
+use service::{CancellationToken, Health, http};
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+
+use crate::api::{self, Shared};
+use crate::config::Config;
+use crate::following::Following;
+use crate::live::Live;
+use crate::services::Services;
+use crate::stream::Subscribers;
+
+/// How long a client may take to send a request's head, how long a connection may idle, and how long a
+/// subscriber may take nothing.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Everything here can be asked again.
+const FAREWELL: Duration = Duration::from_millis(200);
+
+/// The viewer, listening and not yet serving.
+pub struct Viewer {
+    listener: TcpListener,
+    limits: http::Limits,
+    following: Following,
+    subscriber: Subscriber,
+    services: Arc<Services>,
+    live: Arc<Live>,
+    table: watch::Receiver<service::PeerStatus>,
+}
+
+impl Viewer {
+    /// Listens on `VIEWER_ADDR`.
+    ///
+    /// # Errors
+    /// When the address cannot be listened on.
+    pub async fn open(config: Config, health: &Health) -> anyhow::Result<Self> {
+        describe_metrics();
+        let address = config.view.viewer_addr;
+        let listener = TcpListener::bind(address)
+            .await
+            .with_context(|| format!("cannot listen on VIEWER_ADDR={address}"))?;
+        let services = Services::new(config.services()).context("cannot build the HTTP client")?;
+        let subscriber = Subscriber::new(&config.events.exchange(), "viewer");
+        let live = Arc::new(Live::new());
+        let not_yet = || watch::channel(Err("not read yet".to_owned()));
+        let ((table, watched), (first_reading, is_read)) = (not_yet(), not_yet());
+        // Once it has read the table, it shows what it knows, with a word about what is away: without
+        // that, whatever balances the load would take away all viewers at once.
+        health.needs("first reading of the table", is_read);
+        health.wants("table", watched.clone());
+        health.wants("events", subscriber.status());
+        health.all_told();
+        let limits = http::Limits {
+            max_connections: config.view.viewer_max_connections,
+            header_timeout: PATIENCE,
+            farewell: FAREWELL,
+        };
+        let following =
+            Following { live: Arc::clone(&live), store: config.store, table, first_reading };
+        let services = Arc::new(services);
+        Ok(Self { listener, limits, following, subscriber, services, live, table: watched })
+    }
+
+    /// The address that it listens on, with the port that was free if any was asked for.
+    ///
+    /// # Errors
+    /// When the operating system does not say.
+    pub fn address(&self) -> std::io::Result<SocketAddr> {
+        self.listener.local_addr()
+    }
+
+    /// Answers until `shutdown`, and then ends each subscription.
+    ///
+    /// # Errors
+    /// When a part that it needs has died.
+    pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+        tracing::info!(address = %self.address()?, "showing who is online");
+        let Self { listener, limits, following, subscriber, services, live, table } = self;
+        let shared = Shared {
+            live: Arc::clone(&live),
+            services: Arc::clone(&services),
+            subscribers: Subscribers::default(),
+            table,
+            events: subscriber.status(),
+            shutdown: shutdown.clone(),
+        };
+        // Each as a task of its own, so that a large table holds up no answer, and a panic is seen.
+        let mut parts = tokio::task::JoinSet::new();
+        parts.spawn(following.run(subscriber));
+        parts.spawn(async move { match live.tell().await {} });
+        parts.spawn(async move { match services.ask().await {} });
+        tokio::select! {
+            () = http::serve(listener, api::router(shared), limits, shutdown) => Ok(()),
+            ended = parts.join_next() => bail!("a part of the viewer has died: {ended:?}"),
+        }
+    }
+}
+
+fn describe_metrics() {
+    metrics::describe_gauge!("lastseen_viewer_objects", "Objects that are online.");
+    metrics::describe_gauge!("lastseen_viewer_subscribers", "Connected to the stream of changes.");
+    metrics::describe_counter!(
+        "lastseen_viewer_slow_subscribers_total",
+        "Subscribers that were disconnected, being too slow."
+    );
+    metrics::describe_counter!(
+        "lastseen_viewer_events_missed_total",
+        "Times that events may have been missed; each is a reason to read the table."
+    );
+    metrics::describe_counter!(
+        "lastseen_viewer_readings_total",
+        "Readings of the table by outcome."
+    );
+}

@@ -1,0 +1,134 @@
+use std::time::Duration;
+
+use testbed::eventually;
+
+use crate::around::{Around, client};
+use crate::{HOUR, PATIENCE};
+
+fn ids(page: &serde_json::Value) -> Vec<i64> {
+    let objects = page["objects"].as_array().unwrap().iter();
+    objects.map(|object| object["id"].as_i64().unwrap()).collect()
+}
+
+#[tokio::test]
+async fn pages_go_through_all_objects_in_ascending_order() {
+    let around = Around::new().await;
+    let all = [i64::MIN, -5, 0, 3, 4, 8, i64::MAX];
+    around.see(all).await;
+    let viewer = around.view().await;
+    viewer.shows(all).await;
+    let (mut found, mut after) = (Vec::new(), String::new());
+    for size in [3, 3, 1] {
+        let (status, page) = viewer.get(&format!("/objects?limit=3{after}")).await;
+        assert_eq!((status, ids(&page).len()), (200, size));
+        found.extend(ids(&page));
+        after = page["next"].as_str().map_or(String::new(), |next| format!("&after={next}"));
+    }
+    assert_eq!((found.as_slice(), after.as_str()), (&all[..], ""), "the last page has no next");
+    let (_, page) = viewer.get("/objects?ids=8,3,77,-5&limit=2").await;
+    assert_eq!(ids(&page), [-5, 3]);
+    let next = page["next"].as_str().unwrap();
+    let (_, page) = viewer.get(&format!("/objects?ids=8,3,77,-5&limit=2&after={next}")).await;
+    assert_eq!((ids(&page), page["next"].is_null()), (vec![8], true));
+}
+
+#[tokio::test]
+async fn only_who_was_seen_lately_is_listed_if_asked_for() {
+    let around = Around::new().await;
+    around.see_ago([1], HOUR / 2).await;
+    around.see_ago([2], Duration::from_mins(1)).await;
+    let viewer = around.view().await;
+    viewer.shows([1, 2]).await;
+    for (within, expected) in [("10s", &[][..]), ("10m", &[2]), ("2h", &[1, 2])] {
+        let (_, page) = viewer.get(&format!("/objects?seen_within={within}")).await;
+        assert_eq!(ids(&page), expected, "{within}");
+    }
+}
+
+#[tokio::test]
+async fn an_object_is_shown_with_its_sightings_the_latest_first() {
+    let around = Around::new().await;
+    let viewer = around.view().await;
+    for _ in 0..3 {
+        around.see([7]).await;
+    }
+    let sightings = eventually("all three are heard of", PATIENCE, async || {
+        let (status, object) = viewer.get("/objects/7").await;
+        let sightings = object["sightings"].as_array().cloned().unwrap_or_default();
+        (status == 200 && sightings.len() == 3 && object["last_seen"] == sightings[0])
+            .then_some(sightings)
+    })
+    .await;
+    let texts: Vec<&str> = sightings.iter().map(|at| at.as_str().unwrap()).collect();
+    assert!(texts[0] > texts[1] && texts[1] > texts[2], "{texts:?}");
+    let sql = "SELECT to_char(last_seen AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"') FROM object";
+    let row: String = sqlx::query_scalar(sql).fetch_one(around.database.pool()).await.unwrap();
+    assert_eq!(row, texts[0], "to the microsecond");
+    let (status, problem) = viewer.get("/objects/8").await;
+    assert_eq!((status, problem["detail"].as_str()), (404, Some("object 8 is not online")));
+}
+
+#[tokio::test]
+async fn what_is_asked_wrongly_is_answered_by_a_problem_that_says_what_is_wrong() {
+    let around = Around::new().await;
+    let viewer = around.view().await;
+    for (path, status, detail) in [
+        ("/objects?limit=0", 400, "limit: expected a number from 1 to 1000"),
+        ("/objects?limit=1&limit=2", 400, "duplicate field"),
+        ("/objects?after=7", 400, "after: expected"),
+        ("/objects?ids=1,x", 400, "ids: expected"),
+        ("/objects?seen_within=soon", 400, "seen_within: expected"),
+        ("/objects?seen_whithin=1s", 400, "unknown field"),
+        ("/objects/x", 400, "id: expected"),
+        ("/objects/%ff", 400, ""),
+        ("/objects/9223372036854775808", 400, "id: expected"),
+        ("/events?ids=", 400, "ids: expected"),
+        ("/nowhere", 404, "there is nothing at /nowhere"),
+    ] {
+        let (got, problem) = viewer.get(path).await;
+        assert_eq!(got, status, "{path}");
+        let text = problem["detail"].as_str().unwrap();
+        assert!(text.contains(detail), "{path}: {text}");
+    }
+    let answer = client().post(format!("{}/objects", viewer.url)).send().await.unwrap();
+    assert_eq!(answer.status(), 405);
+    assert_eq!(answer.headers()["allow"], "GET,HEAD");
+    assert_eq!(answer.headers()["content-type"], "application/problem+json");
+}
+
+#[tokio::test]
+async fn the_page_its_files_and_the_documents_are_served_and_may_load_nothing_from_elsewhere() {
+    let around = Around::new().await;
+    let viewer = around.view().await;
+    for (path, content_type) in [
+        ("/", "text/html; charset=utf-8"),
+        ("/page/index.html", "text/html; charset=utf-8"),
+        ("/page/docs.css", "text/css; charset=utf-8"),
+        ("/docs", "text/html; charset=utf-8"),
+        ("/openapi.json", "application/json"),
+    ] {
+        let answer = client().get(format!("{}{path}", viewer.url)).send().await.unwrap();
+        assert_eq!(answer.status(), 200, "{path}");
+        assert_eq!(answer.headers()["content-type"], content_type);
+        let policy = answer.headers()["content-security-policy"].to_str().unwrap();
+        assert!(policy.starts_with("default-src 'self';"), "{policy}");
+    }
+}
+
+#[tokio::test]
+async fn the_stats_say_who_is_there_and_what_is_not() {
+    let around = Around::new().await;
+    around.see([1, 2]).await;
+    let viewer = around.view().await;
+    viewer.shows([1, 2]).await;
+    let _subscriber = viewer.subscribe("", None).await;
+    let stats = eventually("the services were asked", PATIENCE, async || {
+        let (_, stats) = viewer.get("/stats").await;
+        (stats["services"].as_array()?.len() == 3 && stats["subscribers"] == 1).then_some(stats)
+    })
+    .await;
+    assert_eq!((&stats["online"], &stats["table"]), (&2.into(), &"ok".into()));
+    assert_eq!(stats["events"], "ok");
+    assert!(stats["lookups_in_flight"].is_null(), "{stats}");
+    assert!(stats["at"].as_str().unwrap().ends_with('Z'));
+}

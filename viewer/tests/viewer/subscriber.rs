@@ -1,0 +1,67 @@
+//! A client of the stream.
+
+use reqwest::Response;
+use tokio::time::timeout;
+
+use crate::PATIENCE;
+use crate::around::client;
+
+pub(crate) struct Subscriber {
+    response: Response,
+    text: String,
+    /// Of the last event that had one.
+    pub(crate) last_id: String,
+}
+
+/// An event: its name, and the ids in it.
+pub(crate) type Event = (String, Vec<i64>);
+
+impl Subscriber {
+    pub(crate) async fn connect(url: &str, query: &str, after: Option<&str>) -> Self {
+        let mut request = client().get(format!("{url}/events{query}"));
+        if let Some(after) = after {
+            request = request.header("last-event-id", after);
+        }
+        let response = request.send().await.unwrap();
+        assert_eq!(response.status(), 200);
+        assert_eq!(response.headers()["content-type"], "text/event-stream");
+        Self { response, text: String::new(), last_id: String::new() }
+    }
+
+    /// The next event.
+    pub(crate) async fn next(&mut self) -> Event {
+        timeout(PATIENCE, self.next_or_end()).await.expect("in time").expect("the stream goes on")
+    }
+
+    /// The next event, or the end of the stream.
+    pub(crate) async fn next_or_end(&mut self) -> Option<Event> {
+        loop {
+            while let Some((block, rest)) = self.text.split_once("\n\n") {
+                let (block, rest) = (block.to_owned(), rest.to_owned());
+                self.text = rest;
+                let field = |name: &str| {
+                    let mut lines = block.lines();
+                    lines.find_map(|line| line.strip_prefix(name)).map(str::to_owned)
+                };
+                if let Some(id) = field("id: ") {
+                    self.last_id = id;
+                }
+                if let (Some(name), Some(data)) = (field("event: "), field("data: ")) {
+                    let data: serde_json::Value = serde_json::from_str(&data).unwrap();
+                    let objects = data["objects"].as_array().unwrap().iter();
+                    let id = |object: &serde_json::Value| {
+                        assert!(object["last_seen"].as_str().unwrap().ends_with('Z'));
+                        object["id"].as_i64().unwrap()
+                    };
+                    return Some((name, objects.map(id).collect()));
+                }
+            }
+            let chunk = self.response.chunk().await.ok()??;
+            self.text.push_str(std::str::from_utf8(&chunk).unwrap());
+        }
+    }
+
+    pub(crate) async fn gets(&mut self, name: &str, ids: impl IntoIterator<Item = i64>) {
+        assert_eq!(self.next().await, (name.to_owned(), ids.into_iter().collect()));
+    }
+}
