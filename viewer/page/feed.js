@@ -1,0 +1,69 @@
+// The stream of changes, kept up: `GET /events`.
+import { objects } from "./wire.js";
+
+const FIRST_WAIT_MS = 1000;
+const LONGEST_WAIT_MS = 30_000;
+const KINDS = ["snapshot", "online", "seen", "gone"];
+
+/**
+ * Follows the stream for ever. Calls `on.open()` whenever it is there (again), `on.lost()` whenever it is
+ * not, and `on.change(kind, objects)` for each event, in order.
+ *
+ * A connection that breaks is taken up again by the browser, with `Last-Event-ID`, so that nothing is missed.
+ * It gives up for good on an answer that is no stream (a proxy's 502 while the viewer starts, say): then the
+ * source is made anew here, after a growing, jittered wait, and begins with a snapshot.
+ */
+export class Feed {
+  #on;
+  #source = null;
+  #failures = 0;
+  #timer = 0;
+  /** When the last event came, in the page's own time. */
+  heardAt = performance.now();
+
+  constructor(on) {
+    this.#on = on;
+    this.#connect();
+  }
+
+  /** Drops the connection and makes a new one: for one that is open and silent although there is news. */
+  renew() {
+    clearTimeout(this.#timer);
+    this.#connect();
+  }
+
+  /** Whether the connection is there, as far as the browser knows. */
+  get open() {
+    return this.#source?.readyState === EventSource.OPEN;
+  }
+
+  #connect() {
+    this.#source?.close();
+    const source = new EventSource("/events");
+    this.#source = source;
+    this.heardAt = performance.now();
+    source.onopen = () => {
+      this.#failures = 0;
+      this.heardAt = performance.now();
+      this.#on.open();
+    };
+    source.onerror = () => {
+      this.#on.lost();
+      if (source.readyState === EventSource.CLOSED) this.#connectLater();
+    };
+    for (const kind of KINDS) {
+      source.addEventListener(kind, (event) => {
+        this.heardAt = performance.now();
+        this.#on.change(kind, objects(event.data));
+      });
+    }
+  }
+
+  // Half of the wait is chance, so that the pages of many people do not come back all at once.
+  #connectLater() {
+    const wait = Math.min(LONGEST_WAIT_MS, FIRST_WAIT_MS * 2 ** this.#failures);
+    this.#failures += 1;
+    clearTimeout(this.#timer);
+    this.#timer = setTimeout(() => this.#connect(), wait * (0.5 + Math.random() / 2));
+  }
+}

@@ -1,0 +1,136 @@
+// The live page: puts its parts together, and says whether what it shows is true now.
+import { Browse } from "./browse.js";
+import { Feed } from "./feed.js";
+import { Field } from "./field.js";
+import { ObjectPanel } from "./object.js";
+import { MOST_SLOTS, Presence } from "./presence.js";
+import { Stats } from "./stats.js";
+import { Tiles } from "./tiles.js";
+import { ago, duration, number, timeOfDay } from "./words.js";
+
+const element = (id) => document.getElementById(id);
+
+// Stream and numbers come by different requests. A stream that is open and silent for so long, while the
+// viewer counts others than we do, is made anew: something in between keeps it from us.
+const SILENT_MS = 20_000;
+
+const presence = new Presence();
+let heard = { stream: false, numbers: false };
+let brokenAt = null;
+let everConnected = false;
+
+/** The viewer's time; it stands still at the moment that the stream broke, as what is shown is of then. */
+const now = () => brokenAt?.viewer ?? stats.clock.now();
+
+const feed = new Feed({
+  open: () => hear("stream", true),
+  lost: () => hear("stream", false),
+  change(kind, objects) {
+    const time = performance.now();
+    if (kind === "snapshot") {
+      presence.replace(objects);
+      hear("stream", true);
+      panel.load();
+    } else if (kind === "gone") presence.remove(objects, time, now());
+    else presence.see(objects, time);
+    panel.note(kind, objects);
+    showCount();
+  },
+});
+
+const stats = new Stats({
+  answer(answer) {
+    // A stream that hung with the connection may take minutes to notice that; the numbers know already.
+    if (!heard.numbers && everConnected && performance.now() - feed.heardAt > SILENT_MS / 4) feed.renew();
+    hear("numbers", true);
+    showNotices(answer);
+    tiles.draw();
+    const differs = answer.online !== presence.online && presence.slots < MOST_SLOTS;
+    if (feed.open && differs && performance.now() - feed.heardAt > SILENT_MS) feed.renew();
+  },
+  failure() {
+    hear("numbers", false);
+    tiles.draw();
+  },
+});
+
+const tiles = new Tiles(element("tiles"), element("summary-rows"), () => stats.history);
+const field = new Field(element("field"), presence, now);
+const panel = new ObjectPanel(now, say, (id) => browse.mark(id));
+const browse = new Browse(element("field"), field, presence, now, (id) => panel.show(id));
+panel.showAddressed();
+setInterval(tick, 500);
+tick();
+
+// ---------------------------------------------------------------------------- is it true now?
+
+function hear(what, is) {
+  const was = heard.stream;
+  heard[what] = is;
+  if (heard.stream) {
+    if (brokenAt && everConnected) say("Connected again.");
+    brokenAt = null;
+    everConnected = true;
+  } else if (was) {
+    brokenAt = { page: Date.now(), viewer: stats.clock.now() };
+    say(`No connection since ${timeOfDay(brokenAt.page)}. The last values stay.`);
+  }
+  showConnection();
+}
+
+function showConnection() {
+  const [state, words] = connection();
+  element("connection").dataset.state = state;
+  const place = element("connection-words");
+  if (place.textContent !== words) place.textContent = words;
+  document.body.classList.toggle("stream-lost", everConnected && !heard.stream);
+  document.body.classList.toggle("numbers-lost", !heard.numbers && stats?.history.length > 0);
+}
+
+function connection() {
+  if (heard.stream) return heard.numbers || !stats.history.length ? ["live", "live"] : ["partly", `numbers of ${timeOfDay(stats.history.at(-1).at)}`];
+  if (!everConnected) return ["connecting", "connecting"];
+  const since = duration((Date.now() - brokenAt.page) / 1000);
+  return ["broken", `no connection since ${timeOfDay(brokenAt.page)} (${since}); trying again`];
+}
+
+// What the viewer itself cannot see is told apart from what we cannot.
+function showNotices({ table, events, services }) {
+  const wrong = [["The table", table], ["The stream of changes", events], ...services.map(({ url, status }) => [`The numbers of ${url}`, status])]
+    .filter(([, status]) => status !== "ok")
+    .map(([what, status]) => `${what}: ${status}`);
+  const list = element("notices");
+  if (list.dataset.words === wrong.join("\n")) return;
+  list.dataset.words = wrong.join("\n");
+  list.hidden = wrong.length === 0;
+  list.replaceChildren(...wrong.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
+  if (wrong.length) say(wrong.join(". "));
+}
+
+// ---------------------------------------------------------------------------- the rest
+
+function tick() {
+  showConnection();
+  showCount();
+  panel.refresh();
+  browse.refresh();
+  element("scale-end").textContent = `${duration(presence.span / 1000)} ago`;
+  element("numbers-when").textContent = heard.numbers || !stats.history.length
+    ? "the last 5 minutes"
+    : `until ${timeOfDay(stats.history.at(-1).at)}, ${ago(Date.now() - stats.history.at(-1).at)}`;
+}
+
+function showCount() {
+  // The field holds so many; how many there are in all, the viewer counts.
+  const full = presence.slots >= MOST_SLOTS;
+  const count = full ? Math.max(presence.online, stats.latest?.online ?? 0) : presence.online;
+  const words = everConnected ? number(count) : "–";
+  element("count").textContent = words;
+  document.title = everConnected ? `${words} online – Lastseen` : "Lastseen";
+  document.querySelector(".field-empty").hidden = !everConnected || presence.online > 0;
+  element("field-rest").textContent = full && count > presence.online ? `Shown are ${number(presence.online)} of them.` : "";
+}
+
+function say(words) {
+  element("said").textContent = words;
+}
