@@ -20,6 +20,7 @@ export class Browse {
   #rings;
   #tip;
   #pointed = -1;
+  #described = "";
 
   /** `choose(id)` is called with the object that a person wants to see. */
   constructor(element, field, presence, now, choose) {
@@ -51,8 +52,14 @@ export class Browse {
     this.#put(this.#rings.chosen, chosen);
     const focused = document.activeElement === this.#element;
     this.#put(this.#rings.active, focused && this.#active < this.#presence.slots ? this.#active : -1);
-    this.#describe(this.#active);
+    // Not for the age alone: screen readers read out what changes on the option that has the focus.
+    if (this.#described !== this.#toDescribe()) this.#describe(this.#active);
     this.#showTip();
+  }
+
+  #toDescribe() {
+    const slot = this.#active;
+    return `${slot} ${this.#presence.idAt(slot)} ${this.#isOnline(slot)} ${this.#chosen}`;
   }
 
   #put(ring, slot) {
@@ -69,6 +76,7 @@ export class Browse {
       const chosen = this.#chosen === null ? -1 : this.#presence.slotOf(this.#chosen);
       this.#active = chosen >= 0 ? chosen : this.#next(-1, 1);
     }
+    this.#described = "";
     this.refresh();
   }
 
@@ -94,6 +102,7 @@ export class Browse {
     event.preventDefault();
     const slot = goal();
     if (slot >= 0) this.#active = slot;
+    this.#described = "";
     this.refresh();
     this.#rings.active.scrollIntoView({ block: "nearest" });
   }
@@ -123,6 +132,7 @@ export class Browse {
 
   #describe(slot) {
     const option = this.#option;
+    this.#described = this.#toDescribe();
     if (slot < 0 || slot >= this.#presence.slots) {
       this.#element.removeAttribute("aria-activedescendant");
       option.textContent = "No object";

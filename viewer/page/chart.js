@@ -14,7 +14,7 @@ export class Chart {
   #cursor = svg("line", { class: "chart-cursor", y1: 0, y2: HEIGHT });
 
   constructor() {
-    const grid = [HEIGHT / 3, (HEIGHT * 2) / 3].map((y) => svg("line", { class: "chart-grid", x1: 0, x2: WIDTH, y1: y, y2: y }));
+    const grid = [toY(1), toY(0.5)].map((y) => svg("line", { class: "chart-grid", x1: 0, x2: WIDTH, y1: y, y2: y }));
     const base = svg("line", { class: "chart-base", x1: 0, x2: WIDTH, y1: HEIGHT - 0.5, y2: HEIGHT - 0.5 });
     this.element.append(...grid, this.#area, base, this.#cursor);
     this.point(null, 0);
@@ -59,14 +59,14 @@ export class Chart {
       }
       if (last === null || at - last > GAP_MS) runs.push([]);
       last = at;
-      const y = HEIGHT - 1.5 - (value / top) * (HEIGHT - 5);
-      runs.at(-1).push([toX(at, now), y]);
+      runs.at(-1).push([toX(at, now), toY(value / top)]);
     }
     return runs;
   }
 }
 
 const toX = (at, now) => WIDTH - ((now - at) / KEPT_MS) * WIDTH;
+const toY = (share) => HEIGHT - 1.5 - share * (HEIGHT - 5);
 const spot = ([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`;
 
 // A lone point is a short dash, or nothing of it would be seen.

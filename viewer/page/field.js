@@ -18,6 +18,8 @@ const FIRST_FLASH = FIRST_SHADE + SHADES;
 const FIRST_GHOST = FIRST_FLASH + FLASH_STEPS;
 const LOOKS = FIRST_GHOST + GHOST_STEPS;
 const NEVER_DRAWN = 255;
+// The quickest looks follow each other after 75 ms: to paint more often than this shows nothing more.
+const BETWEEN_PAINTS_MS = 30;
 
 // Sizes of cells in CSS pixels, the largest that fits is taken. Those with text have the id in them.
 const SIZES = [
@@ -38,6 +40,7 @@ export class Field {
   #now;
   #size = SIZES[0];
   #rows = 1;
+  #pitch = { x: 1, y: 1 };
   #ratio = 1;
   #left = 0;
   #width = 0;
@@ -45,6 +48,7 @@ export class Field {
   #drawn = new Uint8Array(0);
   #paints = [];
   #arrangement = -1;
+  #painted = 0;
   #aged = 0;
   #calm = matchMedia("(prefers-reduced-motion: reduce)");
 
@@ -76,28 +80,25 @@ export class Field {
 
   /** The slot whose cell is at a point, in CSS pixels of the field, or -1. */
   slotAt(x, y) {
-    const column = Math.floor((x - this.#left) / this.#pitch);
-    const row = Math.floor(y / this.#size.height);
+    const column = Math.floor((x - this.#left) / this.#pitch.x);
+    const row = Math.floor(y / this.#pitch.y);
     if (column < 0 || column >= this.columns || row < 0) return -1;
     const slot = row * this.columns + column;
     return slot < this.#presence.slots ? slot : -1;
   }
 
-  // Cells with text share the whole width; small ones stay whole pixels, or the gaps would look uneven.
-  get #pitch() {
-    return this.#size.text ? this.#width / this.columns : this.#size.width;
-  }
-
+  // In device pixels, so that every gap is equally wide.
   #boxOf(slot) {
     const column = slot % this.columns;
     const row = Math.floor(slot / this.columns);
-    const pitch = this.#pitch * this.#ratio;
-    const left = Math.round(this.#left * this.#ratio);
-    const gap = Math.max(1, Math.round(this.#size.gap * this.#ratio));
-    const x = left + Math.round(column * pitch);
-    const y = Math.round(row * this.#size.height * this.#ratio);
-    const nextY = Math.round((row + 1) * this.#size.height * this.#ratio);
-    return [x, y, left + Math.round((column + 1) * pitch) - x - gap, nextY - y - gap];
+    const ratio = this.#ratio;
+    const gap = Math.max(1, Math.round(this.#size.gap * ratio));
+    const left = Math.round(this.#left * ratio);
+    const x = left + Math.round(column * this.#pitch.x * ratio);
+    const y = Math.round(row * this.#pitch.y * ratio);
+    const nextX = left + Math.round((column + 1) * this.#pitch.x * ratio);
+    const nextY = Math.round((row + 1) * this.#pitch.y * ratio);
+    return [x, y, nextX - x - gap, nextY - y - gap];
   }
 
   // The field is as high as the style sheet says at least; it grows where even the smallest cells need more.
@@ -112,7 +113,7 @@ export class Field {
   }
 
   #capacityOf(size, height) {
-    return Math.floor(this.#width / size.width) * Math.floor(height / size.height);
+    return Math.floor((this.#width + size.gap) / size.width) * Math.floor((height + size.gap) / size.height);
   }
 
   // The largest size of cell that has room for all; smaller ones at once, larger ones when it is worth it.
@@ -122,12 +123,17 @@ export class Field {
     const fitting = SIZES.find((size) => this.#capacityOf(size, height) >= needed) ?? SIZES.at(-1);
     const growing = SIZES.indexOf(fitting) < SIZES.indexOf(this.#size);
     if (anew || !growing || this.#capacityOf(fitting, height) >= needed * 1.25) this.#size = fitting;
-    this.columns = Math.max(1, Math.floor(this.#width / this.#size.width));
-    this.#rows = Math.max(Math.ceil(needed / this.columns), Math.floor(height / this.#size.height));
-    this.#left = this.#size.text ? 0 : Math.floor((this.#width - this.columns * this.#size.width + this.#size.gap) / 2);
+    const size = this.#size;
+    this.columns = Math.max(1, Math.floor((this.#width + size.gap) / size.width));
+    this.#rows = Math.max(Math.ceil(needed / this.columns), Math.floor((height + size.gap) / size.height));
+    // Cells with text share all the room there is; small ones stay whole pixels, or they would look uneven.
+    this.#pitch = size.text
+      ? { x: (this.#width + size.gap) / this.columns, y: Math.max(size.height, (height + size.gap) / this.#rows) }
+      : { x: size.width, y: size.height };
+    this.#left = Math.floor((this.#width + size.gap - this.columns * this.#pitch.x) / 2);
     this.#arrangement = this.#presence.arrangement;
 
-    const canvasHeight = this.#rows * this.#size.height;
+    const canvasHeight = Math.round(this.#rows * this.#pitch.y) - size.gap;
     const [deviceWidth, deviceHeight] = [Math.round(this.#width * this.#ratio), Math.round(canvasHeight * this.#ratio)];
     if (this.#canvas.width !== deviceWidth || this.#canvas.height !== deviceHeight) {
       this.#canvas.width = deviceWidth;
@@ -144,6 +150,8 @@ export class Field {
     if (presence.slots > this.#drawn.length) this.#arrange(false);
     else if (presence.arrangement !== this.#arrangement) this.#arrange(false);
     else if (devicePixelRatio !== this.#ratio) this.#resize();
+    if (time - this.#painted < BETWEEN_PAINTS_MS) return;
+    this.#painted = time;
     // Who wants no motion sees ages in steps of a second.
     if (this.#calm.matches && time - this.#aged < 1000) return;
     // The ages that stand in cells are text, and change by themselves.
@@ -223,7 +231,8 @@ export class Field {
     const colour = (name) => rgb(style.getPropertyValue(name));
     const [ground, empty, fresh, middle, stale, flash, gone] =
       ["--ground", "--cell-empty", "--cell-fresh", "--cell-middle", "--cell-stale", "--cell-flash", "--cell-gone"].map(colour);
-    const inks = [colour("--cell-ink-light"), colour("--cell-ink-dark")];
+    // One of black and white has a contrast of 4.5 at least with any colour.
+    const inks = [[255, 255, 255], [0, 0, 0]];
     this.#font = style.getPropertyValue("--mono");
     this.#ground = css(ground);
     this.#paints = Array.from({ length: LOOKS }, (_, look) => {

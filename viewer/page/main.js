@@ -2,6 +2,7 @@
 import { Browse } from "./browse.js";
 import { Feed } from "./feed.js";
 import { Field } from "./field.js";
+import { Lately } from "./lately.js";
 import { ObjectPanel } from "./object.js";
 import { MOST_SLOTS, Presence } from "./presence.js";
 import { Stats } from "./stats.js";
@@ -13,6 +14,7 @@ const element = (id) => document.getElementById(id);
 // Stream and numbers come by different requests. A stream that is open and silent for so long, while the
 // viewer counts others than we do, is made anew: something in between keeps it from us.
 const SILENT_MS = 20_000;
+const SLOW_START_MS = 4000;
 
 const presence = new Presence();
 let heard = { stream: false, numbers: false };
@@ -34,7 +36,7 @@ const feed = new Feed({
     } else if (kind === "gone") presence.remove(objects, time, now());
     else presence.see(objects, time);
     panel.note(kind, objects);
-    showCount();
+    lately.note(kind, objects, now());
   },
 });
 
@@ -58,8 +60,9 @@ const tiles = new Tiles(element("tiles"), element("summary-rows"), () => stats.h
 const field = new Field(element("field"), presence, now);
 const panel = new ObjectPanel(now, say, (id) => browse.mark(id));
 const browse = new Browse(element("field"), field, presence, now, (id) => panel.show(id));
+const lately = new Lately(element("lately"), (id) => panel.show(id));
 panel.showAddressed();
-setInterval(tick, 500);
+setInterval(tick, 250);
 tick();
 
 // ---------------------------------------------------------------------------- is it true now?
@@ -89,7 +92,7 @@ function showConnection() {
 
 function connection() {
   if (heard.stream) return heard.numbers || !stats.history.length ? ["live", "live"] : ["partly", `numbers of ${timeOfDay(stats.history.at(-1).at)}`];
-  if (!everConnected) return ["connecting", "connecting"];
+  if (!everConnected) return performance.now() < SLOW_START_MS ? ["connecting", "connecting"] : ["broken", "no connection yet; trying again"];
   const since = duration((Date.now() - brokenAt.page) / 1000);
   return ["broken", `no connection since ${timeOfDay(brokenAt.page)} (${since}); trying again`];
 }
@@ -99,11 +102,11 @@ function showNotices({ table, events, services }) {
   const wrong = [["The table", table], ["The stream of changes", events], ...services.map(({ url, status }) => [`The numbers of ${url}`, status])]
     .filter(([, status]) => status !== "ok")
     .map(([what, status]) => `${what}: ${status}`);
-  const list = element("notices");
-  if (list.dataset.words === wrong.join("\n")) return;
-  list.dataset.words = wrong.join("\n");
-  list.hidden = wrong.length === 0;
-  list.replaceChildren(...wrong.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
+  const place = element("notices");
+  if (place.dataset.words === wrong.join("\n")) return;
+  place.dataset.words = wrong.join("\n");
+  place.hidden = wrong.length === 0;
+  place.firstElementChild.replaceChildren(...wrong.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
   if (wrong.length) say(wrong.join(". "));
 }
 
@@ -113,6 +116,7 @@ function tick() {
   showConnection();
   showCount();
   panel.refresh();
+  lately.draw();
   browse.refresh();
   element("scale-end").textContent = `${duration(presence.span / 1000)} ago`;
   element("numbers-when").textContent = heard.numbers || !stats.history.length

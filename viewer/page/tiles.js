@@ -67,6 +67,7 @@ export class Tiles {
     const services = element("section", "tile");
     services.append(element("h3", "tile-title", "Services"), this.#services);
     place.append(...this.#tiles.map((tile) => tile.element), services);
+    summary.closest("details").addEventListener("toggle", () => this.draw());
   }
 
   draw(now = Date.now()) {
@@ -113,6 +114,7 @@ class Tile {
 
   constructor(about, point) {
     this.#about = about;
+    this.element.classList.toggle("kinds", Boolean(about.kinds));
     const figure = element("p", "tile-figure");
     figure.append(this.#now, " ", this.#unit);
     this.#unit.textContent = about.unit;
@@ -182,10 +184,7 @@ class Tile {
     this.#beside.dataset.words = String(some);
     this.#beside.replaceChildren();
     if (!some) return;
-    this.#beside.append(
-      "see ", element("code", "", "lastseen dead-letters list"),
-      ", send back ", element("code", "", "lastseen dead-letters redrive --all"),
-    );
+    for (const command of ["list", "redrive --all"]) this.#beside.append(element("code", "", `lastseen dead-letters ${command}`));
   }
 }
 
