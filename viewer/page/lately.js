@@ -1,7 +1,7 @@
 // Who came online and who went, lately: the last few of them, in words.
 import { timeOfDay } from "./words.js";
 
-const MOST = 8;
+const MOST = 6;
 
 export class Lately {
   #place;

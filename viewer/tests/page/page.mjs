@@ -1,0 +1,145 @@
+// The live page in a real Chromium, on a real Lastseen. Run by scripts/test-page.
+import assert from "node:assert/strict";
+import { axe, says, until, World } from "./world.mjs";
+
+const on = (page) => ({
+  count: page.locator("#count"),
+  connection: page.locator("#connection-words"),
+  state: page.locator("#object-state"),
+  field: page.getByRole("listbox", { name: "Objects online" }),
+  option: page.getByRole("option"),
+  id: page.getByRole("textbox", { name: "Object id" }),
+  show: page.getByRole("button", { name: "Show", exact: true }),
+});
+
+const tests = {
+  async "the page shows an object that was posted to the callback, and loses it after its TTL"(world) {
+    const { page } = await world.open();
+    const { count, connection, state, id, show } = on(page);
+    await says(connection, /^live$/);
+    await says(count, /^0$/);
+    await id.fill("2");
+    await show.click();
+    await says(state, /^Not online/);
+
+    await world.post("2", "3");
+    await says(state, /^Online, seen/);
+    await says(count, /^1$/);
+    assert.equal(await page.getByRole("region", { name: "Recent sightings" }).locator("tbody tr").count(), 1);
+
+    await says(state, /^Gone, last seen/);
+    await says(count, /^0$/);
+  },
+
+  async "the page survives a restart of the viewer, and keeps its last values meanwhile"(world) {
+    const { page } = await world.open();
+    const { count, connection, state, id, show } = on(page);
+    await id.fill("4");
+    await show.click();
+    await world.post("4");
+    await says(state, /^Online, seen/);
+    await says(count, /^1$/);
+
+    await world.kill();
+    await says(connection, /^no connection since \d\d:\d\d:\d\d/);
+    assert.equal((await count.textContent()).trim(), "1");
+    assert.match(await state.textContent(), /^Online/);
+
+    await page.evaluate(() => (window.sameDocument = true));
+    await world.boot();
+    await says(connection, /^live$/);
+    await says(count, /^0$/);
+    await says(state, /^(Gone|Not online)/);
+    await world.post("4");
+    await says(state, /^Online, seen/);
+    assert.ok(await page.evaluate(() => window.sameDocument), "it was not loaded anew");
+  },
+
+  async "the cells can be walked through and chosen by keyboard"(world) {
+    const { page } = await world.open();
+    const { count, field, option } = on(page);
+    await until("both are online at once", async () => {
+      await world.post("6", "8");
+      await page.waitForTimeout(200);
+      return (await count.textContent()) === "2";
+    });
+    await field.focus();
+    await page.keyboard.press("Home");
+    await says(option, /^Object \d, seen/);
+    const first = await option.textContent();
+    await page.keyboard.press("ArrowRight");
+    await until("another has the focus", async () => (await option.textContent()).slice(0, 8) !== first.slice(0, 8));
+    const other = (await option.textContent()).match(/^Object (\d)/)[1];
+    await page.keyboard.press("Enter");
+    await says(page.locator("#object-id"), new RegExp(`^${other}$`));
+  },
+
+  async "an id of more than 53 bits is shown to its last digit"(world) {
+    const { page } = await world.open();
+    const { state, id, show } = on(page);
+    await id.fill("9007199254740994");
+    await show.click();
+    await world.post("9007199254740994", "9007199254740992");
+    await says(state, /^Online, seen/);
+    await says(page.locator("#lately"), /9007199254740992/);
+  },
+
+  async "the numbers of the pipeline arrive"(world) {
+    const { page } = await world.open();
+    const lookups = page.locator(".tile", { has: page.getByRole("heading", { name: "Lookups", exact: true }) });
+    await until("lookups are counted", async () => {
+      await world.post("10");
+      await page.waitForTimeout(200);
+      return Number(await lookups.locator(".tile-number").textContent()) > 0;
+    });
+    await says(page.locator(".tile", { hasText: "Dead letters" }).locator(".tile-number"), /^0$/);
+  },
+
+  async "the policy against foreign scripts forbids nothing that the page does"(world) {
+    const { page, complaints } = await world.open();
+    await says(on(page).connection, /^live$/);
+    const policy = (await page.request.get(world.url)).headers()["content-security-policy"];
+    assert.match(policy, /default-src 'self'/);
+    assert.deepEqual(complaints, []);
+  },
+
+  async "axe finds nothing, in dark and light, on a desk and on a phone"(world) {
+    const source = await axe();
+    for (const colorScheme of ["dark", "light"]) {
+      for (const width of [1280, 360]) {
+        const { page } = await world.open({ colorScheme, viewport: { width, height: 740 }, bypassCSP: true });
+        await says(on(page).connection, /^live$/);
+        await world.post("12");
+        await page.locator("summary").click();
+        await page.evaluate(source);
+        const { violations } = await page.evaluate("axe.run()");
+        assert.deepEqual(violations.map(({ id, nodes }) => `${id}: ${nodes.map(({ html }) => html).join()}`), []);
+        const overflow = await page.evaluate("document.documentElement.scrollWidth - innerWidth");
+        assert.ok(overflow <= 0, `it is ${overflow} pixels wider than a window of ${width}`);
+      }
+    }
+  },
+};
+
+// The lines of cargo's own test runner, which scripts/test counts.
+const world = await World.start();
+let passed = 0;
+let failed = 0;
+try {
+  for (const [name, test] of Object.entries(tests)) {
+    try {
+      await test(world);
+      passed += 1;
+      console.log(`test ${name} ... ok`);
+    } catch (error) {
+      failed += 1;
+      console.log(`test ${name} ... FAILED\n${error.stack}`);
+    }
+    await world.closePages();
+  }
+  if (failed > 0) console.log(`the log of lastseen ends with\n${(await world.log()).split("\n").slice(-30).join("\n")}`);
+} finally {
+  await world.end();
+}
+console.log(`test result: ${failed ? "FAILED" : "ok"}. ${passed} passed; ${failed} failed; 0 ignored`);
+process.exitCode = failed > 0 ? 1 : 0;
