@@ -27,6 +27,7 @@ const SIZES = [
   { width: 88, height: 44, gap: 4, text: 13, age: true },
   { width: 68, height: 34, gap: 3, text: 12 },
   { width: 54, height: 27, gap: 3, text: 11 },
+  { width: 42, height: 24, gap: 3, text: 11 },
   ...[[24, 3], [20, 3], [17, 2], [14, 2], [12, 2], [10, 2], [9, 1], [8, 1], [7, 1], [6, 1], [5, 1]]
     .map(([side, gap]) => ({ width: side, height: side, gap, text: 0 })),
 ];

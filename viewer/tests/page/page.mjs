@@ -28,7 +28,8 @@ const tests = {
     assert.equal(await page.getByRole("region", { name: "Recent sightings" }).locator("tbody tr").count(), 1);
 
     await says(state, /^Gone, last seen/);
-    await says(count, /^0$/);
+    // By this change, and not by the snapshot that the page asks for when it has missed one.
+    await says(count, /^0$/, 5000);
   },
 
   async "the page survives a restart of the viewer, and keeps its last values meanwhile"(world) {
@@ -122,11 +123,12 @@ const tests = {
 };
 
 // The lines of cargo's own test runner, which scripts/test counts.
+const only = process.argv[2] ?? "";
 const world = await World.start();
 let passed = 0;
 let failed = 0;
 try {
-  for (const [name, test] of Object.entries(tests)) {
+  for (const [name, test] of Object.entries(tests).filter(([name]) => name.includes(only))) {
     try {
       await test(world);
       passed += 1;
@@ -142,4 +144,4 @@ try {
   await world.end();
 }
 console.log(`test result: ${failed ? "FAILED" : "ok"}. ${passed} passed; ${failed} failed; 0 ignored`);
-process.exitCode = failed > 0 ? 1 : 0;
+process.exitCode = failed > 0 || passed === 0 ? 1 : 0;

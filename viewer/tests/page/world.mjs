@@ -12,8 +12,8 @@ const { LASTSEEN, CHROMIUM, NODE_PACKAGES } = process.env;
 const require = createRequire(join(NODE_PACKAGES, "/"));
 const { chromium } = require("playwright-core");
 
-/** How long anything may take that a test waits for. */
-export const DEADLINE_MS = 30_000;
+// How long anything may take that a test waits for.
+const DEADLINE_MS = 30_000;
 
 // A short life, and a status API that does not take its time.
 const SETTINGS = {
@@ -106,8 +106,8 @@ export class World {
 }
 
 /** Waits until `holds` gives true; what it throws meanwhile is its reason for "not yet". */
-export async function until(what, holds) {
-  const deadline = Date.now() + DEADLINE_MS;
+export async function until(what, holds, within = DEADLINE_MS) {
+  const deadline = Date.now() + within;
   let why = "";
   while (Date.now() < deadline) {
     try {
@@ -122,12 +122,12 @@ export async function until(what, holds) {
 }
 
 /** Waits until the element's text is so. */
-export async function says(locator, pattern) {
+export async function says(locator, pattern, within = DEADLINE_MS) {
   let text = "";
   await until(`the page says ${pattern}`, async () => {
     text = (await locator.textContent()).trim();
     return pattern.test(text);
-  }).catch((error) => {
+  }, within).catch((error) => {
     throw new Error(`${error.message}; it says "${text}"`);
   });
 }
