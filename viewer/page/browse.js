@@ -16,6 +16,8 @@ export class Browse {
   #element;
   #option;
   #active = -1;
+  #activeId = null;
+  #arrangement = 0;
   #chosen = null;
   #rings;
   #tip;
@@ -48,6 +50,12 @@ export class Browse {
 
   /** Brings rings, tip and words up to date with what has changed. */
   refresh() {
+    // Objects keep their slots, but for a field that was pulled together: then the focus goes along.
+    if (this.#arrangement !== this.#presence.arrangement) {
+      this.#arrangement = this.#presence.arrangement;
+      this.#active = this.#activeId === null ? -1 : this.#presence.slotOf(this.#activeId);
+    }
+    this.#activeId = this.#active < 0 ? null : this.#presence.idAt(this.#active);
     const chosen = this.#chosen === null ? -1 : this.#presence.slotOf(this.#chosen);
     this.#put(this.#rings.chosen, chosen);
     const focused = document.activeElement === this.#element;

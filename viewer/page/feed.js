@@ -54,8 +54,22 @@ export class Feed {
     for (const kind of KINDS) {
       source.addEventListener(kind, (event) => {
         this.heardAt = performance.now();
-        this.#on.change(kind, objects(event.data));
+        const changed = this.#read(event);
+        if (changed) this.#on.change(kind, changed);
       });
+    }
+  }
+
+  // After an event that cannot be read nothing is sure any more: a new connection begins with a snapshot.
+  #read(event) {
+    try {
+      return objects(event.data);
+    } catch (error) {
+      console.error(`an event of ${event.type} cannot be read:`, error);
+      this.#source.close();
+      this.#on.lost();
+      this.#connectLater();
+      return null;
     }
   }
 

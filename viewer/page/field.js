@@ -67,8 +67,8 @@ export class Field {
     this.#repaint();
     this.#resize();
     const frame = (time) => {
-      this.#draw(time);
       requestAnimationFrame(frame);
+      this.#draw(time);
     };
     requestAnimationFrame(frame);
   }

@@ -17,7 +17,7 @@ const SILENT_MS = 20_000;
 const SLOW_START_MS = 4000;
 
 const presence = new Presence();
-let heard = { stream: false, numbers: false };
+const heard = { stream: false, numbers: false };
 let brokenAt = null;
 let everConnected = false;
 
