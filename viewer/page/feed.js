@@ -18,42 +18,42 @@ export class Feed {
   #source = null;
   #failures = 0;
   #timer = 0;
-  /** When the last event came, in the page's own time. */
-  heardAt = performance.now();
+  #heardAt = performance.now();
 
   constructor(on) {
     this.#on = on;
     this.#connect();
   }
 
-  /** Drops the connection and makes a new one: for one that is open and silent although there is news. */
+  /** Drops the connection and makes a new one, which begins with a snapshot: for one that hangs. */
   renew() {
     clearTimeout(this.#timer);
     this.#connect();
   }
 
-  /** Whether the connection is there, as far as the browser knows. */
-  get open() {
-    return this.#source?.readyState === EventSource.OPEN;
+  /** For how many milliseconds nothing has come, not even a failure, although nothing is being waited for. */
+  get silence() {
+    return this.#source.readyState === EventSource.CLOSED ? 0 : performance.now() - this.#heardAt;
   }
 
   #connect() {
     this.#source?.close();
     const source = new EventSource("/events");
     this.#source = source;
-    this.heardAt = performance.now();
+    this.#heardAt = performance.now();
     source.onopen = () => {
       this.#failures = 0;
-      this.heardAt = performance.now();
+      this.#heardAt = performance.now();
       this.#on.open();
     };
     source.onerror = () => {
+      this.#heardAt = performance.now();
       this.#on.lost();
       if (source.readyState === EventSource.CLOSED) this.#connectLater();
     };
     for (const kind of KINDS) {
       source.addEventListener(kind, (event) => {
-        this.heardAt = performance.now();
+        this.#heardAt = performance.now();
         const changed = this.#read(event);
         if (changed) this.#on.change(kind, changed);
       });

@@ -11,9 +11,11 @@ import { ago, duration, number, timeOfDay } from "./words.js";
 
 const element = (id) => document.getElementById(id);
 
-// Stream and numbers come by different requests. A stream that is open and silent for so long, while the
-// viewer counts others than we do, is made anew: something in between keeps it from us.
+// Stream and numbers come by different requests. While numbers come, a stream that is silent for so long is made
+// anew if it still tries to connect, or is there and the viewer counts others than the page does: something in
+// between keeps it from us. One that broke with the numbers may take minutes to notice; the numbers know already.
 const SILENT_MS = 20_000;
+const SILENT_AFTER_OUTAGE_MS = 5000;
 const SLOW_START_MS = 4000;
 
 const presence = new Presence();
@@ -42,13 +44,13 @@ const feed = new Feed({
 
 const stats = new Stats({
   answer(answer) {
-    // A stream that hung with the connection may take minutes to notice that; the numbers know already.
-    if (!heard.numbers && everConnected && performance.now() - feed.heardAt > SILENT_MS / 4) feed.renew();
+    const back = !heard.numbers;
     hear("numbers", true);
     showNotices(answer);
     tiles.draw();
-    const differs = answer.online !== presence.online && presence.slots < MOST_SLOTS;
-    if (feed.open && differs && performance.now() - feed.heardAt > SILENT_MS) feed.renew();
+    const differs = answer.online !== null && answer.online !== presence.online && presence.slots < MOST_SLOTS;
+    const doubtful = back ? feed.silence > SILENT_AFTER_OUTAGE_MS : feed.silence > SILENT_MS;
+    if (doubtful && (back || differs || !heard.stream)) feed.renew();
   },
   failure() {
     hear("numbers", false);
