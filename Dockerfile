@@ -4,11 +4,13 @@ WORKDIR /build
 
 # The dependencies, in a layer that lasts until a manifest changes: each crate is empty here.
 COPY Cargo.toml Cargo.lock ./
+COPY amqp/Cargo.toml amqp/
 COPY authenticity/Cargo.toml authenticity/
 COPY bench/Cargo.toml bench/
 COPY broker/Cargo.toml broker/
 COPY consumer/Cargo.toml consumer/
 COPY embedded/Cargo.toml embedded/
+COPY events/Cargo.toml events/
 COPY faults/Cargo.toml faults/
 COPY pipeline/Cargo.toml pipeline/
 COPY producer/Cargo.toml producer/

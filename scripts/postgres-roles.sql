@@ -1,7 +1,7 @@
 -- The roles that Lastseen's services log in as, each with what its statements need and no more.
 --
 -- docker-compose.yml has Postgres run this when it sets up its files. Elsewhere a superuser runs it in
--- the database, with the three passwords in the environment (psql 14 or later):
+-- the database, with the four passwords in the environment (psql 14 or later):
 --
 --   psql -d DATABASE -f scripts/postgres-roles.sql
 --
@@ -11,42 +11,48 @@
 \getenv migration_password POSTGRES_MIGRATION_PASSWORD
 \getenv consumer_password POSTGRES_CONSUMER_PASSWORD
 \getenv routine_password POSTGRES_ROUTINE_PASSWORD
+\getenv viewer_password POSTGRES_VIEWER_PASSWORD
 
 BEGIN;
 
 SELECT format('CREATE ROLE %I', name)
-FROM unnest(ARRAY['lastseen_migration', 'lastseen_consumer', 'lastseen_routine']) AS name
+FROM unnest(ARRAY[
+    'lastseen_migration', 'lastseen_consumer', 'lastseen_routine', 'lastseen_viewer']) AS name
 WHERE NOT EXISTS (SELECT FROM pg_roles WHERE rolname = name) \gexec
 ALTER ROLE lastseen_migration LOGIN PASSWORD :'migration_password';
 ALTER ROLE lastseen_consumer LOGIN PASSWORD :'consumer_password';
 ALTER ROLE lastseen_routine LOGIN PASSWORD :'routine_password';
+ALTER ROLE lastseen_viewer LOGIN PASSWORD :'viewer_password';
 
 -- By default everybody may connect and make temporary tables and, before Postgres 15, any table.
 SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()) \gexec
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 SELECT format(
-    'GRANT CONNECT ON DATABASE %I TO lastseen_migration, lastseen_consumer, lastseen_routine',
+    'GRANT CONNECT ON DATABASE %I TO lastseen_migration, lastseen_consumer, lastseen_routine, lastseen_viewer',
     current_database()) \gexec
 GRANT USAGE, CREATE ON SCHEMA public TO lastseen_migration;
-GRANT USAGE ON SCHEMA public TO lastseen_consumer, lastseen_routine;
+GRANT USAGE ON SCHEMA public TO lastseen_consumer, lastseen_routine, lastseen_viewer;
 
 -- These rights come with the table, also when it is made anew: by default privileges, because a
 -- grant would go with the table that it was made for. sqlx's record of the migrations has them too.
 --
 -- The consumer's upsert inserts, updates, and reads the row that it may update. The routine deletes
 -- the rows that it has found by reading; it locks them first (FOR UPDATE SKIP LOCKED), and Postgres
--- lets nobody lock a row who may not update it.
+-- lets nobody lock a row who may not update it. The viewer only reads.
 ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
     GRANT SELECT, INSERT, UPDATE ON TABLES TO lastseen_consumer;
 ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
     GRANT SELECT, UPDATE, DELETE ON TABLES TO lastseen_routine;
+ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
+    GRANT SELECT ON TABLES TO lastseen_viewer;
 
 -- A table that somebody else made before.
 ALTER TABLE IF EXISTS object OWNER TO lastseen_migration;
 ALTER TABLE IF EXISTS _sqlx_migrations OWNER TO lastseen_migration;
 SELECT unnest(ARRAY[
     'GRANT SELECT, INSERT, UPDATE ON object TO lastseen_consumer',
-    'GRANT SELECT, UPDATE, DELETE ON object TO lastseen_routine'])
+    'GRANT SELECT, UPDATE, DELETE ON object TO lastseen_routine',
+    'GRANT SELECT ON object TO lastseen_viewer'])
 WHERE to_regclass('object') IS NOT NULL \gexec
 
 COMMIT;

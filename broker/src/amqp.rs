@@ -8,19 +8,19 @@ mod inspector;
 mod link;
 mod publisher;
 mod topology;
-mod uri;
 
 pub(crate) use consumer::Consumer;
 pub(crate) use delivery::Delivery;
 pub(crate) use inspector::Inspector;
 pub(crate) use publisher::Publisher;
-pub(crate) use uri::AmqpUri;
+
+use ::amqp::Access;
 
 use crate::config::QueueConfig;
 
 /// Which broker, and which queue on it.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
-    pub(crate) uri: AmqpUri,
+    pub(crate) access: Access,
     pub(crate) queue: QueueConfig,
 }

@@ -4,12 +4,9 @@ use std::path::PathBuf;
 use std::str::FromStr;
 use std::sync::Arc;
 
+use ::amqp::{Access, AmqpUri, settings};
 use embedded::{Location, OpenError};
-use rustls::RootCertStore;
-use rustls::pki_types::CertificateDer;
-use rustls::pki_types::pem::PemObject as _;
 
-use crate::amqp::AmqpUri;
 use crate::sqlite::Queue;
 
 /// The broker's settings.
@@ -52,6 +49,19 @@ impl Config {
         };
         Ok(Claim { queue })
     }
+
+    /// How to get to the RabbitMQ, for what else there is on it; `None` if the queue is in a file.
+    #[must_use]
+    pub fn access(&self) -> Option<Access> {
+        match &self.amqp_uri.0 {
+            Backend::Amqp(uri) => Some(self.access_with(uri)),
+            Backend::Sqlite(_) => None,
+        }
+    }
+
+    pub(crate) fn access_with(&self, uri: &AmqpUri) -> Access {
+        Access { uri: uri.clone(), authorities: self.queue.amqp_ca.clone() }
+    }
 }
 
 /// Which queue of a RabbitMQ, and whom to trust about it. A file holds one queue only, and has no use
@@ -61,13 +71,13 @@ impl Config {
 #[group(skip)]
 pub struct QueueConfig {
     /// RabbitMQ's queue; `.retry.*` and `.dead` are added to its name for retries and dead letters
-    #[arg(long, global = true, default_value = "objects", value_parser = queue_name)]
+    #[arg(long, global = true, default_value = "objects", value_parser = settings::queue_name)]
     pub queue_name: String,
     /// How RabbitMQ's queue is declared: quorum, or classic without arguments, as the Go services do
     #[arg(long, global = true, value_enum, ignore_case = true, default_value = "quorum")]
     pub queue_type: QueueType,
     /// Certificates, as PEM, of authorities to trust for amqps:// besides the system's; mostly by `AMQP_CA_FILE`, a file with them
-    #[arg(long, global = true, value_parser = certificates)]
+    #[arg(long, global = true, value_parser = settings::certificates)]
     pub amqp_ca: Option<String>,
 }
 
@@ -127,24 +137,6 @@ impl std::fmt::Debug for BrokerUrl {
             Backend::Sqlite(location) => location.fmt(formatter),
         }
     }
-}
-
-/// RabbitMQ limits names to 255 bytes; ours get a suffix of up to 10, and `amq.` is its own.
-fn queue_name(text: &str) -> Result<String, String> {
-    if text.is_empty() || text.len() > 240 || text.starts_with("amq.") {
-        return Err("expected a name of 1 to 240 bytes that does not start with amq.".to_owned());
-    }
-    Ok(text.to_owned())
-}
-
-/// PEM text of which all can be used: whoever adds an authority must not find it ignored later on.
-fn certificates(text: &str) -> Result<String, String> {
-    let certificates: Result<Vec<_>, _> = CertificateDer::pem_slice_iter(text.as_bytes()).collect();
-    let mut roots = RootCertStore::empty();
-    let usable = certificates.is_ok_and(|certificates| {
-        !certificates.is_empty() && certificates.into_iter().all(|one| roots.add(one).is_ok())
-    });
-    usable.then(|| text.to_owned()).ok_or_else(|| "expected certificates in PEM form".to_owned())
 }
 
 #[cfg(test)]

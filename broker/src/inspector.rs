@@ -103,7 +103,8 @@ impl Inspector {
     pub async fn open(config: &Config) -> Result<Self, InspectError> {
         Ok(Self(match &config.amqp_uri.0 {
             Backend::Amqp(uri) => {
-                let config = amqp::Config { uri: uri.clone(), queue: config.queue.clone() };
+                let access = config.access_with(uri);
+                let config = amqp::Config { access, queue: config.queue.clone() };
                 Inner::Amqp(Box::new(amqp::Inspector::open(config).await?))
             }
             Backend::Sqlite(location) => {

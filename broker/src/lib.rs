@@ -6,10 +6,6 @@
 //! own connection: they reconnect for as long as it takes and tell by their status how it stands.
 //! What no broker takes for now can wait in a [`Spool`] on this machine's disk.
 
-use std::time::Duration;
-
-use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
-
 mod amqp;
 mod config;
 mod consumer;
@@ -21,6 +17,7 @@ mod retry;
 mod spool;
 mod sqlite;
 
+pub use ::amqp::backoff;
 pub use config::{BrokerUrl, Claim, Config, QueueConfig, QueueType};
 pub use consumer::Consumer;
 pub use delivery::{Delivery, Disposition, Settled};
@@ -32,15 +29,3 @@ pub use spool::{Spool, SpoolError, Spooled};
 
 /// Whether the broker takes and gives messages: `Ok`, or why not, in words for an operator.
 pub type LinkStatus = Result<(), String>;
-
-/// The waits between attempts at what must succeed in the end: from 100 ms, doubling, to about 1 s,
-/// for ever.
-#[must_use]
-pub fn backoff() -> ExponentialBackoff {
-    ExponentialBuilder::new()
-        .with_min_delay(Duration::from_millis(100))
-        .with_max_delay(Duration::from_millis(700))
-        .with_jitter()
-        .without_max_times()
-        .build()
-}

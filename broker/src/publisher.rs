@@ -62,7 +62,8 @@ impl Publisher {
         );
         let kind = match &config.amqp_uri.0 {
             Backend::Amqp(uri) => {
-                let config = amqp::Config { uri: uri.clone(), queue: config.queue.clone() };
+                let access = config.access_with(uri);
+                let config = amqp::Config { access, queue: config.queue.clone() };
                 Kind::Amqp(amqp::Publisher::start(config, name))
             }
             Backend::Sqlite(location) => Kind::Sqlite(location.open(Queue::open)?),

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use clap::ArgAction;
+use events::Exchange;
 use service::settings;
 
 /// Deliveries that wait for a lookup, for each that may run: at 5 s for a lookup, the last of them has
@@ -24,6 +25,20 @@ pub struct Config {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub store: store::Config,
+    /// Where to tell what is committed, if not on the broker of the queue; no setting can name it.
+    #[arg(skip)]
+    pub events: Option<Exchange>,
+}
+
+impl Config {
+    /// Where to tell what is committed: with a queue in a file, nobody could hear it.
+    pub(crate) fn exchange(&self) -> Exchange {
+        let on_the_broker = || {
+            let access = self.broker.access();
+            access.map(|access| Exchange::on(access, &self.broker.queue.queue_name))
+        };
+        self.events.clone().or_else(on_the_broker).unwrap_or_else(Exchange::nowhere)
+    }
 }
 
 /// How objects are looked up, and how the results are written.

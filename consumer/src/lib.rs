@@ -10,6 +10,7 @@ mod writer;
 use std::sync::Arc;
 
 use broker::{Consumer, Publisher};
+use events::Emitter;
 use service::{CancellationToken, Description, Health};
 use store::Store;
 use tokio::sync::watch;
@@ -41,7 +42,8 @@ pub async fn run(
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let Config { lookups, broker, store } = config;
+    let exchange = config.exchange();
+    let Config { lookups, broker, store, .. } = config;
     let breaker = Breaker::new(lookups.max_consumers.into());
     let status_api = StatusApi::new(&lookups, breaker.status())?;
     let store = Arc::new(Store::start(&store, "consumer", DATABASE_CONNECTIONS)?);
@@ -51,9 +53,13 @@ pub async fn run(
     health.needs("broker, for retries", publisher.status());
     health.needs("database", store.status());
     health.needs("status API", status_api.status());
+    let events = Emitter::start(&exchange, "consumer: events");
+    if let Some(status) = events.status() {
+        health.wants("events", status);
+    }
     health.all_told();
 
-    let writer = Writer::start(Arc::clone(&store), &lookups);
+    let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups);
     let died = died(publisher.clone(), Arc::clone(&store), writer.clone(), status_api.status());
     let intake = Intake::new(&lookups, status_api, Arc::clone(&breaker), writer, shutdown);
     tokio::select! {
@@ -61,7 +67,7 @@ pub async fn run(
         part = died => anyhow::bail!("{part} has died"),
         never = breaker.watch() => match never {},
     }
-    publisher.close().await;
+    tokio::join!(publisher.close(), events.close());
     Ok(())
 }
 

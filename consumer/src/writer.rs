@@ -4,7 +4,8 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use store::{Sighting, Store, StoreError};
+use events::{Emitter, Kind, Object};
+use store::{Recorded, Row, Sighting, Store, StoreError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout_at;
 
@@ -38,11 +39,13 @@ struct Seen {
 }
 
 impl Writer {
-    pub(crate) fn start(store: Arc<Store>, config: &Lookups) -> Self {
+    pub(crate) fn start(store: Arc<Store>, events: Emitter, config: &Lookups) -> Self {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
         let linger = config.write_batch_linger;
-        Self::served_by(batch_max, |results| write_batches(store, results, batch_max, linger))
+        Self::served_by(batch_max, |results| {
+            write_batches(Table { store, events }, results, batch_max, linger)
+        })
     }
 
     fn served_by<F: Future<Output = ()> + Send + 'static>(
@@ -71,8 +74,14 @@ impl Writer {
     }
 }
 
-async fn write_batches(
+/// Where results are written, and who is told of it.
+struct Table {
     store: Arc<Store>,
+    events: Emitter,
+}
+
+async fn write_batches(
+    table: Table,
     mut results: mpsc::Receiver<Seen>,
     batch_max: usize,
     linger: Duration,
@@ -89,7 +98,7 @@ async fn write_batches(
                 Ok(_) => {}
             }
         }
-        let refused = commit(&store, &batch).await;
+        let refused = commit(&table, &batch).await;
         for seen in batch.drain(..) {
             let reason = refused.get(&seen.id).cloned();
             let written = reason.map_or(Written::Committed, Written::Refused);
@@ -104,7 +113,7 @@ async fn write_batches(
 ///
 /// Returns the objects whose rows the database refuses, with its reasons. They are found by halving:
 /// each half is committed or halved on, so one bad row among 1,000 costs some twenty statements.
-async fn commit(store: &Store, batch: &[Seen]) -> HashMap<i64, String> {
+async fn commit(table: &Table, batch: &[Seen]) -> HashMap<i64, String> {
     let newest = newest_of_each(batch);
     let mut waits = broker::backoff();
     let started = Instant::now();
@@ -115,8 +124,11 @@ async fn commit(store: &Store, batch: &[Seen]) -> HashMap<i64, String> {
         // The age is taken anew for each attempt: it counts from now back to the answer.
         let sightings: Vec<Sighting> =
             rows.iter().map(|&(id, at)| Sighting { id, age: at.elapsed() }).collect();
-        match (store.record_seen(&sightings).await, rows) {
-            (Ok(()), _) => waits = broker::backoff(),
+        match (table.store.record_seen(&sightings).await, rows) {
+            (Ok(recorded), _) => {
+                table.tell(&recorded);
+                waits = broker::backoff();
+            }
             (Err(error @ StoreError::Refused(_)), &[(id, _)]) => {
                 let reason = error.to_string();
                 tracing::warn!(id, reason, "not written");
@@ -147,6 +159,15 @@ async fn commit(store: &Store, batch: &[Seen]) -> HashMap<i64, String> {
     #[expect(clippy::cast_precision_loss, reason = "a batch has at most 10,000 rows")]
     metrics::histogram!("lastseen_write_batch_rows").record(newest.len() as f64);
     refused
+}
+
+impl Table {
+    /// Tells those who want to know; this never waits.
+    fn tell(&self, recorded: &Recorded) {
+        let object = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
+        self.events.tell(Kind::Online, recorded.inserted.iter().map(object));
+        self.events.tell(Kind::Seen, recorded.updated.iter().map(object));
+    }
 }
 
 /// Each object once, with its newest sighting, in ascending order of the ids: the order in which

@@ -5,8 +5,9 @@ mod steps;
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use events::{Emitter, Kind, Object};
 use service::{CancellationToken, Description, Health, settings};
-use store::{Moment, Store, StoreError};
+use store::{Moment, Row, Store, StoreError};
 use tokio::time::MissedTickBehavior;
 
 use crate::steps::Steps;
@@ -20,6 +21,8 @@ pub const DESCRIPTION: Description = Description {
 
 /// How long `--once` waits for the database before it fails; cron will try again.
 const ONCE_PATIENCE: Duration = Duration::from_secs(30);
+/// How long `--once` waits for whoever is told; it does without.
+const EVENTS_PATIENCE: Duration = Duration::from_secs(2);
 
 /// The routine's settings.
 #[derive(Clone, Debug, clap::Args)]
@@ -34,6 +37,9 @@ pub struct Config {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub store: store::Config,
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    pub events: events::Config,
 }
 
 /// What is deleted, and how often.
@@ -69,13 +75,36 @@ pub async fn run(
         metrics::Unit::Seconds,
         "Time that one cleanup took, all of its batches together."
     );
-    let Config { cleanup, once, store } = config;
+    let Config { cleanup, once, store, events } = config;
+    let events = Emitter::start(&events.exchange(), "routine: events");
     let store = Store::start(&store, "routine", 1)?;
     health.needs("database", store.status());
-    health.all_told();
-    if once {
-        return clean_up_once(&store, &cleanup).await;
+    if let Some(status) = events.status() {
+        health.wants("events", status);
     }
+    health.all_told();
+    let table = Table { store, events };
+    let ended = if once {
+        clean_up_once(&table, &cleanup).await
+    } else {
+        clean_up_until(&table, &cleanup, shutdown).await
+    };
+    table.events.close().await;
+    ended
+}
+
+/// The table, and who is told what is deleted from it.
+struct Table {
+    store: Store,
+    events: Emitter,
+}
+
+async fn clean_up_until(
+    table: &Table,
+    cleanup: &Cleanup,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
+    let store = &table.store;
     let mut interval = tokio::time::interval(cleanup.routine_interval);
     // After an outage one cleanup is enough; those that were missed have nothing left to delete.
     interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
@@ -91,7 +120,7 @@ pub async fn run(
         if store.status().borrow().is_err() {
             continue;
         }
-        match clean_up(&store, &cleanup, &mut steps, &shutdown).await {
+        match clean_up(table, cleanup, &mut steps, &shutdown).await {
             Ok(()) => failing = false,
             Err(error) if failing => tracing::debug!(%error, "cleanup failed again"),
             Err(error) => {
@@ -102,7 +131,8 @@ pub async fn run(
     }
 }
 
-async fn clean_up_once(store: &Store, config: &Cleanup) -> anyhow::Result<()> {
+async fn clean_up_once(table: &Table, config: &Cleanup) -> anyhow::Result<()> {
+    let store = &table.store;
     let mut status = store.status();
     let ready = status.wait_for(Result::is_ok);
     let Ok(ready) = tokio::time::timeout(ONCE_PATIENCE, ready).await else {
@@ -110,8 +140,14 @@ async fn clean_up_once(store: &Store, config: &Cleanup) -> anyhow::Result<()> {
         anyhow::bail!("no database within {ONCE_PATIENCE:?}: {reason}");
     };
     ready.context("the database is no longer watched")?;
+    if let Some(mut status) = table.events.status() {
+        let connected = tokio::time::timeout(EVENTS_PATIENCE, status.wait_for(Result::is_ok));
+        if connected.await.is_err() {
+            tracing::debug!("nobody is told what is deleted");
+        }
+    }
     // There is no earlier reading of the clock to hold this one against.
-    clean_up(store, config, &mut Steps::default(), &CancellationToken::new()).await?;
+    clean_up(table, config, &mut Steps::default(), &CancellationToken::new()).await?;
     Ok(())
 }
 
@@ -120,13 +156,13 @@ async fn clean_up_once(store: &Store, config: &Cleanup) -> anyhow::Result<()> {
 /// The clock is read once for all batches, and no statement looks at it again: a step in between
 /// deletes nothing.
 async fn clean_up(
-    store: &Store,
+    table: &Table,
     config: &Cleanup,
     steps: &mut Steps,
     shutdown: &CancellationToken,
 ) -> Result<(), StoreError> {
     let asked_at = Instant::now();
-    let now = match store.now().await {
+    let now = match table.store.now().await {
         Ok(now) => now,
         Err(error) => {
             count("failed");
@@ -141,14 +177,14 @@ async fn clean_up(
         count("skipped");
         return Ok(());
     }
-    delete(store, now.before(config.object_ttl), config.delete_batch_max, shutdown).await
+    delete(table, now.before(config.object_ttl), config.delete_batch_max, shutdown).await
 }
 
 /// Deletes batch after batch until one is short.
 ///
 /// Replicas do not collide: each skips the rows that another is deleting.
 async fn delete(
-    store: &Store,
+    table: &Table,
     oldest: Moment,
     batch_max: u32,
     shutdown: &CancellationToken,
@@ -156,10 +192,12 @@ async fn delete(
     let started = Instant::now();
     let mut deleted = 0;
     let outcome = loop {
-        match store.delete_stale(oldest, batch_max).await {
+        match table.store.delete_stale(oldest, batch_max).await {
             Ok(rows) => {
-                deleted += rows;
-                if rows < u64::from(batch_max) || shutdown.is_cancelled() {
+                let gone = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
+                table.events.tell(Kind::Gone, rows.iter().map(gone));
+                deleted += rows.len() as u64;
+                if rows.len() < batch_max as usize || shutdown.is_cancelled() {
                     break Ok(());
                 }
             }

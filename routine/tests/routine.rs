@@ -4,10 +4,12 @@
 
 use std::time::Duration;
 
+use amqp::Access;
 use clap::Parser as _;
+use events::{Exchange, Kind, Notice, Subscriber};
 use service::{CancellationToken, Health};
 use sqlx::PgPool;
-use testbed::{Database, DatabaseClock, Process, Proxy, eventually};
+use testbed::{Database, DatabaseClock, Process, Proxy, Queue, eventually};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use url::Url;
@@ -55,7 +57,7 @@ async fn database() -> Database {
 /// Writes the rows `ids`, last seen `age` ago, as Postgres writes an interval.
 async fn insert(pool: &PgPool, ids: std::ops::RangeInclusive<i64>, age: &str) {
     let sql = "INSERT INTO object SELECT id, pg_catalog.now() - $3::text::interval
-               FROM generate_series($1, $2) AS id";
+               FROM generate_series($1, $2) AS id ON CONFLICT DO NOTHING";
     let query = sqlx::query(sql).bind(ids.start()).bind(ids.end()).bind(age);
     query.execute(pool).await.unwrap();
 }
@@ -214,6 +216,45 @@ async fn told_to_clean_up_once_it_does_so_and_ends_with_success() {
     let ended = routine.wait().await;
     assert_eq!(ended.code(), Some(0), "{ended}");
     assert_eq!(ids(database.pool()).await, [6]);
+}
+
+#[tokio::test]
+async fn what_is_deleted_is_told_if_it_has_a_broker_also_by_one_cleanup_for_cron() {
+    let (queue, database) = (Queue::new(), database().await);
+    let access = Access { uri: testbed::amqp_uri().parse().unwrap(), authorities: None };
+    let mut subscriber = Subscriber::new(&Exchange::on(access, &queue.name), "test");
+    assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notice::Missed(_)));
+    let uri = testbed::amqp_uri();
+    let settings = [("AMQP_URI", uri.as_str()), ("QUEUE_NAME", &queue.name)];
+    for (id, arguments) in [(1, &["--once"][..]), (2, &[])] {
+        insert(database.pool(), id..=id, "2 h").await;
+        let _routine = process(&database, &settings, arguments);
+        let (kind, gone) = loop {
+            let notice = timeout(DEADLINE, subscriber.next()).await.unwrap();
+            // The second one may have deleted it before it had connected.
+            let Notice::Committed(kind, gone) = notice else {
+                insert(database.pool(), id..=id, "2 h").await;
+                continue;
+            };
+            break (kind, gone);
+        };
+        assert_eq!((kind, gone[0].id), (Kind::Gone, id));
+        let age = gone[0].last_seen.elapsed().unwrap();
+        assert!(age > Duration::from_mins(119), "{age:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_broker_that_is_away_keeps_it_from_nothing() {
+    let database = database().await;
+    insert(database.pool(), 1..=1, "2 h").await;
+    let nowhere = format!("amqp://127.0.0.1:{}", testbed::free_port());
+    let routine = process(&database, &[("AMQP_URI", &nowhere)], &[]);
+    only_is_left(database.pool(), &[]).await;
+    let (status, body) = routine.get("/readyz").await;
+    assert!(status == 200 && body.contains("without events: cannot reach"), "{status} {body}");
+    routine.terminate();
+    assert_eq!(routine.wait().await.code(), Some(0));
 }
 
 #[tokio::test]

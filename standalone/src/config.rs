@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use authenticity::Authenticity;
 use broker::{BrokerUrl, QueueConfig};
 use clap::{Arg, Args, Subcommand};
+use events::Exchange;
 use store::DatabaseUrl;
 use tester::config::{Check, Checked};
 
@@ -155,6 +156,15 @@ impl Config {
         let url = self.amqp_uri.clone();
         let amqp_uri = url.unwrap_or_else(|| BrokerUrl::file(self.lastseen_dir.join("queue.db")));
         broker::Config { amqp_uri, queue: self.queue.clone() }
+    }
+
+    /// Where the roles tell each other what is committed: on the broker, if it is a RabbitMQ, for others
+    /// may be there, too.
+    pub(crate) fn exchange(&self) -> Exchange {
+        let access = self.broker().access();
+        access.map_or_else(Exchange::in_process, |access| {
+            Exchange::on(access, &self.queue.queue_name)
+        })
     }
 
     /// The table in the directory, unless another is named.

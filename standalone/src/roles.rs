@@ -44,6 +44,7 @@ impl Stage {
         let without = config.without;
         let mut lookups = config.lookups.clone();
         let mut partners_callbacks = config.partners_callbacks.clone().into_inner();
+        let exchange = config.exchange();
         let mut roles = Roles { running: JoinSet::new(), shutdown: shutdown.clone() };
 
         let api = if without.api() {
@@ -69,14 +70,19 @@ impl Stage {
             roles.begin("producer", door.serve(shutdown.clone()));
         }
         if !without.no_consumer {
-            let consumer =
-                consumer::Config { lookups, broker: broker.clone(), store: store.clone() };
+            let consumer = consumer::Config {
+                lookups,
+                broker: broker.clone(),
+                store: store.clone(),
+                events: Some(exchange.clone()),
+            };
             let health = health.part("consumer");
             roles.begin("consumer", consumer::run(consumer, health, shutdown.clone()));
         }
         if !without.no_routine {
             let cleanup = config.cleanup.clone();
-            let routine = routine::Config { cleanup, once: false, store: store.clone() };
+            let events = events::Config::made(exchange.clone());
+            let routine = routine::Config { cleanup, once: false, store: store.clone(), events };
             roles.begin("routine", routine::run(routine, health.part("routine"), shutdown.clone()));
         }
         if !without.partner() {

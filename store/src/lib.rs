@@ -18,7 +18,7 @@ pub use embedded::OpenError;
 pub use error::StoreError;
 pub use moment::Moment;
 pub use objects::{Object, Objects};
-pub use store::{Sighting, Store};
+pub use store::{Recorded, Row, Sighting, Store};
 
 /// Whether the database answers: `Ok`, or why not, in words for an operator.
 pub type StoreStatus = Result<(), String>;

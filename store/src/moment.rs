@@ -1,6 +1,6 @@
 //! What the database's clock says.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 /// A reading of the database's clock, which may be right or wrong, and may be set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -20,5 +20,16 @@ impl Moment {
     #[must_use]
     pub fn ahead_of(self, earlier: Self) -> Duration {
         self.since_1970.saturating_sub(earlier.since_1970)
+    }
+
+    /// The same as the operating system's time, to the microsecond.
+    #[must_use]
+    pub fn time(self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + self.since_1970
+    }
+
+    /// From what both databases keep, though in other units. What lies before 1970 counts as 1970.
+    pub(crate) fn from_micros(since_1970: i64) -> Self {
+        Self { since_1970: Duration::from_micros(since_1970.try_into().unwrap_or(0)) }
     }
 }

@@ -10,7 +10,7 @@ use crate::{Config, StoreError, postgres, sqlite};
 pub struct Object {
     /// The object.
     pub id: i64,
-    /// When it was last seen, to the millisecond.
+    /// When it was last seen, as precisely as the database keeps it.
     pub last_seen: SystemTime,
     /// How long ago that is by the database's clock. Zero if it lies ahead, because that clock has
     /// been set back.
@@ -71,15 +71,15 @@ impl Objects {
 }
 
 impl Object {
-    /// From what both databases give: milliseconds since 1970.
-    pub(crate) fn new(id: i64, last_seen_ms: i64, now_ms: i64) -> Self {
-        let since_1970 = Duration::from_millis(last_seen_ms.unsigned_abs());
-        let last_seen = if last_seen_ms < 0 {
+    /// From what both databases give: microseconds since 1970.
+    pub(crate) fn new(id: i64, last_seen_micros: i64, now_micros: i64) -> Self {
+        let since_1970 = Duration::from_micros(last_seen_micros.unsigned_abs());
+        let last_seen = if last_seen_micros < 0 {
             SystemTime::UNIX_EPOCH - since_1970
         } else {
             SystemTime::UNIX_EPOCH + since_1970
         };
-        let age_ms = now_ms.saturating_sub(last_seen_ms);
-        Self { id, last_seen, age: Duration::from_millis(age_ms.try_into().unwrap_or(0)) }
+        let age_micros = now_micros.saturating_sub(last_seen_micros);
+        Self { id, last_seen, age: Duration::from_micros(age_micros.try_into().unwrap_or(0)) }
     }
 }

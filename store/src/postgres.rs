@@ -1,21 +1,24 @@
 //! The table in a Postgres.
 
 mod monitor;
+mod timestamp;
 
 use std::sync::LazyLock;
 use std::time::Duration;
 
 use sqlx::migrate::Migrator;
 use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgPoolOptions, PgQueryResult};
+use sqlx::postgres::{PgArguments, PgConnectOptions, PgPoolOptions, PgRow};
 use sqlx::query::Query;
-use sqlx::{ConnectOptions as _, PgConnection, PgPool, Postgres};
+use sqlx::{ConnectOptions as _, FromRow, PgConnection, PgPool, Postgres};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
-use crate::{Moment, Object, Sighting, StoreError, StoreStatus};
+use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, StoreStatus};
+
+use timestamp::Timestamp;
 
 static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
     let mut migrations = sqlx::migrate!("../migrations");
@@ -65,7 +68,7 @@ impl Table {
         while status.changed().await.is_ok() {}
     }
 
-    pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<(), StoreError> {
+    pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
         let asked_at = Instant::now();
         let connection =
             self.pool.acquire().await.map_err(|error| StoreError::RecordSeen(error.into()))?;
@@ -80,12 +83,20 @@ impl Table {
              FROM unnest($1::bigint[], $2::float8[]) WITH ORDINALITY AS new (id, age, place)
              ORDER BY place
              ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
-             WHERE seen.last_seen < excluded.last_seen OR seen.last_seen IS NULL",
+             WHERE seen.last_seen < excluded.last_seen OR seen.last_seen IS NULL
+             -- An update has locked the row that was there, of which the new one keeps the trace.
+             RETURNING id, last_seen, xmax = 0",
         )
         .bind(ids)
         .bind(ages);
-        execute(connection, query, recording_failed).await?;
-        Ok(())
+        let rows: Vec<(i64, Timestamp, bool)> =
+            fetch_all(connection, query, recording_failed).await?;
+        let mut recorded = Recorded::default();
+        for (id, last_seen, is_new) in rows {
+            let list = if is_new { &mut recorded.inserted } else { &mut recorded.updated };
+            list.push(Row { id, last_seen: last_seen.into() });
+        }
+        Ok(recorded)
     }
 
     pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
@@ -101,36 +112,43 @@ impl Table {
         Ok(Moment { since_1970 })
     }
 
-    pub(crate) async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<u64, StoreError> {
+    pub(crate) async fn delete_stale(
+        &self,
+        oldest: Moment,
+        limit: u32,
+    ) -> Result<Vec<Row>, StoreError> {
         let query = sqlx::query(
             "DELETE FROM object WHERE ctid = ANY (ARRAY(
                  SELECT ctid FROM object
                  WHERE last_seen < to_timestamp($1)
-                 LIMIT $2 FOR UPDATE SKIP LOCKED))",
+                 LIMIT $2 FOR UPDATE SKIP LOCKED))
+             RETURNING id, last_seen",
         )
         .bind(oldest.since_1970.as_secs_f64())
         .bind(i64::from(limit));
         let connection =
             self.pool.acquire().await.map_err(|error| StoreError::DeleteStale(error.into()))?;
-        let done =
-            execute(connection, query, |error| StoreError::DeleteStale(error.into())).await?;
-        Ok(done.rows_affected())
+        let rows: Vec<(i64, Timestamp)> =
+            fetch_all(connection, query, |error| StoreError::DeleteStale(error.into())).await?;
+        let gone = |(id, last_seen): (i64, Timestamp)| Row { id, last_seen: last_seen.into() };
+        Ok(rows.into_iter().map(gone).collect())
     }
 }
 
-/// Runs a statement with a deadline, which sqlx does not have. A connection that has missed it is
+/// Runs a statement with a deadline, which sqlx does not have, for the rows that it returns. A connection that has missed it is
 /// thrown away: back in the pool it would first have to answer a ping, without a deadline, and hold
 /// its place there for as long as a silent peer leaves it open.
-async fn execute(
+async fn fetch_all<R: for<'r> FromRow<'r, PgRow>>(
     mut connection: PoolConnection<Postgres>,
     query: Query<'_, Postgres, PgArguments>,
     failed: impl FnOnce(sqlx::Error) -> StoreError,
-) -> Result<PgQueryResult, StoreError> {
-    let Ok(done) = timeout(QUERY_TIMEOUT, query.execute(&mut *connection)).await else {
+) -> Result<Vec<R>, StoreError> {
+    let Ok(rows) = timeout(QUERY_TIMEOUT, query.fetch_all(&mut *connection)).await else {
         drop(connection.detach());
         return Err(StoreError::Timeout(QUERY_TIMEOUT));
     };
-    done.map_err(failed)
+    let rows = rows.and_then(|rows| rows.iter().map(R::from_row).collect());
+    rows.map_err(failed)
 }
 
 /// Tells a row that the database refuses from a database that takes none.
@@ -160,8 +178,8 @@ impl Reader {
     pub(crate) async fn page(&mut self, first: i64, limit: u32) -> Result<Vec<Object>, StoreError> {
         let query = sqlx::query_as(
             "SELECT id,
-                    floor(extract(epoch FROM last_seen) * 1000)::bigint,
-                    floor(extract(epoch FROM now()) * 1000)::bigint
+                    round(extract(epoch FROM last_seen) * 1000000)::bigint,
+                    round(extract(epoch FROM now()) * 1000000)::bigint
              FROM object WHERE id >= $1 AND isfinite(last_seen) ORDER BY id LIMIT $2",
         );
         let page = query.bind(first).bind(i64::from(limit)).fetch_all(&mut self.0);

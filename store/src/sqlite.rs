@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
-use crate::{Moment, Object, Sighting, StoreError, StoreStatus};
+use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, StoreStatus};
 
 /// No index on `last_seen`, as in Postgres: each upsert would have to write it as well.
 const FORMAT: Format = Format {
@@ -48,24 +48,33 @@ impl Table {
         }
     }
 
-    pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<(), StoreError> {
+    pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
         let asked_at = Instant::now();
         let sightings = sightings.to_vec();
         let record = self.0.transact(move |connection| {
             let now = now_ms(connection)?;
             // The ages have grown while others were written.
             let waited = asked_at.elapsed();
-            let mut upsert = connection.prepare_cached(
-                "INSERT INTO object (id, last_seen) VALUES (?1, ?2)
-                 ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
-                 WHERE object.last_seen < excluded.last_seen",
+            // In two, since an upsert does not say which of both it was. Most rows are there already.
+            let mut update = connection.prepare_cached(
+                "UPDATE object SET last_seen = ?2 WHERE id = ?1 AND last_seen < ?2",
             )?;
-            for seen in sightings {
+            let mut insert = connection.prepare_cached(
+                "INSERT INTO object (id, last_seen) VALUES (?1, ?2) ON CONFLICT (id) DO NOTHING",
+            )?;
+            let mut recorded = Recorded::default();
+            for Sighting { id, age } in sightings {
+                let ms = ago_ms(now, age.saturating_add(waited));
+                let row = Row { id, last_seen: moment(ms) };
                 // There is nothing here to refuse a row for: any two integers are one, and nobody else
                 // adds constraints to a file of ours.
-                upsert.execute((seen.id, ago_ms(now, seen.age.saturating_add(waited))))?;
+                if update.execute((id, ms))? > 0 {
+                    recorded.updated.push(row);
+                } else if insert.execute((id, ms))? > 0 {
+                    recorded.inserted.push(row);
+                }
             }
-            Ok(())
+            Ok(recorded)
         });
         within(QUERY_TIMEOUT, StoreError::RecordSeen, record).await
     }
@@ -73,20 +82,27 @@ impl Table {
     pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
         let read = self.0.transact(now_ms);
         let now_ms = within(QUERY_TIMEOUT, StoreError::Clock, read).await?;
-        Ok(Moment { since_1970: Duration::from_millis(now_ms.try_into().unwrap_or(0)) })
+        Ok(moment(now_ms))
     }
 
-    pub(crate) async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<u64, StoreError> {
+    pub(crate) async fn delete_stale(
+        &self,
+        oldest: Moment,
+        limit: u32,
+    ) -> Result<Vec<Row>, StoreError> {
         let oldest_ms = i64::try_from(oldest.since_1970.as_millis()).unwrap_or(i64::MAX);
         let delete = self.0.transact(move |connection| {
             let mut delete = connection.prepare_cached(
                 "DELETE FROM object WHERE id IN (
-                     SELECT id FROM object WHERE last_seen < ?1 LIMIT ?2)",
+                     SELECT id FROM object WHERE last_seen < ?1 LIMIT ?2)
+                 RETURNING id, last_seen",
             )?;
-            delete.execute((oldest_ms, limit))
+            let gone = |row: &rusqlite::Row<'_>| {
+                Ok(Row { id: row.get(0)?, last_seen: moment(row.get(1)?) })
+            };
+            delete.query_map((oldest_ms, limit), gone)?.collect()
         });
-        let deleted = within(QUERY_TIMEOUT, StoreError::DeleteStale, delete).await?;
-        Ok(deleted as u64)
+        within(QUERY_TIMEOUT, StoreError::DeleteStale, delete).await
     }
 }
 
@@ -103,12 +119,13 @@ impl Reader {
 
     pub(crate) async fn page(&self, first: i64, limit: u32) -> Result<Vec<Object>, StoreError> {
         self.read(StoreError::List, move |connection| {
-            let now = now_ms(connection)?;
+            let now = micros(now_ms(connection)?);
             let mut page = connection.prepare_cached(
                 "SELECT id, last_seen FROM object WHERE id >= ?1 ORDER BY id LIMIT ?2",
             )?;
-            let objects = page
-                .query_map((first, limit), |row| Ok(Object::new(row.get(0)?, row.get(1)?, now)))?;
+            let objects = page.query_map((first, limit), |row| {
+                Ok(Object::new(row.get(0)?, micros(row.get(1)?), now))
+            })?;
             objects.collect()
         })
         .await
@@ -140,6 +157,15 @@ fn now_ms(connection: &Connection) -> rusqlite::Result<i64> {
     // SQLite gives seconds, as a float whose product may fall a hair short of the millisecond.
     let now = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
     connection.prepare_cached(now)?.query_row([], |row| row.get(0))
+}
+
+/// Of a number that this crate has written.
+fn moment(ms: i64) -> Moment {
+    Moment::from_micros(micros(ms))
+}
+
+fn micros(ms: i64) -> i64 {
+    ms.saturating_mul(1_000)
 }
 
 /// The moment `age` ago, but none before 1970.

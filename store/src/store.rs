@@ -16,6 +16,25 @@ pub struct Sighting {
     pub age: Duration,
 }
 
+/// A row as it was committed, or as it was before it was deleted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Row {
+    /// The object.
+    pub id: i64,
+    /// When it was last seen.
+    pub last_seen: Moment,
+}
+
+/// What has become of a batch of sightings. Those that are in neither list were older than their rows,
+/// and have changed nothing.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Recorded {
+    /// Rows that were not there before.
+    pub inserted: Vec<Row>,
+    /// Rows that were there, and were moved forward.
+    pub updated: Vec<Row>,
+}
+
 /// The table `object`. A Postgres may be away at any time, also at the start; a file is open from
 /// the start on, and belongs to this process.
 pub struct Store(Kind);
@@ -65,14 +84,14 @@ impl Store {
     }
 
     /// Notes that each object was online `age` ago by the database's clock, and never moves a row
-    /// back. The ids must be distinct and in ascending order: batches that overlap in different
+    /// back. Says what it has changed. The ids must be distinct and in ascending order: batches that overlap in different
     /// orders would deadlock in Postgres. All are committed on return. An age that reaches back
     /// before 1970 counts as 1970.
     ///
     /// # Errors
     /// [`StoreError`]; then none is written, or, after a timeout, perhaps all. With
     /// [`StoreError::Refused`], there is a row among them that will never be; other errors pass by.
-    pub async fn record_seen(&self, sightings: &[Sighting]) -> Result<(), StoreError> {
+    pub async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
         match &self.0 {
             Kind::Postgres(table) => table.record_seen(sightings).await,
             Kind::Sqlite(table) => table.record_seen(sightings).await,
@@ -90,7 +109,7 @@ impl Store {
         }
     }
 
-    /// Deletes up to `limit` rows that were last seen before `oldest`, and says how many; fewer than
+    /// Deletes up to `limit` rows that were last seen before `oldest`, and says which; fewer than
     /// `limit` means that no more are left that nobody else is busy with. Nothing was seen before 1970.
     ///
     /// It does not look at the clock itself: a clock that is set after its caller has looked at it
@@ -102,7 +121,7 @@ impl Store {
     ///
     /// # Errors
     /// [`StoreError`]; then none is deleted, or, after a timeout, perhaps all.
-    pub async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<u64, StoreError> {
+    pub async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<Vec<Row>, StoreError> {
         match &self.0 {
             Kind::Postgres(table) => table.delete_stale(oldest, limit).await,
             Kind::Sqlite(table) => table.delete_stale(oldest, limit).await,

@@ -18,7 +18,7 @@ pub fn amqp_uri() -> String {
 
 #[expect(
     clippy::disallowed_methods,
-    reason = "broker's link is what is tested; here a timeout is enough, and a leaked thread ends with the test"
+    reason = "amqp::connect is what is tested; here a timeout is enough, and a leaked thread ends with the test"
 )]
 /// Opens a connection, or says why there is none.
 ///

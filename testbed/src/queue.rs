@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use lapin::message::BasicGetMessage;
 use lapin::options::{
-    BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions,
-    QueueDeleteOptions,
+    BasicGetOptions, BasicPublishOptions, ConfirmSelectOptions, ExchangeDeleteOptions,
+    QueueDeclareOptions, QueueDeleteOptions,
 };
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Confirmation, Connection, ErrorKind};
@@ -23,8 +23,8 @@ const DEADLINE: Duration = Duration::from_secs(10);
 
 /// A queue name that nobody else has, and a look at what is in the queues of that name.
 ///
-/// It declares nothing: the code under test does. On drop, the queue, its `.dead` and its `.retry.*`
-/// are deleted, whether they are there or not. A connection is opened at first use.
+/// It declares nothing: the code under test does. On drop, the queue, its `.dead`, its `.retry.*` and
+/// the exchange `.events` are deleted, whether they are there or not. A connection is opened at first use.
 #[derive(Debug)]
 pub struct Queue {
     /// What to set `QUEUE_NAME` to.
@@ -131,6 +131,9 @@ impl Drop for Queue {
                 let deleted = channel.queue_delete(queue.into(), QueueDeleteOptions::default());
                 deleted.await.map_err(|error| error.to_string())?;
             }
+            let exchange = format!("{name}.events").into();
+            let deleted = channel.exchange_delete(exchange, ExchangeDeleteOptions::default());
+            deleted.await.map_err(|error| error.to_string())?;
             Ok(())
         });
     }

@@ -122,7 +122,7 @@ impl Consumer {
     }
 
     async fn open(&self) -> Result<Session, LinkError> {
-        let connection = link::connect(self.publisher.config(), &self.name).await?;
+        let connection = link::connect(&self.publisher.config().access, &self.name).await?;
         let topology: &Topology = self.publisher.topology();
         timeout(RPC_TIMEOUT, topology.declare(&connection)).await??;
         let channel = timeout(RPC_TIMEOUT, connection.create_channel()).await?;

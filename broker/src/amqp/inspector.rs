@@ -258,7 +258,7 @@ async fn ack(letters: impl Iterator<Item = &Delivery>) -> Result<(), InspectErro
 }
 
 async fn connect(config: &Config) -> Result<Link, InspectError> {
-    let connected = link::connect(config, "lastseen inspector").await;
+    let connected = link::connect(&config.access, "lastseen inspector").await;
     connected.map_err(|error| InspectError::Away(error.to_string()))
 }
 

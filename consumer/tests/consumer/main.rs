@@ -9,6 +9,7 @@
 
 mod breaker;
 mod coalescing;
+mod events;
 mod failures;
 mod lookups;
 mod outages;

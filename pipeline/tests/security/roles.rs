@@ -15,6 +15,7 @@ async fn services_that_may_not_make_the_table_wait_for_the_process_that_makes_it
         ("POSTGRES_MIGRATION_PASSWORD", "m"),
         ("POSTGRES_CONSUMER_PASSWORD", "c"),
         ("POSTGRES_ROUTINE_PASSWORD", "r"),
+        ("POSTGRES_VIEWER_PASSWORD", "v"),
     ];
     database.run_sql(Path::new(script), &passwords).await;
     let url = |login| {

@@ -20,10 +20,11 @@ fn seen(id: i64, age: Duration) -> Sighting {
     Sighting { id, age }
 }
 
-/// Deletes what is older than `ttl` by the database's clock.
+/// Deletes what is older than `ttl` by the database's clock, and says how much that was.
 async fn delete_stale(store: &Store, ttl: Duration, limit: u32) -> Result<u64, StoreError> {
     let now = store.now().await?;
-    store.delete_stale(now.before(ttl), limit).await
+    let gone = store.delete_stale(now.before(ttl), limit).await?;
+    Ok(gone.len() as u64)
 }
 
 async fn ready(store: &Store) {

@@ -186,7 +186,7 @@ impl Driver {
 
 /// Opens a session: the connection, the queues, and the channels, each of which confirms.
 async fn open(config: &Config, topology: &Topology, name: &str) -> Result<Session, LinkError> {
-    let connection = link::connect(config, name).await?;
+    let connection = link::connect(&config.access, name).await?;
     timeout(RPC_TIMEOUT, topology.declare(&connection)).await??;
     let channels = timeout(RPC_TIMEOUT, async {
         let mut channels = Vec::with_capacity(CHANNELS);

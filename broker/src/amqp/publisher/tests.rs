@@ -1,3 +1,4 @@
+use ::amqp::Access;
 use futures_util::future::join_all;
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{AMQPValue, FieldTable};
@@ -10,7 +11,8 @@ use testbed::Queue;
 fn config(queue: &Queue) -> Config {
     let (queue_name, queue_type) = (queue.name.clone(), QueueType::Quorum);
     let queue = QueueConfig { queue_name, queue_type, amqp_ca: None };
-    Config { uri: testbed::amqp_uri().parse().unwrap(), queue }
+    let uri = testbed::amqp_uri().parse().unwrap();
+    Config { access: Access { uri, authorities: None }, queue }
 }
 
 async fn publish_one(

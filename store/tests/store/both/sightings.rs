@@ -1,7 +1,7 @@
 use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use store::Sighting;
+use store::{Recorded, Row, Sighting};
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
@@ -15,6 +15,8 @@ on_both! {
     a_sighting_is_written_with_the_databases_clock_less_its_age,
     a_sighting_is_there_for_others_as_soon_as_it_is_recorded,
     a_later_record_moves_a_row_forward_and_never_back,
+    what_was_inserted_and_what_was_updated_is_told_apart_and_as_it_is_in_the_table,
+    a_sighting_that_is_older_than_its_row_is_not_told,
     an_age_that_reaches_back_before_1970_counts_as_1970,
     the_ends_of_64_bits_are_recorded_and_an_empty_batch_is_nothing,
     writers_whose_batches_overlap_never_deadlock,
@@ -54,6 +56,48 @@ async fn a_later_record_moves_a_row_forward_and_never_back(backend: &Backend) {
 
     store.record_seen(&[seen(1, Duration::ZERO)]).await.unwrap();
     assert!(backend.object(1).await.age < HOUR / 6);
+}
+
+async fn what_was_inserted_and_what_was_updated_is_told_apart_and_as_it_is_in_the_table(
+    backend: &Backend,
+) {
+    let store = backend.open().await;
+    let first = store.record_seen(&[seen(-7, HOUR), seen(5, HOUR)]).await.unwrap();
+    assert_eq!((told(&first.inserted).len(), first.updated.len()), (2, 0));
+    assert_eq!(told(&first.inserted), rows(backend).await);
+
+    let batch = [seen(-7, Duration::ZERO), seen(3, HOUR), seen(5, HOUR / 2)];
+    let second = store.record_seen(&batch).await.unwrap();
+    let rows = rows(backend).await;
+    assert_eq!(told(&second.inserted), [rows[1]]);
+    assert_eq!(told(&second.updated), [rows[0], rows[2]]);
+
+    // Deleted and seen again, it is new again.
+    let now = store.now().await.unwrap();
+    store.delete_stale(now, 100).await.unwrap();
+    let third = store.record_seen(&[seen(3, Duration::ZERO)]).await.unwrap();
+    assert_eq!((told(&third.inserted), third.updated.len()), (self::rows(backend).await, 0));
+}
+
+async fn a_sighting_that_is_older_than_its_row_is_not_told(backend: &Backend) {
+    let store = backend.open().await;
+    store.record_seen(&[seen(1, HOUR / 2), seen(2, HOUR / 2)]).await.unwrap();
+    let recorded = store.record_seen(&[seen(1, HOUR), seen(2, Duration::ZERO)]).await.unwrap();
+    assert!(recorded.inserted.is_empty(), "{recorded:?}");
+    assert_eq!(recorded.updated.iter().map(|row| row.id).collect::<Vec<_>>(), [2]);
+    assert_eq!(store.record_seen(&[]).await.unwrap(), Recorded::default());
+}
+
+/// As the table has it, too.
+fn told(rows: &[Row]) -> Vec<(i64, SystemTime)> {
+    let mut told: Vec<_> = rows.iter().map(|row| (row.id, row.last_seen.time())).collect();
+    told.sort_unstable();
+    told
+}
+
+async fn rows(backend: &Backend) -> Vec<(i64, SystemTime)> {
+    let objects = backend.objects().await;
+    objects.iter().map(|object| (object.id, object.last_seen)).collect()
 }
 
 async fn an_age_that_reaches_back_before_1970_counts_as_1970(backend: &Backend) {

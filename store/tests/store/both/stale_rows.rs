@@ -12,6 +12,7 @@ on_both! {
     only_what_is_older_than_the_ttl_is_deleted,
     with_a_ttl_that_reaches_back_before_1970_nothing_is_stale,
     a_row_is_as_old_as_it_was_when_the_clock_was_read,
+    what_was_deleted_is_told_with_when_it_was_last_seen,
     one_call_deletes_no_more_than_its_limit,
     two_replicas_at_once_delete_every_stale_row_once_and_report_so,
     sightings_and_deletions_at_once_lose_nobody_who_was_seen,
@@ -46,8 +47,21 @@ async fn a_row_is_as_old_as_it_was_when_the_clock_was_read(backend: &Backend) {
         }
     };
     assert_eq!(before.ahead_of(after), Duration::ZERO);
-    assert_eq!(store.delete_stale(before, 100).await.unwrap(), 0);
-    assert_eq!(store.delete_stale(after, 100).await.unwrap(), 3);
+    assert_eq!(store.delete_stale(before, 100).await.unwrap(), []);
+    assert_eq!(store.delete_stale(after, 100).await.unwrap().len(), 3);
+}
+
+async fn what_was_deleted_is_told_with_when_it_was_last_seen(backend: &Backend) {
+    let store = backend.open().await;
+    insert(&store, 1..=3, 2 * HOUR).await;
+    insert(&store, 4..=4, Duration::ZERO).await;
+    let before = backend.objects().await;
+    let oldest = store.now().await.unwrap().before(HOUR);
+    let mut gone = store.delete_stale(oldest, 100).await.unwrap();
+    gone.sort_unstable_by_key(|row| row.id);
+    let gone: Vec<_> = gone.iter().map(|row| (row.id, row.last_seen.time())).collect();
+    let rows: Vec<_> = before.iter().map(|object| (object.id, object.last_seen)).collect();
+    assert_eq!(gone, rows[..3]);
 }
 
 async fn one_call_deletes_no_more_than_its_limit(backend: &Backend) {

@@ -4,13 +4,13 @@ use std::path::Path;
 use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool};
-use store::Store;
+use store::{Config, Objects, Store};
 use testbed::{PostgresCluster, eventually};
 
 use super::{ids, insert, start};
 use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
-const ROLES: [&str; 3] = ["migration", "consumer", "routine"];
+const ROLES: [&str; 4] = ["migration", "consumer", "routine", "viewer"];
 
 async fn cluster_with_roles() -> PostgresCluster {
     let cluster = PostgresCluster::start().await;
@@ -25,6 +25,7 @@ async fn make_roles(cluster: &PostgresCluster) {
         ("POSTGRES_MIGRATION_PASSWORD", "of-migration"),
         ("POSTGRES_CONSUMER_PASSWORD", "of-consumer"),
         ("POSTGRES_ROUTINE_PASSWORD", "of-routine"),
+        ("POSTGRES_VIEWER_PASSWORD", "of-viewer"),
     ];
     cluster.run_sql(Path::new(script), &passwords).await;
 }
@@ -78,9 +79,13 @@ async fn the_rights_that_each_role_has_are_the_least_that_its_work_needs() {
     let cluster = cluster_with_roles().await;
     ready(&store(&cluster, "migration")).await;
     let (consumer, routine) = (store(&cluster, "consumer"), store(&cluster, "routine"));
-    for (role, rights) in
-        [("consumer", ["SELECT", "INSERT", "UPDATE"]), ("routine", ["SELECT", "UPDATE", "DELETE"])]
-    {
+    let viewer = Config::at(url(&cluster, "viewer").parse().unwrap());
+    let all_rights = [
+        ("consumer", &["SELECT", "INSERT", "UPDATE"][..]),
+        ("routine", &["SELECT", "UPDATE", "DELETE"]),
+        ("viewer", &["SELECT"]),
+    ];
+    for (role, rights) in all_rights {
         let granted: Vec<String> = sqlx::query_scalar(
             "SELECT privilege_type FROM pg_class, aclexplode(relacl)
              WHERE oid = 'object'::regclass AND grantee = $1::regrole ORDER BY 1",
@@ -89,7 +94,7 @@ async fn the_rights_that_each_role_has_are_the_least_that_its_work_needs() {
         .fetch_all(cluster.pool())
         .await
         .unwrap();
-        let mut expected = rights;
+        let mut expected = rights.to_vec();
         expected.sort_unstable();
         assert_eq!(granted, expected, "{role}");
         for right in rights {
@@ -97,7 +102,8 @@ async fn the_rights_that_each_role_has_are_the_least_that_its_work_needs() {
             run(cluster.pool(), &format!("REVOKE {right} ON object FROM lastseen_{role}")).await;
             let error = match role {
                 "consumer" => consumer.record_seen(&[seen(1, HOUR)]).await.err(),
-                _ => delete_stale(&routine, HOUR, 10).await.err(),
+                "routine" => delete_stale(&routine, HOUR, 10).await.err(),
+                _ => Objects::open(&viewer).await.unwrap().page(None, 10).await.err(),
             };
             let error = error.unwrap_or_else(|| panic!("{role} works without {right}"));
             assert!(error.to_string().contains("permission denied"), "{error}");
@@ -113,17 +119,18 @@ async fn no_role_can_do_what_is_not_its_work() {
     ready(&store(&cluster, "migration")).await;
     run(cluster.pool(), "CREATE TABLE other (id int)").await;
     let not_theirs = [
-        ("consumer", "DELETE FROM object"),
-        ("routine", "INSERT INTO object VALUES (1, now())"),
-        ("consumer routine", "TRUNCATE object"),
-        ("consumer routine", "DROP TABLE object"),
-        ("consumer routine", "ALTER TABLE object ADD COLUMN note text"),
-        ("consumer routine", "CREATE TABLE mine (id int)"),
-        ("consumer routine migration", "CREATE TEMPORARY TABLE mine (id int)"),
-        ("consumer routine migration", "SELECT * FROM other"),
-        ("consumer routine migration", "CREATE SCHEMA mine"),
-        ("consumer routine migration", "CREATE ROLE mine"),
-        ("consumer routine migration", "SET ROLE postgres"),
+        ("consumer viewer", "DELETE FROM object"),
+        ("viewer", "UPDATE object SET last_seen = now()"),
+        ("routine viewer", "INSERT INTO object VALUES (1, now())"),
+        ("consumer routine viewer", "TRUNCATE object"),
+        ("consumer routine viewer", "DROP TABLE object"),
+        ("consumer routine viewer", "ALTER TABLE object ADD COLUMN note text"),
+        ("consumer routine viewer", "CREATE TABLE mine (id int)"),
+        ("consumer routine viewer migration", "CREATE TEMPORARY TABLE mine (id int)"),
+        ("consumer routine viewer migration", "SELECT * FROM other"),
+        ("consumer routine viewer migration", "CREATE SCHEMA mine"),
+        ("consumer routine viewer migration", "CREATE ROLE mine"),
+        ("consumer routine viewer migration", "SET ROLE postgres"),
     ];
     for role in ROLES {
         let mut connection = PgConnection::connect(&url(&cluster, role)).await.unwrap();

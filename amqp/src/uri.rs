@@ -7,7 +7,7 @@ use lapin::uri::AMQPUri;
 
 /// An AMQP URI. Its `Debug` leaves out the user and the password.
 #[derive(Clone)]
-pub(crate) struct AmqpUri(pub(super) AMQPUri);
+pub struct AmqpUri(pub(crate) AMQPUri);
 
 impl FromStr for AmqpUri {
     type Err = ();
