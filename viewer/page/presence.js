@@ -64,7 +64,7 @@ export class Presence {
     // An empty field begins in the order of the ids; one that is known to people stays as it is.
     if (this.#online === 0) {
       this.#clear();
-      objects.sort((a, b) => a.id.length - b.id.length || (a.id < b.id ? -1 : 1));
+      objects.sort(byId);
     }
     for (const object of objects) this.#put(object, 0);
   }
@@ -82,7 +82,7 @@ export class Presence {
       this.#vacate(slot, heardAt);
       this.#learn(now - at);
     }
-    if (this.slots > 64 && this.#online < this.slots / 2) this.#compact();
+    if (this.slots > this.#online * 2 + 128) this.#compact();
   }
 
   #put({ id, at }, heardAt) {
@@ -102,9 +102,10 @@ export class Presence {
     this.litAt[slot] = heardAt;
   }
 
-  // The one that has been free for longest, as its last object is the least likely to come back.
+  // A new one at first, so that those who left find theirs when they come back; with a quarter more slots than
+  // objects, the one that has been free for longest.
   #take() {
-    while (this.#free.length > 0) {
+    while (this.#free.length > 0 && this.slots >= Math.min(MOST_SLOTS, this.#online * 1.25 + 32)) {
       const slot = this.#free.shift();
       if (this.state[slot] !== FREE) continue;
       this.#slotOf.delete(this.#ids[slot]);
@@ -145,14 +146,14 @@ export class Presence {
     this.arrangement += 1;
   }
 
-  // Closes the gaps once they are half of the field; the order stays.
+  // Closes the gaps, once they are most of the field.
   #compact() {
     const staying = [];
     for (let slot = 0; slot < this.slots; slot++) {
-      if (this.state[slot] === ONLINE) staying.push([this.#ids[slot], this.seenAt[slot], this.litAt[slot]]);
+      if (this.state[slot] === ONLINE) staying.push({ id: this.#ids[slot], at: this.seenAt[slot], litAt: this.litAt[slot] });
     }
     this.#clear();
-    for (const [id, at, litAt] of staying) this.#put({ id, at }, litAt);
+    for (const object of staying.sort(byId)) this.#put(object, object.litAt);
   }
 
   // The lower quartile: late ones tell of a routine that was away, and the few early ones of a person's DELETE.
@@ -164,4 +165,9 @@ export class Presence {
     const quartile = sorted[Math.floor(sorted.length / 4)];
     this.#span = SPANS_MS.findLast((span) => span <= quartile) ?? SPANS_MS[0];
   }
+}
+
+// Ids are text, so the longer of two is the greater; negative ones, which hardly anybody has, come in some order.
+function byId(one, other) {
+  return one.id.length - other.id.length || (one.id < other.id ? -1 : 1);
 }
