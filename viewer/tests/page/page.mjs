@@ -1,5 +1,6 @@
 // The live page in a real Chromium, on a real Lastseen. Run by scripts/test-page.
 import assert from "node:assert/strict";
+import { tests as presence } from "./presence.mjs";
 import { axe, says, until, World } from "./world.mjs";
 
 const on = (page) => ({
@@ -13,6 +14,8 @@ const on = (page) => ({
 });
 
 const tests = {
+  ...presence,
+
   async "the page shows an object that was posted to the callback, and loses it after its TTL"(world) {
     const { page } = await world.open();
     const { count, connection, state, id, show } = on(page);
