@@ -13,6 +13,9 @@ const on = (page) => ({
   show: page.getByRole("button", { name: "Show", exact: true }),
 });
 
+const tile = (page, title) =>
+  page.locator(".tile", { has: page.getByRole("heading", { name: title, exact: true }) }).locator(".tile-number");
+
 const tests = {
   ...presence,
 
@@ -101,13 +104,31 @@ const tests = {
 
   async "the numbers of the pipeline arrive"(world) {
     const { page } = await world.open();
-    const lookups = page.locator(".tile", { has: page.getByRole("heading", { name: "Lookups", exact: true }) });
-    await until("lookups are counted", async () => {
-      await world.post("10");
-      await page.waitForTimeout(200);
-      return Number(await lookups.locator(".tile-number").textContent()) > 0;
-    });
-    await says(page.locator(".tile", { hasText: "Dead letters" }).locator(".tile-number"), /^0$/);
+    for (const title of ["Callbacks", "Lookups"]) {
+      await until(`${title} are counted`, async () => {
+        await world.post("10");
+        await page.waitForTimeout(200);
+        return Number(await tile(page, title).textContent()) > 0;
+      });
+    }
+  },
+
+  async "dead letters come with the words to send them back, and what is not known is a dash"(world) {
+    const { page } = await world.open();
+    const answer = async (change) =>
+      page.route("**/stats", async (route) => {
+        const response = await route.fetch();
+        await route.fulfill({ response, json: { ...(await response.json()), ...change } });
+      });
+    await answer({ dead_letters: 3, queue_messages: null });
+    await says(tile(page, "Dead letters"), /^3$/);
+    await says(tile(page, "Queue"), /^–$/);
+    const commands = await page.locator("#tiles code").allTextContents();
+    assert.deepEqual(commands, ["lastseen dead-letters list", "lastseen dead-letters redrive --all"]);
+    await answer({ dead_letters: 0, queue_messages: 12 });
+    await says(tile(page, "Dead letters"), /^0$/);
+    await says(tile(page, "Queue"), /^12$/);
+    assert.equal(await page.locator("#tiles code").count(), 0);
   },
 
   async "the policy against foreign scripts forbids nothing that the page does"(world) {
