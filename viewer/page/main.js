@@ -16,6 +16,8 @@ const element = (id) => document.getElementById(id);
 // between keeps it from us. One that broke with the numbers may take minutes to notice; the numbers know already.
 const SILENT_MS = 20_000;
 const SILENT_AFTER_OUTAGE_MS = 5000;
+// Neither comes, but nothing has said that the stream is broken: it is taken to be.
+const BOTH_SILENT_MS = 8000;
 const SLOW_START_MS = 4000;
 
 const presence = new Presence();
@@ -31,9 +33,9 @@ const feed = new Feed({
   lost: () => hear("stream", false),
   change(kind, objects) {
     const time = performance.now();
+    if (!heard.stream) hear("stream", true);
     if (kind === "snapshot") {
       presence.replace(objects);
-      hear("stream", true);
       panel.load();
     } else if (kind === "gone") presence.remove(objects, time, now());
     else presence.see(objects, time);
@@ -69,7 +71,7 @@ tick();
 
 // ---------------------------------------------------------------------------- is it true now?
 
-function hear(what, is) {
+function hear(what, is, since = 0) {
   const was = heard.stream;
   heard[what] = is;
   if (heard.stream) {
@@ -77,7 +79,7 @@ function hear(what, is) {
     brokenAt = null;
     everConnected = true;
   } else if (was) {
-    brokenAt = { page: Date.now(), viewer: stats.clock.now() };
+    brokenAt = { page: Date.now() - since, viewer: stats.clock.now() - since };
     say(`No connection since ${timeOfDay(brokenAt.page)}. The last values stay.`);
   }
   showConnection();
@@ -115,6 +117,7 @@ function showNotices({ table, events, services }) {
 // ---------------------------------------------------------------------------- the rest
 
 function tick() {
+  if (heard.stream && !heard.numbers && feed.silence > BOTH_SILENT_MS) hear("stream", false, feed.silence);
   showConnection();
   showCount();
   panel.refresh();
