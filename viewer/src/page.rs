@@ -7,6 +7,8 @@ use axum::routing::get;
 
 const HTML: &str = "text/html; charset=utf-8";
 const CSS: &str = "text/css; charset=utf-8";
+const JS: &str = "text/javascript; charset=utf-8";
+const SVG: &str = "image/svg+xml";
 
 /// A file of `viewer/page/`, as it was when the program was built.
 struct File {
@@ -29,7 +31,21 @@ macro_rules! files {
 /// that has to know.
 const FILES: &[File] = &files! {
     "index.html" as HTML,
+    "page.css" as CSS,
     "docs.css" as CSS,
+    "icon.svg" as SVG,
+    "browse.js" as JS,
+    "chart.js" as JS,
+    "feed.js" as JS,
+    "field.js" as JS,
+    "lately.js" as JS,
+    "main.js" as JS,
+    "object.js" as JS,
+    "presence.js" as JS,
+    "stats.js" as JS,
+    "tiles.js" as JS,
+    "wire.js" as JS,
+    "words.js" as JS,
 };
 
 pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {

@@ -1,0 +1,144 @@
+// A Lastseen of our own, a browser, and how to wait for what the page says.
+import { spawn } from "node:child_process";
+import { once } from "node:events";
+import { mkdtemp, readFile, rm } from "node:fs/promises";
+import { createWriteStream } from "node:fs";
+import { createRequire } from "node:module";
+import { createServer } from "node:net";
+import { tmpdir } from "node:os";
+import { join } from "node:path";
+
+const { LASTSEEN, CHROMIUM, NODE_PACKAGES } = process.env;
+const require = createRequire(join(NODE_PACKAGES, "/"));
+const { chromium } = require("playwright-core");
+
+// How long anything may take that a test waits for.
+const DEADLINE_MS = 30_000;
+
+// A short life, and a status API that does not take its time.
+const SETTINGS = {
+  OBJECT_TTL: "3s",
+  ROUTINE_INTERVAL: "500ms",
+  LATENCY_MIN: "100ms",
+  LATENCY_MAX: "500ms",
+  ADMIN_ADDR: "127.0.0.1:0",
+  TESTER_ADDR: "127.0.0.1:0",
+};
+
+/** All roles in one process on files, the viewer with them, and no partner but the test. */
+export class World {
+  static async start() {
+    const world = new World();
+    world.home = await mkdtemp(join(tmpdir(), "lastseen-page-"));
+    [world.viewerPort, world.producerPort] = await freePorts(2);
+    await world.boot();
+    world.browser = await chromium.launch({
+      executablePath: CHROMIUM,
+      // Chromium's sandbox refuses to be root's.
+      args: process.getuid() === 0 ? ["--no-sandbox"] : [],
+    });
+    return world;
+  }
+
+  get url() {
+    return `http://127.0.0.1:${this.viewerPort}/`;
+  }
+
+  async boot() {
+    const log = createWriteStream(join(this.home, "log"), { flags: "a" });
+    this.process = spawn(LASTSEEN, ["--no-partner"], {
+      env: {
+        ...process.env,
+        ...SETTINGS,
+        LASTSEEN_DIR: join(this.home, "data"),
+        VIEWER_ADDR: `127.0.0.1:${this.viewerPort}`,
+        PRODUCER_ADDR: `127.0.0.1:${this.producerPort}`,
+      },
+      stdio: ["ignore", "pipe", "pipe"],
+    });
+    this.process.stdout.pipe(log);
+    this.process.stderr.pipe(log);
+    this.exited = once(this.process, "exit");
+    await until("the viewer answers", async () => (await fetch(`${this.url}stats`)).ok);
+    await until("the producer answers", async () => (await fetch(`http://127.0.0.1:${this.producerPort}/`)).status === 404);
+  }
+
+  async kill() {
+    this.process.kill("SIGKILL");
+    await this.exited;
+  }
+
+  /** Posts a callback about these ids, which are text, as a JavaScript number does not hold them all. */
+  async post(...ids) {
+    const response = await fetch(`http://127.0.0.1:${this.producerPort}/callback`, {
+      method: "POST",
+      headers: { "content-type": "application/json" },
+      body: `{"object_ids":[${ids.join()}]}`,
+    });
+    if (response.status !== 200) throw new Error(`the callback was answered ${response.status}`);
+  }
+
+  /** The page in a window of its own; `complaints` is what the browser said about it. */
+  async open(settings = {}) {
+    const context = await this.browser.newContext({ viewport: { width: 1280, height: 800 }, ...settings });
+    const page = await context.newPage();
+    page.setDefaultTimeout(DEADLINE_MS);
+    const complaints = [];
+    page.on("pageerror", (error) => complaints.push(error.message));
+    page.on("console", (message) => message.type() === "error" && complaints.push(message.text()));
+    await page.goto(this.url);
+    return { page, complaints };
+  }
+
+  async closePages() {
+    await Promise.all(this.browser.contexts().map((context) => context.close()));
+  }
+
+  async log() {
+    return readFile(join(this.home, "log"), "utf8").catch(() => "");
+  }
+
+  async end() {
+    await this.browser?.close();
+    if (this.process.exitCode === null && this.process.signalCode === null) await this.kill();
+    await rm(this.home, { recursive: true, force: true });
+  }
+}
+
+/** Waits until `holds` gives true; what it throws meanwhile is its reason for "not yet". */
+export async function until(what, holds, within = DEADLINE_MS) {
+  const deadline = Date.now() + within;
+  let why = "";
+  while (Date.now() < deadline) {
+    try {
+      if (await holds()) return;
+      why = "";
+    } catch (error) {
+      why = `: ${error.message}`;
+    }
+    await new Promise((resolve) => setTimeout(resolve, 50));
+  }
+  throw new Error(`waited in vain until ${what}${why}`);
+}
+
+/** Waits until the element's text is so. */
+export async function says(locator, pattern, within = DEADLINE_MS) {
+  let text = "";
+  await until(`the page says ${pattern}`, async () => {
+    text = (await locator.textContent()).trim();
+    return pattern.test(text);
+  }, within).catch((error) => {
+    throw new Error(`${error.message}; it says "${text}"`);
+  });
+}
+
+export const axe = () => readFile(require.resolve("axe-core/axe.min.js"), "utf8");
+
+// Held all at once, so that they differ.
+async function freePorts(count) {
+  const servers = Array.from({ length: count }, () => createServer().listen(0, "127.0.0.1"));
+  await Promise.all(servers.map((server) => once(server, "listening")));
+  const ports = servers.map((server) => server.address().port);
+  await Promise.all(servers.map((server) => once(server.close(), "close")));
+  return ports;
+}
