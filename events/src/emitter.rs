@@ -38,6 +38,9 @@ impl Emitter {
             "lastseen_event_messages_total",
             "Messages about what was committed, by whether they were sent or dropped."
         );
+        for outcome in ["sent", "dropped"] {
+            metrics::counter!("lastseen_event_messages_total", "outcome" => outcome).increment(0);
+        }
         Self(match &exchange.0 {
             Place::Nowhere => Told::Nowhere,
             Place::InProcess(sender) => Told::InProcess(sender.clone()),

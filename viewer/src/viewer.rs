@@ -117,4 +117,14 @@ fn describe_metrics() {
         "lastseen_viewer_readings_total",
         "Readings of the table by outcome."
     );
+    for counter in ["lastseen_viewer_slow_subscribers_total", "lastseen_viewer_events_missed_total"]
+    {
+        metrics::counter!(counter).increment(0);
+    }
+    for outcome in ["ok", "failed"] {
+        metrics::counter!("lastseen_viewer_readings_total", "outcome" => outcome).increment(0);
+    }
+    for gauge in ["lastseen_viewer_objects", "lastseen_viewer_subscribers"] {
+        metrics::gauge!(gauge).set(0.0);
+    }
 }

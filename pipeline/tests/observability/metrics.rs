@@ -75,19 +75,20 @@ async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
     let settings = [("MAX_ATTEMPTS", "1"), ("WRITE_BATCH_LINGER", "1ms")];
     let consumer = surroundings.spawn("consumer", &settings);
     let routine = surroundings.spawn("routine", &[("ROUTINE_INTERVAL", "100ms")]);
+    let viewer = surroundings.spawn("viewer", &[]);
     let endpoint = callback_endpoint(&producer).await;
     producer.ready().await;
     let address = ("TESTER_ADDR", "127.0.0.1:0");
     let callbacks = [("CALLBACK_ENDPOINT", endpoint.as_str()), ("CALLBACK_INTERVAL", "100ms")];
     let tester = surroundings.spawn("tester", &[address, callbacks[0], callbacks[1]]);
-    let services = [producer, consumer, routine, tester];
+    let services = [producer, consumer, routine, viewer, tester];
     for service in &services {
         service.ready().await;
     }
-    let [producer, consumer, routine, tester] = &services;
+    let [producer, consumer, routine, viewer, tester] = &services;
     // As in docker-compose.yml.
     for (name, service) in
-        [("producer", producer), ("consumer", consumer), ("routine", routine), ("tester", tester)]
+        ["producer", "consumer", "routine", "viewer", "tester"].into_iter().zip(&services)
     {
         let address = [("ADMIN_ADDR", service.admin().await.to_string())];
         let check = Process::spawn(name, &address, &["healthcheck"]);
@@ -114,7 +115,7 @@ async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
         .collect();
     let mut told = BTreeSet::from(["lastseen_commit_seconds".to_owned()]);
     let mut missing = asked_for();
-    for service in [producer, consumer, routine] {
+    for service in [producer, consumer, routine, viewer] {
         let text = scrape(service).await;
         promtool(&["check", "metrics"], &text);
         told.extend(names(&text));
@@ -135,6 +136,7 @@ async fn all_in_one_process_and_in_files_tells_the_same_of_its_queue() {
     let (home, status_api) = (Scratch::new("home"), status_api());
     let settings = [
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("VIEWER_ADDR", "127.0.0.1:0".to_owned()),
         ("LASTSEEN_DIR", home.path().join("data").display().to_string()),
         ("TESTER_ENDPOINT", status_api.endpoint()),
         ("MAX_ATTEMPTS", "1".to_owned()),
@@ -164,6 +166,7 @@ async fn what_waits_is_told_with_its_age_wherever_it_waits() {
     let home = Scratch::new("home");
     let settings = [
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("VIEWER_ADDR", "127.0.0.1:0".to_owned()),
         ("LASTSEEN_DIR", home.path().join("data").display().to_string()),
         ("TESTER_ENDPOINT", status_api.endpoint()),
         ("MAX_CONSUMERS", "1".to_owned()),
