@@ -20,7 +20,7 @@ const SLOW: Pace =
 const SLOW_MEAN_SECONDS: f64 = 2.3;
 /// When the measuring begins, after the first lookup of a backlog, and how long it takes.
 const SLOW_RAMP: Duration = Duration::from_secs(10);
-const SLOW_DURATION: Duration = Duration::from_secs(10);
+const SLOW_DURATION: Duration = Duration::from_secs(8);
 
 pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
     let status_api = StatusApi::start(Pace::AT_ONCE)?;

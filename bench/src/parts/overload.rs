@@ -14,6 +14,7 @@ const IDS: u16 = 200;
 const NO_STATUS_API: &str = "http://127.0.0.1:1";
 /// What is offered, beside what the broker confirms.
 const SHARES: [f64; 5] = [0.5, 0.9, 1.5, 2.0, 3.0];
+const SHARES_WITHOUT_SPOOL: [f64; 3] = [0.9, 1.5, 3.0];
 
 /// Offers up to three times what the broker confirms: with a spool, which takes the rest, and with one that
 /// cannot be opened, when the rest has to be refused. Draws that into the file at `curve`.
@@ -21,12 +22,12 @@ pub(crate) async fn measure(world: &World, curve: Option<&Path>) -> anyhow::Resu
     let place = world.place(NO_STATUS_API.to_owned()).await;
     let capacity = callbacks_at(&place, IDS, 16, &PATIENT).await?.ours;
     let (mut rows, mut points) = (Vec::new(), Vec::new());
-    for has_spool in [true, false] {
-        for share in SHARES {
-            let (row, point) = offered(world, capacity, share, has_spool).await?;
-            rows.push(row);
-            points.push(point);
-        }
+    let with = SHARES.map(|share| (share, true));
+    let without = SHARES_WITHOUT_SPOOL.map(|share| (share, false));
+    for (share, has_spool) in with.into_iter().chain(without) {
+        let (row, point) = offered(world, capacity, share, has_spool).await?;
+        rows.push(row);
+        points.push(point);
     }
     if let Some(path) = curve {
         curve::draw(path, &points)?;
