@@ -2,7 +2,7 @@
 
 mod query;
 
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
@@ -15,6 +15,7 @@ use service::problem::Problem;
 use service::{CancellationToken, PeerStatus};
 use tokio::sync::watch;
 use utoipa::ToSchema;
+use utoipa::openapi::OpenApi;
 
 use crate::live::{Live, Sighted, micros_of, text_of};
 use crate::services::{Numbers, Services};
@@ -22,6 +23,10 @@ use crate::stream::{self, Subscribers, Wanted};
 use crate::{docs, openapi, page};
 
 pub(crate) use query::{ObjectId, ObjectsQuery, StreamQuery};
+
+/// Made when they are first asked for: a start that is quick is worth more.
+static DOCUMENT: LazyLock<OpenApi> = LazyLock::new(openapi::document);
+static DOCS: LazyLock<String> = LazyLock::new(|| docs::html(&DOCUMENT));
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
@@ -37,16 +42,14 @@ pub(crate) struct Shared {
 }
 
 pub(crate) fn router(shared: Shared) -> Router {
-    let document = openapi::document();
-    let docs = docs::html(&document);
     let html = [(header::CONTENT_TYPE, "text/html; charset=utf-8")];
     Router::new()
         .route("/objects", get(objects))
         .route("/objects/{id}", get(object))
         .route("/stats", get(stats))
         .route("/events", get(changes))
-        .route("/openapi.json", get(async || Json(document)))
-        .route("/docs", get(async move || (html, docs)))
+        .route("/openapi.json", get(async || Json(&*DOCUMENT)))
+        .route("/docs", get(async move || (html, DOCS.as_str())))
         .merge(page::router())
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)

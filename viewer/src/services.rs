@@ -57,7 +57,8 @@ pub(crate) struct Numbers {
 /// Asks each service every second.
 pub(crate) struct Services {
     asked: Vec<Asked>,
-    client: Client,
+    /// None if all are in this process: it takes a while to make.
+    client: Option<Client>,
     numbers: Mutex<Numbers>,
 }
 
@@ -77,11 +78,15 @@ impl Services {
     /// # Errors
     /// When there is no HTTP client to be had.
     pub(crate) fn new(services: Vec<Service>) -> reqwest::Result<Self> {
-        let client = Client::builder()
-            .timeout(TIMEOUT)
-            .redirect(reqwest::redirect::Policy::none())
-            .no_proxy()
-            .build()?;
+        let is_elsewhere = services.iter().any(|service| matches!(service, Service::At(_)));
+        let client = is_elsewhere.then(|| {
+            Client::builder()
+                .timeout(TIMEOUT)
+                .redirect(reqwest::redirect::Policy::none())
+                .no_proxy()
+                .build()
+        });
+        let client = client.transpose()?;
         let asked = |service| Asked { service, before: Mutex::default() };
         let asked = services.into_iter().map(asked).collect();
         Ok(Self { asked, client, numbers: Mutex::default() })
@@ -97,7 +102,8 @@ impl Services {
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            let answers = join_all(self.asked.iter().map(|asked| asked.scrape(&self.client))).await;
+            let answers =
+                join_all(self.asked.iter().map(|asked| asked.scrape(self.client.as_ref()))).await;
             let mut services = Vec::new();
             let mut pairs = Vec::new();
             for (asked, answer) in self.asked.iter().zip(answers) {
@@ -126,10 +132,10 @@ impl std::fmt::Display for Service {
 }
 
 impl Asked {
-    async fn scrape(&self, client: &Client) -> Result<Scrape, String> {
-        let text = match &self.service {
-            Service::ThisProcess => service::rendered_metrics(),
-            Service::At(url) => fetch(client, url).await?,
+    async fn scrape(&self, client: Option<&Client>) -> Result<Scrape, String> {
+        let text = match (&self.service, client) {
+            (Service::At(url), Some(client)) => fetch(client, url).await?,
+            _ => service::rendered_metrics(),
         };
         Ok(Scrape { samples: samples(&text), at: Instant::now() })
     }
