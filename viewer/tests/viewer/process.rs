@@ -11,6 +11,15 @@ async fn subscriber(viewer: &Process, after: Option<&str>) -> Subscriber {
     Subscriber::connect(&viewer_url(viewer).await, "", after).await
 }
 
+/// Waits until it has all, also what it can do without: what is committed before somebody can tell it may be
+/// gone again before anybody looks.
+async fn needs_nothing(service: &Process) {
+    eventually("it has all", PATIENCE, async || {
+        (service.get("/readyz").await == (200, "ready\n".to_owned())).then_some(())
+    })
+    .await;
+}
+
 /// Waits until an event of that name is about the object.
 async fn is_told(subscriber: &mut Subscriber, name: &str, id: i64) {
     loop {
@@ -29,13 +38,13 @@ async fn who_is_posted_to_callback_comes_online_in_the_stream_and_is_gone_later(
         Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &api);
     let producer = surroundings.spawn("producer", &[]);
     let consumer = surroundings.spawn("consumer", &[]);
-    let lifetimes = [("OBJECT_TTL", "4s"), ("ROUTINE_INTERVAL", "200ms")];
+    let lifetimes = [("OBJECT_TTL", "8s"), ("ROUTINE_INTERVAL", "200ms")];
     let routine = surroundings.spawn("routine", &lifetimes);
     let metrics = format!("http://{}/metrics,http://127.0.0.1:1/metrics", consumer.admin().await);
     let settings = [("VIEWER_METRICS", metrics.as_str())];
     let mut viewer = surroundings.spawn("viewer", &settings);
     for service in [&producer, &consumer, &routine, &viewer] {
-        service.ready().await;
+        needs_nothing(service).await;
     }
     let mut stream = subscriber(&viewer, None).await;
     stream.gets("snapshot", []).await;
@@ -56,6 +65,7 @@ async fn who_is_posted_to_callback_comes_online_in_the_stream_and_is_gone_later(
     assert!(partner.post(&endpoint, &[4]).await);
     eventually("it is looked up", PATIENCE, async || (api.lookups_of(4) > 0).then_some(())).await;
     viewer = surroundings.spawn("viewer", &settings);
+    needs_nothing(&viewer).await;
     let mut again = subscriber(&viewer, Some(&stream.last_id)).await;
     // Its own numbers are new ones: it begins with a snapshot, in which 4 is or is not any more.
     assert_eq!(again.next().await.0, "snapshot");
