@@ -279,10 +279,14 @@ impl Breaker {
         }
     }
 
-    /// A lookup has come to an end, of whatever kind.
+    /// A lookup has come to an end, of whatever kind. While the API is away that says nothing about how
+    /// many it bears: the limit is afterwards as it was before.
     fn adapt(&self, state: &mut State, number: u64, came_to: CameTo) {
+        if state.phase != Phase::Closed {
+            return;
+        }
         let Some(adaptive) = &mut state.adaptive else { return };
-        if adaptive.ended(number, came_to, state.next) && state.phase == Phase::Closed {
+        if adaptive.ended(number, came_to, state.next) {
             let limit = adaptive.limit();
             metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
             self.set_limit(state, limit);

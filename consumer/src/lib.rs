@@ -60,7 +60,8 @@ pub async fn run(
     health.all_told();
 
     let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups);
-    let died = died(publisher.clone(), Arc::clone(&store), writer.clone(), status_api.status());
+    let parts = (publisher.clone(), Arc::clone(&store), writer.clone(), events.clone());
+    let died = died(parts, status_api.status());
     let intake = Intake::new(&lookups, status_api, Arc::clone(&breaker), writer, shutdown);
     tokio::select! {
         ended = intake.run(deliveries) => ended?,
@@ -74,9 +75,7 @@ pub async fn run(
 /// Waits until a part has died that runs by itself, and says which. Without one of them, this process
 /// would do nothing, or not know it, for as long as it lives.
 async fn died(
-    publisher: Publisher,
-    store: Arc<Store>,
-    writer: Writer,
+    (publisher, store, writer, events): (Publisher, Arc<Store>, Writer, Emitter),
     mut status_api: watch::Receiver<Result<(), String>>,
 ) -> &'static str {
     // Its sender is gone only with the probe.
@@ -85,6 +84,7 @@ async fn died(
         () = publisher.died() => "the publisher",
         () = store.died() => "the store",
         () = writer.died() => "the batch writer",
+        () = events.died() => "what tells events",
         () = probe_died => "the status API's probe",
     }
 }

@@ -94,6 +94,14 @@ impl Emitter {
         }
     }
 
+    /// Returns only if what sends has died: nothing would be told any more, and nobody would know.
+    pub async fn died(&self) {
+        match &self.0 {
+            Told::Rabbit { outbox, .. } => outbox.closed().await,
+            Told::Nowhere | Told::InProcess(_) => std::future::pending().await,
+        }
+    }
+
     /// Lets what waits go out, for a moment, if it can and every other clone is dropped.
     pub async fn close(self) {
         let Told::Rabbit { outbox, mut status, .. } = self.0 else { return };
@@ -102,5 +110,24 @@ impl Emitter {
         if timeout(CLOSE_TIMEOUT, ended).await.is_err() {
             tracing::debug!("the broker does not take the last events");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    #[test]
+    fn a_death_of_what_sends_is_noticed_and_while_it_lives_there_is_none() {
+        let (outbox, waiting) = mpsc::channel(1);
+        let (_, status) = watch::channel(Ok(()));
+        let emitter = Emitter(Told::Rabbit { outbox, numbers: Numbers::default(), status });
+        assert!(emitter.died().now_or_never().is_none());
+        drop(waiting);
+        assert!(emitter.died().now_or_never().is_some());
+        let nowhere = Emitter::start(&Exchange::nowhere(), "test");
+        assert!(nowhere.died().now_or_never().is_none());
     }
 }

@@ -111,6 +111,7 @@ async fn clean_up_until(
             _ = interval.tick() => {}
             () = shutdown.cancelled() => return Ok(()),
             () = store.died() => anyhow::bail!("the store has died"),
+            () = table.events.died() => anyhow::bail!("what tells events has died"),
         }
         // The store says itself when the database is away.
         if store.status().borrow().is_err() {

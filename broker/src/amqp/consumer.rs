@@ -213,6 +213,9 @@ impl Session {
                         "the broker gives nothing although the queue is not empty".to_owned()
                     );
                 }
+                Err(_) if self.look.has_ended() => {
+                    return Err("nobody looks at the queues any more".to_owned());
+                }
                 Err(_) if self.look.is_empty() => self.tell_that_it_is_sound(),
                 Err(_) => {}
             }

@@ -63,6 +63,11 @@ impl Look {
         self.found.in_vain.load(Ordering::Relaxed) >= IN_VAIN
     }
 
+    /// Whether nobody looks any more.
+    pub(super) fn has_ended(&self) -> bool {
+        self.task.is_finished()
+    }
+
     /// Whether the queue was empty at the last look.
     pub(super) fn is_empty(&self) -> bool {
         self.found.empty.load(Ordering::Relaxed)

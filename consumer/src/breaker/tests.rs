@@ -26,3 +26,25 @@ async fn objects_that_fail_again_trip_it_when_no_other_is_answered() {
     }
     assert!(!breaker.is_closed());
 }
+
+#[tokio::test]
+async fn an_outage_however_long_leaves_an_adaptive_limit_as_it_was() {
+    let breaker = Breaker::new(1_000, Concurrency::Adaptive);
+    let limit = || breaker.whole_limit(&breaker.state.borrow());
+    let before = limit();
+    let error = Error::from(ErrorKind::Other);
+    let mut places = Vec::new();
+    for _ in 0..before {
+        places.push(breaker.enter().await);
+    }
+    for place in places {
+        _ = place.leave(&Outcome::Failed(&error));
+    }
+    assert!(!breaker.is_closed());
+    // More probes than there are lookups in a round.
+    for _ in 0..500 {
+        breaker.change(|state| breaker.probe(state));
+        _ = breaker.enter().await.leave(&Outcome::Failed(&error));
+    }
+    assert_eq!(limit(), before);
+}
