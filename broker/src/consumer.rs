@@ -62,6 +62,15 @@ impl Consumer {
         delivery
     }
 
+    /// From now on takes up to `prefetch` unsettled deliveries. Nothing is given back: those that were
+    /// taken before count as well, but may be more.
+    pub async fn set_prefetch(&mut self, prefetch: u16) {
+        match &mut self.0 {
+            Inner::Amqp(consumer) => consumer.set_prefetch(prefetch).await,
+            Inner::Sqlite(consumer) => consumer.set_prefetch(prefetch),
+        }
+    }
+
     /// Takes no more, and gives back at once what was taken ahead and not begun, so that another
     /// consumer can have it. Deliveries in flight can still be settled until [`Consumer::close`].
     pub async fn stop(&mut self) {

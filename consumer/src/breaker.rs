@@ -18,10 +18,11 @@ use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::config::Concurrency;
+use crate::room::{Permit, Room};
 use adaptive::{Adaptive, CameTo};
 use window::Window;
 
@@ -41,9 +42,7 @@ const PAUSE_MIN: Duration = Duration::from_secs(1);
 
 pub(crate) struct Breaker {
     state: watch::Sender<State>,
-    /// The places for lookups that nobody has taken. Who waits for one is served in order.
-    places: Semaphore,
-    max: usize,
+    places: Arc<Room>,
     status: watch::Sender<Result<(), String>>,
 }
 
@@ -59,9 +58,9 @@ struct State {
     phase: Phase,
     /// The first lookup of this phase; opening up and closed are one.
     since: u64,
-    /// How many places there may be, and how many there are, taken or not.
+    /// How many may run when the API is well, unless the limit adapts, and how many may now.
+    max: usize,
     limit: usize,
-    granted: usize,
     /// The number of the next lookup, and those of the ones that are not answered.
     next: u64,
     unanswered: BTreeSet<u64>,
@@ -89,6 +88,7 @@ pub(crate) struct Place {
     breaker: Arc<Breaker>,
     number: u64,
     began: Instant,
+    _room: Permit,
 }
 
 impl Breaker {
@@ -108,8 +108,8 @@ impl Breaker {
         let state = State {
             phase: Phase::Closed,
             since: 0,
+            max,
             limit,
-            granted: limit,
             next: 0,
             unanswered: BTreeSet::new(),
             outcomes: Window::default(),
@@ -120,7 +120,7 @@ impl Breaker {
         };
         metrics::gauge!("lastseen_breaker_state").set(0);
         let (state, status) = (watch::Sender::new(state), watch::Sender::new(Ok(())));
-        Arc::new(Self { state, places: Semaphore::new(limit), max, status })
+        Arc::new(Self { state, places: Room::new(limit), status })
     }
 
     /// Why the API counts as away, while it is open.
@@ -134,11 +134,24 @@ impl Breaker {
 
     /// Waits for a place.
     pub(crate) async fn enter(self: &Arc<Self>) -> Place {
-        // It is never closed; and if it were, there would only be no bound.
-        if let Ok(place) = self.places.acquire().await {
-            place.forget();
-        }
-        self.begin()
+        let room = self.places.enter().await;
+        self.begin(room)
+    }
+
+    /// From now on up to `max` lookups may run at once. Those that run go on.
+    pub(crate) fn set_max(&self, max: usize) {
+        self.change(|state| {
+            state.max = max;
+            if let Some(adaptive) = &mut state.adaptive {
+                adaptive.set_max(max, state.next);
+            }
+            let whole = state.whole_limit();
+            metrics::gauge!("lastseen_lookups_limit").set(gauge(whole));
+            // While it is open or opens up, it goes on with that.
+            if state.phase == Phase::Closed || state.limit > whole {
+                self.set_limit(state, whole);
+            }
+        });
     }
 
     /// Returns when it has been open for so long without a break.
@@ -178,7 +191,7 @@ impl Breaker {
         }
     }
 
-    fn begin(self: &Arc<Self>) -> Place {
+    fn begin(self: &Arc<Self>, room: Permit) -> Place {
         let mut number = 0;
         self.state.send_if_modified(|state| {
             number = state.next;
@@ -189,7 +202,7 @@ impl Breaker {
             }
             true
         });
-        Place { breaker: Arc::clone(self), number, began: Instant::now() }
+        Place { breaker: Arc::clone(self), number, began: Instant::now(), _room: room }
     }
 
     /// Changes the state, and tells everybody.
@@ -216,7 +229,7 @@ impl Breaker {
                     self.turn(state, Phase::OpeningUp, 1);
                 }
                 state.outcomes.push(true);
-                let whole = self.whole_limit(state);
+                let whole = state.whole_limit();
                 if state.limit + MORE_PER_ANSWER < whole {
                     self.set_limit(state, state.limit + MORE_PER_ANSWER);
                 } else {
@@ -273,9 +286,8 @@ impl Breaker {
 
     fn probe(&self, state: &mut State) {
         let probes = state.unanswered.range(state.since..).count();
-        if state.phase == Phase::Open && probes + self.places.available_permits() < PROBES_MAX {
-            state.granted += 1;
-            self.places.add_permits(1);
+        if state.phase == Phase::Open && probes + self.places.free() < PROBES_MAX {
+            self.places.admit_one();
         }
     }
 
@@ -291,11 +303,6 @@ impl Breaker {
             metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
             self.set_limit(state, limit);
         }
-    }
-
-    /// How many may run when the API is well.
-    fn whole_limit(&self, state: &State) -> usize {
-        state.adaptive.as_ref().map_or(self.max, Adaptive::limit)
     }
 
     fn turn(&self, state: &mut State, phase: Phase, limit: usize) {
@@ -316,15 +323,14 @@ impl Breaker {
 
     fn set_limit(&self, state: &mut State, limit: usize) {
         state.limit = limit;
-        let surplus = state.granted.saturating_sub(limit);
-        state.granted -= self.places.forget_permits(surplus);
-        self.fill(state);
+        self.places.resize(limit);
     }
+}
 
-    fn fill(&self, state: &mut State) {
-        let missing = state.limit.saturating_sub(state.granted);
-        state.granted += missing;
-        self.places.add_permits(missing);
+impl State {
+    /// How many may run when the API is well.
+    fn whole_limit(&self) -> usize {
+        self.adaptive.as_ref().map_or(self.max, Adaptive::limit)
     }
 }
 
@@ -339,7 +345,7 @@ impl Place {
             let after = state.next;
             // A quarter of the places, so that at slow answers those that wait for their verdicts leave
             // room for the others, even if four of five fail.
-            let enough = state.answers + (breaker.whole_limit(state) as u64 / 4).max(1);
+            let enough = state.answers + (state.whole_limit() as u64 / 4).max(1);
             let is_its_own = matches!(outcome, Outcome::FailedAgain(_)) && answered_before;
             let came_to = match outcome {
                 Outcome::Answered => CameTo::Answer(self.began.elapsed()),
@@ -373,8 +379,6 @@ impl Drop for Place {
             if state.unanswered.remove(&self.number) {
                 self.breaker.adapt(state, self.number, CameTo::Nothing);
             }
-            state.granted -= 1;
-            self.breaker.fill(state);
         });
     }
 }

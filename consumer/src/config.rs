@@ -82,6 +82,15 @@ pub enum Concurrency {
 }
 
 impl Lookups {
+    /// The variables that are heeded while the consumer runs.
+    pub const LIVE: &[&str] = &["MAX_CONSUMERS", "STATUS_TIMEOUT", "MAX_ATTEMPTS"];
+
+    /// These, with what has changed in `now` and may.
+    pub(crate) fn changed_to(&self, now: &Self) -> Self {
+        let Self { max_consumers, status_timeout, max_attempts, .. } = *now;
+        Self { max_consumers, status_timeout, max_attempts, ..self.clone() }
+    }
+
     /// How many objects may be looked up or have results that are not written: as many as are looked
     /// up, and as many again, up to one batch, or lookups would stand still during each commit.
     pub(crate) fn begun_max(&self) -> u16 {

@@ -4,6 +4,7 @@
 mod breaker;
 mod config;
 mod lookups;
+mod room;
 mod status_api;
 mod writer;
 
@@ -11,7 +12,7 @@ use std::sync::Arc;
 
 use broker::{Consumer, Publisher};
 use events::Emitter;
-use service::{CancellationToken, Description, Health};
+use service::{CancellationToken, Description, Health, Live};
 use store::Store;
 use tokio::sync::watch;
 
@@ -27,21 +28,25 @@ pub const DESCRIPTION: Description = Description {
     name: "consumer",
     about: "Looks each object up at the status API and records when it was last seen",
     admin_address: ":9092",
+    live: &[Lookups::LIVE],
 };
 
 /// Statements at once: one for the batch being written; a second so that a connection which the
 /// server has dropped does not hold up the next batch.
 const DATABASE_CONNECTIONS: u32 = 2;
 
-/// Looks objects up until `shutdown`, then finishes what is in flight and returns.
+/// Looks objects up until `shutdown`, then finishes what is in flight and returns. While it runs, it heeds
+/// changes of [`Lookups::LIVE`].
 ///
 /// # Errors
 /// When a file cannot be opened, or a part that it cannot do without has died.
 pub async fn run(
-    config: Config,
+    config: Live<Config>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let live = config.part(|config| config.lookups);
+    let config = config.now();
     let exchange = config.exchange();
     let Config { lookups, broker, store, .. } = config;
     let breaker = Breaker::new(lookups.max_consumers.into(), lookups.concurrency);
@@ -62,7 +67,7 @@ pub async fn run(
     let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups);
     let parts = (publisher.clone(), Arc::clone(&store), writer.clone(), events.clone());
     let died = died(parts, status_api.status());
-    let intake = Intake::new(&lookups, status_api, Arc::clone(&breaker), writer, shutdown);
+    let intake = Intake::new(live, status_api, Arc::clone(&breaker), writer, shutdown);
     tokio::select! {
         ended = intake.run(deliveries) => ended?,
         part = died => anyhow::bail!("{part} has died"),

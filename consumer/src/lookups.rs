@@ -10,13 +10,14 @@ use anyhow::Context as _;
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use broker::{Consumer, Delivery, Disposition};
 use futures_util::future::join_all;
-use service::CancellationToken;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use service::{CancellationToken, Live};
+use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep};
 
 use crate::breaker::{Breaker, Outcome, Place, Verdict};
 use crate::config::Lookups;
+use crate::room::{Permit, Room};
 use crate::status_api::{Answer, LookupError, StatusApi};
 use crate::writer::{Writer, WriterDied, Written};
 use waiting::{Taken, Turn, Waiting};
@@ -33,7 +34,7 @@ const LOOK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Takes deliveries, and runs as many lookups at once as the breaker lets.
 pub(crate) struct Intake {
-    unsettled_max: usize,
+    lookups: Live<Lookups>,
     shared: Arc<Shared>,
 }
 
@@ -42,14 +43,21 @@ struct Shared {
     waiting: Waiting,
     /// Room for the objects whose lookup has begun and whose deliveries are not settled. While results
     /// cannot be written, this is what stops the lookups.
-    begun: Arc<Semaphore>,
+    begun: Arc<Room>,
     status_api: StatusApi,
     breaker: Arc<Breaker>,
     writer: Writer,
-    max_attempts: u32,
-    held_max: Duration,
+    /// As they are now.
+    lookups: watch::Sender<Lookups>,
     shutdown: CancellationToken,
     failure_log: FailureLog,
+}
+
+/// What the intake turns to.
+enum Next {
+    Taken(Taken),
+    Changed(Lookups),
+    Shutdown,
 }
 
 /// What a task comes to: the turn that it had, if it had one.
@@ -70,25 +78,25 @@ enum Told {
 
 impl Intake {
     pub(crate) fn new(
-        config: &Lookups,
+        lookups: Live<Lookups>,
         status_api: StatusApi,
         breaker: Arc<Breaker>,
         writer: Writer,
         shutdown: CancellationToken,
     ) -> Self {
         describe_metrics();
+        let config = lookups.now();
         let shared = Shared {
             waiting: Waiting::new(config.coalesce),
-            begun: Arc::new(Semaphore::new(config.begun_max().into())),
+            begun: Room::new(config.begun_max().into()),
             status_api,
             breaker,
             writer,
-            max_attempts: config.max_attempts,
-            held_max: config.status_timeout.saturating_mul(LOOKUPS_HELD).min(HELD_MAX),
+            lookups: watch::Sender::new(config),
             shutdown,
             failure_log: FailureLog::default(),
         };
-        Self { unsettled_max: config.prefetch().into(), shared: Arc::new(shared) }
+        Self { lookups, shared: Arc::new(shared) }
     }
 
     /// Looks up what is delivered until the shutdown, then gives back what waits for a lookup, and
@@ -98,15 +106,15 @@ impl Intake {
     /// When a part that the lookups need has died: deliveries would stay unsettled for as long as this
     /// process lives, so the process must not.
     pub(crate) async fn run(self, mut deliveries: Consumer) -> anyhow::Result<()> {
-        let Self { unsettled_max, shared } = self;
+        let Self { lookups: mut settings, shared } = self;
         // The prefetch bounds them too, but each session of the broker's anew.
-        let unsettled = Arc::new(Semaphore::new(unsettled_max));
+        let unsettled = Room::new(shared.lookups.borrow().prefetch().into());
         let mut lookups = JoinSet::new();
         let mut begin = pin!(shared.begin());
-        let mut away = pin!(shared.breaker.stays_open(shared.held_max));
+        let mut away = pin!(shared.breaker.stays_open(shared.held_max()));
         let mut look = tokio::time::interval(LOOK_INTERVAL);
         loop {
-            let taken = {
+            let next = {
                 let mut taken = pin!(Taken::next(&mut deliveries, &unsettled));
                 loop {
                     tokio::select! {
@@ -119,9 +127,10 @@ impl Intake {
                             }
                         }
                         Some(lookup) = lookups.join_next() => shared.ended(lookup)?,
-                        taken = &mut taken => break taken,
+                        taken = &mut taken => break Next::Taken(taken),
+                        changed = settings.changed() => break Next::Changed(changed),
                         () = &mut away => {
-                            away.set(shared.breaker.stays_open(shared.held_max));
+                            away.set(shared.breaker.stays_open(shared.held_max()));
                             // With nobody left to begin with, it must not keep a place for itself.
                             begin.set(shared.begin());
                             for taken in shared.waiting.take_older_than(Instant::now()) {
@@ -133,11 +142,20 @@ impl Intake {
                                 lookups.spawn(settle(taken, Disposition::Requeue));
                             }
                         },
-                        () = shared.shutdown.cancelled() => break None,
+                        () = shared.shutdown.cancelled() => break Next::Shutdown,
                     }
                 }
             };
-            let Some(taken) = taken else { break };
+            let taken = match next {
+                Next::Taken(taken) => taken,
+                Next::Changed(changed) => {
+                    let prefetch = shared.change(&changed);
+                    unsettled.resize(prefetch.into());
+                    deliveries.set_prefetch(prefetch).await;
+                    continue;
+                }
+                Next::Shutdown => break,
+            };
             match taken.delivery.id() {
                 Ok(id) => shared.waiting.add(id, taken),
                 Err(error) => {
@@ -165,7 +183,7 @@ async fn look_up_and_settle(
     turn: Turn,
     mut group: Vec<Taken>,
     place: Place,
-    room: Option<OwnedSemaphorePermit>,
+    room: Permit,
 ) -> Ended {
     let told = shared.look_up_until_it_tells(&turn, place, &mut group).await?;
     let settling = group.into_iter().map(async |taken| {
@@ -194,10 +212,22 @@ async fn settle(taken: Taken, disposition: Disposition) -> Ended {
 }
 
 impl Shared {
+    /// Heeds settings that have changed, and gives the new prefetch.
+    fn change(&self, now: &Lookups) -> u16 {
+        let changed = self.lookups.borrow().changed_to(now);
+        self.lookups.send_replace(changed.clone());
+        self.begun.resize(changed.begun_max().into());
+        self.breaker.set_max(changed.max_consumers.into());
+        changed.prefetch()
+    }
+
+    fn held_max(&self) -> Duration {
+        self.lookups.borrow().status_timeout.saturating_mul(LOOKUPS_HELD).min(HELD_MAX)
+    }
+
     /// Waits until another lookup may begin.
-    async fn begin(&self) -> (Option<OwnedSemaphorePermit>, Place) {
-        // Nothing closes it.
-        let room = Arc::clone(&self.begun).acquire_owned().await.ok();
+    async fn begin(&self) -> (Permit, Place) {
+        let room = self.begun.enter().await;
         (room, self.breaker.enter().await)
     }
 
@@ -219,7 +249,7 @@ impl Shared {
         group: &mut Vec<Taken>,
     ) -> Result<Told, WriterDied> {
         let id = turn.id;
-        let mut held = pin!(sleep(self.held_max));
+        let mut held = pin!(sleep(self.held_max()));
         let mut waits = waits_between_lookups();
         loop {
             self.waiting.join(turn, group);
@@ -276,7 +306,8 @@ impl Shared {
         let in_flight = metrics::gauge!("lastseen_lookups_in_flight");
         in_flight.increment(1.0);
         let started = Instant::now();
-        let answer = self.status_api.look_up(id).await;
+        let limit = self.lookups.borrow().status_timeout;
+        let answer = self.status_api.look_up(id, limit).await;
         in_flight.decrement(1.0);
         metrics::histogram!("lastseen_lookup_seconds").record(started.elapsed());
         let outcome = match &answer {
@@ -292,7 +323,7 @@ impl Shared {
         let attempts = delivery.failed_attempts() + 1;
         let callback_id = delivery.callback_id();
         let reason = error.to_string();
-        if attempts >= self.max_attempts {
+        if attempts >= self.lookups.borrow().max_attempts {
             tracing::warn!(id, callback_id, attempts, reason, "given up; now a dead letter");
             return Disposition::DeadLetter { reason };
         }

@@ -92,7 +92,6 @@ type Reachable = Result<(), String>;
 pub(crate) struct StatusApi {
     client: Client,
     endpoint: String,
-    limit: Duration,
     status: watch::Receiver<Reachable>,
     _probe: AbortOnDropHandle<()>,
 }
@@ -111,12 +110,10 @@ impl StatusApi {
         by_lookups: watch::Receiver<Reachable>,
     ) -> Result<Self, reqwest::Error> {
         let client = Client::builder()
-            .connect_timeout(config.status_timeout.min(MAX_CONNECT_TIME))
-            .timeout(config.status_timeout)
+            .connect_timeout(MAX_CONNECT_TIME)
             .redirect(redirect::Policy::none())
             .no_proxy()
             .http1_only()
-            .pool_max_idle_per_host(config.max_consumers.into())
             .user_agent(concat!("lastseen/", env!("CARGO_PKG_VERSION")))
             .build()?;
         let (sender, status) = watch::channel(Err(NOT_YET.to_owned()));
@@ -128,7 +125,6 @@ impl StatusApi {
         Ok(Self {
             client,
             endpoint: config.tester_endpoint.as_str().trim_end_matches('/').to_owned(),
-            limit: config.status_timeout,
             status,
             _probe: probe,
         })
@@ -138,13 +134,14 @@ impl StatusApi {
         self.status.clone()
     }
 
-    /// Asks whether the object is online.
+    /// Asks whether the object is online, for so long at most.
     ///
     /// # Errors
     /// [`LookupError`] for whatever says neither online nor offline; worth another try.
-    pub(crate) async fn look_up(&self, id: i64) -> Result<Answer, LookupError> {
+    pub(crate) async fn look_up(&self, id: i64, limit: Duration) -> Result<Answer, LookupError> {
         let url = format!("{}/objects/{id}", self.endpoint);
-        let response = self.client.get(url).send().await.map_err(|error| self.transport(error))?;
+        let response = self.client.get(url).timeout(limit).send().await;
+        let response = response.map_err(|error| transport(error, limit))?;
         match response.status() {
             StatusCode::OK => {}
             StatusCode::NOT_FOUND => return Ok(Answer::Offline),
@@ -152,34 +149,36 @@ impl StatusApi {
                 return Err(LookupError::Status { status, retry_after: retry_after(&response) });
             }
         }
-        let online = online(id, &self.read(response).await?)?;
+        let answer = read(response).await.map_err(|error| transport(error, limit))?;
+        let online = online(id, &answer.ok_or(LookupError::TooLarge)?)?;
         Ok(if online { Answer::Online(Instant::now()) } else { Answer::Offline })
     }
+}
 
-    async fn read(&self, mut response: Response) -> Result<Vec<u8>, LookupError> {
-        let mut body = Vec::new();
-        while let Some(chunk) = response.chunk().await.map_err(|error| self.transport(error))? {
-            if body.len() + chunk.len() > MAX_BODY_BYTES {
-                return Err(LookupError::TooLarge);
-            }
-            body.extend_from_slice(&chunk);
+/// The body, unless it is too large.
+async fn read(mut response: Response) -> reqwest::Result<Option<Vec<u8>>> {
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await? {
+        if body.len() + chunk.len() > MAX_BODY_BYTES {
+            return Ok(None);
         }
-        Ok(body)
+        body.extend_from_slice(&chunk);
     }
+    Ok(Some(body))
+}
 
-    /// reqwest's own text says what it did, not what went wrong; that is at the end of its sources.
-    /// The URL is left out, since it may hold a password.
-    fn transport(&self, error: reqwest::Error) -> LookupError {
-        if error.is_timeout() {
-            return LookupError::Timeout(self.limit);
-        }
-        let error = error.without_url();
-        let mut cause = error.source();
-        while let Some(deeper) = cause.and_then(std::error::Error::source) {
-            cause = Some(deeper);
-        }
-        LookupError::Transport(cause.map_or_else(|| error.to_string(), ToString::to_string))
+/// reqwest's own text says what it did, not what went wrong; that is at the end of its sources.
+/// The URL is left out, since it may hold a password.
+fn transport(error: reqwest::Error, limit: Duration) -> LookupError {
+    if error.is_timeout() {
+        return LookupError::Timeout(limit);
     }
+    let error = error.without_url();
+    let mut cause = error.source();
+    while let Some(deeper) = cause.and_then(std::error::Error::source) {
+        cause = Some(deeper);
+    }
+    LookupError::Transport(cause.map_or_else(|| error.to_string(), ToString::to_string))
 }
 
 /// Whether an answer says that this object is online.

@@ -21,6 +21,7 @@ pub const DESCRIPTION: Description = Description {
     name: "producer",
     about: "Takes callbacks on POST /callback and makes a durable message of every object id",
     admin_address: ":9091",
+    live: &[],
 };
 
 /// Serves callbacks until `shutdown`, then answers those in flight and returns.

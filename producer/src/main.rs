@@ -3,5 +3,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::main(producer::DESCRIPTION, producer::run)
+    service::main(producer::DESCRIPTION, |config, health, shutdown| {
+        producer::run(config.now(), health, shutdown)
+    })
 }

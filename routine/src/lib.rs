@@ -6,9 +6,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use events::{Emitter, Kind, Object};
-use service::{CancellationToken, Description, Health, settings};
+use service::{CancellationToken, Description, Health, Live, settings};
 use store::{Moment, Row, Store, StoreError};
-use tokio::time::MissedTickBehavior;
+use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::steps::Steps;
 
@@ -17,6 +17,7 @@ pub const DESCRIPTION: Description = Description {
     name: "routine",
     about: "Deletes the objects that have not been seen for OBJECT_TTL",
     admin_address: ":9093",
+    live: &[Cleanup::LIVE],
 };
 
 /// When the last cleanup succeeded.
@@ -60,18 +61,25 @@ pub struct Cleanup {
     pub delete_batch_max: u32,
 }
 
-/// Deletes what is stale every `ROUTINE_INTERVAL` until `shutdown`, or once with `--once`.
+impl Cleanup {
+    /// The variables that are heeded while the routine runs.
+    pub const LIVE: &[&str] = &["ROUTINE_INTERVAL", "OBJECT_TTL", "DELETE_BATCH_MAX"];
+}
+
+/// Deletes what is stale every `ROUTINE_INTERVAL` until `shutdown`, or once with `--once`. While it runs, it
+/// heeds changes of [`Cleanup::LIVE`].
 ///
 /// # Errors
 /// When a file cannot be opened, or what writes it has died. With `--once`, also when the database
 /// does not do its part; otherwise that is logged and tried again with the next interval.
 pub async fn run(
-    config: Config,
+    config: Live<Config>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     describe_metrics();
-    let Config { cleanup, once, store, events } = config;
+    let live = config.part(|config| config.cleanup);
+    let Config { cleanup, once, store, events } = config.now();
     let events = Emitter::start(&events.exchange(), "routine: events");
     let store = Store::start(&store, "routine", 1)?;
     health.needs("database", store.status());
@@ -83,7 +91,7 @@ pub async fn run(
     let ended = if once {
         clean_up_once(&table, &cleanup).await
     } else {
-        clean_up_until(&table, &cleanup, shutdown).await
+        clean_up_until(&table, cleanup, live, shutdown).await
     };
     table.events.close().await;
     ended
@@ -97,18 +105,24 @@ struct Table {
 
 async fn clean_up_until(
     table: &Table,
-    cleanup: &Cleanup,
+    mut cleanup: Cleanup,
+    mut live: Live<Cleanup>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let store = &table.store;
-    let mut interval = tokio::time::interval(cleanup.routine_interval);
-    // After an outage one cleanup is enough; those that were missed have nothing left to delete.
-    interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    let mut interval = every(cleanup.routine_interval);
     let mut steps = Steps::default();
     let mut failing = false;
     loop {
         tokio::select! {
             _ = interval.tick() => {}
+            changed = live.changed() => {
+                let before = std::mem::replace(&mut cleanup, changed).routine_interval;
+                if cleanup.routine_interval != before {
+                    interval = every(cleanup.routine_interval);
+                }
+                continue;
+            }
             () = shutdown.cancelled() => return Ok(()),
             () = store.died() => anyhow::bail!("the store has died"),
             () = table.events.died() => anyhow::bail!("what tells events has died"),
@@ -117,7 +131,7 @@ async fn clean_up_until(
         if store.status().borrow().is_err() {
             continue;
         }
-        match clean_up(table, cleanup, &mut steps, &shutdown).await {
+        match clean_up(table, &cleanup, &mut steps, &shutdown).await {
             Ok(()) => failing = false,
             Err(error) if failing => tracing::debug!(%error, "cleanup failed again"),
             Err(error) => {
@@ -126,6 +140,14 @@ async fn clean_up_until(
             }
         }
     }
+}
+
+/// The ticks of the cleanups, the first at once.
+fn every(interval: Duration) -> Interval {
+    let mut ticks = tokio::time::interval(interval);
+    // After an outage one cleanup is enough; those that were missed have nothing left to delete.
+    ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    ticks
 }
 
 async fn clean_up_once(table: &Table, config: &Cleanup) -> anyhow::Result<()> {

@@ -7,7 +7,7 @@ use std::time::Duration;
 use amqp::Access;
 use clap::Parser as _;
 use events::{Exchange, Kind, Notice, Subscriber};
-use service::{CancellationToken, Health};
+use service::{CancellationToken, Changer, Health, Live};
 use sqlx::PgPool;
 use testbed::{Database, DatabaseClock, Process, Proxy, Queue, eventually};
 use tokio::task::JoinHandle;
@@ -18,6 +18,7 @@ use url::Url;
 const DEADLINE: Duration = Duration::from_secs(30);
 
 #[derive(clap::Parser)]
+#[command(args_override_self = true)]
 struct Cli {
     #[command(flatten)]
     config: routine::Config,
@@ -27,6 +28,8 @@ struct Cli {
 struct Routine {
     health: Health,
     shutdown: CancellationToken,
+    changer: Changer<routine::Config>,
+    arguments: Vec<String>,
     ended: JoinHandle<anyhow::Result<()>>,
 }
 
@@ -34,10 +37,19 @@ impl Routine {
     fn start(database_url: &str, arguments: &[&str]) -> Self {
         let url = format!("--database-url={database_url}");
         let usual = ["routine", &url, "--object-ttl=1h", "--routine-interval=20ms"];
-        let config = Cli::parse_from(usual.iter().chain(arguments)).config;
+        let arguments: Vec<String> =
+            usual.iter().chain(arguments).map(|&argument| argument.to_owned()).collect();
+        let (changer, config) = Live::changeable(Cli::parse_from(&arguments).config);
         let (health, shutdown) = (Health::default(), CancellationToken::new());
         let ended = tokio::spawn(routine::run(config, health.clone(), shutdown.clone()));
-        Self { health, shutdown, ended }
+        Self { health, shutdown, changer, arguments, ended }
+    }
+
+    /// Changes its settings by flags such as `--object-ttl=1s`.
+    fn change(&self, further: &[&str]) {
+        let further = further.iter().map(|&argument| argument.to_owned());
+        let arguments = self.arguments.iter().cloned().chain(further);
+        self.changer.set(Cli::parse_from(arguments).config);
     }
 
     async fn stop(self) -> anyhow::Result<()> {
@@ -91,6 +103,24 @@ async fn stale_rows_go_and_fresh_ones_stay_until_the_routine_is_stopped() {
 
     insert(database.pool(), 1..=3, "2 h").await;
     only_is_left(database.pool(), &[31, 32, 33]).await;
+    routine.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn what_is_stale_and_how_often_that_is_seen_to_can_change_while_the_routine_runs() {
+    let database = database().await;
+    insert(database.pool(), 1..=3, "50 min").await;
+    // The next cleanup would be in an hour.
+    let routine = Routine::start(database.url(), &["--routine-interval=1h"]);
+    eventually("it has begun", DEADLINE, async || {
+        routine.health.missing().is_empty().then_some(())
+    })
+    .await;
+    routine.change(&["--routine-interval=20ms", "--object-ttl=40m"]);
+    only_is_left(database.pool(), &[]).await;
+    insert(database.pool(), 1..=3, "30 min").await;
+    routine.change(&["--routine-interval=20ms", "--object-ttl=20m"]);
+    only_is_left(database.pool(), &[]).await;
     routine.stop().await.unwrap();
 }
 

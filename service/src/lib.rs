@@ -9,14 +9,17 @@ mod health;
 mod healthcheck;
 pub mod http;
 mod lifecycle;
+mod live;
 pub mod problem;
 mod process;
 mod recorder;
+mod reload;
 pub mod settings;
 mod telemetry;
 pub mod terminal;
 
 pub use health::{Health, PeerStatus};
 pub use lifecycle::{Description, Invocation, Unavailable, main, main_with_commands};
+pub use live::{Changer, Live};
 pub use recorder::{metric_total, rendered_metrics};
 pub use tokio_util::sync::CancellationToken;

@@ -2,6 +2,7 @@
 
 use std::future::Ready;
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -12,8 +13,9 @@ use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
-use crate::settings::{self, Parsed};
-use crate::{Health, admin, healthcheck, http, recorder, telemetry};
+use crate::reload::{self, Reload};
+use crate::settings::{self, Parsed, Settings, SettingsError, Sources};
+use crate::{Health, Live, admin, healthcheck, http, recorder, telemetry};
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
 const EXIT_SETTINGS: u8 = 78;
@@ -23,8 +25,9 @@ const EXIT_UNAVAILABLE: u8 = 69;
 const EXIT_FAILURE: u8 = 70;
 
 const ABOUT_VARIABLES: &str = "\
-Every option that takes a value can also be set as an environment variable, or in a file .env, under
-the name in <>; NAME_FILE names a file that holds the value.";
+Every option that takes a value can also be set in the settings file, as an environment variable, or in
+a file .env, under the name in <>; NAME_FILE names a file that holds the value. In the settings file these
+can change while the process runs:";
 
 /// The admin address answers probes and a scraper, never the public.
 const ADMIN_LIMITS: http::Limits = http::Limits {
@@ -42,11 +45,23 @@ pub struct Description {
     pub about: &'static str,
     /// The default of `ADMIN_ADDR`, such as `:9091`.
     pub admin_address: &'static str,
+    /// The variables of the settings that it heeds while it runs, such as `MAX_CONSUMERS`, by parts.
+    pub live: &'static [&'static [&'static str]],
+}
+
+impl Description {
+    /// The variables of all settings that can change while it runs.
+    fn live(&self) -> Vec<&'static str> {
+        self.live.iter().copied().chain([telemetry::LIVE]).flatten().copied().collect()
+    }
 }
 
 /// Settings that every service has.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 struct Common {
+    /// A file of lines NAME=value, watched: some settings can change while the process runs; SIGHUP has it read at once
+    #[arg(long, help_heading = "Life cycle")]
+    lastseen_config: Option<PathBuf>,
     /// Where /livez, /readyz and /metrics are served; port 0 takes any free one and logs it
     #[arg(long, value_parser = settings::listen_address, help_heading = "Life cycle")]
     admin_addr: SocketAddr,
@@ -79,13 +94,14 @@ pub enum Invocation<S, K> {
 /// settings whether it is ready, and says so by 0 or 1.
 ///
 /// `run` takes the service's own settings, the [`Health`] to report its peers to, and the token that
-/// tells it to drain.
+/// tells it to drain. While it runs, those settings change that the settings file gives another value;
+/// the description says which of them it heeds.
 pub fn main<C, R>(
     description: Description,
-    run: impl FnOnce(C, Health, CancellationToken) -> R,
+    run: impl FnOnce(Live<C>, Health, CancellationToken) -> R,
 ) -> ExitCode
 where
-    C: Args + FromArgMatches,
+    C: Args + FromArgMatches + Clone + Send + Sync + 'static,
     R: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
     main_with_commands(description, |config, health, shutdown| {
@@ -102,19 +118,23 @@ where
 /// is polled, and no address is taken.
 pub fn main_with_commands<C, S, K>(
     description: Description,
-    plan: impl FnOnce(C, Health, CancellationToken) -> anyhow::Result<Invocation<S, K>>,
+    plan: impl FnOnce(Live<C>, Health, CancellationToken) -> anyhow::Result<Invocation<S, K>>,
 ) -> ExitCode
 where
-    C: Args + FromArgMatches,
+    C: Args + FromArgMatches + Clone + Send + Sync + 'static,
     S: Future<Output = anyhow::Result<()>> + Send + 'static,
     K: Future<Output = anyhow::Result<()>> + Send + 'static,
 {
-    let (common, config) = match read_settings::<C>(description) {
-        Ok(Parsed::Run(Asked { common, healthcheck: true, .. })) => {
-            return healthcheck::run(common.admin_addr);
+    let arguments = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
+    let arguments: Vec<String> = arguments.collect();
+    if let Some(admin_address) = is_healthcheck(description, &arguments) {
+        return healthcheck::run(admin_address);
+    }
+    let (sources, content, settings) = match read_settings::<C>(description, arguments) {
+        Ok(Read { sources, content, parsed: Parsed::Run(settings) }) => {
+            (sources, content, settings)
         }
-        Ok(Parsed::Run(Asked { common, config, .. })) => (common, config),
-        Ok(Parsed::Print(text)) => {
+        Ok(Read { parsed: Parsed::Print(text), .. }) => {
             print!("{text}");
             return ExitCode::SUCCESS;
         }
@@ -123,15 +143,26 @@ where
             return ExitCode::from(EXIT_SETTINGS);
         }
     };
+    let Settings { config: Asked { common, config, healthcheck }, given, in_vain } = settings;
+    if healthcheck {
+        return healthcheck::run(common.admin_addr);
+    }
     // TLS is needed by some settings only, and one provider for all of them keeps the binary small.
     // If there is one already, it is this one.
     let _ = rustls::crypto::ring::default_provider().install_default();
     let health = Health::default();
     let shutdown = CancellationToken::new();
-    let ended = match plan(config, health.clone(), shutdown.clone()) {
+    let (changer, live) = Live::changeable(config);
+    let ended = match plan(live, health.clone(), shutdown.clone()) {
         Ok(Invocation::Service(service)) => {
-            telemetry::init(&common.telemetry);
-            let ended = block_on(supervise(description, &common, health, shutdown, service));
+            let filter = telemetry::init(&common.telemetry);
+            let heed = move |asked: Asked<C>| {
+                filter.set(&asked.common.telemetry);
+                changer.set(asked.config);
+            };
+            let reload = Reload::new(sources, content, (given, in_vain), description.live(), heed);
+            let supervised = supervise(description, &common, reload, health, shutdown, service);
+            let ended = block_on(supervised);
             match &ended {
                 Ok(()) => tracing::info!("stopped"),
                 Err(error) => tracing::error!("{error:#}"),
@@ -179,23 +210,63 @@ impl<C: FromArgMatches> FromArgMatches for Asked<C> {
     }
 }
 
+/// The settings as they are at the start, and where they came from.
+struct Read<C> {
+    sources: Sources,
+    /// Of the settings file.
+    content: Vec<u8>,
+    parsed: Parsed<C>,
+}
+
 fn read_settings<C: Args + FromArgMatches>(
     description: Description,
-) -> Result<Parsed<Asked<C>>, settings::SettingsError> {
+    arguments: Vec<String>,
+) -> Result<Read<Asked<C>>, SettingsError> {
     let command = Common::augment_args(C::augment_args(Command::new(description.name)))
         .version(env!("CARGO_PKG_VERSION"))
         // Set after the settings, whose own doc comments would stand here otherwise.
         .about(description.about)
         .long_about(None)
-        .after_help(ABOUT_VARIABLES)
+        .after_help(format!("{ABOUT_VARIABLES} {}.", description.live().join(", ")))
         .args_override_self(true)
-        .subcommand(Command::new(healthcheck::NAME).about(healthcheck::ABOUT))
-        .mut_arg("admin_addr", |argument| {
-            argument.required(false).default_value(description.admin_address)
-        });
-    let environment = settings::environment()?;
-    let arguments = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
-    settings::parse(command, &environment, arguments)
+        .subcommand(Command::new(healthcheck::NAME).about(healthcheck::ABOUT));
+    let command = with_admin_address(command, description);
+    let sources = Sources::new(command, arguments)?;
+    let content = sources.file().map_or(Ok(Vec::new()), settings::read_file)?;
+    let parsed = sources.read(&content)?;
+    Ok(Read { sources, content, parsed })
+}
+
+/// The admin address of the service whose health is asked for, if that is all that the command line says.
+/// No other setting is looked at: a settings file that a service refuses while it runs is no reason to end it.
+fn is_healthcheck(description: Description, arguments: &[String]) -> Option<SocketAddr> {
+    #[derive(Args)]
+    struct Asked {
+        #[arg(long, value_parser = settings::listen_address)]
+        admin_addr: SocketAddr,
+        #[arg(long)]
+        lastseen_config: Option<PathBuf>,
+    }
+    if !arguments.iter().any(|argument| argument == healthcheck::NAME) {
+        return None;
+    }
+    let command = Asked::augment_args(Command::new(description.name))
+        .args_override_self(true)
+        .subcommand(Command::new(healthcheck::NAME))
+        .subcommand_required(true);
+    let sources =
+        Sources::new(with_admin_address(command, description), arguments.to_vec()).ok()?;
+    let content = sources.file().map_or(Ok(Vec::new()), settings::read_file).unwrap_or_default();
+    match sources.read::<Asked>(&content) {
+        Ok(Parsed::Run(settings)) => Some(settings.config.admin_addr),
+        Ok(Parsed::Print(_)) | Err(_) => None,
+    }
+}
+
+fn with_admin_address(command: Command, description: Description) -> Command {
+    command.mut_arg("admin_addr", |argument| {
+        argument.required(false).default_value(description.admin_address)
+    })
 }
 
 /// Runs `future` on a runtime of its own, and leaves behind what it has abandoned there.
@@ -211,6 +282,7 @@ fn block_on(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<
 async fn supervise(
     description: Description,
     common: &Common,
+    reload: Option<Reload<impl FromArgMatches>>,
     health: Health,
     shutdown: CancellationToken,
     service: impl Future<Output = anyhow::Result<()>> + Send + 'static,
@@ -218,6 +290,7 @@ async fn supervise(
     // First of all: until then, a signal ends the process where it stands.
     let signals = Signals::watch()?;
     let metrics = recorder::install(description.name)?;
+    let reload = reload::watch(reload, &health)?;
     let address = common.admin_addr;
     let listener = TcpListener::bind(address)
         .await
@@ -233,6 +306,7 @@ async fn supervise(
     tokio::select! {
         ended = run_until_abandoned(service, signals, common.drain_timeout, shutdown) => ended,
         ended = admin => Err(anyhow::anyhow!("the admin address died: {ended:?}")),
+        never = reload => match never {},
     }
 }
 

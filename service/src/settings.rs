@@ -1,18 +1,29 @@
-//! Settings: one clap struct per concern, filled from flags, the environment, `NAME_FILE` and `.env`.
+//! Settings: one clap struct per concern, filled from flags, a settings file, the environment,
+//! `NAME_FILE` and `.env`.
 //!
 //! Every option that takes a value is also an environment variable: `--max-consumers` is
-//! `MAX_CONSUMERS`. A flag wins over the environment, the environment over `.env`, and all of them
-//! over the default. An empty variable counts as unset, because compose files pass those on.
+//! `MAX_CONSUMERS`. A flag wins over the settings file, the file over the environment, the environment
+//! over `.env`, and all of them over the default. An empty variable counts as unset, because compose
+//! files pass those on.
 
 use std::collections::BTreeMap;
 use std::error::Error as _;
+use std::ffi::OsString;
 use std::fmt::Display;
+use std::fs::File;
+use std::io::{self, Read as _};
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Command};
+
+/// Which option names the settings file.
+const FILE_FLAG: &str = "lastseen-config";
+/// Whatever is larger was not written as settings.
+const FILE_BYTES_MAX: u64 = 1 << 20;
 
 /// Why the process cannot start with the settings it was given. The text names the variable, the
 /// value (masked where it may hold a secret) and what is allowed.
@@ -20,64 +31,192 @@ use clap::{ArgAction, Command};
 #[error("{0}")]
 pub struct SettingsError(String);
 
-/// What reading the command line led to.
+/// What reading the settings led to.
 pub(crate) enum Parsed<C> {
-    Run(C),
+    Run(Settings<C>),
     /// `--help` or `--version` was asked for: print this and end with success.
     Print(String),
+}
+
+/// The settings, and what they were made of.
+pub(crate) struct Settings<C> {
+    pub(crate) config: C,
+    /// Each variable that is set and is none of another program, except those that a flag replaces.
+    pub(crate) given: Values,
+    /// What the settings file sets without effect: a flag has the last word, or it is not of this process.
+    pub(crate) in_vain: InVain,
+}
+
+/// Values by the names of their variables.
+pub(crate) type Values = BTreeMap<String, String>;
+
+#[derive(Debug, Default, PartialEq, Eq)]
+pub(crate) struct InVain {
+    pub(crate) replaced: Vec<String>,
+    pub(crate) unknown: Vec<String>,
+}
+
+/// Where the settings of this process come from. They can be read again, and may have changed.
+pub(crate) struct Sources {
+    command: Command,
+    program: String,
+    flags: Vec<String>,
+    file: Option<PathBuf>,
+}
+
+impl Sources {
+    /// # Errors
+    /// When `.env` is there but cannot be read or parsed.
+    pub(crate) fn new(
+        command: Command,
+        arguments: impl IntoIterator<Item = String>,
+    ) -> Result<Self, SettingsError> {
+        let mut arguments = arguments.into_iter();
+        let program = arguments.next().unwrap_or_default();
+        let flags: Vec<String> = arguments.collect();
+        let by_flag = flags.iter().enumerate().rev().find_map(|(at, flag)| {
+            let value = flag.strip_prefix("--")?.strip_prefix(FILE_FLAG)?;
+            value.strip_prefix('=').or_else(|| flags.get(at + 1).map(String::as_str))
+        });
+        let environment = environment()?;
+        let file = by_flag.or(environment.get(&variable_name(FILE_FLAG)).map(String::as_str));
+        let file = file.filter(|file| !file.is_empty()).map(PathBuf::from);
+        Ok(Self { command, program, flags, file })
+    }
+
+    /// The settings file, if there is to be one.
+    pub(crate) fn file(&self) -> Option<&Path> {
+        self.file.as_deref()
+    }
+
+    /// Reads the settings, those of the settings file from `content`.
+    ///
+    /// # Errors
+    /// [`SettingsError`] for the first setting that is not allowed.
+    pub(crate) fn read<C: clap::FromArgMatches>(
+        &self,
+        content: &[u8],
+    ) -> Result<Parsed<C>, SettingsError> {
+        let path = self.file.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
+        let in_file = entries(&path, dotenvy::Iter::new(content))?;
+        let mut environment = environment()?;
+        lay_over(&mut environment, in_file.clone());
+        let arguments = std::iter::once(self.program.clone()).chain(self.flags.iter().cloned());
+        let parsed = parse(self.command.clone(), &environment, arguments);
+        let parsed = parsed.map_err(|SettingsError(error)| {
+            let of_file = in_file.keys().any(|name| error.starts_with(&format!("{name}=")));
+            SettingsError(if of_file { format!("{error}, as {path} sets it") } else { error })
+        })?;
+        Ok(match parsed {
+            Parsed::Run(settings) => {
+                let in_vain = self.in_vain(&in_file, &settings.given);
+                Parsed::Run(Settings { in_vain, ..settings })
+            }
+            printed @ Parsed::Print(_) => printed,
+        })
+    }
+
+    fn in_vain(&self, in_file: &Values, given: &Values) -> InVain {
+        let known: Vec<String> = self
+            .command
+            .get_arguments()
+            .filter_map(|option| Some(variable_name(option.get_long()?)))
+            .collect();
+        let mut in_vain = InVain::default();
+        for (name, _) in in_file.iter().filter(|(_, value)| !value.is_empty()) {
+            let base = name.strip_suffix("_FILE").unwrap_or(name);
+            if !known.iter().any(|known| known == base) {
+                in_vain.unknown.push(name.clone());
+            } else if !given.contains_key(base) {
+                in_vain.replaced.push(name.clone());
+            }
+        }
+        in_vain
+    }
+}
+
+/// What the settings file holds now.
+///
+/// # Errors
+/// Why it cannot be read, in words for an operator.
+pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, SettingsError> {
+    let variable = variable_name(FILE_FLAG);
+    let mut content = Vec::new();
+    let read = File::open(path)
+        .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut content))
+        .and_then(|_| match content.len() as u64 {
+            ..=FILE_BYTES_MAX => Ok(()),
+            _ => Err(io::Error::other(format!("it is over {FILE_BYTES_MAX} bytes"))),
+        });
+    match read {
+        Ok(()) => Ok(content),
+        Err(error) => Err(SettingsError(format!(
+            "{variable}={}: cannot be read ({error}); it must name a readable file of lines NAME=value",
+            path.display()
+        ))),
+    }
 }
 
 /// The environment variables, laid over what `.env` holds.
 ///
 /// # Errors
 /// When `.env` is there but cannot be read or parsed.
-pub(crate) fn environment() -> Result<BTreeMap<String, String>, SettingsError> {
-    let mut variables = BTreeMap::new();
-    match dotenvy::dotenv_iter() {
-        Ok(file) => {
-            for entry in file {
-                // dotenvy's error quotes the line, which may be the one with the password.
-                let (name, value) = entry.map_err(|_| {
-                    SettingsError(".env holds a line that is not of the form NAME=value".to_owned())
-                })?;
-                variables.insert(name, value);
-            }
-        }
-        Err(error) if error.not_found() => {}
+fn environment() -> Result<Values, SettingsError> {
+    let mut variables = match dotenvy::dotenv_iter() {
+        Ok(lines) => entries(".env", lines)?,
+        Err(error) if error.not_found() => Values::new(),
         Err(error) => return Err(SettingsError(format!(".env cannot be read: {error}"))),
-    }
-    // A container's POSTGRES_PASSWORD_FILE also takes the place of a POSTGRES_PASSWORD in `.env`.
-    for (name, value) in std::env::vars_os() {
-        // Somebody else's variable may be anything; ours are all text.
-        let (Ok(name), Ok(value)) = (name.into_string(), value.into_string()) else { continue };
-        match name.strip_suffix("_FILE") {
-            Some(base) if !value.is_empty() && std::env::var_os(base).is_none() => {
-                variables.remove(base);
-            }
-            _ => {}
-        }
-        variables.insert(name, value);
-    }
+    };
+    // Somebody else's variable may be anything; ours are all text.
+    let text = |(name, value): (OsString, OsString)| {
+        Some((name.into_string().ok()?, value.into_string().ok()?))
+    };
+    lay_over(&mut variables, std::env::vars_os().filter_map(text).collect());
     Ok(variables)
+}
+
+/// The variables that the lines of a file set.
+fn entries<R: io::Read>(file: &str, lines: dotenvy::Iter<R>) -> Result<Values, SettingsError> {
+    // dotenvy's error quotes the line, which may be the one with the password.
+    let entries = lines.collect::<Result<_, _>>();
+    entries.map_err(|_| {
+        SettingsError(format!("{file} holds a line that is not of the form NAME=value"))
+    })
+}
+
+/// Lets `above` win over `variables`. A container's `POSTGRES_PASSWORD_FILE` also takes the place of a
+/// `POSTGRES_PASSWORD` in `.env`.
+fn lay_over(variables: &mut Values, above: Values) {
+    for (name, _) in above.iter().filter(|(_, value)| !value.is_empty()) {
+        let other = match name.strip_suffix("_FILE") {
+            Some(base) => base.to_owned(),
+            None => format!("{name}_FILE"),
+        };
+        if !above.contains_key(&other) {
+            variables.remove(&other);
+        }
+    }
+    variables.extend(above);
 }
 
 /// Reads the settings of `command` from its arguments and `environment`.
 ///
 /// # Errors
 /// [`SettingsError`] for the first setting that is not allowed.
-pub(crate) fn parse<C: clap::FromArgMatches>(
+fn parse<C: clap::FromArgMatches>(
     command: Command,
-    environment: &BTreeMap<String, String>,
+    environment: &Values,
     arguments: impl IntoIterator<Item = String>,
 ) -> Result<Parsed<C>, SettingsError> {
     let mut arguments = arguments.into_iter();
     let program = arguments.next().unwrap_or_default();
-    let given: Vec<String> = arguments.collect();
-    let from_environment = environment_arguments(&command, environment, &given)?;
-    let all = std::iter::once(program).chain(from_environment).chain(given);
+    let flags: Vec<String> = arguments.collect();
+    let given = given(&command, environment, &flags)?;
+    let as_flags = given.iter().map(|(name, value)| format!("--{}={value}", flag_name(name)));
+    let all = std::iter::once(program).chain(as_flags).chain(flags);
     let matches = command.try_get_matches_from(all);
     match matches.and_then(|matches| C::from_arg_matches(&matches)) {
-        Ok(config) => Ok(Parsed::Run(config)),
+        Ok(config) => Ok(Parsed::Run(Settings { config, given, in_vain: InVain::default() })),
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp
             | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
@@ -87,20 +226,20 @@ pub(crate) fn parse<C: clap::FromArgMatches>(
     }
 }
 
-/// The environment as flags, less those that the command line gives itself.
-fn environment_arguments(
+/// The variables that are set and are settings of `command`, less those that the command line gives itself.
+fn given(
     command: &Command,
-    environment: &BTreeMap<String, String>,
-    given: &[String],
-) -> Result<Vec<String>, SettingsError> {
+    environment: &Values,
+    flags: &[String],
+) -> Result<Values, SettingsError> {
     let set = |name: &str| environment.get(name).filter(|value| !value.is_empty());
-    let mut arguments = Vec::new();
+    let mut given = Values::new();
     for option in command.get_arguments() {
         let Some(flag) = option.get_long() else { continue };
         if !matches!(option.get_action(), ArgAction::Set | ArgAction::Append) {
             continue;
         }
-        let on_command_line = given.iter().any(|argument| {
+        let on_command_line = flags.iter().any(|argument| {
             argument
                 .strip_prefix("--")
                 .and_then(|argument| argument.strip_prefix(flag))
@@ -127,13 +266,17 @@ fn environment_arguments(
                 })?,
             (None, None) => continue,
         };
-        arguments.push(format!("--{flag}={value}"));
+        given.insert(name, value);
     }
-    Ok(arguments)
+    Ok(given)
 }
 
 fn variable_name(flag: &str) -> String {
     flag.to_uppercase().replace('-', "_")
+}
+
+fn flag_name(variable: &str) -> String {
+    variable.to_lowercase().replace('_', "-")
 }
 
 /// Says what clap found wrong in terms of the variable: name, value, and what is allowed.
@@ -171,7 +314,7 @@ fn explain(error: &clap::Error) -> String {
 }
 
 /// The value as it may be shown: not at all where a password may be in it, in whichever place.
-fn mask(name: &str, value: &str) -> String {
+pub(crate) fn mask(name: &str, value: &str) -> String {
     let secret = ["PASSWORD", "SECRET", "URI", "URL"].iter().any(|part| name.contains(part));
     // Where certificates are expected, somebody may have put the key.
     let secret = secret || name == "AMQP_CA";
@@ -256,7 +399,7 @@ mod tests {
         let arguments = std::iter::once("sample").chain(arguments.iter().copied());
         let command = Sample::augment_args(Command::new("sample"));
         match parse::<Sample>(command, &environment, arguments.map(str::to_owned)) {
-            Ok(Parsed::Run(sample)) => Ok(sample),
+            Ok(Parsed::Run(settings)) => Ok(settings.config),
             Ok(Parsed::Print(text)) => panic!("nobody asked for help: {text}"),
             Err(error) => Err(error.to_string()),
         }

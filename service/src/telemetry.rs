@@ -2,6 +2,7 @@
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::fmt::time::ChronoLocal;
+use tracing_subscriber::reload::Handle;
 
 use crate::terminal;
 
@@ -42,6 +43,10 @@ impl Config {
         }
         Self { rust_log: COMMAND_FILTER.to_owned(), ..self }
     }
+
+    fn filter(&self) -> EnvFilter {
+        EnvFilter::new(format!("{},{ALWAYS}", self.rust_log))
+    }
 }
 
 fn filter(text: &str) -> Result<String, String> {
@@ -50,15 +55,42 @@ fn filter(text: &str) -> Result<String, String> {
         .map_err(|error| format!("expected levels such as info or info,consumer=debug ({error})"))
 }
 
+/// What of it can change while the process runs.
+pub(crate) const LIVE: &[&str] = &["RUST_LOG"];
+
+/// What is logged, to be changed.
+pub(crate) struct Filter(Box<dyn Fn(EnvFilter) + Send>);
+
+impl Filter {
+    fn of<S: 'static>(handle: Handle<EnvFilter, S>) -> Self {
+        // It fails when the subscriber is gone, which lives as long as the process.
+        Self(Box::new(move |filter| _ = handle.reload(filter)))
+    }
+
+    pub(crate) fn set(&self, config: &Config) {
+        (self.0)(config.filter());
+    }
+}
+
 /// Installs the log subscriber for the whole process. Times are in the zone of `TZ`.
-pub(crate) fn init(config: &Config) {
+pub(crate) fn init(config: &Config) -> Filter {
     let builder = tracing_subscriber::fmt()
-        .with_env_filter(EnvFilter::new(format!("{},{ALWAYS}", config.rust_log)))
+        .with_env_filter(config.filter())
         .with_timer(ChronoLocal::rfc_3339())
         .with_writer(|| terminal::Log)
         .with_ansi(terminal::is_there());
     match config.log_format {
-        LogFormat::Text => builder.init(),
-        LogFormat::Json => builder.json().flatten_event(true).init(),
+        LogFormat::Text => {
+            let builder = builder.with_filter_reloading();
+            let filter = Filter::of(builder.reload_handle());
+            builder.init();
+            filter
+        }
+        LogFormat::Json => {
+            let builder = builder.json().flatten_event(true).with_filter_reloading();
+            let filter = Filter::of(builder.reload_handle());
+            builder.init();
+            filter
+        }
     }
 }

@@ -2,12 +2,15 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
 
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
 use std::process::{Output, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering::Relaxed};
 use std::time::Duration;
 
-use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader};
-use tokio::net::TcpListener;
-use tokio::process::Command;
+use tokio::io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader, Lines};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 use tokio::time::timeout;
 
 /// Far more than anything here needs, because a machine that runs all tests at once is slow.
@@ -199,4 +202,184 @@ async fn a_healthcheck_of_nobody_fails_and_says_where_it_asked() {
     assert_eq!(ended.code, Some(1));
     let said = format!("no answer at ADMIN_ADDR={address}: ");
     assert!(ended.printed.starts_with(&said), "{}", ended.printed);
+}
+
+/// A service that runs with a settings file, and prints its pace with each change.
+struct Watching {
+    directory: PathBuf,
+    child: Child,
+    printed: Lines<BufReader<ChildStdout>>,
+    logged: Lines<BufReader<ChildStderr>>,
+    admin: String,
+}
+
+impl Watching {
+    async fn start(content: &str, further: &[&str]) -> Self {
+        static STARTED: AtomicU32 = AtomicU32::new(0);
+        let name =
+            format!("lastseen-settings-{}-{}", std::process::id(), STARTED.fetch_add(1, Relaxed));
+        let directory = std::env::temp_dir().join(name);
+        // As a ConfigMap is mounted: what changes is where the link to its directory leads.
+        std::fs::create_dir_all(directory.join("1")).unwrap();
+        std::fs::write(directory.join("1/lastseen.env"), content).unwrap();
+        symlink("1", directory.join("data")).unwrap();
+        symlink("data/lastseen.env", directory.join("lastseen.env")).unwrap();
+        let mut command = sample(&["--ending=drained"]);
+        command.args(further).env("LASTSEEN_CONFIG", directory.join("lastseen.env"));
+        // The file has more to say than the environment.
+        command.env("PACE", "100").stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = command.spawn().unwrap();
+        let printed = BufReader::new(child.stdout.take().unwrap()).lines();
+        let logged = BufReader::new(child.stderr.take().unwrap()).lines();
+        let mut watching = Self { directory, child, printed, logged, admin: String::new() };
+        let starting = watching.logs("starting").await;
+        starting.rsplit_once("admin=").unwrap().1.clone_into(&mut watching.admin);
+        watching
+    }
+
+    fn write(&self, content: &str) {
+        std::fs::write(self.directory.join("lastseen.env"), content).unwrap();
+    }
+
+    async fn prints(&mut self, expected: &str) {
+        let line = timeout(DEADLINE, self.printed.next_line()).await.unwrap().unwrap();
+        assert_eq!(line.as_deref(), Some(expected));
+    }
+
+    /// Waits for a log line with that text.
+    async fn logs(&mut self, text: &str) -> String {
+        loop {
+            let line = timeout(DEADLINE, self.logged.next_line()).await.expect(text);
+            let line = line.unwrap().expect(text);
+            if line.contains(text) {
+                return line;
+            }
+        }
+    }
+
+    async fn get(&self, path: &str) -> String {
+        let mut stream = TcpStream::connect(&self.admin).await.unwrap();
+        let request = format!("GET {path} HTTP/1.0\r\n\r\n");
+        stream.write_all(request.as_bytes()).await.unwrap();
+        let mut answer = String::new();
+        timeout(DEADLINE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
+        answer
+    }
+
+    fn signal(&self, signal: &str) {
+        let id = self.child.id().unwrap().to_string();
+        let sent = std::process::Command::new("kill").args([signal, &id]).status().unwrap();
+        assert!(sent.success());
+    }
+
+    async fn stop(mut self) {
+        self.signal("-TERM");
+        let ended = timeout(DEADLINE, self.child.wait()).await.unwrap().unwrap();
+        assert_eq!(ended.code(), Some(0));
+        std::fs::remove_dir_all(&self.directory).unwrap();
+    }
+}
+
+#[tokio::test]
+async fn a_setting_that_changes_in_the_settings_file_is_heeded_however_the_file_is_replaced() {
+    let mut service = Watching::start("PACE=1\n", &[]).await;
+    service.prints("1").await;
+    service.write("PACE=2\n");
+    service.prints("2").await;
+    // By the directory that the link leads to.
+    let directory = service.directory.clone();
+    std::fs::create_dir(directory.join("2")).unwrap();
+    std::fs::write(directory.join("2/lastseen.env"), "PACE=3\n").unwrap();
+    symlink("2", directory.join("new")).unwrap();
+    std::fs::rename(directory.join("new"), directory.join("data")).unwrap();
+    service.prints("3").await;
+    // By another file.
+    std::fs::write(directory.join("new"), "export PACE='4' # four\n").unwrap();
+    std::fs::rename(directory.join("new"), directory.join("lastseen.env")).unwrap();
+    service.prints("4").await;
+    // What is not in the file any more is as the environment has it.
+    service.write("");
+    service.prints("100").await;
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn a_settings_file_that_is_refused_changes_nothing_and_is_told_until_it_is_mended() {
+    let mut service = Watching::start("PACE=1\nPLACE=there\n", &[]).await;
+    service.prints("1").await;
+    for (content, reason) in [
+        ("PACE=0\n", "PACE=0: expected a number from 1 to 100"),
+        ("PACE=2\nRUST_LOG=every=thing\n", "RUST_LOG=every=thing: expected levels"),
+        ("PACE=2\nPLACE\n", "holds a line that is not of the form NAME=value"),
+    ] {
+        service.write(content);
+        service.logs(reason).await;
+        assert!(service.get("/metrics").await.contains("lastseen_settings_refused 1"));
+    }
+    std::fs::remove_file(service.directory.join("lastseen.env")).unwrap();
+    service.logs("cannot be read").await;
+    let metrics = service.get("/metrics").await;
+    assert!(metrics.contains("lastseen_settings_read_total{outcome=\"refused\"} 4"), "{metrics}");
+    assert!(service.get("/readyz").await.contains("lastseen.env: cannot be read"));
+    // Whoever looks after it need not think that it is ill.
+    let mut command = sample(&["healthcheck"]);
+    command.env("LASTSEEN_CONFIG", service.directory.join("lastseen.env"));
+    command.env("ADMIN_ADDR", &service.admin);
+    service.write("PACE=0\n");
+    let healthcheck = ended(command).await;
+    assert_eq!(healthcheck.code, Some(0), "{}", healthcheck.errors);
+    service.write("PACE=5\nPLACE=there\n");
+    service.prints("5").await;
+    assert!(service.get("/metrics").await.contains("lastseen_settings_refused 0"));
+    assert!(!service.get("/readyz").await.contains("settings"));
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn what_needs_a_restart_says_so_and_so_does_what_has_no_effect() {
+    let mut service = Watching::start("PLACE=there\nMAX_CONSUMERS=5\n", &["--pace=7"]).await;
+    service.logs("no settings of this process settings=\"MAX_CONSUMERS\"").await;
+    service.prints("7").await;
+    service.write("PLACE=s3cret@elsewhere\nPACE=8\n");
+    let told = service.logs("takes effect with the next start").await;
+    assert!(told.contains("settings=\"PLACE\""), "{told}");
+    service.logs("a flag of the command line wins settings=\"PACE\"").await;
+    assert!(service.get("/metrics").await.contains("lastseen_settings_awaiting_restart 1"));
+    service.write("PLACE=there\n");
+    service.logs("settings read").await;
+    assert!(service.get("/metrics").await.contains("lastseen_settings_awaiting_restart 0"));
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn what_is_logged_can_change_and_sighup_has_the_file_read_at_once() {
+    let mut service = Watching::start("PACE=1\n", &[]).await;
+    service.prints("1").await;
+    service.write("PACE=1\nRUST_LOG=debug\n");
+    let told = service.logs("settings changed").await;
+    assert!(told.contains("changed=\"RUST_LOG=debug\""), "{told}");
+    service.logs("DEBUG").await;
+    // Also one that is as it was.
+    service.signal("-HUP");
+    service.logs("settings read").await;
+    service.write("PACE=9\n");
+    service.signal("-HUP");
+    service.logs("changed=\"PACE=9, RUST_LOG to its default\"").await;
+    service.stop().await;
+}
+
+#[tokio::test]
+async fn a_settings_file_that_is_bad_at_the_start_ends_it() {
+    let directory = std::env::temp_dir();
+    let file = directory.join(format!("lastseen-bad-settings-{}", std::process::id()));
+    std::fs::write(&file, "PACE=0\n").unwrap();
+    let path = file.to_str().unwrap();
+    let bad = ended(sample(&[&format!("--lastseen-config={path}")])).await;
+    std::fs::remove_file(&file).unwrap();
+    let missing = ended(sample(&["--lastseen-config", path])).await;
+    assert_eq!((bad.code, missing.code), (Some(78), Some(78)));
+    assert!(bad.errors.contains("PACE=0: expected a number from 1 to 100"), "{}", bad.errors);
+    assert!(bad.errors.contains(&format!("as {path} sets it")), "{}", bad.errors);
+    let told = format!("LASTSEEN_CONFIG={path}: cannot be read");
+    assert!(missing.errors.contains(&told), "{}", missing.errors);
 }

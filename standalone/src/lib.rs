@@ -14,7 +14,7 @@ use std::io::{self, Write as _};
 
 use anyhow::Context as _;
 use broker::OpenError;
-use service::{CancellationToken, Description, Health, Invocation, Unavailable};
+use service::{CancellationToken, Description, Health, Invocation, Live, Unavailable};
 use store::StoreError;
 use tester::config::Checked;
 
@@ -27,6 +27,7 @@ pub const DESCRIPTION: Description = Description {
     name: "lastseen",
     about: "Keeps who is online now, and when each was last seen: the whole pipeline in one process",
     admin_address: ":9091",
+    live: &[consumer::Lookups::LIVE, routine::Cleanup::LIVE],
 };
 
 /// What the settings ask for: the pipeline, or what their subcommand does.
@@ -36,7 +37,7 @@ pub const DESCRIPTION: Description = Description {
 /// # Errors
 /// [`Unavailable`] when another process has the files; or why they cannot be opened.
 pub fn plan(
-    config: Checked<Config>,
+    config: Live<Checked<Config>>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<
@@ -45,12 +46,13 @@ pub fn plan(
         impl Future<Output = anyhow::Result<()>> + Send + 'static,
     >,
 > {
-    let mut config = config.into_inner();
+    let live = config.part(Checked::into_inner);
+    let mut config = live.now();
     if let Some(command) = config.command.take() {
         return Ok(Invocation::Command(carry_out(command, config, shutdown)));
     }
     let stage = Stage::set(config).map_err(in_use)?;
-    Ok(Invocation::Service(stage.play(health, shutdown)))
+    Ok(Invocation::Service(stage.play(live, health, shutdown)))
 }
 
 async fn carry_out(

@@ -3,8 +3,9 @@
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use anyhow::{Context as _, bail};
+use consumer::Lookups;
 use producer::FrontDoor;
-use service::{CancellationToken, Health};
+use service::{CancellationToken, Health, Live};
 use tester::api::Api;
 use tester::partner::Partner;
 use tokio::task::JoinSet;
@@ -39,6 +40,7 @@ impl Stage {
     /// When one of them cannot begin, or ends before it is told to.
     pub(crate) async fn play(
         self,
+        live: Live<Config>,
         health: Health,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
@@ -78,13 +80,23 @@ impl Stage {
                 store: store.clone(),
                 events: Some(exchange.clone()),
             };
+            let endpoint = consumer.lookups.tester_endpoint.clone();
+            let consumer = live.part(move |now| {
+                let lookups = Lookups { tester_endpoint: endpoint.clone(), ..now.lookups };
+                consumer::Config { lookups, ..consumer.clone() }
+            });
             let health = health.part("consumer");
             roles.begin("consumer", consumer::run(consumer, health, shutdown.clone()));
         }
         if !without.no_routine {
-            let cleanup = config.cleanup.clone();
             let events = events::Config::made(exchange.clone());
-            let routine = routine::Config { cleanup, once: false, store: store.clone(), events };
+            let store = store.clone();
+            let routine = live.part(move |now| routine::Config {
+                cleanup: now.cleanup,
+                once: false,
+                store: store.clone(),
+                events: events.clone(),
+            });
             roles.begin("routine", routine::run(routine, health.part("routine"), shutdown.clone()));
         }
         let mut shown_at = None;

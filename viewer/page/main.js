@@ -103,7 +103,7 @@ function connection() {
 
 // What the viewer itself cannot see is told apart from what we cannot.
 function showNotices({ table, events, services }) {
-  const wrong = [["The table", table], ["The stream of changes", events], ...services.map(({ url, status }) => [`The numbers of ${url}`, status])]
+  const wrong = [["The table", table], ["The stream of changes", events], ...services.map(({ url, status }) => [`The numbers of ${url}`, status]), ...services.map(({ url, settings }) => [`The settings of ${url}`, settings ?? "ok"])]
     .filter(([, status]) => status !== "ok")
     .map(([what, status]) => `${what}: ${status}`);
   const place = element("notices");

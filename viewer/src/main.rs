@@ -3,5 +3,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::main(viewer::DESCRIPTION, viewer::run)
+    service::main(viewer::DESCRIPTION, |config, health, shutdown| {
+        viewer::run(config.now(), health, shutdown)
+    })
 }

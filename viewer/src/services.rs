@@ -24,6 +24,8 @@ pub(crate) struct Told {
     url: String,
     /// "ok", or why not.
     status: String,
+    /// What is to be done about its settings file; null if nothing is, or that is not known.
+    settings: Option<String>,
 }
 
 /// What the services do, all of them together. What none of them tells is null.
@@ -108,7 +110,8 @@ impl Services {
             let mut pairs = Vec::new();
             for (asked, answer) in self.asked.iter().zip(answers) {
                 let status = answer.as_ref().err().cloned().unwrap_or_else(|| "ok".to_owned());
-                services.push(Told { url: asked.service.to_string(), status });
+                let settings = answer.as_ref().ok().and_then(Scrape::settings);
+                services.push(Told { url: asked.service.to_string(), status, settings });
                 let mut before = asked.before.lock().unwrap_or_else(PoisonError::into_inner);
                 let now = answer.ok();
                 if let Some(now) = now.clone() {
@@ -220,6 +223,17 @@ fn rates(
 }
 
 impl Scrape {
+    /// What is to be done about the settings file of whoever tells this.
+    fn settings(&self) -> Option<String> {
+        let of = |name| self.of(name).map(|(_, value)| value).sum::<f64>();
+        if of("lastseen_settings_refused") > 0.0 {
+            let refused = "the file is refused, and they stay as they were; its log says why";
+            return Some(refused.to_owned());
+        }
+        let awaiting = of("lastseen_settings_awaiting_restart");
+        (awaiting > 0.0).then(|| format!("changed in the file: {awaiting}, with the next start"))
+    }
+
     /// The samples of one name, whatever their labels.
     fn of(&self, name: &'static str) -> impl Iterator<Item = (&String, f64)> {
         let is_it = move |key: &str| {
@@ -235,6 +249,16 @@ mod tests {
 
     fn scrape(text: &str, at: Instant) -> Scrape {
         Scrape { samples: samples(text), at }
+    }
+
+    #[test]
+    fn a_settings_file_that_is_refused_or_waits_for_a_restart_is_told() {
+        let told = |text| scrape(text, Instant::now()).settings();
+        assert_eq!(told("lastseen_settings_refused 0\nlastseen_settings_awaiting_restart 0"), None);
+        assert_eq!(told(""), None);
+        let refused = "lastseen_settings_refused 1\nlastseen_settings_awaiting_restart 2";
+        assert!(told(refused).unwrap().contains("refused"));
+        assert!(told("lastseen_settings_awaiting_restart 2").unwrap().contains("file: 2, with"));
     }
 
     #[test]

@@ -9,7 +9,7 @@ use anyhow::{Context as _, ensure};
 use events::{Emitter, Exchange, Kind, Object};
 use hdrhistogram::Histogram;
 use pipeline::viewer_url;
-use store::{Config, Row as Written, Sighting, Store};
+use store::{Config, Recorded, Row as Written, Sighting, Store};
 use testbed::eventually;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
@@ -88,10 +88,14 @@ async fn commit(place: &Place, commits: &Mutex<Vec<Instant>>) -> anyhow::Result<
         interval.tick().await;
         let ids = commit * OBJECTS..(commit + 1) * OBJECTS;
         let sightings: Vec<Sighting> = ids.map(|id| Sighting { id, age: Duration::ZERO }).collect();
-        let recorded = store.record_seen(&sightings).await?;
+        // As a consumer does, it tries again: behind other parts the server may be busy for seconds.
+        let recorded =
+            eventually("the commit", PATIENCE, async || store.record_seen(&sightings).await.ok());
+        let Recorded { inserted, updated } = recorded.await;
         commits.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
         let object = |row: &Written| Object { id: row.id, last_seen: row.last_seen.time() };
-        emitter.tell(Kind::Online, recorded.inserted.iter().map(object));
+        emitter.tell(Kind::Online, inserted.iter().map(object));
+        emitter.tell(Kind::Seen, updated.iter().map(object));
     }
     Ok(())
 }

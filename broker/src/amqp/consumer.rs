@@ -1,5 +1,6 @@
 //! Taking messages from a RabbitMQ.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -42,6 +43,8 @@ struct Session {
     connection: Arc<Link>,
     channel: Channel,
     deliveries: lapin::Consumer,
+    /// Those before it, with another prefetch: cancelled, but what they had been given is still to be taken.
+    cancelled: VecDeque<lapin::Consumer>,
     outward: Arc<Outward>,
     status: watch::Sender<LinkStatus>,
     /// Whether the status says so.
@@ -101,12 +104,30 @@ impl Consumer {
         }
     }
 
+    pub(crate) async fn set_prefetch(&mut self, prefetch: u16) {
+        if std::mem::replace(&mut self.prefetch, prefetch) == prefetch {
+            return;
+        }
+        let queue = self.publisher.topology().queue.clone();
+        let Some(session) = &mut self.session else { return };
+        let changed = timeout(RPC_TIMEOUT, session.set_prefetch(queue, prefetch)).await;
+        let failed = match changed {
+            Ok(changed) => changed.err().map(|error| error.to_string()),
+            Err(late) => Some(late.to_string()),
+        };
+        if let Some(reason) = failed {
+            // The next session has it from its beginning.
+            tracing::debug!(reason, "cannot change the prefetch of this session");
+            self.session = None;
+        }
+    }
+
     pub(crate) async fn stop(&mut self) {
         let Some(session) = &mut self.session else { return };
         let giving_back = async {
             let tag = session.deliveries.tag();
             session.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
-            while let Some(Ok(delivery)) = session.deliveries.next().await {
+            while let Some(Ok(delivery)) = session.next_delivery().await {
                 delivery.nack(REQUEUE).await?;
             }
             Ok::<_, lapin::Error>(())
@@ -142,12 +163,7 @@ impl Consumer {
         timeout(RPC_TIMEOUT, topology.declare(&connection)).await??;
         let channel = timeout(RPC_TIMEOUT, connection.create_channel()).await?;
         let channel = channel.map_err(LinkError::OpenChannel)?;
-        let consuming = async {
-            channel.basic_qos(self.prefetch, BasicQosOptions::default()).await?;
-            let queue = topology.queue.clone();
-            let options = BasicConsumeOptions::default();
-            channel.basic_consume(queue, "".into(), options, FieldTable::default()).await
-        };
+        let consuming = consume(&channel, topology.queue.clone(), self.prefetch);
         let deliveries = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
         let connection = Arc::new(connection);
         let unsettled = Arc::new(Unsettled::default());
@@ -156,11 +172,54 @@ impl Consumer {
         let outward =
             Arc::new(Outward { publisher: self.publisher.clone(), acks: Acks::start(), unsettled });
         let status = self.status.clone();
-        Ok(Session { look, connection, channel, deliveries, outward, status, is_sound: false })
+        Ok(Session {
+            look,
+            connection,
+            channel,
+            deliveries,
+            cancelled: VecDeque::new(),
+            outward,
+            status,
+            is_sound: false,
+        })
     }
 }
 
+/// Begins to take up to `prefetch` deliveries on `channel`, whatever is taken there already.
+async fn consume(
+    channel: &Channel,
+    queue: ShortString,
+    prefetch: u16,
+) -> lapin::Result<lapin::Consumer> {
+    channel.basic_qos(prefetch, BasicQosOptions::default()).await?;
+    let options = BasicConsumeOptions::default();
+    channel.basic_consume(queue, "".into(), options, FieldTable::default()).await
+}
+
 impl Session {
+    /// RabbitMQ has no prefetch that changes: it is a consumer's from its beginning. So another consumer
+    /// takes the place of this one, on the same channel, where what has been delivered can still be settled.
+    async fn set_prefetch(&mut self, queue: ShortString, prefetch: u16) -> lapin::Result<()> {
+        let next = consume(&self.channel, queue, prefetch).await?;
+        let before = std::mem::replace(&mut self.deliveries, next);
+        let tag = before.tag();
+        self.cancelled.push_back(before);
+        self.look.set_prefetch(prefetch);
+        self.channel.basic_cancel(tag, BasicCancelOptions::default()).await
+    }
+
+    /// The next delivery, first of all of what a cancelled consumer had been given.
+    async fn next_delivery(&mut self) -> Option<lapin::Result<lapin::message::Delivery>> {
+        while let Some(cancelled) = self.cancelled.front_mut() {
+            let delivery = cancelled.next().await;
+            if delivery.is_some() {
+                return delivery;
+            }
+            self.cancelled.pop_front();
+        }
+        self.deliveries.next().await
+    }
+
     /// Sees that every ack that was sent reaches the queue, also if the channel is closed right after.
     ///
     /// RabbitMQ's channel has at most 33 commands under way to a quorum queue. The acks beyond that it
@@ -192,7 +251,7 @@ impl Session {
                 return Err("what sends the acks has died".to_owned());
             }
             // The stream can fall silent without an end, so the connection is looked at as well.
-            match timeout(Duration::from_secs(1), self.deliveries.next()).await {
+            match timeout(Duration::from_secs(1), self.next_delivery()).await {
                 Ok(Some(Ok(delivery))) if delivery.acker.usable() => {
                     self.tell_that_it_is_sound();
                     return Ok(delivery);

@@ -1,7 +1,7 @@
 //! A look at the queues every few seconds, by a consumer's own connection: for the metrics, and to
 //! notice that the broker gives nothing although there is something.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
 use std::time::{Duration, SystemTime};
 
@@ -32,6 +32,8 @@ struct Found {
     waits: AtomicU64,
     in_vain: AtomicU32,
     empty: AtomicBool,
+    /// How many deliveries the consumer may have.
+    prefetch: AtomicUsize,
 }
 
 /// The consumer waits for a delivery until this is dropped.
@@ -47,9 +49,14 @@ impl Look {
         prefetch: u16,
     ) -> Self {
         let found = Arc::new(Found::default());
+        found.prefetch.store(prefetch.into(), Ordering::Relaxed);
         let connection = Arc::downgrade(connection);
-        let looking = look(connection, topology, unsettled, prefetch.into(), Arc::clone(&found));
+        let looking = look(connection, topology, unsettled, Arc::clone(&found));
         Self { found, task: tokio::spawn(looking) }
+    }
+
+    pub(super) fn set_prefetch(&self, prefetch: u16) {
+        self.found.prefetch.store(prefetch.into(), Ordering::Relaxed);
     }
 
     /// To be held while the consumer waits for a delivery.
@@ -90,7 +97,6 @@ async fn look(
     connection: Weak<Link>,
     topology: Topology,
     unsettled: Arc<Unsettled>,
-    prefetch: usize,
     found: Arc<Found>,
 ) {
     let gauges = Gauges::new();
@@ -124,7 +130,8 @@ async fn look(
         let oldest = [unsettled.oldest(), ready_since].into_iter().flatten().min();
         gauges.set(depths, count, oldest);
         found.empty.store(depths.ready == 0, Ordering::Relaxed);
-        let looks = vain.note(wait, depths.ready > 0 && count < prefetch);
+        let looks =
+            vain.note(wait, depths.ready > 0 && count < found.prefetch.load(Ordering::Relaxed));
         found.in_vain.store(looks, Ordering::Relaxed);
     }
 }

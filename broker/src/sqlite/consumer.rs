@@ -83,7 +83,7 @@ impl Consumer {
         Self {
             _look: Look::start(queue, &unsettled),
             queue: Arc::clone(queue),
-            prefetch: usize::from(prefetch.max(1)),
+            prefetch: least(prefetch),
             ahead: VecDeque::new(),
             unsettled,
             failing: false,
@@ -125,10 +125,19 @@ impl Consumer {
         }
     }
 
+    pub(crate) fn set_prefetch(&mut self, prefetch: u16) {
+        self.prefetch = least(prefetch);
+    }
+
     /// Gives back what was taken ahead.
     pub(crate) fn stop(&mut self) {
         self.queue.give_back(std::mem::take(&mut self.ahead));
     }
+}
+
+/// Without any, nothing would ever be taken.
+fn least(prefetch: u16) -> usize {
+    prefetch.max(1).into()
 }
 
 impl Drop for Consumer {

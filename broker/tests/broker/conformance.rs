@@ -41,6 +41,7 @@ on_every_backend! {
     what_was_published_first_is_delivered_first
     many_callers_at_once_are_all_confirmed
     no_more_than_the_prefetch_is_delivered_until_something_is_settled
+    a_prefetch_that_changes_is_heeded_and_nothing_is_delivered_twice
     a_stopped_consumer_gives_back_what_it_had_not_begun_and_settles_the_rest
     a_closed_consumer_gives_back_what_it_had_not_settled
     deliveries_may_be_settled_in_any_order_and_many_at_once
@@ -144,6 +145,33 @@ async fn no_more_than_the_prefetch_is_delivered_until_something_is_settled(backe
     publisher.publish_ids("c", &[10], PATIENCE).await.unwrap();
     assert_eq!(first.settle(Disposition::Ack).await, Settled::Done);
     assert_eq!(next(&mut full).await.id().unwrap(), 10);
+}
+
+async fn a_prefetch_that_changes_is_heeded_and_nothing_is_delivered_twice(backend: Backend) {
+    let place = Place::new(backend);
+    let publisher = place.open().await;
+    let sent: Vec<i64> = (1..=30).collect();
+    publisher.publish_ids("c", &sent, PATIENCE).await.unwrap();
+    let mut consumer = consumer(&publisher, 10);
+    let mut in_flight = vec![next(&mut consumer).await];
+    // Nine more have been sent to it by now, or are on their way; and then there are more to be had.
+    consumer.set_prefetch(20).await;
+    for _ in 1..20 {
+        in_flight.push(next(&mut consumer).await);
+    }
+    // Of those it has more than it may have now, so it gets none until they are settled.
+    consumer.set_prefetch(1).await;
+    for delivery in in_flight.drain(..) {
+        assert!(!delivery.redelivered());
+        assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
+    }
+    for _ in 20..30 {
+        let delivery = next(&mut consumer).await;
+        assert!(!delivery.redelivered());
+        assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
+    }
+    consumer.close().await;
+    place.holds(0, 0, 0).await;
 }
 
 async fn a_stopped_consumer_gives_back_what_it_had_not_begun_and_settles_the_rest(

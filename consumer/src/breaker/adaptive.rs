@@ -8,6 +8,8 @@
 
 use std::time::Duration;
 
+use super::gauge;
+
 /// Where it begins, unless fewer may run.
 const FIRST: f64 = 50.0;
 /// A round has at least so many lookups: of fewer, chance would decide.
@@ -65,8 +67,7 @@ struct Round {
 
 impl Adaptive {
     pub(super) fn new(max: usize) -> Self {
-        #[expect(clippy::cast_precision_loss, reason = "it is at most 50,000")]
-        let max = max as f64;
+        let max = gauge(max);
         let mut adaptive = Self {
             limit: FIRST.min(max),
             max,
@@ -78,6 +79,15 @@ impl Adaptive {
         };
         adaptive.begin_round(0);
         adaptive
+    }
+
+    /// Changes the most that is allowed; a limit above it falls to it.
+    pub(super) fn set_max(&mut self, max: usize, next: u64) {
+        self.max = gauge(max);
+        if self.limit > self.max {
+            self.limit = self.max;
+            self.begin_round(next);
+        }
     }
 
     /// From 1 to the most that was allowed.

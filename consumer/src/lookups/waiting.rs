@@ -4,25 +4,23 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use broker::{Consumer, Delivery};
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
+
+use crate::room::{Permit, Room};
 
 /// A delivery, and the room that it takes up until it is settled.
 pub(super) struct Taken {
     pub(super) delivery: Delivery,
     pub(super) since: Instant,
-    pub(super) room: OwnedSemaphorePermit,
+    pub(super) room: Permit,
 }
 
 impl Taken {
-    /// The next delivery for which there is room; `None` if there never will be.
-    pub(super) async fn next(
-        deliveries: &mut Consumer,
-        unsettled: &Arc<Semaphore>,
-    ) -> Option<Self> {
-        let room = Arc::clone(unsettled).acquire_owned().await.ok()?;
+    /// The next delivery for which there is room.
+    pub(super) async fn next(deliveries: &mut Consumer, unsettled: &Arc<Room>) -> Self {
+        let room = unsettled.enter().await;
         let delivery = deliveries.next().await;
-        Some(Self { delivery, since: Instant::now(), room })
+        Self { delivery, since: Instant::now(), room }
     }
 }
 

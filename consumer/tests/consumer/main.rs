@@ -14,6 +14,7 @@ mod failures;
 mod lookups;
 mod outages;
 mod process;
+mod settings;
 mod shutdown;
 mod writes;
 
@@ -21,7 +22,7 @@ use std::time::{Duration, Instant};
 
 use broker::Publisher;
 use clap::Parser as _;
-use service::{CancellationToken, Health};
+use service::{CancellationToken, Changer, Health, Live};
 use testbed::{Database, Proxy, Queue, RETRY_LEVELS, StatusApi, eventually};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -80,8 +81,9 @@ impl Surroundings {
         ];
         settings.extend(further.iter().map(|&setting| setting.to_owned()));
         let (health, shutdown) = (Health::default(), CancellationToken::new());
-        let run = consumer::run(config(&settings), health.clone(), shutdown.clone());
-        Running { health, shutdown, run: tokio::spawn(run) }
+        let (changer, config) = Live::changeable(config(&settings));
+        let run = consumer::run(config, health.clone(), shutdown.clone());
+        Running { health, shutdown, changer, settings, run: tokio::spawn(run) }
     }
 
     async fn publish(&self, ids: impl IntoIterator<Item = i64>) {
@@ -170,10 +172,19 @@ async fn proxied(url: &str, default_port: u16) -> (Proxy, Url) {
 struct Running {
     health: Health,
     shutdown: CancellationToken,
+    changer: Changer<consumer::Config>,
+    settings: Vec<String>,
     run: JoinHandle<anyhow::Result<()>>,
 }
 
 impl Running {
+    /// Changes its settings by flags such as `--max-consumers=3`.
+    fn change(&self, further: &[&str]) {
+        let further = further.iter().map(|&setting| setting.to_owned());
+        let settings: Vec<_> = self.settings.iter().cloned().chain(further).collect();
+        self.changer.set(config(&settings));
+    }
+
     /// Lets it drain; it has to end well.
     async fn stop(self) {
         self.shutdown.cancel();

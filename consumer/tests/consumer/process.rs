@@ -9,7 +9,11 @@ use crate::{CALLBACK_ID, PATIENCE, SECOND, Surroundings};
 const BAD_SETTING: i32 = 78;
 const FAILURE: i32 = 70;
 
-fn spawn(around: &Surroundings, api: &StatusApi, further: &[(&'static str, &str)]) -> Process {
+pub(crate) fn spawn(
+    around: &Surroundings,
+    api: &StatusApi,
+    further: &[(&'static str, &str)],
+) -> Process {
     let mut environment = vec![
         ("AMQP_URI", testbed::amqp_uri()),
         ("QUEUE_NAME", around.queue.name.clone()),

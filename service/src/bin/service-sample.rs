@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use service::{CancellationToken, Description, Health, Invocation, Unavailable};
+use service::{CancellationToken, Description, Health, Invocation, Live, Unavailable, settings};
 
-#[derive(Clone, Copy, Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 struct Settings {
     /// How it ends
     #[arg(long, value_enum, default_value = "well", global = true)]
@@ -13,17 +13,25 @@ struct Settings {
     /// End like that at once, without beginning anything
     #[arg(long, global = true)]
     refused: bool,
+    /// What it prints with each change, and at its start
+    #[arg(long, value_parser = settings::number(1..=100_u32), default_value = "1")]
+    pace: u32,
+    /// What does not change while it runs
+    #[arg(long, default_value = "here")]
+    place: String,
     /// What to do instead of serving
     #[command(subcommand)]
     command: Option<Command>,
 }
 
-#[derive(Clone, Copy, Debug, clap::ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Ending {
     Well,
     Failure,
     Unavailable,
     Panic,
+    /// Well, when a signal drains it.
+    Drained,
 }
 
 #[derive(Clone, Copy, Debug, clap::Subcommand)]
@@ -41,13 +49,14 @@ fn main() -> ExitCode {
         name: "service-sample",
         about: "Serves nothing and ends as it is told",
         admin_address: ":0",
+        live: &[&["PACE"]],
     };
     service::main_with_commands(description, plan)
 }
 
 fn plan(
-    settings: Settings,
-    _health: Health,
+    settings: Live<Settings>,
+    health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<
     Invocation<
@@ -55,6 +64,7 @@ fn plan(
         impl Future<Output = anyhow::Result<()>> + Send + 'static,
     >,
 > {
+    let (mut live, settings) = (settings.clone(), settings.now());
     if settings.refused {
         end(settings.ending)?;
     }
@@ -62,6 +72,15 @@ fn plan(
         Some(command) => Invocation::Command(carry_out(command, settings.ending, shutdown)),
         None => Invocation::Service(async move {
             count();
+            tracing::debug!("in detail");
+            if settings.ending == Ending::Drained {
+                health.all_told();
+                println!("{}", settings.pace);
+                while let Some(changed) = shutdown.run_until_cancelled(live.changed()).await {
+                    tracing::debug!(place = changed.place, "changed");
+                    println!("{}", changed.pace);
+                }
+            }
             end(settings.ending)
         }),
     })
@@ -99,7 +118,7 @@ async fn carry_out(
 
 fn end(ending: Ending) -> anyhow::Result<()> {
     match ending {
-        Ending::Well => Ok(()),
+        Ending::Well | Ending::Drained => Ok(()),
         Ending::Failure => Err(anyhow::anyhow!("no luck")).context("cannot end well"),
         Ending::Unavailable => Err(Unavailable("another one has it".to_owned()))
             .context("cannot have it")

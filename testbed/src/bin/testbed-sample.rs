@@ -3,9 +3,9 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use service::{Description, Health};
+use service::{Description, Health, Live};
 
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 struct Settings {
     /// What to log at the start
     #[arg(long, default_value = "nothing")]
@@ -17,12 +17,13 @@ fn main() -> ExitCode {
         name: "testbed-sample",
         about: "Does nothing until it is told to stop",
         admin_address: ":0",
+        live: &[],
     };
-    service::main(description, |settings: Settings, health: Health, shutdown| async move {
+    service::main(description, |settings: Live<Settings>, health: Health, shutdown| async move {
         let (status, watched) = tokio::sync::watch::channel(Err("still warming up".to_owned()));
         health.needs("itself", watched);
         health.all_told();
-        tracing::info!(greeting = settings.greeting, folder = ?std::env::current_dir()?, "sample");
+        tracing::info!(greeting = settings.now().greeting, folder = ?std::env::current_dir()?, "sample");
         metrics::counter!("sample_total", "kind" => "a").increment(2);
         metrics::counter!("sample_total", "kind" => "b").increment(3);
         tokio::time::sleep(Duration::from_millis(100)).await;
