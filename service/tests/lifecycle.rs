@@ -249,8 +249,10 @@ impl Watching {
     /// Waits for a log line with that text.
     async fn logs(&mut self, text: &str) -> String {
         loop {
-            let line = timeout(DEADLINE, self.logged.next_line()).await.expect(text);
-            let line = line.unwrap().expect(text);
+            let Ok(line) = timeout(DEADLINE, self.logged.next_line()).await else {
+                panic!("nobody logs {text:?}");
+            };
+            let line = line.unwrap().unwrap();
             if line.contains(text) {
                 return line;
             }

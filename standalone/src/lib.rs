@@ -37,13 +37,13 @@ pub const DESCRIPTION: Description = Description {
 /// # Errors
 /// [`Unavailable`] when another process has the files; or why they cannot be opened.
 pub fn plan(
-    config: Live<Checked<Config>>,
+    config: &Live<Checked<Config>>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<
     Invocation<
-        impl Future<Output = anyhow::Result<()>> + Send + 'static,
-        impl Future<Output = anyhow::Result<()>> + Send + 'static,
+        impl Future<Output = anyhow::Result<()>> + Send + use<>,
+        impl Future<Output = anyhow::Result<()>> + Send + use<>,
     >,
 > {
     let live = config.part(Checked::into_inner);

@@ -3,5 +3,7 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::main_with_commands(standalone::DESCRIPTION, standalone::plan)
+    service::main_with_commands(standalone::DESCRIPTION, |config, health, shutdown| {
+        standalone::plan(&config, health, shutdown)
+    })
 }

@@ -80,11 +80,7 @@ impl Stage {
                 store: store.clone(),
                 events: Some(exchange.clone()),
             };
-            let endpoint = consumer.lookups.tester_endpoint.clone();
-            let consumer = live.part(move |now| {
-                let lookups = Lookups { tester_endpoint: endpoint.clone(), ..now.lookups };
-                consumer::Config { lookups, ..consumer.clone() }
-            });
+            let consumer = with_lookups_of(&live, consumer);
             let health = health.part("consumer");
             roles.begin("consumer", consumer::run(consumer, health, shutdown.clone()));
         }
@@ -176,6 +172,16 @@ impl Roles {
         }
         Ok(())
     }
+}
+
+/// The consumer's settings, of which the lookups change with the pipeline's. The API stays the one that is
+/// played.
+fn with_lookups_of(live: &Live<Config>, consumer: consumer::Config) -> Live<consumer::Config> {
+    live.part(move |now| {
+        let tester_endpoint = consumer.lookups.tester_endpoint.clone();
+        let lookups = Lookups { tester_endpoint, ..now.lookups };
+        consumer::Config { lookups, ..consumer.clone() }
+    })
 }
 
 /// How to reach from this machine what listens on `address`.

@@ -55,7 +55,7 @@ fn main() -> ExitCode {
 }
 
 fn plan(
-    settings: Live<Settings>,
+    mut live: Live<Settings>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<
@@ -64,7 +64,7 @@ fn plan(
         impl Future<Output = anyhow::Result<()>> + Send + 'static,
     >,
 > {
-    let (mut live, settings) = (settings.clone(), settings.now());
+    let settings = live.now();
     if settings.refused {
         end(settings.ending)?;
     }
