@@ -67,7 +67,7 @@ async fn the_viewer_in_it_shows_at_once_who_has_come_and_who_is_gone() {
     eventually("both are shown", soon, async || (shown().await == [2, 4]).then_some(())).await;
     eventually("nobody is shown", soon, async || shown().await.is_empty().then_some(())).await;
     let stats = http_get(address, "/stats").await.unwrap().body;
-    assert!(stats.contains(r#"{"url":"this process","status":"ok"}"#), "{stats}");
+    assert!(stats.contains(r#"{"url":"this process","status":"ok","settings":null}"#), "{stats}");
 }
 
 #[tokio::test]
