@@ -62,8 +62,8 @@ impl Consumer {
         delivery
     }
 
-    /// From now on takes up to `prefetch` unsettled deliveries. Nothing is given back: those that were
-    /// taken before count as well, but may be more.
+    /// From now on takes up to `prefetch` unsettled deliveries. If that is less than before, what was taken
+    /// ahead and not begun is given back, and those in flight come on top of it on a RabbitMQ.
     pub async fn set_prefetch(&mut self, prefetch: u16) {
         match &mut self.0 {
             Inner::Amqp(consumer) => consumer.set_prefetch(prefetch).await,

@@ -116,3 +116,31 @@ fn endpoint(text: &str) -> Result<reqwest::Url, String> {
         .filter(|url: &reqwest::Url| matches!(url.scheme(), "http" | "https") && url.has_host())
         .ok_or_else(|| "expected http://HOST:PORT or https://…".to_owned())
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser as _;
+
+    use super::*;
+
+    #[derive(clap::Parser)]
+    struct Cli {
+        #[command(flatten)]
+        lookups: Lookups,
+    }
+
+    #[test]
+    fn what_is_said_to_change_while_it_runs_does_and_nothing_else() {
+        let lookups = |flags: &[&str]| {
+            Cli::parse_from(std::iter::once("consumer").chain(flags.iter().copied())).lookups
+        };
+        let live = ["--max-consumers=7", "--status-timeout=7s", "--max-attempts=7"];
+        let names = live.map(|flag| {
+            flag.trim_start_matches("--").split('=').next().unwrap_or_default().to_uppercase()
+        });
+        assert_eq!(names.map(|name| name.replace('-', "_")).as_slice(), Lookups::LIVE);
+        let others = ["--coalesce=off", "--concurrency=adaptive", "--write-batch-max=7"];
+        let changed = lookups(&[]).changed_to(&lookups(&[live, others].concat()));
+        assert_eq!(format!("{changed:?}"), format!("{:?}", lookups(&live)));
+    }
+}

@@ -150,9 +150,12 @@ impl Intake {
                 Next::Taken(taken) => taken,
                 Next::Changed(changed) => {
                     let prefetch = shared.change(&changed);
+                    away.set(shared.breaker.stays_open(shared.held_max()));
                     unsettled.resize(prefetch.into());
-                    deliveries.set_prefetch(prefetch).await;
-                    continue;
+                    tokio::select! {
+                        () = deliveries.set_prefetch(prefetch) => continue,
+                        () = shared.shutdown.cancelled() => break,
+                    }
                 }
                 Next::Shutdown => break,
             };

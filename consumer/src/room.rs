@@ -35,7 +35,8 @@ impl Room {
         Permit(Arc::clone(self))
     }
 
-    /// From now on there is room for so many. Those that have it keep it.
+    /// From now on there is room for so many. Those that have it keep it, and so may the first of those that
+    /// wait, if room for it has come free just now.
     pub(crate) fn resize(&self, limit: usize) {
         let mut size = self.size();
         size.limit = limit;

@@ -15,6 +15,7 @@ mod process;
 mod recorder;
 mod reload;
 pub mod settings;
+mod sources;
 mod telemetry;
 pub mod terminal;
 

@@ -4,6 +4,7 @@ use std::future::Ready;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -11,11 +12,13 @@ use clap::{ArgMatches, Args, Command, FromArgMatches};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use crate::reload::{self, Reload};
-use crate::settings::{self, Parsed, Settings, SettingsError, Sources};
-use crate::{Health, Live, admin, healthcheck, http, recorder, telemetry};
+use crate::settings;
+use crate::sources::{self, Parsed, Settings, SettingsError, Sources};
+use crate::{Health, Live, admin, healthcheck, http, recorder, telemetry, terminal};
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
 const EXIT_SETTINGS: u8 = 78;
@@ -131,10 +134,10 @@ where
         return healthcheck::run(admin_address);
     }
     let (sources, content, settings) = match read_settings::<C>(description, arguments) {
-        Ok(Read { sources, content, parsed: Parsed::Run(settings) }) => {
+        Ok(AtStart { sources, content, parsed: Parsed::Run(settings) }) => {
             (sources, content, settings)
         }
-        Ok(Read { parsed: Parsed::Print(text), .. }) => {
+        Ok(AtStart { parsed: Parsed::Print(text), .. }) => {
             print!("{text}");
             return ExitCode::SUCCESS;
         }
@@ -211,7 +214,7 @@ impl<C: FromArgMatches> FromArgMatches for Asked<C> {
 }
 
 /// The settings as they are at the start, and where they came from.
-struct Read<C> {
+struct AtStart<C> {
     sources: Sources,
     /// Of the settings file.
     content: Vec<u8>,
@@ -221,7 +224,7 @@ struct Read<C> {
 fn read_settings<C: Args + FromArgMatches>(
     description: Description,
     arguments: Vec<String>,
-) -> Result<Read<Asked<C>>, SettingsError> {
+) -> Result<AtStart<Asked<C>>, SettingsError> {
     let command = Common::augment_args(C::augment_args(Command::new(description.name)))
         .version(env!("CARGO_PKG_VERSION"))
         // Set after the settings, whose own doc comments would stand here otherwise.
@@ -232,16 +235,16 @@ fn read_settings<C: Args + FromArgMatches>(
         .subcommand(Command::new(healthcheck::NAME).about(healthcheck::ABOUT));
     let command = with_admin_address(command, description);
     let sources = Sources::new(command, arguments)?;
-    let content = sources.file().map_or(Ok(Vec::new()), settings::read_file)?;
+    let content = sources.file().map_or(Ok(Vec::new()), sources::read_file)?;
     let parsed = sources.read(&content)?;
-    Ok(Read { sources, content, parsed })
+    Ok(AtStart { sources, content, parsed })
 }
 
 /// The admin address of the service whose health is asked for, if that is all that the command line says.
 /// No other setting is looked at: a settings file that a service refuses while it runs is no reason to end it.
 fn is_healthcheck(description: Description, arguments: &[String]) -> Option<SocketAddr> {
     #[derive(Args)]
-    struct Asked {
+    struct Address {
         #[arg(long, value_parser = settings::listen_address)]
         admin_addr: SocketAddr,
         #[arg(long)]
@@ -250,14 +253,15 @@ fn is_healthcheck(description: Description, arguments: &[String]) -> Option<Sock
     if !arguments.iter().any(|argument| argument == healthcheck::NAME) {
         return None;
     }
-    let command = Asked::augment_args(Command::new(description.name))
+    let command = Address::augment_args(Command::new(description.name))
         .args_override_self(true)
         .subcommand(Command::new(healthcheck::NAME))
         .subcommand_required(true);
     let sources =
         Sources::new(with_admin_address(command, description), arguments.to_vec()).ok()?;
-    let content = sources.file().map_or(Ok(Vec::new()), settings::read_file).unwrap_or_default();
-    match sources.read::<Asked>(&content) {
+    let content = sources.file().map_or(Ok(Vec::new()), sources::read_file).unwrap_or_default();
+    // With a file that holds no settings at all, it is still the service's environment that says where.
+    match sources.read::<Address>(&content).or_else(|_| sources.read(b"")) {
         Ok(Parsed::Run(settings)) => Some(settings.config.admin_addr),
         Ok(Parsed::Print(_)) | Err(_) => None,
     }
@@ -282,7 +286,7 @@ fn block_on(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<
 async fn supervise(
     description: Description,
     common: &Common,
-    reload: Option<Reload<impl FromArgMatches>>,
+    reload: Option<Reload<impl FromArgMatches + Send + 'static>>,
     health: Health,
     shutdown: CancellationToken,
     service: impl Future<Output = anyhow::Result<()>> + Send + 'static,
@@ -290,7 +294,7 @@ async fn supervise(
     // First of all: until then, a signal ends the process where it stands.
     let signals = Signals::watch()?;
     let metrics = recorder::install(description.name)?;
-    let reload = reload::watch(reload, &health)?;
+    let reload = reload::watch(reload, Arc::clone(&signals.hangups), &health);
     let address = common.admin_addr;
     let listener = TcpListener::bind(address)
         .await
@@ -338,20 +342,35 @@ async fn run_until_abandoned(
 struct Signals {
     terminate: Signal,
     interrupt: Signal,
+    hangup: Signal,
+    /// Whether there was a terminal that can hang up.
+    had_terminal: bool,
+    /// SIGHUP without that asks for the settings to be read again.
+    hangups: Arc<Notify>,
 }
 
 impl Signals {
     fn watch() -> anyhow::Result<Self> {
         let terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
         let interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
-        Ok(Self { terminate, interrupt })
+        let hangup = signal(SignalKind::hangup()).context("cannot watch for SIGHUP")?;
+        let had_terminal = terminal::is_there();
+        Ok(Self { terminate, interrupt, hangup, had_terminal, hangups: Arc::default() })
     }
 
     /// Waits for the next of them and gives its name.
     async fn next(&mut self) -> &'static str {
-        tokio::select! {
-            _ = self.terminate.recv() => "SIGTERM",
-            _ = self.interrupt.recv() => "SIGINT",
+        loop {
+            tokio::select! {
+                _ = self.terminate.recv() => return "SIGTERM",
+                _ = self.interrupt.recv() => return "SIGINT",
+                _ = self.hangup.recv() => {
+                    if self.had_terminal && !terminal::is_there() {
+                        return "SIGHUP";
+                    }
+                    self.hangups.notify_one();
+                }
+            }
         }
     }
 }

@@ -6,16 +6,15 @@
 use std::collections::BTreeSet;
 use std::convert::Infallible;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::Context as _;
 use clap::FromArgMatches;
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::watch;
+use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::health::{Health, PeerStatus};
-use crate::settings::{self, InVain, Parsed, Settings, Sources, Values};
+use crate::sources::{self, InVain, Parsed, Settings, SettingsError, Sources, Values};
 
 /// A change is heeded when two looks in a row have seen it: an editor may be halfway through.
 const INTERVAL: Duration = Duration::from_millis(250);
@@ -29,7 +28,7 @@ const READ: &str = "lastseen_settings_read_total";
 /// The settings file of a process that runs.
 pub(crate) struct Reload<C> {
     file: PathBuf,
-    sources: Sources,
+    sources: Arc<Sources>,
     /// The variables that may change while the process runs.
     live: Vec<&'static str>,
     heed: Box<dyn Fn(C) + Send>,
@@ -41,32 +40,28 @@ pub(crate) struct Reload<C> {
 }
 
 /// Reads the settings file again for as long as the process runs, and says in `health` if it is refused.
-///
-/// # Errors
-/// When SIGHUP cannot be watched for.
-pub(crate) fn watch<C: FromArgMatches>(
+pub(crate) fn watch<C: FromArgMatches + Send + 'static>(
     reload: Option<Reload<C>>,
+    hangups: Arc<Notify>,
     health: &Health,
-) -> anyhow::Result<impl Future<Output = Infallible> + use<C>> {
+) -> impl Future<Output = Infallible> + use<C> {
     describe_metrics();
-    let reload = match reload {
-        None => None,
-        Some(reload) => {
-            let hangups = signal(SignalKind::hangup()).context("cannot watch for SIGHUP")?;
-            let (status, told) = watch::channel(Ok(()));
-            health.wants("settings file", told);
-            Some(reload.watch(hangups, status))
+    let (status, told) = watch::channel(Ok(()));
+    if reload.is_some() {
+        health.wants("settings file", told);
+    }
+    async move {
+        if let Some(reload) = reload {
+            return reload.watch(&hangups, &status).await;
         }
-    };
-    Ok(async {
-        match reload {
-            Some(reload) => reload.await,
-            None => std::future::pending().await,
+        loop {
+            hangups.notified().await;
+            tracing::info!("SIGHUP: there is no settings file to read (LASTSEEN_CONFIG)");
         }
-    })
+    }
 }
 
-impl<C: FromArgMatches> Reload<C> {
+impl<C: FromArgMatches + Send + 'static> Reload<C> {
     /// Of the file whose `content` the settings were `given` by, among others; `heed` is told the settings
     /// when they have changed. `None` if there is no settings file.
     pub(crate) fn new(
@@ -77,11 +72,19 @@ impl<C: FromArgMatches> Reload<C> {
         heed: impl Fn(C) + Send + 'static,
     ) -> Option<Self> {
         let file = sources.file()?.to_owned();
-        let (heed, at_start, content) = (Box::new(heed), given.clone(), Ok(content));
-        Some(Self { file, sources, live, heed, at_start, now: given, in_vain, content })
+        Some(Self {
+            file,
+            sources: Arc::new(sources),
+            live,
+            heed: Box::new(heed),
+            at_start: given.clone(),
+            now: given,
+            in_vain,
+            content: Ok(content),
+        })
     }
 
-    async fn watch(mut self, mut hangups: Signal, status: watch::Sender<PeerStatus>) -> Infallible {
+    async fn watch(mut self, hangups: &Notify, status: &watch::Sender<PeerStatus>) -> Infallible {
         let mut looks = interval(INTERVAL);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut before = self.content.clone();
@@ -89,38 +92,32 @@ impl<C: FromArgMatches> Reload<C> {
         loop {
             let asked = tokio::select! {
                 _ = looks.tick() => false,
-                _ = hangups.recv() => true,
+                () = hangups.notified() => true,
             };
             let file = self.file.clone();
-            // By a thread that may wait: the file may be on a network.
-            let read = tokio::task::spawn_blocking(move || settings::read_file(&file)).await;
-            // It does not panic; and if it did, there would be another look.
-            let Ok(content) = read else { continue };
-            let content = content.map_err(|error| error.to_string());
+            let Some(content) = aside(move || sources::read_file(&file)).await else { continue };
             let is_steady = before == content;
             before.clone_from(&content);
-            if asked || (is_steady && content != self.content) {
-                self.content = content;
-                self.read(&status);
+            if !asked && (!is_steady || content == self.content) {
+                continue;
             }
-        }
-    }
-
-    /// Heeds what the file holds, or says why not.
-    fn read(&mut self, status: &watch::Sender<PeerStatus>) {
-        let read = match &self.content {
-            Ok(content) => self.sources.read::<C>(content).map_err(|error| error.to_string()),
-            Err(reason) => Err(reason.clone()),
-        };
-        let outcome = if read.is_ok() { "applied" } else { "refused" };
-        metrics::counter!(READ, "outcome" => outcome).increment(1);
-        metrics::gauge!(REFUSED).set(i32::from(read.is_err()));
-        _ = status.send_replace(read.as_ref().map(|_| ()).map_err(Clone::clone));
-        match read {
-            Ok(Parsed::Run(settings)) => self.apply(settings),
-            // The flags are as they were, and have asked for no help.
-            Ok(Parsed::Print(_)) => {}
-            Err(reason) => tracing::error!(reason, "the settings stay as they were"),
+            self.content.clone_from(&content);
+            let sources = Arc::clone(&self.sources);
+            let read = match content {
+                Ok(content) => aside(move || sources.read::<C>(&content)).await,
+                Err(reason) => Some(Err(reason)),
+            };
+            let Some(read) = read else { continue };
+            let outcome = if read.is_ok() { "applied" } else { "refused" };
+            metrics::counter!(READ, "outcome" => outcome).increment(1);
+            metrics::gauge!(REFUSED).set(i32::from(read.is_err()));
+            _ = status.send_replace(read.as_ref().map(|_| ()).map_err(Clone::clone));
+            match read {
+                Ok(Parsed::Run(settings)) => self.apply(settings),
+                // The flags are as they were, and have asked for no help.
+                Ok(Parsed::Print(_)) => {}
+                Err(reason) => tracing::error!(reason, "the settings stay as they were"),
+            }
         }
     }
 
@@ -157,6 +154,14 @@ impl<C: FromArgMatches> Reload<C> {
         awaiting.retain(|name| !self.live.contains(name));
         awaiting
     }
+}
+
+/// What a thread that may wait reads: the files may be on a network. `None` if it panicked.
+async fn aside<T: Send + 'static>(
+    read: impl FnOnce() -> Result<T, SettingsError> + Send + 'static,
+) -> Option<Result<T, String>> {
+    let read = tokio::task::spawn_blocking(read).await.ok()?;
+    Some(read.map_err(|error| error.to_string()))
 }
 
 impl InVain {
@@ -198,7 +203,7 @@ fn differences<'a>(before: &'a Values, now: &'a Values) -> Vec<&'a str> {
 
 fn shown(name: &str, value: Option<&String>) -> String {
     match value {
-        Some(value) => format!("{name}={}", settings::mask(name, value)),
+        Some(value) => format!("{name}={}", sources::mask(name, value)),
         None => format!("{name} to its default"),
     }
 }

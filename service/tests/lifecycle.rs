@@ -317,19 +317,18 @@ async fn a_settings_file_that_is_refused_changes_nothing_and_is_told_until_it_is
         service.write(content);
         service.logs(reason).await;
         assert!(service.get("/metrics").await.contains("lastseen_settings_refused 1"));
+        // Whoever looks after it must not think that it is ill.
+        let mut command = sample(&["healthcheck"]);
+        command.env("LASTSEEN_CONFIG", service.directory.join("lastseen.env"));
+        command.env("ADMIN_ADDR", &service.admin);
+        let healthcheck = ended(command).await;
+        assert_eq!(healthcheck.code, Some(0), "{}", healthcheck.errors);
     }
     std::fs::remove_file(service.directory.join("lastseen.env")).unwrap();
     service.logs("cannot be read").await;
     let metrics = service.get("/metrics").await;
     assert!(metrics.contains("lastseen_settings_read_total{outcome=\"refused\"} 4"), "{metrics}");
     assert!(service.get("/readyz").await.contains("lastseen.env: cannot be read"));
-    // Whoever looks after it need not think that it is ill.
-    let mut command = sample(&["healthcheck"]);
-    command.env("LASTSEEN_CONFIG", service.directory.join("lastseen.env"));
-    command.env("ADMIN_ADDR", &service.admin);
-    service.write("PACE=0\n");
-    let healthcheck = ended(command).await;
-    assert_eq!(healthcheck.code, Some(0), "{}", healthcheck.errors);
     service.write("PACE=5\nPLACE=there\n");
     service.prints("5").await;
     assert!(service.get("/metrics").await.contains("lastseen_settings_refused 0"));
@@ -365,9 +364,23 @@ async fn what_is_logged_can_change_and_sighup_has_the_file_read_at_once() {
     service.signal("-HUP");
     service.logs("settings read").await;
     service.write("PACE=9\n");
-    service.signal("-HUP");
     service.logs("changed=\"PACE=9, RUST_LOG to its default\"").await;
     service.stop().await;
+}
+
+#[tokio::test]
+async fn sighup_without_a_settings_file_or_a_terminal_that_is_gone_ends_nothing() {
+    let mut command = sample(&["--ending=drained"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut printed = BufReader::new(child.stdout.take().unwrap()).lines();
+    timeout(DEADLINE, printed.next_line()).await.unwrap().unwrap();
+    let id = child.id().unwrap().to_string();
+    for signal in ["-HUP", "-TERM"] {
+        let sent = Command::new("kill").args([signal, &id]).status().await.unwrap();
+        assert!(sent.success());
+    }
+    let ended = timeout(DEADLINE, child.wait()).await.unwrap().unwrap();
+    assert_eq!(ended.code(), Some(0));
 }
 
 #[tokio::test]

@@ -1,11 +1,11 @@
 //! Taking messages from a RabbitMQ.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use backon::ExponentialBackoff;
 use futures_util::StreamExt as _;
+use futures_util::stream::SelectAll;
 use lapin::Channel;
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
@@ -42,9 +42,10 @@ struct Session {
     look: Look,
     connection: Arc<Link>,
     channel: Channel,
-    deliveries: lapin::Consumer,
-    /// Those before it, with another prefetch: cancelled, but what they had been given is still to be taken.
-    cancelled: VecDeque<lapin::Consumer>,
+    /// Of one consumer or more, which together have the prefetch.
+    deliveries: SelectAll<lapin::Consumer>,
+    tags: Vec<ShortString>,
+    prefetch: u16,
     outward: Arc<Outward>,
     status: watch::Sender<LinkStatus>,
     /// Whether the status says so.
@@ -91,48 +92,37 @@ impl Consumer {
                     Err(error) => error.to_string(),
                 },
             };
-            // The broker takes back all that came by this session as soon as it is closed.
-            if let Some(session) = self.session.take() {
-                self.in_vain = session.look.is_in_vain() || !session.is_sound;
-                if self.connected_at.elapsed() > Duration::from_secs(5) {
-                    self.waits = backoff();
-                }
-            }
-            self.outage.down(&self.name, &reason);
-            _ = self.status.send_replace(Err(reason));
+            self.lose(reason);
             tokio::time::sleep(self.waits.next().unwrap_or(Duration::from_secs(1))).await;
         }
     }
 
-    pub(crate) async fn set_prefetch(&mut self, prefetch: u16) {
-        if std::mem::replace(&mut self.prefetch, prefetch) == prefetch {
-            return;
+    /// The broker takes back all that came by this session as soon as it is closed.
+    fn lose(&mut self, reason: String) {
+        if let Some(session) = self.session.take() {
+            self.in_vain = session.look.is_in_vain() || !session.is_sound;
+            if self.connected_at.elapsed() > Duration::from_secs(5) {
+                self.waits = backoff();
+            }
         }
+        self.outage.down(&self.name, &reason);
+        _ = self.status.send_replace(Err(reason));
+    }
+
+    pub(crate) async fn set_prefetch(&mut self, prefetch: u16) {
+        self.prefetch = prefetch;
         let queue = self.publisher.topology().queue.clone();
         let Some(session) = &mut self.session else { return };
-        let changed = timeout(RPC_TIMEOUT, session.set_prefetch(queue, prefetch)).await;
-        let failed = match changed {
-            Ok(changed) => changed.err().map(|error| error.to_string()),
-            Err(late) => Some(late.to_string()),
-        };
-        if let Some(reason) = failed {
-            // The next session has it from its beginning.
-            tracing::debug!(reason, "cannot change the prefetch of this session");
-            self.session = None;
+        match timeout(RPC_TIMEOUT, session.set_prefetch(queue, prefetch)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => self.lose(error.to_string()),
+            Err(late) => self.lose(late.to_string()),
         }
     }
 
     pub(crate) async fn stop(&mut self) {
         let Some(session) = &mut self.session else { return };
-        let giving_back = async {
-            let tag = session.deliveries.tag();
-            session.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
-            while let Some(Ok(delivery)) = session.next_delivery().await {
-                delivery.nack(REQUEUE).await?;
-            }
-            Ok::<_, lapin::Error>(())
-        };
-        match timeout(RPC_TIMEOUT, giving_back).await {
+        match timeout(RPC_TIMEOUT, session.give_back()).await {
             Ok(Ok(())) => {}
             // The session is broken, and with its end the broker takes everything back by itself.
             Ok(Err(error)) => tracing::debug!(%error, "cannot cancel the consumer"),
@@ -164,7 +154,7 @@ impl Consumer {
         let channel = timeout(RPC_TIMEOUT, connection.create_channel()).await?;
         let channel = channel.map_err(LinkError::OpenChannel)?;
         let consuming = consume(&channel, topology.queue.clone(), self.prefetch);
-        let deliveries = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
+        let consumer = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
         let connection = Arc::new(connection);
         let unsettled = Arc::new(Unsettled::default());
         let look =
@@ -176,8 +166,9 @@ impl Consumer {
             look,
             connection,
             channel,
-            deliveries,
-            cancelled: VecDeque::new(),
+            tags: vec![consumer.tag()],
+            deliveries: SelectAll::from_iter([consumer]),
+            prefetch: self.prefetch,
             outward,
             status,
             is_sound: false,
@@ -197,27 +188,34 @@ async fn consume(
 }
 
 impl Session {
-    /// RabbitMQ has no prefetch that changes: it is a consumer's from its beginning. So another consumer
-    /// takes the place of this one, on the same channel, where what has been delivered can still be settled.
+    /// RabbitMQ has no prefetch that changes: it is a consumer's from its beginning. So another one takes
+    /// what is to be more. When it is to be less, another one takes the place of all of them.
     async fn set_prefetch(&mut self, queue: ShortString, prefetch: u16) -> lapin::Result<()> {
-        let next = consume(&self.channel, queue, prefetch).await?;
-        let before = std::mem::replace(&mut self.deliveries, next);
-        let tag = before.tag();
-        self.cancelled.push_back(before);
+        let more = match prefetch.checked_sub(self.prefetch) {
+            Some(0) => return Ok(()),
+            Some(more) => more,
+            None => {
+                self.give_back().await?;
+                prefetch
+            }
+        };
+        let consumer = consume(&self.channel, queue, more).await?;
+        self.tags.push(consumer.tag());
+        self.deliveries.push(consumer);
+        self.prefetch = prefetch;
         self.look.set_prefetch(prefetch);
-        self.channel.basic_cancel(tag, BasicCancelOptions::default()).await
+        Ok(())
     }
 
-    /// The next delivery, first of all of what a cancelled consumer had been given.
-    async fn next_delivery(&mut self) -> Option<lapin::Result<lapin::message::Delivery>> {
-        while let Some(cancelled) = self.cancelled.front_mut() {
-            let delivery = cancelled.next().await;
-            if delivery.is_some() {
-                return delivery;
-            }
-            self.cancelled.pop_front();
+    /// Takes no more, and gives back what was not handed out. What was can be settled all the same.
+    async fn give_back(&mut self) -> lapin::Result<()> {
+        for tag in std::mem::take(&mut self.tags) {
+            self.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
         }
-        self.deliveries.next().await
+        while let Some(Ok(delivery)) = self.deliveries.next().await {
+            delivery.nack(REQUEUE).await?;
+        }
+        Ok(())
     }
 
     /// Sees that every ack that was sent reaches the queue, also if the channel is closed right after.
@@ -251,7 +249,7 @@ impl Session {
                 return Err("what sends the acks has died".to_owned());
             }
             // The stream can fall silent without an end, so the connection is looked at as well.
-            match timeout(Duration::from_secs(1), self.next_delivery()).await {
+            match timeout(Duration::from_secs(1), self.deliveries.next()).await {
                 Ok(Some(Ok(delivery))) if delivery.acker.usable() => {
                     self.tell_that_it_is_sound();
                     return Ok(delivery);

@@ -126,7 +126,9 @@ impl Consumer {
     }
 
     pub(crate) fn set_prefetch(&mut self, prefetch: u16) {
-        self.prefetch = least(prefetch);
+        if least(prefetch) < std::mem::replace(&mut self.prefetch, least(prefetch)) {
+            self.stop();
+        }
     }
 
     /// Gives back what was taken ahead.

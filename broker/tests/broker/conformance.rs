@@ -11,7 +11,7 @@ use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::place::{
-    Backend, PATIENCE, Place, SECOND, consumer, dead, drain, for_steps, ids, next, retry,
+    A_WHILE, Backend, PATIENCE, Place, SECOND, consumer, dead, drain, for_steps, ids, next, retry,
 };
 
 /// Makes a test of each case for each backend.
@@ -41,7 +41,8 @@ on_every_backend! {
     what_was_published_first_is_delivered_first
     many_callers_at_once_are_all_confirmed
     no_more_than_the_prefetch_is_delivered_until_something_is_settled
-    a_prefetch_that_changes_is_heeded_and_nothing_is_delivered_twice
+    a_prefetch_that_grows_is_heeded_and_nothing_is_delivered_twice
+    a_prefetch_that_shrinks_gives_back_what_was_not_begun
     a_stopped_consumer_gives_back_what_it_had_not_begun_and_settles_the_rest
     a_closed_consumer_gives_back_what_it_had_not_settled
     deliveries_may_be_settled_in_any_order_and_many_at_once
@@ -147,29 +148,54 @@ async fn no_more_than_the_prefetch_is_delivered_until_something_is_settled(backe
     assert_eq!(next(&mut full).await.id().unwrap(), 10);
 }
 
-async fn a_prefetch_that_changes_is_heeded_and_nothing_is_delivered_twice(backend: Backend) {
+async fn a_prefetch_that_grows_is_heeded_and_nothing_is_delivered_twice(backend: Backend) {
     let place = Place::new(backend);
     let publisher = place.open().await;
-    let sent: Vec<i64> = (1..=30).collect();
-    publisher.publish_ids("c", &sent, PATIENCE).await.unwrap();
+    publisher.publish_ids("c", &(1..=30).collect::<Vec<_>>(), PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 10);
     let mut in_flight = vec![next(&mut consumer).await];
-    // Nine more have been sent to it by now, or are on their way; and then there are more to be had.
+    // Nine more have been sent to it by now, or are on their way.
     consumer.set_prefetch(20).await;
     for _ in 1..20 {
         in_flight.push(next(&mut consumer).await);
     }
-    // Of those it has more than it may have now, so it gets none until they are settled.
-    consumer.set_prefetch(1).await;
-    for delivery in in_flight.drain(..) {
+    assert!(timeout(A_WHILE, consumer.next()).await.is_err(), "one beyond the prefetch");
+    for taken in 1..=30 {
+        let delivery = in_flight.pop().unwrap();
         assert!(!delivery.redelivered());
         assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
+        if taken <= 10 {
+            in_flight.push(next(&mut consumer).await);
+        }
     }
-    for _ in 20..30 {
-        let delivery = next(&mut consumer).await;
-        assert!(!delivery.redelivered());
+    consumer.close().await;
+    place.holds(0, 0, 0).await;
+}
+
+async fn a_prefetch_that_shrinks_gives_back_what_was_not_begun(backend: Backend) {
+    let place = Place::new(backend);
+    let publisher = place.open().await;
+    publisher.publish_ids("c", &(1..=30).collect::<Vec<_>>(), PATIENCE).await.unwrap();
+    let mut consumer = consumer(&publisher, 20);
+    let mut ids = BTreeSet::new();
+    let mut in_flight = Vec::new();
+    for _ in 0..5 {
+        in_flight.push(next(&mut consumer).await);
+    }
+    consumer.set_prefetch(2).await;
+    // They were taken before, and can be settled all the same.
+    for delivery in in_flight {
+        ids.insert(delivery.id().unwrap());
         assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
     }
+    let two = [next(&mut consumer).await, next(&mut consumer).await];
+    assert!(timeout(A_WHILE, consumer.next()).await.is_err(), "one beyond the prefetch");
+    for delivery in two {
+        ids.insert(delivery.id().unwrap());
+        assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
+    }
+    ids.extend(drain(&mut consumer, 23).await);
+    assert_eq!(ids, (1..=30).collect());
     consumer.close().await;
     place.holds(0, 0, 0).await;
 }

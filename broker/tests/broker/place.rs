@@ -14,6 +14,8 @@ use tokio::time::timeout;
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// Long enough for what must not happen to have happened, if it could.
+pub(crate) const A_WHILE: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Backend {
