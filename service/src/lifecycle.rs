@@ -13,6 +13,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio_util::sync::CancellationToken;
 
 use crate::settings::{self, Parsed};
+use crate::traces::{self, Traces};
 use crate::{Health, admin, healthcheck, http, recorder, telemetry};
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
@@ -55,6 +56,8 @@ struct Common {
     drain_timeout: Duration,
     #[command(flatten)]
     telemetry: telemetry::Config,
+    #[command(flatten)]
+    traces: traces::Config,
 }
 
 /// What a service or command ends with when something that it needs for itself alone is taken by
@@ -218,6 +221,7 @@ async fn supervise(
     // First of all: until then, a signal ends the process where it stands.
     let signals = Signals::watch()?;
     let metrics = recorder::install(description.name)?;
+    let traces = Traces::start(&common.traces, description.name)?;
     let address = common.admin_addr;
     let listener = TcpListener::bind(address)
         .await
@@ -230,10 +234,12 @@ async fn supervise(
     let admin = tokio::spawn(async move {
         tokio::join!(admin, recorder::upkeep(metrics));
     });
-    tokio::select! {
+    let ended = tokio::select! {
         ended = run_until_abandoned(service, signals, common.drain_timeout, shutdown) => ended,
         ended = admin => Err(anyhow::anyhow!("the admin address died: {ended:?}")),
-    }
+    };
+    traces.finish().await;
+    ended
 }
 
 /// Runs the command, with nothing beside it, until it ends or has to be abandoned.

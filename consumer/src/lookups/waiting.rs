@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use broker::{Consumer, Delivery};
+use service::traces::Span;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
@@ -12,6 +13,8 @@ pub(super) struct Taken {
     pub(super) delivery: Delivery,
     pub(super) since: Instant,
     pub(super) room: OwnedSemaphorePermit,
+    /// Ends when it is settled.
+    pub(super) span: Span,
 }
 
 impl Taken {
@@ -22,7 +25,7 @@ impl Taken {
     ) -> Option<Self> {
         let room = Arc::clone(unsettled).acquire_owned().await.ok()?;
         let delivery = deliveries.next().await;
-        Some(Self { delivery, since: Instant::now(), room })
+        Some(Self { delivery, since: Instant::now(), room, span: Span::default() })
     }
 }
 
