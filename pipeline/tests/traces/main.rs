@@ -13,6 +13,7 @@ use axum::Router;
 use axum::extract::{Path, State};
 use axum::http::HeaderMap;
 use axum::routing::get;
+use lapin::message::BasicGetMessage;
 use pipeline::{Partner, Surroundings, callback_endpoint};
 use reqwest::Client;
 use testbed::{Answer, Database, Process, Proxy, Queue, StatusApi, amqp_uri, eventually};
@@ -106,6 +107,23 @@ async fn post(endpoint: &str, traceparent: &str, ids: &[i64]) {
     let request = client.post(endpoint).header("traceparent", traceparent).body(body);
     let answer = request.send().await.unwrap();
     assert_eq!(answer.status(), 200, "{}", answer.text().await.unwrap());
+}
+
+/// The first message that gets there.
+async fn published(queue: &Queue) -> BasicGetMessage {
+    eventually("a message is published", PATIENCE, async || {
+        // First of all there is no queue.
+        (queue.depth(&queue.name).await? > 0).then_some(())
+    })
+    .await;
+    queue.get(&queue.name).await.unwrap()
+}
+
+/// The span that a message says it comes from.
+fn header(message: &BasicGetMessage) -> Option<String> {
+    let headers = message.delivery.properties.headers().as_ref()?;
+    let traceparent = headers.inner().get("traceparent")?;
+    Some(traceparent.as_long_string().unwrap().to_string())
 }
 
 async fn ends_well(service: Process) {
@@ -241,9 +259,8 @@ async fn without_a_collector_no_message_and_no_lookup_says_where_it_comes_from()
         producer.ready().await;
         let endpoint = callback_endpoint(&producer).await;
         post(&endpoint, PARTNERS[0], &[id]).await;
-        let message =
-            eventually("it is published", PATIENCE, async || queue.get(&queue.name).await).await;
-        assert_eq!(*message.delivery.properties.headers(), None);
+        let message = published(&queue).await;
+        assert_eq!(header(&message), None);
 
         let consumer = surroundings.spawn("consumer", variables);
         post(&endpoint, PARTNERS[0], &[id]).await;
@@ -274,16 +291,13 @@ async fn what_waited_in_the_spool_belongs_to_its_trace_as_well() {
     producer.ready().await;
     post(&callback_endpoint(&producer).await, PARTNERS[0], &[1]).await;
     proxy.restore();
-    let message =
-        eventually("it is relayed", PATIENCE, async || queue.get(&queue.name).await).await;
+    let message = published(&queue).await;
     let publish = format!("publish {}", queue.name);
     let publish =
         eventually("its span comes", PATIENCE, async || told.named("producer", &publish).pop())
             .await;
     assert_eq!(attribute(&publish, "lastseen.spooled").unwrap(), "true");
-    let headers = message.delivery.properties.headers().clone().unwrap();
-    let header = headers.inner().get("traceparent").cloned().unwrap();
-    assert_eq!(header.as_long_string().unwrap().to_string(), traceparent(&publish));
+    assert_eq!(header(&message), Some(traceparent(&publish)));
     assert!(PARTNERS[0].contains(&spans::hex(&publish.trace_id)));
 }
 
