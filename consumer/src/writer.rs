@@ -108,14 +108,18 @@ async fn write_batches(
         let refused = commit(&table, &batch).await;
         let answered = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
         // While it is told, the next batch is written.
-        tokio::spawn(async move { tell(answered, &refused, &upsert) });
+        tokio::spawn(async move { tell(answered, &refused, upsert) });
     }
 }
 
-fn tell(batch: Vec<Seen>, refused: &HashMap<i64, String>, upsert: &Span) {
+fn tell(mut batch: Vec<Seen>, refused: &HashMap<i64, String>, upsert: Span) {
+    for seen in &mut batch {
+        seen.commit.link(&upsert);
+    }
+    // Before anybody hears of it, and maybe ends the process.
+    drop(upsert);
     for mut seen in batch {
         let reason = refused.get(&seen.id).cloned();
-        seen.commit.link(upsert);
         if let Some(reason) = &reason {
             seen.commit.fail(reason);
         }

@@ -4,25 +4,17 @@
 
 mod spans;
 
-use std::collections::HashMap;
-use std::net::SocketAddr;
-use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::Router;
-use axum::extract::{Path, State};
-use axum::http::HeaderMap;
-use axum::routing::get;
 use lapin::message::BasicGetMessage;
 use pipeline::{Partner, Surroundings, callback_endpoint};
 use reqwest::Client;
+use service::CancellationToken;
 use testbed::{Answer, Database, Process, Proxy, Queue, StatusApi, amqp_uri, eventually};
-use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use url::Url;
 
-use spans::{HEADERS, Told, attribute, linked, traceparent};
+use spans::{HEADERS, Span, Told, attribute, linked, traceparent_of};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 const ENDPOINT: &str = "OTEL_EXPORTER_OTLP_ENDPOINT";
@@ -35,67 +27,20 @@ const PARTNERS: [&str; 2] = [
     "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
 ];
 
-/// A status API that notes the header of each lookup, and answers as many as it is let.
-struct Lookups {
-    address: SocketAddr,
-    shared: Arc<Shared>,
+/// A status API that answers no lookup until it is let.
+fn status_api() -> (StatusApi, CancellationToken) {
+    let answers = CancellationToken::new();
+    let held = answers.clone();
+    let status_api =
+        StatusApi::start(move |_, _| Answer::Once(held.clone(), Box::new(Answer::Online)));
+    (status_api, answers)
 }
 
-struct Shared {
-    /// By object.
-    traceparents: Mutex<HashMap<i64, Vec<String>>>,
-    answers: Semaphore,
-}
-
-impl Shared {
-    fn note(&self, id: i64, traceparent: &str) {
-        let mut traceparents = self.traceparents.lock().unwrap();
-        traceparents.entry(id).or_default().push(traceparent.to_owned());
-    }
-}
-
-impl Lookups {
-    async fn start() -> Self {
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let address = listener.local_addr().unwrap();
-        let shared =
-            Arc::new(Shared { traceparents: Mutex::default(), answers: Semaphore::new(0) });
-        let router =
-            Router::new().route("/objects/{id}", get(look_up)).with_state(Arc::clone(&shared));
-        tokio::spawn(async { axum::serve(listener, router).await });
-        Self { address, shared }
-    }
-
-    fn endpoint(&self) -> String {
-        format!("http://{}", self.address)
-    }
-
-    fn answer(&self, lookups: usize) {
-        self.shared.answers.add_permits(lookups);
-    }
-
-    /// What came with the lookups of that object; an empty text for nothing.
-    fn traceparents(&self, id: i64) -> Vec<String> {
-        self.shared.traceparents.lock().unwrap().get(&id).cloned().unwrap_or_default()
-    }
-
-    async fn asked(&self, ids: &[i64]) {
-        eventually("all are looked up", PATIENCE, async || {
-            ids.iter().all(|id| !self.traceparents(*id).is_empty()).then_some(())
-        })
-        .await;
-    }
-}
-
-async fn look_up(
-    Path(id): Path<i64>,
-    State(shared): State<Arc<Shared>>,
-    headers: HeaderMap,
-) -> String {
-    let traceparent = headers.get("traceparent").map_or("", |value| value.to_str().unwrap());
-    shared.note(id, traceparent);
-    shared.answers.acquire().await.unwrap().forget();
-    format!(r#"{{"id":{id},"online":true}}"#)
+async fn asked(status_api: &StatusApi, ids: &[i64]) {
+    eventually("all are looked up", PATIENCE, async || {
+        ids.iter().all(|id| status_api.lookups_of(*id) > 0).then_some(())
+    })
+    .await;
 }
 
 /// Posts a callback as a step of the partner's span.
@@ -136,13 +81,9 @@ async fn ends_well(service: Process) {
 #[tokio::test]
 async fn a_trace_leads_from_the_partners_span_to_the_commit() {
     let (queue, database) = (Queue::new(), Database::new().await);
-    let (told, lookups) = (Told::start().await, Lookups::start().await);
-    let surroundings = Surroundings {
-        amqp_uri: amqp_uri(),
-        queue: queue.name.clone(),
-        database: database.environment(),
-        status_api: lookups.endpoint(),
-    };
+    let (told, (status_api, answers)) = (Told::start().await, status_api());
+    let surroundings =
+        Surroundings::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
     let collector = told.collector.endpoint();
     let traced = [(ENDPOINT, collector.as_str()), ("OTEL_EXPORTER_OTLP_HEADERS", HEADERS)];
     let producer = surroundings.spawn("producer", &traced);
@@ -155,8 +96,8 @@ async fn a_trace_leads_from_the_partners_span_to_the_commit() {
     for (partner, ids) in PARTNERS.iter().zip([[2].as_slice(), &[4]]) {
         post(&endpoint, partner, ids).await;
     }
-    lookups.asked(&[2, 4]).await;
-    lookups.answer(2);
+    asked(&status_api, &[2, 4]).await;
+    answers.cancel();
     eventually("all is acked", PATIENCE, async || {
         let acked = consumer.metric("lastseen_settled_total{disposition=\"ack\"}").await;
         (acked >= 2.0).then_some(())
@@ -170,14 +111,8 @@ async fn a_trace_leads_from_the_partners_span_to_the_commit() {
     let mut commits = Vec::new();
     for (partner, id) in PARTNERS.iter().zip([2, 4]) {
         let callbacks = told.named("producer", "POST /callback");
-        let of_partner = |span: &&spans::Span| {
-            let parent = format!(
-                "00-{}-{}-01",
-                spans::hex(&span.trace_id),
-                spans::hex(&span.parent_span_id)
-            );
-            parent == *partner
-        };
+        let of_partner =
+            |span: &&Span| *partner == spans::traceparent(&span.trace_id, &span.parent_span_id);
         let callback = callbacks.iter().find(of_partner).unwrap();
         assert_eq!(attribute(callback, "http.response.status_code").unwrap(), "200");
         let publish = told.step_of(callback, "producer", &publish);
@@ -186,28 +121,24 @@ async fn a_trace_leads_from_the_partners_span_to_the_commit() {
         assert_eq!(attribute(&process, "lastseen.object_id").unwrap(), id.to_string());
         let lookup = told.step_of(&process, "the consumer", "GET /objects/{id}");
         assert_eq!(attribute(&lookup, "http.response.status_code").unwrap(), "200");
-        assert_eq!(lookups.traceparents(id), [traceparent(&lookup)]);
+        assert_eq!(status_api.traceparents(id), [traceparent_of(&lookup)]);
         let commit = told.step_of(&process, "the consumer", "commit");
-        assert_eq!(linked(&commit), [upsert.span_id.clone()]);
+        assert_eq!(linked(&commit), [upsert.span_id.as_slice()]);
         commits.push(commit);
     }
     // The batch is a step of one of the two traces, and linked to the other.
     commits.sort_by_key(|commit| commit.span_id != upsert.parent_span_id);
     assert_eq!(upsert.parent_span_id, commits[0].span_id);
-    assert_eq!(linked(upsert), [commits[1].span_id.clone()]);
+    assert_eq!(linked(upsert), [commits[1].span_id.as_slice()]);
     assert_eq!(attribute(upsert, "db.operation.batch.size").unwrap(), "2");
 }
 
 #[tokio::test]
 async fn deliveries_that_share_a_lookup_are_linked_to_it() {
     let (queue, database) = (Queue::new(), Database::new().await);
-    let (told, lookups) = (Told::start().await, Lookups::start().await);
-    let surroundings = Surroundings {
-        amqp_uri: amqp_uri(),
-        queue: queue.name.clone(),
-        database: database.environment(),
-        status_api: lookups.endpoint(),
-    };
+    let (told, (status_api, answers)) = (Told::start().await, status_api());
+    let surroundings =
+        Surroundings::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
     let collector = told.collector.endpoint();
     let traced = [(ENDPOINT, collector.as_str()), ("OTEL_EXPORTER_OTLP_HEADERS", HEADERS), SOON];
     let producer = surroundings.spawn("producer", &traced);
@@ -216,7 +147,7 @@ async fn deliveries_that_share_a_lookup_are_linked_to_it() {
     let endpoint = callback_endpoint(&producer).await;
     // The others come while the first is looked up, and wait for the next lookup.
     post(&endpoint, PARTNERS[0], &[7]).await;
-    lookups.asked(&[7]).await;
+    asked(&status_api, &[7]).await;
     for partner in PARTNERS {
         post(&endpoint, partner, &[7]).await;
     }
@@ -224,7 +155,7 @@ async fn deliveries_that_share_a_lookup_are_linked_to_it() {
         (consumer.metric("lastseen_deliveries_total").await >= 3.0).then_some(())
     })
     .await;
-    lookups.answer(2);
+    answers.cancel();
 
     let process = format!("process {}", queue.name);
     eventually("all spans have come", PATIENCE, async || {
@@ -237,24 +168,19 @@ async fn deliveries_that_share_a_lookup_are_linked_to_it() {
     assert_eq!(alone.parent_span_id, deliveries[0].span_id);
     assert!(alone.links.is_empty());
     assert_eq!(shared.parent_span_id, deliveries[1].span_id);
-    assert_eq!(linked(shared), [deliveries[2].span_id.clone()]);
+    assert_eq!(linked(shared), [deliveries[2].span_id.as_slice()]);
     assert_ne!(deliveries[1].trace_id, deliveries[2].trace_id);
     tokio::join!(ends_well(producer), ends_well(consumer));
 }
 
 #[tokio::test]
 async fn without_a_collector_no_message_and_no_lookup_says_where_it_comes_from() {
-    let lookups = Lookups::start().await;
-    lookups.answer(1);
+    let status_api = StatusApi::start(|_, _| Answer::Online);
     let disabled = [(ENDPOINT, "http://127.0.0.1:1"), ("OTEL_SDK_DISABLED", "true")];
     for (id, variables) in [(1, &[][..]), (2, &disabled)] {
         let (queue, database) = (Queue::new(), Database::new().await);
-        let surroundings = Surroundings {
-            amqp_uri: amqp_uri(),
-            queue: queue.name.clone(),
-            database: database.environment(),
-            status_api: lookups.endpoint(),
-        };
+        let surroundings =
+            Surroundings::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
         let producer = surroundings.spawn("producer", variables);
         producer.ready().await;
         let endpoint = callback_endpoint(&producer).await;
@@ -264,8 +190,8 @@ async fn without_a_collector_no_message_and_no_lookup_says_where_it_comes_from()
 
         let consumer = surroundings.spawn("consumer", variables);
         post(&endpoint, PARTNERS[0], &[id]).await;
-        lookups.asked(&[id]).await;
-        assert_eq!(lookups.traceparents(id), [""]);
+        asked(&status_api, &[id]).await;
+        assert!(status_api.traceparents(id).is_empty());
         drop((producer, consumer));
     }
 }
@@ -297,8 +223,9 @@ async fn what_waited_in_the_spool_belongs_to_its_trace_as_well() {
         eventually("its span comes", PATIENCE, async || told.named("producer", &publish).pop())
             .await;
     assert_eq!(attribute(&publish, "lastseen.spooled").unwrap(), "true");
-    assert_eq!(header(&message), Some(traceparent(&publish)));
-    assert!(PARTNERS[0].contains(&spans::hex(&publish.trace_id)));
+    assert_eq!(header(&message), Some(traceparent_of(&publish)));
+    let callback = told.named("producer", "POST /callback").pop().unwrap();
+    assert_eq!(publish.parent_span_id, callback.span_id);
 }
 
 #[tokio::test]

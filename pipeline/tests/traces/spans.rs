@@ -69,18 +69,18 @@ fn text(attributes: &[KeyValue], name: &str) -> Option<String> {
     }
 }
 
-/// The ids of the spans that it is linked to, in order.
-pub(crate) fn linked(span: &Span) -> Vec<Vec<u8>> {
-    let mut linked: Vec<_> = span.links.iter().map(|link| link.span_id.clone()).collect();
-    linked.sort();
-    linked
+/// The ids of the spans that it is linked to.
+pub(crate) fn linked(span: &Span) -> Vec<&[u8]> {
+    span.links.iter().map(|link| link.span_id.as_slice()).collect()
 }
 
 /// How the span is named in a header.
-pub(crate) fn traceparent(span: &Span) -> String {
-    format!("00-{}-{}-01", hex(&span.trace_id), hex(&span.span_id))
+pub(crate) fn traceparent_of(span: &Span) -> String {
+    traceparent(&span.trace_id, &span.span_id)
 }
 
-pub(crate) fn hex(bytes: &[u8]) -> String {
-    bytes.iter().map(|byte| format!("{byte:02x}")).collect()
+pub(crate) fn traceparent(trace_id: &[u8], span_id: &[u8]) -> String {
+    let trace_id = u128::from_be_bytes(trace_id.try_into().unwrap());
+    let span_id = u64::from_be_bytes(span_id.try_into().unwrap());
+    format!("00-{trace_id:032x}-{span_id:016x}-01")
 }

@@ -86,7 +86,7 @@ impl Collector {
     }
 
     /// Tells of an outage once.
-    fn note(&self, posted: Result<(), &str>) {
+    fn note(&self, posted: &Result<(), String>) {
         let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
         let is_known = std::mem::replace(&mut outage.lasts, posted.is_err());
         let Err(reason) = posted else { return };
@@ -103,7 +103,7 @@ impl HttpClient for Collector {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
         let posted = self.runtime.spawn(post(self.client.clone(), request)).await;
         let posted = posted.unwrap_or_else(|ended| Err(ended.to_string()));
-        self.note(posted.as_ref().map(|()| ()).map_err(String::as_str));
+        self.note(&posted);
         // What the body says to a success is of no use here.
         Ok(posted.map(|()| Response::new(Bytes::new()))?)
     }

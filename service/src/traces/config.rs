@@ -17,6 +17,7 @@ const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Traces")]
 #[group(skip)]
+#[expect(clippy::struct_field_names, reason = "the names of the variables are made of them")]
 pub(crate) struct Config {
     /// The collector of traces, by OTLP over HTTP (protobuf); /v1/traces is appended. Without it, there are none
     #[arg(long, value_parser = endpoint)]
