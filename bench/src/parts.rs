@@ -5,6 +5,7 @@ mod callbacks;
 mod cleanup;
 mod lookups;
 mod overload;
+mod traces;
 mod viewer;
 mod writes;
 
@@ -39,6 +40,8 @@ pub(crate) enum Part {
     Cleanup,
     /// The viewer, with 1,000 and with 10,000 subscribers
     Viewer,
+    /// The producer without traces, with few, and with all
+    Traces,
 }
 
 impl Part {
@@ -66,6 +69,7 @@ impl Part {
             Self::Backlog => lookups::measure_backlog(world).await?,
             Self::Cleanup => cleanup::measure(world).await?,
             Self::Viewer => viewer::measure(world).await?,
+            Self::Traces => traces::measure(world).await?,
         };
         for row in &mut rows {
             row.part = self.to_string();

@@ -22,6 +22,15 @@ pub struct Config {
     pub queue: QueueConfig,
 }
 
+/// The queue as traces name it.
+#[derive(Clone, Debug)]
+pub struct Destination {
+    /// What it is on: `rabbitmq` or `sqlite`.
+    pub system: &'static str,
+    /// What it is called.
+    pub name: String,
+}
+
 /// A file that is open for this process; see [`Config::claim`].
 pub struct Claim {
     queue: Option<Arc<Queue>>,
@@ -57,6 +66,13 @@ impl Config {
             Backend::Amqp(uri) => Some(self.access_with(uri)),
             Backend::Sqlite(_) => None,
         }
+    }
+
+    /// The queue as traces name it.
+    #[must_use]
+    pub fn destination(&self) -> Destination {
+        let system = if self.amqp_uri.is_file() { "sqlite" } else { "rabbitmq" };
+        Destination { system, name: self.queue.queue_name.clone() }
     }
 
     pub(crate) fn access_with(&self, uri: &AmqpUri) -> Access {

@@ -66,6 +66,15 @@ impl Delivery {
         }
     }
 
+    /// The span that it was published in (W3C Trace Context), if the message tells.
+    #[must_use]
+    pub fn traceparent(&self) -> Option<&str> {
+        match &self.0 {
+            Inner::Amqp(delivery) => delivery.traceparent(),
+            Inner::Sqlite(delivery) => delivery.traceparent(),
+        }
+    }
+
     /// When the callback came in, by the clock of the producer that took it; `None` for a message that
     /// does not tell.
     #[must_use]

@@ -13,18 +13,20 @@ mod delivery;
 mod gauges;
 mod inspector;
 mod message;
+mod origin;
 mod publisher;
 mod retry;
 mod spool;
 mod sqlite;
 
 pub use ::amqp::backoff;
-pub use config::{BrokerUrl, Claim, Config, QueueConfig, QueueType};
+pub use config::{BrokerUrl, Claim, Config, Destination, QueueConfig, QueueType};
 pub use consumer::Consumer;
 pub use delivery::{Delivery, Disposition, Settled};
 pub use embedded::{OpenError, WriteError};
 pub use inspector::{DeadLetter, Depths, InspectError, Inspector, Selection, Treatment};
 pub use message::DecodeError;
+pub use origin::Origin;
 pub use publisher::{PublishError, Publisher};
 pub use spool::{Spool, SpoolError, Spooled};
 

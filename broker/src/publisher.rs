@@ -9,7 +9,7 @@ use tokio::sync::watch;
 
 use crate::config::{Backend, Config};
 use crate::sqlite::{self, Queue};
-use crate::{LinkStatus, amqp};
+use crate::{LinkStatus, Origin, amqp};
 
 /// Why a batch is not known to be durable. Some of its messages may be in the queue all the same.
 #[derive(Clone, Debug, thiserror::Error)]
@@ -78,23 +78,24 @@ impl Publisher {
     }
 
     /// Publishes one persistent message for each of `ids` and waits until all are confirmed.
-    /// `callback_id` travels along. On RabbitMQ it does not wait until there is room for them.
+    /// `origin` travels along; a callback's id alone will do. On RabbitMQ it does not wait until there is room for them.
     ///
     /// # Errors
     /// [`PublishError`], at the latest after `within`; then none, some or all are in the queue.
-    pub async fn publish_ids(
+    pub async fn publish_ids<'a>(
         &self,
-        callback_id: &str,
+        origin: impl Into<Origin<'a>>,
         ids: &[i64],
         within: Duration,
     ) -> Result<(), PublishError> {
+        let origin = origin.into();
         if ids.is_empty() {
             return Ok(());
         }
         let started = Instant::now();
         let confirmed = match &self.kind {
-            Kind::Amqp(publisher) => publisher.publish_ids(callback_id, ids, within).await,
-            Kind::Sqlite(queue) => sqlite::publish(queue, callback_id, ids, within).await,
+            Kind::Amqp(publisher) => publisher.publish_ids(origin, ids, within).await,
+            Kind::Sqlite(queue) => sqlite::publish(queue, origin, ids, within).await,
         };
         self.latency.record(started.elapsed());
         confirmed

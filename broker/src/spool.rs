@@ -7,6 +7,7 @@ use std::time::{Duration, SystemTime};
 use embedded::{OpenError, WriteError};
 use tokio::time::timeout;
 
+use crate::Origin;
 use crate::sqlite::{Queue, SPOOL};
 
 /// Messages that wait on this disk for a broker. One process has it, and in it one reader: that takes
@@ -33,8 +34,16 @@ pub struct Spooled {
     pub number: i64,
     /// The object.
     pub id: i64,
-    /// The callback that named it.
-    pub callback_id: String,
+    /// Where it comes from, as the file has it.
+    origin: String,
+}
+
+impl Spooled {
+    /// Where it comes from.
+    #[must_use]
+    pub fn origin(&self) -> Origin<'_> {
+        Origin::from_text(&self.origin)
+    }
 }
 
 impl Spool {
@@ -54,11 +63,11 @@ impl Spool {
     /// [`SpoolError`], at the latest after `within`.
     pub async fn add(
         &self,
-        callback_id: &str,
+        origin: Origin<'_>,
         ids: &[i64],
         within: Duration,
     ) -> Result<(), SpoolError> {
-        match timeout(within, self.queue.publish(callback_id, ids)).await {
+        match timeout(within, self.queue.publish(origin, ids)).await {
             Ok(added) => Ok(added?),
             Err(_) => Err(SpoolError::Timeout(within)),
         }
@@ -70,7 +79,7 @@ impl Spool {
     /// [`WriteError`] when the file cannot be read.
     pub async fn oldest(&self, limit: usize) -> Result<Vec<Spooled>, WriteError> {
         let messages = self.queue.oldest(limit).await?;
-        let spooled = |(number, id, callback_id)| Spooled { number, id, callback_id };
+        let spooled = |(number, id, origin)| Spooled { number, id, origin };
         Ok(messages.into_iter().map(spooled).collect())
     }
 

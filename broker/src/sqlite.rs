@@ -14,7 +14,7 @@ use std::time::Duration;
 
 use tokio::time::timeout;
 
-use crate::PublishError;
+use crate::{Origin, PublishError};
 
 pub(crate) use consumer::Consumer;
 pub(crate) use delivery::Delivery;
@@ -24,12 +24,12 @@ pub(crate) use queue::{Queue, SPOOL};
 /// See [`crate::Publisher::publish_ids`].
 pub(crate) async fn publish(
     queue: &Arc<Queue>,
-    callback_id: &str,
+    origin: Origin<'_>,
     ids: &[i64],
     within: Duration,
 ) -> Result<(), PublishError> {
     let published = async {
-        let outcome = queue.publish(callback_id, ids).await;
+        let outcome = queue.publish(origin, ids).await;
         let label = if outcome.is_ok() { "confirmed" } else { "refused" };
         metrics::counter!("lastseen_published_total", "outcome" => label)
             .increment(ids.len() as u64);

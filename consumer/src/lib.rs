@@ -67,7 +67,8 @@ pub async fn run(
     let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups);
     let parts = (publisher.clone(), Arc::clone(&store), writer.clone(), events.clone());
     let died = died(parts, status_api.status());
-    let intake = Intake::new(live, status_api, Arc::clone(&breaker), writer, shutdown);
+    let intake =
+        Intake::new(live, status_api, Arc::clone(&breaker), writer, broker.destination(), shutdown);
     tokio::select! {
         ended = intake.run(deliveries) => ended?,
         part = died => anyhow::bail!("{part} has died"),

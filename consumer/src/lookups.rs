@@ -8,8 +8,9 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
-use broker::{Consumer, Delivery, Disposition};
+use broker::{Consumer, Delivery, Destination, Disposition};
 use futures_util::future::join_all;
+use service::traces::{KeyValue, Span, SpanKind, Step};
 use service::{CancellationToken, Live};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
@@ -47,6 +48,7 @@ struct Shared {
     status_api: StatusApi,
     breaker: Arc<Breaker>,
     writer: Writer,
+    destination: Destination,
     /// As they are now.
     lookups: watch::Sender<Lookups>,
     shutdown: CancellationToken,
@@ -82,6 +84,7 @@ impl Intake {
         status_api: StatusApi,
         breaker: Arc<Breaker>,
         writer: Writer,
+        destination: Destination,
         shutdown: CancellationToken,
     ) -> Self {
         describe_metrics();
@@ -92,6 +95,7 @@ impl Intake {
             status_api,
             breaker,
             writer,
+            destination,
             lookups: watch::Sender::new(config),
             shutdown,
             failure_log: FailureLog::default(),
@@ -146,7 +150,7 @@ impl Intake {
                     }
                 }
             };
-            let taken = match next {
+            let mut taken = match next {
                 Next::Taken(taken) => taken,
                 Next::Changed(changed) => {
                     let prefetch = shared.change(&changed);
@@ -159,6 +163,8 @@ impl Intake {
                 }
                 Next::Shutdown => break,
             };
+            let delivery = &taken.delivery;
+            taken.span = Span::begin(|| delivery.traceparent(), || shared.processing(delivery));
             match taken.delivery.id() {
                 Ok(id) => shared.waiting.add(id, taken),
                 Err(error) => {
@@ -205,7 +211,10 @@ async fn look_up_and_settle(
 }
 
 async fn settle(taken: Taken, disposition: Disposition) -> Ended {
-    let Taken { delivery, room, .. } = taken;
+    let Taken { delivery, room, mut span, .. } = taken;
+    if let Disposition::Retry { reason, .. } | Disposition::DeadLetter { reason } = &disposition {
+        span.fail(reason);
+    }
     let id = delivery.id().ok();
     let callback_id = delivery.callback_id().to_owned();
     let settled = delivery.settle(disposition).await;
@@ -256,7 +265,7 @@ impl Shared {
         let mut waits = waits_between_lookups();
         loop {
             self.waiting.join(turn, group);
-            let answer = self.look_up(id).await;
+            let answer = self.look_up(id, group).await;
             let callback_id = group.first().map_or("", |first| first.delivery.callback_id());
             tracing::debug!(id, callback_id, deliveries = group.len(), ?answer, "looked up");
             // Waiting for the commit, or for a verdict, takes no lookup's place.
@@ -264,7 +273,8 @@ impl Shared {
             let failure = place.leave(&outcome(&answer, has_failed));
             let (error, failure) = match (answer, failure) {
                 (Ok(Answer::Online(at)), _) => {
-                    return Ok(match self.writer.record(id, at).await? {
+                    let commit = Span::joint(group.iter().map(|taken| &taken.span), committing);
+                    return Ok(match self.writer.record(id, at, commit).await? {
                         Written::Committed => {
                             record_ages(group);
                             Told::Settled
@@ -305,21 +315,42 @@ impl Shared {
         }
     }
 
-    async fn look_up(&self, id: i64) -> Result<Answer, LookupError> {
+    async fn look_up(&self, id: i64, group: &[Taken]) -> Result<Answer, LookupError> {
+        let deliveries = group.iter().map(|taken| &taken.span);
+        let mut span = Span::joint(deliveries, || self.status_api.step(id));
         let in_flight = metrics::gauge!("lastseen_lookups_in_flight");
         in_flight.increment(1.0);
         let started = Instant::now();
         let limit = self.lookups.borrow().status_timeout;
-        let answer = self.status_api.look_up(id, limit).await;
+        let answer = self.status_api.look_up(id, limit, &mut span).await;
         in_flight.decrement(1.0);
         metrics::histogram!("lastseen_lookup_seconds").record(started.elapsed());
         let outcome = match &answer {
             Ok(Answer::Online(_)) => "online",
             Ok(Answer::Offline) => "offline",
-            Err(error) => error.label(),
+            Err(error) => {
+                span.set("error.type", error.label());
+                span.fail(error);
+                error.label()
+            }
         };
         metrics::counter!("lastseen_lookups_total", "outcome" => outcome).increment(1);
         answer
+    }
+
+    /// What is done about a delivery, as traces have it.
+    fn processing(&self, delivery: &Delivery) -> Step {
+        let Destination { system, name } = &self.destination;
+        let mut attributes = vec![
+            KeyValue::new("messaging.system", *system),
+            KeyValue::new("messaging.destination.name", name.clone()),
+            KeyValue::new("messaging.operation.name", "process"),
+            KeyValue::new("messaging.operation.type", "process"),
+            KeyValue::new("messaging.message.conversation_id", delivery.callback_id().to_owned()),
+            KeyValue::new("lastseen.failed_attempts", i64::from(delivery.failed_attempts())),
+        ];
+        attributes.extend(delivery.id().map(|id| KeyValue::new("lastseen.object_id", id)));
+        Step { name: format!("process {name}").into(), kind: SpanKind::Consumer, attributes }
     }
 
     fn after_failure(&self, id: i64, delivery: &Delivery, error: &LookupError) -> Disposition {
@@ -332,6 +363,11 @@ impl Shared {
         }
         Disposition::Retry { reason, after: error.retry_after() }
     }
+}
+
+/// The wait for a commit, as traces have it.
+fn committing() -> Step {
+    Step { name: "commit".into(), kind: SpanKind::Internal, attributes: Vec::new() }
 }
 
 /// What an answer says about the API, given whether lookups of the object have failed before and counted.

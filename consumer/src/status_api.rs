@@ -8,6 +8,7 @@ use reqwest::header::RETRY_AFTER;
 use reqwest::{Client, Response, StatusCode, Url, redirect};
 use serde::Deserialize;
 use serde::de::Error as _;
+use service::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
 use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -92,6 +93,8 @@ type Reachable = Result<(), String>;
 pub(crate) struct StatusApi {
     client: Client,
     endpoint: String,
+    /// Who answers, as traces have it.
+    server: [KeyValue; 2],
     status: watch::Receiver<Reachable>,
     _probe: AbortOnDropHandle<()>,
 }
@@ -122,8 +125,12 @@ impl StatusApi {
             by_lookups,
             sender,
         )));
+        let (host, port) = host_and_port(&config.tester_endpoint);
+        let server =
+            [KeyValue::new("server.address", host), KeyValue::new("server.port", i64::from(port))];
         Ok(Self {
             client,
+            server,
             endpoint: config.tester_endpoint.as_str().trim_end_matches('/').to_owned(),
             status,
             _probe: probe,
@@ -134,14 +141,34 @@ impl StatusApi {
         self.status.clone()
     }
 
-    /// Asks whether the object is online, for so long at most.
+    /// A lookup, as traces have it.
+    pub(crate) fn step(&self, id: i64) -> Step {
+        let mut attributes = vec![
+            KeyValue::new("http.request.method", "GET"),
+            KeyValue::new("url.template", "/objects/{id}"),
+            KeyValue::new("lastseen.object_id", id),
+        ];
+        attributes.extend_from_slice(&self.server);
+        Step { name: "GET /objects/{id}".into(), kind: SpanKind::Client, attributes }
+    }
+
+    /// Asks whether the object is online, for so long at most, as a part of `span`.
     ///
     /// # Errors
     /// [`LookupError`] for whatever says neither online nor offline; worth another try.
-    pub(crate) async fn look_up(&self, id: i64, limit: Duration) -> Result<Answer, LookupError> {
+    pub(crate) async fn look_up(
+        &self,
+        id: i64,
+        limit: Duration,
+        span: &mut Span,
+    ) -> Result<Answer, LookupError> {
         let url = format!("{}/objects/{id}", self.endpoint);
-        let response = self.client.get(url).timeout(limit).send().await;
-        let response = response.map_err(|error| transport(error, limit))?;
+        let mut request = self.client.get(url).timeout(limit);
+        if let Some(traceparent) = span.traceparent() {
+            request = request.header(TRACEPARENT, traceparent);
+        }
+        let response = request.send().await.map_err(|error| transport(error, limit))?;
+        span.set("http.response.status_code", i64::from(response.status().as_u16()));
         match response.status() {
             StatusCode::OK => {}
             StatusCode::NOT_FOUND => return Ok(Answer::Offline),
@@ -181,6 +208,11 @@ fn transport(error: reqwest::Error, limit: Duration) -> LookupError {
     LookupError::Transport(cause.map_or_else(|| error.to_string(), ToString::to_string))
 }
 
+fn host_and_port(endpoint: &Url) -> (String, u16) {
+    let host = endpoint.host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
+    (host, endpoint.port_or_known_default().unwrap_or(80))
+}
+
 /// Whether an answer says that this object is online.
 fn online(id: i64, answer: &[u8]) -> Result<bool, LookupError> {
     // Without this, serde would take the bare list `[42,true]` for the object's fields in order.
@@ -209,8 +241,7 @@ async fn probe(
     mut by_lookups: watch::Receiver<Reachable>,
     status: watch::Sender<Reachable>,
 ) {
-    let host = endpoint.host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
-    let port = endpoint.port_or_known_default().unwrap_or(80);
+    let (host, port) = host_and_port(&endpoint);
     let mut before = Err(NOT_YET.to_owned());
     loop {
         let connected = timeout(MAX_CONNECT_TIME, TcpStream::connect((host.as_str(), port))).await;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use events::{Emitter, Kind, Object};
+use service::traces::{KeyValue, Span, SpanKind, Step};
 use store::{Recorded, Row, Sighting, Store, StoreError};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::timeout_at;
@@ -36,6 +37,8 @@ pub struct Writer {
 struct Seen {
     id: i64,
     at: Instant,
+    /// The wait, in the trace of what is waited for.
+    commit: Span,
     written: oneshot::Sender<Written>,
 }
 
@@ -61,13 +64,13 @@ impl Writer {
     }
 
     /// Returns once it is committed that the object was online at `at`, or refused for good, however
-    /// long that takes.
+    /// long that takes. `commit` is the span of the wait.
     ///
     /// # Errors
     /// [`WriterDied`]; then it may not be committed and must not be acked.
-    pub async fn record(&self, id: i64, at: Instant) -> Result<Written, WriterDied> {
+    pub async fn record(&self, id: i64, at: Instant, commit: Span) -> Result<Written, WriterDied> {
         let (written, outcome) = oneshot::channel();
-        self.results.send(Seen { id, at, written }).await.map_err(|_| WriterDied)?;
+        self.results.send(Seen { id, at, commit, written }).await.map_err(|_| WriterDied)?;
         outcome.await.map_err(|_| WriterDied)
     }
 
@@ -101,16 +104,25 @@ async fn write_batches(
                 Ok(_) => {}
             }
         }
+        let upsert = Span::joint(batch.iter().map(|seen| &seen.commit), || table.upsert(&batch));
         let refused = commit(&table, &batch).await;
         let answered = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
         // While it is told, the next batch is written.
-        tokio::spawn(async move { tell(answered, &refused) });
+        tokio::spawn(async move { tell(answered, &refused, upsert) });
     }
 }
 
-fn tell(batch: Vec<Seen>, refused: &HashMap<i64, String>) {
-    for seen in batch {
+fn tell(mut batch: Vec<Seen>, refused: &HashMap<i64, String>, upsert: Span) {
+    for seen in &mut batch {
+        seen.commit.link(&upsert);
+    }
+    // Before anybody hears of it, and maybe ends the process.
+    drop(upsert);
+    for mut seen in batch {
         let reason = refused.get(&seen.id).cloned();
+        if let Some(reason) = &reason {
+            seen.commit.fail(reason);
+        }
         let written = reason.map_or(Written::Committed, Written::Refused);
         // Its delivery may have been lost meanwhile; the row is right all the same.
         let _ = seen.written.send(written);
@@ -171,6 +183,21 @@ async fn commit(table: &Table, batch: &[Seen]) -> HashMap<i64, String> {
 }
 
 impl Table {
+    /// The statement for a batch, as traces have it.
+    fn upsert(&self, batch: &[Seen]) -> Step {
+        let results = i64::try_from(batch.len()).unwrap_or(i64::MAX);
+        Step {
+            name: "UPSERT object".into(),
+            kind: SpanKind::Client,
+            attributes: vec![
+                KeyValue::new("db.system.name", self.store.system()),
+                KeyValue::new("db.collection.name", "object"),
+                KeyValue::new("db.operation.name", "UPSERT"),
+                KeyValue::new("db.operation.batch.size", results),
+            ],
+        }
+    }
+
     /// Tells those who want to know; this never waits.
     fn tell(&self, recorded: &Recorded) {
         let object = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
@@ -212,6 +239,7 @@ mod tests {
         let seen = |id, after| Seen {
             id,
             at: start + Duration::from_secs(after),
+            commit: Span::default(),
             written: oneshot::channel().0,
         };
         let batch = [seen(7, 1), seen(-3, 5), seen(7, 9), seen(7, 4)];
@@ -226,7 +254,8 @@ mod tests {
             let _first = results.recv().await;
             panic!("this one panics");
         });
-        let (died, recorded) = tokio::join!(writer.died(), writer.record(42, Instant::now()));
+        let (died, recorded) =
+            tokio::join!(writer.died(), writer.record(42, Instant::now(), Span::default()));
         assert!(matches!((died, recorded), ((), Err(WriterDied))));
     }
 }

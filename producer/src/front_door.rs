@@ -16,6 +16,7 @@ use axum::routing::post;
 use broker::PublishError;
 use serde::Serialize;
 use service::problem::Problem;
+use service::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
 use service::{CancellationToken, Health, http};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
@@ -123,7 +124,9 @@ async fn take(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let started = Instant::now();
     let callback_id = Uuid::now_v7().to_string();
     let (head, body) = request.into_parts();
-    let outcome = shared.accept(&callback_id, &head.headers, body).await;
+    let partners_span = || head.headers.get(TRACEPARENT)?.to_str().ok();
+    let mut span = Span::begin(partners_span, step);
+    let outcome = shared.accept(&span, &callback_id, &head.headers, body).await;
     let label = match &outcome {
         Ok(_) => "accepted",
         Err(problem) => match problem.status {
@@ -143,16 +146,35 @@ async fn take(State(shared): State<Arc<Shared>>, request: Request) -> Response {
             problem.into_response()
         }
     };
+    span.set("http.response.status_code", i64::from(response.status().as_u16()));
+    if response.status().is_server_error() {
+        span.fail("not durable");
+    }
     if let Ok(value) = HeaderValue::try_from(callback_id) {
         response.headers_mut().insert(CALLBACK_ID, value);
     }
     response
 }
 
+/// A callback, as traces have it.
+fn step() -> Step {
+    Step {
+        name: "POST /callback".into(),
+        kind: SpanKind::Server,
+        attributes: vec![
+            KeyValue::new("http.request.method", "POST"),
+            KeyValue::new("http.route", "/callback"),
+            KeyValue::new("url.path", "/callback"),
+            KeyValue::new("url.scheme", "http"),
+        ],
+    }
+}
+
 impl Shared {
     /// Makes every distinct id of the body a message, and returns once all of them are durable.
     async fn accept(
         &self,
+        span: &Span,
         callback_id: &str,
         headers: &HeaderMap,
         body: Body,
@@ -171,7 +193,7 @@ impl Shared {
                 Turn::Published => return Ok(accepted),
             },
         };
-        self.places.take(callback_id, &ids).await.map_err(|error| unavailable(&error))?;
+        self.places.take(span, callback_id, &ids).await.map_err(|error| unavailable(&error))?;
         if let Some(turn) = turn {
             turn.published();
         }

@@ -6,8 +6,9 @@ use std::pin::pin;
 use std::sync::Arc;
 use std::time::Duration;
 
-use broker::{LinkStatus, PublishError, Publisher, SpoolError};
+use broker::{Destination, LinkStatus, Origin, PublishError, Publisher, SpoolError};
 use service::Health;
+use service::traces::{KeyValue, Span, SpanKind, Step};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -30,6 +31,7 @@ pub(crate) struct Unavailable {
 
 pub(crate) struct Places {
     publisher: Publisher,
+    destination: Destination,
     publish_timeout: Duration,
     /// None if the broker is itself a file on this disk.
     outage: Option<Arc<Outage>>,
@@ -55,7 +57,8 @@ impl Places {
                     .await,
             ))
         };
-        Ok(Self { publisher, publish_timeout: callbacks.publish_timeout, outage })
+        let destination = broker.destination();
+        Ok(Self { publisher, destination, publish_timeout: callbacks.publish_timeout, outage })
     }
 
     /// Makes a durable message of each of `ids`, within a time that leaves the client's second
@@ -63,10 +66,31 @@ impl Places {
     ///
     /// # Errors
     /// [`Unavailable`]: some of them may be durable all the same.
-    pub(crate) async fn take(&self, callback_id: &str, ids: &[i64]) -> Result<(), Unavailable> {
+    pub(crate) async fn take(
+        &self,
+        callback: &Span,
+        callback_id: &str,
+        ids: &[i64],
+    ) -> Result<(), Unavailable> {
+        let mut span = callback.child(|| self.publishing(callback_id, ids));
+        let traceparent = span.traceparent();
+        let origin = Origin { callback_id, traceparent: traceparent.as_deref() };
+        let taken = self.publish_or_spool(&mut span, origin, ids).await;
+        if let Err(error) = &taken {
+            span.fail(error);
+        }
+        taken
+    }
+
+    async fn publish_or_spool(
+        &self,
+        span: &mut Span,
+        origin: Origin<'_>,
+        ids: &[i64],
+    ) -> Result<(), Unavailable> {
         let within = self.publish_timeout + SPOOL_TIMEOUT;
         let late = Instant::now() + within;
-        let mut publishing = pin!(self.publisher.publish_ids(callback_id, ids, within));
+        let mut publishing = pin!(self.publisher.publish_ids(origin, ids, within));
         let Some((outage, spool)) = self.outage.as_ref().and_then(|o| Some((o, o.spool()?))) else {
             return publishing.await.map_err(|broker| Unavailable { broker, spool: None });
         };
@@ -83,7 +107,8 @@ impl Places {
             }
         }
         let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
-        let added = spool.add(callback_id, &unconfirmed, SPOOL_TIMEOUT).await;
+        span.set("lastseen.spooled", true);
+        let added = spool.add(origin, &unconfirmed, SPOOL_TIMEOUT).await;
         outage.note(&added, unconfirmed.len());
         let Err(spool) = added else { return Ok(()) };
         let published = match refused {
@@ -99,6 +124,25 @@ impl Places {
             outage.set_broker_takes(published.is_ok());
         }
         published.map_err(|broker| Unavailable { broker, spool: Some(spool) })
+    }
+
+    fn publishing(&self, callback_id: &str, ids: &[i64]) -> Step {
+        let Destination { system, name } = &self.destination;
+        Step {
+            name: format!("publish {name}").into(),
+            kind: SpanKind::Producer,
+            attributes: vec![
+                KeyValue::new("messaging.system", *system),
+                KeyValue::new("messaging.destination.name", name.clone()),
+                KeyValue::new("messaging.operation.name", "publish"),
+                KeyValue::new("messaging.operation.type", "send"),
+                KeyValue::new("messaging.message.conversation_id", callback_id.to_owned()),
+                KeyValue::new(
+                    "messaging.batch.message_count",
+                    i64::try_from(ids.len()).unwrap_or(i64::MAX),
+                ),
+            ],
+        }
     }
 
     /// Tells what it needs: one of the two.

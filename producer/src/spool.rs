@@ -214,14 +214,15 @@ impl Outage {
 
     /// Publishes `messages`, those of one callback together, and gives the numbers of those confirmed.
     async fn publish(&self, messages: &[Spooled]) -> Vec<i64> {
-        let callbacks = messages.chunk_by(|one, next| one.callback_id == next.callback_id);
+        let callbacks = messages.chunk_by(|one, next| one.origin() == next.origin());
         let published = callbacks.map(async |messages| {
-            let callback_id = &messages[0].callback_id;
+            let origin = messages[0].origin();
             let ids: Vec<i64> = messages.iter().map(|message| message.id).collect();
-            let refused = match self.publisher.publish_ids(callback_id, &ids, RELAY_TIMEOUT).await {
+            let refused = match self.publisher.publish_ids(origin, &ids, RELAY_TIMEOUT).await {
                 Ok(()) => Vec::new(),
                 Err(PublishError::Refused { which }) => which,
                 Err(error) => {
+                    let callback_id = origin.callback_id;
                     tracing::debug!(%error, callback_id, "not relayed; trying again");
                     return Vec::new();
                 }

@@ -1,5 +1,5 @@
-//! Process plumbing that every Lastseen service shares: settings, telemetry, life cycle, health and
-//! the HTTP server. It knows neither the broker nor the database.
+//! Process plumbing that every Lastseen service shares: settings, telemetry, life cycle, health,
+//! traces and the HTTP server. It knows neither the broker nor the database.
 //!
 //! A service is a library with `run(config, health, shutdown)`; its `main.rs` hands that function to
 //! [`main`] and does nothing else. One that has subcommands uses [`main_with_commands`].
@@ -18,6 +18,7 @@ pub mod settings;
 mod sources;
 mod telemetry;
 pub mod terminal;
+pub mod traces;
 
 pub use health::{Health, PeerStatus};
 pub use lifecycle::{Description, Invocation, Unavailable, main, main_with_commands};

@@ -18,6 +18,7 @@ use tokio_util::sync::CancellationToken;
 use crate::reload::{self, Reload};
 use crate::settings;
 use crate::sources::{self, Parsed, Settings, SettingsError, Sources};
+use crate::traces::{self, Traces};
 use crate::{Health, Live, admin, healthcheck, http, recorder, telemetry, terminal};
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
@@ -73,6 +74,8 @@ struct Common {
     drain_timeout: Duration,
     #[command(flatten)]
     telemetry: telemetry::Config,
+    #[command(flatten)]
+    traces: traces::Config,
 }
 
 /// What a service or command ends with when something that it needs for itself alone is taken by
@@ -295,6 +298,7 @@ async fn supervise(
     let signals = Signals::watch()?;
     let metrics = recorder::install(description.name)?;
     let reload = reload::watch(reload, Arc::clone(&signals.hangups), &health);
+    let traces = Traces::start(&common.traces, description.name)?;
     let address = common.admin_addr;
     let listener = TcpListener::bind(address)
         .await
@@ -307,11 +311,13 @@ async fn supervise(
     let admin = tokio::spawn(async move {
         tokio::join!(admin, recorder::upkeep(metrics));
     });
-    tokio::select! {
+    let ended = tokio::select! {
         ended = run_until_abandoned(service, signals, common.drain_timeout, shutdown) => ended,
         ended = admin => Err(anyhow::anyhow!("the admin address died: {ended:?}")),
         never = reload => match never {},
-    }
+    };
+    traces.finish().await;
+    ended
 }
 
 /// Runs the command, with nothing beside it, until it ends or has to be abandoned.

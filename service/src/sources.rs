@@ -319,7 +319,8 @@ fn explain(error: &clap::Error) -> String {
 
 /// The value as it may be shown: not at all where a password may be in it, in whichever place.
 pub(crate) fn mask(name: &str, value: &str) -> String {
-    let secret = ["PASSWORD", "SECRET", "URI", "URL"].iter().any(|part| name.contains(part));
+    let secret =
+        ["PASSWORD", "SECRET", "URI", "URL", "HEADERS"].iter().any(|part| name.contains(part));
     // Where certificates are expected, somebody may have put the key.
     let secret = secret || name == "AMQP_CA";
     match value.rsplit_once('@') {

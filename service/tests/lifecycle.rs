@@ -108,6 +108,24 @@ async fn settings_that_are_refused_begin_neither_a_service_nor_a_command() {
 }
 
 #[tokio::test]
+async fn a_bad_setting_of_the_traces_stops_the_start_and_no_secret_is_shown() {
+    for (variable, value, said) in [
+        ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4318", "=localhost:4318: expected http://"),
+        ("OTEL_EXPORTER_OTLP_HEADERS", "s3cret", "=***: expected NAME=VALUE"),
+        ("OTEL_TRACES_SAMPLER", "some", "=some: allowed are always_on, always_off, traceidratio,"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.5", "=1.5: expected a number from 0 to 1"),
+    ] {
+        let mut service = sample(&[]);
+        service.env(variable, value);
+        let service = ended(service).await;
+        assert_eq!(service.code, Some(78), "{}", service.errors);
+        let said = format!("service-sample: {variable}{said}");
+        assert!(service.errors.starts_with(&said), "{}", service.errors);
+        assert!(!service.errors.contains("s3cret"), "{}", service.errors);
+    }
+}
+
+#[tokio::test]
 async fn a_command_needs_no_admin_address_and_records_no_metrics() {
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let taken = taken.local_addr().unwrap().to_string();

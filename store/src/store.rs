@@ -65,6 +65,15 @@ impl Store {
         Ok(Self(kind))
     }
 
+    /// What traces call the database: `postgresql` or `sqlite`.
+    #[must_use]
+    pub fn system(&self) -> &'static str {
+        match &self.0 {
+            Kind::Postgres(_) => "postgresql",
+            Kind::Sqlite(_) => "sqlite",
+        }
+    }
+
     /// Whether the database answers and has our schema; of a file, whether it can be written.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<StoreStatus> {

@@ -5,7 +5,7 @@
 //! - On the shared servers: [`Queue`] and [`Database`], each of its own name, gone when dropped.
 //! - Of one's own, to kill and to boot again: [`RabbitNode`], [`PostgresCluster`], with TLS if the test
 //!   has an [`Authority`].
-//! - What stands around our services: [`StatusApi`], [`Proxy`], [`Balancer`]; and a service itself: [`Process`].
+//! - What stands around our services: [`StatusApi`], [`Proxy`], [`Balancer`], [`Collector`]; and a service itself: [`Process`].
 //!
 //! What a test starts ends with it, even when it panics. What is a process ends also when the test
 //! process is killed.
@@ -21,6 +21,7 @@ mod authority;
 mod balancer;
 mod children;
 mod cleanup;
+mod collector;
 mod database;
 mod database_clock;
 mod eventually;
@@ -41,6 +42,7 @@ mod status_api;
 pub use amqp::{amqp_uri, connect};
 pub use authority::Authority;
 pub use balancer::Balancer;
+pub use collector::Collector;
 pub use database::{Database, database_url, postgres_environment};
 pub use database_clock::DatabaseClock;
 pub use eventually::eventually;

@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use axum::Router;
 use axum::body::{Body, Bytes};
 use axum::extract::{Path, State};
-use axum::http::{HeaderName, StatusCode, header};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use futures_util::stream::{self, StreamExt as _};
@@ -166,6 +166,13 @@ impl StatusApi {
         lookups.counts.get(&id).map_or(0, |count| *count as usize)
     }
 
+    /// What the lookups of `id` said in the header of that name, those that said anything.
+    #[must_use]
+    pub fn traceparents(&self, id: i64) -> Vec<String> {
+        let lookups = self.records.lookups.lock().unwrap_or_else(PoisonError::into_inner);
+        lookups.traceparents.get(&id).cloned().unwrap_or_default()
+    }
+
     /// How many lookups wait for their answer now.
     #[must_use]
     pub fn in_flight(&self) -> usize {
@@ -196,12 +203,16 @@ struct Records {
 struct Lookups {
     in_order: Vec<(i64, Instant)>,
     counts: HashMap<i64, u32>,
+    traceparents: HashMap<i64, Vec<String>>,
 }
 
 impl Records {
     /// Notes a lookup of `id` and gives how many there were, this one included.
-    fn note(&self, id: i64) -> u32 {
+    fn note(&self, id: i64, headers: &HeaderMap) -> u32 {
         let mut lookups = self.lookups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(Ok(traceparent)) = headers.get("traceparent").map(HeaderValue::to_str) {
+            lookups.traceparents.entry(id).or_default().push(traceparent.to_owned());
+        }
         lookups.in_order.push((id, Instant::now()));
         let count = lookups.counts.entry(id).or_default();
         *count += 1;
@@ -234,9 +245,10 @@ fn router(records: Arc<Records>, behaviour: Arc<Behaviour>) -> Router {
 async fn look_up(
     Path(id): Path<i64>,
     State((records, behaviour)): State<(Arc<Records>, Arc<Behaviour>)>,
+    headers: HeaderMap,
 ) -> Response {
     let _in_flight = InFlight::enter(&records);
-    let mut answer = behaviour(id, records.note(id));
+    let mut answer = behaviour(id, records.note(id, &headers));
     loop {
         answer = match answer {
             Answer::After(delay, later) => {

@@ -21,7 +21,7 @@ const IN_A_WINDOW: u64 = 60_000;
 /// So that the spool takes nothing of what is compared with what the broker confirms.
 pub(super) const PATIENT: [(&str, &str); 1] = [("PUBLISH_TIMEOUT", "10s")];
 /// Nobody asks it.
-const NO_STATUS_API: &str = "http://127.0.0.1:1";
+pub(super) const NO_STATUS_API: &str = "http://127.0.0.1:1";
 
 pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let raw = {

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 use clap::Parser as _;
 use consumer::{Writer, Written};
 use events::{Emitter, Exchange};
+use service::traces::Span;
 use store::Store;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -48,7 +49,7 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
         waiting.spawn(async move {
             let (mut written, mut id) = (0_u64, first);
             while started.elapsed() < DURATION {
-                let outcome = writer.record(id * 2, Instant::now()).await?;
+                let outcome = writer.record(id * 2, Instant::now(), Span::default()).await?;
                 anyhow::ensure!(outcome == Written::Committed, "{outcome:?}");
                 written += 1;
                 id = (id + WAITING) % i64::from(POPULATION);

@@ -72,6 +72,10 @@ impl Delivery {
         self.properties.correlation_id().as_ref().map_or("", |id| id.as_str())
     }
 
+    pub(crate) fn traceparent(&self) -> Option<&str> {
+        history::traceparent(&self.properties)
+    }
+
     pub(crate) fn accepted_at(&self) -> Option<SystemTime> {
         self.accepted_at
     }

@@ -1,4 +1,4 @@
-//! What a message carries along: the history of its failures, in headers of ours.
+//! What a message carries along: the span it comes from, and the history of its failures, in headers of ours.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -12,6 +12,8 @@ use crate::message::{self, decode};
 /// dead-lettering, that by our delay queues included.
 const OURS: &str = "lastseen-";
 const BROKERS: &str = "x-";
+/// The span that it comes from. Copies keep it, redriven ones too.
+const TRACEPARENT: &str = "traceparent";
 /// How many attempts have failed so far.
 const ATTEMPTS: &str = "lastseen-attempts";
 /// Why the last of them failed.
@@ -19,6 +21,22 @@ const REASON: &str = "lastseen-reason";
 /// When the first and the last failed, in RFC 3339, for the person who reads the dead letters.
 const FIRST_FAILED_AT: &str = "lastseen-first-failed-at";
 const LAST_FAILED_AT: &str = "lastseen-last-failed-at";
+
+/// The headers of a message that comes from that span.
+pub(super) fn begun_by(traceparent: &str) -> FieldTable {
+    let mut headers = FieldTable::default();
+    headers.insert(TRACEPARENT.into(), AMQPValue::LongString(traceparent.into()));
+    headers
+}
+
+/// The span that the message comes from.
+pub(super) fn traceparent(properties: &BasicProperties) -> Option<&str> {
+    match header(properties, TRACEPARENT)? {
+        AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok(),
+        AMQPValue::ShortString(text) => Some(text.as_str()),
+        _ => None,
+    }
+}
 
 /// How many attempts at the message have failed.
 pub(super) fn failed_attempts(properties: &BasicProperties) -> u32 {

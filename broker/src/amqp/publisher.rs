@@ -15,9 +15,10 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, onesho
 use tokio::time::timeout;
 
 use super::Config;
+use super::history;
 use super::link::RPC_TIMEOUT;
 use super::topology::Topology;
-use crate::{LinkStatus, PublishError, message};
+use crate::{LinkStatus, Origin, PublishError, message};
 
 use driver::Driver;
 
@@ -75,15 +76,18 @@ impl Publisher {
 
     pub(crate) async fn publish_ids(
         &self,
-        callback_id: &str,
+        origin: Origin<'_>,
         ids: &[i64],
         within: Duration,
     ) -> Result<(), PublishError> {
         let seconds = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_secs();
-        let properties = BasicProperties::default()
+        let mut properties = BasicProperties::default()
             .with_content_type("application/json".into())
-            .with_correlation_id(callback_id.into())
+            .with_correlation_id(origin.callback_id.into())
             .with_timestamp(seconds);
+        if let Some(traceparent) = origin.traceparent {
+            properties = properties.with_headers(history::begun_by(traceparent));
+        }
         let message =
             |id: &i64| Outgoing { body: message::encode(*id), properties: properties.clone() };
         let places = Arc::clone(&self.places).try_acquire_many_owned(places_for(ids.len()));

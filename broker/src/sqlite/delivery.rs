@@ -5,7 +5,7 @@ use std::time::SystemTime;
 
 use super::consumer::Unsettled;
 use super::queue::{Message, Queue, moment};
-use crate::{Disposition, Settled, backoff, message};
+use crate::{Disposition, Origin, Settled, backoff, message};
 
 /// See [`crate::Delivery`].
 pub(crate) struct Delivery {
@@ -24,12 +24,20 @@ impl Delivery {
     }
 
     pub(crate) fn callback_id(&self) -> &str {
-        &self.message.callback_id
+        self.origin().callback_id
+    }
+
+    pub(crate) fn traceparent(&self) -> Option<&str> {
+        self.origin().traceparent
     }
 
     pub(crate) fn accepted_at(&self) -> Option<SystemTime> {
-        let by_id = message::accepted_at(&self.message.callback_id);
+        let by_id = message::accepted_at(self.callback_id());
         by_id.or_else(|| moment(self.message.published_at))
+    }
+
+    fn origin(&self) -> Origin<'_> {
+        Origin::from_text(&self.message.origin)
     }
 
     pub(crate) fn failed_attempts(&self) -> u32 {

@@ -10,7 +10,7 @@ use tokio::task::spawn_blocking;
 
 use super::queue::{FORMAT, moment, oldest_at};
 use crate::inspector::{DeadLetter, Depths, InspectError, Selection, Treatment};
-use crate::message;
+use crate::{Origin, message};
 
 /// Dead letters that are treated in one transaction, for which the queue's owner has to wait.
 const PAGE: u32 = 500;
@@ -138,10 +138,11 @@ fn treat_page(
 fn letter(row: &Row) -> rusqlite::Result<DeadLetter> {
     let time = |column| Ok::<_, rusqlite::Error>(moment(row.get(column)?));
     let id = row.get("object_id")?;
+    let origin: String = row.get("callback_id")?;
     Ok(DeadLetter {
         id: Some(id),
         body: message::encode(id),
-        callback_id: row.get("callback_id")?,
+        callback_id: Origin::from_text(&origin).callback_id.to_owned(),
         reason: row.get("reason")?,
         attempts: row.get("attempts")?,
         published_at: time("published_at")?,

@@ -9,9 +9,9 @@ use embedded::{File, Format, OpenError, WriteError};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use tokio::sync::{Notify, Semaphore, watch};
 
-use crate::{Disposition, LinkStatus, retry};
+use crate::{Disposition, LinkStatus, Origin, retry};
 
-/// Times are in milliseconds since 1970.
+/// Times are in milliseconds since 1970. In a `callback_id` there may be more of an [`Origin`].
 pub(crate) const FORMAT: Format = Format {
     name: "queue",
     application_id: u32::from_be_bytes(*b"LSQu"),
@@ -78,7 +78,8 @@ struct Full {
 pub(super) struct Message {
     pub(super) seq: i64,
     pub(super) object_id: i64,
-    pub(super) callback_id: String,
+    /// See [`Origin::from_text`].
+    pub(super) origin: String,
     pub(super) published_at: i64,
     pub(super) attempts: u32,
     pub(super) redelivered: bool,
@@ -154,11 +155,11 @@ impl Queue {
     }
 
     /// Adds a message for each of `ids`; they are on disk on return.
-    pub(crate) async fn publish(&self, callback_id: &str, ids: &[i64]) -> Result<(), WriteError> {
+    pub(crate) async fn publish(&self, origin: Origin<'_>, ids: &[i64]) -> Result<(), WriteError> {
         let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX).min(MAX_OUTSTANDING);
         // It is never closed; and if it were, there would only be no bound.
         let places = Arc::clone(&self.places).acquire_many_owned(wanted).await;
-        let (callback_id, ids) = (callback_id.to_owned(), ids.to_vec());
+        let (origin, ids) = (origin.to_text(), ids.to_vec());
         let (published_at, max_bytes) = (now(), self.max_bytes);
         let insert = move |connection: &Connection| {
             if max_bytes < u64::MAX && bytes_in_use(connection)? >= max_bytes {
@@ -169,7 +170,7 @@ impl Queue {
                 "INSERT INTO message (object_id, callback_id, published_at) VALUES (?1, ?2, ?3)",
             )?;
             for id in ids {
-                insert.execute(params![id, callback_id, published_at])?;
+                insert.execute(params![id, origin, published_at])?;
             }
             // Held until it is committed.
             Ok(places)
@@ -203,7 +204,7 @@ impl Queue {
                 Ok(Message {
                     seq,
                     object_id: row.get("object_id")?,
-                    callback_id: row.get("callback_id")?,
+                    origin: row.get("callback_id")?,
                     published_at: row.get("published_at")?,
                     attempts: row.get("attempts")?,
                     redelivered: seq <= found_upto,
@@ -219,7 +220,7 @@ impl Queue {
         Ok(messages)
     }
 
-    /// Number, object and callback of up to `limit` messages, the oldest first, taken or not.
+    /// Number, object and origin of up to `limit` messages, the oldest first, taken or not.
     pub(crate) async fn oldest(&self, limit: usize) -> Result<Vec<(i64, i64, String)>, WriteError> {
         let select = move |connection: &Connection| {
             connection

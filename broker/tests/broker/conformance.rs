@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Instant, SystemTime};
 
-use broker::{Disposition, Inspector, Selection, Settled, Treatment};
+use broker::{Disposition, Inspector, Origin, Selection, Settled, Treatment};
 use testbed::eventually;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -37,6 +37,7 @@ macro_rules! on_every_backend {
 
 on_every_backend! {
     a_confirmed_batch_is_delivered_id_by_id_with_its_callback_id
+    a_message_comes_from_the_same_span_whatever_is_done_with_it
     with_nothing_to_publish_nothing_is_published
     what_was_published_first_is_delivered_first
     many_callers_at_once_are_all_confirmed
@@ -85,6 +86,29 @@ async fn a_confirmed_batch_is_delivered_id_by_id_with_its_callback_id(backend: B
     assert_eq!(ids, [3, -7, i64::MAX]);
     consumer.close().await;
     place.holds(0, 0, 0).await;
+}
+
+async fn a_message_comes_from_the_same_span_whatever_is_done_with_it(backend: Backend) {
+    let place = Place::new(backend);
+    let publisher = place.open().await;
+    let traceparent = Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
+    let origin = Origin { callback_id: "callback-1", traceparent };
+    publisher.publish_ids(origin, &[7], PATIENCE).await.unwrap();
+    let mut consumer = consumer(&publisher, 1);
+    for disposition in [retry("no answer"), Disposition::Requeue, dead("answered 500")] {
+        let delivery = next(&mut consumer).await;
+        assert_eq!((delivery.callback_id(), delivery.traceparent()), ("callback-1", traceparent));
+        assert_eq!(delivery.settle(disposition).await, Settled::Done);
+    }
+    place.holds(0, 0, 1).await;
+    let redriven = place.treat(&Selection::default(), Treatment::Redrive).await;
+    assert_eq!(redriven[0].callback_id, "callback-1");
+    let delivery = next(&mut consumer).await;
+    assert_eq!((delivery.callback_id(), delivery.traceparent()), ("callback-1", traceparent));
+    delivery.settle(Disposition::Ack).await;
+    publisher.publish_ids("callback-2", &[8], PATIENCE).await.unwrap();
+    let delivery = next(&mut consumer).await;
+    assert_eq!((delivery.callback_id(), delivery.traceparent()), ("callback-2", None));
 }
 
 async fn with_nothing_to_publish_nothing_is_published(backend: Backend) {

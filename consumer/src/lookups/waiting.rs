@@ -4,6 +4,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use broker::{Consumer, Delivery};
+use service::traces::Span;
 use tokio::time::Instant;
 
 use crate::room::{Permit, Room};
@@ -13,6 +14,8 @@ pub(super) struct Taken {
     pub(super) delivery: Delivery,
     pub(super) since: Instant,
     pub(super) room: Permit,
+    /// Ends when it is settled.
+    pub(super) span: Span,
 }
 
 impl Taken {
@@ -20,7 +23,7 @@ impl Taken {
     pub(super) async fn next(deliveries: &mut Consumer, unsettled: &Arc<Room>) -> Self {
         let room = unsettled.enter().await;
         let delivery = deliveries.next().await;
-        Self { delivery, since: Instant::now(), room }
+        Self { delivery, since: Instant::now(), room, span: Span::default() }
     }
 }
 

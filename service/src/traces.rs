@@ -1,0 +1,144 @@
+//! Traces, by OpenTelemetry: what a callback goes through, step by step, told to a collector.
+//!
+//! They are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` is set. Then there is nothing in a [`Span`], and whoever
+//! would describe it is not asked: no memory is taken, and no clock looked at.
+
+mod collector;
+mod config;
+
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::fmt::Display;
+use std::sync::OnceLock;
+
+use opentelemetry::propagation::TextMapPropagator as _;
+use opentelemetry::trace::{
+    Link, Span as _, SpanContext, Status, TraceContextExt as _, Tracer as _,
+};
+use opentelemetry::{Context, Value};
+use opentelemetry_sdk::propagation::TraceContextPropagator;
+use opentelemetry_sdk::trace::SdkTracer;
+
+pub use opentelemetry::KeyValue;
+pub use opentelemetry::trace::SpanKind;
+
+pub(crate) use collector::Traces;
+pub(crate) use config::Config;
+
+/// The header of requests and messages that says which span they come from (W3C Trace Context).
+pub const TRACEPARENT: &str = "traceparent";
+
+/// Set once by [`Traces::start`], if at all.
+static TRACER: OnceLock<SdkTracer> = OnceLock::new();
+
+/// A step of a trace, from where it begins until it is dropped.
+#[derive(Default)]
+pub struct Span(Option<Box<opentelemetry_sdk::trace::Span>>);
+
+/// What a span is about, in the words of OpenTelemetry's semantic conventions.
+pub struct Step {
+    /// What it is called, with few different names over all: no ids.
+    pub name: Cow<'static, str>,
+    /// Whether others wait for it, or it waits for others.
+    pub kind: SpanKind,
+    /// What else there is to tell.
+    pub attributes: Vec<KeyValue>,
+}
+
+impl Span {
+    /// Begins a span that comes from the span of another process, if `traceparent` says so; else a trace.
+    pub fn begin<'a>(
+        traceparent: impl FnOnce() -> Option<&'a str>,
+        step: impl FnOnce() -> Step,
+    ) -> Self {
+        let Some(tracer) = TRACER.get() else { return Self(None) };
+        let mut parent = Context::new();
+        if let Some(traceparent) = traceparent() {
+            let headers = HashMap::from([(TRACEPARENT.to_owned(), traceparent.to_owned())]);
+            // Whatever is no traceparent is passed over.
+            parent = TraceContextPropagator::new().extract_with_context(&parent, &headers);
+        }
+        Self::start(tracer, &parent, Vec::new(), step())
+    }
+
+    /// Begins a step of this one.
+    #[must_use]
+    pub fn child(&self, step: impl FnOnce() -> Step) -> Self {
+        Self::joint(std::iter::once(self), step)
+    }
+
+    /// Begins a step that is one and the same for all of `spans`: a child of the first, with links to the
+    /// others. A span that is not sampled is left out if another one is.
+    #[must_use]
+    pub fn joint<'a>(
+        spans: impl IntoIterator<Item = &'a Self>,
+        step: impl FnOnce() -> Step,
+    ) -> Self {
+        let Some(tracer) = TRACER.get() else { return Self(None) };
+        let mut contexts: Vec<&SpanContext> = spans.into_iter().filter_map(Self::context).collect();
+        contexts.sort_by_key(|context| !context.is_sampled());
+        let Some((first, others)) = contexts.split_first() else { return Self(None) };
+        let sampled = others.iter().take_while(|context| context.is_sampled());
+        let links = sampled.map(|context| Link::with_context((*context).clone())).collect();
+        let parent = Context::new().with_remote_span_context((*first).clone());
+        Self::start(tracer, &parent, links, step())
+    }
+
+    fn start(tracer: &SdkTracer, parent: &Context, links: Vec<Link>, step: Step) -> Self {
+        let Step { name, kind, attributes } = step;
+        let builder = tracer.span_builder(name).with_kind(kind);
+        let builder = builder.with_attributes(attributes).with_links(links);
+        Self(Some(Box::new(builder.start_with_context(tracer, parent))))
+    }
+
+    /// What to send along to whoever goes on with the trace, as [`TRACEPARENT`].
+    #[must_use]
+    pub fn traceparent(&self) -> Option<String> {
+        let context = self.context()?;
+        let (trace, span) = (context.trace_id(), context.span_id());
+        Some(format!("00-{trace}-{span}-{:02x}", u8::from(context.is_sampled())))
+    }
+
+    /// Adds what is known only now.
+    pub fn set(&mut self, name: &'static str, value: impl Into<Value>) {
+        if let Some(span) = &mut self.0 {
+            span.set_attribute(KeyValue::new(name, value));
+        }
+    }
+
+    /// Says that it failed, and why.
+    pub fn fail(&mut self, reason: impl Display) {
+        if let Some(span) = &mut self.0 {
+            span.set_status(Status::error(reason.to_string()));
+        }
+    }
+
+    /// Links it to another one.
+    pub fn link(&mut self, other: &Self) {
+        if let (Some(span), Some(context)) = (&mut self.0, other.context()) {
+            span.add_link(context.clone(), Vec::new());
+        }
+    }
+
+    fn context(&self) -> Option<&SpanContext> {
+        self.0.as_ref().map(|span| span.span_context())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn while_traces_are_off_nobody_is_asked_anything_and_nothing_is_told() {
+        let step = || panic!("nobody wants to know");
+        let span = Span::begin(|| panic!("nobody wants to know"), step);
+        let mut joint = Span::joint([&span, &span.child(step)], step);
+        joint.set("http.route", "/callback");
+        joint.fail("it is nothing");
+        joint.link(&span);
+        assert!(joint.0.is_none());
+        assert_eq!(joint.traceparent(), None);
+        assert_eq!(size_of::<Span>(), size_of::<usize>());
+    }
+}

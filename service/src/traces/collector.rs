@@ -1,0 +1,123 @@
+//! The way to the collector. Spans wait in a bounded queue, and what does not fit in is dropped: traces never
+//! hold up what they tell of.
+
+use std::error::Error as _;
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use async_trait::async_trait;
+use axum::body::Bytes;
+use axum::http::{Request, Response};
+use opentelemetry::trace::TracerProvider as _;
+use opentelemetry_http::{HttpClient, HttpError};
+use opentelemetry_otlp::{SpanExporter, WithExportConfig as _, WithHttpConfig as _};
+use opentelemetry_sdk::Resource;
+use opentelemetry_sdk::trace::SdkTracerProvider;
+use reqwest::Client;
+use tokio::runtime::Handle;
+
+use super::{Config, TRACER};
+
+/// How long a collector may hold up the end of the process.
+const FAREWELL: Duration = Duration::from_secs(2);
+/// As many as a full batch of rows has: a span for all of them can name each.
+const MAX_LINKS: u32 = 1_000;
+/// A collector that is away now and then is not told of more often.
+const LOG_INTERVAL: Duration = Duration::from_mins(1);
+
+/// Traces, if there are any.
+pub(crate) struct Traces(Option<SdkTracerProvider>);
+
+impl Traces {
+    /// Begins to send what [`Span`](super::Span)s tell, on the runtime that this is called on. `name` is the service's.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be set up. A collector that is away is none.
+    pub(crate) fn start(config: &Config, name: &'static str) -> anyhow::Result<Self> {
+        let Some(url) = config.url() else { return Ok(Self(None)) };
+        let client = config.client().context("cannot set up the client of the trace collector")?;
+        let exporter = SpanExporter::builder()
+            .with_http()
+            .with_http_client(Collector::new(client))
+            .with_endpoint(url)
+            .build()
+            .context("cannot set up the export of traces")?;
+        let resource = Resource::builder().with_service_name(config.service_name(name));
+        let provider = SdkTracerProvider::builder()
+            .with_batch_exporter(exporter)
+            .with_sampler(config.sampler())
+            .with_max_links_per_span(MAX_LINKS)
+            .with_resource(resource.build())
+            .build();
+        // There is none yet: this is called once.
+        _ = TRACER.set(provider.tracer("lastseen"));
+        Ok(Self(Some(provider)))
+    }
+
+    /// Sends what has not been sent, as far as the collector takes it at once.
+    pub(crate) async fn finish(self) {
+        let Some(provider) = self.0 else { return };
+        let sending = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(FAREWELL));
+        if !matches!(sending.await, Ok(Ok(()))) {
+            tracing::debug!("the last spans are not sent");
+        }
+    }
+}
+
+/// The client that the exporter posts by.
+#[derive(Debug)]
+struct Collector {
+    client: Client,
+    /// The exporter has a thread of its own, and no runtime there.
+    runtime: Handle,
+    outage: Mutex<Outage>,
+}
+
+#[derive(Debug, Default)]
+struct Outage {
+    lasts: bool,
+    told_at: Option<Instant>,
+}
+
+impl Collector {
+    fn new(client: Client) -> Self {
+        Self { client, runtime: Handle::current(), outage: Mutex::default() }
+    }
+
+    /// Tells of an outage once.
+    fn note(&self, posted: &Result<(), String>) {
+        let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_known = std::mem::replace(&mut outage.lasts, posted.is_err());
+        let Err(reason) = posted else { return };
+        if is_known || outage.told_at.is_some_and(|told_at| told_at.elapsed() < LOG_INTERVAL) {
+            return;
+        }
+        outage.told_at = Some(Instant::now());
+        tracing::warn!(reason, "traces cannot be sent; spans are dropped until they can");
+    }
+}
+
+#[async_trait]
+impl HttpClient for Collector {
+    async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
+        let posted = self.runtime.spawn(post(self.client.clone(), request)).await;
+        let posted = posted.unwrap_or_else(|ended| Err(ended.to_string()));
+        self.note(&posted);
+        // What the body says to a success is of no use here.
+        Ok(posted.map(|()| Response::new(Bytes::new()))?)
+    }
+}
+
+/// Posts it, or says why not, without the URL, in which there may be a password.
+async fn post(client: Client, request: Request<Bytes>) -> Result<(), String> {
+    let posted = async { client.execute(request.try_into()?).await?.error_for_status() };
+    posted.await.map(drop).map_err(|error| {
+        let error = error.without_url();
+        let mut cause = error.source();
+        while let Some(deeper) = cause.and_then(std::error::Error::source) {
+            cause = Some(deeper);
+        }
+        cause.map_or_else(|| error.to_string(), ToString::to_string)
+    })
+}

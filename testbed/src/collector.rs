@@ -1,0 +1,53 @@
+//! A collector of traces.
+
+use std::net::SocketAddr;
+use std::time::Duration;
+
+use axum::Router;
+use axum::body::Bytes;
+use axum::http::HeaderMap;
+use axum::routing::post;
+use service::CancellationToken;
+use service::http::{Limits, serve};
+use tokio::net::TcpListener;
+use tokio::task::JoinHandle;
+
+use crate::free_port;
+use crate::ports::local;
+
+/// Takes spans by OTLP over HTTP, until it is dropped.
+#[derive(Debug)]
+pub struct Collector {
+    address: SocketAddr,
+    serving: JoinHandle<()>,
+}
+
+impl Collector {
+    /// Starts it on a free port. `taken` gets the headers and the body, in protobuf, of each request.
+    pub async fn start(taken: impl Fn(&HeaderMap, &Bytes) + Clone + Send + Sync + 'static) -> Self {
+        let listener =
+            TcpListener::bind(local(free_port())).await.expect("a free port can be listened on");
+        let address = listener.local_addr().expect("a listener has an address");
+        let take = async move |headers: HeaderMap, body: Bytes| taken(&headers, &body);
+        let router = Router::new().route("/v1/traces", post(take));
+        let limits = Limits {
+            max_connections: 100,
+            header_timeout: Duration::from_mins(1),
+            farewell: Duration::ZERO,
+        };
+        let serving = tokio::spawn(serve(listener, router, limits, CancellationToken::new()));
+        Self { address, serving }
+    }
+
+    /// What to set `OTEL_EXPORTER_OTLP_ENDPOINT` to.
+    #[must_use]
+    pub fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+}
+
+impl Drop for Collector {
+    fn drop(&mut self) {
+        self.serving.abort();
+    }
+}
