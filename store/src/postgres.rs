@@ -6,6 +6,7 @@ mod timestamp;
 use std::sync::LazyLock;
 use std::time::Duration;
 
+use futures_util::{StreamExt as _, TryStreamExt as _};
 use sqlx::migrate::Migrator;
 use sqlx::pool::PoolConnection;
 use sqlx::postgres::{PgArguments, PgConnectOptions, PgPoolOptions, PgRow};
@@ -146,11 +147,12 @@ async fn fetch_all<R: for<'r> FromRow<'r, PgRow>>(
     query: Query<'_, Postgres, PgArguments>,
     failed: impl FnOnce(sqlx::Error) -> StoreError,
 ) -> Result<Vec<R>, StoreError> {
-    let Ok(rows) = timeout(QUERY_TIMEOUT, query.fetch_all(&mut *connection)).await else {
+    // One by one as they come in, for sqlx's rows take several times as much memory as what is in them.
+    let rows = query.fetch(&mut *connection).map(|row| R::from_row(&row?)).try_collect();
+    let Ok(rows) = timeout(QUERY_TIMEOUT, rows).await else {
         drop(connection.detach());
         return Err(StoreError::Timeout(QUERY_TIMEOUT));
     };
-    let rows = rows.and_then(|rows| rows.iter().map(R::from_row).collect());
     rows.map_err(failed)
 }
 
