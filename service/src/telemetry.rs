@@ -78,7 +78,9 @@ pub(crate) fn init(config: &Config) -> Filter {
         .with_env_filter(config.filter())
         .with_timer(ChronoLocal::rfc_3339())
         .with_writer(|| terminal::Log)
-        .with_ansi(terminal::is_there());
+        .with_ansi(terminal::is_there())
+        // It would panic over a terminal or a pipe that is gone.
+        .log_internal_errors(false);
     match config.log_format {
         LogFormat::Text => {
             let builder = builder.with_filter_reloading();

@@ -387,6 +387,19 @@ async fn what_is_logged_can_change_and_sighup_has_the_file_read_at_once() {
 }
 
 #[tokio::test]
+async fn a_service_whose_log_nobody_reads_any_more_goes_on_and_ends_well() {
+    let mut command = sample(&["--ending=drained", "--rust-log=debug"]);
+    let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stderr.take());
+    let mut printed = BufReader::new(child.stdout.take().unwrap()).lines();
+    timeout(DEADLINE, printed.next_line()).await.unwrap().unwrap();
+    let id = child.id().unwrap().to_string();
+    assert!(Command::new("kill").arg(id).status().await.unwrap().success());
+    let ended = timeout(DEADLINE, child.wait()).await.unwrap().unwrap();
+    assert_eq!(ended.code(), Some(0));
+}
+
+#[tokio::test]
 async fn sighup_without_a_settings_file_or_a_terminal_that_is_gone_ends_nothing() {
     let mut command = sample(&["--ending=drained"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();

@@ -26,13 +26,25 @@ pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
     let status_api = StatusApi::start(Pace::AT_ONCE)?;
     let seconds = Duration::from_secs(4);
     let limit = limits::fetch(&status_api.endpoint(), AT_ONCE.into(), seconds).await?;
-    let place = world.place(status_api.endpoint()).await;
-    place.prepare().await;
-    limits::publish(world.amqp_uri(), &place.queue.name, 1..=MESSAGES).await?;
-    let mut row = looked_up_at_once(&place).await?;
-    row.limit = Some(limit);
-    row.goals = vec![Goal::RatioAtLeast(0.55), Goal::OursAtLeast(8_000.0)];
-    Ok(vec![row])
+    let mut rows = Vec::new();
+    for has_viewer in [false, true] {
+        let place = world.place(status_api.endpoint()).await;
+        place.prepare().await;
+        limits::publish(world.amqp_uri(), &place.queue.name, 1..=MESSAGES).await?;
+        // One that hears of nothing any more, and whose queue nobody empties.
+        let viewer = if has_viewer { Some(place.spawn("viewer", &[]).await) } else { None };
+        if let Some(viewer) = &viewer {
+            viewer.pause();
+        }
+        rows.push(looked_up_at_once(&place).await?);
+    }
+    let without = rows[0].ours;
+    rows[0].limit = Some(limit);
+    rows[0].goals = vec![Goal::RatioAtLeast(0.55), Goal::OursAtLeast(8_000.0)];
+    rows[1].what += ", with a viewer that is stopped, beside without";
+    rows[1].limit = Some(without);
+    rows[1].goals = vec![Goal::RatioAtLeast(0.85)];
+    Ok(rows)
 }
 
 /// Looks up most of [`MESSAGES`] at a status API that answers at once.
