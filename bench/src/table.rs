@@ -133,7 +133,7 @@ struct Stored {
 }
 
 /// Which rows have fallen by more than a tenth, by their ratio, since those in the file at `path`. Those
-/// without a limit are not compared: they say as much about the machine as about us.
+/// without a limit or a goal are not compared: they say as much about the machine, or more, as about us.
 ///
 /// # Errors
 /// When the file cannot be read, or is none of ours.
@@ -145,7 +145,7 @@ pub(crate) fn fallen(path: &Path, rows: &[Row]) -> anyhow::Result<Vec<String>> {
         let stored = stored.iter().find(|old| old.part == row.part && old.what == row.what)?;
         stored.limit.map(|limit| stored.ours / limit)
     };
-    let fallen = rows.iter().filter_map(|row| {
+    let fallen = rows.iter().filter(|row| !row.goals.is_empty()).filter_map(|row| {
         let (before, now) = (before(row)?, row.ratio()?);
         (now < before * 0.9)
             .then(|| format!("{}, {}: {now:.2} instead of {before:.2}", row.part, row.what))
@@ -194,12 +194,16 @@ mod tests {
         let row = |what: &str, ours| {
             let mut row = Row::new(what, "/s", ours);
             row.limit = Some(100.0);
+            row.goals = vec![Goal::RatioAtLeast(0.5)];
             row
         };
         let path = std::env::temp_dir().join(format!("bench-{}.json", std::process::id()));
         write(&path, &[row("a", 80.0), row("b", 80.0)]).unwrap();
         // What was not measured before cannot have fallen.
-        let fallen = fallen(&path, &[row("a", 73.0), row("b", 71.0), row("c", 1.0)]);
+        let mut rows = vec![row("a", 73.0), row("b", 71.0), row("c", 1.0)];
+        // And what nobody has a goal for is only for comparison.
+        rows.push(Row { goals: Vec::new(), ..row("a", 1.0) });
+        let fallen = fallen(&path, &rows);
         std::fs::remove_file(&path).unwrap();
         assert_eq!(fallen.unwrap(), [", b: 0.71 instead of 0.80"]);
     }
