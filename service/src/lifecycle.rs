@@ -29,9 +29,9 @@ const EXIT_UNAVAILABLE: u8 = 69;
 const EXIT_FAILURE: u8 = 70;
 
 const ABOUT_VARIABLES: &str = "\
-Every option that takes a value can also be set in the settings file, as an environment variable, or in
-a file .env, under the name in <>; NAME_FILE names a file that holds the value. In the settings file these
-can change while the process runs:";
+    Every option that takes a value can also be set in the settings file, as an environment variable, \
+    or in a file .env, under the name in <>; NAME_FILE names a file that holds the value. In the \
+    settings file these can change while the process runs:";
 
 /// The admin address answers probes and a scraper, never the public.
 const ADMIN_LIMITS: http::Limits = http::Limits {
