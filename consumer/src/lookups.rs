@@ -1,9 +1,10 @@
 //! From a delivery to its settlement.
 
+mod failure_log;
 mod waiting;
 
 use std::pin::pin;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -21,6 +22,7 @@ use crate::config::Lookups;
 use crate::room::{Permit, Room};
 use crate::status_api::{Answer, LookupError, StatusApi};
 use crate::writer::{Writer, WriterDied, Written};
+use failure_log::FailureLog;
 use waiting::{Taken, Turn, Waiting};
 
 /// A delivery whose lookup has failed is kept for another one for as long as so many may take, and then
@@ -390,39 +392,6 @@ fn waits_between_lookups() -> ExponentialBackoff {
         .with_jitter()
         .without_max_times()
         .build()
-}
-
-/// Tells of failed lookups in at most one line every few seconds: when the API is down, each of
-/// hundreds per second fails, and they all say the same.
-#[derive(Default)]
-struct FailureLog(Mutex<Failures>);
-
-#[derive(Default)]
-struct Failures {
-    untold: u32,
-    told_at: Option<Instant>,
-}
-
-impl FailureLog {
-    const INTERVAL: Duration = Duration::from_secs(5);
-
-    fn note(&self, id: i64, callback_id: &str, error: &LookupError) {
-        let reason = error.to_string();
-        let mut failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.untold += 1;
-        if failures.told_at.is_some_and(|told_at| told_at.elapsed() < Self::INTERVAL) {
-            return;
-        }
-        let count = std::mem::take(&mut failures.untold);
-        failures.told_at = Some(Instant::now());
-        tracing::warn!(
-            count,
-            id,
-            callback_id,
-            reason,
-            "lookups failed, this one the latest; they will be tried again"
-        );
-    }
 }
 
 /// Records how long ago the callbacks came in whose objects are committed now.
