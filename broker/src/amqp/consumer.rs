@@ -209,8 +209,11 @@ impl Session {
 
     /// Takes no more, and gives back what was not handed out. What was can be settled all the same.
     async fn give_back(&mut self) -> lapin::Result<()> {
-        for tag in std::mem::take(&mut self.tags) {
+        // A tag is kept until it is cancelled, for this may be dropped midway and begun again; and what is not
+        // cancelled would be given back and delivered again without end.
+        while let Some(tag) = self.tags.last().cloned() {
             self.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
+            self.tags.pop();
         }
         while let Some(Ok(delivery)) = self.deliveries.next().await {
             delivery.nack(REQUEUE).await?;
