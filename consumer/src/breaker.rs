@@ -8,8 +8,11 @@
 //! A failure counts as an attempt at its message only while the API answers others: one shortly
 //! before, and after it one that was asked later, or many. Whatever fails otherwise is looked up again
 //! at no cost.
+//!
+//! In whatever phase, no more begin in a second than `MAX_LOOKUPS_PER_SECOND`.
 
 mod adaptive;
+mod pace;
 mod verdict;
 mod window;
 
@@ -21,9 +24,10 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use crate::config::Concurrency;
+use crate::config::{Concurrency, Lookups};
 use crate::room::{Permit, Room};
 use adaptive::{Adaptive, CameTo};
+use pace::Pace;
 use window::Window;
 
 pub(crate) use verdict::{Failure, Verdict};
@@ -43,6 +47,7 @@ const PAUSE_MIN: Duration = Duration::from_secs(1);
 pub(crate) struct Breaker {
     state: watch::Sender<State>,
     places: Arc<Room>,
+    pace: Pace,
     status: watch::Sender<Result<(), String>>,
 }
 
@@ -92,8 +97,8 @@ pub(crate) struct Place {
 }
 
 impl Breaker {
-    /// With up to `max` lookups at once.
-    pub(crate) fn new(max: usize, concurrency: Concurrency) -> Arc<Self> {
+    /// Goes by these settings, until they [change](Self::change_to).
+    pub(crate) fn new(lookups: &Lookups) -> Arc<Self> {
         metrics::describe_gauge!(
             "lastseen_breaker_state",
             "Whether lookups are made: 0 closed (all), 1 opening up, 2 paused by the API, 3 open (probes only)."
@@ -102,7 +107,9 @@ impl Breaker {
             "lastseen_lookups_limit",
             "How many lookups may run at once, when the status API answers as it should."
         );
-        let adaptive = (concurrency == Concurrency::Adaptive).then(|| Adaptive::new(max));
+        let max = lookups.max_consumers.into();
+        let is_adaptive = lookups.concurrency == Concurrency::Adaptive;
+        let adaptive = is_adaptive.then(|| Adaptive::new(max));
         let limit = adaptive.as_ref().map_or(max, Adaptive::limit);
         metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
         let state = State {
@@ -112,15 +119,19 @@ impl Breaker {
             limit,
             next: 0,
             unanswered: BTreeSet::new(),
-            outcomes: Window::default(),
+            outcomes: Window::new(lookups),
             adaptive,
             answered_at: None,
             answers: 0,
             answered_upto: 0,
         };
         metrics::gauge!("lastseen_breaker_state").set(0);
-        let (state, status) = (watch::Sender::new(state), watch::Sender::new(Ok(())));
-        Arc::new(Self { state, places: Room::new(limit), status })
+        Arc::new(Self {
+            state: watch::Sender::new(state),
+            places: Room::new(limit),
+            pace: Pace::new(lookups.max_lookups_per_second),
+            status: watch::Sender::new(Ok(())),
+        })
     }
 
     /// Why the API counts as away, while it is open.
@@ -134,13 +145,20 @@ impl Breaker {
 
     /// Waits for a place.
     pub(crate) async fn enter(self: &Arc<Self>) -> Place {
+        // Whoever is next waits for its place first and then for its time: nobody else holds a place
+        // in which nothing is looked up.
+        let next = self.pace.next().await;
         let room = self.places.enter().await;
+        next.begin().await;
         self.begin(room)
     }
 
-    /// From now on up to `max` lookups may run at once. Those that run go on.
-    pub(crate) fn set_max(&self, max: usize) {
+    /// From now on goes by these settings. Lookups that run go on, and the phase stays.
+    pub(crate) fn change_to(&self, lookups: &Lookups) {
+        self.pace.change(lookups.max_lookups_per_second);
+        let max = lookups.max_consumers.into();
         self.change(|state| {
+            state.outcomes.change(lookups);
             state.max = max;
             if let Some(adaptive) = &mut state.adaptive {
                 adaptive.set_max(max, state.next);
@@ -317,7 +335,7 @@ impl Breaker {
         });
         state.phase = phase;
         state.since = state.next;
-        state.outcomes = Window::default();
+        state.outcomes.clear();
         self.set_limit(state, limit);
     }
 

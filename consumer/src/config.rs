@@ -1,5 +1,6 @@
 //! The consumer's settings.
 
+use std::num::NonZeroU32;
 use std::time::Duration;
 
 use clap::ArgAction;
@@ -11,6 +12,10 @@ use service::settings;
 const WAITING_PER_LOOKUP: u16 = 40;
 /// At about 1 KB each they take 4 MB.
 const WAITING_MAX: u16 = 4_000;
+
+const LEAST_PER_SECOND: NonZeroU32 = NonZeroU32::MIN;
+/// Above it the pause between two would be less than what a second has to spare.
+const MOST_PER_SECOND: NonZeroU32 = NonZeroU32::new(100_000).unwrap();
 
 /// The consumer's settings.
 #[derive(Clone, Debug, clap::Args)]
@@ -52,6 +57,9 @@ pub struct Lookups {
     /// Whether always so many may run, or fewer while the status API is slower the more it is asked
     #[arg(long, value_enum, ignore_case = true, default_value = "fixed")]
     pub concurrency: Concurrency,
+    /// How many lookups may begin in a second in this process; without it, as many as come to an end
+    #[arg(long, value_parser = settings::number(LEAST_PER_SECOND..=MOST_PER_SECOND))]
+    pub max_lookups_per_second: Option<NonZeroU32>,
     /// Whether deliveries of one object that wait for a lookup share it
     #[arg(long, action = ArgAction::Set, value_parser = settings::switch, default_value = "on")]
     pub coalesce: bool,
@@ -64,6 +72,12 @@ pub struct Lookups {
     /// How often a lookup is tried before its message goes to the dead letters
     #[arg(long, value_parser = settings::number(1..=1_000_u32), default_value = "8")]
     pub max_attempts: u32,
+    /// How many of a hundred lookups have to fail before the status API counts as away
+    #[arg(long, value_parser = settings::number(10..=100_u8), default_value = "85")]
+    pub breaker_failure_percent: u8,
+    /// Of how many lookups, the latest ones
+    #[arg(long, value_parser = settings::number(20..=1_000_u16), default_value = "50")]
+    pub breaker_window: u16,
     /// The most rows written by one statement
     #[arg(long, value_parser = settings::number(1..=10_000_u16), default_value = "1000", help_heading = "Writes")]
     pub write_batch_max: u16,
@@ -83,12 +97,40 @@ pub enum Concurrency {
 
 impl Lookups {
     /// The variables that are heeded while the consumer runs.
-    pub const LIVE: &[&str] = &["MAX_CONSUMERS", "STATUS_TIMEOUT", "MAX_ATTEMPTS"];
+    pub const LIVE: &[&str] = &[
+        "MAX_CONSUMERS",
+        "MAX_LOOKUPS_PER_SECOND",
+        "STATUS_TIMEOUT",
+        "MAX_ATTEMPTS",
+        "BREAKER_FAILURE_PERCENT",
+        "BREAKER_WINDOW",
+    ];
 
     /// These, with what has changed in `now` and may.
     pub(crate) fn changed_to(&self, now: &Self) -> Self {
-        let Self { max_consumers, status_timeout, max_attempts, .. } = *now;
-        Self { max_consumers, status_timeout, max_attempts, ..self.clone() }
+        // Each is named, so that a new one is given a thought.
+        let Self {
+            concurrency: _,
+            coalesce: _,
+            tester_endpoint: _,
+            write_batch_max: _,
+            write_batch_linger: _,
+            max_consumers,
+            max_lookups_per_second,
+            status_timeout,
+            max_attempts,
+            breaker_failure_percent,
+            breaker_window,
+        } = *now;
+        Self {
+            max_consumers,
+            max_lookups_per_second,
+            status_timeout,
+            max_attempts,
+            breaker_failure_percent,
+            breaker_window,
+            ..self.clone()
+        }
     }
 
     /// How many objects may be looked up or have results that are not written: as many as are looked
@@ -118,29 +160,34 @@ fn endpoint(text: &str) -> Result<reqwest::Url, String> {
 }
 
 #[cfg(test)]
-mod tests {
-    use clap::Parser as _;
-
-    use super::*;
-
-    #[derive(clap::Parser)]
-    struct Cli {
-        #[command(flatten)]
-        lookups: Lookups,
+impl Lookups {
+    /// By flags such as `--max-consumers=7`.
+    pub(crate) fn of(flags: &[&str]) -> Self {
+        use clap::{Args as _, FromArgMatches as _};
+        let command = Self::augment_args(clap::Command::new("consumer"));
+        let flags = std::iter::once("consumer").chain(flags.iter().copied());
+        Self::from_arg_matches(&command.get_matches_from(flags)).unwrap()
     }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
 
     #[test]
     fn what_is_said_to_change_while_it_runs_does_and_nothing_else() {
-        let lookups = |flags: &[&str]| {
-            Cli::parse_from(std::iter::once("consumer").chain(flags.iter().copied())).lookups
-        };
-        let live = ["--max-consumers=7", "--status-timeout=7s", "--max-attempts=7"];
-        let names = live.map(|flag| {
-            flag.trim_start_matches("--").split('=').next().unwrap_or_default().to_uppercase()
-        });
-        assert_eq!(names.map(|name| name.replace('-', "_")).as_slice(), Lookups::LIVE);
+        let live: Vec<_> = Lookups::LIVE
+            .iter()
+            .map(|name| {
+                let value = if *name == "STATUS_TIMEOUT" { "7s" } else { "70" };
+                format!("--{}={value}", name.to_lowercase().replace('_', "-"))
+            })
+            .collect();
+        let live: Vec<_> = live.iter().map(String::as_str).collect();
         let others = ["--coalesce=off", "--concurrency=adaptive", "--write-batch-max=7"];
-        let changed = lookups(&[]).changed_to(&lookups(&[live, others].concat()));
-        assert_eq!(format!("{changed:?}"), format!("{:?}", lookups(&live)));
+        let all = [live.as_slice(), &others].concat();
+        let changed = Lookups::of(&[]).changed_to(&Lookups::of(&all));
+        assert_eq!(format!("{changed:?}"), format!("{:?}", Lookups::of(&live)));
+        assert_ne!(format!("{changed:?}"), format!("{:?}", Lookups::of(&live[1..])));
     }
 }

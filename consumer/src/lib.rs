@@ -49,7 +49,7 @@ pub async fn run(
     let config = config.now();
     let exchange = config.exchange();
     let Config { lookups, broker, store, .. } = config;
-    let breaker = Breaker::new(lookups.max_consumers.into(), lookups.concurrency);
+    let breaker = Breaker::new(&lookups);
     let status_api = StatusApi::new(&lookups, breaker.status())?;
     let store = Arc::new(Store::start(&store, "consumer", DATABASE_CONNECTIONS)?);
     let publisher = Publisher::start(&broker, "consumer: retries and dead letters")?;

@@ -231,7 +231,7 @@ impl Shared {
         let changed = self.lookups.borrow().changed_to(now);
         self.lookups.send_replace(changed.clone());
         self.begun.resize(changed.begun_max().into());
-        self.breaker.set_max(changed.max_consumers.into());
+        self.breaker.change_to(&changed);
         changed.prefetch()
     }
 

@@ -2,9 +2,24 @@ use std::io::{Error, ErrorKind};
 
 use super::*;
 
+fn breaker(flags: &[&str]) -> Arc<Breaker> {
+    Breaker::new(&Lookups::of(flags))
+}
+
+/// Tells it of lookups that were answered, and of others that failed.
+async fn tell(breaker: &Arc<Breaker>, answered: usize, failed: usize) {
+    let error = Error::from(ErrorKind::Other);
+    for _ in 0..answered {
+        _ = breaker.enter().await.leave(&Outcome::Answered);
+    }
+    for _ in 0..failed {
+        _ = breaker.enter().await.leave(&Outcome::Failed(&error));
+    }
+}
+
 #[tokio::test]
 async fn objects_that_fail_again_and_again_do_not_trip_it_while_others_are_answered() {
-    let breaker = Breaker::new(10, Concurrency::Fixed);
+    let breaker = breaker(&["--max-consumers=10"]);
     let error = Error::from(ErrorKind::Other);
     for _ in 0..100 {
         _ = breaker.enter().await.leave(&Outcome::Answered);
@@ -18,7 +33,7 @@ async fn objects_that_fail_again_and_again_do_not_trip_it_while_others_are_answe
 
 #[tokio::test]
 async fn objects_that_fail_again_trip_it_when_no_other_is_answered() {
-    let breaker = Breaker::new(100, Concurrency::Fixed);
+    let breaker = breaker(&[]);
     let error = Error::from(ErrorKind::Other);
     for _ in 0..20 {
         assert!(breaker.is_closed());
@@ -29,7 +44,7 @@ async fn objects_that_fail_again_trip_it_when_no_other_is_answered() {
 
 #[tokio::test]
 async fn an_outage_however_long_leaves_an_adaptive_limit_as_it_was() {
-    let breaker = Breaker::new(1_000, Concurrency::Adaptive);
+    let breaker = breaker(&["--max-consumers=1000", "--concurrency=adaptive"]);
     let limit = || breaker.state.borrow().whole_limit();
     let before = limit();
     let error = Error::from(ErrorKind::Other);
@@ -51,18 +66,58 @@ async fn an_outage_however_long_leaves_an_adaptive_limit_as_it_was() {
 
 #[tokio::test]
 async fn a_maximum_that_changes_while_it_is_open_is_what_it_opens_up_to() {
-    let breaker = Breaker::new(100, Concurrency::Fixed);
+    let breaker = breaker(&[]);
     let error = Error::from(ErrorKind::Other);
     for _ in 0..20 {
         _ = breaker.enter().await.leave(&Outcome::Failed(&error));
     }
     assert!(!breaker.is_closed());
-    breaker.set_max(3);
+    breaker.change_to(&Lookups::of(&["--max-consumers=3"]));
     assert_eq!(breaker.places.free(), 0);
     breaker.change(|state| breaker.probe(state));
     _ = breaker.enter().await.leave(&Outcome::Answered);
     assert!(breaker.is_closed());
     assert_eq!(breaker.places.free(), 3);
-    breaker.set_max(5);
+    breaker.change_to(&Lookups::of(&["--max-consumers=5"]));
     assert_eq!(breaker.places.free(), 5);
+}
+
+#[tokio::test]
+async fn how_many_of_how_many_trip_it_is_as_set_also_while_it_is_used() {
+    let half_of_hundred = Lookups::of(&["--breaker-failure-percent=50", "--breaker-window=100"]);
+    let breaker = Breaker::new(&half_of_hundred);
+    tell(&breaker, 50, 49).await;
+    assert!(breaker.is_closed());
+    tell(&breaker, 0, 1).await;
+    assert!(!breaker.is_closed());
+
+    let breaker = self::breaker(&[]);
+    tell(&breaker, 50, 30).await;
+    // Of the last 100 outcomes it keeps no more than it has: 20 answered, 30 failed.
+    breaker.change_to(&half_of_hundred);
+    assert!(breaker.is_closed());
+    tell(&breaker, 0, 1).await;
+    assert!(!breaker.is_closed());
+
+    // A shorter window forgets the older ones.
+    let breaker = Breaker::new(&half_of_hundred);
+    tell(&breaker, 80, 17).await;
+    breaker.change_to(&Lookups::of(&["--breaker-window=20"]));
+    tell(&breaker, 0, 1).await;
+    assert!(!breaker.is_closed());
+}
+
+#[tokio::test]
+async fn whoever_waits_for_its_time_holds_the_only_place_in_which_nothing_is_looked_up() {
+    let breaker = breaker(&["--max-lookups-per-second=1"]);
+    let first = breaker.enter().await;
+    let mut waiting = [Box::pin(breaker.enter()), Box::pin(breaker.enter())];
+    for enter in &mut waiting {
+        assert!(futures_util::poll!(enter).is_pending());
+    }
+    assert_eq!(breaker.places.free(), 98);
+    breaker.change_to(&Lookups::of(&["--max-lookups-per-second=100000"]));
+    let [second, third] = waiting;
+    drop((first, second.await, third.await));
+    assert_eq!(breaker.places.free(), 100);
 }

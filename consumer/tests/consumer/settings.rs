@@ -3,7 +3,7 @@ use testbed::{Answer, Scratch, StatusApi, eventually};
 use tokio::time::sleep;
 
 use crate::process::spawn;
-use crate::{A_WHILE, PATIENCE, Surroundings, looked_up};
+use crate::{A_WHILE, PATIENCE, SECOND, Surroundings, looked_up};
 
 /// An API that answers nobody until the token is cancelled.
 fn held_up() -> (StatusApi, CancellationToken) {
@@ -82,6 +82,40 @@ async fn an_adaptive_limit_stays_below_a_max_consumers_that_falls() {
     around.recorded(0..100).await;
     consumer.stop().await;
     around.assert_all_settled().await;
+}
+
+#[tokio::test]
+async fn no_more_lookups_begin_in_a_second_than_may_until_more_may() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    let consumer = around.start(&api.endpoint(), &["--max-lookups-per-second=5"]);
+    around.publish(0..500).await;
+    eventually("some are looked up", PATIENCE, async || (api.lookups().len() >= 5).then_some(()))
+        .await;
+    let lookups = api.lookups();
+    let (first, fifth) = (lookups[0].1, lookups[4].1);
+    assert!(fifth - first > SECOND / 2, "four more within {:?}", fifth - first);
+    // The rest would take 98 s.
+    consumer.change(&["--max-lookups-per-second=5000"]);
+    around.recorded(0..500).await;
+    consumer.stop().await;
+    around.assert_all_settled().await;
+    assert_eq!(looked_up(&[&api]), (0..500).collect::<Vec<_>>());
+}
+
+#[tokio::test]
+async fn how_many_failures_make_the_status_api_count_as_away_may_change_while_the_consumer_runs() {
+    let around = Surroundings::new().await;
+    let api =
+        StatusApi::start(|id, _| if id % 3 == 0 { Answer::Online } else { Answer::Status(500) });
+    let consumer = around.start(&api.endpoint(), &["--max-consumers=10"]);
+    around.publish(0..300).await;
+    around.recorded((0..300).step_by(3)).await;
+    assert_eq!(consumer.missing(), Vec::<&str>::new());
+    consumer.change(&["--breaker-failure-percent=50"]);
+    around.publish(300..600).await;
+    consumer.misses(&["status API"]).await;
+    consumer.run.abort();
 }
 
 #[tokio::test]
