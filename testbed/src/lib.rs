@@ -4,7 +4,7 @@
 //!
 //! - On the shared servers: [`Queue`] and [`Database`], each of its own name, gone when dropped.
 //! - Of one's own, to kill and to boot again: [`RabbitNode`], [`PostgresCluster`], with TLS if the test
-//!   has an [`Authority`].
+//!   has an [`Authority`]; [`Prometheus`].
 //! - What stands around our services: [`StatusApi`], [`Proxy`], [`Balancer`], [`Collector`]; and a service itself: [`Process`].
 //!
 //! What a test starts ends with it, even when it panics. What is a process ends also when the test
@@ -32,6 +32,7 @@ mod process;
 mod process_group;
 mod process_log;
 mod programs;
+mod prometheus;
 mod proxy;
 mod queue;
 mod rabbit_node;
@@ -51,6 +52,7 @@ pub use ports::free_port;
 pub use postgres_cluster::PostgresCluster;
 pub use process::Process;
 pub use programs::server_versions;
+pub use prometheus::Prometheus;
 pub use proxy::Proxy;
 pub use queue::{Queue, RETRY_LEVELS};
 pub use rabbit_node::RabbitNode;

@@ -6,6 +6,7 @@
     reason = "the helpers of tests are tests as well"
 )]
 
+mod dashboard;
 mod metrics;
 mod promtool;
 mod rules;

@@ -1,0 +1,100 @@
+//! The dashboard, beside a system at work and a real Prometheus.
+
+use std::collections::BTreeSet;
+
+use pipeline::{Surroundings, callback_endpoint};
+use serde_json::Value;
+use testbed::{Database, Process, Prometheus, Queue, eventually, free_port};
+
+use crate::PATIENCE;
+
+const DASHBOARD: &str = include_str!("../../../observability/grafana/dashboards/lastseen.json");
+const DATASOURCE: &str =
+    include_str!("../../../observability/grafana/provisioning/datasources/prometheus.yml");
+/// That of docker-compose.yml, which finds the services by their names in the network.
+const PROMETHEUS: &str = include_str!("../../../observability/prometheus.yml");
+const ALERTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../observability/alerts.yml");
+
+/// All panels that show something, and what they ask for.
+fn panels() -> Vec<(String, Vec<String>)> {
+    let dashboard: Value = serde_json::from_str(DASHBOARD).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap();
+    let ids: BTreeSet<_> = panels.iter().map(|panel| panel["id"].as_u64().unwrap()).collect();
+    assert_eq!(ids.len(), panels.len(), "two panels have one id");
+    panels
+        .iter()
+        .filter(|panel| panel["type"] != "row")
+        .map(|panel| {
+            let targets = panel["targets"].as_array().unwrap();
+            let queries = targets.iter().map(|target| {
+                let uid = target["datasource"]["uid"].as_str().unwrap();
+                assert!(DATASOURCE.contains(&format!("uid: {uid}\n")), "{target}");
+                target["expr"].as_str().unwrap().to_owned()
+            });
+            (panel["title"].as_str().unwrap().to_owned(), queries.collect())
+        })
+        .collect()
+}
+
+/// The Prometheus of docker-compose.yml, which finds each of `services` where it is.
+async fn prometheus(services: &[(&str, &Process)]) -> Prometheus {
+    let mut config = PROMETHEUS.replace("alerts.yml]", &format!("{ALERTS}]"));
+    for (name, service) in services {
+        let admin = service.admin().await;
+        let job = format!("- job_name: {name}\n");
+        let (before, after) = config.split_once(&job).expect(name);
+        let (_, others) = after.split_once('\n').unwrap();
+        config = format!("{before}{job}    static_configs: [{{targets: ['{admin}']}}]\n{others}");
+    }
+    Prometheus::start(&config).await
+}
+
+/// Whether there is something to show: one value, at least, that is a number.
+fn has_data(answer: &str) -> bool {
+    let answer: Value = serde_json::from_str(answer).unwrap();
+    let samples = answer["data"]["result"].as_array().unwrap();
+    samples.iter().any(|sample| sample["value"][1].as_str().is_some_and(|value| value != "NaN"))
+}
+
+#[tokio::test]
+async fn within_a_minute_each_panel_of_the_dashboard_has_data() {
+    let (queue, database) = (Queue::new(), Database::new().await);
+    let tester_port = free_port();
+    let surroundings = Surroundings {
+        amqp_uri: testbed::amqp_uri(),
+        queue: queue.name.clone(),
+        database: database.environment(),
+        status_api: format!("http://127.0.0.1:{tester_port}"),
+    };
+    let producer = surroundings.spawn("producer", &[]);
+    let consumer = surroundings.spawn("consumer", &[]);
+    let routine = surroundings.spawn("routine", &[]);
+    let viewer = surroundings.spawn("viewer", &[]);
+    let endpoint = callback_endpoint(&producer).await;
+    let address = format!("127.0.0.1:{tester_port}");
+    let tester = surroundings.spawn(
+        "tester",
+        &[("TESTER_ADDR", address.as_str()), ("CALLBACK_ENDPOINT", endpoint.as_str())],
+    );
+    let services = [
+        ("producer", &producer),
+        ("consumer", &consumer),
+        ("routine", &routine),
+        ("viewer", &viewer),
+        ("tester", &tester),
+    ];
+    let prometheus = prometheus(&services).await;
+    assert!(!has_data(&prometheus.query("lastseen_of_which_nobody_tells").await));
+    let panels = panels();
+    assert!(panels.len() > 20, "{panels:?}");
+    for (title, queries) in panels {
+        assert!(!queries.is_empty(), "{title}");
+        for query in queries {
+            let what = format!("{title} has data by {query}");
+            eventually(&what, PATIENCE, async || {
+                has_data(&prometheus.query(&query).await).then_some(())
+            })
+            .await;
+        }
+    }
+}
