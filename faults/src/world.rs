@@ -293,7 +293,7 @@ impl World {
     /// the operator's will: RabbitMQ confirms it although the queue is gone, so that nobody can know.
     /// What was answered before, or comes in after, is still not to be lost.
     pub(crate) async fn queue_is_deleted(&mut self) {
-        self.deletions.push(self.broker.delete_queue(QUEUE).await);
+        self.deletions.push(self.broker.delete_queue_once_empty(QUEUE).await);
     }
 
     /// What has come of the callbacks of the load that were due in that time.

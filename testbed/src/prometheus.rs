@@ -53,7 +53,7 @@ impl Prometheus {
         prometheus
     }
 
-    /// What it answers to a query in PromQL, as JSON of its HTTP API.
+    /// What it answers to a query, as JSON of its HTTP API.
     ///
     /// # Panics
     /// When it does not take it for a query.

@@ -19,6 +19,7 @@ use crate::{amqp, eventually, free_port, ports, programs};
 /// The scripts here run as whoever calls them; Debian's in /usr/sbin insist on the user rabbitmq.
 const SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 const BOOT_DEADLINE: Duration = Duration::from_mins(1);
+const DRAIN_DEADLINE: Duration = Duration::from_mins(1);
 const SAVE_DEADLINE: Duration = Duration::from_secs(10);
 const STOP_DEADLINE: Duration = Duration::from_mins(1);
 /// RabbitMQ's own default.
@@ -213,16 +214,36 @@ impl RabbitNode {
         channel.queue_declare(name.into(), durable, table).await.expect("the queue is free");
     }
 
-    /// Deletes a queue with all that is in it, and gives from when to when the broker was at it.
+    /// Deletes a queue with all that is in it.
     ///
     /// # Panics
     /// When the broker is not there.
-    pub async fn delete_queue(&self, name: &str) -> (SystemTime, SystemTime) {
+    pub async fn delete_queue(&self, name: &str) {
         let (_connection, channel) = self.channel().await;
-        let from = SystemTime::now();
         let deleted = channel.queue_delete(name.into(), QueueDeleteOptions::default()).await;
         deleted.expect("a queue can be deleted");
-        (from, SystemTime::now())
+    }
+
+    /// Deletes a queue once it is there and all that came in has been delivered, and gives from when to
+    /// when the broker was at it: what came in meanwhile may have gone with the queue.
+    ///
+    /// # Panics
+    /// When the broker is not there, or the queue is not emptied within a minute.
+    pub async fn delete_queue_once_empty(&self, name: &str) -> (SystemTime, SystemTime) {
+        let (passive, none) =
+            (QueueDeclareOptions { passive: true, ..Default::default() }, FieldTable::default());
+        eventually("all that came in is delivered", DRAIN_DEADLINE, async || {
+            let (_connection, channel) = self.channel().await;
+            let from = SystemTime::now();
+            let queue = channel.queue_declare(name.into(), passive, none.clone()).await.ok()?;
+            if queue.message_count() > 0 {
+                return None;
+            }
+            let deleted = channel.queue_delete(name.into(), QueueDeleteOptions::default()).await;
+            deleted.expect("a queue can be deleted");
+            Some((from, SystemTime::now()))
+        })
+        .await
     }
 
     /// Runs `rabbitmqctl` on the node, which takes a second or two, and gives what it printed.

@@ -1,6 +1,6 @@
 //! Taking messages from a RabbitMQ.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use backon::ExponentialBackoff;
@@ -159,8 +159,12 @@ impl Consumer {
         let unsettled = Arc::new(Unsettled::default());
         let look =
             Look::start(&connection, topology.clone(), Arc::clone(&unsettled), self.prefetch);
-        let outward =
-            Arc::new(Outward { publisher: self.publisher.clone(), acks: Acks::start(), unsettled });
+        let outward = Arc::new(Outward {
+            publisher: self.publisher.clone(),
+            acks: Acks::start(),
+            unsettled,
+            kept: OnceLock::new(),
+        });
         let status = self.status.clone();
         Ok(Session {
             look,
@@ -260,7 +264,13 @@ impl Session {
                 // What lapin had buffered when the channel was lost; it will be delivered again.
                 Ok(Some(Ok(_))) => return Err("the channel is lost".to_owned()),
                 Ok(Some(Err(error))) => return Err(error.to_string()),
-                Ok(None) => return Err("the broker cancelled the consumer".to_owned()),
+                Ok(None) => {
+                    // The queue was deleted, and what was delivered may be all that there is of it. So it
+                    // can be settled as before, for as long as its channel lasts.
+                    let kept = (self.channel.clone(), Arc::clone(&self.connection));
+                    _ = self.outward.kept.set(kept);
+                    return Err("the broker cancelled the consumer".to_owned());
+                }
                 Err(_) if !self.connection.status().connected() => {
                     return Err("the connection is closed".to_owned());
                 }

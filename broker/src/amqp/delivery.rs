@@ -1,15 +1,16 @@
 //! A message as received from a RabbitMQ, and how it is settled there.
 
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
 
 use lapin::options::BasicNackOptions;
 use lapin::types::ShortString;
-use lapin::{Acker, BasicProperties, message};
+use lapin::{Acker, BasicProperties, Channel, message};
 use tokio::time::timeout;
 
 use super::acks::Acks;
 use super::history;
+use super::link::Link;
 use super::publisher::{Outgoing, Publisher};
 use super::unsettled::{Held, Unsettled};
 use crate::message::{DecodeError, decode};
@@ -25,6 +26,8 @@ pub(super) struct Outward {
     pub(super) publisher: Publisher,
     pub(super) acks: Acks,
     pub(super) unsettled: Arc<Unsettled>,
+    /// The channel that they came by, and its connection, if they are to outlive their session.
+    pub(super) kept: OnceLock<(Channel, Arc<Link>)>,
 }
 
 /// See [`crate::Delivery`].

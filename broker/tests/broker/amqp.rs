@@ -203,6 +203,36 @@ async fn a_deleted_queue_is_declared_and_consumed_again() {
 }
 
 #[tokio::test]
+async fn what_was_delivered_before_its_queue_was_deleted_is_settled_all_the_same() {
+    for queue_type in [QueueType::Quorum, QueueType::Classic] {
+        let queue = Queue::new();
+        let publisher = connected(&amqp_config(&queue, queue_type)).await;
+        let mut consumer = consumer(&publisher, 5);
+        publisher.publish_ids("c", &[1, 2, 3], SECOND * 5).await.unwrap();
+        let mut delivered = Vec::new();
+        for _ in 0..3 {
+            delivered.push(next(&mut consumer).await);
+        }
+        let mut status = consumer.status();
+        assert!(status.borrow_and_update().is_ok());
+        let after = tokio::spawn(async move { next(&mut consumer).await.id().unwrap() });
+        delete(&queue.name).await;
+        timeout(PATIENCE, status.wait_for(Result::is_err)).await.unwrap().unwrap();
+        timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
+        // They are all that there is of these messages.
+        for (delivery, disposition) in
+            delivered.into_iter().zip([Disposition::Ack, retry("x"), dead("x")])
+        {
+            assert!(!delivery.is_lost(), "{queue_type:?}");
+            assert_eq!(delivery.settle(disposition).await, Settled::Done, "{queue_type:?}");
+        }
+        assert_eq!(queue.depth(&queue.dead()).await, Some(1));
+        // The one to be tried again, on the way by its delay queue.
+        assert_eq!(timeout(PATIENCE, after).await.unwrap().unwrap(), 2);
+    }
+}
+
+#[tokio::test]
 async fn without_a_broker_a_publish_fails_at_once_and_says_why() {
     let queue = Queue::new();
     let nowhere = format!("amqp://guest:guest@127.0.0.1:{}/%2f", testbed::free_port());
