@@ -38,8 +38,10 @@ const PROBES_MAX: usize = 5;
 /// What each answer lets begin while it opens up: the one in its own place, and so many more. Slow
 /// answers, of seconds each, still make hundreds of places within 5 s.
 const MORE_PER_ANSWER: usize = 7;
-/// An answer is shortly before a lookup when it came at most so long before its beginning.
+/// An answer is shortly before a lookup when it came at most so long before its beginning, or within the
+/// time of so many lookups that may begin.
 const SHORTLY: Duration = Duration::from_secs(1);
+const SHORTLY_LOOKUPS: u32 = 10;
 /// The longest and the shortest pause that an API gets by asking for it.
 const PAUSE_MAX: Duration = Duration::from_mins(1);
 const PAUSE_MIN: Duration = Duration::from_secs(1);
@@ -72,6 +74,8 @@ struct State {
     outcomes: Window,
     adaptive: Option<Adaptive>,
     answered_at: Option<Instant>,
+    /// How long after an answer it still tells that the API answers.
+    shortly: Duration,
     /// How many were answered.
     answers: u64,
     /// The first lookup after the newest that was answered.
@@ -122,6 +126,7 @@ impl Breaker {
             outcomes: Window::new(lookups),
             adaptive,
             answered_at: None,
+            shortly: shortly(lookups),
             answers: 0,
             answered_upto: 0,
         };
@@ -145,11 +150,11 @@ impl Breaker {
 
     /// Waits for a place.
     pub(crate) async fn enter(self: &Arc<Self>) -> Place {
-        // Whoever is next waits for its place first and then for its time: nobody else holds a place
-        // in which nothing is looked up.
-        let next = self.pace.next().await;
+        // In this order: a place that is held by who waits for its time could not be taken back, and would
+        // be one more lookup in each pause.
+        let turn = self.pace.turn().await;
         let room = self.places.enter().await;
-        next.begin().await;
+        turn.taken();
         self.begin(room)
     }
 
@@ -159,6 +164,7 @@ impl Breaker {
         let max = lookups.max_consumers.into();
         self.change(|state| {
             state.outcomes.change(lookups);
+            state.shortly = shortly(lookups);
             state.max = max;
             if let Some(adaptive) = &mut state.adaptive {
                 adaptive.set_max(max, state.next);
@@ -358,8 +364,9 @@ impl Place {
         let (breaker, number) = (Arc::clone(&self.breaker), self.number);
         let failure = breaker.change(|state| {
             state.unanswered.remove(&number);
-            let answered_before =
-                state.answered_at.is_some_and(|answered_at| answered_at + SHORTLY >= self.began);
+            let answered_before = state
+                .answered_at
+                .is_some_and(|answered_at| answered_at + state.shortly >= self.began);
             let after = state.next;
             // A quarter of the places, so that at slow answers those that wait for their verdicts leave
             // room for the others, even if four of five fail.
@@ -399,6 +406,11 @@ impl Drop for Place {
             }
         });
     }
+}
+
+/// At few lookups per second, the answer before may be seconds old though all is well.
+fn shortly(lookups: &Lookups) -> Duration {
+    SHORTLY.max(pace::between(lookups.max_lookups_per_second) * SHORTLY_LOOKUPS)
 }
 
 #[expect(clippy::cast_precision_loss, reason = "there are at most 50,000 lookups")]

@@ -13,8 +13,11 @@ const WAITING_PER_LOOKUP: u16 = 40;
 /// At about 1 KB each they take 4 MB.
 const WAITING_MAX: u16 = 4_000;
 
+/// Where lookups per second have a limit, so many seconds' worth of them.
+const WAITING_SECONDS: u32 = 60;
+
 const LEAST_PER_SECOND: NonZeroU32 = NonZeroU32::MIN;
-/// Above it the pause between two would be less than what a second has to spare.
+/// More than a process can do.
 const MOST_PER_SECOND: NonZeroU32 = NonZeroU32::new(100_000).unwrap();
 
 /// The consumer's settings.
@@ -108,27 +111,13 @@ impl Lookups {
 
     /// These, with what has changed in `now` and may.
     pub(crate) fn changed_to(&self, now: &Self) -> Self {
-        // Each is named, so that a new one is given a thought.
-        let Self {
-            concurrency: _,
-            coalesce: _,
-            tester_endpoint: _,
-            write_batch_max: _,
-            write_batch_linger: _,
-            max_consumers,
-            max_lookups_per_second,
-            status_timeout,
-            max_attempts,
-            breaker_failure_percent,
-            breaker_window,
-        } = *now;
         Self {
-            max_consumers,
-            max_lookups_per_second,
-            status_timeout,
-            max_attempts,
-            breaker_failure_percent,
-            breaker_window,
+            max_consumers: now.max_consumers,
+            max_lookups_per_second: now.max_lookups_per_second,
+            status_timeout: now.status_timeout,
+            max_attempts: now.max_attempts,
+            breaker_failure_percent: now.breaker_failure_percent,
+            breaker_window: now.breaker_window,
             ..self.clone()
         }
     }
@@ -143,12 +132,15 @@ impl Lookups {
     /// that wait for one, so that there is something to coalesce. With more, this process would hoard
     /// what another could look up.
     pub(crate) fn prefetch(&self) -> u16 {
-        let waiting = if self.coalesce {
-            self.max_consumers.saturating_mul(WAITING_PER_LOOKUP).min(WAITING_MAX)
-        } else {
-            0
-        };
-        self.begun_max().saturating_add(waiting)
+        if !self.coalesce {
+            return self.begun_max();
+        }
+        let by_pace = self
+            .max_lookups_per_second
+            .map_or(u32::MAX, |per_second| per_second.get().saturating_mul(WAITING_SECONDS));
+        let by_pace = u16::try_from(by_pace).unwrap_or(WAITING_MAX);
+        let by_lookups = self.max_consumers.saturating_mul(WAITING_PER_LOOKUP);
+        self.begun_max().saturating_add(by_lookups.min(by_pace).min(WAITING_MAX))
     }
 }
 
@@ -172,22 +164,46 @@ impl Lookups {
 
 #[cfg(test)]
 mod tests {
+    use clap::Args as _;
+
     use super::*;
 
     #[test]
     fn what_is_said_to_change_while_it_runs_does_and_nothing_else() {
-        let live: Vec<_> = Lookups::LIVE
-            .iter()
-            .map(|name| {
-                let value = if *name == "STATUS_TIMEOUT" { "7s" } else { "70" };
-                format!("--{}={value}", name.to_lowercase().replace('_', "-"))
-            })
-            .collect();
-        let live: Vec<_> = live.iter().map(String::as_str).collect();
-        let others = ["--coalesce=off", "--concurrency=adaptive", "--write-batch-max=7"];
-        let all = [live.as_slice(), &others].concat();
-        let changed = Lookups::of(&[]).changed_to(&Lookups::of(&all));
-        assert_eq!(format!("{changed:?}"), format!("{:?}", Lookups::of(&live)));
-        assert_ne!(format!("{changed:?}"), format!("{:?}", Lookups::of(&live[1..])));
+        let value = |name: &str| match name {
+            "TESTER_ENDPOINT" => "http://elsewhere",
+            "CONCURRENCY" => "adaptive",
+            "COALESCE" => "off",
+            "STATUS_TIMEOUT" | "WRITE_BATCH_LINGER" => "70ms",
+            _ => "70",
+        };
+        let command = Lookups::augment_args(clap::Command::new("consumer"));
+        let (mut all, mut live) = (Vec::new(), Vec::new());
+        for argument in command.get_arguments() {
+            let name = argument.get_id().as_str().to_uppercase();
+            let flag = format!("--{}={}", name.to_lowercase().replace('_', "-"), value(&name));
+            if Lookups::LIVE.contains(&name.as_str()) {
+                live.push(flag.clone());
+            }
+            all.push(flag);
+        }
+        assert_eq!((live.len(), all.len()), (Lookups::LIVE.len(), 11));
+        let of =
+            |flags: &[String]| Lookups::of(&flags.iter().map(String::as_str).collect::<Vec<_>>());
+        let changed = of(&[]).changed_to(&of(&all));
+        assert_eq!(format!("{changed:?}"), format!("{:?}", of(&live)));
+    }
+
+    #[test]
+    fn what_waits_for_a_lookup_has_its_turn_within_minutes() {
+        let waiting = |flags: &[&str]| {
+            let lookups = Lookups::of(flags);
+            lookups.prefetch() - lookups.begun_max()
+        };
+        assert_eq!(waiting(&[]), 4_000);
+        assert_eq!(waiting(&["--max-consumers=5"]), 200);
+        assert_eq!(waiting(&["--max-lookups-per-second=5"]), 300);
+        assert_eq!(waiting(&["--max-lookups-per-second=5000"]), 4_000);
+        assert_eq!(waiting(&["--coalesce=off"]), 0);
     }
 }

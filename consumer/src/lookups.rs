@@ -123,8 +123,14 @@ impl Intake {
             let next = {
                 let mut taken = pin!(Taken::next(&mut deliveries, &unsettled));
                 loop {
+                    // While it is not waited for, it must keep neither a place nor its turn to get one:
+                    // others wait for them, whose lookups are made again.
+                    let has_turns = shared.waiting.has_turns();
+                    if !has_turns {
+                        begin.set(shared.begin());
+                    }
                     tokio::select! {
-                        (room, place) = &mut begin, if shared.waiting.has_turns() => {
+                        (room, place) = &mut begin, if has_turns => {
                             begin.set(shared.begin());
                             // With what waits for it, or that could be given back before it runs.
                             if let Some((turn, group)) = shared.waiting.next_turn() {
@@ -137,16 +143,10 @@ impl Intake {
                         changed = settings.changed() => break Next::Changed(changed),
                         () = &mut away => {
                             away.set(shared.breaker.stays_open(shared.held_max()));
-                            // With nobody left to begin with, it must not keep a place for itself.
-                            begin.set(shared.begin());
-                            for taken in shared.waiting.take_older_than(Instant::now()) {
-                                lookups.spawn(settle(taken, Disposition::Requeue));
-                            }
+                            shared.requeue_older_than(Instant::now(), &mut lookups);
                         }
                         now = look.tick() => if let Some(long_ago) = now.checked_sub(HELD_MAX) {
-                            for taken in shared.waiting.take_older_than(long_ago) {
-                                lookups.spawn(settle(taken, Disposition::Requeue));
-                            }
+                            shared.requeue_older_than(long_ago, &mut lookups);
                         },
                         () = shared.shutdown.cancelled() => break Next::Shutdown,
                     }
@@ -158,6 +158,7 @@ impl Intake {
                     let prefetch = shared.change(&changed);
                     away.set(shared.breaker.stays_open(shared.held_max()));
                     unsettled.resize(prefetch.into());
+                    begin.set(shared.begin());
                     tokio::select! {
                         () = deliveries.set_prefetch(prefetch) => continue,
                         () = shared.shutdown.cancelled() => break,
@@ -243,6 +244,13 @@ impl Shared {
     async fn begin(&self) -> (Permit, Place) {
         let room = self.begun.enter().await;
         (room, self.breaker.enter().await)
+    }
+
+    /// Sends what has waited since before `moment` for its first lookup to the end of the queue.
+    fn requeue_older_than(&self, moment: Instant, lookups: &mut JoinSet<Ended>) {
+        for taken in self.waiting.take_older_than(moment) {
+            lookups.spawn(settle(taken, Disposition::Requeue));
+        }
     }
 
     /// Something has come to its end: whoever waits for its object has a turn again.

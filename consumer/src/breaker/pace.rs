@@ -7,7 +7,7 @@ use tokio::sync::{Mutex, MutexGuard, watch};
 use tokio::time::{Instant, timeout_at};
 
 /// What was missed, of the last so long, may be made up for: the runtime's clock counts milliseconds, and a
-/// busy machine is late. So a second has at most a hundredth more than it should.
+/// busy machine is late. So a second has at most a hundredth more than it should, and one.
 const MADE_UP: Duration = Duration::from_millis(10);
 
 pub(super) struct Pace {
@@ -17,9 +17,9 @@ pub(super) struct Pace {
     last: Mutex<Instant>,
 }
 
-/// Whoever is to begin next; the others wait behind it, in order.
-pub(super) struct Next<'a> {
-    pace: &'a Pace,
+/// Whoever may begin now; the others wait behind it, in order.
+pub(super) struct Turn<'a> {
+    due: Instant,
     last: MutexGuard<'a, Instant>,
 }
 
@@ -34,38 +34,41 @@ impl Pace {
         self.between.send_replace(between(per_second));
     }
 
-    /// Waits to be next.
-    pub(super) async fn next(&self) -> Next<'_> {
-        Next { pace: self, last: self.last.lock().await }
-    }
-}
-
-impl Next<'_> {
-    /// Waits until it may begin.
-    pub(super) async fn begin(mut self) {
-        let mut changes = self.pace.between.subscribe();
-        let due = loop {
-            let due = *self.last + *changes.borrow_and_update();
+    /// Waits for its turn, which is over when it is [taken](Turn::taken) or dropped.
+    pub(super) async fn turn(&self) -> Turn<'_> {
+        let last = self.last.lock().await;
+        let mut changes = self.between.subscribe();
+        loop {
+            let due = *last + *changes.borrow_and_update();
             if due <= Instant::now() || timeout_at(due, changes.changed()).await.is_err() {
-                break due;
+                return Turn { due, last };
             }
-        };
-        *self.last = due.max(Instant::now() - MADE_UP);
+        }
     }
 }
 
-fn between(per_second: Option<NonZeroU32>) -> Duration {
+impl Turn<'_> {
+    /// It begins.
+    pub(super) fn taken(mut self) {
+        *self.last = self.due.max(Instant::now() - MADE_UP);
+    }
+}
+
+/// The time from one beginning to the next.
+pub(super) fn between(per_second: Option<NonZeroU32>) -> Duration {
     per_second.map_or(Duration::ZERO, |per_second| Duration::from_secs(1) / per_second.get())
 }
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use futures_util::FutureExt as _;
 
     use super::*;
 
     async fn begin(pace: &Pace) {
-        pace.next().await.begin().await;
+        pace.turn().await.taken();
     }
 
     #[tokio::test]
@@ -92,10 +95,30 @@ mod tests {
     async fn a_limit_that_is_raised_or_taken_away_lets_those_begin_who_wait() {
         let pace = Pace::new(NonZeroU32::new(1));
         begin(&pace).await;
-        let next = pace.next().await;
-        let mut begun = std::pin::pin!(next.begin());
+        let mut begun = pin!(begin(&pace));
         assert!(begun.as_mut().now_or_never().is_none());
         pace.change(None);
         assert!(begun.now_or_never().is_some());
+    }
+
+    #[tokio::test]
+    async fn a_limit_that_is_lowered_holds_for_whoever_waits_already() {
+        let pace = Pace::new(NonZeroU32::new(50));
+        begin(&pace).await;
+        let mut begun = pin!(begin(&pace));
+        assert!(begun.as_mut().now_or_never().is_none());
+        pace.change(NonZeroU32::new(1));
+        tokio::time::sleep(Duration::from_millis(100)).await;
+        assert!(begun.now_or_never().is_none());
+    }
+
+    #[tokio::test]
+    async fn who_gives_up_its_turn_leaves_it_to_the_next() {
+        let pace = Pace::new(None);
+        let turn = pace.turn().await;
+        let mut next = pin!(begin(&pace));
+        assert!(next.as_mut().now_or_never().is_none());
+        drop(turn);
+        assert!(next.now_or_never().is_some());
     }
 }

@@ -108,16 +108,33 @@ async fn how_many_of_how_many_trip_it_is_as_set_also_while_it_is_used() {
 }
 
 #[tokio::test]
-async fn whoever_waits_for_its_time_holds_the_only_place_in_which_nothing_is_looked_up() {
-    let breaker = breaker(&["--max-lookups-per-second=1"]);
+async fn whoever_waits_for_its_time_holds_no_place_and_a_pause_keeps_it_waiting() {
+    let breaker = breaker(&["--max-lookups-per-second=20"]);
     let first = breaker.enter().await;
-    let mut waiting = [Box::pin(breaker.enter()), Box::pin(breaker.enter())];
-    for enter in &mut waiting {
-        assert!(futures_util::poll!(enter).is_pending());
+    let mut waiting = Box::pin(breaker.enter());
+    assert!(futures_util::poll!(&mut waiting).is_pending());
+    assert_eq!(breaker.places.free(), 99);
+    _ = first.leave(&Outcome::AskedToWait(Duration::from_mins(1)));
+    // Its time has come by then.
+    assert!(timeout(Duration::from_millis(200), &mut waiting).await.is_err());
+    breaker.change(|state| breaker.turn(state, Phase::OpeningUp, 1));
+    drop(waiting.await);
+    assert_eq!(breaker.places.free(), 1);
+}
+
+#[tokio::test]
+async fn at_a_lookup_per_second_the_answer_before_still_tells_that_the_api_answers() {
+    for (flags, seconds, tells) in [
+        (&["--max-lookups-per-second=1"][..], 9, true),
+        (&["--max-lookups-per-second=1"], 11, false),
+        (&[], 2, false),
+    ] {
+        let breaker = breaker(flags);
+        breaker.change(|state| {
+            state.answered_at = Instant::now().checked_sub(Duration::from_secs(seconds));
+        });
+        let error = Error::from(ErrorKind::Other);
+        let failure = breaker.begin(breaker.places.enter().await).leave(&Outcome::Failed(&error));
+        assert_eq!(failure.unwrap().answered_before, tells, "{flags:?}, {seconds} s");
     }
-    assert_eq!(breaker.places.free(), 98);
-    breaker.change_to(&Lookups::of(&["--max-lookups-per-second=100000"]));
-    let [second, third] = waiting;
-    drop((first, second.await, third.await));
-    assert_eq!(breaker.places.free(), 100);
 }

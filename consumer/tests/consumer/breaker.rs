@@ -33,7 +33,7 @@ async fn opened(consumer: &Running) {
 }
 
 /// Watches whether it opens, until it is asked.
-fn has_opened(consumer: &Running) -> impl AsyncFnOnce() -> bool + use<> {
+pub(crate) fn has_opened(consumer: &Running) -> impl AsyncFnOnce() -> bool + use<> {
     let (health, asked) = (consumer.health.clone(), Arc::new(AtomicBool::new(false)));
     let until = Arc::clone(&asked);
     let watching: JoinHandle<bool> = tokio::spawn(async move {
