@@ -10,6 +10,7 @@ mod dashboard;
 mod metrics;
 mod promtool;
 mod rules;
+mod settings;
 
 use std::time::Duration;
 
