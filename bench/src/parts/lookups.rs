@@ -44,7 +44,7 @@ pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
     rows[0].goals = vec![Goal::RatioAtLeast(0.55), Goal::OursAtLeast(8_000.0)];
     rows[1].what += ", with a viewer that is stopped, beside without";
     rows[1].limit = Some(f64::midpoint(first, last));
-    rows[1].goals = vec![Goal::RatioAtLeast(0.85)];
+    rows[1].goals = vec![Goal::RatioAtLeast(0.9)];
     rows[2].what = format!("for comparison: {} again, beside the first", rows[2].what);
     rows[2].limit = Some(first);
     Ok(rows)
