@@ -58,6 +58,8 @@ async fn killed_without_broker() -> Verdict {
         let spooled = world.spooled().await;
         world.producer_is_killed().await;
         world.producer_is_back().await;
+        // It takes callbacks before it has told of its spool.
+        world.spools(1.0).await;
         let found = world.spooled().await;
         assert!(found >= spooled, "of {spooled} messages in the spool, {found} survived the kill");
         least = found + 1.0;
