@@ -10,7 +10,7 @@ use broker::{Destination, LinkStatus, Origin, PublishError, Publisher, SpoolErro
 use service::Health;
 use service::traces::{KeyValue, Span, SpanKind, Step};
 use tokio::sync::watch;
-use tokio::time::{Instant, timeout, timeout_at};
+use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::Config;
 use crate::spool::Outage;
@@ -91,26 +91,39 @@ impl Places {
         let within = self.publish_timeout + SPOOL_TIMEOUT;
         let late = Instant::now() + within;
         let mut publishing = pin!(self.publisher.publish_ids(origin, ids, within));
-        let Some((outage, spool)) = self.outage.as_ref().and_then(|o| Some((o, o.spool()?))) else {
+        let Some(outage) = &self.outage else {
             return publishing.await.map_err(|broker| Unavailable { broker, spool: None });
         };
         let mut refused = None;
-        if outage.broker_takes() {
-            match timeout(self.publish_timeout, publishing.as_mut()).await {
-                Ok(Ok(())) => return Ok(()),
-                Ok(Err(error)) => refused = Some(error),
+        if outage.broker_takes() || outage.spool().is_none() {
+            let another_place = async {
+                sleep(self.publish_timeout).await;
+                outage.opened().await;
+            };
+            tokio::select! {
+                published = publishing.as_mut() => match published {
+                    Ok(()) => return Ok(()),
+                    Err(error) => refused = Some(error),
+                },
                 // Its confirm may still come, should the spool not take it.
-                Err(_) => {}
+                () = another_place => {}
             }
             if !is_full(refused.as_ref()) {
                 outage.set_broker_takes(false);
             }
         }
-        let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
-        span.set("lastseen.spooled", true);
-        let added = spool.add(origin, &unconfirmed, SPOOL_TIMEOUT).await;
-        outage.note(&added, unconfirmed.len());
-        let Err(spool) = added else { return Ok(()) };
+        let mut unspooled = None;
+        // It may have been opened since the callback came.
+        if let Some(spool) = outage.spool() {
+            let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
+            span.set("lastseen.spooled", true);
+            let added = spool.add(origin, &unconfirmed, SPOOL_TIMEOUT).await;
+            outage.note(&added, unconfirmed.len());
+            match added {
+                Ok(()) => return Ok(()),
+                Err(error) => unspooled = Some(error),
+            }
+        }
         let published = match refused {
             Some(error) => Err(error),
             // Now it is the only place, and has what is left of the time.
@@ -123,7 +136,7 @@ impl Places {
         if !is_full(published.as_ref().err()) {
             outage.set_broker_takes(published.is_ok());
         }
-        published.map_err(|broker| Unavailable { broker, spool: Some(spool) })
+        published.map_err(|broker| Unavailable { broker, spool: unspooled })
     }
 
     fn publishing(&self, callback_id: &str, ids: &[i64]) -> Step {

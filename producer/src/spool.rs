@@ -67,6 +67,17 @@ impl Outage {
         self.spool.get()
     }
 
+    /// The spool, as soon as it could be opened.
+    pub(crate) async fn opened(&self) -> &Spool {
+        let mut status = self.status.subscribe();
+        loop {
+            if let Some(spool) = self.spool.get() {
+                return spool;
+            }
+            _ = status.changed().await;
+        }
+    }
+
     /// Whether it takes messages: `Ok`, or why not.
     pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
         self.status.subscribe()

@@ -21,7 +21,13 @@ use crate::ports::local;
 pub struct Proxy {
     address: SocketAddr,
     network: watch::Sender<Network>,
-    accepted: Arc<AtomicU64>,
+    counts: Arc<Counts>,
+}
+
+#[derive(Debug, Default)]
+struct Counts {
+    accepted: AtomicU64,
+    held: AtomicU64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -54,9 +60,9 @@ impl Proxy {
         let address = listener.local_addr().expect("a listener has an address");
         let (network, watched) =
             watch::channel(Network { traffic: Traffic::Flows, cuts: 0, lag: None });
-        let accepted = Arc::default();
-        tokio::spawn(accept(listener, target.into(), watched, Arc::clone(&accepted)));
-        Self { address, network, accepted }
+        let counts = Arc::default();
+        tokio::spawn(accept(listener, target.into(), watched, Arc::clone(&counts)));
+        Self { address, network, counts }
     }
 
     /// Where to connect to instead of the target.
@@ -68,7 +74,13 @@ impl Proxy {
     /// How many connections were made to it so far, also while it refused them.
     #[must_use]
     pub fn accepted(&self) -> u64 {
-        self.accepted.load(Ordering::Relaxed)
+        self.counts.accepted.load(Ordering::Relaxed)
+    }
+
+    /// How many pieces of what was sent it has held back so far, because it was silent.
+    #[must_use]
+    pub fn held(&self) -> u64 {
+        self.counts.held.load(Ordering::Relaxed)
     }
 
     /// From now on nothing is forwarded, in either direction. Connections stay open, and new ones
@@ -105,7 +117,7 @@ async fn accept(
     listener: TcpListener,
     target: String,
     mut network: watch::Receiver<Network>,
-    count: Arc<AtomicU64>,
+    counts: Arc<Counts>,
 ) {
     loop {
         let accepted = tokio::select! {
@@ -114,17 +126,18 @@ async fn accept(
             changed = network.changed() => if changed.is_ok() { continue } else { return },
         };
         let (client, _) = accepted.expect("a test has few connections");
-        count.fetch_add(1, Ordering::Relaxed);
+        counts.accepted.fetch_add(1, Ordering::Relaxed);
         let now = network.borrow().clone();
         if now.traffic == Traffic::Refused {
             continue;
         }
         let (target, mut cut, network) = (target.clone(), network.clone(), network.clone());
+        let counts = Arc::clone(&counts);
         tokio::spawn(async move {
             tokio::select! {
                 _ = cut.wait_for(|network| network.cuts != now.cuts) => {}
                 // An error ends the connection, and there is nobody else to tell.
-                _ = carry(client, &target, network) => {}
+                _ = carry(client, &target, network, &counts.held) => {}
             }
         });
     }
@@ -135,6 +148,7 @@ async fn carry(
     mut client: TcpStream,
     target: &str,
     network: watch::Receiver<Network>,
+    held: &AtomicU64,
 ) -> io::Result<()> {
     flowing(&network).await?;
     let mut server = TcpStream::connect(target).await?;
@@ -143,8 +157,8 @@ async fn carry(
     let (from_client, to_client) = client.split();
     let (from_server, to_server) = server.split();
     tokio::try_join!(
-        forward(from_client, to_server, &network),
-        forward(from_server, to_client, &network)
+        forward(from_client, to_server, &network, held),
+        forward(from_server, to_client, &network, held)
     )?;
     Ok(())
 }
@@ -153,10 +167,14 @@ async fn forward(
     mut from: impl AsyncRead + Unpin,
     mut to: impl AsyncWrite + Unpin,
     network: &watch::Receiver<Network>,
+    held: &AtomicU64,
 ) -> io::Result<()> {
     let mut buffer = vec![0; 64 * 1024];
     loop {
         let length = from.read(&mut buffer).await?;
+        if network.borrow().traffic == Traffic::Silent {
+            held.fetch_add(1, Ordering::Relaxed);
+        }
         flowing(network).await?;
         let lag = network.borrow().lag.clone();
         if let Some(lag) = lag {

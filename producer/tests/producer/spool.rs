@@ -1,8 +1,9 @@
 use std::collections::BTreeSet;
 use std::fs;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use testbed::{ON_A_SMALL_DISK, Process, Queue, Scratch, eventually, fill_disk};
+use testbed::{ON_A_SMALL_DISK, Process, Proxy, Queue, Scratch, eventually, fill_disk};
 
 use crate::front_door::{DEADLINE, Producer};
 use crate::outage::proxied_broker;
@@ -87,23 +88,45 @@ async fn with_a_full_spool_a_slow_broker_has_all_of_the_time() {
     assert_eq!(answer.status, 200, "{answer:?}");
 }
 
+/// A directory for a spool, in whose place there is a file.
+struct Blocked {
+    path: PathBuf,
+    _scratch: Scratch,
+}
+
+impl Blocked {
+    fn new() -> Self {
+        let scratch = Scratch::new("elsewhere");
+        let path = scratch.path().join("blocked");
+        fs::write(&path, "a file where a directory should be").unwrap();
+        Self { path, _scratch: scratch }
+    }
+
+    fn argument(&self) -> String {
+        format!("--spool-dir={}", self.path.display())
+    }
+
+    /// Makes way, and waits until the producer has its spool there.
+    async fn yields_to(&self, producer: &Producer) {
+        fs::remove_file(&self.path).unwrap();
+        eventually("the spool is there", DEADLINE, async || {
+            let missed = producer.health.done_without();
+            missed.iter().all(|(name, _)| *name != "spool").then_some(())
+        })
+        .await;
+    }
+}
+
 #[tokio::test]
 async fn a_spool_that_cannot_be_opened_is_done_without_until_it_can_be() {
     let (proxy, uri) = proxied_broker().await;
-    let elsewhere = Scratch::new("elsewhere");
-    let blocked = elsewhere.path().join("blocked");
-    fs::write(&blocked, "a file where a directory should be").unwrap();
-    let argument = format!("--spool-dir={}", blocked.display());
-    let producer = Producer::start_at(&uri, &[&argument]).await;
+    let blocked = Blocked::new();
+    let producer = Producer::start_at(&uri, &[&blocked.argument()]).await;
     producer.ready().await;
     assert_eq!(producer.health.done_without()[0].0, "spool");
     assert_eq!(producer.post_ids(&[1]).await.status, 200);
 
-    fs::remove_file(&blocked).unwrap();
-    eventually("the spool is there", DEADLINE, async || {
-        blocked.join("spool.db").exists().then_some(())
-    })
-    .await;
+    blocked.yields_to(&producer).await;
     proxy.cut();
     eventually("a callback goes to the spool", DEADLINE, async || {
         (producer.post_ids(&[2]).await.status == 200).then_some(())
@@ -111,6 +134,37 @@ async fn a_spool_that_cannot_be_opened_is_done_without_until_it_can_be() {
     .await;
     proxy.restore();
     producer.all_arrive(&[1, 2].into()).await;
+}
+
+/// Posts a callback while the broker is silent and there is no spool, calls `fails` once there is one,
+/// and sees that it is accepted.
+async fn is_spooled_late(publish_timeout: &str, fails: impl FnOnce(&Proxy)) {
+    let (proxy, uri) = proxied_broker().await;
+    let blocked = Blocked::new();
+    let timeout = format!("--publish-timeout={publish_timeout}");
+    let producer = Producer::start_at(&uri, &[&blocked.argument(), &timeout]).await;
+    producer.connected().await;
+    proxy.silence();
+    let made_way = async {
+        eventually("it is under way", DEADLINE, async || (proxy.held() > 0).then_some(())).await;
+        blocked.yields_to(&producer).await;
+        fails(&proxy);
+    };
+    let (answer, ()) = tokio::join!(producer.post_ids(&[1]), made_way);
+    assert_eq!(answer.status, 200, "{answer:?}");
+    proxy.restore();
+    producer.all_arrive(&[1].into()).await;
+}
+
+#[tokio::test]
+async fn a_callback_that_the_broker_fails_goes_to_a_spool_that_was_opened_meanwhile() {
+    is_spooled_late("1m", Proxy::cut).await;
+}
+
+#[tokio::test]
+async fn a_callback_that_the_broker_keeps_waiting_goes_to_a_spool_that_was_opened_meanwhile() {
+    // Longer than until the spool is tried again, and too short for the broker to be given up.
+    is_spooled_late("8s", |_| {}).await;
 }
 
 #[tokio::test]
