@@ -54,17 +54,16 @@ impl Books<'_> {
     pub(crate) async fn close(self, allowed: Allowed) -> Verdict {
         let accepted = self.accepted();
         let settled = self.settled(&accepted).await;
-        let (mut cut_off, mut unanswered) = (0, 0);
-        for entry in self.entries.iter().filter(|entry| !is_in_time(entry)) {
-            if self.is_excused(entry) { cut_off += 1 } else { unanswered += 1 }
-        }
+        let late = self.entries.iter().filter(|entry| !is_in_time(entry));
+        let (cut_off, unanswered): (Vec<&Entry>, Vec<_>) =
+            late.partition(|entry| self.is_excused(entry));
         let in_time = || self.entries.iter().filter(|entry| is_in_time(entry));
         let took = self.recoveries.iter().map(|recovery| recovery.took);
         let figures = Figures {
             accepted: in_time().filter(|entry| is_2xx(entry)).count(),
             not_2xx: in_time().filter(|entry| !is_2xx(entry)).count(),
-            unanswered,
-            cut_off,
+            unanswered: unanswered.len(),
+            cut_off: cut_off.len(),
             lost: settled.missing.len(),
             looked_up_twice: settled.lookups.values().filter(|lookups| lookups.asked > 1).count(),
             dead_letters: settled.dead_letters.len(),
@@ -79,6 +78,9 @@ impl Books<'_> {
         }
         if !breaches.is_empty() {
             breaches.push(self.answers());
+            if let Some(entry) = unanswered.first() {
+                breaches.push(self.first_unanswered(entry));
+            }
             if let Some(id) = settled.missing.first() {
                 breaches.push(format!("one of the lost ids is {id}"));
             }
@@ -154,6 +156,18 @@ impl Books<'_> {
             settled_at.duration_since(over_at).ok()
         };
         accepted.iter().filter_map(late).max().unwrap_or_default()
+    }
+
+    /// When that was, for whoever looks into a failure.
+    fn first_unanswered(&self, entry: &Entry) -> String {
+        let first = self.entries.iter().map(due_at).min().unwrap_or(UNIX_EPOCH);
+        let after = due_at(entry).duration_since(first).unwrap_or_default();
+        let (late, took) = (entry.late_us / 1_000, entry.latency_us / 1_000);
+        let answer = &entry.answer;
+        format!(
+            "the first without an answer was due {after:.1?} after the load began, was sent {late} ms late, \
+             and came to {answer:?} after {took} ms"
+        )
     }
 
     /// What was answered how often, for whoever looks into a failure.

@@ -329,9 +329,19 @@ impl World {
     /// The fault is over. Posts probes until one of them has been accepted, and objects are looked up and
     /// committed again, and takes the time.
     pub(crate) async fn recovers(&mut self) {
+        self.works_again(Some(SystemTime::now())).await;
+    }
+
+    /// The same, but what is committed must be a probe: after this fault, what was being looked up when it
+    /// came may be committed although nothing else is.
+    pub(crate) async fn recovers_to_the_probe(&mut self) {
+        self.works_again(None).await;
+    }
+
+    async fn works_again(&mut self, any_after: Option<SystemTime>) {
         let (over_at, over) = (SystemTime::now(), Instant::now());
         let endpoint = self.endpoint();
-        let probing = self.prober.until_it_works(over_at, &endpoint, self.database.pool());
+        let probing = self.prober.until_it_works(&endpoint, self.database.pool(), any_after);
         let took = tokio::time::timeout(PATIENCE, probing).await;
         let took = took.ok().map(|()| over.elapsed());
         self.recoveries.push(Recovery { over_at, took });
