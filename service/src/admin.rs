@@ -13,12 +13,14 @@ use crate::{Health, recorder};
 
 #[derive(Clone)]
 struct Admin {
+    service: &'static str,
     health: Health,
     metrics: PrometheusHandle,
     draining: CancellationToken,
 }
 
 pub(crate) fn router(
+    service: &'static str,
     health: Health,
     metrics: PrometheusHandle,
     draining: CancellationToken,
@@ -30,7 +32,7 @@ pub(crate) fn router(
         .fallback(async || {
             Problem::new(StatusCode::NOT_FOUND, "here are /livez, /readyz and /metrics")
         })
-        .with_state(Admin { health, metrics, draining })
+        .with_state(Admin { service, health, metrics, draining })
 }
 
 async fn readyz(State(admin): State<Admin>) -> Response {
@@ -51,6 +53,9 @@ async fn readyz(State(admin): State<Admin>) -> Response {
 
 async fn render_metrics(State(admin): State<Admin>) -> impl IntoResponse {
     let content_type = "text/plain; version=0.0.4; charset=utf-8";
-    let is_ready = !admin.draining.is_cancelled() && admin.health.missing().is_empty();
-    ([(header::CONTENT_TYPE, content_type)], recorder::render(&admin.metrics, is_ready))
+    let mut roles = admin.health.roles(admin.service);
+    for (_, is_ready) in &mut roles {
+        *is_ready &= !admin.draining.is_cancelled();
+    }
+    ([(header::CONTENT_TYPE, content_type)], recorder::render(&admin.metrics, &roles))
 }

@@ -79,6 +79,18 @@ impl Health {
         own.chain(of_parts).collect()
     }
 
+    /// Each role and whether it is ready: those of the parts, or of a whole without parts the only one, which
+    /// has its `name`.
+    pub(crate) fn roles(&self, name: &'static str) -> Vec<(&'static str, bool)> {
+        let is_ready = |health: &Self| health.gaps().is_empty();
+        let needs = self.lock();
+        if needs.parts.is_empty() {
+            drop(needs);
+            return vec![(name, is_ready(self))];
+        }
+        needs.parts.iter().map(|part| (part.name, is_ready(&part.health))).collect()
+    }
+
     fn gaps(&self) -> Vec<Gap> {
         let needs = self.lock();
         let starting = (!needs.complete).then(|| (None, "starting".to_owned()));
@@ -146,6 +158,20 @@ mod tests {
         assert!(producer.missing().is_empty());
         status.send(Ok(())).unwrap();
         assert!(whole.missing().is_empty());
+    }
+
+    #[test]
+    fn each_part_is_a_role_and_a_whole_without_parts_is_the_only_one() {
+        let whole = Health::default();
+        assert_eq!(whole.roles("lastseen"), [("lastseen", false)]);
+        whole.all_told();
+        assert_eq!(whole.roles("lastseen"), [("lastseen", true)]);
+        let (producer, consumer) = (whole.part("producer"), whole.part("consumer"));
+        producer.all_told();
+        let roles = || whole.roles("lastseen");
+        assert_eq!(roles(), [("producer", true), ("consumer", false)]);
+        consumer.all_told();
+        assert_eq!(roles(), [("producer", true), ("consumer", true)]);
     }
 
     #[test]

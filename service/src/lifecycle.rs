@@ -305,7 +305,7 @@ async fn supervise(
         .with_context(|| format!("cannot listen on ADMIN_ADDR={address}"))?;
     let address = listener.local_addr().context("cannot tell the admin address")?;
     tracing::info!(service = description.name, admin = %address, "starting");
-    let router = admin::router(health, metrics.clone(), shutdown.clone());
+    let router = admin::router(description.name, health, metrics.clone(), shutdown.clone());
     // It goes on while the service drains, so that a probe sees why it is not ready.
     let admin = http::serve(listener, router, ADMIN_LIMITS, CancellationToken::new());
     let admin = tokio::spawn(async move {

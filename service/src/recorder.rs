@@ -1,5 +1,6 @@
 //! The process's metrics: what is recorded, and how much of it there is.
 
+use std::fmt::Write as _;
 use std::sync::OnceLock;
 use std::time::Duration;
 
@@ -15,9 +16,6 @@ const SECONDS_TO_COMMIT: [f64; 14] =
     [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0, 86_400.0];
 /// Upper bounds of every `_rows` histogram.
 const ROWS: [f64; 8] = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 10_000.0];
-
-/// Whether the service is ready.
-const READY: &str = "lastseen_ready";
 
 /// The recorder of this process, which the `metrics` facade has only one of.
 static INSTALLED: OnceLock<PrometheusHandle> = OnceLock::new();
@@ -37,15 +35,26 @@ pub(crate) fn install(service: &'static str) -> Result<PrometheusHandle, BuildEr
         .install_recorder()?;
     metrics::describe_gauge!("lastseen_build_info", "Always 1; the labels say what runs.");
     metrics::gauge!("lastseen_build_info", "service" => service, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
-    metrics::describe_gauge!(READY, "Whether /readyz says that it is ready: 1, or 0.");
     process::note_start();
     Ok(INSTALLED.get_or_init(|| handle).clone())
 }
 
-/// All metrics of a service that is ready or is not, in Prometheus's text format.
-pub(crate) fn render(handle: &PrometheusHandle, is_ready: bool) -> String {
-    metrics::gauge!(READY).set(if is_ready { 1.0 } else { 0.0 });
-    handle.render() + &process::render()
+/// All metrics of a process with these roles, each of which is ready or is not, in Prometheus's text
+/// format.
+pub(crate) fn render(handle: &PrometheusHandle, roles: &[(&str, bool)]) -> String {
+    handle.render() + &render_ready(roles) + &process::render()
+}
+
+/// Not by the facade, which would keep a role for ever that is told only until there are others.
+fn render_ready(roles: &[(&str, bool)]) -> String {
+    let mut text = "# HELP lastseen_ready Whether the role is ready: 1, or 0.\n\
+                    # TYPE lastseen_ready gauge\n"
+        .to_owned();
+    for (role, is_ready) in roles {
+        // Writing to a text does not fail.
+        let _ = writeln!(text, "lastseen_ready{{role=\"{role}\"}} {}", u8::from(*is_ready));
+    }
+    text + "\n"
 }
 
 /// Moves recorded samples into their buckets every few seconds, so that histograms stay small when

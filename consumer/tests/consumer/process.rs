@@ -90,7 +90,8 @@ async fn a_consumer_whose_peers_are_away_is_not_ready_from_the_first_moment_on()
     })
     .await;
     assert_eq!(first.status, 503, "{}", first.body);
-    assert!(http_get(admin, "/metrics").await.unwrap().body.contains("\nlastseen_ready 0\n"));
+    let metrics = http_get(admin, "/metrics").await.unwrap().body;
+    assert!(metrics.contains("\nlastseen_ready{role=\"consumer\"} 0\n"), "{metrics}");
     // At first it may say no more than that it starts.
     eventually("the healthcheck says what is away", PATIENCE, async || {
         let healthcheck = Process::spawn("consumer", &settings, &["healthcheck"]);

@@ -61,7 +61,7 @@ async fn assert_true(consumer: &Process) {
     let seconds = consumer.metric("lastseen_callback_to_commit_seconds_sum").await / aged;
     assert!(0.0 < seconds && seconds < 10.0, "{seconds} s from a callback to the commit");
     metric(consumer, "lastseen_queue_messages", is(0)).await;
-    metric(consumer, "lastseen_ready", is(1)).await;
+    metric(consumer, r#"lastseen_ready{role="consumer"}"#, is(1)).await;
     metric(consumer, "lastseen_process_resident_memory_bytes", |bytes| bytes > 1e6).await;
     metric(consumer, "lastseen_process_cpu_seconds_total", |seconds| seconds > 0.0).await;
 }
@@ -98,7 +98,7 @@ async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
     work(&endpoint, consumer).await;
     metric(consumer, "lastseen_breaker_state", is(0)).await;
     metric(producer, "lastseen_callback_ids_total", |ids| ids >= 4.0).await;
-    metric(tester, "lastseen_ready", is(1)).await;
+    metric(tester, r#"lastseen_ready{role="tester"}"#, is(1)).await;
     let cleaned_at = "lastseen_cleanup_last_success_timestamp_seconds";
     let cleaned_at = metric(routine, cleaned_at, |at| at > 0.0).await;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
