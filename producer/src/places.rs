@@ -95,12 +95,15 @@ impl Places {
             return publishing.await.map_err(|broker| Unavailable { broker, spool: None });
         };
         let mut refused = None;
-        if outage.broker_takes() || outage.spool().is_none() {
+        let is_asked_first = outage.broker_takes() || outage.spool().is_none();
+        if is_asked_first {
             let another_place = async {
                 sleep(self.publish_timeout).await;
                 outage.opened().await;
             };
             tokio::select! {
+                // In this order: what is confirmed must not be spooled because nobody has looked for so long.
+                biased;
                 published = publishing.as_mut() => match published {
                     Ok(()) => return Ok(()),
                     Err(error) => refused = Some(error),
@@ -108,16 +111,17 @@ impl Places {
                 // Its confirm may still come, should the spool not take it.
                 () = another_place => {}
             }
-            if !is_full(refused.as_ref()) {
-                outage.set_broker_takes(false);
-            }
         }
         let mut unspooled = None;
         // It may have been opened since the callback came.
         if let Some(spool) = outage.spool() {
+            if is_asked_first && !is_full(refused.as_ref()) {
+                outage.set_broker_takes(false);
+            }
             let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
             span.set("lastseen.spooled", true);
-            let added = spool.add(origin, &unconfirmed, SPOOL_TIMEOUT).await;
+            let left = late.saturating_duration_since(Instant::now());
+            let added = spool.add(origin, &unconfirmed, left.min(SPOOL_TIMEOUT)).await;
             outage.note(&added, unconfirmed.len());
             match added {
                 Ok(()) => return Ok(()),

@@ -67,13 +67,10 @@ impl Outage {
         self.spool.get()
     }
 
-    /// The spool, as soon as it could be opened.
-    pub(crate) async fn opened(&self) -> &Spool {
+    /// Returns as soon as the spool could be opened.
+    pub(crate) async fn opened(&self) {
         let mut status = self.status.subscribe();
-        loop {
-            if let Some(spool) = self.spool.get() {
-                return spool;
-            }
+        while self.spool.get().is_none() {
             _ = status.changed().await;
         }
     }

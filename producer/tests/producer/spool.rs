@@ -140,6 +140,8 @@ async fn a_spool_that_cannot_be_opened_is_done_without_until_it_can_be() {
 /// and sees that it is accepted.
 async fn is_spooled_late(publish_timeout: &str, fails: impl FnOnce(&Proxy)) {
     let (proxy, uri) = proxied_broker().await;
+    // So that nothing but the callback is under way, and the broker is not given up.
+    let uri = format!("{uri}?heartbeat=60");
     let blocked = Blocked::new();
     let timeout = format!("--publish-timeout={publish_timeout}");
     let producer = Producer::start_at(&uri, &[&blocked.argument(), &timeout]).await;
