@@ -100,8 +100,8 @@ impl Load {
     }
 
     /// Lets it finish what is under way, and gives what came of all callbacks. What was due and not
-    /// sent at this moment is nobody's: there are enough connections that only a load generator
-    /// which lacks the time leaves anything behind.
+    /// sent at this moment is nobody's: there are connections enough for the rate, and only a load
+    /// generator which lacks the time leaves anything behind.
     pub(crate) async fn stop(mut self) -> Vec<Entry> {
         self.tester.terminate();
         let status = self.tester.wait().await;

@@ -59,8 +59,8 @@ impl Prober {
 async fn is_any_stored(table: &PgPool, ids: &[i64], any_after: Option<SystemTime>) -> bool {
     const ANY: &str =
         "SELECT EXISTS (SELECT FROM object WHERE id = ANY($1) OR last_seen > to_timestamp($2))";
-    let after = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let after = any_after.map(|time| after(time).as_secs_f64());
+    let since_1970 = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
+    let after = any_after.map(|time| since_1970(time).as_secs_f64());
     let query = sqlx::query_scalar(ANY).bind(ids).bind(after).fetch_one(table);
     matches!(tokio::time::timeout(QUERY_TIMEOUT, query).await, Ok(Ok(true)))
 }

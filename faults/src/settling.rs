@@ -78,7 +78,7 @@ impl Books<'_> {
         }
         if !breaches.is_empty() {
             breaches.push(self.answers());
-            if let Some(entry) = unanswered.first() {
+            if let Some(entry) = unanswered.iter().min_by_key(|entry| due_at(entry)) {
                 breaches.push(self.first_unanswered(entry));
             }
             if let Some(id) = settled.missing.first() {

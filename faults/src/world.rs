@@ -229,10 +229,15 @@ impl World {
         .await;
     }
 
-    /// Waits until the producer's spool is empty.
+    /// Waits until the producer has relayed all that it has spooled since its start. By its counters, for the
+    /// gauge is up to a second old.
     pub(crate) async fn relays_all(&self) {
-        let empty = async || (self.spooled().await < 1.0).then_some(());
-        eventually("the spool is empty", PATIENCE, empty).await;
+        eventually("all is relayed", PATIENCE, async || {
+            let relayed = self.producer().metric("lastseen_relayed_total").await;
+            let spooled = self.producer().metric("lastseen_spooled_total").await;
+            (relayed >= spooled).then_some(())
+        })
+        .await;
     }
 
     /// Where the producer listens.

@@ -67,7 +67,7 @@ pub(crate) async fn upkeep(handle: PrometheusHandle) {
     }
 }
 
-/// All metrics of this process as `/metrics` shows them; nothing if it has none.
+/// All metrics that were recorded in this process, as `/metrics` shows them; nothing if it has none.
 #[must_use]
 pub fn rendered_metrics() -> String {
     INSTALLED.get().map_or_else(String::new, PrometheusHandle::render)

@@ -88,7 +88,7 @@ async fn delivery_limit() -> Verdict {
 async fn stopped() -> Verdict {
     let mut world = World::start(Setup::default()).await;
     world.comes_under_load().await;
-    world.consumers[0].pause();
+    world.consumers[0].pause().await;
     // Longer than the broker waits for a heartbeat, which is three times 5 s at most.
     world.stays(Duration::from_mins(1)).await;
     let consumers = world.broker.rabbitmqctl(&["list_consumers", "queue_name"]).await;

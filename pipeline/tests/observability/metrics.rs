@@ -61,7 +61,6 @@ async fn assert_true(consumer: &Process) {
     let seconds = consumer.metric("lastseen_callback_to_commit_seconds_sum").await / aged;
     assert!(0.0 < seconds && seconds < 10.0, "{seconds} s from a callback to the commit");
     metric(consumer, "lastseen_queue_messages", is(0)).await;
-    metric(consumer, r#"lastseen_ready{role="consumer"}"#, is(1)).await;
     metric(consumer, "lastseen_process_resident_memory_bytes", |bytes| bytes > 1e6).await;
     metric(consumer, "lastseen_process_cpu_seconds_total", |seconds| seconds > 0.0).await;
 }
@@ -94,11 +93,11 @@ async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
         let check = Process::spawn(name, &address, &["healthcheck"]);
         assert_eq!(check.wait().await.code(), Some(0), "{name}: {:?}", check.log());
         assert_eq!(check.log(), ["ready"], "{name}");
+        metric(service, &format!("lastseen_ready{{role=\"{name}\"}}"), is(1)).await;
     }
     work(&endpoint, consumer).await;
     metric(consumer, "lastseen_breaker_state", is(0)).await;
     metric(producer, "lastseen_callback_ids_total", |ids| ids >= 4.0).await;
-    metric(tester, r#"lastseen_ready{role="tester"}"#, is(1)).await;
     let cleaned_at = "lastseen_cleanup_last_success_timestamp_seconds";
     let cleaned_at = metric(routine, cleaned_at, |at| at > 0.0).await;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap().as_secs_f64();
@@ -148,6 +147,9 @@ async fn all_in_one_process_and_in_files_tells_the_same_of_its_queue() {
     let address = [("ADMIN_ADDR", lastseen.admin().await.to_string())];
     let check = Process::spawn("lastseen", &address, &["healthcheck"]);
     assert_eq!(check.wait().await.code(), Some(0), "{:?}", check.log());
+    for role in ["producer", "consumer", "routine", "viewer"] {
+        metric(&lastseen, &format!("lastseen_ready{{role=\"{role}\"}}"), is(1)).await;
+    }
     work(&callback_endpoint(&lastseen).await, &lastseen).await;
     assert_true(&lastseen).await;
     let text = scrape(&lastseen).await;
