@@ -252,11 +252,9 @@ impl Writer {
                 if committed.as_ref().is_err_and(is_full) && could_free {
                     self.ballast.release();
                 }
-                for work in group.drain(..) {
-                    work.reply(outcome.clone());
-                }
-                match committed {
-                    Err(error) if is_damage(&error) => return self.give_up(&error.to_string()),
+                // Before those who hear of the outcome look at the status.
+                match &committed {
+                    Err(error) if is_damage(error) => {}
                     Err(error) => self.note(Err(error.to_string())),
                     // That nothing was written shows nothing about whether something could be.
                     Ok(()) if self.connection.total_changes() == changes_before => {}
@@ -266,6 +264,14 @@ impl Writer {
                             self.note(Ok(()));
                         }
                     }
+                }
+                for work in group.drain(..) {
+                    work.reply(outcome.clone());
+                }
+                if let Err(error) = committed
+                    && is_damage(&error)
+                {
+                    return self.give_up(&error.to_string());
                 }
             }
             if looked_at.elapsed() >= LOOK_INTERVAL {
