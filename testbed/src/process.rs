@@ -1,6 +1,8 @@
 //! A service of this workspace as a process of its own.
 
 use std::ffi::OsStr;
+use std::fs::{self, DirEntry};
+use std::io;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::{Command, ExitStatus, Stdio};
@@ -175,7 +177,7 @@ impl Process {
     }
 
     fn memory_kib(&self, field: &str) -> u64 {
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid()));
+        let status = fs::read_to_string(format!("/proc/{}/status", self.pid()));
         let status = status.expect("a process that runs has a status");
         let value = status.lines().find_map(|line| line.strip_prefix(field));
         value
@@ -202,9 +204,26 @@ impl Process {
         self.group().signal(Signal::TERM);
     }
 
-    /// Takes the processor away from it, as a debugger or a frozen virtual machine would.
-    pub fn pause(&self) {
+    /// Takes the processor away from it, as a debugger or a frozen virtual machine would, and returns when
+    /// none of its threads runs any more.
+    ///
+    /// # Panics
+    /// When it does not stop within a minute.
+    pub async fn pause(&self) {
         self.group().signal(Signal::STOP);
+        // The signal has one thread stop the others, once it comes to run.
+        eventually("all threads are stopped", PATIENCE, async || {
+            let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).ok()?;
+            let is_stopped = |task: io::Result<DirEntry>| {
+                let stat = fs::read_to_string(task?.path().join("stat"))?;
+                // The name is in brackets, and may have any character; the state follows it.
+                Ok::<_, io::Error>(
+                    stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")),
+                )
+            };
+            tasks.map(is_stopped).all(|stopped| stopped.unwrap_or(false)).then_some(())
+        })
+        .await;
     }
 
     /// Lets it go on where it was paused.

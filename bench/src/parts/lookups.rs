@@ -35,7 +35,7 @@ pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
         // One that hears of nothing any more, and whose queue nobody empties.
         let viewer = if has_viewer { Some(place.spawn("viewer", &[]).await) } else { None };
         if let Some(viewer) = &viewer {
-            viewer.pause();
+            viewer.pause().await;
         }
         rows.push(looked_up_at_once(&place).await?);
     }

@@ -1,5 +1,5 @@
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
 use service::Health;
@@ -159,18 +159,24 @@ async fn isolated_failures_do_not_trip_it_and_count_as_attempts() {
 async fn it_opens_up_gradually() {
     const LATENCY: Duration = Duration::from_millis(500);
     let around = Surroundings::new().await;
-    let well = Answer::After(LATENCY, Box::new(Answer::Online));
-    let (api, gets_well) = ailing(Answer::Status(500), well);
+    let (well, begun) = (Arc::new(AtomicBool::new(false)), Arc::new(Mutex::new(Vec::new())));
+    let api = StatusApi::start({
+        let (well, begun) = (Arc::clone(&well), Arc::clone(&begun));
+        move |_, _| {
+            if !well.load(Ordering::SeqCst) {
+                return Answer::Status(500);
+            }
+            begun.lock().unwrap().push(Instant::now());
+            Answer::After(LATENCY, Box::new(Answer::Online))
+        }
+    });
     around.publish(1..=300).await;
     let consumer = around.start(&api.endpoint(), &["--max-consumers=100"]);
     opened(&consumer).await;
-    // Before it does, or a probe could come in between that is answered and not counted.
-    let well_at = Instant::now();
-    gets_well();
+    well.store(true, Ordering::SeqCst);
     around.recorded(1..=300).await;
-    let times: Vec<Instant> =
-        api.lookups().iter().map(|(_, at)| *at).filter(|at| *at > well_at).collect();
-    let within = |limit| times.iter().filter(|at| **at - times[0] < limit).count();
+    let begun = begun.lock().unwrap().clone();
+    let within = |limit| begun.iter().filter(|at| **at - begun[0] < limit).count();
     // Probes at first; what the first answers let begin; and so on, up to all places.
     assert!(within(LATENCY) <= 5, "{} lookups before the first answer", within(LATENCY));
     assert!(within(LATENCY * 2) <= 45, "{} in the second round", within(LATENCY * 2));

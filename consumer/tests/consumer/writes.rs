@@ -1,3 +1,4 @@
+use service::CancellationToken;
 use testbed::{Answer, StatusApi, eventually};
 
 use crate::failures::header;
@@ -52,11 +53,18 @@ async fn a_row_is_never_moved_backwards() {
 #[tokio::test]
 async fn repeated_messages_of_an_object_give_one_row() {
     let around = Surroundings::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+    let answer = CancellationToken::new();
+    let answered = answer.clone();
+    let api =
+        StatusApi::start(move |_, _| Answer::Once(answered.clone(), Box::new(Answer::Online)));
     around.publish([7; 20]).await;
     around.publish([8, 7, 9]).await;
-    // All results are there when the first batch is written.
-    let consumer = around.start(&api.endpoint(), &["--write-batch-linger=500ms"]);
+    let settings = ["--coalesce=off", "--status-timeout=1m", "--write-batch-linger=500ms"];
+    let consumer = around.start(&api.endpoint(), &settings);
+    eventually("all are being looked up", PATIENCE, async || (api.in_flight() == 23).then_some(()))
+        .await;
+    // So that one batch has all of them.
+    answer.cancel();
     around.recorded([7, 8, 9]).await;
     consumer.stop().await;
     around.assert_all_settled().await;

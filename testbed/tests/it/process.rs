@@ -46,7 +46,7 @@ async fn a_process_sees_no_variable_but_those_it_is_given() {
 async fn a_process_that_is_paused_does_nothing_until_it_is_resumed() {
     let sample = Process::spawn("testbed-sample", &[], &[]);
     sample.ready().await;
-    sample.pause();
+    sample.pause().await;
     let asked = tokio::time::timeout(Duration::from_millis(300), sample.get("/livez"));
     assert!(asked.await.is_err(), "it answers");
     sample.resume();

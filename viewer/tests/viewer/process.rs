@@ -131,7 +131,7 @@ async fn the_write_side_does_not_notice_a_viewer_that_is_stopped_in_its_tracks()
     for service in [&producer, &consumer, &viewer] {
         service.ready().await;
     }
-    viewer.pause();
+    viewer.pause().await;
     let (partner, endpoint) = (Partner::default(), callback_endpoint(&producer).await);
     let all: Vec<i64> = (1..=2_000).collect();
     for ids in all.chunks(200) {
