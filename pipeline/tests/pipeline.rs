@@ -99,7 +99,10 @@ async fn the_testers_callbacks_fill_the_table_and_what_is_no_longer_seen_leaves_
         stored(database.pool()).await.is_empty().then_some(())
     })
     .await;
-    assert!(routine.metric("lastseen_deleted_rows_total").await >= 45.0);
+    eventually("the routine has counted them", PATIENCE, async || {
+        (routine.metric("lastseen_deleted_rows_total").await >= 45.0).then_some(())
+    })
+    .await;
     for service in [producer, consumer, routine] {
         service.terminate();
         assert_eq!(service.wait().await.code(), Some(0));

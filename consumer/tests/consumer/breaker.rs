@@ -173,6 +173,13 @@ async fn it_opens_up_gradually() {
     around.publish(1..=300).await;
     let consumer = around.start(&api.endpoint(), &["--max-consumers=100"]);
     opened(&consumer).await;
+    // What had begun before that may still be on its way to the API.
+    eventually("only probes come", PATIENCE, async || {
+        let times: Vec<Instant> = api.lookups().iter().map(|(_, at)| *at).collect();
+        let [.., before, last] = times.as_slice() else { return None };
+        (*last - *before > LATENCY).then_some(())
+    })
+    .await;
     well.store(true, Ordering::SeqCst);
     around.recorded(1..=300).await;
     let begun = begun.lock().unwrap().clone();
