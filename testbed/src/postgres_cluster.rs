@@ -361,7 +361,10 @@ pub(crate) fn version() -> String {
 
 /// Where Debian puts each version's programs, the newest first.
 fn installed() -> Vec<PathBuf> {
-    let versions = fs::read_dir("/usr/lib/postgresql").into_iter().flatten().flatten();
+    let versions = fs::read_dir(programs::servers_root().join("usr/lib/postgresql"))
+        .into_iter()
+        .flatten()
+        .flatten();
     let mut folders: Vec<PathBuf> = versions.map(|version| version.path().join("bin")).collect();
     folders.sort();
     folders.reverse();

@@ -1,9 +1,14 @@
-//! Where the servers' programs are, and what they wrote last.
+//! Where the servers' programs are, and the last lines of their logs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::{postgres_cluster, rabbit_node};
+
+/// The folder below which the servers are installed: `TEST_SERVERS_ROOT`, as `scripts/with-servers --newest` sets it, or `/`.
+pub(crate) fn servers_root() -> PathBuf {
+    std::env::var_os("TEST_SERVERS_ROOT").map_or_else(|| PathBuf::from("/"), PathBuf::from)
+}
 
 /// Finds a program in one of `folders`, else on `PATH`.
 ///

@@ -16,8 +16,6 @@ use crate::process_group::ProcessGroup;
 use crate::scratch::Scratch;
 use crate::{amqp, eventually, free_port, ports, programs};
 
-/// The scripts here run as whoever calls them; Debian's in /usr/sbin insist on the user rabbitmq.
-const SCRIPTS: &str = "/usr/lib/rabbitmq/bin";
 const BOOT_DEADLINE: Duration = Duration::from_mins(1);
 const DRAIN_DEADLINE: Duration = Duration::from_mins(1);
 const SAVE_DEADLINE: Duration = Duration::from_secs(10);
@@ -264,7 +262,9 @@ impl RabbitNode {
     pub async fn run_script(&self, script: &Path, environment: &[(&str, &str)]) -> String {
         let mut command = self.within(Command::new(script));
         let path = std::env::var("PATH").unwrap_or_default();
-        command.env("PATH", format!("{SCRIPTS}:{path}")).envs(environment.iter().copied());
+        command
+            .env("PATH", format!("{}:{path}", scripts().display()))
+            .envs(environment.iter().copied());
         programs::run(command).await
     }
 
@@ -276,7 +276,7 @@ impl RabbitNode {
     }
 
     fn command(&self, script: &str) -> Command {
-        self.within(Command::new(programs::find(script, &[PathBuf::from(SCRIPTS)])))
+        self.within(Command::new(programs::find(script, &[scripts()])))
     }
 
     /// Gives the command the environment by which the node, and nothing else, is found.
@@ -318,9 +318,14 @@ impl Drop for RabbitNode {
     }
 }
 
+/// RabbitMQ's own scripts, which run as any user. Debian's scripts in /usr/sbin insist on the user rabbitmq.
+fn scripts() -> PathBuf {
+    programs::servers_root().join("usr/lib/rabbitmq/bin")
+}
+
 /// Such as `3.10.8`.
 pub(crate) fn version() -> String {
-    let mut command = Command::new(programs::find("rabbitmqctl", &[PathBuf::from(SCRIPTS)]));
+    let mut command = Command::new(programs::find("rabbitmqctl", &[scripts()]));
     // Its home is where it would keep a cookie.
     command.arg("version").env("HOME", std::env::temp_dir());
     programs::output(&mut command)
