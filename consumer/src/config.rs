@@ -1,6 +1,7 @@
 //! The consumer's settings.
 
 use std::num::NonZeroU32;
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use clap::ArgAction;
@@ -15,6 +16,12 @@ const WAITING_MAX: u16 = 4_000;
 
 /// Where lookups per second have a limit, so many seconds' worth of them.
 const WAITING_SECONDS: u32 = 60;
+
+/// The most is far below the 30 minutes after which RabbitMQ takes a delivery back.
+const STATUS_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_mins(5);
+/// Results are unacknowledged while they wait.
+const WRITE_BATCH_LINGER: RangeInclusive<Duration> =
+    Duration::from_millis(1)..=Duration::from_mins(1);
 
 const LEAST_PER_SECOND: NonZeroU32 = NonZeroU32::MIN;
 /// More than a process can do.
@@ -70,7 +77,7 @@ pub struct Lookups {
     #[arg(long, value_parser = endpoint, default_value = "http://localhost:9010")]
     pub tester_endpoint: reqwest::Url,
     /// How long a lookup may take, connecting included
-    #[arg(long, value_parser = settings::duration, default_value = "5s")]
+    #[arg(long, value_parser = settings::duration(STATUS_TIMEOUT), default_value = "5s")]
     pub status_timeout: Duration,
     /// How often a lookup is tried before its message goes to the dead letters
     #[arg(long, value_parser = settings::number(1..=1_000_u32), default_value = "8")]
@@ -85,7 +92,7 @@ pub struct Lookups {
     #[arg(long, value_parser = settings::number(1..=10_000_u16), default_value = "1000", help_heading = "Writes")]
     pub write_batch_max: u16,
     /// How long a result may wait for others to be written with
-    #[arg(long, value_parser = settings::duration, default_value = "10ms", help_heading = "Writes")]
+    #[arg(long, value_parser = settings::duration(WRITE_BATCH_LINGER), default_value = "10ms", help_heading = "Writes")]
     pub write_batch_linger: Duration,
 }
 

@@ -180,7 +180,9 @@ impl Intake {
         deliveries.stop().await;
         let waiting = shared.waiting.take_older_than(Instant::now());
         join_all(waiting.into_iter().map(|taken| taken.delivery.give_back())).await;
-        tracing::info!(lookups = lookups.len(), "finishing the lookups in flight");
+        if !lookups.is_empty() {
+            tracing::info!(lookups = lookups.len(), "finishing the lookups in flight");
+        }
         while let Some(lookup) = lookups.join_next().await {
             shared.ended(lookup)?;
         }

@@ -4,6 +4,8 @@ use std::fs;
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
 
+use crate::open::private_file;
+
 /// A file of zeros beside the one that it is for. SQLite cannot even delete on a full disk, because
 /// its log grows first; with the ballast thrown off, it can.
 pub(crate) struct Ballast {
@@ -51,7 +53,7 @@ impl Ballast {
 
     fn write(&self) -> io::Result<()> {
         let write = || {
-            let mut file = fs::File::create(&self.path)?;
+            let mut file = private_file(&self.path)?;
             io::copy(&mut io::repeat(0).take(self.bytes), &mut file)?;
             file.sync_all()
         };

@@ -3,7 +3,7 @@
 use std::fs::{self, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
+use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -233,6 +233,8 @@ fn create(path: &Path, format: Format) -> Result<(), OpenError> {
             _ => {}
         }
     }
+    // SQLite gives its -wal and -shm files the same mode.
+    private_file(&unfinished).map_err(failed("make", &unfinished))?;
     let Format { application_id, version, schema, .. } = format;
     let make = || {
         let connection = Connection::open(&unfinished)?;
@@ -252,6 +254,11 @@ fn create(path: &Path, format: Format) -> Result<(), OpenError> {
     }
     fs::rename(&unfinished, path).map_err(failed("make", path))?;
     sync(directory_of(path))
+}
+
+/// Makes an empty file that only its owner may read, and opens it.
+pub(crate) fn private_file(path: &Path) -> io::Result<fs::File> {
+    fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
 /// Makes the directory and those above it.
@@ -279,8 +286,13 @@ fn directory_of(path: &Path) -> &Path {
 /// Beside the file and not on it: closing any handle of a file drops SQLite's own locks on it.
 fn lock(path: &Path) -> Result<Lock, OpenError> {
     let lock_path = with_suffix(path, ".lock");
-    let options =
-        fs::File::options().read(true).write(true).create(true).truncate(false).to_owned();
+    let options = fs::File::options()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .mode(0o600)
+        .to_owned();
     let mut file = options.open(&lock_path).map_err(failed("open", &lock_path))?;
     match file.try_lock() {
         Ok(()) => {}

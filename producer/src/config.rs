@@ -1,11 +1,18 @@
 //! The producer's settings.
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
 use authenticity::Authenticity;
 use service::settings;
+
+const PUBLISH_TIMEOUT: RangeInclusive<Duration> =
+    Duration::from_millis(10)..=Duration::from_mins(1);
+/// How long a client may take.
+const CLIENT_TIMEOUT: RangeInclusive<Duration> =
+    Duration::from_millis(100)..=Duration::from_mins(10);
 
 /// The producer's settings.
 #[derive(Clone, Debug, clap::Args)]
@@ -37,7 +44,7 @@ pub struct Callbacks {
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "10000")]
     pub max_ids_per_callback: usize,
     /// How long the broker may take to confirm a callback before it goes to the spool; the client gives up after 1s
-    #[arg(long, value_parser = settings::duration, default_value = "300ms")]
+    #[arg(long, value_parser = settings::duration(PUBLISH_TIMEOUT), default_value = "300ms")]
     pub publish_timeout: Duration,
     /// The directory of the spool, where callbacks wait while the broker takes none [default: ./spool; of lastseen: spool in `LASTSEEN_DIR`]
     #[arg(long)]
@@ -46,10 +53,10 @@ pub struct Callbacks {
     #[arg(long, value_parser = settings::number(1_048_576..=1_u64 << 40), default_value = "1073741824")]
     pub spool_max_bytes: u64,
     /// How long a client may take to send a request's head, and how long a connection may idle
-    #[arg(long, value_parser = settings::duration, default_value = "20s")]
+    #[arg(long, value_parser = settings::duration(CLIENT_TIMEOUT), default_value = "20s")]
     pub header_timeout: Duration,
     /// How long a client may take to send a request's body
-    #[arg(long, value_parser = settings::duration, default_value = "5s")]
+    #[arg(long, value_parser = settings::duration(CLIENT_TIMEOUT), default_value = "5s")]
     pub body_timeout: Duration,
     /// The most connections open at once; more wait until one ends
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "10000")]

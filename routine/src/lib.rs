@@ -2,6 +2,7 @@
 
 mod steps;
 
+use std::ops::RangeInclusive;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -27,6 +28,11 @@ const ONCE_PATIENCE: Duration = Duration::from_secs(30);
 /// How long `--once` waits for whoever is told; it does without.
 const EVENTS_PATIENCE: Duration = Duration::from_secs(2);
 
+const ROUTINE_INTERVAL: RangeInclusive<Duration> =
+    Duration::from_millis(10)..=Duration::from_hours(24);
+const OBJECT_TTL: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_hours(365 * 24);
+
 /// The routine's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
@@ -51,13 +57,13 @@ pub struct Config {
 #[group(skip)]
 pub struct Cleanup {
     /// How often stale objects are deleted
-    #[arg(long, value_parser = settings::duration, default_value = "3s")]
+    #[arg(long, value_parser = settings::duration(ROUTINE_INTERVAL), default_value = "3s")]
     pub routine_interval: Duration,
     /// How long after it was last seen an object becomes stale
-    #[arg(long, value_parser = settings::duration, default_value = "30s")]
+    #[arg(long, value_parser = settings::duration(OBJECT_TTL), default_value = "30s")]
     pub object_ttl: Duration,
     /// The most rows deleted by one statement; an upsert waits at most for one of these
-    #[arg(long, value_parser = settings::number(1..=1_000_000_u32), default_value = "10000")]
+    #[arg(long, value_parser = settings::number(1..=100_000_u32), default_value = "10000")]
     pub delete_batch_max: u32,
 }
 

@@ -315,9 +315,10 @@ async fn on_sigterm_it_ends_with_success_also_when_there_is_no_database() {
 #[tokio::test]
 async fn a_setting_that_is_not_allowed_ends_it_with_78_and_is_told_with_what_is_allowed() {
     let bad = [
-        ("ROUTINE_INTERVAL", "soon", "a duration above zero"),
-        ("OBJECT_TTL", "0s", "a duration above zero"),
-        ("DELETE_BATCH_MAX", "0", "a number from 1 to 1000000"),
+        ("ROUTINE_INTERVAL", "soon", "a duration from 10ms to 1d"),
+        ("OBJECT_TTL", "0s", "a duration from 1s to 365d"),
+        ("OBJECT_TTL", "5M", "a duration from 1s to 365d"),
+        ("DELETE_BATCH_MAX", "0", "a number from 1 to 100000"),
     ];
     for (name, value, allowed) in bad {
         let routine = Process::spawn("routine", &[(name, value.to_owned())], &[]);

@@ -5,15 +5,19 @@
 //! [`main`] and does nothing else. One that has subcommands uses [`main_with_commands`].
 
 mod admin;
+mod env_file;
 mod health;
 mod healthcheck;
 pub mod http;
 mod lifecycle;
 mod live;
+mod log_output;
 pub mod problem;
 mod process;
 mod recorder;
 mod reload;
+mod repeats;
+mod secrets;
 pub mod settings;
 mod sources;
 mod telemetry;

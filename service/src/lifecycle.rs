@@ -2,6 +2,7 @@
 
 use std::future::Ready;
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -15,9 +16,10 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use crate::log_output;
 use crate::reload::{self, Reload};
 use crate::settings;
-use crate::sources::{self, Parsed, Settings, SettingsError, Sources};
+use crate::sources::{self, IgnoredSettings, Parsed, Settings, SettingsError, Sources};
 use crate::traces::{self, Traces};
 use crate::{Health, Live, admin, healthcheck, http, recorder, telemetry, terminal};
 
@@ -27,6 +29,8 @@ const EXIT_SETTINGS: u8 = 78;
 const EXIT_UNAVAILABLE: u8 = 69;
 /// The service failed, or was stopped before all in flight was finished (`EX_SOFTWARE`).
 const EXIT_FAILURE: u8 = 70;
+
+const DRAIN_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_hours(1);
 
 const ABOUT_VARIABLES: &str = "\
     Every option that takes a value can also be set in the settings file, as an environment variable, \
@@ -70,7 +74,7 @@ struct Common {
     #[arg(long, value_parser = settings::listen_address, help_heading = "Life cycle")]
     admin_addr: SocketAddr,
     /// How long what is in flight may take to finish after SIGTERM or ctrl-c; a second signal ends it at once
-    #[arg(long, value_parser = settings::duration, default_value = "30s", help_heading = "Life cycle")]
+    #[arg(long, value_parser = settings::duration(DRAIN_TIMEOUT), default_value = "30s", help_heading = "Life cycle")]
     drain_timeout: Duration,
     #[command(flatten)]
     telemetry: telemetry::Config,
@@ -149,7 +153,8 @@ where
             return ExitCode::from(EXIT_SETTINGS);
         }
     };
-    let Settings { config: Asked { common, config, healthcheck }, given, in_vain } = settings;
+    let Settings { config: Asked { common, config, healthcheck }, given, ignored, dot_env } =
+        settings;
     if healthcheck {
         return healthcheck::run(common.admin_addr);
     }
@@ -162,11 +167,12 @@ where
     let ended = match plan(live, health.clone(), shutdown.clone()) {
         Ok(Invocation::Service(service)) => {
             let filter = telemetry::init(&common.telemetry);
+            log_sources(dot_env, &ignored);
             let heed = move |asked: Asked<C>| {
                 filter.set(&asked.common.telemetry);
                 changer.set(asked.config);
             };
-            let reload = Reload::new(sources, content, (given, in_vain), description.live(), heed);
+            let reload = Reload::new(sources, content, (given, ignored), description.live(), heed);
             let supervised = supervise(description, &common, reload, health, shutdown, service);
             let ended = block_on(supervised);
             match &ended {
@@ -177,11 +183,13 @@ where
         }
         Ok(Invocation::Command(command)) => {
             telemetry::init(&common.telemetry.of_command());
+            log_sources(dot_env, &ignored);
             let ended = block_on(carry_out(command, common.drain_timeout, shutdown));
             told(description, ended)
         }
         Err(refused) => told(description, Err(refused)),
     };
+    log_output::flush();
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Unavailable>() => ExitCode::from(EXIT_UNAVAILABLE),
@@ -189,8 +197,18 @@ where
     }
 }
 
+/// Logs which `.env` was read, and what was set without effect.
+fn log_sources(dot_env: Option<(PathBuf, Vec<String>)>, ignored: &IgnoredSettings) {
+    if let Some((file, settings)) = dot_env {
+        tracing::info!(file = %file.display(), settings = settings.join(", "), "read .env");
+    }
+    ignored.log();
+}
+
 /// Prints the error, if it is one.
 fn told(description: Description, ended: anyhow::Result<()>) -> anyhow::Result<()> {
+    // After what it has logged.
+    log_output::flush();
     ended.inspect_err(|error| eprintln!("{}: {error:#}", description.name))
 }
 
@@ -220,7 +238,7 @@ impl<C: FromArgMatches> FromArgMatches for Asked<C> {
 struct AtStart<C> {
     sources: Sources,
     /// Of the settings file.
-    content: Vec<u8>,
+    content: String,
     parsed: Parsed<C>,
 }
 
@@ -238,7 +256,7 @@ fn read_settings<C: Args + FromArgMatches>(
         .subcommand(Command::new(healthcheck::NAME).about(healthcheck::ABOUT));
     let command = with_admin_address(command, description);
     let sources = Sources::new(command, arguments)?;
-    let content = sources.file().map_or(Ok(Vec::new()), sources::read_file)?;
+    let content = sources.file().map_or(Ok(String::new()), sources::read_file)?;
     let parsed = sources.read(&content)?;
     Ok(AtStart { sources, content, parsed })
 }
@@ -262,9 +280,9 @@ fn is_healthcheck(description: Description, arguments: &[String]) -> Option<Sock
         .subcommand_required(true);
     let sources =
         Sources::new(with_admin_address(command, description), arguments.to_vec()).ok()?;
-    let content = sources.file().map_or(Ok(Vec::new()), sources::read_file).unwrap_or_default();
+    let content = sources.file().map_or(Ok(String::new()), sources::read_file).unwrap_or_default();
     // With a file that holds no settings at all, it is still the service's environment that says where.
-    match sources.read::<Address>(&content).or_else(|_| sources.read(b"")) {
+    match sources.read::<Address>(&content).or_else(|_| sources.read("")) {
         Ok(Parsed::Run(settings)) => Some(settings.config.admin_addr),
         Ok(Parsed::Print(_)) | Err(_) => None,
     }
@@ -298,7 +316,7 @@ async fn supervise(
     let signals = Signals::watch()?;
     let metrics = recorder::install(description.name)?;
     let reload = reload::watch(reload, Arc::clone(&signals.hangups), &health);
-    let traces = Traces::start(&common.traces, description.name)?;
+    let traces = Traces::start(&common.traces, description.name);
     let address = common.admin_addr;
     let listener = TcpListener::bind(address)
         .await

@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
+use crate::log_output::DROPPED;
 use crate::process;
 
 /// Upper bounds of every `_seconds` histogram: from a fast commit to a status API at its slowest.
@@ -35,6 +36,13 @@ pub(crate) fn install(service: &'static str) -> Result<PrometheusHandle, BuildEr
         .install_recorder()?;
     metrics::describe_gauge!("lastseen_build_info", "Always 1; the labels say what runs.");
     metrics::gauge!("lastseen_build_info", "service" => service, "version" => env!("CARGO_PKG_VERSION")).set(1.0);
+    metrics::describe_counter!(
+        DROPPED,
+        "Log lines that were left out, by reason: nobody read the log, or they repeated."
+    );
+    for reason in ["unread", "repeated"] {
+        metrics::counter!(DROPPED, "reason" => reason).increment(0);
+    }
     process::note_start();
     Ok(INSTALLED.get_or_init(|| handle).clone())
 }

@@ -14,9 +14,10 @@ use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
 use crate::health::{Health, PeerStatus};
-use crate::sources::{self, InVain, Parsed, Settings, SettingsError, Sources, Values};
+use crate::secrets;
+use crate::sources::{self, IgnoredSettings, Parsed, Settings, SettingsError, Sources, Values};
 
-/// A change is heeded when two looks in a row have seen it: an editor may be halfway through.
+/// A change takes effect once two reads in a row have seen it: an editor may be halfway through.
 const INTERVAL: Duration = Duration::from_millis(250);
 
 /// Whether the settings file is refused as it is now.
@@ -34,9 +35,9 @@ pub(crate) struct Reload<C> {
     heed: Box<dyn Fn(C) + Send>,
     at_start: Values,
     now: Values,
-    in_vain: InVain,
+    ignored: IgnoredSettings,
     /// What the file held, or why it could not be read.
-    content: Result<Vec<u8>, String>,
+    content: Result<String, String>,
 }
 
 /// Reads the settings file again for as long as the process runs, and says in `health` if it is refused.
@@ -66,8 +67,8 @@ impl<C: FromArgMatches + Send + 'static> Reload<C> {
     /// when they have changed. `None` if there is no settings file.
     pub(crate) fn new(
         sources: Sources,
-        content: Vec<u8>,
-        (given, in_vain): (Values, InVain),
+        content: String,
+        (given, ignored): (Values, IgnoredSettings),
         live: Vec<&'static str>,
         heed: impl Fn(C) + Send + 'static,
     ) -> Option<Self> {
@@ -79,7 +80,7 @@ impl<C: FromArgMatches + Send + 'static> Reload<C> {
             heed: Box::new(heed),
             at_start: given.clone(),
             now: given,
-            in_vain,
+            ignored,
             content: Ok(content),
         })
     }
@@ -88,7 +89,6 @@ impl<C: FromArgMatches + Send + 'static> Reload<C> {
         let mut looks = interval(INTERVAL);
         looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut before = self.content.clone();
-        self.in_vain.tell();
         loop {
             let asked = tokio::select! {
                 _ = looks.tick() => false,
@@ -122,7 +122,7 @@ impl<C: FromArgMatches + Send + 'static> Reload<C> {
     }
 
     fn apply(&mut self, settings: Settings<C>) {
-        let Settings { config, given, in_vain } = settings;
+        let Settings { config, given, ignored, .. } = settings;
         let changed = differences(&self.now, &given);
         let awaiting = self.awaiting_restart(&given);
         metrics::gauge!(AWAITING).set(u32::try_from(awaiting.len()).unwrap_or(u32::MAX));
@@ -135,14 +135,14 @@ impl<C: FromArgMatches + Send + 'static> Reload<C> {
             );
         }
         if live.is_empty() {
-            tracing::info!("settings read; none has changed that can while this runs");
+            tracing::info!("settings reloaded: no reloadable setting changed");
         } else {
             let live: Vec<_> = live.into_iter().map(|name| shown(name, given.get(name))).collect();
             tracing::info!(changed = live.join(", "), "settings changed");
         }
-        if in_vain != self.in_vain {
-            in_vain.tell();
-            self.in_vain = in_vain;
+        if ignored != self.ignored {
+            ignored.log();
+            self.ignored = ignored;
         }
         (self.heed)(config);
         self.now = given;
@@ -164,16 +164,23 @@ async fn aside<T: Send + 'static>(
     Some(read.map_err(|error| error.to_string()))
 }
 
-impl InVain {
-    fn tell(&self) {
-        let Self { replaced, unknown } = self;
+impl IgnoredSettings {
+    /// Logs what was set without effect.
+    pub(crate) fn log(&self) {
+        let Self { replaced, unknown, warnings } = self;
         if !replaced.is_empty() {
             let settings = replaced.join(", ");
-            tracing::warn!(settings, "in the settings file, but a flag of the command line wins");
+            tracing::warn!(
+                settings,
+                "in the settings file, but a flag of the command line replaces it"
+            );
         }
         if !unknown.is_empty() {
             let settings = unknown.join(", ");
-            tracing::info!(settings, "in the settings file, but no settings of this process");
+            tracing::info!(settings, "in the settings file, but not a setting of this process");
+        }
+        for warning in warnings {
+            tracing::warn!("{warning}");
         }
     }
 }
@@ -203,7 +210,7 @@ fn differences<'a>(before: &'a Values, now: &'a Values) -> Vec<&'a str> {
 
 fn shown(name: &str, value: Option<&String>) -> String {
     match value {
-        Some(value) => format!("{name}={}", sources::mask(name, value)),
+        Some(value) => format!("{name}={}", secrets::mask(name, value)),
         None => format!("{name} to its default"),
     }
 }

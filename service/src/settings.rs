@@ -1,19 +1,67 @@
-//! Value parsers of settings: what is allowed, and what is said of what is not.
+//! Value parsers of settings. Each takes the range that is allowed and names it in its error.
 
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// A value parser for durations such as `500ms`, `3s` or `1m 30s`; zero is not allowed.
+/// A value parser for durations such as `500ms`, `3s` or `1m 30s` within `allowed`, both ends included.
 ///
-/// # Errors
-/// What is allowed, in words.
-pub fn duration(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text)
-        .ok()
-        .filter(|duration| !duration.is_zero())
-        .ok_or_else(|| "expected a duration above zero, such as 500ms, 3s or 2m".to_owned())
+/// Months and years are rejected: `M` and `m` look alike, and the length of both varies.
+pub fn duration(
+    allowed: RangeInclusive<Duration>,
+) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send + Sync + 'static {
+    move |text| {
+        let expected = || {
+            let (min, max) = (display(*allowed.start()), display(*allowed.end()));
+            format!("expected a duration from {min} to {max}, such as 500ms, 3s or 2m")
+        };
+        let text = text.trim();
+        let mut units = text.split(|letter: char| !letter.is_alphabetic());
+        if let Some(unit) = units.find(|unit| is_month_or_year(unit)) {
+            let instead = match unit.to_ascii_lowercase().as_str() {
+                "m" => "M would be months; write m for minutes, or d for days",
+                _ => "months and years have no fixed length; write d for days",
+            };
+            return Err(format!("{}; {instead}", expected()));
+        }
+        if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) && !is_zero(text) {
+            return Err(format!("{}; add the unit, as in {text}s", expected()));
+        }
+        let parsed = humantime::parse_duration(text).ok();
+        parsed.filter(|duration| allowed.contains(duration)).ok_or_else(expected)
+    }
+}
+
+fn is_month_or_year(unit: &str) -> bool {
+    // Only a capital M means months.
+    unit == "M"
+        || ["month", "months", "mo", "y", "yr", "yrs", "year", "years"]
+            .contains(&unit.to_ascii_lowercase().as_str())
+}
+
+fn is_zero(text: &str) -> bool {
+    text.bytes().all(|byte| byte == b'0')
+}
+
+/// The duration as settings are written: in the largest unit that divides it.
+#[must_use]
+pub fn display(duration: Duration) -> String {
+    let nanos = duration.as_nanos();
+    let units = [
+        ("d", 86_400_000_000_000),
+        ("h", 3_600_000_000_000),
+        ("m", 60_000_000_000),
+        ("s", 1_000_000_000),
+        ("ms", 1_000_000),
+        ("us", 1_000),
+    ];
+    let fitting = units.into_iter().find(|(_, unit)| nanos.is_multiple_of(*unit));
+    match fitting {
+        _ if nanos == 0 => "0s".to_owned(),
+        Some((name, unit)) => format!("{}{name}", nanos / unit),
+        None => format!("{nanos}ns"),
+    }
 }
 
 /// A value parser for what is `on` or `off`.
@@ -57,6 +105,46 @@ where
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    const RANGE: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_hours(24);
+
+    /// Field case 2.8.
+    #[test]
+    fn a_duration_outside_its_range_is_rejected() {
+        let parse = duration(RANGE);
+        for (text, millis) in [
+            ("10ms", 10),
+            ("1.5s", 1_500),
+            (" 3s ", 3_000),
+            ("1m 30s", 90_000),
+            ("1h30m", 5_400_000),
+            ("1d", 86_400_000),
+        ] {
+            assert_eq!(parse(text), Ok(Duration::from_millis(millis)), "{text}");
+        }
+        for text in ["", "0s", "0", "1ns", "9ms", "25h", "-3s", "soon", "99999999999999999999h"] {
+            let error = parse(text).unwrap_err();
+            assert!(error.starts_with("expected a duration from 10ms to 1d, such as"), "{error}");
+        }
+        assert_eq!(duration(Duration::ZERO..=Duration::MAX)("0s"), Ok(Duration::ZERO));
+    }
+
+    /// Field case 2.8.
+    #[test]
+    fn months_and_years_are_rejected_with_the_unit_to_write() {
+        let parse = duration(RANGE);
+        for (text, hint) in [
+            ("5M", "write m for minutes"),
+            ("1h 5M", "write m for minutes"),
+            ("1month", "write d for days"),
+            ("2 Years", "write d for days"),
+            ("1y", "write d for days"),
+            ("30", "as in 30s"),
+        ] {
+            let error = parse(text).unwrap_err();
+            assert!(error.contains(hint), "{text}: {error}");
+        }
+    }
 
     #[test]
     fn a_listening_address_may_leave_out_the_host() {

@@ -4,25 +4,29 @@
 //! Every option that takes a value is also an environment variable: `--max-consumers` is
 //! `MAX_CONSUMERS`. A flag wins over the settings file, the file over the environment, the environment
 //! over `.env`, and all of them over the default. An empty variable counts as unset, because compose
-//! files pass those on.
+//! files pass those on. `.env` is read from the working directory only: one further up belongs to another
+//! application as likely as not.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error as _;
-use std::ffi::OsString;
-use std::fs::File;
-use std::io::{self, Read as _};
+use std::fmt;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::{ArgAction, Command};
 
-/// Which option names the settings file.
+use crate::env_file::{self, Entry};
+use crate::secrets::{self, mask};
+
+/// The option that names the settings file.
 const FILE_FLAG: &str = "lastseen-config";
-/// Whatever is larger was not written as settings.
-const FILE_BYTES_MAX: u64 = 1 << 20;
+const DOT_ENV: &str = ".env";
 
 /// Why the process cannot start with the settings it was given. The text names the variable, the
-/// value (masked where it may hold a secret) and what is allowed.
+/// value (masked where it may hold a secret), where it was set, and what is allowed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct SettingsError(String);
@@ -37,19 +41,25 @@ pub(crate) enum Parsed<C> {
 /// The settings, and what they were made of.
 pub(crate) struct Settings<C> {
     pub(crate) config: C,
-    /// Each variable that is set and is none of another program, except those that a flag replaces.
+    /// Each variable that is set and is a setting of this process, except those that a flag replaces.
     pub(crate) given: Values,
-    /// What the settings file sets without effect: a flag has the last word, or it is not of this process.
-    pub(crate) in_vain: InVain,
+    pub(crate) ignored: IgnoredSettings,
+    /// The `.env` that was read, and the settings that it set.
+    pub(crate) dot_env: Option<(PathBuf, Vec<String>)>,
 }
 
 /// Values by the names of their variables.
 pub(crate) type Values = BTreeMap<String, String>;
 
-#[derive(Debug, Default, PartialEq, Eq)]
-pub(crate) struct InVain {
+/// What was set without effect.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct IgnoredSettings {
+    /// Settings in the settings file that a flag replaces.
     pub(crate) replaced: Vec<String>,
+    /// Names in the settings file that are not settings of this process.
     pub(crate) unknown: Vec<String>,
+    /// Whatever else a person should look at, in whole sentences.
+    pub(crate) warnings: Vec<String>,
 }
 
 /// Where the settings of this process come from. They can be read again, and may have changed.
@@ -60,9 +70,33 @@ pub(crate) struct Sources {
     file: Option<PathBuf>,
 }
 
+/// A variable as one of the sources has it.
+#[derive(Clone, Debug)]
+struct Variable {
+    /// The value, or what is wrong with it.
+    value: Result<String, &'static str>,
+    origin: Origin,
+}
+
+/// Where a variable was set.
+#[derive(Clone, Debug, PartialEq, Eq)]
+enum Origin {
+    Environment,
+    File { path: Arc<Path>, line: usize },
+}
+
+type Variables = BTreeMap<String, Variable>;
+
+/// The variables of all sources, and what is odd about the files.
+struct Environment {
+    variables: Variables,
+    dot_env: Option<Arc<Path>>,
+    warnings: Vec<String>,
+}
+
 impl Sources {
     /// # Errors
-    /// When `.env` is there but cannot be read or parsed.
+    /// When `.env` is there but cannot be read.
     pub(crate) fn new(
         command: Command,
         arguments: impl IntoIterator<Item = String>,
@@ -75,8 +109,9 @@ impl Sources {
             value.strip_prefix('=').or_else(|| flags.get(at + 1).map(String::as_str))
         });
         let environment = environment()?;
-        let file = by_flag.or(environment.get(&variable_name(FILE_FLAG)).map(String::as_str));
-        let file = file.filter(|file| !file.is_empty()).map(PathBuf::from);
+        let variable = environment.variables.get(&variable_name(FILE_FLAG));
+        let by_variable = variable.and_then(|variable| variable.value.as_deref().ok());
+        let file = by_flag.or(by_variable).filter(|file| !file.is_empty()).map(PathBuf::from);
         Ok(Self { command, program, flags, file })
     }
 
@@ -91,101 +126,171 @@ impl Sources {
     /// [`SettingsError`] for the first setting that is not allowed.
     pub(crate) fn read<C: clap::FromArgMatches>(
         &self,
-        content: &[u8],
+        content: &str,
     ) -> Result<Parsed<C>, SettingsError> {
-        let path = self.file.as_deref().map(|path| path.display().to_string()).unwrap_or_default();
-        let in_file = entries(&path, dotenvy::Iter::new(content))?;
         let mut environment = environment()?;
-        lay_over(&mut environment, in_file.clone());
+        let path: Arc<Path> = self.file.as_deref().unwrap_or(Path::new("")).into();
+        let in_file = entries_of_settings_file(&path, content, &mut environment.warnings)?;
+        lay_over(&mut environment.variables, in_file.clone());
         let arguments = std::iter::once(self.program.clone()).chain(self.flags.iter().cloned());
-        let parsed = parse(self.command.clone(), &environment, arguments);
-        let parsed = parsed.map_err(|SettingsError(error)| {
-            let sets =
-                |name: &String| error.starts_with(&format!("{name}=")) && !self.has_flag(name);
-            let of_file = in_file.keys().any(sets);
-            SettingsError(if of_file { format!("{error}, as {path} sets it") } else { error })
-        })?;
+        let parsed = parse(self.command.clone(), &environment, arguments)?;
         Ok(match parsed {
-            Parsed::Run(settings) => {
-                let in_vain = self.in_vain(&in_file, &settings.given);
-                Parsed::Run(Settings { in_vain, ..settings })
+            Parsed::Run(mut settings) => {
+                self.note_ineffective(&in_file, &mut settings);
+                Parsed::Run(settings)
             }
             printed @ Parsed::Print(_) => printed,
         })
     }
 
-    fn in_vain(&self, in_file: &Values, given: &Values) -> InVain {
-        let known: Vec<String> = flags_with_values(&self.command).map(variable_name).collect();
-        let mut in_vain = InVain::default();
-        for (name, _) in in_file.iter().filter(|(_, value)| !value.is_empty()) {
+    fn note_ineffective<C>(&self, in_file: &Variables, settings: &mut Settings<C>) {
+        let known = known_names(&self.command);
+        for (name, variable) in in_file {
+            if variable.is_empty() {
+                continue;
+            }
             let base = name.strip_suffix("_FILE").unwrap_or(name);
-            if !known.iter().any(|known| known == base) {
-                in_vain.unknown.push(name.clone());
-            } else if !given.contains_key(base) {
-                in_vain.replaced.push(name.clone());
+            if !known.contains(base) {
+                settings.ignored.unknown.push(name.clone());
+            } else if !settings.given.contains_key(base) {
+                settings.ignored.replaced.push(name.clone());
             }
         }
-        in_vain
-    }
-
-    fn has_flag(&self, name: &str) -> bool {
-        is_given(&flag_name(name), &self.flags)
     }
 }
 
-/// What the settings file holds now.
+/// The content of the settings file.
 ///
 /// # Errors
-/// Why it cannot be read, in words for an operator.
-pub(crate) fn read_file(path: &Path) -> Result<Vec<u8>, SettingsError> {
-    let variable = variable_name(FILE_FLAG);
-    let mut content = Vec::new();
-    let read = File::open(path)
-        .and_then(|file| file.take(FILE_BYTES_MAX + 1).read_to_end(&mut content))
-        .and_then(|_| match content.len() as u64 {
-            ..=FILE_BYTES_MAX => Ok(()),
-            _ => Err(io::Error::other(format!("it is over {FILE_BYTES_MAX} bytes"))),
-        });
-    match read {
-        Ok(()) => Ok(content),
-        Err(error) => Err(SettingsError(format!(
-            "{variable}={}: cannot be read ({error}); it must name a readable file of lines NAME=value",
-            path.display()
-        ))),
+/// Why it cannot be read, for an operator.
+pub(crate) fn read_file(path: &Path) -> Result<String, SettingsError> {
+    env_file::read(path).map_err(|error| {
+        SettingsError(format!(
+            "{}={}: {}; it must name a readable file of lines NAME=value",
+            variable_name(FILE_FLAG),
+            path.display(),
+            cannot_read(path, &error),
+        ))
+    })
+}
+
+/// Says why a file cannot be read, and what to do if it is the file's permissions.
+fn cannot_read(path: &Path, error: &io::Error) -> String {
+    let me = rustix::process::geteuid().as_raw();
+    match path.metadata() {
+        Ok(file) if error.kind() == io::ErrorKind::PermissionDenied => format!(
+            "cannot be read ({error}): it belongs to uid {} with mode {:04o}, and this process runs as uid {me}; allow \
+             it to read the file, as with chmod a+r",
+            file.uid(),
+            file.mode() & 0o7777,
+        ),
+        Err(_) if error.kind() == io::ErrorKind::PermissionDenied => format!(
+            "cannot be read ({error}): uid {me}, as which this process runs, may not enter a directory above it; \
+             allow it to, as with chmod a+x"
+        ),
+        _ => format!("cannot be read ({error})"),
     }
 }
 
-/// The environment variables, laid over what `.env` holds.
+/// The environment variables, laid over those in `.env`.
 ///
 /// # Errors
-/// When `.env` is there but cannot be read or parsed.
-fn environment() -> Result<Values, SettingsError> {
-    let mut variables = match dotenvy::dotenv_iter() {
-        Ok(lines) => entries(".env", lines)?,
-        Err(error) if error.not_found() => Values::new(),
-        Err(error) => return Err(SettingsError(format!(".env cannot be read: {error}"))),
+/// When `.env` is there but cannot be read.
+fn environment() -> Result<Environment, SettingsError> {
+    let path = std::path::absolute(DOT_ENV).unwrap_or_else(|_| DOT_ENV.into());
+    let path: Arc<Path> = path.into();
+    let (content, dot_env) = match env_file::read(&path) {
+        Ok(content) => (content, Some(Arc::clone(&path))),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => (String::new(), None),
+        Err(error) => {
+            let reason = cannot_read(&path, &error);
+            return Err(SettingsError(format!("{}: {reason}", path.display())));
+        }
     };
-    // Somebody else's variable may be anything; ours are all text.
-    let text = |(name, value): (OsString, OsString)| {
-        Some((name.into_string().ok()?, value.into_string().ok()?))
-    };
-    lay_over(&mut variables, std::env::vars_os().filter_map(text).collect());
+    let (mut variables, mut warnings) = (Variables::new(), Vec::new());
+    for entry in env_file::parse(&content) {
+        warnings.extend(warning_about(&path, &entry));
+        let Some(name) = entry.name.clone() else { continue };
+        variables.insert(name, Variable::in_file(&path, entry));
+    }
+    let of_process = std::env::vars_os().filter_map(|(name, value)| {
+        let value = value.into_string().map_err(|_| "is not UTF-8");
+        Some((name.into_string().ok()?, Variable { value, origin: Origin::Environment }))
+    });
+    lay_over(&mut variables, of_process.collect());
+    Ok(Environment { variables, dot_env, warnings })
+}
+
+fn warning_about(
+    path: &Path,
+    Entry { line, name, value, looks_expandable }: &Entry,
+) -> Option<String> {
+    let name = name.as_ref().map_or_else(String::new, |name| format!(", {name}"));
+    let place = format!("{}, line {line}{name}", path.display());
+    if let Err(problem) = value {
+        return Some(format!("{place}: the line is skipped because {problem}"));
+    }
+    looks_expandable.then(|| {
+        format!(
+            "{place}: ${{…}} is taken as it is; variables are not expanded, single quotes say so"
+        )
+    })
+}
+
+/// The variables that the settings file sets. Unlike `.env`, it is ours alone: every line must be valid.
+///
+/// # Errors
+/// [`SettingsError`] for the first line that is not.
+fn entries_of_settings_file(
+    path: &Arc<Path>,
+    content: &str,
+    warnings: &mut Vec<String>,
+) -> Result<Variables, SettingsError> {
+    let mut variables = Variables::new();
+    for entry in env_file::parse(content) {
+        let place = || format!("{}, line {}", path.display(), entry.line);
+        match (&entry.name, &entry.value) {
+            (Some(name), Ok(_)) => {
+                warnings.extend(warning_about(path, &entry));
+                variables.insert(name.clone(), Variable::in_file(path, entry));
+            }
+            (Some(name), Err(problem)) => {
+                return Err(SettingsError(format!("{}, {name}: {problem}", place())));
+            }
+            (None, Ok(_) | Err(_)) => {
+                return Err(SettingsError(format!(
+                    "{}: it is not of the form NAME=value",
+                    place()
+                )));
+            }
+        }
+    }
     Ok(variables)
 }
 
-/// The variables that the lines of a file set.
-fn entries<R: io::Read>(file: &str, lines: dotenvy::Iter<R>) -> Result<Values, SettingsError> {
-    // dotenvy's error quotes the line, which may be the one with the password.
-    let entries = lines.collect::<Result<_, _>>();
-    entries.map_err(|_| {
-        SettingsError(format!("{file} holds a line that is not of the form NAME=value"))
-    })
+impl Variable {
+    fn in_file(path: &Arc<Path>, Entry { line, value, .. }: Entry) -> Self {
+        Self { value, origin: Origin::File { path: Arc::clone(path), line } }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.value.as_ref().is_ok_and(String::is_empty)
+    }
+}
+
+impl fmt::Display for Origin {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Environment => formatter.write_str("the environment"),
+            Self::File { path, line } => write!(formatter, "{}, line {line}", path.display()),
+        }
+    }
 }
 
 /// Lets `above` win over `variables`. A container's `POSTGRES_PASSWORD_FILE` also takes the place of a
 /// `POSTGRES_PASSWORD` in `.env`.
-fn lay_over(variables: &mut Values, above: Values) {
-    for (name, _) in above.iter().filter(|(_, value)| !value.is_empty()) {
+fn lay_over(variables: &mut Variables, above: Variables) {
+    for (name, _) in above.iter().filter(|(_, variable)| !variable.is_empty()) {
         let other = match name.strip_suffix("_FILE") {
             Some(base) => base.to_owned(),
             None => format!("{name}_FILE"),
@@ -203,66 +308,176 @@ fn lay_over(variables: &mut Values, above: Values) {
 /// [`SettingsError`] for the first setting that is not allowed.
 fn parse<C: clap::FromArgMatches>(
     command: Command,
-    environment: &Values,
+    environment: &Environment,
     arguments: impl IntoIterator<Item = String>,
 ) -> Result<Parsed<C>, SettingsError> {
+    let Environment { variables, dot_env, warnings } = environment;
+    let mut ignored = IgnoredSettings { warnings: warnings.clone(), ..IgnoredSettings::default() };
     let mut arguments = arguments.into_iter();
     let program = arguments.next().unwrap_or_default();
     let flags: Vec<String> = arguments.collect();
-    let given = given(&command, environment, &flags)?;
+    let (given, origins) = given(&command, variables, &flags, &mut ignored.warnings)?;
+    for (name, value) in given.iter().map(|(name, value)| (name.as_str(), value.as_str())) {
+        check_urls(name, value, origins.get(name))?;
+    }
+    for (flag, value) in values_of_flags(&command, &flags) {
+        check_urls(&variable_name(flag), value, None)?;
+    }
+    ignored.warnings.extend(misspelt(&command, variables));
+    let dot_env = dot_env.as_ref().map(|dot_env| {
+        let is_there =
+            |origin: &Origin| matches!(origin, Origin::File { path, .. } if path == dot_env);
+        let names =
+            origins.iter().filter(|(_, origin)| is_there(origin)).map(|(name, _)| name.clone());
+        (dot_env.to_path_buf(), names.collect())
+    });
     let as_flags = given.iter().map(|(name, value)| format!("--{}={value}", flag_name(name)));
     let all = std::iter::once(program).chain(as_flags).chain(flags);
     let matches = command.try_get_matches_from(all);
     match matches.and_then(|matches| C::from_arg_matches(&matches)) {
-        Ok(config) => Ok(Parsed::Run(Settings { config, given, in_vain: InVain::default() })),
+        Ok(config) => Ok(Parsed::Run(Settings { config, given, ignored, dot_env })),
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp
             | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
             | ErrorKind::DisplayVersion => Ok(Parsed::Print(error.to_string())),
-            _ => Err(SettingsError(explain(&error))),
+            _ => Err(SettingsError(explain(&error, &origins))),
         },
     }
 }
 
-/// The variables that are set and are settings of `command`, less those that the command line gives itself.
+type Origins = BTreeMap<String, Origin>;
+
+/// The variables that are set and are settings of `command`, less those that the command line gives itself, and
+/// where each was set.
 fn given(
     command: &Command,
-    environment: &Values,
+    variables: &Variables,
     flags: &[String],
-) -> Result<Values, SettingsError> {
-    let set = |name: &str| environment.get(name).filter(|value| !value.is_empty());
-    let mut given = Values::new();
+    warnings: &mut Vec<String>,
+) -> Result<(Values, Origins), SettingsError> {
+    let set = |name: &str| variables.get(name).filter(|variable| !variable.is_empty());
+    let (mut given, mut origins) = (Values::new(), Origins::new());
     for flag in flags_with_values(command).filter(|flag| !is_given(flag, flags)) {
         let name = variable_name(flag);
-        let file_variable = format!("{name}_FILE");
-        let value = match (set(&name), set(&file_variable)) {
-            (Some(_), Some(_)) => {
-                return Err(SettingsError(format!(
-                    "{name} and {file_variable} are both set: set one of them"
-                )));
+        let value = match value_of(&name, set(&name), set(&format!("{name}_FILE"))) {
+            Ok(value) => value,
+            // Nothing about OpenTelemetry's variables keeps a process from starting.
+            Err(SettingsError(error)) if name.starts_with("OTEL_") => {
+                warnings.push(format!("{error}; it is ignored"));
+                continue;
             }
-            (Some(value), None) => value.clone(),
-            (None, Some(path)) => std::fs::read_to_string(path)
-                .map(|content| content.trim_end_matches(['\r', '\n']).to_owned())
-                .map_err(|error| {
-                    SettingsError(format!(
-                        "{file_variable}={path}: cannot be read ({error}); it must name a readable file that holds the value"
-                    ))
-                })?,
-            (None, None) => continue,
+            Err(error) => return Err(error),
         };
-        given.insert(name, value);
+        if let Some((value, origin)) = value {
+            given.insert(name.clone(), value);
+            origins.insert(name, origin);
+        }
     }
-    Ok(given)
+    Ok((given, origins))
 }
 
-/// The flags that can be set by a variable: those that take a value, but the one that names the file of
-/// them.
+/// The value of a setting and where it was set, by the variable itself or by the one that names a file.
+fn value_of(
+    name: &str,
+    variable: Option<&Variable>,
+    file_variable: Option<&Variable>,
+) -> Result<Option<(String, Origin)>, SettingsError> {
+    let text = |name: &str, Variable { value, origin }: &Variable| {
+        let value = value
+            .as_ref()
+            .map_err(|problem| SettingsError(format!("{name}: {problem} (set in {origin})")));
+        value.map(|value| (value.clone(), origin.clone()))
+    };
+    let file_name = format!("{name}_FILE");
+    match (variable, file_variable) {
+        (None, None) => Ok(None),
+        (Some(variable), None) => text(name, variable).map(Some),
+        (None, Some(variable)) => {
+            let (path, origin) = text(&file_name, variable)?;
+            let refused = |reason: &str| {
+                let shown = secrets::mask_path(name, &path);
+                SettingsError(format!(
+                    "{file_name}={shown}: {reason}; it must name a readable file that holds the value (set in {origin})"
+                ))
+            };
+            let file = Path::new(&path);
+            let content =
+                env_file::read(file).map_err(|error| refused(&cannot_read(file, &error)))?;
+            match env_file::single_value(&content) {
+                "" => Err(refused("the file is empty")),
+                value => Ok(Some((value.to_owned(), origin))),
+            }
+        }
+        (Some(variable), Some(other)) => Err(SettingsError(format!(
+            "{name} (in {}) and {file_name} (in {}) are both set: set one of them",
+            variable.origin, other.origin
+        ))),
+    }
+}
+
+fn check_urls(name: &str, value: &str, origin: Option<&Origin>) -> Result<(), SettingsError> {
+    secrets::check_urls(name, value).map_err(|reason| {
+        let flag = flag_name(name);
+        let place = origin.map_or_else(String::new, |origin| format!("; set in {origin}"));
+        SettingsError(format!("{name}=***: {reason} (variable {name}, flag --{flag}{place})"))
+    })
+}
+
+/// Variables that are not settings but look like one of this process, with the name that was probably meant.
+fn misspelt(command: &Command, variables: &Variables) -> Vec<String> {
+    let known = known_names(command);
+    let known: Vec<&str> = known.iter().map(String::as_str).collect();
+    let unknown = variables.iter().filter(|(name, variable)| {
+        let base = name.strip_suffix("_FILE").unwrap_or(name);
+        !known.contains(&base) && !variable.is_empty()
+    });
+    let remark = |(name, Variable { origin, .. }): (&String, &Variable)| {
+        let base = name.strip_suffix("_FILE").unwrap_or(name);
+        let meant = suggestion(base, &known)?;
+        let suffix = &name[base.len()..];
+        Some(format!(
+            "{name} is not a setting and has no effect; did you mean {meant}{suffix}? (set in {origin})"
+        ))
+    };
+    unknown.filter_map(remark).collect()
+}
+
+/// The one of the `known` names that was probably meant by `name`: at most one letter in five differs, and no more
+/// than two.
+fn suggestion<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
+    let normal = name.to_uppercase().replace(['-', '.'], "_");
+    let distances = known.iter().map(|known| (strsim::osa_distance(&normal, known), *known));
+    let (distance, nearest) = distances.min()?;
+    (distance <= (nearest.len() / 5).min(2)).then_some(nearest)
+}
+
+/// The names of all variables that are settings of `command`.
+fn known_names(command: &Command) -> BTreeSet<String> {
+    flags_with_values(command).chain([FILE_FLAG]).map(variable_name).collect()
+}
+
+/// The flags that can be set by a variable: those that take a value, except the one that names the settings
+/// file.
 fn flags_with_values(command: &Command) -> impl Iterator<Item = &str> {
     let options = command.get_arguments();
     let with_values =
         options.filter(|option| matches!(option.get_action(), ArgAction::Set | ArgAction::Append));
     with_values.filter_map(clap::Arg::get_long).filter(|flag| *flag != FILE_FLAG)
+}
+
+/// The values that the command line gives to those flags, also behind the name of a subcommand.
+fn values_of_flags<'a>(
+    command: &'a Command,
+    flags: &'a [String],
+) -> impl Iterator<Item = (&'a str, &'a str)> {
+    flags_with_values(command).flat_map(move |flag| {
+        flags.iter().enumerate().filter_map(move |(at, argument)| {
+            let rest = argument.strip_prefix("--")?.strip_prefix(flag)?;
+            let following = || flags.get(at + 1).map(String::as_str);
+            let value = if rest.is_empty() { following() } else { rest.strip_prefix('=') };
+            Some((flag, value?))
+        })
+    })
 }
 
 /// Whether the command line gives that flag.
@@ -283,8 +498,8 @@ fn flag_name(variable: &str) -> String {
     variable.to_lowercase().replace('_', "-")
 }
 
-/// Says what clap found wrong in terms of the variable: name, value, and what is allowed.
-fn explain(error: &clap::Error) -> String {
+/// Says what clap found wrong in terms of the variable: name, value, what is allowed, and where it was set.
+fn explain(error: &clap::Error, origins: &Origins) -> String {
     let text = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
         _ => None,
@@ -294,14 +509,23 @@ fn explain(error: &clap::Error) -> String {
     {
         let flag = argument.split_whitespace().next().unwrap_or(argument);
         let name = variable_name(flag.trim_start_matches('-'));
-        let value = mask(&name, text(ContextKind::InvalidValue).unwrap_or_default());
+        let value = text(ContextKind::InvalidValue).unwrap_or_default();
         let allowed = match error.get(ContextKind::ValidValue) {
             Some(ContextValue::Strings(values)) if !values.is_empty() => {
                 format!("allowed are {}", values.join(", "))
             }
             _ => error.source().map(ToString::to_string).unwrap_or_default(),
         };
-        return format!("{name}={value}: {allowed} (variable {name}, flag {flag})");
+        let origin = origins.get(&name);
+        let place = origin.map_or_else(String::new, |origin| format!("; set in {origin}"));
+        let link = origin == Some(&Origin::Environment) && is_service_link(value);
+        let link = if link {
+            "; Kubernetes sets such variables for its services, which enableServiceLinks: false in the pod turns off"
+        } else {
+            ""
+        };
+        let value = mask(&name, value);
+        return format!("{name}={value}: {allowed} (variable {name}, flag {flag}{place}{link})");
     }
     if let (ErrorKind::MissingRequiredArgument, Some(ContextValue::Strings(missing))) =
         (error.kind(), error.get(ContextKind::InvalidArg))
@@ -313,25 +537,41 @@ fn explain(error: &clap::Error) -> String {
             .collect();
         return format!("{} must be set (see --help)", names.join(", "));
     }
-    let text = error.to_string();
-    text.trim_start_matches("error: ").trim_end().to_owned()
+    // An argument that is not expected may be the second half of a password with a blank in it.
+    let unexpected = text(ContextKind::InvalidArg).or(text(ContextKind::InvalidSubcommand));
+    if let (ErrorKind::UnknownArgument | ErrorKind::InvalidSubcommand, Some(argument)) =
+        (error.kind(), unexpected)
+        && !argument.starts_with('-')
+    {
+        let meant = [ContextKind::SuggestedSubcommand, ContextKind::SuggestedArg].map(|kind| {
+            match error.get(kind) {
+                Some(ContextValue::String(meant)) => Some(meant.clone()),
+                Some(ContextValue::Strings(meant)) => meant.first().cloned(),
+                _ => None,
+            }
+        });
+        let meant = meant.into_iter().flatten().next();
+        let meant = meant.map_or_else(String::new, |meant| format!("; did you mean {meant}?"));
+        return format!(
+            "the command line holds an argument that is not expected, and is not shown because it may be a secret{meant} (see \
+             --help)"
+        );
+    }
+    let mut explained = error.to_string();
+    if let Some(value) = text(ContextKind::InvalidValue).filter(|value| !value.is_empty()) {
+        explained = explained.replace(value, "***");
+    }
+    explained.trim_start_matches("error: ").trim_end().to_owned()
 }
 
-/// The value as it may be shown: not at all where a password may be in it, in whichever place.
-pub(crate) fn mask(name: &str, value: &str) -> String {
-    let secret =
-        ["PASSWORD", "SECRET", "URI", "URL", "HEADERS"].iter().any(|part| name.contains(part));
-    // Where certificates are expected, somebody may have put the key.
-    let secret = secret || name == "AMQP_CA";
-    match value.rsplit_once('@') {
-        _ if secret => "***".to_owned(),
-        Some((_, after)) => format!("***@{after}"),
-        None => value.to_owned(),
-    }
+/// Whether it is what Kubernetes sets a variable `NAME_PORT` to, for a service called `name`.
+fn is_service_link(value: &str) -> bool {
+    ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme))
 }
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
     use std::time::Duration;
 
     use clap::Args;
@@ -343,7 +583,7 @@ mod tests {
     struct Sample {
         #[arg(long, default_value = "100", value_parser = number(1..=1000_u32))]
         max_consumers: u32,
-        #[arg(long, default_value = "3s", value_parser = duration)]
+        #[arg(long, default_value = "3s", value_parser = duration(Duration::from_millis(1)..=Duration::from_secs(60)))]
         routine_interval: Duration,
         #[arg(long)]
         postgres_password: Option<String>,
@@ -354,8 +594,12 @@ mod tests {
     }
 
     fn read(environment: &[(&str, &str)], arguments: &[&str]) -> Result<Sample, String> {
+        let variable =
+            |value: &str| Variable { value: Ok(value.to_owned()), origin: Origin::Environment };
+        let variables =
+            environment.iter().map(|(name, value)| ((*name).to_owned(), variable(value)));
         let environment =
-            environment.iter().map(|(k, v)| ((*k).to_owned(), (*v).to_owned())).collect();
+            Environment { variables: variables.collect(), dot_env: None, warnings: Vec::new() };
         let arguments = std::iter::once("sample").chain(arguments.iter().copied());
         let command = Sample::augment_args(Command::new("sample"));
         match parse::<Sample>(command, &environment, arguments.map(str::to_owned)) {
@@ -400,7 +644,7 @@ mod tests {
             assert!(error.starts_with("AMQP_URI=***: no URI"), "{error}");
         }
         let error = read(&[("ROUTINE_INTERVAL", "http://me:s3cret@host")], &[]).unwrap_err();
-        assert!(error.starts_with("ROUTINE_INTERVAL=***@host: expected"), "{error}");
+        assert!(error.starts_with("ROUTINE_INTERVAL=***: expected"), "{error}");
     }
 
     #[test]
@@ -419,5 +663,67 @@ mod tests {
     fn a_value_and_its_file_together_are_refused() {
         let both = [("POSTGRES_PASSWORD", "a"), ("POSTGRES_PASSWORD_FILE", "/b")];
         assert!(read(&both, &[]).unwrap_err().contains("are both set"));
+    }
+
+    /// Field case 6.5.
+    #[test]
+    fn a_file_without_permission_is_reported_with_owner_and_mode() {
+        let path = std::env::temp_dir().join(format!("lastseen-mode-{}", std::process::id()));
+        std::fs::write(&path, "").unwrap();
+        std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
+        // For root, everything is readable: the error is made here.
+        let reason = cannot_read(&path, &io::ErrorKind::PermissionDenied.into());
+        std::fs::remove_file(&path).unwrap();
+        let uid = rustix::process::geteuid().as_raw();
+        let expected = format!("uid {uid} with mode 0600, and this process runs as uid {uid}");
+        assert!(reason.contains(&expected) && reason.contains("chmod a+r"), "{reason}");
+    }
+
+    /// Field case 6.7.
+    #[test]
+    fn an_unexpected_argument_is_not_shown() {
+        for arguments in [
+            &["--postgres-password=my", "s3cret"][..],
+            &["amqp://me:s3cret@host"],
+            &["--once=s3cret"],
+            &["--amqp-uri=amqp://me:12/s3cret@host"],
+            &["--amqp-uri", "amqp://me:12/s3cret@host"],
+        ] {
+            let error = read(&[], arguments).unwrap_err();
+            assert!(!error.contains("s3cret"), "{error}");
+        }
+        assert!(read(&[], &["--max-consumer=1"]).unwrap_err().contains("--max-consumers"));
+    }
+
+    /// Field case 6.6.
+    #[test]
+    fn an_error_explains_a_variable_that_kubernetes_set() {
+        let error = read(&[("MAX_CONSUMERS", "tcp://10.0.0.7:80")], &[]).unwrap_err();
+        assert!(error.contains("enableServiceLinks"), "{error}");
+    }
+
+    /// Field case 6.9.
+    #[test]
+    fn a_misspelt_name_is_reported_with_the_name_that_was_meant() {
+        let command = Sample::augment_args(Command::new("sample"));
+        let remarks = |name: &str| {
+            let variable = Variable { value: Ok("1".to_owned()), origin: Origin::Environment };
+            misspelt(&command, &Variables::from([(name.to_owned(), variable)])).concat()
+        };
+        for (name, meant) in [
+            ("MAX_CONSUMER", "MAX_CONSUMERS"),
+            ("max_consumers", "MAX_CONSUMERS"),
+            ("MAX-CONSUMERS", "MAX_CONSUMERS"),
+            ("AMQP_URL", "AMQP_URI"),
+            ("POSTGRES_PASWORD_FILE", "POSTGRES_PASSWORD_FILE"),
+            ("ROUTIEN_INTERVAL", "ROUTINE_INTERVAL"),
+        ] {
+            assert!(remarks(name).contains(&format!("did you mean {meant}?")), "{name}");
+        }
+        for name in
+            ["MAX_CONSUMERS", "PATH", "PRODUCER_PORT", "POSTGRES_HOST", "APP_NAME", "ROUTINE_PORT"]
+        {
+            assert_eq!(remarks(name), "", "{name}");
+        }
     }
 }

@@ -1,9 +1,14 @@
 //! Logs: text for people, JSON lines for machines, both on standard error.
 
 use tracing_subscriber::EnvFilter;
+use tracing_subscriber::filter::LevelFilter;
 use tracing_subscriber::fmt::time::ChronoLocal;
+use tracing_subscriber::layer::SubscriberExt as _;
 use tracing_subscriber::reload::Handle;
+use tracing_subscriber::util::SubscriberInitExt as _;
 
+use crate::log_output::LogOutput;
+use crate::repeats::RepeatFilter;
 use crate::terminal;
 
 const DEFAULT_FILTER: &str = "info,sqlx::postgres::notice=warn";
@@ -50,9 +55,24 @@ impl Config {
 }
 
 fn filter(text: &str) -> Result<String, String> {
-    EnvFilter::try_new(text)
-        .map(|_| text.to_owned())
-        .map_err(|error| format!("expected levels such as info or info,consumer=debug ({error})"))
+    let expected = "expected levels such as info or info,consumer=debug";
+    // A word that is not a level would be a target, of which everything is logged, and nothing of the others.
+    let mut directives = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
+    let is_target = |directive: &&str| {
+        !directive.contains(['=', '[']) && directive.parse::<LevelFilter>().is_err()
+    };
+    if let Some(word) = directives.find(is_target) {
+        let start: String = word.chars().take(4).collect::<String>().to_lowercase();
+        let level = ["error", "warn", "info", "debug", "trace"]
+            .into_iter()
+            .find(|level| start.len() >= 4 && level.starts_with(&start));
+        let instead = level.map_or_else(|| format!("{word}=debug"), str::to_owned);
+        return Err(format!("{expected}; {word} is not a level; write {instead}"));
+    }
+    // In a span's fields, blanks and commas mean something.
+    let text = if text.contains('[') { text.to_owned() } else { text.replace(' ', "") };
+    let parsed = EnvFilter::try_new(&text);
+    parsed.map(|_| text).map_err(|error| format!("{expected} ({error})"))
 }
 
 /// What of it can change while the process runs.
@@ -74,10 +94,16 @@ impl Filter {
 
 /// Installs the log subscriber for the whole process. Times are in the zone of `TZ`.
 pub(crate) fn init(config: &Config) -> Filter {
+    // Standard error may be a pipe that nobody reads: a panic must not block on it.
+    std::panic::set_hook(Box::new(|panic| {
+        let place = panic.location().map(ToString::to_string);
+        let message = panic.payload_as_str().unwrap_or_default();
+        tracing::error!(place, "panic: {message}");
+    }));
     let builder = tracing_subscriber::fmt()
         .with_env_filter(config.filter())
         .with_timer(ChronoLocal::rfc_3339())
-        .with_writer(|| terminal::Log)
+        .with_writer(|| LogOutput)
         .with_ansi(terminal::is_there())
         // It would panic over a terminal or a pipe that is gone.
         .log_internal_errors(false);
@@ -85,13 +111,13 @@ pub(crate) fn init(config: &Config) -> Filter {
         LogFormat::Text => {
             let builder = builder.with_filter_reloading();
             let filter = Filter::of(builder.reload_handle());
-            builder.init();
+            builder.finish().with(RepeatFilter).init();
             filter
         }
         LogFormat::Json => {
             let builder = builder.json().flatten_event(true).with_filter_reloading();
             let filter = Filter::of(builder.reload_handle());
-            builder.init();
+            builder.finish().with(RepeatFilter).init();
             filter
         }
     }

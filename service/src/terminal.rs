@@ -1,9 +1,11 @@
 //! The terminal on standard error, if there is one: the log above, and one status line below it.
 
-use std::io::{self, IsTerminal as _, Write};
+use std::io::{self, IsTerminal as _};
+
+use crate::log_output;
 
 /// Erases what is right of the cursor.
-const ERASE: &[u8] = b"\x1b[K";
+pub(crate) const ERASE: &[u8] = b"\x1b[K";
 /// What does not fit into the line goes to its last column instead of a line of its own.
 const WRAP_OFF: &[u8] = b"\x1b[?7l";
 const WRAP_ON: &[u8] = b"\x1b[?7h";
@@ -19,23 +21,5 @@ pub fn is_there() -> bool {
 /// takes its place until it is shown again.
 pub fn show_status(line: &str) {
     let drawn = [WRAP_OFF, line.as_bytes(), ERASE, WRAP_ON, b"\r"].concat();
-    // A terminal that has gone is nothing to stop for.
-    let _ = io::stderr().write_all(&drawn);
-}
-
-/// Standard error for log lines, each of which is written at once.
-pub(crate) struct Log;
-
-impl Write for Log {
-    fn write(&mut self, line: &[u8]) -> io::Result<usize> {
-        let mut stderr = io::stderr().lock();
-        if is_there() {
-            stderr.write_all(ERASE)?;
-        }
-        stderr.write(line)
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        io::stderr().flush()
-    }
+    log_output::show(&drawn);
 }

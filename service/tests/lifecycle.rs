@@ -107,22 +107,149 @@ async fn settings_that_are_refused_begin_neither_a_service_nor_a_command() {
     }
 }
 
+/// Field case 6.8.
 #[tokio::test]
-async fn a_bad_setting_of_the_traces_stops_the_start_and_no_secret_is_shown() {
-    for (variable, value, said) in [
-        ("OTEL_EXPORTER_OTLP_ENDPOINT", "localhost:4318", "=localhost:4318: expected http://"),
-        ("OTEL_EXPORTER_OTLP_HEADERS", "s3cret", "=***: expected NAME=VALUE"),
-        ("OTEL_TRACES_SAMPLER", "some", "=some: allowed are always_on, always_off, traceidratio,"),
-        ("OTEL_TRACES_SAMPLER_ARG", "1.5", "=1.5: expected a number from 0 to 1"),
-    ] {
+async fn bad_opentelemetry_variables_are_warned_about_and_ignored() {
+    let bad = [
+        (
+            "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+            "me:s3cret@localhost:4318",
+            "ignored: expected http://",
+        ),
+        ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "s3cret", "ignored: expected NAME=VALUE"),
+        ("OTEL_EXPORTER_OTLP_PROTOCOL", "grpc", "ignored: traces are sent by http/protobuf only"),
+        ("OTEL_TRACES_SAMPLER", "xray", "ignored: expected always_on, always_off, traceidratio,"),
+        ("OTEL_TRACES_SAMPLER_ARG", "1.5", "ignored: expected a number from 0 to 1"),
+        ("OTEL_TRACES_EXPORTER", "zipkin", "ignored: expected otlp or none"),
+        ("OTEL_SDK_DISABLED", "1", "ignored: expected true or false"),
+    ];
+    let nowhere = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    for (endpoint, warnings) in [(Some(format!("http://{nowhere}")), bad.len()), (None, 0)] {
         let mut service = sample(&[]);
-        service.env(variable, value);
+        service.envs(bad.map(|(variable, value, _)| (variable, value)));
+        let is_on = endpoint.is_some();
+        service.envs(endpoint.map(|endpoint| ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint)));
+        if !is_on {
+            service.env("OTEL_SDK_DISABLED", "true");
+        }
         let service = ended(service).await;
-        assert_eq!(service.code, Some(78), "{}", service.errors);
-        let said = format!("service-sample: {variable}{said}");
-        assert!(service.errors.starts_with(&said), "{}", service.errors);
+        assert_eq!(service.code, Some(0), "{}", service.errors);
+        for (variable, _, said) in bad.iter().filter(|_| is_on) {
+            let said = format!("{variable} is {said}");
+            assert!(service.errors.contains(&said), "no {said:?} in {}", service.errors);
+        }
+        let logged = service.errors.lines().filter(|line| line.contains("WARN")).count();
+        assert!(logged == warnings || is_on && logged == warnings + 1, "{}", service.errors);
         assert!(!service.errors.contains("s3cret"), "{}", service.errors);
     }
+}
+
+/// A working directory of its own with that `.env`, below one whose `.env` would stop the start.
+fn directory_with(dot_env: &[u8]) -> PathBuf {
+    static MADE: AtomicU32 = AtomicU32::new(0);
+    let name = format!("lastseen-dotenv-{}-{}", std::process::id(), MADE.fetch_add(1, Relaxed));
+    let parent = std::env::temp_dir().join(name);
+    let directory = parent.join("here");
+    std::fs::create_dir_all(&directory).unwrap();
+    std::fs::write(parent.join(".env"), "PACE=0\n").unwrap();
+    std::fs::write(directory.join(".env"), dot_env).unwrap();
+    directory
+}
+
+/// How the sample ends that prints its pace and is told to drain at once.
+async fn ended_in(directory: &PathBuf, variables: &[(&str, &str)]) -> Ended {
+    let mut command = sample(&[]);
+    command.current_dir(directory).envs(variables.iter().copied());
+    let ended = ended(command).await;
+    std::fs::remove_dir_all(directory.parent().unwrap()).unwrap();
+    ended
+}
+
+/// Field cases 6.1 and 6.3.
+#[tokio::test]
+async fn dot_env_of_another_application_is_read_for_our_settings() {
+    let directory = directory_with(
+        b"\xef\xbb\xbfAPP_NAME=My App\r\nNOTHING HERE\r\nAPP_KEY='never closed\r\nPACE=7 \r\nPLACE=pa$$w0rd ",
+    );
+    let file = directory.join(".env").display().to_string();
+    let service = ended_in(&directory, &[]).await;
+    assert_eq!(service.code, Some(0), "{}", service.errors);
+    for text in [
+        &format!("read .env file={file} settings=\"PACE, PLACE\""),
+        &format!("{file}, line 2: the line is skipped"),
+        &format!("{file}, line 3, APP_KEY: the line is skipped because a quote is not closed"),
+        "pace=7 place=\"pa$$w0rd\"",
+    ] {
+        assert!(service.errors.contains(text), "no {text:?} in {}", service.errors);
+    }
+    assert!(!service.errors.contains("never closed"), "{}", service.errors);
+}
+
+/// Field case 6.9.
+#[tokio::test]
+async fn a_filter_that_would_silence_the_log_is_rejected() {
+    for (filter, reason) in [
+        ("warning", "warning is not a level; write warn"),
+        ("info,warnings", "warnings is not a level; write warn"),
+        ("Information", "Information is not a level; write info"),
+        ("consumer", "consumer is not a level; write consumer=debug"),
+        ("consumer=loud", "expected levels such as info"),
+    ] {
+        let mut service = sample(&[]);
+        service.env("RUST_LOG", filter);
+        let service = ended(service).await;
+        assert_eq!(service.code, Some(78), "{filter}: {}", service.errors);
+        assert!(
+            service.errors.starts_with(&format!("service-sample: RUST_LOG={filter}: ")),
+            "{}",
+            service.errors
+        );
+        assert!(service.errors.contains(reason), "{}", service.errors);
+    }
+    for filter in ["WARN", "off", "info,", "info, consumer=debug", "[span{id=1}]=trace"] {
+        let mut service = sample(&[]);
+        service.env("RUST_LOG", filter);
+        let service = ended(service).await;
+        assert_eq!(service.code, Some(0), "{filter}: {}", service.errors);
+    }
+}
+
+/// Field cases 6.1 and 6.3.
+#[tokio::test]
+async fn a_bad_value_in_dot_env_is_reported_with_file_and_line() {
+    for (content, reason) in [
+        ("\nPACE=0\n", "PACE=0: expected a number from 1 to 100"),
+        ("\nPACE='1\n", "PACE: a quote is not closed"),
+    ] {
+        let directory = directory_with(content.as_bytes());
+        let place = format!("set in {}, line 2", directory.join(".env").display());
+        let service = ended_in(&directory, &[]).await;
+        assert_eq!(service.code, Some(78), "{}", service.errors);
+        assert!(
+            service.errors.starts_with(&format!("service-sample: {reason}")),
+            "{}",
+            service.errors
+        );
+        assert!(service.errors.contains(&place), "{}", service.errors);
+    }
+}
+
+/// Field case 6.9.
+#[tokio::test]
+async fn a_misspelt_variable_is_logged_with_the_name_that_was_meant() {
+    let directory = directory_with(b"ADMIN_ADR=:1\n");
+    let file = directory.join(".env").display().to_string();
+    let variables =
+        [("DRAIN_TIMEOUTS", "1s"), ("UNRELATED", "1"), ("PACE_PORT", "tcp://10.0.0.1:80")];
+    let service = ended_in(&directory, &variables).await;
+    let warnings: Vec<_> = service.errors.lines().filter(|line| line.contains("WARN")).collect();
+    let [one, other] = warnings.as_slice() else { panic!("{}", service.errors) };
+    assert!(
+        one.contains("ADMIN_ADR is not a setting and has no effect; did you mean ADMIN_ADDR?"),
+        "{one}"
+    );
+    assert!(one.contains(&format!("set in {file}, line 1")), "{one}");
+    assert!(other.contains("did you mean DRAIN_TIMEOUT? (set in the environment)"), "{other}");
 }
 
 #[tokio::test]
@@ -229,6 +356,8 @@ struct Watching {
     printed: Lines<BufReader<ChildStdout>>,
     logged: Lines<BufReader<ChildStderr>>,
     admin: String,
+    /// The lines up to the first one that was waited for.
+    first_lines: Vec<String>,
 }
 
 impl Watching {
@@ -249,7 +378,14 @@ impl Watching {
         let mut child = command.spawn().unwrap();
         let printed = BufReader::new(child.stdout.take().unwrap()).lines();
         let logged = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut watching = Self { directory, child, printed, logged, admin: String::new() };
+        let mut watching = Self {
+            directory,
+            child,
+            printed,
+            logged,
+            admin: String::new(),
+            first_lines: Vec::new(),
+        };
         let starting = watching.logs("starting").await;
         starting.rsplit_once("admin=").unwrap().1.clone_into(&mut watching.admin);
         watching
@@ -271,6 +407,9 @@ impl Watching {
                 panic!("nobody logs {text:?}");
             };
             let line = line.unwrap().unwrap();
+            if self.admin.is_empty() {
+                self.first_lines.push(line.clone());
+            }
             if line.contains(text) {
                 return line;
             }
@@ -330,7 +469,7 @@ async fn a_settings_file_that_is_refused_changes_nothing_and_is_told_until_it_is
     for (content, reason) in [
         ("PACE=0\n", "PACE=0: expected a number from 1 to 100"),
         ("PACE=2\nRUST_LOG=every=thing\n", "RUST_LOG=every=thing: expected levels"),
-        ("PACE=2\nPLACE\n", "holds a line that is not of the form NAME=value"),
+        ("PACE=2\nPLACE\n", "lastseen.env, line 2: it is not of the form NAME=value"),
     ] {
         service.write(content);
         service.logs(reason).await;
@@ -357,15 +496,17 @@ async fn a_settings_file_that_is_refused_changes_nothing_and_is_told_until_it_is
 #[tokio::test]
 async fn what_needs_a_restart_says_so_and_so_does_what_has_no_effect() {
     let mut service = Watching::start("PLACE=there\nMAX_CONSUMERS=5\n", &["--pace=7"]).await;
-    service.logs("no settings of this process settings=\"MAX_CONSUMERS\"").await;
+    let first_lines = service.first_lines.join("\n");
+    let unknown = "not a setting of this process settings=\"MAX_CONSUMERS\"";
+    assert!(first_lines.contains(unknown), "{first_lines}");
     service.prints("7").await;
     service.write("PLACE=s3cret@elsewhere\nPACE=8\n");
     let told = service.logs("takes effect with the next start").await;
     assert!(told.contains("settings=\"PLACE\""), "{told}");
-    service.logs("a flag of the command line wins settings=\"PACE\"").await;
+    service.logs("a flag of the command line replaces it settings=\"PACE\"").await;
     assert!(service.get("/metrics").await.contains("lastseen_settings_awaiting_restart 1"));
     service.write("PLACE=there\n");
-    service.logs("settings read").await;
+    service.logs("settings reloaded").await;
     assert!(service.get("/metrics").await.contains("lastseen_settings_awaiting_restart 0"));
     service.stop().await;
 }
@@ -380,10 +521,35 @@ async fn what_is_logged_can_change_and_sighup_has_the_file_read_at_once() {
     service.logs("DEBUG").await;
     // Also one that is as it was.
     service.signal("-HUP");
-    service.logs("settings read").await;
+    service.logs("settings reloaded").await;
     service.write("PACE=9\n");
     service.logs("changed=\"PACE=9, RUST_LOG to its default\"").await;
     service.stop().await;
+}
+
+/// Field case 2.6.
+#[tokio::test]
+async fn a_service_goes_on_while_nobody_reads_its_log() {
+    let mut service = Watching::start("", &["--pace=7", "--noise=30000"]).await;
+    // After all that noise, which has filled the pipe.
+    service.prints("7").await;
+    let metrics = service.get("/metrics").await;
+    let dropped = metrics
+        .lines()
+        .find_map(|line| line.strip_prefix("lastseen_log_lines_dropped_total{reason=\"unread\"} "));
+    assert!(dropped.unwrap().parse::<u32>().unwrap() > 0, "{metrics}");
+    service.stop().await;
+}
+
+/// Field case 2.6.
+#[tokio::test]
+async fn a_warning_that_repeats_is_logged_a_few_times_and_summed_up() {
+    let service = ended(sample(&["--noise=100"])).await;
+    let count = |text: &str| service.errors.lines().filter(|line| line.contains(text)).count();
+    assert!((20..25).contains(&count("WARN service_sample: failed again")), "{}", service.errors);
+    assert_eq!(count("noise"), 100);
+    assert!(count("repeated log lines left out") >= 1, "{}", service.errors);
+    assert!(service.errors.lines().last().unwrap().contains("left out"), "{}", service.errors);
 }
 
 #[tokio::test]
@@ -425,7 +591,7 @@ async fn a_settings_file_that_is_bad_at_the_start_ends_it() {
     let missing = ended(sample(&["--lastseen-config", path])).await;
     assert_eq!((bad.code, missing.code), (Some(78), Some(78)));
     assert!(bad.errors.contains("PACE=0: expected a number from 1 to 100"), "{}", bad.errors);
-    assert!(bad.errors.contains(&format!("as {path} sets it")), "{}", bad.errors);
+    assert!(bad.errors.contains(&format!("set in {path}, line 1)")), "{}", bad.errors);
     let told = format!("LASTSEEN_CONFIG={path}: cannot be read");
     assert!(missing.errors.contains(&told), "{}", missing.errors);
 }

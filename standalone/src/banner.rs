@@ -1,10 +1,15 @@
 //! What a person is told at the start: what runs, where to POST, how to look.
 
 use std::path::Path;
+use std::time::Duration;
 
+use service::settings;
 use url::Url;
 
 use crate::{Config, print_line};
+
+/// The default, which `lastseen objects` has too.
+const OBJECT_TTL: Duration = Duration::from_secs(30);
 
 /// Where the roles that are played are found, and whom they ask.
 #[derive(Debug, Default)]
@@ -50,12 +55,16 @@ fn text(config: &Config, addresses: &Addresses, program: &str) -> String {
         let directory = quoted(&config.lastseen_dir.display().to_string());
         lastseen = format!("{lastseen} --lastseen-dir {directory}");
     }
+    let ttl = match config.cleanup.object_ttl {
+        OBJECT_TTL => String::new(),
+        other => format!(" --object-ttl {}", settings::display(other)),
+    };
     let elsewhere = config.amqp_uri.is_some() || config.database_url.is_some();
     let same = if elsewhere { "  (with the same AMQP_URI and DATABASE_URL)" } else { "" };
     let lines = [
         ("watch", shown_at.as_ref().map(ToString::to_string)),
         ("post", post),
-        ("look", Some(format!("{lastseen} objects{same}"))),
+        ("look", Some(format!("{lastseen} objects{ttl}{same}"))),
         ("given up", Some(format!("{lastseen} dead-letters list{same}"))),
         ("lookups", lookups_at.as_ref().map(|url| format!("GET {}/objects/{{id}}", shown(url)))),
         ("queue", Some(format!("{:?}", config.broker().amqp_uri))),
@@ -123,6 +132,18 @@ Lastseen is at work: producer, consumer, routine, viewer, simulated partner, sim
   stop      ctrl-c; what was accepted is kept
 "
         );
+    }
+
+    /// Field case 6.12.
+    #[test]
+    fn the_command_that_lists_objects_has_the_same_ttl() {
+        let look = |arguments: &[&str]| {
+            let text = text(&config(arguments), &Addresses::default(), "lastseen");
+            text.lines().find(|line| line.contains("look ")).unwrap().to_owned()
+        };
+        assert!(look(&["--object-ttl=90s"]).ends_with("lastseen objects --object-ttl 90s"));
+        assert!(look(&["--object-ttl=2h"]).ends_with("lastseen objects --object-ttl 2h"));
+        assert!(look(&["--object-ttl=30s"]).ends_with("lastseen objects"));
     }
 
     #[test]

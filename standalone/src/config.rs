@@ -185,3 +185,40 @@ impl Config {
         url.unwrap_or_else(|| DatabaseUrl::file(self.lastseen_dir.join("store.db")))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use clap::{Args as _, Command};
+
+    use super::Config;
+
+    /// Field case 2.8. A duration is recognised by its default value.
+    #[test]
+    fn every_duration_of_every_role_has_a_range() {
+        let command = Config::augment_args(Command::new("lastseen"));
+        let is_duration = |value: &str| {
+            let units = ["ms", "s", "m", "h", "d"];
+            let number = units.iter().find_map(|unit| value.strip_suffix(unit));
+            number.is_some_and(|number| number.parse::<u64>().is_ok())
+        };
+        let mut durations = Vec::new();
+        for argument in command.get_arguments() {
+            let default = argument.get_default_values().first().and_then(|value| value.to_str());
+            if let (Some(flag), Some(true)) = (argument.get_long(), default.map(is_duration)) {
+                durations.push(flag);
+            }
+        }
+        assert!(durations.len() >= 11, "{durations:?}");
+        for flag in durations {
+            // An answer without any latency is a latency that the simulated status API can have.
+            let tiny = if flag.starts_with("latency-") { "-1ns" } else { "1ns" };
+            for value in [tiny, "5M", "1month", "1y", "10000d", "-1s", "30"] {
+                let arguments = ["lastseen".to_owned(), format!("--{flag}={value}")];
+                let error = command.clone().try_get_matches_from(arguments).unwrap_err();
+                let reason = std::error::Error::source(&error).map(ToString::to_string);
+                let is_range = reason.is_some_and(|reason| reason.contains("a duration from "));
+                assert!(is_range, "--{flag}={value}: {error}");
+            }
+        }
+    }
+}

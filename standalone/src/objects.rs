@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use serde_json::json;
 use service::CancellationToken;
+use service::settings::display;
 use store::{Object, Objects};
 
 use crate::{print_line, unless_stopped};
@@ -48,7 +49,7 @@ pub(crate) async fn list(
         }
     }
     if nobody_yet {
-        eprintln!("nobody is online");
+        eprintln!("nobody is online: no object was seen within OBJECT_TTL={}", display(ttl));
     }
     Ok(())
 }

@@ -31,7 +31,7 @@ pub struct Config {
     #[arg(long, default_value = HOST)]
     pub postgres_host: String,
     /// The server's port
-    #[arg(long, default_value_t = PORT)]
+    #[arg(long, value_parser = port, default_value_t = PORT)]
     pub postgres_port: u16,
     /// The role to log in as
     #[arg(long, default_value = USER)]
@@ -98,6 +98,20 @@ impl Config {
         }
         Backend::Postgres(Box::new(options))
     }
+}
+
+/// A port, or what Kubernetes sets `POSTGRES_PORT` to in every pod beside a service called `postgres`: the port is
+/// in there.
+fn port(text: &str) -> Result<u16, String> {
+    let text = text.trim();
+    let digits = match text.strip_prefix("tcp://") {
+        Some(address) => address.rsplit_once(':').map_or("", |(_, port)| port),
+        None => text,
+    };
+    let port = digits.parse().ok().filter(|port| *port > 0);
+    port.ok_or_else(|| {
+        "expected a port from 1 to 65535, or tcp://ADDRESS:PORT as Kubernetes sets it".to_owned()
+    })
 }
 
 /// libpq's modes without `allow`, by which sqlx never speaks TLS.
@@ -193,6 +207,22 @@ mod tests {
         assert_eq!(host_and_port(&cli.config), Some(("a".to_owned(), 5432)));
         let cli = Cli::parse_from(["x", "--postgres-host=a", "--database-url=sqlite:objects.db"]);
         assert_eq!(host_and_port(&cli.config), None);
+    }
+
+    /// Field case 6.6.
+    #[test]
+    fn the_port_is_taken_from_a_kubernetes_service_link() {
+        assert_eq!(port("5433"), Ok(5433));
+        assert_eq!(port("tcp://10.96.0.12:5432"), Ok(5432));
+        assert_eq!(port("tcp://[fd00::12]:5432"), Ok(5432));
+        for text in
+            ["", "0", "65536", "-1", "tcp://10.96.0.12", "tcp://10.96.0.12:", "udp://10.96.0.12:53"]
+        {
+            assert!(
+                port(text).unwrap_err().starts_with("expected a port from 1 to 65535"),
+                "{text}"
+            );
+        }
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! What can be set: one struct per concern, and what must hold between their values.
 
 use std::net::SocketAddr;
-use std::ops::Deref;
+use std::ops::{Deref, RangeInclusive};
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -15,6 +15,14 @@ use url::Url;
 const CALLBACK_PATH: &str = "/callback";
 /// By how much shares may add up to more than 1: `0.1` and its like have no exact sum.
 const SHARE_TOLERANCE: f64 = 1e-9;
+
+const CALLBACK_TIMEOUT: RangeInclusive<Duration> =
+    Duration::from_millis(1)..=Duration::from_mins(10);
+const CALLBACK_INTERVAL: RangeInclusive<Duration> =
+    Duration::from_millis(1)..=Duration::from_hours(24);
+const LATENCY: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_hours(1);
+const LOAD_DURATION: RangeInclusive<Duration> =
+    Duration::from_millis(1)..=Duration::from_hours(365 * 24);
 
 /// All settings of the tester.
 ///
@@ -62,7 +70,7 @@ pub struct Callbacks {
     #[arg(long, global = true, default_value = "http://localhost:9090/callback", value_parser = endpoint)]
     pub callback_endpoint: Url,
     /// How long to wait for the answer to a callback, which is then given up and never sent again
-    #[arg(long, global = true, default_value = "1s", value_parser = settings::duration)]
+    #[arg(long, global = true, default_value = "1s", value_parser = settings::duration(CALLBACK_TIMEOUT))]
     pub callback_timeout: Duration,
     /// Smallest object id in callbacks
     #[arg(long, global = true, default_value_t = 0, allow_negative_numbers = true)]
@@ -78,7 +86,7 @@ pub struct Callbacks {
 #[command(next_help_heading = "Partner")]
 pub struct Partner {
     /// Time from one callback to the next
-    #[arg(long, default_value = "5s", value_parser = settings::duration)]
+    #[arg(long, default_value = "5s", value_parser = settings::duration(CALLBACK_INTERVAL))]
     pub callback_interval: Duration,
     /// Fewest ids in a callback
     #[arg(long, default_value = "0", value_parser = settings::number(0..=1_000_000_usize))]
@@ -97,10 +105,10 @@ pub struct Api {
     #[arg(long, default_value = ":9010", value_parser = settings::listen_address)]
     pub tester_addr: SocketAddr,
     /// Shortest time to an answer
-    #[arg(long, default_value = "300ms", value_parser = latency)]
+    #[arg(long, default_value = "300ms", value_parser = settings::duration(LATENCY))]
     pub latency_min: Duration,
     /// Longest time to an answer
-    #[arg(long, default_value = "4300ms", value_parser = latency)]
+    #[arg(long, default_value = "4300ms", value_parser = settings::duration(LATENCY))]
     pub latency_max: Duration,
     /// Share of the ids that are online, from 0 to 1, always the same ones; if not set, the even ids are
     #[arg(long, value_parser = share())]
@@ -141,7 +149,7 @@ pub struct Load {
     #[arg(long, value_parser = settings::number(0.001..=1_000_000.0_f64))]
     pub rate: Option<f64>,
     /// How long to send; 10s if not given, without end if --total is
-    #[arg(long, value_parser = settings::duration)]
+    #[arg(long, value_parser = settings::duration(LOAD_DURATION))]
     pub duration: Option<Duration>,
     /// Stop after so many callbacks
     #[arg(long, value_parser = settings::number(1..=1_000_000_000_000_u64))]
@@ -170,6 +178,12 @@ pub trait Check {
     /// # Errors
     /// When something does not fit.
     fn check(&self) -> Result<(), String>;
+
+    /// Whether what the command line asks for uses these settings at all.
+    #[must_use]
+    fn is_used(_: &ArgMatches) -> bool {
+        true
+    }
 }
 
 /// Settings that were read from a command line and fit one another.
@@ -197,8 +211,10 @@ impl<T: FromArgMatches + Check> FromArgMatches for Checked<T> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let settings = T::from_arg_matches(matches)?;
         match settings.check() {
-            Ok(()) => Ok(Self(settings)),
-            Err(reason) => Err(clap::Error::raw(ErrorKind::ValueValidation, reason)),
+            Err(reason) if T::is_used(matches) => {
+                Err(clap::Error::raw(ErrorKind::ValueValidation, reason))
+            }
+            Ok(()) | Err(_) => Ok(Self(settings)),
         }
     }
 
@@ -225,6 +241,12 @@ impl Check for Callbacks {
             return Err(format!("OBJECT_ID_MAX={max}: must not be below OBJECT_ID_MIN={min}"));
         }
         Ok(())
+    }
+
+    /// `load --unique` counts up from `OBJECT_ID_MIN`.
+    fn is_used(matches: &ArgMatches) -> bool {
+        let load = matches.subcommand_matches("load");
+        !load.is_some_and(|load| matches!(load.try_get_one("unique"), Ok(Some(true))))
     }
 }
 
@@ -279,12 +301,6 @@ fn endpoint(text: &str) -> Result<Url, String> {
         url.set_path(CALLBACK_PATH);
     }
     Ok(url)
-}
-
-/// Like [`settings::duration`], but no latency at all is a latency too.
-fn latency(text: &str) -> Result<Duration, String> {
-    humantime::parse_duration(text)
-        .map_err(|_| "expected a duration such as 0s, 300ms or 4s".to_owned())
 }
 
 fn share() -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync + 'static {
@@ -369,6 +385,18 @@ mod tests {
             assert_eq!(config.callbacks.callback_endpoint.as_str(), "http://a:1/callback");
             assert!(matches!(config.command, Some(Command::Load(_))));
         }
+    }
+
+    /// Field case 6.12.
+    #[test]
+    fn load_of_unique_ids_has_no_largest_id() {
+        for arguments in [
+            &["load", "--unique", "--object-id-min=1000"][..],
+            &["--object-id-max=99", "--object-id-min=1000", "load", "--unique"],
+        ] {
+            assert_eq!(read(arguments).unwrap().callbacks.object_id_min, 1_000);
+        }
+        assert!(read(&["load", "--object-id-min=1000"]).is_err());
     }
 
     #[test]

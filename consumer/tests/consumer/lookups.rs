@@ -87,7 +87,7 @@ async fn results_that_wait_for_their_write_take_no_lookups_place() {
     let api = StatusApi::start(|_, _| Answer::Online);
     around.publish(1..=4).await;
     // No write is due before this test has ended.
-    let settings = ["--max-consumers=2", "--write-batch-linger=1h"];
+    let settings = ["--max-consumers=2", "--write-batch-linger=1m"];
     let _consumer = around.start(&api.endpoint(), &settings);
     eventually("twice as many are looked up as there are places", PATIENCE, async || {
         (looked_up(&[&api]) == [1, 2, 3, 4]).then_some(())

@@ -130,7 +130,7 @@ async fn how_many_failures_make_the_status_api_count_as_away_may_change_while_th
 async fn lookups_that_begin_after_a_change_have_the_new_status_timeout() {
     let around = Surroundings::new().await;
     let api = StatusApi::start(|_, lookup| if lookup == 1 { Answer::Hang } else { Answer::Online });
-    let consumer = around.start(&api.endpoint(), &["--status-timeout=1h", "--max-consumers=1"]);
+    let consumer = around.start(&api.endpoint(), &["--status-timeout=5m", "--max-consumers=1"]);
     around.publish([1]).await;
     in_flight(&api, 1).await;
     around.publish([2]).await;
@@ -154,7 +154,7 @@ async fn max_consumers_raised_in_the_settings_file_during_a_backlog_redelivers_n
     let consumer = spawn(
         &around,
         &api,
-        &[("LASTSEEN_CONFIG", path), ("COALESCE", "off"), ("STATUS_TIMEOUT", "1h")],
+        &[("LASTSEEN_CONFIG", path), ("COALESCE", "off"), ("STATUS_TIMEOUT", "5m")],
     );
     in_flight(&api, 50).await;
     std::fs::write(&file, "# More of them.\nMAX_CONSUMERS=500\n").unwrap();

@@ -88,7 +88,7 @@ async fn a_full_batch_does_not_wait_for_the_linger_and_none_is_larger() {
     let around = Surroundings::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
     around.publish(1..=100).await;
-    let settings = ["--write-batch-max=10", "--write-batch-linger=1h"];
+    let settings = ["--write-batch-max=10", "--write-batch-linger=1m"];
     let consumer = around.start(&api.endpoint(), &settings);
     around.recorded(1..=100).await;
     let sql = "SELECT max(rows) FROM (SELECT count(*) AS rows FROM object GROUP BY xmin::text) _";

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::FileExt as _;
+use std::os::unix::fs::{FileExt as _, MetadataExt as _};
 use std::path::Path;
 
 use embedded::{File, Format, OpenError, attach};
@@ -27,6 +27,23 @@ fn copy_with_log(from: &Path, to: &Path) {
         let bytes = fs::copy(name(from), name(to)).unwrap();
         assert!(bytes > 0, "the case needs a log with something in it");
     }
+}
+
+/// Field case 6.10.
+#[tokio::test]
+async fn only_the_owner_may_read_what_is_made() {
+    let folder = Scratch::new("embedded");
+    let file = open(&path_in(&folder)).await;
+    insert(&file, 1).await.unwrap();
+    let mut names = Vec::new();
+    for entry in fs::read_dir(folder.path()).unwrap() {
+        let entry = entry.unwrap();
+        let name = entry.file_name().into_string().unwrap();
+        assert_eq!(entry.metadata().unwrap().mode() & 0o777, 0o600, "{name}");
+        names.push(name);
+    }
+    assert!(names.iter().any(|name| name.ends_with("-wal")), "{names:?}");
+    file.close().await;
 }
 
 #[tokio::test]

@@ -19,6 +19,9 @@ struct Settings {
     /// What does not change while it runs
     #[arg(long, default_value = "here")]
     place: String,
+    /// How many lines it logs at its start, as information and as warnings
+    #[arg(long, value_parser = settings::number(0..=1_000_000_u32), default_value = "0")]
+    noise: u32,
     /// What to do instead of serving
     #[command(subcommand)]
     command: Option<Command>,
@@ -72,7 +75,12 @@ fn plan(
         Some(command) => Invocation::Command(carry_out(command, settings.ending, shutdown)),
         None => Invocation::Service(async move {
             count();
+            tracing::info!(pace = settings.pace, place = settings.place, "settings");
             tracing::debug!("in detail");
+            for _ in 0..settings.noise {
+                tracing::info!("{:200}", "noise");
+                tracing::warn!("failed again");
+            }
             if settings.ending == Ending::Drained {
                 health.all_told();
                 println!("{}", settings.pace);

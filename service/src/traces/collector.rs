@@ -5,18 +5,18 @@ use std::error::Error as _;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use anyhow::Context as _;
 use async_trait::async_trait;
 use axum::body::Bytes;
 use axum::http::{Request, Response};
 use opentelemetry::trace::TracerProvider as _;
 use opentelemetry_http::{HttpClient, HttpError};
-use opentelemetry_otlp::{SpanExporter, WithExportConfig as _, WithHttpConfig as _};
+use opentelemetry_otlp::{Protocol, SpanExporter, WithExportConfig as _, WithHttpConfig as _};
 use opentelemetry_sdk::Resource;
 use opentelemetry_sdk::trace::SdkTracerProvider;
 use reqwest::Client;
 use tokio::runtime::Handle;
 
+use super::config::{EXPORT_TIMEOUT, Export};
 use super::{Config, TRACER};
 
 /// How long a collector may hold up the end of the process.
@@ -32,27 +32,28 @@ pub(crate) struct Traces(Option<SdkTracerProvider>);
 impl Traces {
     /// Begins to send what [`Span`](super::Span)s tell, on the runtime that this is called on. `name` is the service's.
     ///
-    /// # Errors
-    /// When the HTTP client cannot be set up. A collector that is away is none.
-    pub(crate) fn start(config: &Config, name: &'static str) -> anyhow::Result<Self> {
-        let Some(url) = config.url() else { return Ok(Self(None)) };
-        let client = config.client().context("cannot set up the client of the trace collector")?;
-        let exporter = SpanExporter::builder()
-            .with_http()
-            .with_http_client(Collector::new(client))
-            .with_endpoint(url)
-            .build()
-            .context("cannot set up the export of traces")?;
-        let resource = Resource::builder().with_service_name(config.service_name(name));
-        let provider = SdkTracerProvider::builder()
-            .with_batch_exporter(exporter)
-            .with_sampler(config.sampler())
-            .with_max_links_per_span(MAX_LINKS)
-            .with_resource(resource.build())
-            .build();
-        // There is none yet: this is called once.
-        _ = TRACER.set(provider.tracer("lastseen"));
-        Ok(Self(Some(provider)))
+    /// What cannot be used of `config` is logged and left out, at worst the traces: they are never a reason not to
+    /// start.
+    pub(crate) fn start(config: &Config, name: &'static str) -> Self {
+        let (export, warnings) = config.export(name);
+        for warning in warnings {
+            tracing::warn!("{warning}");
+        }
+        let Some(export) = export else { return Self(None) };
+        match provider(export) {
+            Ok(provider) => {
+                // There is none yet: this is called once.
+                _ = TRACER.set(provider.tracer("lastseen"));
+                Self(Some(provider))
+            }
+            Err(step) => {
+                tracing::warn!(
+                    step,
+                    "traces cannot be set up; there are none until the next start"
+                );
+                Self(None)
+            }
+        }
     }
 
     /// Sends what has not been sent, as far as the collector takes it at once.
@@ -63,6 +64,27 @@ impl Traces {
             tracing::debug!("the last spans are not sent");
         }
     }
+}
+
+/// # Errors
+/// The step that failed. The reason is left out: it may quote the URL, in which there may be a password.
+fn provider(export: Export) -> Result<SdkTracerProvider, &'static str> {
+    let client = export.client().map_err(|_| "HTTP client")?;
+    let exporter = SpanExporter::builder()
+        .with_http()
+        .with_protocol(Protocol::HttpBinary)
+        .with_timeout(EXPORT_TIMEOUT)
+        .with_http_client(Collector::new(client))
+        .with_endpoint(export.url)
+        .build()
+        .map_err(|_| "exporter")?;
+    let resource = Resource::builder().with_service_name(export.service_name);
+    Ok(SdkTracerProvider::builder()
+        .with_batch_exporter(exporter)
+        .with_sampler(export.sampler)
+        .with_max_links_per_span(MAX_LINKS)
+        .with_resource(resource.build())
+        .build())
 }
 
 /// The client that the exporter posts by.
