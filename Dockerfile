@@ -39,7 +39,10 @@ COPY --from=build /build/target/release/producer /build/target/release/consumer 
      /build/target/release/routine /build/target/release/lastseen /build/target/release/tester \
      /build/target/release/viewer \
      /usr/local/bin/
-# The producer's spool, on a volume that takes over the owner.
+# The default folders of the producer's spool and of lastseen's files, ./spool and ./data, are on this volume. It takes over the owner.
 RUN mkdir /var/lib/lastseen && chown 65532:65532 /var/lib/lastseen
+WORKDIR /var/lib/lastseen
+VOLUME /var/lib/lastseen
 USER 65532:65532
 STOPSIGNAL SIGTERM
+CMD ["lastseen"]
