@@ -4,11 +4,12 @@ use std::path::Path;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
-use embedded::{OpenError, WriteError};
+use embedded::{Format, OpenError, WriteError};
+use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::Origin;
 use crate::sqlite::{Queue, SPOOL};
+use crate::{LinkStatus, Origin};
 
 /// Messages that wait on this disk for a broker. One process has it, and in it one reader: that takes
 /// the oldest, publishes them, and removes them only when they are confirmed.
@@ -53,7 +54,7 @@ impl Spool {
     /// # Errors
     /// [`OpenError`]; then the file is as it was.
     pub fn open(path: &Path, max_bytes: u64) -> Result<Self, OpenError> {
-        let queue = Arc::new(Queue::open_as(path, SPOOL, max_bytes)?);
+        let queue = Arc::new(Queue::open_as(path, Format { max_bytes, ..SPOOL })?);
         Ok(Self { queue })
     }
 
@@ -108,7 +109,20 @@ impl Spool {
         self.queue.oldest_at().await
     }
 
-    /// Returns only if what writes the file has died; a service must not outlive it.
+    /// Whether the spool takes messages. While it does not, a write is tried each second.
+    #[must_use]
+    pub fn status(&self) -> watch::Receiver<LinkStatus> {
+        self.queue.status()
+    }
+
+    /// `Err` while a damaged spool is kept beside this one: which, and what is to be done with it.
+    #[must_use]
+    pub fn kept(&self) -> watch::Receiver<LinkStatus> {
+        self.queue.kept()
+    }
+
+    /// Returns only if nothing writes the file any more, because it is damaged or no longer at its place.
+    /// Opened again, the same path leads to a spool that works.
     pub async fn died(&self) {
         self.queue.died().await;
     }

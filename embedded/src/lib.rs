@@ -8,10 +8,12 @@
 mod ballast;
 mod location;
 mod open;
+mod open_files;
+mod salvage;
 mod writer;
 
 pub use location::Location;
-pub use open::{Format, OpenError, attach};
+pub use open::{Format, OpenError, Table, attach};
 pub use writer::{File, WriteError};
 
 /// Whether the file can be written: `Ok`, or why not, in words for an operator.

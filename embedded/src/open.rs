@@ -3,7 +3,7 @@
 use std::fs::{self, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -11,12 +11,14 @@ use percent_encoding::{NON_ALPHANUMERIC, percent_encode};
 use rusqlite::config::DbConfig;
 use rusqlite::{Connection, ErrorCode, OpenFlags};
 
+use crate::open_files::{self, LOG};
+
 /// Another process may be at work on a part of the file, such as a command that an operator gave.
-const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
+pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
 /// How long the start may take to look for damage: some 100 MB, a million messages.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
 /// After a rush, the write-ahead log is cut back to this size.
-const LOG_BYTES: u32 = 16 << 20;
+pub(crate) const LOG_BYTES: u32 = 16 << 20;
 
 /// What is kept in a file, and how such a file is known.
 #[derive(Clone, Copy, Debug)]
@@ -31,6 +33,22 @@ pub struct Format {
     pub schema: &'static str,
     /// Space kept back on the disk for [`crate::File::transact_on_ballast`], in a file of its own; 0 for none.
     pub ballast_bytes: u64,
+    /// How much the file may hold; beyond it, only [`crate::File::transact_on_ballast`] goes on.
+    pub max_bytes: u64,
+    /// What is carried over to a new file when this one turns out to be damaged.
+    pub tables: &'static [Table],
+}
+
+/// A table whose rows are carried over from a damaged file.
+#[derive(Clone, Copy, Debug)]
+pub struct Table {
+    /// Its name in the damaged file.
+    pub from: &'static str,
+    /// The table of the new file that its rows go to; those that it has already stay as they are.
+    pub into: &'static str,
+    /// The columns that are carried over, separated by commas. One that numbers the rows must not be among
+    /// them, for the new file has numbers of its own.
+    pub columns: &'static str,
 }
 
 /// Why a file was not opened. Nothing in it was changed.
@@ -66,7 +84,7 @@ pub enum OpenError {
         what: String,
     },
     /// It is ours but cannot be read as a whole.
-    #[error("{} is damaged ({what}); it is left as it is: to begin with an empty {name}, move it away together with its -wal and -shm files", path.display())]
+    #[error("{} is damaged ({what}); the process that owns it keeps it under another name and begins a new {name} at its next start", path.display())]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -95,28 +113,6 @@ pub enum OpenError {
     },
 }
 
-/// Which file it is, whatever its name.
-#[derive(Debug, PartialEq, Eq)]
-pub(crate) struct Identity {
-    device: u64,
-    inode: u64,
-}
-
-impl Identity {
-    pub(crate) fn of(path: &Path) -> Result<Self, OpenError> {
-        let metadata = fs::metadata(path).map_err(failed("look at", path))?;
-        Ok(Self { device: metadata.dev(), inode: metadata.ino() })
-    }
-
-    /// Whether it is still the one at `path`; if that cannot be told, it is taken to be.
-    pub(crate) fn is_that_of(&self, path: &Path) -> bool {
-        match fs::metadata(path) {
-            Ok(metadata) => (metadata.dev(), metadata.ino()) == (self.device, self.inode),
-            Err(error) => error.kind() != io::ErrorKind::NotFound,
-        }
-    }
-}
-
 /// Holds the file for this process until dropped; the operating system lets go of it as well when
 /// the process ends, however it ends.
 #[derive(Debug)]
@@ -124,27 +120,67 @@ pub(crate) struct Lock(
     #[expect(dead_code, reason = "it is locked for as long as it is open")] fs::File,
 );
 
-/// Takes the file for this process, makes it if it is not there, and sees that it is whole.
-pub(crate) fn own(path: &Path, format: Format) -> Result<(Connection, Lock), OpenError> {
+/// Takes the file for this process, and makes it if it is not there. A damaged file is set aside, and a new one
+/// is made in its place: refused, it would keep the process from working at each start.
+///
+/// `read` is what the caller needs to know of the file; damage may show there too.
+pub(crate) fn own<T>(
+    path: &Path,
+    format: Format,
+    read: impl Fn(&Connection) -> rusqlite::Result<T>,
+) -> Result<(Connection, Lock, T), OpenError> {
     make_directory(directory_of(path))?;
     let lock = lock(path)?;
-    if !path.try_exists().map_err(failed("look for", path))? {
-        // SQLite would take it for the new file's.
-        if with_suffix(path, "-wal").try_exists().map_err(failed("look for", path))? {
-            return Err(damaged(path, format, "only its -wal is there".to_owned()));
+    if path.try_exists().map_err(failed("look for", path))? {
+        recognise(path, format)?;
+        match open_whole(path, format, &read) {
+            Err(OpenError::Damaged { what, .. }) => set_aside(path, format, &what)?,
+            Err(error) => return Err(error),
+            Ok((connection, known)) => return Ok((connection, lock, known)),
         }
-        create(path, format)?;
-        tracing::info!(path = %path.display(), "made an empty {}", format.name);
+    } else if with_suffix(path, LOG).try_exists().map_err(failed("look for", path))? {
+        // SQLite would take it for the new file's.
+        set_aside(path, format, "only its -wal is there")?;
     }
-    let connection = attach(path, format)?;
-    if let Err(refusal) = look_for_damage(&connection, path, format) {
-        // Or the end of the connection would move what is in the log to the file.
-        connection
-            .set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true)
-            .map_err(|error| unopened(path, format, &error))?;
-        return Err(refusal);
+    create(path, format)?;
+    tracing::info!(path = %path.display(), "made an empty {}", format.name);
+    let (connection, known) = open_whole(path, format, &read)?;
+    Ok((connection, lock, known))
+}
+
+/// Renames the damaged file, for a person and for [`crate::salvage`].
+pub(crate) fn set_aside(path: &Path, format: Format, reason: &str) -> Result<(), OpenError> {
+    let aside = open_files::set_aside(path).map_err(failed("rename", path))?;
+    tracing::error!(
+        path = %path.display(), kept_as = %aside.display(), reason,
+        "the {} is damaged: it is kept under another name, and what can be read of it goes to a new one",
+        format.name
+    );
+    Ok(())
+}
+
+/// Opens the file and looks for damage.
+fn open_whole<T>(
+    path: &Path,
+    format: Format,
+    read: impl Fn(&Connection) -> rusqlite::Result<T>,
+) -> Result<(Connection, T), OpenError> {
+    let connection = connect(path, format)?;
+    let known = look_for_damage(&connection, path, format)
+        .and_then(|()| read(&connection).map_err(|error| unopened(path, format, &error)));
+    match known {
+        Ok(known) => Ok((connection, known)),
+        Err(error) => {
+            keep_log_on_close(&connection).map_err(|error| unopened(path, format, &error))?;
+            Err(error)
+        }
     }
-    Ok((connection, lock))
+}
+
+/// Has the end of the connection leave the file and its log as they are: SQLite would move the log into the
+/// file, and remove whatever has the log's name by then.
+pub(crate) fn keep_log_on_close(connection: &Connection) -> rusqlite::Result<()> {
+    connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map(drop)
 }
 
 /// Sees that the file is whole, as far as there is time for: what is left out shows when it is read.
@@ -171,9 +207,14 @@ fn look_for_damage(connection: &Connection, path: &Path, format: Format) -> Resu
 /// [`OpenError`], also when there is no such file: it is not made.
 pub fn attach(path: &Path, format: Format) -> Result<Connection, OpenError> {
     recognise(path, format)?;
+    connect(path, format)
+}
+
+fn connect(path: &Path, format: Format) -> Result<Connection, OpenError> {
     let open = || {
         let flags = OpenFlags::SQLITE_OPEN_READ_WRITE | OpenFlags::SQLITE_OPEN_NO_MUTEX;
         let connection = Connection::open_with_flags(path, flags)?;
+        keep_temporary_data_in_memory(&connection)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;
         connection.pragma_update(None, "synchronous", "FULL")?;
         // macOS only: there, a plain fsync does not reach the medium.
@@ -183,6 +224,12 @@ pub fn attach(path: &Path, format: Format) -> Result<Connection, OpenError> {
         Ok(connection)
     };
     open().map_err(|error| unopened(path, format, &error))
+}
+
+/// SQLite moves a savepoint's journal of more than 64 KiB to a temporary file, whose directory may be
+/// full or read-only: then each large transaction would fail.
+pub(crate) fn keep_temporary_data_in_memory(connection: &Connection) -> rusqlite::Result<()> {
+    connection.pragma_update(None, "temp_store", "MEMORY")
 }
 
 /// Looks at the head of the file with nothing else touched: an ordinary open would begin by tidying up
@@ -238,6 +285,7 @@ fn create(path: &Path, format: Format) -> Result<(), OpenError> {
     let Format { application_id, version, schema, .. } = format;
     let make = || {
         let connection = Connection::open(&unfinished)?;
+        keep_temporary_data_in_memory(&connection)?;
         connection.execute_batch(&format!(
             "BEGIN;
              PRAGMA application_id = {application_id};
@@ -262,7 +310,7 @@ pub(crate) fn private_file(path: &Path) -> io::Result<fs::File> {
 }
 
 /// Makes the directory and those above it.
-fn make_directory(directory: &Path) -> Result<(), OpenError> {
+pub(crate) fn make_directory(directory: &Path) -> Result<(), OpenError> {
     if directory.try_exists().map_err(failed("look for", directory))? {
         return Ok(());
     }
@@ -273,12 +321,12 @@ fn make_directory(directory: &Path) -> Result<(), OpenError> {
 }
 
 /// A name must be as durable as what will be written under it.
-fn sync(directory: &Path) -> Result<(), OpenError> {
+pub(crate) fn sync(directory: &Path) -> Result<(), OpenError> {
     let synced = fs::File::open(directory).and_then(|directory| directory.sync_all());
     synced.map_err(failed("sync", directory))
 }
 
-fn directory_of(path: &Path) -> &Path {
+pub(crate) fn directory_of(path: &Path) -> &Path {
     let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty());
     parent.unwrap_or(Path::new("."))
 }

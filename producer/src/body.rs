@@ -1,4 +1,4 @@
-//! From a request to the whole of its body, within limits of size, time and memory.
+//! Reads the whole body of a request, within limits of size, time and memory.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -8,9 +8,10 @@ use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use http_body_util::BodyExt as _;
 use service::problem::Problem;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout_at};
 
 use crate::config::Callbacks;
+use crate::deadline::Deadline;
 
 /// What a body may take without asking for room. A callback of 200 ids has 4 KiB at most, so the
 /// callbacks of every day never wait for the large ones.
@@ -18,71 +19,128 @@ const SMALL_BYTES: usize = 16 << 10;
 /// What the large bodies may take together. Without this bound, clients who send all of a large body
 /// but its end could have `MAX_BODY_BYTES` of memory for each connection.
 const LARGE_BYTES_TOTAL: usize = 64 << 20;
+/// After [`GRACE`], a body must have arrived at this rate on average.
+const BYTES_PER_SECOND_MIN: u32 = 16 << 10;
+/// Ample for a packet that is lost several times.
+const GRACE: Duration = Duration::from_secs(2);
 
 /// Reads bodies.
 pub(crate) struct Bodies {
     max_bytes: usize,
     within: Duration,
-    /// One permit for each large body that may be held.
+    grace: Duration,
+    /// One permit for each byte that large bodies may hold.
     room: Arc<Semaphore>,
 }
 
 /// A body, with the room that it takes up until it is dropped.
 #[derive(Default)]
-pub(crate) struct Whole {
+pub(crate) struct BufferedBody {
     pub(crate) bytes: Vec<u8>,
     room: Option<OwnedSemaphorePermit>,
 }
 
 impl Bodies {
     pub(crate) fn new(config: &Callbacks) -> Self {
-        let max_bytes = config.max_body_bytes;
-        let room = Arc::new(Semaphore::new((LARGE_BYTES_TOTAL / max_bytes).max(1)));
-        Self { max_bytes, within: config.body_timeout, room }
+        Self::with_room(config.max_body_bytes, config.body_timeout, LARGE_BYTES_TOTAL)
+    }
+
+    fn with_room(max_bytes: usize, within: Duration, total: usize) -> Self {
+        let total = total.max(max_bytes).min(Semaphore::MAX_PERMITS);
+        Self { max_bytes, within, grace: GRACE, room: Arc::new(Semaphore::new(total)) }
     }
 
     /// Reads the body to its end.
     ///
     /// # Errors
-    /// A 408, 413 or 415, or a 400 for a body that breaks off or is in no right form.
-    pub(crate) async fn read(&self, headers: &HeaderMap, body: Body) -> Result<Whole, Problem> {
+    /// A 408, 413 or 415, a 400 for a body that breaks off or is in no right form, or a 503 if there is no
+    /// memory for it by the deadline.
+    pub(crate) async fn read(
+        &self,
+        headers: &HeaderMap,
+        mut body: Body,
+        deadline: Deadline,
+    ) -> Result<BufferedBody, Problem> {
         may_be_json(headers)?;
         // What says itself that it is too large is not read at all.
         if body.size_hint().lower() > self.max_bytes as u64 {
             return Err(self.too_large());
         }
-        timeout(self.within, self.collect(body)).await.unwrap_or_else(|_| {
-            let detail = format!("the body did not arrive within {:?}", self.within);
-            Err(Problem::new(StatusCode::REQUEST_TIMEOUT, detail))
-        })
-    }
-
-    async fn collect(&self, mut body: Body) -> Result<Whole, Problem> {
-        let mut whole = Whole::default();
-        while let Some(frame) = body.frame().await {
+        let started = Instant::now();
+        let mut buffered = BufferedBody::default();
+        loop {
+            let allowed = self.allowed_for(buffered.bytes.len());
+            let frame = match timeout_at(started + allowed, body.frame()).await {
+                Ok(None) => return Ok(buffered),
+                Ok(Some(frame)) => frame,
+                Err(_) => return Err(too_slow(buffered.bytes.len(), allowed)),
+            };
             let frame = frame.map_err(|error| {
                 let detail = format!("the body could not be read: {error}");
                 Problem::new(StatusCode::BAD_REQUEST, detail)
             })?;
             // What is no data is a trailer, which says nothing to us.
             let Ok(data) = frame.into_data() else { continue };
-            let bytes = whole.bytes.len() + data.len();
-            if bytes > self.max_bytes {
+            if buffered.bytes.len() + data.len() > self.max_bytes {
                 return Err(self.too_large());
             }
-            if bytes > SMALL_BYTES && whole.room.is_none() {
-                // Nothing closes the semaphore. While this waits, the client has to wait as well.
-                whole.room = Arc::clone(&self.room).acquire_owned().await.ok();
-            }
-            whole.bytes.extend_from_slice(&data);
+            self.make_room(&mut buffered, data.len(), deadline).await?;
+            buffered.bytes.extend_from_slice(&data);
         }
-        Ok(whole)
+    }
+
+    /// How long after its beginning a body of which so much has arrived must go on.
+    fn allowed_for(&self, received: usize) -> Duration {
+        let seconds = u32::try_from(received).unwrap_or(u32::MAX);
+        let at_least = Duration::from_secs(seconds.into()) / BYTES_PER_SECOND_MIN;
+        self.within.min(self.grace.saturating_add(at_least))
+    }
+
+    /// Makes room for `more` bytes. While this waits, the client has to wait as well.
+    async fn make_room(
+        &self,
+        buffered: &mut BufferedBody,
+        more: usize,
+        deadline: Deadline,
+    ) -> Result<(), Problem> {
+        let (length, capacity) = (buffered.bytes.len(), buffered.bytes.capacity());
+        let needed = length + more;
+        if needed <= capacity {
+            return Ok(());
+        }
+        // At least doubled, or each frame would have all of it copied.
+        let grown = needed.max(2 * capacity).min(self.max_bytes).max(needed);
+        let held = buffered.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let wanted = grown.saturating_sub(SMALL_BYTES).saturating_sub(held);
+        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
+        if wanted > 0 {
+            let room = Arc::clone(&self.room).acquire_many_owned(wanted);
+            // Nothing closes the semaphore.
+            let Ok(Ok(room)) = timeout_at(deadline.at(), room).await else {
+                return Err(Problem {
+                    status: StatusCode::SERVICE_UNAVAILABLE,
+                    detail: "there are too many large bodies at once: send it again".to_owned(),
+                    retry_after_seconds: Some(1),
+                });
+            };
+            match &mut buffered.room {
+                Some(held) => held.merge(room),
+                none => *none = Some(room),
+            }
+        }
+        buffered.bytes.reserve_exact(grown - length);
+        Ok(())
     }
 
     fn too_large(&self) -> Problem {
         let detail = format!("the body is over {} bytes: send several callbacks", self.max_bytes);
         Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
     }
+}
+
+fn too_slow(received: usize, allowed: Duration) -> Problem {
+    let detail = format!("the body did not arrive within {allowed:?}: {received} bytes have come");
+    Problem::new(StatusCode::REQUEST_TIMEOUT, detail)
 }
 
 /// Refuses what says itself that it is not JSON in UTF-8: it may still look like it.
@@ -120,4 +178,64 @@ fn texts(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &str> {
 
 fn unsupported(detail: &str) -> Problem {
     Problem::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, detail)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const BUDGET: Duration = Duration::from_millis(300);
+    const MIB: usize = 1 << 20;
+
+    /// A body that does not go on after its first bytes.
+    fn stalled(bytes: usize) -> Body {
+        let first = futures_util::stream::iter([Ok::<_, std::io::Error>(vec![b' '; bytes])]);
+        Body::from_stream(futures_util::StreamExt::chain(first, futures_util::stream::pending()))
+    }
+
+    async fn read(bodies: &Bodies, body: Body) -> Result<usize, Problem> {
+        let deadline = Deadline::new(Instant::now(), BUDGET);
+        let read = bodies.read(&HeaderMap::new(), body, deadline).await;
+        read.map(|body| body.bytes.len())
+    }
+
+    /// Field case 1.12.
+    #[tokio::test]
+    async fn stalled_bodies_hold_only_what_has_arrived() {
+        let bodies = Bodies::with_room(MIB, BUDGET * 3, 64 * MIB);
+        let stalled = (0..160).map(|_| read(&bodies, stalled(17 << 10)));
+        let stalled = futures_util::future::join_all(stalled);
+        let other = read(&bodies, Body::from(vec![b' '; 24 << 10]));
+        let (stalled, other) = tokio::join!(stalled, other);
+        assert_eq!(other.unwrap(), 24 << 10);
+        for problem in stalled {
+            assert_eq!(problem.unwrap_err().status, StatusCode::REQUEST_TIMEOUT);
+        }
+        assert_eq!(bodies.room.available_permits(), 64 * MIB, "all of the room is free again");
+    }
+
+    #[tokio::test]
+    async fn body_without_room_is_answered_503_at_its_deadline() {
+        let bodies = Bodies::with_room(MIB, BUDGET * 3, MIB);
+        let (stalled, other) = tokio::join!(
+            read(&bodies, stalled(MIB)),
+            read(&bodies, Body::from(vec![b' '; MIB / 2])),
+        );
+        assert_eq!(stalled.unwrap_err().status, StatusCode::REQUEST_TIMEOUT);
+        let problem = other.unwrap_err();
+        assert_eq!(problem.status, StatusCode::SERVICE_UNAVAILABLE);
+        assert_eq!(problem.retry_after_seconds, Some(1));
+    }
+
+    #[tokio::test]
+    async fn body_below_the_minimum_rate_is_answered_408() {
+        let bodies = Bodies::with_room(MIB, Duration::from_mins(1), 64 * MIB);
+        let bodies = Bodies { grace: BUDGET, ..bodies };
+        let trickle = futures_util::stream::unfold((), |()| async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            Some((Ok::<_, std::io::Error>(vec![b' '; 100]), ()))
+        });
+        let problem = read(&bodies, Body::from_stream(trickle)).await.unwrap_err();
+        assert_eq!(problem.status, StatusCode::REQUEST_TIMEOUT);
+    }
 }

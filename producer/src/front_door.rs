@@ -25,6 +25,7 @@ use uuid::Uuid;
 use crate::body::Bodies;
 use crate::callback::Callback;
 use crate::config::{Callbacks, Config};
+use crate::deadline::Deadline;
 use crate::places::{Places, Unavailable};
 use crate::repeats::Turn;
 use crate::signature::Signatures;
@@ -50,7 +51,7 @@ struct Shared {
 }
 
 impl FrontDoor {
-    /// Listens on `PRODUCER_ADDR`, opens the spool and starts to look for the broker.
+    /// Opens the spool, starts to look for the broker, and listens on `PRODUCER_ADDR`.
     ///
     /// # Errors
     /// When the address cannot be listened on, or the queue's file not be opened. A spool that cannot be
@@ -59,10 +60,11 @@ impl FrontDoor {
         describe_metrics();
         let callbacks = &config.callbacks;
         let address = callbacks.producer_addr;
+        let places = Places::open(config).await?;
+        // Last: a client that can connect waits for an answer, and the spool takes a while to open.
         let listener = TcpListener::bind(address)
             .await
             .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
-        let places = Places::open(config).await?;
         places.tell(health);
         health.all_told();
         let limits = http::Limits {
@@ -126,7 +128,8 @@ async fn take(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let (head, body) = request.into_parts();
     let partners_span = || head.headers.get(TRACEPARENT)?.to_str().ok();
     let mut span = Span::begin(partners_span, step);
-    let outcome = shared.accept(&span, &callback_id, &head.headers, body).await;
+    let deadline = shared.places.deadline(started);
+    let outcome = shared.accept(&span, &callback_id, &head.headers, body, deadline).await;
     let label = match &outcome {
         Ok(_) => "accepted",
         Err(problem) => match problem.status {
@@ -178,9 +181,11 @@ impl Shared {
         callback_id: &str,
         headers: &HeaderMap,
         body: Body,
+        deadline: Deadline,
     ) -> Result<Accepted, Problem> {
         let unverified = self.signatures.claimed(headers)?;
-        let body = self.bodies.read(headers, body).await?;
+        let body = self.bodies.read(headers, body, deadline).await?;
+        let deadline = deadline.after_body();
         let fingerprint = unverified.verify(&body.bytes)?;
         let Callback { listed, ids } =
             Callback::parse(&body.bytes, self.config.max_ids_per_callback)?;
@@ -188,12 +193,13 @@ impl Shared {
         let accepted = Accepted { accepted: listed, queued: ids.len() };
         let turn = match fingerprint {
             None => None,
-            Some(fingerprint) => match self.signatures.turn(fingerprint).await? {
+            Some(fingerprint) => match self.signatures.turn(fingerprint, deadline).await? {
                 Turn::Ours(turn) => Some(turn),
                 Turn::Published => return Ok(accepted),
             },
         };
-        self.places.take(span, callback_id, &ids).await.map_err(|error| unavailable(&error))?;
+        let taken = self.places.take(span, callback_id, &ids, deadline).await;
+        taken.map_err(|error| unavailable(&error))?;
         if let Some(turn) = turn {
             turn.published();
         }

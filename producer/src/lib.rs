@@ -5,6 +5,7 @@
 mod body;
 mod callback;
 mod config;
+mod deadline;
 mod front_door;
 mod places;
 mod repeats;

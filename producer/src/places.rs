@@ -13,9 +13,10 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::Config;
+use crate::deadline::Deadline;
 use crate::spool::Outage;
 
-/// How long the disk may take to have a callback. With `PUBLISH_TIMEOUT` before it, the answer is
+/// How long the spool may take to store a callback. With `PUBLISH_TIMEOUT` before it, the answer is
 /// there within the client's second.
 const SPOOL_TIMEOUT: Duration = Duration::from_millis(500);
 /// Where the spool is unless `SPOOL_DIR` says otherwise.
@@ -61,8 +62,12 @@ impl Places {
         Ok(Self { publisher, destination, publish_timeout: callbacks.publish_timeout, outage })
     }
 
-    /// Makes a durable message of each of `ids`, within a time that leaves the client's second
-    /// something over.
+    /// The deadline of a request: it leaves something of the client's second for the way back.
+    pub(crate) fn deadline(&self, arrived: Instant) -> Deadline {
+        Deadline::new(arrived, self.publish_timeout.saturating_add(SPOOL_TIMEOUT))
+    }
+
+    /// Makes a durable message of each of `ids` before the deadline.
     ///
     /// # Errors
     /// [`Unavailable`]: some of them may be durable all the same.
@@ -71,11 +76,12 @@ impl Places {
         callback: &Span,
         callback_id: &str,
         ids: &[i64],
+        deadline: Deadline,
     ) -> Result<(), Unavailable> {
         let mut span = callback.child(|| self.publishing(callback_id, ids));
         let traceparent = span.traceparent();
         let origin = Origin { callback_id, traceparent: traceparent.as_deref() };
-        let taken = self.publish_or_spool(&mut span, origin, ids).await;
+        let taken = self.publish_or_spool(&mut span, origin, ids, deadline).await;
         if let Err(error) = &taken {
             span.fail(error);
         }
@@ -87,9 +93,9 @@ impl Places {
         span: &mut Span,
         origin: Origin<'_>,
         ids: &[i64],
+        deadline: Deadline,
     ) -> Result<(), Unavailable> {
-        let within = self.publish_timeout + SPOOL_TIMEOUT;
-        let late = Instant::now() + within;
+        let within = deadline.remaining();
         let mut publishing = pin!(self.publisher.publish_ids(origin, ids, within));
         let Some(outage) = &self.outage else {
             return publishing.await.map_err(|broker| Unavailable { broker, spool: None });
@@ -98,11 +104,11 @@ impl Places {
         let is_asked_first = outage.broker_takes() || outage.spool().is_none();
         if is_asked_first {
             let another_place = async {
-                sleep(self.publish_timeout).await;
+                sleep(self.share_of_the_broker(within)).await;
                 outage.opened().await;
             };
             tokio::select! {
-                // In this order: what is confirmed must not be spooled because nobody has looked for so long.
+                // In this order: what is confirmed must not be spooled because this was not polled for a while.
                 biased;
                 published = publishing.as_mut() => match published {
                     Ok(()) => return Ok(()),
@@ -120,9 +126,9 @@ impl Places {
             }
             let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
             span.set("lastseen.spooled", true);
-            let left = late.saturating_duration_since(Instant::now());
-            let added = spool.add(origin, &unconfirmed, left.min(SPOOL_TIMEOUT)).await;
-            outage.note(&added, unconfirmed.len());
+            let left = deadline.remaining().min(SPOOL_TIMEOUT);
+            let added = spool.add(origin, &unconfirmed, left).await;
+            outage.note(&spool, &added, unconfirmed.len());
             match added {
                 Ok(()) => return Ok(()),
                 Err(error) => unspooled = Some(error),
@@ -131,7 +137,7 @@ impl Places {
         let published = match refused {
             Some(error) => Err(error),
             // Now it is the only place, and has what is left of the time.
-            None => match timeout_at(late, publishing).await {
+            None => match timeout_at(deadline.at(), publishing).await {
                 Ok(published) => published,
                 Err(_) => Err(PublishError::Timeout(within)),
             },
@@ -141,6 +147,14 @@ impl Places {
             outage.set_broker_takes(published.is_ok());
         }
         published.map_err(|broker| Unavailable { broker, spool: unspooled })
+    }
+
+    /// Of the time that is left, what the broker has before the spool is asked: `PUBLISH_TIMEOUT`, or its share
+    /// if the request has waited for something else before.
+    fn share_of_the_broker(&self, left: Duration) -> Duration {
+        let all = self.publish_timeout.saturating_add(SPOOL_TIMEOUT);
+        let share = self.publish_timeout.as_secs_f64() / all.as_secs_f64();
+        left.mul_f64(share).min(self.publish_timeout)
     }
 
     fn publishing(&self, callback_id: &str, ids: &[i64]) -> Step {
@@ -169,6 +183,7 @@ impl Places {
         health.needs("a durable place", either(broker.clone(), outage.status()));
         health.wants("broker", broker);
         health.wants("spool", outage.status());
+        health.wants("intact spool", outage.kept());
     }
 
     /// Relays what is in the spool to the broker, for as long as this is polled.

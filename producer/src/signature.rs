@@ -1,17 +1,14 @@
 //! Who may post callbacks: anybody, or, with `CALLBACK_SECRET`, whoever signs them.
 
-use std::time::{Duration, SystemTime};
+use std::time::SystemTime;
 
 use authenticity::{Claim, Fingerprint, Keys, Refusal};
 use axum::http::{HeaderMap, StatusCode};
 use service::problem::Problem;
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 
+use crate::deadline::Deadline;
 use crate::repeats::{Repeats, Turn};
-
-/// How long a repeat waits for the outcome of the one before it. It leaves time, of the second that
-/// the client waits, to try anew when that has failed.
-const PATIENCE: Duration = Duration::from_millis(500);
 
 /// Checks signatures, if callbacks must be signed.
 pub(crate) struct Signatures {
@@ -37,13 +34,17 @@ impl Signatures {
         Ok(Unverified(Some((keys, claim))))
     }
 
-    /// Finds out whether the callback is still to be published, and waits while another request with
-    /// the same callback is at it.
+    /// Finds out whether the callback is still to be published, and waits while another request publishes
+    /// the same callback. It leaves time to publish it if the other request fails.
     ///
     /// # Errors
     /// A 503 when the other takes too long.
-    pub(crate) async fn turn(&self, fingerprint: Fingerprint) -> Result<Turn<'_>, Problem> {
-        let turn = timeout(PATIENCE, self.repeats.turn(fingerprint)).await;
+    pub(crate) async fn turn(
+        &self,
+        fingerprint: Fingerprint,
+        deadline: Deadline,
+    ) -> Result<Turn<'_>, Problem> {
+        let turn = timeout_at(deadline.halfway(), self.repeats.turn(fingerprint)).await;
         let turn = turn.map_err(|_| Problem {
             status: StatusCode::SERVICE_UNAVAILABLE,
             detail: "the same callback came before and is not durable yet: send it again"

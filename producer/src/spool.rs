@@ -1,19 +1,23 @@
 //! The outage spool and its relay: what the broker does not take waits on this disk, and goes to the
 //! broker, the oldest first, as soon as that takes messages again.
 
-use std::path::PathBuf;
-use std::sync::OnceLock;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use anyhow::bail;
-use broker::{LinkStatus, PublishError, Publisher, Spool, SpoolError, Spooled};
+use broker::{LinkStatus, OpenError, PublishError, Publisher, Spool, SpoolError, Spooled};
 use futures_util::future::join_all;
 use tokio::sync::{Notify, watch};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, sleep, timeout};
 
 /// How soon a spool that cannot be opened is tried again.
 const OPEN_INTERVAL: Duration = Duration::from_secs(5);
+/// How soon the relay looks into an empty spool although nothing was reported as added: a message can be
+/// committed after its callback has given up.
+const RELAY_INTERVAL: Duration = Duration::from_secs(1);
 /// Messages that are relayed at once, at most. A broker that is slow to confirm takes as many per
 /// second only if many are under way.
 const RELAYED_AT_ONCE: usize = 2_048;
@@ -21,12 +25,33 @@ const MEASURE_INTERVAL: Duration = Duration::from_secs(1);
 /// Longer than a callback may wait: nobody waits for this, and what is not confirmed goes out twice.
 const RELAY_TIMEOUT: Duration = Duration::from_secs(5);
 
+/// Which file it is, and when it was changed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Stamp {
+    device: u64,
+    inode: u64,
+    bytes: u64,
+    modified: (i64, i64),
+}
+
+impl Stamp {
+    fn of(path: &Path) -> Option<Self> {
+        let file = std::fs::metadata(path).ok()?;
+        let modified = (file.mtime(), file.mtime_nsec());
+        Some(Self { device: file.dev(), inode: file.ino(), bytes: file.len(), modified })
+    }
+}
+
 /// Both ends of the spool, and what is known of the broker meanwhile.
 pub(crate) struct Outage {
     path: PathBuf,
     max_bytes: u64,
-    spool: OnceLock<Spool>,
+    /// `None` while it cannot be opened.
+    spool: watch::Sender<Option<Arc<Spool>>>,
     status: watch::Sender<LinkStatus>,
+    kept: watch::Sender<LinkStatus>,
+    /// The file that was refused for what it is: it is not tried again as long as it is the same.
+    refused: Mutex<Option<Stamp>>,
     /// What callbacks give the broker.
     publish_timeout: Duration,
     /// Whether they are to ask it first. Who is not confirmed in time clears it; whatever is confirmed in
@@ -47,12 +72,13 @@ impl Outage {
         publisher: Publisher,
     ) -> Self {
         describe_metrics();
-        let (status, _) = watch::channel(Err("not opened yet".to_owned()));
         let outage = Self {
             path,
             max_bytes,
-            spool: OnceLock::new(),
-            status,
+            spool: watch::Sender::new(None),
+            status: watch::Sender::new(Err("not opened yet".to_owned())),
+            kept: watch::Sender::new(Ok(())),
+            refused: Mutex::new(None),
             publish_timeout,
             broker_takes: AtomicBool::new(true),
             news: Notify::new(),
@@ -63,21 +89,24 @@ impl Outage {
     }
 
     /// The spool, if it could be opened.
-    pub(crate) fn spool(&self) -> Option<&Spool> {
-        self.spool.get()
+    pub(crate) fn spool(&self) -> Option<Arc<Spool>> {
+        self.spool.borrow().clone()
     }
 
     /// Returns as soon as the spool could be opened.
     pub(crate) async fn opened(&self) {
-        let mut status = self.status.subscribe();
-        while self.spool.get().is_none() {
-            _ = status.changed().await;
-        }
+        // Its sender is here.
+        let _ = self.spool.subscribe().wait_for(Option::is_some).await;
     }
 
     /// Whether it takes messages: `Ok`, or why not.
     pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
         self.status.subscribe()
+    }
+
+    /// See [`Spool::kept`].
+    pub(crate) fn kept(&self) -> watch::Receiver<LinkStatus> {
+        self.kept.subscribe()
     }
 
     pub(crate) fn broker_takes(&self) -> bool {
@@ -90,39 +119,55 @@ impl Outage {
         self.broker_takes.store(takes, Ordering::Relaxed);
     }
 
-    /// Says what became of `count` messages that were to be added.
-    pub(crate) fn note(&self, added: &Result<(), SpoolError>, count: usize) {
+    /// Records what became of `count` messages that were to be added to `spool`.
+    pub(crate) fn note(&self, spool: &Spool, added: &Result<(), SpoolError>, count: usize) {
         if added.is_ok() {
             metrics::counter!("lastseen_spooled_total").increment(count as u64);
             self.news.notify_one();
+        } else {
+            // Before the callback is answered.
+            self.set_status(spool.status().borrow().clone());
         }
-        self.set_status(added.as_ref().copied().map_err(ToString::to_string));
     }
 
     /// Relays for as long as this is polled. When it is dropped, nothing is lost, and something may
-    /// be published again at the next start.
+    /// be published again at the next start. A spool that turns out to be damaged, or whose file is gone, is
+    /// replaced.
     ///
     /// # Errors
-    /// When what writes the spool or what publishes has died.
+    /// When the relay's publisher has died.
     pub(crate) async fn relay(&self) -> anyhow::Result<()> {
-        let spool = loop {
-            if let Some(spool) = self.spool.get() {
-                break spool;
+        let mut waits = broker::backoff();
+        loop {
+            let Some(spool) = self.spool() else {
+                sleep(OPEN_INTERVAL).await;
+                self.open().await;
+                continue;
+            };
+            let begun = Instant::now();
+            tokio::select! {
+                () = self.relay_all(&spool) => {}
+                () = measure(&spool) => {}
+                () = follow(spool.status(), &self.status) => {}
+                () = follow(spool.kept(), &self.kept) => {}
+                () = spool.died() => {}
+                () = self.publisher.died() => bail!("the relay's publisher has died"),
             }
-            sleep(OPEN_INTERVAL).await;
+            // Only its end gets here.
+            self.set_status(spool.status().borrow().clone());
+            let _ = self.spool.send_replace(None);
+            drop(spool);
+            if begun.elapsed() > OPEN_INTERVAL {
+                waits = broker::backoff();
+            }
+            sleep(waits.next().unwrap_or(OPEN_INTERVAL)).await;
             self.open().await;
-        };
-        tokio::select! {
-            () = self.relay_all(spool) => {}
-            () = measure(spool) => {}
-            () = spool.died() => bail!("the spool's writer has died"),
-            () = self.publisher.died() => bail!("the relay's publisher has died"),
         }
-        Ok(())
     }
 
     pub(crate) async fn close(self) {
-        if let Some(spool) = self.spool.into_inner() {
+        let spool = self.spool.send_replace(None);
+        if let Some(spool) = spool.and_then(Arc::into_inner) {
             match spool.count().await {
                 Ok(0) => {}
                 Ok(messages) => {
@@ -140,18 +185,32 @@ impl Outage {
 
     async fn open(&self) {
         let (path, max_bytes) = (self.path.clone(), self.max_bytes);
-        let opened = tokio::task::spawn_blocking(move || Spool::open(&path, max_bytes)).await;
-        let reason = match opened {
-            Ok(Ok(spool)) => {
+        let refused = *self.refused.lock().unwrap_or_else(PoisonError::into_inner);
+        let opened = tokio::task::spawn_blocking(move || {
+            let stamp = Stamp::of(&path);
+            if refused.is_some() && refused == stamp {
+                return None;
+            }
+            Some((Spool::open(&path, max_bytes), stamp))
+        });
+        let reason = match opened.await {
+            Ok(None) => return,
+            Ok(Some((Ok(spool), _))) => {
                 let found = spool.count().await.unwrap_or_default();
                 if found > 0 {
                     tracing::warn!(messages = found, "an earlier outage's spool; relaying it");
                 }
-                _ = self.spool.set(spool);
-                self.set_status(Ok(()));
+                self.set_refused(None);
+                self.set_status(spool.status().borrow().clone());
+                let _ = self.spool.send_replace(Some(Arc::new(spool)));
                 return;
             }
-            Ok(Err(error)) => error.to_string(),
+            Ok(Some((Err(error), stamp))) => {
+                let is_unusable =
+                    matches!(error, OpenError::Foreign { .. } | OpenError::Damaged { .. });
+                self.set_refused(stamp.filter(|_| is_unusable));
+                error.to_string()
+            }
             Err(died) => died.to_string(),
         };
         if self.status.borrow().as_ref().is_err_and(|known| *known == reason) {
@@ -159,6 +218,10 @@ impl Outage {
         }
         tracing::error!(reason, "no spool: while the broker is away, callbacks will be refused");
         self.set_status(Err(reason));
+    }
+
+    fn set_refused(&self, stamp: Option<Stamp>) {
+        *self.refused.lock().unwrap_or_else(PoisonError::into_inner) = stamp;
     }
 
     fn set_status(&self, status: LinkStatus) {
@@ -190,7 +253,8 @@ impl Outage {
                     tracing::info!(relayed, "the spool is empty again");
                     relayed = 0;
                 }
-                self.news.notified().await;
+                // Neither case is an error: added, or time to look.
+                let _ = timeout(RELAY_INTERVAL, self.news.notified()).await;
                 continue;
             }
             // If its sender has gone, the publisher has died, and this process ends.
@@ -252,7 +316,21 @@ impl Outage {
             sleep(wait).await;
         }
         metrics::counter!("lastseen_relayed_total").increment(count as u64);
-        self.set_status(Ok(()));
+    }
+}
+
+/// Passes on each change of a status; returns when there will be no more.
+async fn follow(mut from: watch::Receiver<LinkStatus>, to: &watch::Sender<LinkStatus>) {
+    loop {
+        let status = from.borrow_and_update().clone();
+        to.send_if_modified(|now| {
+            let modified = *now != status;
+            *now = status;
+            modified
+        });
+        if from.changed().await.is_err() {
+            return;
+        }
     }
 }
 

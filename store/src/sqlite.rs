@@ -23,6 +23,8 @@ const FORMAT: Format = Format {
             last_seen INTEGER NOT NULL -- milliseconds since 1970, UTC
         ) STRICT;",
     ballast_bytes: 0,
+    max_bytes: u64::MAX,
+    tables: &[embedded::Table { from: "object", into: "object", columns: "id, last_seen" }],
 };
 
 /// The table, written by this process alone.

@@ -25,8 +25,11 @@ use driver::Driver;
 /// Messages that are waiting to be published or confirmed, over all callers; what RabbitMQ takes in a
 /// fifth of a second when it is quick. With more of them, callbacks would wait for a confirm that comes too
 /// late. At about 1 KiB each it also bounds the memory that a broker which stops confirming can make us
-/// hold. A larger batch is taken when nothing else is there.
+/// hold.
 const MAX_OUTSTANDING: u32 = 10_000;
+/// What one batch counts for at most, so that the largest callback leaves room for others, and does not
+/// need all of it for itself. So a second large batch at the same time can exceed [`MAX_OUTSTANDING`].
+const MAX_OUTSTANDING_PER_BATCH: u32 = MAX_OUTSTANDING / 2;
 
 /// See [`crate::Publisher`].
 #[derive(Clone)]
@@ -165,7 +168,7 @@ impl Publisher {
 }
 
 fn places_for(messages: usize) -> u32 {
-    u32::try_from(messages).unwrap_or(u32::MAX).min(MAX_OUTSTANDING)
+    u32::try_from(messages).unwrap_or(u32::MAX).min(MAX_OUTSTANDING_PER_BATCH)
 }
 
 fn stopped() -> PublishError {

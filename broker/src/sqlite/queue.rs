@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use embedded::{File, Format, OpenError, WriteError};
+use embedded::{File, Format, OpenError, Table, WriteError};
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 use tokio::sync::{Notify, Semaphore, watch};
 
@@ -54,7 +54,16 @@ pub(crate) const FORMAT: Format = Format {
             last_failed_at INTEGER NOT NULL
         ) STRICT;",
     ballast_bytes: 0,
+    max_bytes: u64::MAX,
+    // The delayed become ready: their numbers would be taken by others in the new file.
+    tables: &[
+        Table { from: "message", into: "message", columns: MOVED },
+        Table { from: "delayed", into: "message", columns: MOVED },
+        Table { from: "dead_letter", into: "dead_letter", columns: MOVED },
+    ],
 };
+const MOVED: &str =
+    "object_id, callback_id, published_at, attempts, reason, first_failed_at, last_failed_at";
 
 /// A queue that is an outage's second place. It can be emptied on a full disk: its ballast has room
 /// for the log to grow and for the file to take in what is in the log.
@@ -65,13 +74,6 @@ pub(crate) const SPOOL: Format = Format { name: "spool", ballast_bytes: 16 << 20
 const MAX_OUTSTANDING: u32 = 20_000;
 /// How many of the delayed become ready at a time.
 const DUE_MAX: u32 = 1_000;
-
-/// Why a message was not added although the disk has room.
-#[derive(Debug, thiserror::Error)]
-#[error("it holds the {max_bytes} bytes that it may")]
-struct Full {
-    max_bytes: u64,
-}
 
 /// A message as it is delivered.
 #[derive(Clone, Debug)]
@@ -89,7 +91,6 @@ pub(super) struct Message {
 pub(crate) struct Queue {
     path: PathBuf,
     file: File,
-    max_bytes: u64,
     places: Arc<Semaphore>,
     /// The last message there when the file was opened: up to it, any may have been delivered before.
     found_upto: i64,
@@ -110,24 +111,21 @@ struct Delivered {
 impl Queue {
     /// Opens the queue, and makes it first if there is none.
     pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
-        Self::open_as(path, FORMAT, u64::MAX)
+        Self::open_as(path, FORMAT)
     }
 
-    /// Opens it as [`FORMAT`] or [`SPOOL`]; it takes no more messages once it holds `max_bytes`.
-    pub(crate) fn open_as(path: &Path, format: Format, max_bytes: u64) -> Result<Self, OpenError> {
-        let file = File::open(path, format)?;
-        let last = embedded::attach(path, format)?
-            .query_row("SELECT coalesce(max(seq), 0) FROM message", [], |row| row.get(0))
-            .map_err(|error| OpenError::Sqlite {
-                path: path.to_owned(),
-                what: error.to_string(),
-            })?;
+    /// Opens it as [`FORMAT`] or [`SPOOL`].
+    pub(crate) fn open_as(path: &Path, format: Format) -> Result<Self, OpenError> {
+        let last = |connection: &Connection| {
+            let sql = "SELECT coalesce(max(seq), 0) FROM message";
+            connection.query_row(sql, [], |row| row.get(0))
+        };
+        let (file, found_upto) = File::open_and_read(path, format, last)?;
         Ok(Self {
             path: path.to_owned(),
             file,
-            max_bytes,
             places: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
-            found_upto: last,
+            found_upto,
             delivered: Mutex::new(Delivered { upto: 0, returned: BTreeMap::new() }),
             taking: tokio::sync::Mutex::default(),
             arrived: Notify::new(),
@@ -141,6 +139,11 @@ impl Queue {
 
     pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
         self.file.status()
+    }
+
+    /// See [`File::kept`].
+    pub(crate) fn kept(&self) -> watch::Receiver<LinkStatus> {
+        self.file.kept()
     }
 
     pub(crate) async fn died(&self) {
@@ -160,12 +163,8 @@ impl Queue {
         // It is never closed; and if it were, there would only be no bound.
         let places = Arc::clone(&self.places).acquire_many_owned(wanted).await;
         let (origin, ids) = (origin.to_text(), ids.to_vec());
-        let (published_at, max_bytes) = (now(), self.max_bytes);
+        let published_at = now();
         let insert = move |connection: &Connection| {
-            if max_bytes < u64::MAX && bytes_in_use(connection)? >= max_bytes {
-                let full = Full { max_bytes };
-                return Err(rusqlite::Error::ToSqlConversionFailure(Box::new(full)));
-            }
             let mut insert = connection.prepare_cached(
                 "INSERT INTO message (object_id, callback_id, published_at) VALUES (?1, ?2, ?3)",
             )?;
@@ -360,13 +359,6 @@ pub(super) fn oldest_at(connection: &Connection) -> rusqlite::Result<Option<Syst
 /// A moment as it stands in the file.
 pub(super) fn moment(milliseconds: i64) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::from_millis(u64::try_from(milliseconds).ok()?))
-}
-
-/// What the file holds, without the pages in it that are free.
-fn bytes_in_use(connection: &Connection) -> rusqlite::Result<u64> {
-    let sql = "SELECT (page_count - freelist_count) * page_size
-               FROM pragma_page_count, pragma_freelist_count, pragma_page_size";
-    connection.prepare_cached(sql)?.query_row([], |row| row.get(0))
 }
 
 fn now() -> i64 {

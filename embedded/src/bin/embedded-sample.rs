@@ -3,7 +3,7 @@
 
 use std::path::Path;
 
-use embedded::{File, Format};
+use embedded::{File, Format, Table};
 
 const FORMAT: Format = Format {
     name: "sample",
@@ -11,6 +11,8 @@ const FORMAT: Format = Format {
     version: 1,
     schema: "CREATE TABLE number (n INTEGER PRIMARY KEY, filler TEXT) STRICT;",
     ballast_bytes: 0,
+    max_bytes: u64::MAX,
+    tables: &[Table { from: "number", into: "number", columns: "n, filler" }],
 };
 
 #[tokio::main(flavor = "current_thread")]

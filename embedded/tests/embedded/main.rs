@@ -8,7 +8,7 @@ mod writing;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use embedded::{File, Format};
+use embedded::{File, Format, Table};
 use rusqlite::Connection;
 use testbed::Scratch;
 
@@ -21,6 +21,8 @@ const FORMAT: Format = Format {
     version: 1,
     schema: "CREATE TABLE number (n INTEGER PRIMARY KEY, filler TEXT) STRICT;",
     ballast_bytes: 0,
+    max_bytes: u64::MAX,
+    tables: &[Table { from: "number", into: "number", columns: "n, filler" }],
 };
 
 const INSERT: &str = "INSERT INTO number (n) VALUES (?1)";

@@ -7,9 +7,10 @@ use std::path::Path;
 
 use embedded::{File, Format, OpenError, attach};
 use rusqlite::Connection;
-use testbed::Scratch;
+use testbed::{Scratch, eventually};
+use tokio::time::timeout;
 
-use crate::{FORMAT, insert, numbers, open, path_in};
+use crate::{FORMAT, PATIENCE, insert, numbers, open, path_in};
 
 /// All files in `folder` with what is in them, but for the note of who has locked one.
 fn contents(folder: &Scratch) -> BTreeMap<String, Vec<u8>> {
@@ -187,36 +188,82 @@ async fn a_file_with_a_log_is_opened_whole() {
     assert_eq!(numbers(&path_in(&folder)).len(), 5_002);
 }
 
+/// Overwrites `pages` pages from the middle of the file on.
+fn damage_the_middle(path: &Path, pages: usize) {
+    let file = fs::File::options().write(true).open(path).unwrap();
+    let middle = file.metadata().unwrap().len() / 4_096 / 2 * 4_096;
+    file.write_all_at(&vec![0xA5; pages * 4_096], middle).unwrap();
+}
+
+/// What is kept beside the file, by what its name begins with.
+fn kept(folder: &Scratch, prefix: &str) -> Vec<String> {
+    contents(folder).into_keys().filter(|name| name.starts_with(prefix)).collect()
+}
+
+/// Field case 3.5.
 #[tokio::test]
-async fn a_damaged_file_is_refused_and_left_as_it_is() {
+async fn damaged_file_is_kept_and_its_rows_carried_over() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     file_with_log(&path).await;
-    let file = fs::File::options().write(true).open(&path).unwrap();
-    let middle = file.metadata().unwrap().len() / 4_096 / 2 * 4_096;
-    file.write_all_at(&[0xA5; 4_096], middle).unwrap();
-    drop(file);
-    let before = contents(&folder);
-    for _ in 0..2 {
-        let refused = File::open(&path, FORMAT).err().unwrap();
-        assert!(matches!(refused, OpenError::Damaged { .. }), "{refused}");
+    damage_the_middle(&path, 2);
+    let damaged = fs::read(&path).unwrap();
+    let file = File::open(&path, FORMAT).unwrap();
+    insert(&file, 10_000).await.unwrap();
+    let kept_as = eventually("the damaged file is salvaged", PATIENCE, async || {
+        let names = kept(&folder, "sample.db.salvaged-");
+        names.into_iter().find(|name| !name.ends_with("-wal") && !name.ends_with("-shm"))
+    })
+    .await;
+    let kept_as = folder.path().join(kept_as);
+    assert!(fs::read(&kept_as).unwrap() == damaged, "the damaged file was changed");
+    let carried_over = numbers(&path);
+    // A page holds some twenty of the 5,001 rows.
+    assert!((4_900..5_002).contains(&carried_over.len()), "{}", carried_over.len());
+    // Both ends, what was in the log only, and what came since.
+    for number in [1, 5_000, 9_999, 10_000] {
+        assert!(carried_over.contains(&number), "{number} is missing");
     }
-    let mut after = contents(&folder);
-    // It holds nothing of its own: any reader makes it of the log.
-    after.remove("sample.db-shm");
-    assert!(after == before, "it was changed");
+    let mut status = file.kept();
+    let is_reported = |status: &Result<(), String>| {
+        status.as_ref().is_err_and(|reason| reason.contains(kept_as.to_str().unwrap()))
+    };
+    timeout(PATIENCE, status.wait_for(is_reported)).await.unwrap().unwrap();
+    fs::remove_file(&kept_as).unwrap();
+    timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
 }
 
 #[tokio::test]
-async fn a_log_whose_file_is_gone_is_not_taken_for_that_of_a_new_one() {
+async fn salvage_goes_on_at_the_next_start() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    file_with_log(&path).await;
+    // As a process leaves it that ends right after it has renamed a damaged file.
+    for suffix in ["", "-wal"] {
+        let aside = format!("{}.damaged-7{suffix}", path.display());
+        fs::rename(format!("{}{suffix}", path.display()), aside).unwrap();
+    }
+    let _file = File::open(&path, FORMAT).unwrap();
+    eventually("all rows are carried over", PATIENCE, async || {
+        (numbers(&path).len() == 5_001).then_some(())
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn log_whose_file_is_gone_is_kept_and_not_used_for_a_new_file() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     file_with_log(&path).await;
     fs::remove_file(&path).unwrap();
-    let before = contents(&folder);
-    let refused = File::open(&path, FORMAT).err().unwrap();
-    assert!(matches!(refused, OpenError::Damaged { .. }), "{refused}");
-    assert!(contents(&folder) == before, "it was changed");
+    let log = fs::read(format!("{}-wal", path.display())).unwrap();
+    let file = File::open(&path, FORMAT).unwrap();
+    insert(&file, 1).await.unwrap();
+    assert_eq!(numbers(&path), [1]);
+    let kept: Vec<String> =
+        contents(&folder).into_keys().filter(|name| name.contains(".damaged-")).collect();
+    assert_eq!(kept.len(), 1, "{kept:?}");
+    assert!(contents(&folder)[&kept[0]] == log, "it was changed");
 }
 
 #[tokio::test]

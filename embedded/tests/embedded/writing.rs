@@ -4,6 +4,7 @@ use std::future::poll_fn;
 use std::os::unix::fs::FileExt as _;
 use std::sync::mpsc;
 use std::task::Poll;
+use std::time::Duration;
 
 use embedded::File;
 use rusqlite::Connection;
@@ -172,15 +173,80 @@ async fn a_file_that_could_not_be_written_is_tried_again_also_while_it_is_read()
     .await;
 }
 
+/// Field case 3.6. SQLite goes on writing to files that have been removed, and all of that is gone with the
+/// process: it must be noticed before a caller relies on it.
 #[tokio::test]
-async fn a_file_that_is_taken_away_ends_the_thread() {
+async fn nothing_accepted_is_lost_when_a_file_in_use_is_removed() {
+    for suffix in ["", "-wal", "-shm", ".lock"] {
+        let folder = Scratch::new("embedded");
+        let path = path_in(&folder);
+        let file = File::open(&path, FORMAT).unwrap();
+        insert(&file, 1).await.unwrap();
+        std::fs::remove_file(format!("{}{suffix}", path.display())).unwrap();
+        let mut accepted = vec![1];
+        if insert(&file, 2).await.is_ok() {
+            accepted.push(2);
+        }
+        timeout(PATIENCE, file.died()).await.unwrap();
+        insert(&file, 3).await.unwrap_err();
+        assert!(file.status().borrow().is_err(), "{suffix}");
+        let _file = open(&path).await;
+        eventually("all that was accepted is there", PATIENCE, async || {
+            (numbers(&path) == accepted).then_some(())
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn idle_file_notices_that_its_log_was_replaced() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let file = File::open(&path, FORMAT).unwrap();
     insert(&file, 1).await.unwrap();
-    std::fs::rename(&path, path.with_extension("moved")).unwrap();
+    let log = format!("{}-wal", path.display());
+    std::fs::remove_file(&log).unwrap();
+    std::fs::write(&log, "another log").unwrap();
     timeout(PATIENCE, file.died()).await.unwrap();
-    insert(&file, 2).await.unwrap_err();
+    let _file = open(&path).await;
+    assert_eq!(numbers(&path), [1]);
+    let mut entries = std::fs::read_dir(folder.path()).unwrap();
+    let is_foreign = |name: &str| name.contains("-wal.foreign-");
+    assert!(entries.any(|entry| is_foreign(&entry.unwrap().file_name().to_string_lossy())));
+}
+
+/// Field case 2.7.
+#[tokio::test]
+async fn log_is_cut_back_once_a_long_reader_has_finished() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let file = File::open(&path, FORMAT).unwrap();
+    insert(&file, 1).await.unwrap();
+    let reader = embedded::attach(&path, FORMAT).unwrap();
+    reader.execute_batch("BEGIN; SELECT * FROM number").unwrap();
+    let log = || std::fs::metadata(format!("{}-wal", path.display())).unwrap().len();
+    while log() < 40 << 20 {
+        let fill = "INSERT INTO number (filler) VALUES (hex(zeroblob(2000000)))";
+        file.transact(move |connection| connection.execute(fill, [])).await.unwrap();
+    }
+    drop(reader);
+    // Without another write.
+    eventually("the log is cut back", PATIENCE, async || (log() <= 16 << 20).then_some(())).await;
+}
+
+/// Field case 3.2. The disk hangs for longer than a caller waits.
+#[tokio::test]
+async fn status_of_a_slow_file_is_bad_until_a_write_is_fast_again() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let file = File::open(&path, FORMAT).unwrap();
+    let other = embedded::attach(&path, FORMAT).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    timeout(Duration::from_millis(500), insert(&file, 1)).await.unwrap_err();
+    assert!(file.status().borrow().is_err());
+    other.execute_batch("ROLLBACK").unwrap();
+    // Without anybody asking for anything.
+    timeout(PATIENCE, file.status().wait_for(Result::is_ok)).await.unwrap().unwrap();
 }
 
 #[tokio::test]
@@ -188,11 +254,13 @@ async fn damage_that_shows_while_it_is_written_ends_the_thread() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let file = File::open(&path, FORMAT).unwrap();
-    let numbers = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT 20000)
+    let many = "WITH RECURSIVE n (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM n LIMIT 20000)
                 INSERT INTO number SELECT n, hex(randomblob(50)) FROM n";
-    file.transact(move |connection| connection.execute(numbers, [])).await.unwrap();
+    file.transact(move |connection| connection.execute(many, [])).await.unwrap();
     file.close().await;
     let file = open(&path).await;
+    let forget = |connection: &Connection| connection.execute_batch("PRAGMA shrink_memory");
+    file.transact(forget).await.unwrap();
     // Behind its back, in all but the first pages.
     let length = std::fs::metadata(&path).unwrap().len();
     let garbage = vec![0xA5; usize::try_from(length).unwrap() - 16_384];
@@ -203,6 +271,9 @@ async fn damage_that_shows_while_it_is_written_ends_the_thread() {
     };
     file.transact(read).await.unwrap_err();
     timeout(PATIENCE, file.died()).await.unwrap();
+    // The next owner has a file that works.
+    let file = open(&path).await;
+    insert(&file, 30_000).await.unwrap();
 }
 
 #[tokio::test]

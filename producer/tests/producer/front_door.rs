@@ -241,7 +241,7 @@ pub(crate) fn id_in(body: &[u8]) -> i64 {
     id
 }
 
-fn client() -> reqwest::Client {
+pub(crate) fn client() -> reqwest::Client {
     // Only the first of the tests succeeds in this, and all of them mean the same provider.
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap()

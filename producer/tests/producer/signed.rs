@@ -9,6 +9,7 @@ use testbed::{Process, Queue, eventually};
 
 use crate::front_door::{Answer, CLIENT_PATIENCE, DEADLINE, Producer, assert_problem_body};
 use crate::outage::proxied_broker;
+use crate::spool::Hanging;
 use crate::wire::Wire;
 
 const OLD: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
@@ -188,6 +189,28 @@ async fn a_callback_that_was_refused_is_tried_anew_when_it_comes_again() {
     })
     .await;
     assert!(producer.ids().await.contains(&1));
+}
+
+/// Field case 1.11. The repeats come while the first waits for a broker that is silent, and then for a disk
+/// that hangs.
+#[tokio::test]
+async fn repeats_are_answered_within_the_clients_patience() {
+    let (proxy, uri) = proxied_broker().await;
+    let producer = Producer::start_at(&uri, &[&secret()]).await;
+    producer.connected().await;
+    proxy.silence();
+    let _hanging = Hanging::spool_of(&producer);
+    let repeats = (0..6).map(|number| {
+        let producer = &producer;
+        async move {
+            tokio::time::sleep(Duration::from_millis(150) * number).await;
+            post(producer, "msg_1", r#"{"object_ids":[1]}"#).await
+        }
+    });
+    for answer in futures_util::future::join_all(repeats).await {
+        answer.assert_problem(503);
+        assert!(answer.took < CLIENT_PATIENCE, "{answer:?}");
+    }
 }
 
 #[tokio::test]

@@ -1,11 +1,15 @@
 use std::collections::BTreeSet;
 use std::fs;
-use std::path::PathBuf;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use testbed::{ON_A_SMALL_DISK, Process, Proxy, Queue, Scratch, eventually, fill_disk};
+use rusqlite::Connection;
+use testbed::{
+    ON_A_READ_ONLY_ROOT, ON_A_SMALL_DISK, Process, Proxy, Queue, Scratch, eventually, fill_disk,
+};
 
-use crate::front_door::{DEADLINE, Producer};
+use crate::front_door::{DEADLINE, Producer, client};
 use crate::outage::proxied_broker;
 
 #[tokio::test]
@@ -198,7 +202,7 @@ async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
     let producer = Process::spawn_through(&ON_A_SMALL_DISK, "producer", &settings, &[]);
     let address = producer.wait_for_log("taking callbacks").await;
     let address = address.split("address=").nth(1).unwrap().trim().to_owned();
-    let client = reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap();
+    let client = client();
     let post = async |ids: &[i64]| {
         let body = format!(r#"{{"object_ids":{ids:?}}}"#);
         let answer = client.post(format!("http://{address}/callback")).body(body).send().await;
@@ -258,4 +262,147 @@ async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
     .await;
     producer.terminate();
     assert_eq!(producer.wait().await.code(), Some(0));
+}
+
+/// Field case 3.4. The relay removes more in one transaction than SQLite journals in memory by default.
+#[tokio::test]
+async fn spool_is_relayed_on_a_read_only_root() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let (queue, scratch) = (Queue::new(), Scratch::new("writable"));
+    let settings = [
+        ("AMQP_URI", uri),
+        ("QUEUE_NAME", queue.name.clone()),
+        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("SPOOL_DIR", scratch.path().display().to_string()),
+    ];
+    let producer = Process::spawn_through(&ON_A_READ_ONLY_ROOT, "producer", &settings, &[]);
+    let address = producer.wait_for_log("taking callbacks").await;
+    let url = format!("http://{}/callback", address.split("address=").nth(1).unwrap().trim());
+    let client = client();
+    for callback in 0..10 {
+        let ids: Vec<i64> = (callback * 1_000..(callback + 1) * 1_000).collect();
+        let answer = client.post(&url).body(format!(r#"{{"object_ids":{ids:?}}}"#)).send().await;
+        assert_eq!(answer.unwrap().status(), 200);
+    }
+    proxy.restore();
+    eventually("all are relayed", DEADLINE, async || {
+        (producer.metric("lastseen_relayed_total").await >= 10_000.0).then_some(())
+    })
+    .await;
+    assert!(queue.depth(&queue.name).await.unwrap() >= 10_000);
+}
+
+/// Keeps the spool from being written until it is dropped, as a disk that hangs does.
+pub(crate) struct Hanging(#[expect(dead_code, reason = "it holds a lock")] Connection);
+
+impl Hanging {
+    pub(crate) fn spool_of(producer: &Producer) -> Self {
+        let spool = Connection::open(spool_file(producer)).unwrap();
+        spool.busy_timeout(DEADLINE).unwrap();
+        spool.execute_batch("BEGIN IMMEDIATE").unwrap();
+        Self(spool)
+    }
+}
+
+fn spool_file(producer: &Producer) -> PathBuf {
+    producer.directory().join("spool").join("spool.db")
+}
+
+/// Field case 3.2.
+#[tokio::test]
+async fn spool_that_hung_is_ready_again_without_callbacks() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let producer = Producer::start_at(&uri, &[]).await;
+    producer.ready().await;
+    let hanging = Hanging::spool_of(&producer);
+    producer.post_ids(&[1]).await.assert_problem(503);
+    eventually("it is not ready", DEADLINE, async || {
+        (!producer.health.missing().is_empty()).then_some(())
+    })
+    .await;
+    drop(hanging);
+    // Whoever balances the load sends no callbacks to a producer that is not ready.
+    producer.ready().await;
+    assert_eq!(producer.post_ids(&[2]).await.status, 200);
+}
+
+/// Field case 3.3. A callback that has given up is committed all the same, and nothing tells the relay.
+#[tokio::test]
+async fn message_that_was_committed_late_is_relayed() {
+    let producer = Producer::start(&[]).await;
+    let late = "INSERT INTO message (object_id, callback_id, published_at) VALUES (1, 'late', 0)";
+    let spool = Connection::open(spool_file(&producer)).unwrap();
+    spool.busy_timeout(DEADLINE).unwrap();
+    spool.execute(late, []).unwrap();
+    producer.all_arrive(&[1].into()).await;
+}
+
+/// Posts callbacks until one is accepted, and gives its id.
+async fn next_accepted(producer: &Producer, next: &mut i64) -> i64 {
+    eventually("a callback is accepted", DEADLINE, async || {
+        *next += 1;
+        (producer.post_ids(&[*next]).await.status == 200).then_some(*next)
+    })
+    .await
+}
+
+/// Field case 3.6.
+#[tokio::test]
+async fn removed_spool_files_cost_no_accepted_callback() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let producer = Producer::start_at(&uri, &[]).await;
+    let (mut accepted, mut next) = (BTreeSet::new(), 0);
+    let path = spool_file(&producer);
+    let remove = |path: &Path| fs::remove_file(path).unwrap();
+    let removals: [&dyn Fn(); 3] =
+        [&|| remove(&path.with_extension("db-wal")), &|| remove(&path), &|| {
+            fs::remove_dir_all(path.parent().unwrap()).unwrap();
+        }];
+    for removal in removals {
+        accepted.insert(next_accepted(&producer, &mut next).await);
+        eventually("the spool is there", DEADLINE, async || path.exists().then_some(())).await;
+        removal();
+        accepted.insert(next_accepted(&producer, &mut next).await);
+    }
+    proxy.restore();
+    producer.all_arrive(&accepted).await;
+    assert!(!producer.served.is_finished());
+}
+
+/// Field case 3.5. The check at the start has found nothing, and the relay comes to the damage.
+#[tokio::test]
+async fn spool_damaged_in_the_middle_is_replaced_and_relayed_but_for_the_damage() {
+    let (proxy, uri) = proxied_broker().await;
+    proxy.cut();
+    let producer = Producer::start_at(&uri, &[]).await;
+    for callback in 0..40 {
+        let ids: Vec<i64> = (callback * 1_000..(callback + 1) * 1_000).collect();
+        eventually("it is spooled", DEADLINE, async || {
+            (producer.post_ids(&ids).await.status == 200).then_some(())
+        })
+        .await;
+    }
+    // The end moves what is in the log to the file.
+    let producer = producer.start_again(&uri, &[]).await;
+    let file = fs::File::options().write(true).open(spool_file(&producer)).unwrap();
+    let pages = file.metadata().unwrap().len() / 4_096;
+    file.write_all_at(&[0xA5; 8_192], pages * 17 / 20 * 4_096).unwrap();
+    drop(file);
+    proxy.restore();
+    eventually("the damage is reported", DEADLINE, async || {
+        let reported = producer.health.done_without();
+        reported.iter().any(|(name, _)| *name == "intact spool").then_some(())
+    })
+    .await;
+    eventually("the rest is relayed", DEADLINE, async || {
+        // Two pages hold some hundred messages.
+        (producer.queue.depth(&producer.queue.name).await? >= 39_500).then_some(())
+    })
+    .await;
+    let producer = producer.start_again(&uri, &[]).await;
+    proxy.cut();
+    assert_eq!(next_accepted(&producer, &mut 50_000).await, 50_001);
 }

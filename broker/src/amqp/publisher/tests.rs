@@ -86,3 +86,17 @@ async fn a_full_queue_is_an_error_and_not_a_confirm() {
         tokio::join!(join_all([to_full(), to_full()]), join_all([to_ours(), to_ours()]));
     assert!(full.iter().all(Result::is_err) && ours.iter().all(Result::is_ok));
 }
+
+/// Field case 1.13.
+#[tokio::test]
+async fn largest_callback_leaves_room_for_others() {
+    let queue = Queue::new();
+    let publisher = Publisher::start(config(&queue), "test");
+    let largest = Arc::clone(&publisher.places).try_acquire_many_owned(places_for(10_000)).unwrap();
+    for _ in 0..4 {
+        Arc::clone(&publisher.places).try_acquire_many_owned(places_for(200)).unwrap();
+    }
+    drop(largest);
+    let _small = Arc::clone(&publisher.places).try_acquire_many_owned(places_for(800)).unwrap();
+    Arc::clone(&publisher.places).try_acquire_many_owned(places_for(1_000_000)).unwrap();
+}

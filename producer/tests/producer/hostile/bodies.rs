@@ -128,7 +128,8 @@ async fn large_bodies_that_are_held_back_take_no_more_memory_than_is_set_aside_f
         clients.spawn(async move { exchange(address, all_but_the_end).await });
     }
     for answer in clients.join_all().await {
-        assert!(matches!(statuses(&answer).as_slice(), [] | [408]), "{answer}");
+        // Those without room are told at their deadline, the others once they are too slow.
+        assert!(matches!(statuses(&answer).as_slice(), [] | [408 | 503]), "{answer}");
     }
     // There is room for large ones again.
     let mut wire = Wire::connect(siege.address).await;
