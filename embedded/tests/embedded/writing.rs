@@ -226,8 +226,8 @@ async fn log_is_cut_back_once_a_long_reader_has_finished() {
     reader.execute_batch("BEGIN; SELECT * FROM number").unwrap();
     let log = || std::fs::metadata(format!("{}-wal", path.display())).unwrap().len();
     while log() < 40 << 20 {
-        let fill = "INSERT INTO number (filler) VALUES (hex(zeroblob(2000000)))";
-        file.transact(move |connection| connection.execute(fill, [])).await.unwrap();
+        let large_row = "INSERT INTO number (filler) VALUES (hex(zeroblob(2000000)))";
+        file.transact(move |connection| connection.execute(large_row, [])).await.unwrap();
     }
     drop(reader);
     // Without another write.
