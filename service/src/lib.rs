@@ -22,6 +22,7 @@ pub mod settings;
 mod sources;
 mod telemetry;
 pub mod terminal;
+mod time_zone;
 pub mod traces;
 
 pub use health::{Health, PeerStatus};

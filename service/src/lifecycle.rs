@@ -21,7 +21,7 @@ use crate::reload::{self, Reload};
 use crate::settings;
 use crate::sources::{self, IgnoredSettings, Parsed, Settings, SettingsError, Sources};
 use crate::traces::{self, Traces};
-use crate::{Health, Live, admin, healthcheck, http, recorder, telemetry, terminal};
+use crate::{Health, Live, admin, healthcheck, http, recorder, telemetry, terminal, time_zone};
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
 const EXIT_SETTINGS: u8 = 78;
@@ -153,10 +153,15 @@ where
             return ExitCode::from(EXIT_SETTINGS);
         }
     };
-    let Settings { config: Asked { common, config, healthcheck }, given, ignored, dot_env } =
-        settings;
+    let Settings { config, given, ignored, dot_env, time_zone } = settings;
+    let Asked { common, config, healthcheck } = config;
     if healthcheck {
         return healthcheck::run(common.admin_addr);
+    }
+    if let Some(zone) = time_zone {
+        let error = time_zone::apply(&zone);
+        eprintln!("{}: cannot start anew with TZ={zone}: {error}", description.name);
+        return ExitCode::from(EXIT_FAILURE);
     }
     // TLS is needed by some settings only, and one provider for all of them keeps the binary small.
     // If there is one already, it is this one.

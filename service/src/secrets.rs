@@ -25,7 +25,11 @@ pub(crate) fn mask(name: &str, value: &str) -> String {
 /// The path in `NAME_FILE`, unless the secret itself may have been written there.
 pub(crate) fn mask_path(name: &str, path: &str) -> String {
     let is_path = ["/", "./", "../"].iter().any(|start| path.starts_with(start));
-    if is_path || !is_secret(name) { path.escape_debug().to_string() } else { "***".to_owned() }
+    if is_path || !is_secret(name) && !path.contains("://") {
+        path.escape_debug().to_string()
+    } else {
+        "***".to_owned()
+    }
 }
 
 /// Rejects URLs that parsers would split elsewhere than their author meant, so that part of a password
@@ -86,6 +90,7 @@ mod tests {
         }
         assert_eq!(mask("QUEUE_NAME", &"€".repeat(1_000)).chars().count(), SHOWN_MAX + 1);
         assert_eq!(mask_path("POSTGRES_PASSWORD", "s3cret"), "***");
+        assert_eq!(mask_path("lastseen-config", "amqp://me:s3cret@host"), "***");
         assert_eq!(mask_path("POSTGRES_PASSWORD", "/run/secrets/x"), "/run/secrets/x");
     }
 

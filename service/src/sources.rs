@@ -20,6 +20,7 @@ use clap::{ArgAction, Command};
 
 use crate::env_file::{self, Entry};
 use crate::secrets::{self, mask};
+use crate::time_zone;
 
 /// The option that names the settings file.
 const FILE_FLAG: &str = "lastseen-config";
@@ -46,6 +47,8 @@ pub(crate) struct Settings<C> {
     pub(crate) ignored: IgnoredSettings,
     /// The `.env` that was read, and the settings that it set.
     pub(crate) dot_env: Option<(PathBuf, Vec<String>)>,
+    /// `TZ`, if a file sets it and the environment has another one.
+    pub(crate) time_zone: Option<String>,
 }
 
 /// Values by the names of their variables.
@@ -133,9 +136,11 @@ impl Sources {
         let in_file = entries_of_settings_file(&path, content, &mut environment.warnings)?;
         lay_over(&mut environment.variables, in_file.clone());
         let arguments = std::iter::once(self.program.clone()).chain(self.flags.iter().cloned());
+        let time_zone = time_zone(&environment.variables)?;
         let parsed = parse(self.command.clone(), &environment, arguments)?;
         Ok(match parsed {
             Parsed::Run(mut settings) => {
+                settings.time_zone = time_zone;
                 self.note_ineffective(&in_file, &mut settings);
                 Parsed::Run(settings)
             }
@@ -146,7 +151,7 @@ impl Sources {
     fn note_ineffective<C>(&self, in_file: &Variables, settings: &mut Settings<C>) {
         let known = known_names(&self.command);
         for (name, variable) in in_file {
-            if variable.is_empty() {
+            if variable.is_empty() || name == time_zone::NAME {
                 continue;
             }
             let base = name.strip_suffix("_FILE").unwrap_or(name);
@@ -159,6 +164,20 @@ impl Sources {
     }
 }
 
+/// `TZ`, if a file sets it and the environment has another one.
+///
+/// # Errors
+/// When it is not a time zone.
+fn time_zone(variables: &Variables) -> Result<Option<String>, SettingsError> {
+    let name = time_zone::NAME;
+    let Some(Variable { value: Ok(zone), origin }) = variables.get(name) else { return Ok(None) };
+    time_zone::check(zone).map_err(|allowed| {
+        SettingsError(format!("{name}={}: {allowed} (set in {origin})", mask(name, zone)))
+    })?;
+    let is_new = !zone.is_empty() && std::env::var(name).as_ref() != Ok(zone);
+    Ok(is_new.then(|| zone.clone()))
+}
+
 /// The content of the settings file.
 ///
 /// # Errors
@@ -168,7 +187,7 @@ pub(crate) fn read_file(path: &Path) -> Result<String, SettingsError> {
         SettingsError(format!(
             "{}={}: {}; it must name a readable file of lines NAME=value",
             variable_name(FILE_FLAG),
-            path.display(),
+            secrets::mask_path(FILE_FLAG, &path.display().to_string()),
             cannot_read(path, &error),
         ))
     })
@@ -335,7 +354,9 @@ fn parse<C: clap::FromArgMatches>(
     let all = std::iter::once(program).chain(as_flags).chain(flags);
     let matches = command.try_get_matches_from(all);
     match matches.and_then(|matches| C::from_arg_matches(&matches)) {
-        Ok(config) => Ok(Parsed::Run(Settings { config, given, ignored, dot_env })),
+        Ok(config) => {
+            Ok(Parsed::Run(Settings { config, given, ignored, dot_env, time_zone: None }))
+        }
         Err(error) => match error.kind() {
             ErrorKind::DisplayHelp
             | ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand
@@ -453,7 +474,8 @@ fn suggestion<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
 
 /// The names of all variables that are settings of `command`.
 fn known_names(command: &Command) -> BTreeSet<String> {
-    flags_with_values(command).chain([FILE_FLAG]).map(variable_name).collect()
+    let names = flags_with_values(command).chain([FILE_FLAG]).map(variable_name);
+    names.chain([time_zone::NAME.to_owned()]).collect()
 }
 
 /// The flags that can be set by a variable: those that take a value, except the one that names the settings

@@ -214,6 +214,20 @@ async fn a_filter_that_would_silence_the_log_is_rejected() {
     }
 }
 
+/// Field case 6.9.
+#[tokio::test]
+async fn the_time_zone_of_dot_env_applies_and_a_wrong_one_is_rejected() {
+    let service = ended_in(&directory_with(b"TZ=XXX-5\n"), &[]).await;
+    assert_eq!(service.code, Some(0), "{}", service.errors);
+    assert!(service.errors.lines().all(|line| line.contains("+05:00")), "{}", service.errors);
+    let service = ended_in(&directory_with(b"TZ=XXX-5\n"), &[("TZ", "XXX-3")]).await;
+    assert!(service.errors.lines().all(|line| line.contains("+03:00")), "{}", service.errors);
+    let service = ended_in(&directory_with(b""), &[("TZ", "Mars/Base")]).await;
+    assert_eq!(service.code, Some(78), "{}", service.errors);
+    let reason = "service-sample: TZ=Mars/Base: expected a time zone";
+    assert!(service.errors.starts_with(reason), "{}", service.errors);
+}
+
 /// Field cases 6.1 and 6.3.
 #[tokio::test]
 async fn a_bad_value_in_dot_env_is_reported_with_file_and_line() {

@@ -1,15 +1,20 @@
-//! The services' numbers, as they tell them in their metrics.
+//! The services' numbers, read from their metrics.
+
+mod replicas;
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::SocketAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use futures_util::future::join_all;
+use reqwest::header::HOST;
 use reqwest::{Client, Url};
 use serde::Serialize;
 use tokio::time::MissedTickBehavior;
 use utoipa::ToSchema;
 
+use self::replicas::{Lookup, Replicas, system_lookup};
 use crate::config::Service;
 
 const INTERVAL: Duration = Duration::from_secs(1);
@@ -58,16 +63,21 @@ pub(crate) struct Numbers {
 
 /// Asks each service every second.
 pub(crate) struct Services {
-    asked: Vec<Asked>,
+    /// Locked by the one task that asks.
+    asked: tokio::sync::Mutex<Vec<Asked>>,
     /// None if all are in this process: it takes a while to make.
     client: Option<Client>,
     numbers: Mutex<Numbers>,
 }
 
+/// A service that is asked, and what each of its replicas said before; a process that asks itself has no address.
 struct Asked {
     service: Service,
-    before: Mutex<Option<Scrape>>,
+    replicas: Option<Replicas>,
+    before: HashMap<Option<SocketAddr>, Scrape>,
 }
+
+type Answers = Vec<(Option<SocketAddr>, Result<Scrape, String>)>;
 
 /// The samples of a service, by their names with labels.
 #[derive(Clone)]
@@ -80,6 +90,10 @@ impl Services {
     /// # Errors
     /// When there is no HTTP client to be had.
     pub(crate) fn new(services: Vec<Service>) -> reqwest::Result<Self> {
+        Self::with_lookup(services, system_lookup)
+    }
+
+    fn with_lookup(services: Vec<Service>, lookup: Lookup) -> reqwest::Result<Self> {
         let is_elsewhere = services.iter().any(|service| matches!(service, Service::At(_)));
         let client = is_elsewhere.then(|| {
             Client::builder()
@@ -89,9 +103,15 @@ impl Services {
                 .build()
         });
         let client = client.transpose()?;
-        let asked = |service| Asked { service, before: Mutex::default() };
-        let asked = services.into_iter().map(asked).collect();
-        Ok(Self { asked, client, numbers: Mutex::default() })
+        let asked = |service| {
+            let replicas = match &service {
+                Service::At(url) => Some(Replicas::of(url, lookup)),
+                Service::ThisProcess => None,
+            };
+            Asked { service, replicas, before: HashMap::new() }
+        };
+        let asked: Vec<_> = services.into_iter().map(asked).collect();
+        Ok(Self { asked: asked.into(), client, numbers: Mutex::default() })
     }
 
     pub(crate) fn numbers(&self) -> Numbers {
@@ -104,24 +124,31 @@ impl Services {
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             interval.tick().await;
-            let answers =
-                join_all(self.asked.iter().map(|asked| asked.scrape(self.client.as_ref()))).await;
-            let mut services = Vec::new();
-            let mut pairs = Vec::new();
-            for (asked, answer) in self.asked.iter().zip(answers) {
-                let status = answer.as_ref().err().cloned().unwrap_or_else(|| "ok".to_owned());
-                let settings = answer.as_ref().ok().and_then(Scrape::settings);
-                services.push(Told { url: asked.service.to_string(), status, settings });
-                let mut before = asked.before.lock().unwrap_or_else(PoisonError::into_inner);
-                let now = answer.ok();
-                if let Some(now) = now.clone() {
-                    pairs.push((before.take(), now));
-                }
-                *before = now;
-            }
-            *self.numbers.lock().unwrap_or_else(PoisonError::into_inner) =
-                Numbers { services, ..numbers(&pairs) };
+            self.ask_once().await;
         }
+    }
+
+    async fn ask_once(&self) {
+        let mut asked = self.asked.lock().await;
+        let client = self.client.as_ref();
+        let answers = join_all(asked.iter_mut().map(|asked| asked.scrape(client))).await;
+        let mut services = Vec::new();
+        let mut pairs = Vec::new();
+        for (asked, answers) in asked.iter_mut().zip(answers) {
+            let settings = answers.iter().flat_map(|(_, answer)| answer).find_map(Scrape::settings);
+            let (url, status) = (asked.service.to_string(), status(&answers));
+            services.push(Told { url, status, settings });
+            // Replicas that are gone are forgotten.
+            let mut before = std::mem::take(&mut asked.before);
+            for (address, answer) in answers {
+                let Ok(now) = answer else { continue };
+                asked.before.insert(address, now.clone());
+                pairs.push((before.remove(&address), now));
+            }
+        }
+        drop(asked);
+        *self.numbers.lock().unwrap_or_else(PoisonError::into_inner) =
+            Numbers { services, ..numbers(&pairs) };
     }
 }
 
@@ -134,24 +161,56 @@ impl std::fmt::Display for Service {
     }
 }
 
-impl Asked {
-    async fn scrape(&self, client: Option<&Client>) -> Result<Scrape, String> {
-        let text = match (&self.service, client) {
-            (Service::At(url), Some(client)) => fetch(client, url).await?,
-            _ => service::rendered_metrics(),
-        };
-        Ok(Scrape { samples: samples(&text), at: Instant::now() })
+/// "ok" if all replicas have answered, or why not.
+fn status(answers: &Answers) -> String {
+    let failed: Vec<_> = answers.iter().filter_map(|(_, answer)| answer.as_ref().err()).collect();
+    match failed.as_slice() {
+        [] => "ok".to_owned(),
+        [reason, ..] if answers.len() == 1 => (*reason).clone(),
+        [reason, ..] => format!("{} of {} replicas: {reason}", failed.len(), answers.len()),
     }
 }
 
-async fn fetch(client: &Client, url: &Url) -> Result<String, String> {
+impl Asked {
+    /// What each replica says.
+    async fn scrape(&mut self, client: Option<&Client>) -> Answers {
+        let (Service::At(url), Some(replicas), Some(client)) =
+            (&self.service, &mut self.replicas, client)
+        else {
+            return vec![(None, Ok(Scrape::of_text(&service::rendered_metrics())))];
+        };
+        let addresses = match replicas.addresses().await {
+            Ok(addresses) => addresses,
+            Err(reason) => return vec![(None, Err(reason))],
+        };
+        let ask = async |addresses: Vec<SocketAddr>| {
+            let fetches = addresses.into_iter().map(async |address| {
+                let text = fetch(client, url, address).await;
+                (Some(address), text.map(|text| Scrape::of_text(&text)))
+            });
+            join_all(fetches).await
+        };
+        let answers = ask(addresses.preferred).await;
+        let nobody = answers.iter().all(|(_, answer)| answer.is_err());
+        if nobody && !addresses.others.is_empty() { ask(addresses.others).await } else { answers }
+    }
+}
+
+/// What is at `url`, by the replica at `address`.
+async fn fetch(client: &Client, url: &Url, address: SocketAddr) -> Result<String, String> {
+    let mut at_address = url.clone();
+    if at_address.set_ip_host(address.ip()).is_err() {
+        return Err("the URL cannot have an address as its host".to_owned());
+    }
+    let port = url.port().map_or_else(String::new, |port| format!(":{port}"));
+    let host = format!("{}{port}", url.host_str().unwrap_or_default());
     let failed = |error: reqwest::Error| {
         // The address is told beside it.
         let error = error.without_url();
         let cause = std::error::Error::source(&error).map(|cause| format!(": {cause}"));
         format!("{error}{}", cause.unwrap_or_default())
     };
-    let mut response = client.get(url.clone()).send().await.map_err(failed)?;
+    let mut response = client.get(at_address).header(HOST, host).send().await.map_err(failed)?;
     if !response.status().is_success() {
         return Err(format!("answered {}", response.status()));
     }
@@ -223,6 +282,10 @@ fn rates(
 }
 
 impl Scrape {
+    fn of_text(text: &str) -> Self {
+        Self { samples: samples(text), at: Instant::now() }
+    }
+
     /// What is to be done about the settings file of whoever tells this.
     fn settings(&self) -> Option<String> {
         let of = |name| self.of(name).map(|(_, value)| value).sum::<f64>();
@@ -245,10 +308,52 @@ impl Scrape {
 
 #[cfg(test)]
 mod tests {
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::net::TcpListener;
+
     use super::*;
 
     fn scrape(text: &str, at: Instant) -> Scrape {
         Scrape { samples: samples(text), at }
+    }
+
+    /// Answers every request with a counter that stands at `count`, until the test ends.
+    async fn serve(listener: TcpListener, count: u32) {
+        loop {
+            let (mut stream, _) = listener.accept().await.unwrap();
+            let mut request = [0; 1_024];
+            let length = stream.read(&mut request).await.unwrap();
+            assert!(request[..length].windows(20).any(|part| part == b"host: consumers.test"));
+            let body = format!("lastseen_lookups_in_flight {count}\n");
+            let length = body.len();
+            let answer = format!(
+                "HTTP/1.1 200 OK\r\nconnection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+            );
+            stream.write_all(answer.as_bytes()).await.unwrap();
+        }
+    }
+
+    /// Field case 6.10.
+    #[tokio::test]
+    async fn all_replicas_behind_one_name_are_asked() {
+        let _ = rustls::crypto::ring::default_provider().install_default();
+        let first = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let port = first.local_addr().unwrap().port();
+        let second = TcpListener::bind(("127.0.0.2", port)).await.unwrap();
+        tokio::spawn(serve(first, 29));
+        tokio::spawn(serve(second, 34));
+        let lookup: Lookup = |host, port| {
+            assert_eq!(host, "consumers.test");
+            let addresses = [1, 2].map(|last| SocketAddr::from(([127, 0, 0, last], port)));
+            Box::pin(async move { Ok(addresses.to_vec()) })
+        };
+        let url = format!("http://consumers.test:{port}/metrics").parse().unwrap();
+        let services = Services::with_lookup(vec![Service::At(url)], lookup).unwrap();
+        services.ask_once().await;
+        let numbers = services.numbers();
+        let in_flight = numbers.lookups_in_flight.map(|count| count.to_string());
+        let statuses: Vec<_> = numbers.services.iter().map(|told| told.status.as_str()).collect();
+        assert_eq!((in_flight.as_deref(), statuses), (Some("63"), vec!["ok"]));
     }
 
     #[test]
