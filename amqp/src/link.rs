@@ -1,30 +1,31 @@
 //! Connecting to the broker, with a deadline on every step.
 
 use std::io;
+use std::net::{Shutdown, TcpStream};
 use std::ops::Deref;
-use std::pin::pin;
+use std::os::fd::AsFd;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Waker};
 use std::time::Duration;
 
-use futures_util::{AsyncReadExt as _, AsyncWriteExt as _};
-use lapin::tcp::{AMQPUriTcpExt as _, OwnedTLSConfig};
-use lapin::uri::AMQPUri;
-use lapin::{Connection, ConnectionProperties, runtime};
+use lapin::tcp::{AsyncTcpStream, OwnedTLSConfig};
+use lapin::uri::{AMQPScheme, AMQPUri};
+use lapin::{Connection, ConnectionProperties, ErrorKind, runtime};
+use tokio::runtime::Handle;
 use tokio::time::timeout;
 
 use crate::Access;
 
-const PROBE_TIMEOUT: Duration = Duration::from_secs(2);
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(5);
-/// What the broker's `connection.start`, its answer to our header, begins with.
-const METHOD_FRAME: u8 = 1;
+const REACH_TIMEOUT: Duration = Duration::from_secs(2);
+const LOG_IN_TIMEOUT: Duration = Duration::from_secs(5);
 /// Opening a channel, declaring a queue, closing: answered at once or not at all.
 pub const RPC_TIMEOUT: Duration = Duration::from_secs(5);
 
 /// Why there is no usable connection, named after the step that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// Nobody is there, or not whom we trust.
+    /// Nobody is there, it hangs up, or it is not to be trusted.
     #[error("cannot reach {address}: {source}")]
     Reach {
         /// Host and port.
@@ -32,7 +33,7 @@ pub enum ConnectError {
         /// Why not.
         source: io::Error,
     },
-    /// It has not said what a broker says first, or nothing any more.
+    /// It says nothing, or not what a broker says.
     #[error("{address} accepts connections but does not speak AMQP")]
     Silent {
         /// Host and port.
@@ -48,71 +49,109 @@ pub enum ConnectError {
     },
 }
 
-/// An open connection. With its end the broker takes back all that came by it and is not acked.
+/// A second handle on the socket of a connection, which is shut down when this is dropped.
 ///
-/// lapin by itself keeps a connection for as long as it has a consumer that was asked for and that
-/// nobody waits for any more, so that messages would pile up there. So its end is asked for here.
-pub struct Link(Connection);
+/// lapin reads and writes on a thread of its own, which ends when the peer answers or the socket does.
+/// A peer that hangs would keep both for good.
+struct Socket(TcpStream);
+
+impl Socket {
+    fn of(stream: &impl AsFd) -> io::Result<Self> {
+        Ok(Self(stream.as_fd().try_clone_to_owned()?.into()))
+    }
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        // An error means that it is closed already.
+        let _ = self.0.shutdown(Shutdown::Both);
+    }
+}
+
+/// An open connection. When it ends, the broker takes back all deliveries that are not acked.
+pub struct Link {
+    connection: Arc<Connection>,
+    socket: Option<Socket>,
+}
 
 impl Deref for Link {
     type Target = Connection;
 
     fn deref(&self) -> &Connection {
-        &self.0
+        &self.connection
     }
 }
 
 impl Drop for Link {
+    /// Closes the connection. lapin itself keeps one for as long as it has a consumer that nobody polls any
+    /// more, so that messages would pile up there.
     fn drop(&mut self) {
-        let goodbye = pin!(self.0.close(200, "done".into()));
-        // It is sent by the first poll, and nobody has to wait for the answer. An error means that the
-        // connection is closed.
-        let _ = goodbye.poll(&mut Context::from_waker(Waker::noop()));
+        let (connection, socket) = (Arc::clone(&self.connection), self.socket.take());
+        let mut close: Pin<Box<dyn Future<Output = _> + Send>> =
+            Box::pin(async move { connection.close(200, "done".into()).await });
+        // The first poll sends the request. An error means that the connection is closed.
+        let is_pending = close.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending();
+        if is_pending && let Ok(runtime) = Handle::try_current() {
+            runtime.spawn(async move {
+                let _ = timeout(RPC_TIMEOUT, close).await;
+                drop(socket);
+            });
+        }
     }
 }
 
 /// Opens a connection that the management page shows as `name`.
 ///
-/// lapin's own recovery stays off: once its tries are spent it hangs for good.
+/// lapin's own recovery stays off: it hangs permanently once it exhausts its retries.
 ///
 /// # Errors
-/// [`ConnectError`], after 7 s at the latest.
+/// [`ConnectError`], after 9 s at the latest.
 pub async fn connect(access: &Access, name: &str) -> Result<Link, ConnectError> {
     let uri = &access.uri.0;
-    let address = format!("{}:{}", uri.authority.host, uri.authority.port);
-    // Of no use to amqp://. Of amqps://, the system's own authorities are trusted besides.
-    let tls = OwnedTLSConfig { identity: None, cert_chain: access.authorities.clone() };
-    // On the heap, both: a TLS handshake has a state of 20 KiB.
-    match timeout(PROBE_TIMEOUT, Box::pin(greeting(uri, &tls))).await {
-        Ok(Ok(METHOD_FRAME)) => {}
-        Ok(Ok(_)) | Err(_) => return Err(ConnectError::Silent { address }),
-        Ok(Err(source)) => return Err(ConnectError::Reach { address, source }),
-    }
-    let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let connecting = async {
-        let runtime = runtime::default_runtime()?;
-        Connection::connect_uri_with_config(uri.clone(), properties, tls, runtime).await
+    let address = || format!("{}:{}", uri.authority.host, uri.authority.port);
+    let reach = |source| ConnectError::Reach { address: address(), source };
+    let runtime = runtime::default_runtime().map_err(|error| reach(io::Error::other(error)))?;
+    let endpoint = (uri.authority.host.clone(), uri.authority.port);
+    let reached = AsyncTcpStream::connect(&runtime, runtime.to_socket_addrs(endpoint));
+    let stream = match timeout(REACH_TIMEOUT, reached).await {
+        Ok(reached) => reached.map_err(reach)?,
+        Err(_) => return Err(reach(io::ErrorKind::TimedOut.into())),
     };
-    match timeout(CONNECT_TIMEOUT, Box::pin(connecting)).await {
-        Ok(Ok(connection)) => Ok(Link(connection)),
-        Ok(Err(source)) => Err(ConnectError::LogIn { address, source }),
-        Err(_) => Err(ConnectError::Silent { address }),
+    let socket = match &stream {
+        AsyncTcpStream::Plain(stream) => Socket::of(stream.get_ref()).map_err(reach)?,
+        _ => return Err(reach(io::ErrorKind::Unsupported.into())),
+    };
+    let silent = || ConnectError::Silent { address: address() };
+    let tls = OwnedTLSConfig { identity: None, cert_chain: access.authorities.clone() };
+    let stream = match uri.scheme {
+        AMQPScheme::AMQP => stream,
+        AMQPScheme::AMQPS => {
+            // The system's own authorities are trusted besides ours. On the heap: it has a state of 20 KiB.
+            let handshake = Box::pin(stream.into_tls(&uri.authority.host, tls.as_ref()));
+            let encrypted = timeout(REACH_TIMEOUT, handshake).await;
+            encrypted.map_err(|_| silent())?.map_err(reach)?
+        }
+    };
+    // lapin asks for the stream once, since its recovery is off.
+    let stream = Mutex::new(Some(stream));
+    let take = async move |_: AMQPUri, _| {
+        let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        taken.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
+    };
+    let properties = ConnectionProperties::default().with_connection_name(name.into());
+    let logged_in = Connection::connector(uri.clone(), runtime, take, properties);
+    match timeout(LOG_IN_TIMEOUT, Box::pin(logged_in)).await {
+        Ok(Ok(connection)) => Ok(Link { connection: Arc::new(connection), socket: Some(socket) }),
+        Ok(Err(source)) => Err(match source.kind() {
+            ErrorKind::IOError(error) => reach(io::Error::new(error.kind(), error.to_string())),
+            ErrorKind::ParsingError(_) => silent(),
+            _ => ConnectError::LogIn { address: address(), source },
+        }),
+        Err(_) => Err(silent()),
     }
 }
 
-/// The first byte that a broker says, behind TLS if the URI asks for it. It is asked for before lapin
-/// is let near: lapin's connect never returns from a silent peer and leaves a thread behind each time.
-async fn greeting(uri: &AMQPUri, tls: &OwnedTLSConfig) -> io::Result<u8> {
-    let runtime = runtime::default_runtime().map_err(io::Error::other)?;
-    let mut stream = uri.connect_with_config_async(tls.as_ref(), &runtime).await?;
-    stream.write_all(b"AMQP\x00\x00\x09\x01").await?;
-    stream.flush().await?;
-    let mut first = [0];
-    stream.read_exact(&mut first).await?;
-    Ok(first[0])
-}
-
-/// Says once that the link is down and once that it is up again, however often it is tried between.
+/// Logs once that a connection is lost and once that it is back, however many attempts are in between.
 #[derive(Default)]
 pub struct OutageLog {
     down: bool,
@@ -135,9 +174,9 @@ impl OutageLog {
     }
 }
 
-/// Says goodbye, so that the broker logs no abrupt end.
+/// Closes the connection in good order, so that the broker logs no abrupt end.
 pub async fn close(link: &Link) {
-    if timeout(RPC_TIMEOUT, link.0.close(200, "done".into())).await.is_err() {
+    if timeout(RPC_TIMEOUT, link.connection.close(200, "done".into())).await.is_err() {
         tracing::debug!("the broker did not answer the close");
     }
 }
