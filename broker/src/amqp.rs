@@ -4,6 +4,7 @@ mod acks;
 mod consumer;
 mod delivery;
 mod depths;
+mod expired;
 mod history;
 mod inspector;
 mod link;

@@ -101,12 +101,22 @@ impl Publisher {
         confirmed
     }
 
-    /// Whether the broker takes messages right now.
+    /// Whether the broker takes messages right now, for health checks. While a queue refuses everything it is
+    /// an error, although messages can be handed over to be tried: see [`Publisher::opened`].
     #[must_use]
     pub fn status(&self) -> watch::Receiver<LinkStatus> {
         match &self.kind {
             Kind::Amqp(publisher) => publisher.status(),
             Kind::Sqlite(queue) => queue.status(),
+        }
+    }
+
+    /// Returns once messages can be handed over: there is a connection, and the broker has not blocked it. If
+    /// what publishes has died, it returns at once.
+    pub async fn opened(&self) {
+        match &self.kind {
+            Kind::Amqp(publisher) => publisher.opened().await,
+            Kind::Sqlite(queue) => _ = queue.status().wait_for(Result::is_ok).await,
         }
     }
 

@@ -3,6 +3,7 @@
 use crate::case::Case;
 
 mod broker;
+mod cluster;
 mod consumer;
 mod database;
 mod machine;
@@ -14,6 +15,7 @@ mod status_api;
 pub(crate) fn all() -> Vec<Case> {
     let parts = [
         broker::cases(),
+        cluster::cases(),
         producer::cases(),
         consumer::cases(),
         database::cases(),

@@ -207,16 +207,21 @@ fn over_at(entry: &Entry) -> SystemTime {
     due_at(entry) + Duration::from_micros(entry.latency_us)
 }
 
-/// The dead letters, when that has been done to all of them.
-pub(crate) async fn treat_dead_letters(broker_uri: &str, treatment: Treatment) -> Vec<DeadLetter> {
-    let config = broker::Config {
-        amqp_uri: broker_uri.parse().expect("a node's URI should be one"),
+/// The services' queue on the broker at `uri`.
+pub(crate) fn broker_config(uri: &str) -> broker::Config {
+    broker::Config {
+        amqp_uri: uri.parse().expect("a node's URI should be one"),
         queue: broker::QueueConfig {
             queue_name: QUEUE.to_owned(),
             queue_type: broker::QueueType::Quorum,
             amqp_ca: None,
         },
-    };
+    }
+}
+
+/// The dead letters, when that has been done to all of them.
+pub(crate) async fn treat_dead_letters(broker_uri: &str, treatment: Treatment) -> Vec<DeadLetter> {
+    let config = broker_config(broker_uri);
     let mut letters = Vec::new();
     let look = async {
         let mut inspector = Inspector::open(&config).await?;

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::PathBuf;
 use std::time::{Duration, Instant, SystemTime};
 
-use broker::{DeadLetter, Treatment};
+use broker::{DeadLetter, Publisher, Treatment};
 use pipeline::Surroundings;
 use testbed::{
     ON_A_SMALL_DISK, PostgresCluster, Process, Proxy, RabbitNode, Scratch, eventually, free_port,
@@ -18,7 +18,7 @@ use crate::figures::{Allowed, Verdict};
 use crate::load::{Load, Rate};
 use crate::probe::Prober;
 use crate::rows;
-use crate::settling::{Books, Recovery, due_at, treat_dead_letters};
+use crate::settling::{Books, Recovery, broker_config, due_at, treat_dead_letters};
 use crate::status_api::StatusApi;
 
 /// `QUEUE_NAME`.
@@ -39,6 +39,9 @@ pub(crate) struct Setup {
     /// Whether the services reach broker and database through [`World::to_broker`] and
     /// [`World::to_database`], which can go silent or be cut.
     pub(crate) through_proxies: bool,
+    /// Whether the broker is a cluster of three nodes: [`World::broker`], on which all queues have their first
+    /// leaders, and [`World::other_nodes`]; and to which of these three the services connect.
+    pub(crate) cluster: Option<usize>,
     /// How many connections the load may use; as many as it needs if it is not said.
     pub(crate) connections: Option<u32>,
     /// Whether the producer's spool is on a disk of 48 MiB, which goes with the producer.
@@ -60,6 +63,7 @@ impl Default for Setup {
         Self {
             rate: Rate::USUAL,
             through_proxies: false,
+            cluster: None,
             connections: None,
             small_spool_disk: false,
             small_database_disk: false,
@@ -77,6 +81,8 @@ impl Default for Setup {
 /// that ends one puts another into its place, or takes it out.
 pub(crate) struct World {
     pub(crate) broker: RabbitNode,
+    /// Empty unless [`Setup::cluster`] asks for a cluster.
+    pub(crate) other_nodes: Vec<RabbitNode>,
     pub(crate) database: PostgresCluster,
     pub(crate) status_api: StatusApi,
     /// In between only if [`Setup::through_proxies`] says so.
@@ -116,10 +122,20 @@ impl World {
             }
             PostgresCluster::start().await
         };
-        let (broker, database) = tokio::join!(RabbitNode::start(), database);
+        let nodes = async {
+            if setup.cluster.is_none() {
+                return (RabbitNode::start().await, Vec::new());
+            }
+            let [broker, second, third] = RabbitNode::start_cluster().await;
+            declare_queues(&broker.amqp_uri()).await;
+            (broker, vec![second, third])
+        };
+        let ((broker, other_nodes), database) = tokio::join!(nodes, database);
+        let node = std::iter::once(&broker).chain(&other_nodes).nth(setup.cluster.unwrap_or(0));
+        let node = node.expect("there should be such a node");
         rows::prepare(database.pool()).await;
         let status_api = StatusApi::start();
-        let to_broker = Proxy::start(format!("127.0.0.1:{}", broker.amqp_port())).await;
+        let to_broker = Proxy::start(format!("127.0.0.1:{}", node.amqp_port())).await;
         let to_database = Proxy::start(format!("127.0.0.1:{}", database.port())).await;
         let (amqp_uri, database_url) = if setup.through_proxies {
             let (broker, database) = (to_broker.addr(), to_database.addr());
@@ -128,7 +144,7 @@ impl World {
                 format!("postgres://postgres@{database}/postgres"),
             )
         } else {
-            (broker.amqp_uri(), database.url().to_owned())
+            (node.amqp_uri(), database.url().to_owned())
         };
         let surroundings = Surroundings {
             amqp_uri,
@@ -138,6 +154,7 @@ impl World {
         };
         Self {
             broker,
+            other_nodes,
             database,
             status_api,
             to_broker,
@@ -291,7 +308,7 @@ impl World {
 
     /// Sends all dead letters back to the queue, and says which they were.
     pub(crate) async fn redrives(&self) -> Vec<DeadLetter> {
-        treat_dead_letters(&self.broker.amqp_uri(), Treatment::Redrive).await
+        treat_dead_letters(&self.broker_uri(), Treatment::Redrive).await
     }
 
     /// Deletes the queue, as only an operator can. What is on its way into it at that moment is lost by
@@ -360,7 +377,7 @@ impl World {
             Some(load) => load.stop().await,
             None => Vec::new(),
         };
-        let broker_uri = self.broker.amqp_uri();
+        let broker_uri = self.broker_uri();
         let books = Books {
             entries,
             probes: self.prober.accepted(),
@@ -379,8 +396,23 @@ impl World {
         verdict
     }
 
+    /// The URI of a node that is up.
+    fn broker_uri(&self) -> String {
+        let mut nodes = std::iter::once(&self.broker).chain(&self.other_nodes);
+        let node = nodes.find(|node| node.is_up()).unwrap_or(&self.broker);
+        node.amqp_uri()
+    }
+
     /// All services, as the end of the case wants them to run.
     pub(crate) fn services(&self) -> impl Iterator<Item = &Process> {
         self.producer.iter().chain(&self.consumers).chain(&self.routine)
     }
+}
+
+/// Declares all queues by the node at `uri`, which makes it their leader.
+async fn declare_queues(uri: &str) {
+    let publisher = Publisher::start(&broker_config(uri), "faults: first leader");
+    let publisher = publisher.expect("a publisher opens no file");
+    publisher.opened().await;
+    publisher.close().await;
 }

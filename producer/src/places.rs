@@ -182,6 +182,7 @@ impl Places {
         let Some(outage) = &self.outage else { return health.needs("broker", broker) };
         health.needs("a durable place", either(broker.clone(), outage.status()));
         health.wants("broker", broker);
+        health.wants("broker for the spool", outage.relay_status());
         health.wants("spool", outage.status());
         health.wants("intact spool", outage.kept());
     }

@@ -109,6 +109,11 @@ impl Outage {
         self.kept.subscribe()
     }
 
+    /// Whether the broker takes what is relayed: `Ok`, or why not.
+    pub(crate) fn relay_status(&self) -> watch::Receiver<LinkStatus> {
+        self.publisher.status()
+    }
+
     pub(crate) fn broker_takes(&self) -> bool {
         self.broker_takes.load(Ordering::Relaxed)
     }
@@ -234,7 +239,6 @@ impl Outage {
 
     async fn relay_all(&self, spool: &Spool) {
         let mut waits = broker::backoff();
-        let mut broker = self.publisher.status();
         // The first is a probe.
         let mut limit = 1;
         // Since the spool was last empty.
@@ -257,8 +261,8 @@ impl Outage {
                 let _ = timeout(RELAY_INTERVAL, self.news.notified()).await;
                 continue;
             }
-            // If its sender has gone, the publisher has died, and this process ends.
-            let _ = broker.wait_for(Result::is_ok).await;
+            // If the publisher has died, this process ends.
+            self.publisher.opened().await;
             let started = Instant::now();
             let confirmed = self.publish(&messages).await;
             let took = started.elapsed();

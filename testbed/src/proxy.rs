@@ -3,8 +3,8 @@
 use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -21,6 +21,8 @@ use crate::ports::local;
 pub struct Proxy {
     address: SocketAddr,
     network: watch::Sender<Network>,
+    /// Where new connections go to.
+    target: Arc<Mutex<String>>,
     counts: Arc<Counts>,
 }
 
@@ -61,14 +63,21 @@ impl Proxy {
         let (network, watched) =
             watch::channel(Network { traffic: Traffic::Flows, cuts: 0, lag: None });
         let counts = Arc::default();
-        tokio::spawn(accept(listener, target.into(), watched, Arc::clone(&counts)));
-        Self { address, network, counts }
+        let target = Arc::new(Mutex::new(target.into()));
+        tokio::spawn(accept(listener, Arc::clone(&target), watched, Arc::clone(&counts)));
+        Self { address, network, target, counts }
     }
 
     /// Where to connect to instead of the target.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.address
+    }
+
+    /// Sends new connections to another target, as a load balancer does whose backend has failed. Those
+    /// that are open stay as they are.
+    pub fn switch_to(&self, target: impl Into<String>) {
+        *self.target.lock().unwrap_or_else(PoisonError::into_inner) = target.into();
     }
 
     /// How many connections were made to it so far, also while it refused them.
@@ -115,7 +124,7 @@ impl Proxy {
 
 async fn accept(
     listener: TcpListener,
-    target: String,
+    target: Arc<Mutex<String>>,
     mut network: watch::Receiver<Network>,
     counts: Arc<Counts>,
 ) {
@@ -131,7 +140,8 @@ async fn accept(
         if now.traffic == Traffic::Refused {
             continue;
         }
-        let (target, mut cut, network) = (target.clone(), network.clone(), network.clone());
+        let target = target.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let (mut cut, network) = (network.clone(), network.clone());
         let counts = Arc::clone(&counts);
         tokio::spawn(async move {
             tokio::select! {

@@ -1,8 +1,10 @@
-//! A RabbitMQ node of one's own, to kill and to boot again.
+//! A RabbitMQ node that belongs to one test, which can kill it and boot it again.
 
-use std::fs::{self, File};
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 
 use lapin::options::{QueueDeclareOptions, QueueDeleteOptions};
@@ -16,7 +18,7 @@ use crate::process_group::ProcessGroup;
 use crate::scratch::Scratch;
 use crate::{amqp, eventually, free_port, ports, programs};
 
-const BOOT_DEADLINE: Duration = Duration::from_mins(1);
+const BOOT_DEADLINE: Duration = Duration::from_mins(3);
 const DRAIN_DEADLINE: Duration = Duration::from_mins(1);
 const SAVE_DEADLINE: Duration = Duration::from_secs(10);
 const STOP_DEADLINE: Duration = Duration::from_mins(1);
@@ -24,83 +26,136 @@ const STOP_DEADLINE: Duration = Duration::from_mins(1);
 const WATERMARK: &str = "0.4";
 const DISK_FREE_LIMIT: &str = "1MB";
 
-/// A RabbitMQ node without plugins, with its own files, ports, cookie and epmd, so that it meets
-/// neither the machine's RabbitMQ nor another test's. It takes about 4 s to boot.
+/// A RabbitMQ node without plugins. It has its own files, ports, cookie and epmd, so that it interferes
+/// neither with the machine's RabbitMQ nor with another test's. It boots in about 4 s.
 #[derive(Debug)]
 pub struct RabbitNode {
     /// `None` while it is down.
     server: Option<ProcessGroup>,
-    /// It stays up all the time, as it does when a node on a real machine dies. It is started by us
-    /// because one that the node starts is a daemon, which nobody could find again.
-    _epmd: ProcessGroup,
+    epmd: Arc<Epmd>,
     name: String,
     amqp_port: u16,
     /// 0 when it has no such listener.
     tls_port: u16,
     distribution_port: u16,
-    epmd_port: u16,
     scratch: Scratch,
+}
+
+/// The port mapper of one node, or of all nodes of a cluster. It stays up all the time, as it does when a
+/// node on a real machine dies. The test starts it because an epmd that a node starts is a daemon, which
+/// nobody could find again.
+#[derive(Debug)]
+struct Epmd {
+    // Before its files.
+    _server: ProcessGroup,
+    port: u16,
+    _scratch: Scratch,
+}
+
+impl Epmd {
+    async fn start() -> Arc<Self> {
+        let (port, scratch) = (free_port(), Scratch::new("epmd"));
+        let mut command = Command::new(programs::find("epmd", &[]));
+        command
+            .args(["-port", &port.to_string(), "-address", "127.0.0.1"])
+            .stdout(Stdio::null())
+            .stderr(Stdio::null());
+        let server = ProcessGroup::spawn(&mut command, scratch.path());
+        eventually("epmd listens", BOOT_DEADLINE, async || ports::is_open(port).then_some(()))
+            .await;
+        Arc::new(Self { _server: server, port, _scratch: scratch })
+    }
 }
 
 impl RabbitNode {
     /// Sets up an empty node and boots it.
     pub async fn start() -> Self {
-        Self::set_up(None).await
+        let mut node = Self::set_up(Epmd::start().await, "");
+        node.boot().await;
+        node
     }
 
     /// Like [`RabbitNode::start`], with a listener for TLS besides, that has the authority's
     /// certificate.
     pub async fn start_with_tls(authority: &Authority) -> Self {
-        Self::set_up(Some(authority)).await
+        let mut node = Self::set_up(Epmd::start().await, "");
+        node.tls_port = free_port();
+        let files = authority.write_to(node.scratch.path(), None);
+        let (port, certificate, key) =
+            (node.tls_port, files.certificate.display(), files.key.display());
+        let tls = format!(
+            "listeners.ssl.own = 127.0.0.1:{port}\n\
+             ssl_options.certfile = {certificate}\n\
+             ssl_options.keyfile = {key}\n"
+        );
+        node.configure(&tls);
+        node.boot().await;
+        node
     }
 
-    async fn set_up(authority: Option<&Authority>) -> Self {
+    /// Boots three empty nodes that form a cluster, which takes about 10 s. A quorum queue has a member
+    /// on each; its first leader is on the node that declared it.
+    pub async fn start_cluster() -> [Self; 3] {
+        let (epmd, cookie) = (Epmd::start().await, Uuid::now_v7().simple().to_string());
+        let [mut first, mut second, mut third] =
+            std::array::from_fn(|_| Self::set_up(Arc::clone(&epmd), &cookie));
+        for node in [&second, &third] {
+            node.configure(&format!(
+                "cluster_formation.peer_discovery_backend = classic_config\n\
+                 cluster_formation.classic_config.nodes.1 = {}\n\
+                 cluster_formation.classic_config.nodes.2 = {}\n",
+                first.name, node.name
+            ));
+        }
+        first.boot().await;
+        tokio::join!(second.boot(), third.boot());
+        [first, second, third]
+    }
+
+    /// The files and ports of a node, whose cookie RabbitMQ makes if it is empty.
+    fn set_up(epmd: Arc<Epmd>, cookie: &str) -> Self {
         let scratch = Scratch::new("rabbitmq");
-        let tls_port = authority.map_or(0, |_| free_port());
-        let (amqp_port, distribution_port, epmd_port) = (free_port(), free_port(), free_port());
-        let mut config = format!(
-            "listeners.tcp.own = 127.0.0.1:{amqp_port}\n\
+        let node = Self {
+            server: None,
+            epmd,
+            name: format!("lastseen-{}@localhost", Uuid::now_v7().simple()),
+            amqp_port: free_port(),
+            tls_port: 0,
+            distribution_port: free_port(),
+            scratch,
+        };
+        node.configure(&format!(
+            "listeners.tcp.own = 127.0.0.1:{}\n\
              default_user = guest\n\
              default_pass = guest\n\
              disk_free_limit.absolute = {DISK_FREE_LIMIT}\n\
              vm_memory_high_watermark.relative = {WATERMARK}\n\
              log.console = true\n\
-             log.file = false\n"
-        );
-        if let Some(authority) = authority {
-            let files = authority.write_to(scratch.path(), None);
-            let (certificate, key) = (files.certificate.display(), files.key.display());
-            let tls = format!(
-                "listeners.ssl.own = 127.0.0.1:{tls_port}\n\
-                 ssl_options.certfile = {certificate}\n\
-                 ssl_options.keyfile = {key}\n"
-            );
-            config.push_str(&tls);
+             log.file = false\n",
+            node.amqp_port
+        ));
+        node.write("enabled_plugins", "[].\n");
+        // Without this file, /etc/rabbitmq/rabbitmq-env.conf would be read.
+        node.write("rabbitmq-env.conf", "");
+        if !cookie.is_empty() {
+            let path = node.write(".erlang.cookie", cookie);
+            let secret = fs::set_permissions(path, Permissions::from_mode(0o400));
+            secret.expect("a scratch file's mode can be changed");
         }
-        let write = |name, content| fs::write(scratch.path().join(name), content);
-        write("rabbitmq.conf", config.as_str()).expect("a scratch file should be writable");
-        // Without a file of its own, /etc/rabbitmq/rabbitmq-env.conf would be read.
-        write("rabbitmq-env.conf", "").expect("a scratch file should be writable");
-        write("enabled_plugins", "[].\n").expect("a scratch file should be writable");
-
-        let mut epmd = Command::new(programs::find("epmd", &[]));
-        epmd.args(["-port", &epmd_port.to_string(), "-address", "127.0.0.1"])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null());
-        let mut node = Self {
-            server: None,
-            _epmd: ProcessGroup::spawn(&mut epmd, scratch.path()),
-            name: format!("lastseen-{}@localhost", Uuid::now_v7().simple()),
-            amqp_port,
-            tls_port,
-            distribution_port,
-            epmd_port,
-            scratch,
-        };
-        eventually("epmd listens", BOOT_DEADLINE, async || ports::is_open(epmd_port).then_some(()))
-            .await;
-        node.boot().await;
         node
+    }
+
+    /// Appends lines to its configuration, which it reads when it boots.
+    fn configure(&self, lines: &str) {
+        let path = self.scratch.path().join("rabbitmq.conf");
+        let known = fs::read_to_string(path).unwrap_or_default();
+        self.write("rabbitmq.conf", &(known + lines));
+    }
+
+    fn write(&self, name: &str, content: &str) -> PathBuf {
+        let path = self.scratch.path().join(name);
+        fs::write(&path, content).expect("a scratch file should be writable");
+        path
     }
 
     /// Where it is, for guest, on the default vhost.
@@ -121,10 +176,26 @@ impl RabbitNode {
         self.amqp_port
     }
 
+    /// Whether it was booted and neither stopped nor killed since.
+    #[must_use]
+    pub fn is_up(&self) -> bool {
+        self.server.is_some()
+    }
+
+    /// Whether the leader of a quorum queue is on this node.
+    ///
+    /// # Panics
+    /// When it is down.
+    pub async fn leads(&self, queue: &str) -> bool {
+        let leaders = ["list_queues", "--no-table-headers", "name", "leader"];
+        let leaders = self.rabbitmqctl(&leaders).await;
+        leaders.lines().any(|line| line.split_whitespace().eq([queue, &self.name]))
+    }
+
     /// Starts it on the same files and ports, and waits until it takes AMQP connections.
     ///
     /// # Panics
-    /// When it runs already, or is not there within 60 s.
+    /// When it runs already, or is not there within three minutes.
     pub async fn boot(&mut self) {
         assert!(self.server.is_none(), "the node runs already");
         let log = File::options().create(true).append(true).open(self.log_path());
@@ -255,12 +326,14 @@ impl RabbitNode {
     }
 
     /// Runs a script that calls `rabbitmqctl`, as beside the node in its container, with that
-    /// environment.
+    /// environment, and gives what it printed, errors included.
     ///
     /// # Panics
     /// When it fails.
     pub async fn run_script(&self, script: &Path, environment: &[(&str, &str)]) -> String {
-        let mut command = self.within(Command::new(script));
+        let mut command = Command::new("sh");
+        command.args(["-c", "exec \"$0\" 2>&1"]).arg(script);
+        let mut command = self.within(command);
         let path = std::env::var("PATH").unwrap_or_default();
         command
             .env("PATH", format!("{}:{path}", scripts().display()))
@@ -289,7 +362,7 @@ impl RabbitNode {
             // The Erlang cookie is there.
             .env("HOME", folder)
             .env("ERL_EPMD_ADDRESS", "127.0.0.1")
-            .env("ERL_EPMD_PORT", self.epmd_port.to_string())
+            .env("ERL_EPMD_PORT", self.epmd.port.to_string())
             .env("RABBITMQ_NODENAME", &self.name)
             .env("RABBITMQ_DIST_PORT", self.distribution_port.to_string())
             .env("RABBITMQ_CONF_ENV_FILE", folder.join("rabbitmq-env.conf"))

@@ -1,14 +1,15 @@
 //! Taking messages from a RabbitMQ.
 
+use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, Instant};
 
 use backon::ExponentialBackoff;
-use futures_util::StreamExt as _;
-use futures_util::stream::SelectAll;
-use lapin::Channel;
+use futures_util::stream::{SelectAll, once};
+use futures_util::{Stream, StreamExt as _};
 use lapin::options::{BasicCancelOptions, BasicConsumeOptions, BasicGetOptions, BasicQosOptions};
 use lapin::types::{FieldTable, ShortString};
+use lapin::{Channel, message};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
@@ -43,7 +44,7 @@ struct Session {
     connection: Arc<Link>,
     channel: Channel,
     /// Of one consumer or more, which together have the prefetch.
-    deliveries: SelectAll<lapin::Consumer>,
+    deliveries: SelectAll<Events>,
     tags: Vec<ShortString>,
     prefetch: u16,
     outward: Arc<Outward>,
@@ -51,6 +52,16 @@ struct Session {
     /// Whether the status says so.
     is_sound: bool,
 }
+
+/// What comes of one consumer of the channel.
+enum Event {
+    // Boxed, because it is much larger than the other.
+    Delivery(lapin::Result<Box<message::Delivery>>),
+    /// The consumer of this tag has ended, which among several would go unnoticed otherwise.
+    Ended(ShortString),
+}
+
+type Events = Pin<Box<dyn Stream<Item = Event> + Send + Sync>>;
 
 impl Consumer {
     pub(crate) fn new(name: &str, prefetch: u16, publisher: Publisher) -> Self {
@@ -157,8 +168,13 @@ impl Consumer {
         let consumer = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
         let connection = Arc::new(connection);
         let unsettled = Arc::new(Unsettled::default());
-        let look =
-            Look::start(&connection, topology.clone(), Arc::clone(&unsettled), self.prefetch);
+        let look = Look::start(
+            &connection,
+            topology.clone(),
+            Arc::clone(&unsettled),
+            Arc::clone(self.publisher.expiry()),
+            self.prefetch,
+        );
         let outward = Arc::new(Outward {
             publisher: self.publisher.clone(),
             acks: Acks::start(),
@@ -171,7 +187,7 @@ impl Consumer {
             connection,
             channel,
             tags: vec![consumer.tag()],
-            deliveries: SelectAll::from_iter([consumer]),
+            deliveries: SelectAll::from_iter([with_end(consumer)]),
             prefetch: self.prefetch,
             outward,
             status,
@@ -191,6 +207,15 @@ async fn consume(
     channel.basic_consume(queue, "".into(), options, FieldTable::default()).await
 }
 
+fn with_end(consumer: lapin::Consumer) -> Events {
+    let tag = consumer.tag();
+    Box::pin(
+        consumer
+            .map(|delivery| Event::Delivery(delivery.map(Box::new)))
+            .chain(once(async { Event::Ended(tag) })),
+    )
+}
+
 impl Session {
     /// RabbitMQ has no prefetch that changes: it is a consumer's from its beginning. So another one takes
     /// what is to be more. When it is to be less, another one takes the place of all of them.
@@ -205,7 +230,7 @@ impl Session {
         };
         let consumer = consume(&self.channel, queue, more).await?;
         self.tags.push(consumer.tag());
-        self.deliveries.push(consumer);
+        self.deliveries.push(with_end(consumer));
         self.prefetch = prefetch;
         self.look.set_prefetch(prefetch);
         Ok(())
@@ -219,8 +244,10 @@ impl Session {
             self.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
             self.tags.pop();
         }
-        while let Some(Ok(delivery)) = self.deliveries.next().await {
-            delivery.nack(REQUEUE).await?;
+        while let Some(event) = self.deliveries.next().await {
+            if let Event::Delivery(delivery) = event {
+                delivery?.nack(REQUEUE).await?;
+            }
         }
         Ok(())
     }
@@ -241,6 +268,18 @@ impl Session {
         Ok(())
     }
 
+    /// Lets what was handed out be settled as before, for as long as its channel lasts: if the queue was
+    /// deleted, it may be all that there is of these messages.
+    async fn keep_channel(&mut self) {
+        // A consumer that is left on it would be given messages that nobody polls for.
+        let given_back = self.tags.is_empty()
+            || matches!(timeout(RPC_TIMEOUT, self.give_back()).await, Ok(Ok(())));
+        if given_back {
+            let kept = (self.channel.clone(), Arc::clone(&self.connection));
+            _ = self.outward.kept.set(kept);
+        }
+    }
+
     fn tell_that_it_is_sound(&mut self) {
         if !std::mem::replace(&mut self.is_sound, true) {
             _ = self.status.send_replace(Ok(()));
@@ -257,19 +296,24 @@ impl Session {
             }
             // The stream can fall silent without an end, so the connection is looked at as well.
             match timeout(Duration::from_secs(1), self.deliveries.next()).await {
-                Ok(Some(Ok(delivery))) if delivery.acker.usable() => {
+                Ok(Some(Event::Delivery(Ok(delivery)))) if delivery.acker.usable() => {
                     self.tell_that_it_is_sound();
-                    return Ok(delivery);
+                    return Ok(*delivery);
                 }
                 // What lapin had buffered when the channel was lost; it will be delivered again.
-                Ok(Some(Ok(_))) => return Err("the channel is lost".to_owned()),
-                Ok(Some(Err(error))) => return Err(error.to_string()),
-                Ok(None) => {
-                    // The queue was deleted, and what was delivered may be all that there is of it. So it
-                    // can be settled as before, for as long as its channel lasts.
-                    let kept = (self.channel.clone(), Arc::clone(&self.connection));
-                    _ = self.outward.kept.set(kept);
-                    return Err("the broker cancelled the consumer".to_owned());
+                Ok(Some(Event::Delivery(Ok(_)))) => return Err("the channel is lost".to_owned()),
+                Ok(Some(Event::Delivery(Err(error)))) => return Err(error.to_string()),
+                Ok(Some(Event::Ended(tag))) => {
+                    self.tags.retain(|other| *other != tag);
+                    self.keep_channel().await;
+                    return Err("the broker cancelled the consumer: its queue was deleted, or it \
+                                held a message for longer than the broker's consumer timeout"
+                        .to_owned());
+                }
+                Ok(None) => return Err("no consumer is left".to_owned()),
+                Err(_) if self.look.is_gone() => {
+                    self.keep_channel().await;
+                    return Err("the queue is gone".to_owned());
                 }
                 Err(_) if !self.connection.status().connected() => {
                     return Err("the connection is closed".to_owned());

@@ -98,6 +98,10 @@ impl Delivery {
     /// For all but an ack that means a copy, confirmed before the original is acked.
     pub(crate) async fn settle(self, disposition: Disposition) -> Settled {
         let topology = self.outward.publisher.topology();
+        if matches!(disposition, Disposition::DeadLetter { .. }) {
+            // Before it can be counted in the queue.
+            self.outward.publisher.expiry().note_own();
+        }
         let copy = match disposition {
             Disposition::Ack => None,
             Disposition::Retry { reason, after } => {

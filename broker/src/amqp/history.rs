@@ -107,20 +107,31 @@ pub(super) fn dead_letter(body: Vec<u8>, properties: &BasicProperties) -> DeadLe
 /// limit is reached. Then ours is that of an earlier attempt.
 fn reason(properties: &BasicProperties) -> String {
     let ours = header(properties, REASON).and_then(text);
-    // Our own copies have none of these headers. The newest entry of x-death comes first.
-    let newest = match header(properties, "x-death") {
-        Some(AMQPValue::FieldArray(deaths)) => deaths.as_slice().first(),
-        _ => None,
-    };
-    let brokers = match newest {
-        Some(AMQPValue::FieldTable(death)) => death.inner().get("reason"),
-        _ => header(properties, "x-first-death-reason"),
+    let brokers = match newest_death(properties) {
+        Some(death) => death.inner().get("reason"),
+        None => header(properties, "x-first-death-reason"),
     };
     match (brokers.and_then(text), ours) {
         (Some(brokers), Some(ours)) => format!("{brokers} (by RabbitMQ), after: {ours}"),
         (Some(brokers), None) => format!("{brokers} (by RabbitMQ)"),
         (None, Some(ours)) => ours,
         (None, None) => "unknown".to_owned(),
+    }
+}
+
+/// The queue in which the message expired, if that made it a dead letter.
+pub(super) fn expired_in(properties: &BasicProperties) -> Option<String> {
+    let death = newest_death(properties)?.inner();
+    (death.get("reason").and_then(text)? == "expired").then(|| death.get("queue").and_then(text))?
+}
+
+/// The broker's record of why it dead-lettered the message. Our own copies have none.
+fn newest_death(properties: &BasicProperties) -> Option<&FieldTable> {
+    // The newest entry of x-death comes first.
+    let AMQPValue::FieldArray(deaths) = header(properties, "x-death")? else { return None };
+    match deaths.as_slice().first() {
+        Some(AMQPValue::FieldTable(death)) => Some(death),
+        _ => None,
     }
 }
 

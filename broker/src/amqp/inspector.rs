@@ -51,7 +51,8 @@ impl Inspector {
     }
 
     pub(crate) async fn depths(&self) -> Result<Depths, InspectError> {
-        answered(depths::depths(&self.connection, &self.topology)).await
+        let found = answered(depths::look(&self.connection, &self.topology)).await?;
+        Ok(found.depths)
     }
 
     /// What another look holds at this moment is not among the letters that are there.

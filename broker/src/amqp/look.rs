@@ -8,7 +8,8 @@ use std::time::{Duration, SystemTime};
 use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
-use super::depths::depths;
+use super::depths;
+use super::expired::ExpiryCheck;
 use super::link::{Link, RPC_TIMEOUT};
 use super::topology::Topology;
 use super::unsettled::Unsettled;
@@ -32,6 +33,8 @@ struct Found {
     waits: AtomicU64,
     in_vain: AtomicU32,
     empty: AtomicBool,
+    /// Whether the queue did not exist at the last look.
+    gone: AtomicBool,
     /// How many deliveries the consumer may have.
     prefetch: AtomicUsize,
 }
@@ -46,12 +49,13 @@ impl Look {
         connection: &Arc<Link>,
         topology: Topology,
         unsettled: Arc<Unsettled>,
+        expiry: Arc<ExpiryCheck>,
         prefetch: u16,
     ) -> Self {
         let found = Arc::new(Found::default());
         found.prefetch.store(prefetch.into(), Ordering::Relaxed);
         let connection = Arc::downgrade(connection);
-        let looking = look(connection, topology, unsettled, Arc::clone(&found));
+        let looking = look(connection, topology, unsettled, expiry, Arc::clone(&found));
         Self { found, task: tokio::spawn(looking) }
     }
 
@@ -73,6 +77,11 @@ impl Look {
     /// Whether nobody looks any more.
     pub(super) fn has_ended(&self) -> bool {
         self.task.is_finished()
+    }
+
+    /// Whether the queue did not exist at the last look.
+    pub(super) fn is_gone(&self) -> bool {
+        self.found.gone.load(Ordering::Relaxed)
     }
 
     /// Whether the queue was empty at the last look.
@@ -97,6 +106,7 @@ async fn look(
     connection: Weak<Link>,
     topology: Topology,
     unsettled: Arc<Unsettled>,
+    expiry: Arc<ExpiryCheck>,
     found: Arc<Found>,
 ) {
     let gauges = Gauges::new();
@@ -109,10 +119,10 @@ async fn look(
         ticks.tick().await;
         let Some(connection) = connection.upgrade() else { return };
         let (at, wait) = (SystemTime::now(), found.waits.load(Ordering::Relaxed));
-        let looked = timeout(RPC_TIMEOUT, depths(&connection, &topology)).await;
+        let looked = timeout(RPC_TIMEOUT, depths::look(&connection, &topology)).await;
         let looked = looked.map_err(|late| late.to_string());
-        let depths = match looked.and_then(|looked| looked.map_err(|error| error.to_string())) {
-            Ok(depths) => depths,
+        let looked = match looked.and_then(|looked| looked.map_err(|error| error.to_string())) {
+            Ok(looked) => looked,
             // Whether the session is over is seen elsewhere. A broker that does not say how much there is
             // can be excused for not giving it either.
             Err(error) => {
@@ -121,6 +131,12 @@ async fn look(
                 continue;
             }
         };
+        let depths = looked.depths;
+        let is_gone = looked.missing.contains(&topology.queue);
+        found.gone.store(is_gone, Ordering::Relaxed);
+        if !is_gone && !looked.missing.is_empty() {
+            declare_again(&connection, &topology).await;
+        }
         if depths.ready == 0 {
             was_empty_at = Some(at);
         }
@@ -133,6 +149,16 @@ async fn look(
         let looks =
             vain.note(wait, depths.ready > 0 && count < found.prefetch.load(Ordering::Relaxed));
         found.in_vain.store(looks, Ordering::Relaxed);
+        expiry.note(&connection, &topology, depths.dead).await;
+    }
+}
+
+/// The main queue is declared by the next session only; see ARCHITECTURE.md. The others have no consumers.
+async fn declare_again(connection: &Link, topology: &Topology) {
+    match timeout(RPC_TIMEOUT, topology.declare(connection)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(error)) => tracing::debug!(%error, "cannot declare the queues again"),
+        Err(_) => tracing::debug!("cannot declare the queues again in time"),
     }
 }
 

@@ -4,7 +4,9 @@
 //! whatever has come in meanwhile, several rounds at a time.
 
 mod driver;
+mod refusals;
 mod round;
+mod standing;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -15,12 +17,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, onesho
 use tokio::time::timeout;
 
 use super::Config;
+use super::expired::ExpiryCheck;
 use super::history;
 use super::link::RPC_TIMEOUT;
 use super::topology::Topology;
 use crate::{LinkStatus, Origin, PublishError, message};
 
 use driver::Driver;
+use standing::Standing;
 
 /// Messages that are waiting to be published or confirmed, over all callers; what RabbitMQ takes in a
 /// fifth of a second when it is quick. With more of them, callbacks would wait for a confirm that comes too
@@ -37,9 +41,12 @@ pub(crate) struct Publisher {
     /// Unbounded, because what it holds is bounded by `places`.
     batches: mpsc::UnboundedSender<Batch>,
     places: Arc<Semaphore>,
+    /// Whether there is a session that batches can be handed to.
+    open: watch::Receiver<LinkStatus>,
     status: watch::Receiver<LinkStatus>,
     config: Arc<Config>,
     topology: Arc<Topology>,
+    expiry: Arc<ExpiryCheck>,
 }
 
 /// One message on its way out.
@@ -62,18 +69,22 @@ struct Batch {
 impl Publisher {
     pub(crate) fn start(config: Config, name: &str) -> Self {
         let (batches, incoming) = mpsc::unbounded_channel();
-        let (status, watched) = watch::channel(Err("not connected yet".to_owned()));
+        let not_yet = || watch::channel(Err("not connected yet".to_owned()));
+        let ((is_open, open), (is_sound, status)) = (not_yet(), not_yet());
+        let standing = Standing::new(name, is_open, is_sound);
         let topology = Arc::new(Topology::new(&config));
         let config = Arc::new(config);
         let driver =
-            Driver::new(Arc::clone(&config), Arc::clone(&topology), name, incoming, status);
+            Driver::new(Arc::clone(&config), Arc::clone(&topology), name, incoming, standing);
         tokio::spawn(driver.run());
         Self {
             batches,
             places: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
-            status: watched,
+            open,
+            status,
             config,
             topology,
+            expiry: Arc::default(),
         }
     }
 
@@ -123,7 +134,7 @@ impl Publisher {
         messages: impl ExactSizeIterator<Item = Outgoing>,
         within: Duration,
     ) -> Result<(), PublishError> {
-        if let Err(reason) = &*self.status.borrow() {
+        if let Err(reason) = &*self.open.borrow() {
             return Err(PublishError::Away(reason.clone()));
         }
         let confirmed = async {
@@ -144,6 +155,11 @@ impl Publisher {
         self.status.clone()
     }
 
+    /// Returns at once if the publisher has died.
+    pub(crate) async fn opened(&self) {
+        let _ = self.open.clone().wait_for(Result::is_ok).await;
+    }
+
     pub(crate) async fn died(&self) {
         self.batches.closed().await;
     }
@@ -160,6 +176,10 @@ impl Publisher {
 
     pub(super) fn config(&self) -> &Config {
         &self.config
+    }
+
+    pub(super) fn expiry(&self) -> &Arc<ExpiryCheck> {
+        &self.expiry
     }
 
     pub(super) fn topology(&self) -> &Topology {

@@ -1,11 +1,14 @@
 //! The queues: the one of the contract, its delay queues, and its dead letters.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
 use lapin::options::QueueDeclareOptions;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Connection, ErrorKind};
 
-use super::Config;
+use super::{Config, depths};
 use crate::config::QueueType;
 use crate::retry::LEVELS_SECONDS;
 
@@ -27,6 +30,9 @@ pub(super) struct Topology {
     /// One for each level of [`LEVELS_SECONDS`], in the same order.
     pub(super) delays: Vec<ShortString>,
     queue_type: QueueType,
+    /// Whether this process has declared them before, so that a queue that is missing has vanished. Shared by
+    /// all clones.
+    declared: Arc<AtomicBool>,
 }
 
 /// Why the queues are not as they have to be.
@@ -39,6 +45,8 @@ pub(super) enum TopologyError {
          move it away or set another QUEUE_NAME"
     )]
     OtherArguments { queue: String, text: String },
+    #[error("cannot find out which queues exist: {source}")]
+    Inspect { source: lapin::Error },
     #[error("cannot open a channel: {0}")]
     OpenChannel(#[source] lapin::Error),
 }
@@ -51,15 +59,19 @@ impl Topology {
             dead: format!("{queue}.dead").into(),
             delays: LEVELS_SECONDS.iter().map(|s| format!("{queue}.retry.{s}s").into()).collect(),
             queue_type: config.queue.queue_type,
+            declared: Arc::default(),
         }
     }
 
-    /// Declares every queue.
+    /// Declares every queue, and reports those that have vanished since they were declared before.
     ///
     /// A main queue of the other type is used as it is, with a warning: that is how it looks while
     /// we share it with the Go services, and refusing would only add an outage. Any other
     /// difference is an error, for it could mean that the queue drops what it has confirmed.
     pub(super) async fn declare(&self, connection: &Connection) -> Result<(), TopologyError> {
+        if self.declared.load(Ordering::Relaxed) {
+            self.report_vanished(connection).await?;
+        }
         let mut channel = open(connection).await?;
         // The dead letters first: the main queue must never be able to give up a message to nowhere.
         let mut queues = vec![(&self.dead, dead_arguments())];
@@ -73,6 +85,19 @@ impl Topology {
                 channel = open(connection).await?;
                 self.adopt(&channel, queue, source).await?;
             }
+        }
+        self.declared.store(true, Ordering::Relaxed);
+        Ok(())
+    }
+
+    async fn report_vanished(&self, connection: &Connection) -> Result<(), TopologyError> {
+        let missing = depths::missing(connection, self).await;
+        for queue in missing.map_err(|source| TopologyError::Inspect { source })? {
+            tracing::error!(
+                %queue,
+                "a queue has vanished, and all messages in it are lost; declaring it again. Someone deleted \
+                 it, a policy with `expires` matches it, or the broker lost its files"
+            );
         }
         Ok(())
     }
@@ -104,10 +129,12 @@ impl Topology {
         Ok(())
     }
 
-    /// Classic means exactly what the Go services declare: durable, no arguments.
+    /// Classic is equivalent to what the Go services declare, durable and without arguments: RabbitMQ treats
+    /// `x-queue-type: classic` and no type as the same. Without the type, a virtual host whose default type is
+    /// quorum would create a quorum queue, or accept one, that has no dead-letter exchange.
     fn main_arguments(&self, queue_type: QueueType) -> FieldTable {
         match queue_type {
-            QueueType::Classic => FieldTable::default(),
+            QueueType::Classic => typed("classic"),
             QueueType::Quorum => {
                 let mut arguments = dead_lettering_to(&self.dead);
                 insert(&mut arguments, "x-delivery-limit", AMQPValue::LongInt(DELIVERY_LIMIT));
@@ -127,19 +154,19 @@ impl Topology {
 }
 
 fn dead_arguments() -> FieldTable {
-    let mut arguments = quorum();
+    let mut arguments = typed("quorum");
     insert(&mut arguments, "x-delivery-limit", AMQPValue::LongInt(DEAD_DELIVERY_LIMIT));
     arguments
 }
 
-fn quorum() -> FieldTable {
+fn typed(queue_type: &str) -> FieldTable {
     let mut arguments = FieldTable::default();
-    insert(&mut arguments, "x-queue-type", text("quorum"));
+    insert(&mut arguments, "x-queue-type", text(queue_type));
     arguments
 }
 
 fn dead_lettering_to(queue: &ShortString) -> FieldTable {
-    let mut arguments = quorum();
+    let mut arguments = typed("quorum");
     insert(&mut arguments, "x-dead-letter-exchange", text(""));
     insert(&mut arguments, "x-dead-letter-routing-key", text(queue.as_str()));
     insert(&mut arguments, "x-dead-letter-strategy", text("at-least-once"));

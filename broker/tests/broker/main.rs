@@ -7,5 +7,6 @@ mod conformance;
 mod file;
 mod forgotten;
 mod place;
+mod policies;
 mod rights;
 mod tls;

@@ -244,8 +244,8 @@ async fn queue_refused() -> Verdict {
     world.stays(Duration::from_secs(10)).await;
     let after = seen(&world);
     let (attempts, lines) = (after.0 - before.0, after.1 - before.1);
-    // Two services with two links each, which try about every second and knock first.
-    assert!(attempts <= 160, "{attempts} connections within 10 s");
+    // Two services with two publishers or consumers each, which try about every second.
+    assert!(attempts <= 80, "{attempts} connections within 10 s");
     assert!(lines <= 10, "{lines} lines logged within 10 s");
     world.broker.delete_queue(QUEUE).await;
     world.recovers().await;
@@ -282,7 +282,13 @@ async fn consumer_timeout() -> Verdict {
         0 => Answer::After(Duration::from_secs(6), Box::new(truth(id))),
         _ => truth(id),
     });
-    world.consumers[0].wait_for_log("PRECONDITION_FAILED").await;
+    // Field case 9.1: RabbitMQ 3.10 closes the channel, and 4.3 cancels the consumer.
+    let ends = ["PRECONDITION_FAILED", "the broker cancelled the consumer"];
+    eventually("the broker ends the session", PATIENCE, async || {
+        let noticed = ends.iter().any(|end| times_logged(&world.consumers[0], end) > 0);
+        noticed.then_some(())
+    })
+    .await;
     world.stays(Duration::from_secs(10)).await;
     world.status_api.behaves();
     world.recovers().await;

@@ -40,6 +40,21 @@ async fn a_rabbit_node_that_is_killed_and_booted_again_still_has_a_durable_messa
 }
 
 #[tokio::test]
+async fn a_rabbit_cluster_outlives_any_one_of_its_nodes() {
+    let mut nodes = RabbitNode::start_cluster().await;
+    let queue = Queue::on(&nodes[1].amqp_uri());
+    declare_quorum(&nodes[0].amqp_uri(), &queue.name).await;
+    nodes[0].kill().await;
+    queue.publish_raw(b"kept").await;
+    nodes[0].boot().await;
+    nodes[2].kill().await;
+    let mut other = Queue::on(&nodes[0].amqp_uri());
+    other.name.clone_from(&queue.name);
+    let message = eventually("the message", DEADLINE, async || other.get(&queue.name).await).await;
+    assert_eq!(message.delivery.data, b"kept");
+}
+
+#[tokio::test]
 async fn a_rabbit_node_with_its_memory_alarm_raised_confirms_nothing_until_it_is_cleared() {
     let node = RabbitNode::start().await;
     let queue = Queue::on(&node.amqp_uri());

@@ -8,15 +8,17 @@ use futures_util::stream::FuturesUnordered;
 use lapin::options::ConfirmSelectOptions;
 use lapin::{Channel, Event};
 use metrics::{Counter, Histogram};
-use tokio::sync::{mpsc, watch};
+use tokio::sync::mpsc;
 use tokio::time::timeout;
 
 use super::Batch;
-use super::round::{self, Broken};
+use super::refusals::{Refusal, Refusals};
+use super::round::{self, Broken, Tally};
+use super::standing::Standing;
 use crate::amqp::Config;
-use crate::amqp::link::{self, Link, LinkError, OutageLog, RPC_TIMEOUT};
+use crate::amqp::link::{self, Link, LinkError, RPC_TIMEOUT};
 use crate::amqp::topology::Topology;
-use crate::{LinkStatus, PublishError, backoff};
+use crate::{PublishError, backoff};
 
 /// Rounds that are under way at once, each on a channel of its own: while one waits for its
 /// confirms, the next ones are published.
@@ -34,7 +36,7 @@ pub(super) struct Driver {
     topology: Arc<Topology>,
     name: String,
     batches: mpsc::UnboundedReceiver<Batch>,
-    status: watch::Sender<LinkStatus>,
+    standing: Standing,
     counters: Counters,
 }
 
@@ -48,6 +50,8 @@ enum Ended {
     /// Every publisher is gone and all is confirmed.
     Finished,
     Lost(String),
+    /// A queue has refused every message for several seconds.
+    Refused(Refusal),
 }
 
 impl Driver {
@@ -56,14 +60,13 @@ impl Driver {
         topology: Arc<Topology>,
         name: &str,
         batches: mpsc::UnboundedReceiver<Batch>,
-        status: watch::Sender<LinkStatus>,
+        standing: Standing,
     ) -> Self {
         let name = name.to_owned();
-        Self { config, topology, name, batches, status, counters: Counters::new() }
+        Self { config, topology, name, batches, standing, counters: Counters::new() }
     }
 
     pub(super) async fn run(mut self) {
-        let mut outage = OutageLog::default();
         let mut waits = backoff();
         let mut wait = Duration::ZERO;
         loop {
@@ -71,12 +74,11 @@ impl Driver {
                 tokio::time::sleep(wait).await;
                 open(&self.config, &self.topology, &self.name).await
             };
-            let reason = match refusing(&mut self.batches, &self.status, opened).await {
+            match refusing(&mut self.batches, &self.standing, opened).await {
                 None => return,
-                Some(Err(error)) => error.to_string(),
+                Some(Err(error)) => self.standing.lost(error.to_string()),
                 Some(Ok(session)) => {
-                    outage.up(&self.name);
-                    _ = self.status.send_replace(Ok(()));
+                    self.standing.opened();
                     let connected_at = Instant::now();
                     match self.serve(&session).await {
                         Ended::Finished => {
@@ -88,13 +90,12 @@ impl Driver {
                             if connected_at.elapsed() > SETTLED {
                                 waits = backoff();
                             }
-                            reason
+                            self.standing.lost(reason);
                         }
+                        Ended::Refused(refusal) => self.standing.refused(refusal),
                     }
                 }
-            };
-            outage.down(&self.name, &reason);
-            _ = self.status.send_replace(Err(reason));
+            }
             wait = waits.next().unwrap_or(wait);
         }
     }
@@ -106,6 +107,8 @@ impl Driver {
         let mut begun: Vec<Option<Instant>> = vec![None; channels.len()];
         let mut events = std::pin::pin!(connection.events_listener());
         let mut pulse = tokio::time::interval(Duration::from_secs(1));
+        let mut refusals = Refusals::default();
+        let opened_at = Instant::now();
         let mut finishing = false;
         loop {
             tokio::select! {
@@ -127,11 +130,13 @@ impl Driver {
                         Ok(tally) => tally,
                         Err(Broken(reason)) => return Ended::Lost(reason),
                     };
-                    self.counters.confirmed.increment(tally.confirmed);
-                    self.counters.refused.increment(tally.refused);
-                    self.counters.unroutable.increment(tally.unroutable);
-                    self.counters.written.record(tally.waits.written);
-                    self.counters.until_confirmed.record(tally.waits.confirmed);
+                    self.counters.add(&tally);
+                    for (queue, takes) in tally.queues {
+                        if takes {
+                            self.standing.confirmed(queue.as_str());
+                        }
+                        refusals.note(place, queue, takes, Instant::now());
+                    }
                     if tally.unroutable > 0 {
                         // The next session declares it, and not this one at once: a quorum queue that
                         // is back before its consumers' channels have noticed keeps them, but they
@@ -144,16 +149,8 @@ impl Driver {
                 }
                 Some(event) = events.next() => match event {
                     Event::Error(error) => return Ended::Lost(error.to_string()),
-                    // The broker is short of memory or disk: it takes nothing until that is over,
-                    // but the connection is sound.
-                    Event::ConnectionBlocked(reason) => {
-                        tracing::warn!(reason, "the broker takes no messages for now");
-                        _ = self.status.send_replace(Err(format!("blocked: {reason}")));
-                    }
-                    Event::ConnectionUnblocked => {
-                        tracing::info!("the broker takes messages again");
-                        _ = self.status.send_replace(Ok(()));
-                    }
+                    Event::ConnectionBlocked(reason) => self.standing.blocked(&reason),
+                    Event::ConnectionUnblocked => self.standing.unblocked(),
                     _ => {}
                 },
                 _ = pulse.tick() => {
@@ -161,10 +158,20 @@ impl Driver {
                     if !connection.status().connected() || !channels.iter().all(usable) {
                         return Ended::Lost("the connection is closed".to_owned());
                     }
-                    let blocked = connection.status().blocked();
+                    if connection.status().blocked() {
+                        continue;
+                    }
                     let oldest = begun.iter().flatten().min();
-                    if !blocked && oldest.is_some_and(|begun| begun.elapsed() > STALL) {
+                    if oldest.is_some_and(|begun| begun.elapsed() > STALL) {
                         return Ended::Lost(format!("nothing was confirmed in {STALL:?}"));
+                    }
+                    if let Some(refusal) = refusals.lasting(Instant::now()) {
+                        return Ended::Refused(refusal);
+                    }
+                    // Callers that were told to stay away cannot show that it takes messages again.
+                    let is_untried = refusals.is_empty() && opened_at.elapsed() > SETTLED;
+                    if self.standing.is_refused() && is_untried {
+                        self.standing.forgive();
                     }
                 }
             }
@@ -207,7 +214,7 @@ async fn open(config: &Config, topology: &Topology, name: &str) -> Result<Sessio
 /// there. `None` when every publisher is gone.
 async fn refusing<T>(
     batches: &mut mpsc::UnboundedReceiver<Batch>,
-    status: &watch::Sender<LinkStatus>,
+    standing: &Standing,
     opening: impl Future<Output = T>,
 ) -> Option<T> {
     let mut opening = std::pin::pin!(opening);
@@ -215,9 +222,8 @@ async fn refusing<T>(
         tokio::select! {
             opened = &mut opening => return Some(opened),
             batch = batches.recv() => {
-                let reason = status.borrow().clone().err().unwrap_or_default();
                 // A caller that has gone needs no answer.
-                let _ = batch?.reply.send(Err(PublishError::Away(reason)));
+                let _ = batch?.reply.send(Err(PublishError::Away(standing.reason())));
             }
         }
     }
@@ -251,5 +257,13 @@ impl Counters {
             written: metrics::histogram!("lastseen_publish_write_seconds"),
             until_confirmed: metrics::histogram!("lastseen_publish_confirm_seconds"),
         }
+    }
+
+    fn add(&self, tally: &Tally) {
+        self.confirmed.increment(tally.confirmed);
+        self.refused.increment(tally.refused);
+        self.unroutable.increment(tally.unroutable);
+        self.written.record(tally.waits.written);
+        self.until_confirmed.record(tally.waits.confirmed);
     }
 }

@@ -19,13 +19,27 @@ const PERSISTENT: u8 = 2;
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Broken(pub(super) String);
 
-/// What the broker said of the messages of a round.
+/// The broker's verdicts on the messages of a round.
 #[derive(Debug, Default)]
 pub(super) struct Tally {
     pub(super) confirmed: u64,
     pub(super) refused: u64,
     pub(super) unroutable: u64,
+    /// Each queue of the round, and whether it took at least one message.
+    pub(super) queues: Vec<(ShortString, bool)>,
     pub(super) waits: Waits,
+}
+
+impl Tally {
+    fn note(&mut self, queue: ShortString, all: u64, refused: u64) {
+        self.confirmed += all - refused;
+        self.refused += refused;
+        let took_one = refused < all;
+        match self.queues.iter_mut().find(|(known, _)| *known == queue) {
+            Some((_, takes)) => *takes |= took_one,
+            None => self.queues.push((queue, took_one)),
+        }
+    }
 }
 
 /// What a round has waited for.
@@ -83,8 +97,7 @@ pub(super) async fn publish(channel: &Channel, mut batches: Vec<Batch>) -> Resul
             tally.unroutable += all;
             Err(PublishError::Unroutable)
         } else {
-            tally.confirmed += all - refused;
-            tally.refused += refused;
+            tally.note(batch.queue, all, refused);
             if which.is_empty() { Ok(()) } else { Err(PublishError::Refused { which }) }
         };
         let _ = batch.reply.send(answer);

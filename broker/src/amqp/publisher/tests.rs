@@ -1,6 +1,8 @@
+use std::time::Instant;
+
 use ::amqp::Access;
 use futures_util::future::join_all;
-use lapin::options::QueueDeclareOptions;
+use lapin::options::{QueueDeclareOptions, QueuePurgeOptions};
 use lapin::types::{AMQPValue, FieldTable};
 use lapin::{Connection, ConnectionProperties};
 
@@ -59,11 +61,9 @@ async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
     assert!(queue.depth(&queue.name).await.unwrap() >= confirmed);
 }
 
-/// A queue of our own type would be refused with such a limit, so it is another one beside it.
-#[tokio::test]
-async fn a_full_queue_is_an_error_and_not_a_confirm() {
-    let (queue, full) = (Queue::new(), Queue::new());
-    let config = config(&queue);
+/// A queue that takes one message and refuses all further ones. A queue of our own name would be refused with
+/// such a limit, so it is another one beside it.
+async fn declare_full(queue: &Queue) -> (Connection, lapin::Channel) {
     let uri = testbed::amqp_uri().parse().unwrap();
     let connection = Connection::connect_uri(uri, ConnectionProperties::default()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
@@ -71,8 +71,15 @@ async fn a_full_queue_is_an_error_and_not_a_confirm() {
     limit.insert("x-max-length".into(), AMQPValue::LongInt(1));
     limit.insert("x-overflow".into(), AMQPValue::LongString("reject-publish".into()));
     let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
-    channel.queue_declare(full.name.as_str().into(), durable, limit).await.unwrap();
+    channel.queue_declare(queue.name.as_str().into(), durable, limit).await.unwrap();
+    (connection, channel)
+}
 
+#[tokio::test]
+async fn a_full_queue_is_an_error_and_not_a_confirm() {
+    let (queue, full) = (Queue::new(), Queue::new());
+    let config = config(&queue);
+    let _connection = declare_full(&full).await;
     let publisher = Publisher::start(config, "test");
     let within = Duration::from_secs(30);
     timeout(within, publisher.status().wait_for(Result::is_ok)).await.unwrap().unwrap();
@@ -99,4 +106,36 @@ async fn largest_callback_leaves_room_for_others() {
     // The largest that can be set is no exception, while others are under way.
     drop(take(1_000_000).unwrap());
     drop(small);
+}
+
+/// Field case 3.1: a session whose queue refuses everything must end, for the next one may fare better.
+#[tokio::test]
+async fn a_queue_that_refuses_everything_ends_the_session_and_is_reported() {
+    let (queue, full) = (Queue::new(), Queue::new());
+    let (_connection, channel) = declare_full(&full).await;
+    let publisher = Publisher::start(config(&queue), "test");
+    let (within, pause) = (Duration::from_secs(30), Duration::from_millis(100));
+    let mut status = publisher.status();
+    timeout(within, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
+    publish_one(&publisher, &full.name, within).await.unwrap();
+    let mut errors = Vec::new();
+    // Long enough for two sessions.
+    let until = Instant::now() + Duration::from_secs(8);
+    while Instant::now() < until {
+        errors.extend(publish_one(&publisher, &full.name, within).await.err());
+        // That another queue takes messages is no excuse.
+        let _ = publish_one(&publisher, &queue.name, within).await;
+        tokio::time::sleep(pause).await;
+    }
+    let reason = status.borrow_and_update().clone().unwrap_err();
+    assert!(reason.contains(&format!("queue {} refuses every message", full.name)), "{reason}");
+    // Each session that has ended is followed by one that is tried.
+    let turned_away = |error: &PublishError| matches!(error, PublishError::Away(_));
+    let ends = errors.windows(2).filter(|two| !turned_away(&two[0]) && turned_away(&two[1]));
+    let ends = ends.count();
+    assert!((1..=2).contains(&ends), "{ends} sessions ended: {errors:?}");
+    channel.queue_purge(full.name.as_str().into(), QueuePurgeOptions::default()).await.unwrap();
+    timeout(within, publisher.opened()).await.unwrap();
+    publish_one(&publisher, &full.name, within).await.unwrap();
+    timeout(within, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
 }
