@@ -48,6 +48,14 @@ mod tests {
         assert_eq!(longest, [2, 4, 8, 16, 32, 60, 60, 60]);
     }
 
+    // Field case 3.7.
+    #[test]
+    fn no_count_and_no_request_of_a_peer_is_too_large() {
+        for (failures, at_least) in [(u32::MAX, None), (0, Some(Duration::MAX))] {
+            assert!(wait(failures, at_least, 1.0).length <= LONGEST);
+        }
+    }
+
     #[test]
     fn a_wait_never_outlasts_its_level_so_that_it_holds_nobody_up() {
         for failures in 1..20 {

@@ -95,7 +95,8 @@ async fn write_batches(
     let mut batch = Vec::with_capacity(batch_max);
     while let Some(first) = results.recv().await {
         batch.push(first);
-        let flush_at = tokio::time::Instant::now() + linger;
+        let now = tokio::time::Instant::now();
+        let flush_at = now.checked_add(linger).unwrap_or(now);
         while batch.len() < batch_max {
             let room = batch_max - batch.len();
             match timeout_at(flush_at, results.recv_many(&mut batch, room)).await {

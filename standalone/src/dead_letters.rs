@@ -9,6 +9,7 @@ use serde_json::json;
 use service::CancellationToken;
 use tester::config::{Check, Checked};
 
+use crate::objects::time_text;
 use crate::{print_line, unless_stopped};
 
 /// What to do with dead letters.
@@ -158,8 +159,7 @@ message       {}
 }
 
 fn json_line(letter: &DeadLetter) -> String {
-    let time =
-        |at: Option<SystemTime>| at.map(|at| humantime::format_rfc3339_millis(at).to_string());
+    let time = |at: Option<SystemTime>| at.map(time_text);
     json!({
         "id": letter.id,
         "reason": letter.reason,
@@ -174,5 +174,5 @@ fn json_line(letter: &DeadLetter) -> String {
 }
 
 fn time(at: Option<SystemTime>) -> String {
-    at.map_or("-".to_owned(), |at| humantime::format_rfc3339_millis(at).to_string())
+    at.map_or("-".to_owned(), time_text)
 }

@@ -1,6 +1,6 @@
 //! `lastseen objects`: who is online.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use serde_json::json;
 use service::CancellationToken;
@@ -54,16 +54,44 @@ pub(crate) async fn list(
     Ok(())
 }
 
+/// A time from a server or a file in RFC 3339, in UTC, to the millisecond. A time outside the years 1970 to
+/// 9999 is shown as the nearest within: humantime panics on it.
+pub(crate) fn time_text(time: SystemTime) -> String {
+    const LAST_SECOND: Duration = Duration::from_secs(253_402_300_799);
+    let last = SystemTime::UNIX_EPOCH + LAST_SECOND;
+    humantime::format_rfc3339_millis(time.clamp(SystemTime::UNIX_EPOCH, last)).to_string()
+}
+
 fn line(object: &Object, as_json: bool) -> String {
     let Object { id, last_seen, age } = *object;
-    let last_seen = humantime::format_rfc3339_millis(last_seen);
+    let last_seen = time_text(last_seen);
     if as_json {
         let age_seconds = age.as_secs_f64();
-        let last_seen = last_seen.to_string();
         return json!({ "id": id, "last_seen": last_seen, "age_seconds": age_seconds }).to_string();
     }
     // To the tenth of a second: nobody reads more.
     let tenths = u64::try_from(age.as_millis() / 100).unwrap_or(u64::MAX);
     let age = humantime::format_duration(Duration::from_millis(tenths.saturating_mul(100)));
     format!("{id:>20}  {last_seen:<24}  {age}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    // Field case 3.7.
+    #[test]
+    fn a_time_of_any_year_is_shown() {
+        let shown = |id, micros: i64| {
+            let since_1970 = Duration::from_micros(micros.unsigned_abs());
+            let last_seen = if micros < 0 {
+                SystemTime::UNIX_EPOCH - since_1970
+            } else {
+                SystemTime::UNIX_EPOCH + since_1970
+            };
+            line(&Object { id, last_seen, age: Duration::MAX }, false)
+        };
+        assert!(shown(1, i64::MAX).contains("9999-12-31T23:59:59"));
+        assert!(shown(2, i64::MIN).contains("1970-01-01T00:00:00"));
+    }
 }

@@ -28,6 +28,8 @@ const DEFAULT_DURATION: Duration = Duration::from_secs(10);
 /// How long after the end a callback that was due before it may still go out. Less than what a busy
 /// machine may be late would leave the last ones unsent by chance.
 const END_GRACE: Duration = Duration::from_millis(100);
+/// A callback that is due after this time, or later, is never due.
+const FAR_AWAY: Duration = Duration::from_hours(10 * 365 * 24);
 /// How long the pacer may go without looking whether it should stop.
 const PACER_STEP: Duration = Duration::from_millis(100);
 /// How often the progress bar moves.
@@ -226,7 +228,10 @@ impl Plan {
 
     /// When callback `number` is due; `None` if there is no rate.
     fn due(&self, number: u64) -> Option<Instant> {
-        self.rate.map(|rate| self.start + Duration::from_secs_f64(approximate(number) / rate))
+        let rate = self.rate?;
+        let wait = Duration::try_from_secs_f64(approximate(number) / rate).ok();
+        // What no clock can hold is not due within anybody's lifetime.
+        Some(wait.and_then(|wait| self.start.checked_add(wait)).unwrap_or(self.start + FAR_AWAY))
     }
 
     /// How many callbacks were due when it was told to stop, or until its own end.
@@ -351,5 +356,12 @@ mod tests {
         let after = |millis| plan.due_by(Some(plan.start + Duration::from_millis(millis)));
         assert_eq!([after(0), after(249), after(250), after(9_000)], [1, 1, 2, 8]);
         assert_eq!(plan.due_by(None), 8);
+    }
+
+    // Field case 3.7.
+    #[test]
+    fn no_rate_however_low_is_too_long_for_the_clock() {
+        let plan = plan(Some(f64::MIN_POSITIVE), None, Some(2));
+        assert_eq!(plan.due(1), Some(plan.start + FAR_AWAY));
     }
 }

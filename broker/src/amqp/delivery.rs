@@ -105,7 +105,7 @@ impl Delivery {
         let copy = match disposition {
             Disposition::Ack => None,
             Disposition::Retry { reason, after } => {
-                let wait = retry::wait(self.attempts + 1, after, rand::random());
+                let wait = retry::wait(self.attempts.saturating_add(1), after, rand::random());
                 let expiration = wait.length.as_millis().to_string();
                 let properties = history::after_failure(&self.properties, &reason);
                 Some((&topology.delays[wait.level], properties.with_expiration(expiration.into())))

@@ -279,7 +279,8 @@ impl Queue {
             match disposition {
                 Disposition::Ack => {}
                 Disposition::Retry { reason, after } => {
-                    let wait = retry::wait(attempts + 1, after, rand::random()).length;
+                    let wait =
+                        retry::wait(attempts.saturating_add(1), after, rand::random()).length;
                     let due_at = now().saturating_add(milliseconds(wait));
                     let mut delay = connection.prepare_cached(DELAY)?;
                     delay.execute(params![seq, reason, now(), due_at])?;
