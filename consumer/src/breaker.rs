@@ -7,11 +7,13 @@
 //!
 //! A failure counts as an attempt at its message only while the API answers others: one shortly
 //! before, and after it one that was asked later, or many. Whatever fails otherwise is looked up again
-//! at no cost.
+//! at no cost. A message is given up only if its object is [at fault](evidence), and not an API that fails for
+//! a part of all lookups.
 //!
 //! In whatever phase, no more begin in a second than `MAX_LOOKUPS_PER_SECOND`.
 
 mod adaptive;
+mod evidence;
 mod pace;
 mod verdict;
 mod window;
@@ -27,6 +29,7 @@ use tokio::time::{Instant, sleep, sleep_until, timeout};
 use crate::config::{Concurrency, Lookups};
 use crate::room::{Permit, Room};
 use adaptive::{Adaptive, CameTo};
+use evidence::Evidence;
 use pace::Pace;
 use window::Window;
 
@@ -72,6 +75,7 @@ struct State {
     next: u64,
     unanswered: BTreeSet<u64>,
     outcomes: Window,
+    evidence: Evidence,
     adaptive: Option<Adaptive>,
     answered_at: Option<Instant>,
     /// How long after an answer it still tells that the API answers.
@@ -124,6 +128,7 @@ impl Breaker {
             next: 0,
             unanswered: BTreeSet::new(),
             outcomes: Window::new(lookups),
+            evidence: Evidence::default(),
             adaptive,
             answered_at: None,
             shortly: shortly(lookups),
@@ -146,6 +151,19 @@ impl Breaker {
 
     pub(crate) fn is_closed(&self) -> bool {
         self.state.borrow().phase == Phase::Closed
+    }
+
+    /// Notes what the first lookup of an object came to.
+    pub(crate) fn note_first(&self, id: i64, is_answered: bool) {
+        self.state.send_if_modified(|state| {
+            state.evidence.note(id, is_answered);
+            false
+        });
+    }
+
+    /// Whether it is the object's fault, and not the API's, that this many of its lookups have failed.
+    pub(crate) fn blames(&self, id: i64, failures: u32) -> bool {
+        self.state.borrow().evidence.blames(id, failures)
     }
 
     /// Waits for a place.
@@ -342,6 +360,7 @@ impl Breaker {
         state.phase = phase;
         state.since = state.next;
         state.outcomes.clear();
+        state.evidence.clear();
         self.set_limit(state, limit);
     }
 
@@ -364,9 +383,9 @@ impl Place {
         let (breaker, number) = (Arc::clone(&self.breaker), self.number);
         let failure = breaker.change(|state| {
             state.unanswered.remove(&number);
-            let answered_before = state
-                .answered_at
-                .is_some_and(|answered_at| answered_at + state.shortly >= self.began);
+            let answered_before = state.answered_at.is_some_and(|answered_at| {
+                self.began.saturating_duration_since(answered_at) <= state.shortly
+            });
             let after = state.next;
             // A quarter of the places, so that at slow answers those that wait for their verdicts leave
             // room for the others, even if four of five fail.
@@ -410,7 +429,7 @@ impl Drop for Place {
 
 /// At few lookups per second, the answer before may be seconds old though all is well.
 fn shortly(lookups: &Lookups) -> Duration {
-    SHORTLY.max(pace::between(lookups.max_lookups_per_second) * SHORTLY_LOOKUPS)
+    SHORTLY.max(pace::between(lookups.max_lookups_per_second).saturating_mul(SHORTLY_LOOKUPS))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "there are at most 50,000 lookups")]

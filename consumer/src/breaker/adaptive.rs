@@ -12,12 +12,16 @@ use super::gauge;
 
 /// Where it begins, unless fewer may run.
 const FIRST: f64 = 50.0;
-/// A round has at least so many lookups: of fewer, chance would decide.
-const ROUND_LEAST: u64 = 200;
-/// What an answer may cost, beside one at ease, before the limit falls. With less, chance would make it
-/// fall, which at 0.3 to 4.3 s is 3.5% of a round of 200; with more, little would be left of an API whose
-/// latency grows with the square of its load or worse.
-const BEARABLE: f64 = 1.09;
+/// A round has this many lookups, or as many as the limit if that is more: of fewer, chance would decide.
+const ROUND: u64 = 200;
+/// While the limit is small, a round has fewer lookups, or it would take minutes: this many for each that
+/// may run, but at least [`ROUND_LEAST`].
+const ROUND_PER_LOOKUP: u64 = 20;
+const ROUND_LEAST: u64 = 20;
+/// What an answer may cost, compared with one at ease, before the limit falls. With less, chance would make
+/// it fall, which at 0.3 to 4.3 s is 3.5% of a round of 200; with more, little would be left of an API whose
+/// latency grows with the square of its load or worse. A smaller round may cost more by chance.
+const BEARABLE_EXCESS: f64 = 0.09;
 /// Each so many rounds, one runs with this part of the limit and tells what an answer costs at ease. It
 /// costs 1.5% of the rate. The least that was ever seen would not do: it is the luckiest round's, and
 /// becomes less and less, until the API never seems to be at ease again.
@@ -29,6 +33,8 @@ const EASE_STEP: f64 = 0.5;
 const FASTER: f64 = 0.85;
 /// The most that the limit rises and falls after a round, and how it rises until it fell once.
 const RISE: f64 = 1.1;
+/// A small limit rises by this much, or it would take eight rounds from 1 to 2.
+const RISE_LEAST: f64 = 0.5;
 const FIRST_RISE: f64 = 2.0;
 const FALL: f64 = 0.7;
 /// When the limit has fallen to this part of what it was and answers cost as much as before, or nearly,
@@ -111,7 +117,8 @@ impl Adaptive {
     /// The lookups from `next` on make the next round. What the others come to is of no interest: they
     /// began under another limit, or when the API was away.
     pub(super) fn begin_round(&mut self, next: u64) {
-        let size = (self.limit() as u64).max(ROUND_LEAST);
+        let limit = self.limit() as u64;
+        let size = limit.saturating_mul(ROUND_PER_LOOKUP).clamp(ROUND_LEAST, ROUND).max(limit);
         self.round = Round { first: next, size, ..Round::default() };
     }
 
@@ -145,7 +152,9 @@ impl Adaptive {
     }
 
     fn judge(&mut self) {
-        let Round { answered, failed, seconds, was_full, .. } = self.round;
+        let Round { answered, failed, seconds, was_full, size, .. } = self.round;
+        // Chance is as the square root of how few there were.
+        let bearable = 1.0 + BEARABLE_EXCESS * (share(ROUND, size)).sqrt().max(1.0);
         // With lookups to spare, the limit had no part in it.
         if !was_full {
             return;
@@ -164,7 +173,7 @@ impl Adaptive {
         }
         if cost < at_ease * FASTER {
             at_ease = cost;
-        } else if !self.has_fallen && cost < at_ease * BEARABLE {
+        } else if !self.has_fallen && cost < at_ease * bearable {
             // It was of one round, and then of few.
             at_ease += (cost - at_ease) * EASE_STEP;
         }
@@ -177,7 +186,7 @@ impl Adaptive {
             self.fell_from = None;
         }
         self.at_ease = Some(at_ease);
-        let bears = BEARABLE * at_ease / cost;
+        let bears = bearable * at_ease / cost;
         if bears < 1.0 {
             if !self.has_fallen {
                 self.rounds = EASE_EVERY - 2;
@@ -189,8 +198,14 @@ impl Adaptive {
         }
         self.rounds += u32::from(self.has_fallen);
         let factor = if self.has_fallen { bears.clamp(FALL, RISE) } else { FIRST_RISE };
-        self.limit = (self.limit * factor).clamp(1.0, self.max);
+        let least = if factor >= RISE { self.limit + RISE_LEAST } else { 0.0 };
+        self.limit = (self.limit * factor).max(least).clamp(1.0, self.max);
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "a round has at most 50,000 lookups")]
+fn share(a: u64, b: u64) -> f64 {
+    a as f64 / b.max(1) as f64
 }
 
 /// What a lookup came to, as far as the limit is concerned.

@@ -50,7 +50,8 @@ impl Pace {
 impl Turn<'_> {
     /// It begins.
     pub(super) fn taken(mut self) {
-        *self.last = self.due.max(Instant::now() - MADE_UP);
+        let now = Instant::now();
+        *self.last = self.due.max(now.checked_sub(MADE_UP).unwrap_or(now));
     }
 }
 

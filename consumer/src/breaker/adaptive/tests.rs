@@ -202,6 +202,18 @@ fn an_api_that_has_answered_nothing_yet_is_asked_more_once_it_does() {
     assert!(rate > 0.9 * 500.0 / 2.3, "{rate}/s");
 }
 
+// Field case 5.6.
+#[test]
+fn a_limit_of_one_doubles_within_minutes() {
+    let (mut api, mut limit) = (Simulation::new(1e9, 1), Adaptive::new(MAX));
+    (limit.limit, limit.has_fallen, limit.at_ease) = (1.0, true, Some(2.3));
+    limit.begin_round(0);
+    api.run(180.0, &mut limit);
+    assert!(limit.limit >= 2.0, "{}", limit.limit);
+    api.run(1_200.0, &mut limit);
+    assert!(limit.limit >= 10.0, "{}", limit.limit);
+}
+
 #[test]
 fn a_limit_that_is_not_reached_stays() {
     let (mut api, mut limit) = (Simulation::new(1e9, 1), Adaptive::new(MAX));

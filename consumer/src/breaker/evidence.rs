@@ -1,0 +1,91 @@
+//! Whether an object is at fault when its lookups fail again and again, or an API that fails for a part of
+//! all lookups, whatever the object.
+
+use std::collections::VecDeque;
+
+/// How many first lookups are considered, the latest ones.
+const CONSIDERED: usize = 50;
+/// While at most this share of the other objects' first lookups fails, the API counts as well.
+const FAILING_SHARE_MAX: f64 = 0.2;
+/// Above that share, an object is at fault once it is this unlikely that an object without fault would have
+/// failed as often.
+const CHANCE_MAX: f64 = 0.001;
+
+/// The first lookups of the latest objects. Later lookups of an object are those that failed before: they
+/// would make objects that always fail look like a failing API.
+#[derive(Default)]
+pub(super) struct Evidence {
+    latest: VecDeque<(i64, bool)>,
+}
+
+impl Evidence {
+    pub(super) fn note(&mut self, id: i64, is_answered: bool) {
+        if self.latest.len() == CONSIDERED {
+            self.latest.pop_front();
+        }
+        self.latest.push_back((id, is_answered));
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.latest.clear();
+    }
+
+    /// Whether it is the fault of object `id` that this many of its lookups have failed.
+    pub(super) fn blames(&self, id: i64, failures: u32) -> bool {
+        let (mut others, mut failed) = (0_u32, 0_u32);
+        for (_, is_answered) in self.latest.iter().filter(|(other, _)| *other != id) {
+            others += 1;
+            failed += u32::from(!is_answered);
+        }
+        let share = f64::from(failed) / f64::from(others.max(1));
+        share <= FAILING_SHARE_MAX || share.powf(f64::from(failures)) <= CHANCE_MAX
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Object 1000 has failed, and so has one in `of` of the others.
+    fn evidence(failed: usize, of: usize) -> Evidence {
+        let mut evidence = Evidence::default();
+        for (id, number) in (0..).zip(0..CONSIDERED - 1) {
+            evidence.note(id, number % of >= failed);
+        }
+        evidence.note(1_000, false);
+        evidence
+    }
+
+    #[test]
+    fn an_object_is_at_fault_while_others_succeed() {
+        assert!(evidence(0, 1).blames(1_000, 1));
+        assert!(evidence(1, 10).blames(1_000, 1));
+        assert!(Evidence::default().blames(1_000, 1));
+    }
+
+    // Field case 5.3.
+    #[test]
+    fn a_partly_failing_api_is_at_fault_until_chance_is_ruled_out() {
+        let most_fail = evidence(8, 10);
+        assert!(!most_fail.blames(1_000, 20));
+        assert!(most_fail.blames(1_000, 40));
+        let half_fails = evidence(1, 2);
+        assert!(!half_fails.blames(1_000, 4));
+        assert!(half_fails.blames(1_000, 12));
+        assert!(!evidence(1, 1).blames(1_000, u32::MAX));
+    }
+
+    #[test]
+    fn only_the_latest_lookups_of_others_count() {
+        let mut evidence = evidence(1, 1);
+        for id in 0..50 {
+            evidence.note(id, true);
+        }
+        assert!(evidence.blames(1_000, 1));
+        for _ in 0..25 {
+            evidence.note(7, false);
+        }
+        assert!(evidence.blames(7, 1));
+        assert!(!evidence.blames(8, 1));
+    }
+}
