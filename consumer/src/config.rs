@@ -79,6 +79,9 @@ pub struct Lookups {
     /// How long a lookup may take, connecting included
     #[arg(long, value_parser = settings::duration(STATUS_TIMEOUT), default_value = "5s")]
     pub status_timeout: Duration,
+    /// What a 404 means: the object is offline, if it can be the status API's own answer; or always a failed lookup
+    #[arg(long, value_enum, ignore_case = true, default_value = "offline")]
+    pub status_404: Status404,
     /// How often a lookup is tried before its message goes to the dead letters
     #[arg(long, value_parser = settings::number(1..=1_000_u32), default_value = "8")]
     pub max_attempts: u32,
@@ -105,12 +108,22 @@ pub enum Concurrency {
     Adaptive,
 }
 
+/// What a response with status 404 means.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
+pub enum Status404 {
+    /// The object is offline, if the response has no body or a JSON object that is not about a route.
+    Offline,
+    /// The lookup has failed. For an API that answers 200 for every object.
+    Failed,
+}
+
 impl Lookups {
-    /// The variables that are heeded while the consumer runs.
+    /// The variables whose changes the consumer applies while it runs.
     pub const LIVE: &[&str] = &[
         "MAX_CONSUMERS",
         "MAX_LOOKUPS_PER_SECOND",
         "STATUS_TIMEOUT",
+        "STATUS_404",
         "MAX_ATTEMPTS",
         "BREAKER_FAILURE_PERCENT",
         "BREAKER_WINDOW",
@@ -122,6 +135,7 @@ impl Lookups {
             max_consumers: now.max_consumers,
             max_lookups_per_second: now.max_lookups_per_second,
             status_timeout: now.status_timeout,
+            status_404: now.status_404,
             max_attempts: now.max_attempts,
             breaker_failure_percent: now.breaker_failure_percent,
             breaker_window: now.breaker_window,
@@ -151,11 +165,21 @@ impl Lookups {
     }
 }
 
+/// A value parser for a base URL under which paths are requested: no query and no fragment, which would
+/// swallow the path, and no `@` behind the host, which would be the end of a password that is not encoded.
 fn endpoint(text: &str) -> Result<reqwest::Url, String> {
-    text.parse()
-        .ok()
-        .filter(|url: &reqwest::Url| matches!(url.scheme(), "http" | "https") && url.has_host())
-        .ok_or_else(|| "expected http://HOST:PORT or https://…".to_owned())
+    let is_base = |url: &reqwest::Url| {
+        matches!(url.scheme(), "http" | "https")
+            && url.has_host()
+            && url.query().is_none()
+            && url.fragment().is_none()
+            && !url.path().contains('@')
+    };
+    text.parse().ok().filter(is_base).ok_or_else(|| {
+        "expected http://HOST:PORT or https://…, with a path if need be, without a query (?) or fragment (#); in a \
+         password, write / ? # @ as %2F %3F %23 %40"
+            .to_owned()
+    })
 }
 
 #[cfg(test)]
@@ -181,6 +205,7 @@ mod tests {
             "TESTER_ENDPOINT" => "http://elsewhere",
             "CONCURRENCY" => "adaptive",
             "COALESCE" => "off",
+            "STATUS_404" => "failed",
             "STATUS_TIMEOUT" | "WRITE_BATCH_LINGER" => "70ms",
             _ => "70",
         };
@@ -194,11 +219,31 @@ mod tests {
             }
             all.push(flag);
         }
-        assert_eq!((live.len(), all.len()), (Lookups::LIVE.len(), 11));
+        assert_eq!((live.len(), all.len()), (Lookups::LIVE.len(), 12));
         let of =
             |flags: &[String]| Lookups::of(&flags.iter().map(String::as_str).collect::<Vec<_>>());
         let changed = of(&[]).changed_to(&of(&all));
         assert_eq!(format!("{changed:?}"), format!("{:?}", of(&live)));
+    }
+
+    // Field case 5.2.
+    #[test]
+    fn an_endpoint_is_a_base_url() {
+        for allowed in ["http://api", "https://api:8443/v1", "http://me:a%2Fb%3F@api/v1/"] {
+            endpoint(allowed).unwrap();
+        }
+        for refused in [
+            "http://api/v1?key=secret",
+            "http://api/v1?",
+            "http://api/v1#key",
+            "http://me:12/34@api",
+            "http://me:p?x@api",
+            "ftp://api",
+            "api:9010",
+        ] {
+            let error = endpoint(refused).unwrap_err();
+            assert!(!error.contains("secret"), "{error}");
+        }
     }
 
     #[test]

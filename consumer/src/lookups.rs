@@ -20,7 +20,7 @@ use tokio::time::{Instant, sleep};
 use crate::breaker::{Breaker, Outcome, Place, Verdict};
 use crate::config::Lookups;
 use crate::room::{Permit, Room};
-use crate::status_api::{Answer, LookupError, StatusApi};
+use crate::status_api::{Answer, LookupError, NOT_FOUND_METRIC, StatusApi};
 use crate::writer::{Writer, WriterDied, Written};
 use failure_log::FailureLog;
 use waiting::{Taken, Turn, Waiting};
@@ -275,6 +275,7 @@ impl Shared {
         let id = turn.id;
         let mut held = pin!(sleep(self.held_max()));
         let mut waits = waits_between_lookups();
+        let mut is_first = true;
         loop {
             self.waiting.join(turn, group);
             let answer = self.look_up(id, group).await;
@@ -282,6 +283,9 @@ impl Shared {
             tracing::debug!(id, callback_id, deliveries = group.len(), ?answer, "looked up");
             // Waiting for the commit, or for a verdict, takes no lookup's place.
             let has_failed = group.iter().any(|taken| taken.delivery.failed_attempts() > 0);
+            if std::mem::take(&mut is_first) && !has_failed && !is_asked_to_wait(&answer) {
+                self.breaker.note_first(id, answer.is_ok());
+            }
             let failure = place.leave(&outcome(&answer, has_failed));
             let (error, failure) = match (answer, failure) {
                 (Ok(Answer::Online(at)), _) => {
@@ -302,7 +306,7 @@ impl Shared {
             }
             let pause = error.asks_to_wait();
             // After a pause others come first, or one object that gets only 429 would be all there is.
-            let wait = waits.next().unwrap_or_default() + pause.unwrap_or_default();
+            let wait = waits.next().unwrap_or_default().saturating_add(pause.unwrap_or_default());
             let verdict = async {
                 match failure {
                     Some(failure) if pause.is_none() => failure.verdict().await,
@@ -333,8 +337,8 @@ impl Shared {
         let in_flight = metrics::gauge!("lastseen_lookups_in_flight");
         in_flight.increment(1.0);
         let started = Instant::now();
-        let limit = self.lookups.borrow().status_timeout;
-        let answer = self.status_api.look_up(id, limit, &mut span).await;
+        let lookups = self.lookups.borrow().clone();
+        let answer = self.status_api.look_up(id, &lookups, &mut span).await;
         in_flight.decrement(1.0);
         metrics::histogram!("lastseen_lookup_seconds").record(started.elapsed());
         let outcome = match &answer {
@@ -366,12 +370,16 @@ impl Shared {
     }
 
     fn after_failure(&self, id: i64, delivery: &Delivery, error: &LookupError) -> Disposition {
-        let attempts = delivery.failed_attempts() + 1;
+        // The count comes with the message.
+        let attempts = delivery.failed_attempts().saturating_add(1);
         let callback_id = delivery.callback_id();
         let reason = error.to_string();
         if attempts >= self.lookups.borrow().max_attempts {
-            tracing::warn!(id, callback_id, attempts, reason, "given up; now a dead letter");
-            return Disposition::DeadLetter { reason };
+            if self.breaker.blames(id, attempts) {
+                tracing::warn!(id, callback_id, attempts, reason, "given up; now a dead letter");
+                return Disposition::DeadLetter { reason };
+            }
+            tracing::debug!(id, callback_id, attempts, reason, "kept: other lookups fail as well");
         }
         Disposition::Retry { reason, after: error.retry_after() }
     }
@@ -392,6 +400,10 @@ fn outcome(answer: &Result<Answer, LookupError>, has_failed: bool) -> Outcome<'_
             None => Outcome::Failed(error),
         },
     }
+}
+
+fn is_asked_to_wait(answer: &Result<Answer, LookupError>) -> bool {
+    answer.as_ref().is_err_and(|error| error.asks_to_wait().is_some())
 }
 
 /// How long a failed lookup waits when nothing tells whose fault it was.
@@ -418,6 +430,11 @@ fn describe_metrics() {
     for outcome in ["online", "offline"].into_iter().chain(LookupError::LABELS) {
         metrics::counter!("lastseen_lookups_total", "outcome" => outcome).increment(0);
     }
+    metrics::describe_counter!(
+        NOT_FOUND_METRIC,
+        "Lookups answered with 404, whether that says offline or is a failure."
+    );
+    metrics::counter!(NOT_FOUND_METRIC).increment(0);
     metrics::describe_histogram!(
         "lastseen_callback_to_commit_seconds",
         metrics::Unit::Seconds,

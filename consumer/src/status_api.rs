@@ -1,58 +1,64 @@
 //! The client of the status API: `GET /objects/{id}` → `{"id":42,"online":true}`.
 
-use std::error::Error as _;
-use std::io;
-use std::time::{Duration, Instant, SystemTime};
+mod addresses;
+mod answer;
+mod connections;
+mod probe;
 
-use reqwest::header::RETRY_AFTER;
+use std::error::Error as _;
+use std::time::{Duration, Instant};
+
 use reqwest::{Client, Response, StatusCode, Url, redirect};
-use serde::Deserialize;
-use serde::de::Error as _;
 use service::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
-use tokio::net::TcpStream;
 use tokio::sync::watch;
 use tokio::time::timeout;
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::Lookups;
+use addresses::Addresses;
+use answer::{Excerpt, MAX_BODY_BYTES, Received};
+use connections::{IDLE_TIMEOUT, UsedConnections};
+use probe::{LastAnswer, NOT_YET, probe};
 
-/// A right answer has some 30 bytes; whatever is far above is not read to its end.
-const MAX_BODY_BYTES: usize = 16 * 1024;
+/// How long to wait for the body of an error, which is only quoted.
+const ERROR_BODY_TIMEOUT: Duration = Duration::from_millis(200);
 const MAX_CONNECT_TIME: Duration = Duration::from_secs(3);
-const PROBE_INTERVAL: Duration = Duration::from_secs(2);
-/// Why it is not reachable before the first attempt.
-const NOT_YET: &str = "not asked yet";
 
-/// What the status API knows of an object.
+/// Counts every 404, whether it says "offline" or is a failed lookup.
+pub(crate) const NOT_FOUND_METRIC: &str = "lastseen_lookups_not_found_total";
+
+/// What the status API knows about an object.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Answer {
-    /// Online, at the moment when the answer had come.
+    /// Online, at the moment when the answer was complete.
     Online(Instant),
-    /// Offline, or not known to the API.
+    /// Offline, or unknown to the API.
     Offline,
 }
 
-/// A lookup that told nothing.
+/// A lookup after which nobody knows whether the object is online.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LookupError {
     #[error("no answer within {0:?}")]
     Timeout(Duration),
     #[error("no answer: {0}")]
     Transport(String),
-    #[error("answered {status}")]
-    Status { status: StatusCode, retry_after: Option<Duration> },
-    #[error("the answer is over {MAX_BODY_BYTES} bytes")]
-    TooLarge,
-    #[error("the answer is not {{\"id\":…,\"online\":…}}: {0}")]
-    Garbage(#[from] serde_json::Error),
-    #[error("the answer is about object {0}")]
-    WrongId(i64),
+    #[error("answered {status} ({response})")]
+    Status { status: StatusCode, retry_after: Option<Duration>, response: Excerpt },
+    #[error("answered 404 Not Found, which does not say offline: {reason} ({response})")]
+    NotFound { reason: &'static str, response: Excerpt },
+    #[error("the answer is over {MAX_BODY_BYTES} bytes (200 OK, {0})")]
+    TooLarge(Excerpt),
+    #[error("the answer is not {{\"id\":…,\"online\":…}}: {reason} (200 OK, {response})")]
+    Garbage { reason: String, response: Excerpt },
+    #[error("the answer is about object {id} (200 OK, {response})")]
+    WrongId { id: i64, response: Excerpt },
 }
 
 impl LookupError {
-    /// All labels that there are.
-    pub(crate) const LABELS: [&str; 6] =
-        ["timeout", "transport", "throttled", "status", "garbage", "wrong_id"];
+    /// The labels of all failures in metrics.
+    pub(crate) const LABELS: [&str; 7] =
+        ["timeout", "transport", "throttled", "status", "not_found", "garbage", "wrong_id"];
 
     /// The label of this failure in metrics.
     pub(crate) fn label(&self) -> &'static str {
@@ -61,24 +67,27 @@ impl LookupError {
             Self::Transport(_) => "transport",
             Self::Status { status, .. } if *status == StatusCode::TOO_MANY_REQUESTS => "throttled",
             Self::Status { .. } => "status",
-            Self::TooLarge | Self::Garbage(_) => "garbage",
-            Self::WrongId(_) => "wrong_id",
+            Self::NotFound { .. } => "not_found",
+            Self::TooLarge(_) | Self::Garbage { .. } => "garbage",
+            Self::WrongId { .. } => "wrong_id",
         }
     }
 
-    /// For how long the API asks to be left alone, by everybody: with 429 always, and with 503 if it
-    /// says so.
+    /// How long the API asks all lookups to wait: always with 429, and with 503 if it sends a
+    /// `Retry-After`.
     pub(crate) fn asks_to_wait(&self) -> Option<Duration> {
         match self {
-            Self::Status { status: StatusCode::TOO_MANY_REQUESTS, retry_after } => {
+            Self::Status { status: StatusCode::TOO_MANY_REQUESTS, retry_after, .. } => {
                 Some(retry_after.unwrap_or_default())
             }
-            Self::Status { status: StatusCode::SERVICE_UNAVAILABLE, retry_after } => *retry_after,
+            Self::Status { status: StatusCode::SERVICE_UNAVAILABLE, retry_after, .. } => {
+                *retry_after
+            }
             _ => None,
         }
     }
 
-    /// The wait that the API asked for.
+    /// The wait that the API asked for, a minute at most.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Status { retry_after, .. } => *retry_after,
@@ -92,17 +101,15 @@ type Reachable = Result<(), String>;
 
 pub(crate) struct StatusApi {
     client: Client,
+    /// For a lookup that is sent once more: it keeps no connections, so it never reuses one.
+    without_reuse: Client,
+    used_connections: UsedConnections,
     endpoint: String,
-    /// Who answers, as traces have it.
+    /// The server's attributes in traces.
     server: [KeyValue; 2],
+    last_answer: LastAnswer,
     status: watch::Receiver<Reachable>,
     _probe: AbortOnDropHandle<()>,
-}
-
-#[derive(Deserialize)]
-struct Body {
-    id: i64,
-    online: bool,
 }
 
 impl StatusApi {
@@ -112,26 +119,35 @@ impl StatusApi {
         config: &Lookups,
         by_lookups: watch::Receiver<Reachable>,
     ) -> Result<Self, reqwest::Error> {
-        let client = Client::builder()
-            .connect_timeout(MAX_CONNECT_TIME)
-            .redirect(redirect::Policy::none())
-            .no_proxy()
-            .http1_only()
-            .user_agent(concat!("lastseen/", env!("CARGO_PKG_VERSION")))
-            .build()?;
+        let (host, port) = host_and_port(&config.tester_endpoint);
+        let addresses = Addresses::of(host.clone(), port);
+        let client = || {
+            Client::builder()
+                .connect_timeout(MAX_CONNECT_TIME)
+                .dns_resolver(addresses.clone())
+                .redirect(redirect::Policy::none())
+                .no_proxy()
+                .http1_only()
+                .user_agent(concat!("lastseen/", env!("CARGO_PKG_VERSION")))
+        };
         let (sender, status) = watch::channel(Err(NOT_YET.to_owned()));
+        let last_answer = LastAnswer::default();
         let probe = AbortOnDropHandle::new(tokio::spawn(probe(
-            config.tester_endpoint.clone(),
+            format!("{host}:{port}"),
+            addresses.clone(),
+            last_answer.clone(),
             by_lookups,
             sender,
         )));
-        let (host, port) = host_and_port(&config.tester_endpoint);
         let server =
             [KeyValue::new("server.address", host), KeyValue::new("server.port", i64::from(port))];
         Ok(Self {
-            client,
-            server,
+            client: client().pool_idle_timeout(IDLE_TIMEOUT).build()?,
+            without_reuse: client().pool_max_idle_per_host(0).build()?,
+            used_connections: UsedConnections::default(),
             endpoint: config.tester_endpoint.as_str().trim_end_matches('/').to_owned(),
+            server,
+            last_answer,
             status,
             _probe: probe,
         })
@@ -152,46 +168,85 @@ impl StatusApi {
         Step { name: "GET /objects/{id}".into(), kind: SpanKind::Client, attributes }
     }
 
-    /// Asks whether the object is online, for so long at most, as a part of `span`.
+    /// Asks whether the object is online, as a part of `span`, within `lookups.status_timeout`.
     ///
     /// # Errors
-    /// [`LookupError`] for whatever says neither online nor offline; worth another try.
+    /// [`LookupError`] for every response that says neither online nor offline; worth another attempt.
     pub(crate) async fn look_up(
         &self,
         id: i64,
-        limit: Duration,
+        lookups: &Lookups,
         span: &mut Span,
     ) -> Result<Answer, LookupError> {
+        let limit = lookups.status_timeout;
+        let response = self.send(id, limit, span).await.map_err(|error| transport(error, limit))?;
+        self.last_answer.note();
+        let status = response.status();
+        span.set("http.response.status_code", i64::from(status.as_u16()));
+        if status == StatusCode::NOT_FOUND {
+            metrics::counter!(NOT_FOUND_METRIC).increment(1);
+        }
+        let received = receive(response).await.map_err(|error| transport(error, limit))?;
+        let is_online = received.online(id, lookups.status_404)?;
+        Ok(if is_online { Answer::Online(Instant::now()) } else { Answer::Offline })
+    }
+
+    async fn send(&self, id: i64, limit: Duration, span: &Span) -> reqwest::Result<Response> {
+        let started = Instant::now();
         let url = format!("{}/objects/{id}", self.endpoint);
-        let mut request = self.client.get(url).timeout(limit);
-        if let Some(traceparent) = span.traceparent() {
-            request = request.header(TRACEPARENT, traceparent);
-        }
-        let response = request.send().await.map_err(|error| transport(error, limit))?;
-        span.set("http.response.status_code", i64::from(response.status().as_u16()));
-        match response.status() {
-            StatusCode::OK => {}
-            StatusCode::NOT_FOUND => return Ok(Answer::Offline),
-            status => {
-                return Err(LookupError::Status { status, retry_after: retry_after(&response) });
+        let get = |client: &Client, limit| {
+            let mut request = client.get(&url).timeout(limit);
+            if let Some(traceparent) = span.traceparent() {
+                request = request.header(TRACEPARENT, traceparent);
             }
+            request.send()
+        };
+        let mut sent = get(&self.client, limit).await;
+        if let Err(error) = &sent
+            && self.used_connections.ended_before_response(error)
+        {
+            tracing::debug!(
+                id,
+                "the status API closed an idle connection; sending the lookup again"
+            );
+            sent = get(&self.without_reuse, limit.saturating_sub(started.elapsed())).await;
         }
-        let answer = read(response).await.map_err(|error| transport(error, limit))?;
-        let online = online(id, &answer.ok_or(LookupError::TooLarge)?)?;
-        Ok(if online { Answer::Online(Instant::now()) } else { Answer::Offline })
+        if let Ok(response) = &sent {
+            self.used_connections.note(response.extensions().get(), limit);
+        }
+        sent
     }
 }
 
-/// The body, unless it is too large.
-async fn read(mut response: Response) -> reqwest::Result<Option<Vec<u8>>> {
-    let mut body = Vec::new();
-    while let Some(chunk) = response.chunk().await? {
-        if body.len() + chunk.len() > MAX_BODY_BYTES {
-            return Ok(None);
-        }
-        body.extend_from_slice(&chunk);
+/// Reads the response: the body up to [`MAX_BODY_BYTES`] where the answer is in it. Of another status, it
+/// waits only shortly for the body, which an error quotes.
+async fn receive(mut response: Response) -> reqwest::Result<Received> {
+    let status = response.status();
+    let mut received = Received {
+        status,
+        headers: std::mem::take(response.headers_mut()),
+        body: Vec::new(),
+        is_truncated: false,
+    };
+    let whole = read(&mut response, &mut received);
+    if matches!(status, StatusCode::OK | StatusCode::NOT_FOUND) {
+        whole.await?;
+    } else {
+        _ = timeout(ERROR_BODY_TIMEOUT, whole).await;
     }
-    Ok(Some(body))
+    Ok(received)
+}
+
+async fn read(response: &mut Response, received: &mut Received) -> reqwest::Result<()> {
+    while let Some(chunk) = response.chunk().await? {
+        let room = MAX_BODY_BYTES.saturating_sub(received.body.len());
+        received.body.extend_from_slice(&chunk[..chunk.len().min(room)]);
+        if chunk.len() > room {
+            received.is_truncated = true;
+            break;
+        }
+    }
+    Ok(())
 }
 
 /// reqwest's own text says what it did, not what went wrong; that is at the end of its sources.
@@ -211,63 +266,6 @@ fn transport(error: reqwest::Error, limit: Duration) -> LookupError {
 fn host_and_port(endpoint: &Url) -> (String, u16) {
     let host = endpoint.host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
     (host, endpoint.port_or_known_default().unwrap_or(80))
-}
-
-/// Whether an answer says that this object is online.
-fn online(id: i64, answer: &[u8]) -> Result<bool, LookupError> {
-    // Without this, serde would take the bare list `[42,true]` for the object's fields in order.
-    if answer.trim_ascii_start().first() != Some(&b'{') {
-        return Err(serde_json::Error::custom("it is no JSON object").into());
-    }
-    let body: Body = serde_json::from_slice(answer)?;
-    if body.id != id {
-        return Err(LookupError::WrongId(body.id));
-    }
-    Ok(body.online)
-}
-
-/// `Retry-After`, in seconds or as a date; one that has passed is no wait.
-fn retry_after(response: &Response) -> Option<Duration> {
-    let value = response.headers().get(RETRY_AFTER)?.to_str().ok()?.trim();
-    let seconds = value.parse().ok().map(Duration::from_secs);
-    let until = || httpdate::parse_http_date(value).ok();
-    seconds.or_else(|| until().map(|at| at.duration_since(SystemTime::now()).unwrap_or_default()))
-}
-
-/// Keeps `status` true: what the lookups say, which is bad news only; and by itself whether the API
-/// can be reached, so that readiness does not depend on there being something to look up.
-async fn probe(
-    endpoint: Url,
-    mut by_lookups: watch::Receiver<Reachable>,
-    status: watch::Sender<Reachable>,
-) {
-    let (host, port) = host_and_port(&endpoint);
-    let mut before = Err(NOT_YET.to_owned());
-    loop {
-        let connected = timeout(MAX_CONNECT_TIME, TcpStream::connect((host.as_str(), port))).await;
-        let connected = connected.unwrap_or_else(|_| Err(io::ErrorKind::TimedOut.into()));
-        let reachable =
-            connected.map(drop).map_err(|error| format!("cannot reach {host}:{port}: {error}"));
-        match &reachable {
-            // Once for each outage; the first attempt of all counts as one.
-            Err(reason) if before.is_ok() || before == Err(NOT_YET.to_owned()) => {
-                tracing::warn!(reason, "no status API; trying again until it is back");
-            }
-            Err(reason) => tracing::debug!(reason, "still no status API"),
-            Ok(()) if before.is_err() => tracing::info!("the status API can be reached"),
-            Ok(()) => {}
-        }
-        before.clone_from(&reachable);
-        let answers = by_lookups.borrow_and_update().clone();
-        _ = status.send_replace(reachable.and(answers));
-        // Ended early by the lookups' news; without anybody to bring them, there are none.
-        let news = async {
-            if by_lookups.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
-        };
-        _ = timeout(PROBE_INTERVAL, news).await;
-    }
 }
 
 #[cfg(test)]

@@ -38,6 +38,8 @@ pub enum Answer {
     Hang,
     /// 200 with that body, as JSON.
     Body(String),
+    /// That status with a body of that content type.
+    Page(u16, &'static str, String),
     /// The other answer, after that time.
     After(Duration, Box<Answer>),
     /// The other answer, once the token is cancelled.
@@ -278,6 +280,9 @@ async fn respond(id: i64, answer: Answer) -> Response {
             (status(code), [(HeaderName::from_static(name), value)]).into_response()
         }
         Answer::Body(body) => (json, body).into_response(),
+        Answer::Page(code, content_type, body) => {
+            (status(code), [(header::CONTENT_TYPE, content_type)], body).into_response()
+        }
         Answer::Redirect(location) => {
             (StatusCode::FOUND, [(header::LOCATION, location)]).into_response()
         }

@@ -1,13 +1,25 @@
 //! What holds for every answer. Inputs that once failed are kept in `tests/status.regressions`, others
 //! worth keeping in `tests/corpus/status`, under names that begin with what they say of object 42.
 
+use std::time::Duration;
+
 use proptest::collection::{hash_map, vec};
 use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::FileFailurePersistence;
 use serde_json::{Value, json};
 
-use super::{LookupError, online};
+use reqwest::StatusCode;
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
+
+use super::LookupError;
+use super::answer::{Received, retry_after};
+use crate::config::Status404;
+
+fn online(id: i64, body: &[u8]) -> Result<bool, LookupError> {
+    let (status, headers, body) = (StatusCode::OK, HeaderMap::new(), body.to_vec());
+    Received { status, headers, body, is_truncated: false }.online(id, Status404::Offline)
+}
 
 /// What an answer says of `id` as another parser reads it.
 fn online_by_value(id: i64, body: &[u8]) -> Option<bool> {
@@ -72,7 +84,11 @@ proptest! {
         prop_assert_eq!(online(id, answer.as_bytes()).unwrap(), is_online);
         prop_assume!(other != id);
         let refused = online(other, answer.as_bytes());
-        prop_assert!(matches!(refused, Err(LookupError::WrongId(said)) if said == id));
+        let is_about = match refused {
+            Err(LookupError::WrongId { id, .. }) => Some(id),
+            _ => None,
+        };
+        prop_assert_eq!(is_about, Some(id));
     }
 
     #[test]
@@ -97,5 +113,34 @@ proptest! {
     #[test]
     fn any_bytes_at_all_say_something_or_nothing(answer: Vec<u8>) {
         prop_assert_eq!(online(42, &answer).ok(), online_by_value(42, &answer));
+    }
+
+    // Field case 3.7.
+    #[test]
+    fn no_retry_after_is_longer_than_a_minute(
+        value in prop_oneof!["[0-9]{1,30}", "[ -~]{0,40}", "(Sun|Mon), [0-9]{2} Jan [0-9]{4} 23:59:60 GMT"],
+    ) {
+        let value = HeaderValue::from_str(&value).unwrap();
+        let headers = HeaderMap::from_iter([(RETRY_AFTER, value)]);
+        prop_assert!(retry_after(&headers).unwrap_or_default() <= Duration::from_mins(1));
+    }
+
+    // Field cases 5.1 and 5.5.
+    #[test]
+    fn any_response_is_judged_and_shown_briefly(
+        status in 100..=999_u16,
+        content_type: Vec<u8>,
+        body in prop_oneof![any::<Vec<u8>>(), Just("\u{1b}".repeat(5_000).into_bytes())],
+        is_truncated: bool,
+    ) {
+        let content_type = HeaderValue::from_bytes(&content_type).ok();
+        let headers = content_type.into_iter().map(|value| (CONTENT_TYPE, value)).collect();
+        let status = StatusCode::from_u16(status).unwrap();
+        let received = Received { status, headers, body, is_truncated };
+        if let Err(error) = received.online(42, Status404::Offline) {
+            let shown = error.to_string();
+            prop_assert!(shown.len() < 2_000, "{} bytes: {}", shown.len(), shown);
+            prop_assert!(!shown.chars().any(char::is_control), "{}", shown);
+        }
     }
 }

@@ -7,8 +7,10 @@
     reason = "the helpers of tests are tests as well"
 )]
 
+mod answers;
 mod breaker;
 mod coalescing;
+mod connections;
 mod events;
 mod failures;
 mod lookups;

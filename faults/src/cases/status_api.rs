@@ -1,5 +1,6 @@
 //! What happens to the status API.
 
+use std::sync::atomic::{AtomicI64, Ordering};
 use std::time::{Duration, SystemTime};
 
 use testbed::{Answer, eventually};
@@ -35,6 +36,19 @@ pub(super) fn cases() -> Vec<Case> {
             huge,
         ),
         Case::new("status_api_garbage", "status API answers in HTML for 10 s, likewise", garbage),
+        // Field case 5.1.
+        Case::new(
+            "status_api_html_404",
+            "an ingress in front of the status API answers all with an HTML 404 for 10 s, likewise",
+            html_404,
+        )
+        .in_make_test(),
+        // Field case 5.3.
+        Case::new(
+            "status_api_partial",
+            "status API answers 4 of 5 lookups with 500, whatever the object, for 20 s, where each message has four attempts",
+            partial,
+        ),
         Case::new(
             "status_api_wrong_id",
             "status API answers about another object for 10 s, likewise",
@@ -105,6 +119,33 @@ async fn ailing(mood: impl Fn(i64) -> Answer + Send + Sync + 'static, outcome: &
     world.status_api.behaves();
     world.recovers().await;
     world.settles(Allowed::REPEATS).await
+}
+
+async fn html_404() -> Verdict {
+    const PAGE: &str = "<html><head><title>404 Not Found</title></head><body>nginx</body></html>";
+    ailing(|_| Answer::Page(404, "text/html", PAGE.to_owned()), "not_found").await
+}
+
+/// A backend in five works, and nobody knows which one a lookup goes to.
+async fn partial() -> Verdict {
+    let setup = Setup { consumer: vec![("MAX_ATTEMPTS", "4")], ..Setup::default() };
+    let mut world = World::start(setup).await;
+    world.comes_under_load().await;
+    let lookups = AtomicI64::new(0);
+    world.status_api.misbehaves(move |id| {
+        // Spread evenly, and not by the id.
+        let number = lookups.fetch_add(1, Ordering::Relaxed).wrapping_mul(7_919) >> 3;
+        if number.rem_euclid(5) == 0 { truth(id) } else { Answer::Status(500) }
+    });
+    world.stays(AILING * 2).await;
+    let failed = failures(&world, "status").await;
+    world.status_api.behaves();
+    world.recovers().await;
+    let mut verdict = world.settles(Allowed::NOTHING).await;
+    if failed < NOTICEABLE {
+        verdict.breaches.push(format!("only {failed} lookups failed"));
+    }
+    verdict
 }
 
 async fn huge() -> Verdict {

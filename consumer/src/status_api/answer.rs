@@ -1,0 +1,165 @@
+//! What a response of the status API says about an object.
+
+use std::fmt;
+use std::time::{Duration, SystemTime};
+
+use reqwest::StatusCode;
+use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
+use serde::Deserialize;
+use serde_json::{Map, Value};
+
+use super::LookupError;
+use crate::config::Status404;
+
+/// A valid answer has about 30 bytes. The client does not read a larger body to its end.
+pub(super) const MAX_BODY_BYTES: usize = 16 * 1024;
+/// How much of a response an error quotes.
+const QUOTED_BYTES: usize = 100;
+const QUOTED_CONTENT_TYPE_BYTES: usize = 60;
+/// A longer `Retry-After` is cut to this: the longest pause, and about the longest delay queue.
+const RETRY_AFTER_MAX: Duration = Duration::from_mins(1);
+const UTF8_BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// A response that has been read.
+#[derive(Debug)]
+pub(super) struct Received {
+    pub(super) status: StatusCode,
+    pub(super) headers: HeaderMap,
+    pub(super) body: Vec<u8>,
+    /// Whether there is more in the body than was read.
+    pub(super) is_truncated: bool,
+}
+
+#[derive(Deserialize)]
+struct Body {
+    id: i64,
+    online: bool,
+}
+
+/// What an error shows of a response: content type and the first bytes, escaped.
+#[derive(Debug)]
+pub(crate) struct Excerpt {
+    content_type: Option<String>,
+    first_bytes: String,
+}
+
+impl Received {
+    /// Whether object `id` is online.
+    ///
+    /// # Errors
+    /// [`LookupError`] for every response from which this cannot be known.
+    pub(super) fn online(&self, id: i64, status_404: Status404) -> Result<bool, LookupError> {
+        match self.status {
+            StatusCode::OK if self.is_truncated => Err(LookupError::TooLarge(self.excerpt())),
+            StatusCode::OK => self.parse(id),
+            StatusCode::NOT_FOUND => match self.foreign_404(status_404) {
+                None => Ok(false),
+                Some(reason) => Err(LookupError::NotFound { reason, response: self.excerpt() }),
+            },
+            status => Err(LookupError::Status {
+                status,
+                retry_after: retry_after(&self.headers),
+                response: self.excerpt(),
+            }),
+        }
+    }
+
+    fn parse(&self, id: i64) -> Result<bool, LookupError> {
+        let garbage = |reason: &str| LookupError::Garbage {
+            reason: escape(reason.as_bytes(), QUOTED_BYTES),
+            response: self.excerpt(),
+        };
+        let json = json(&self.body);
+        // Without this check, serde would accept the list `[42,true]` as the fields in order.
+        if json.first() != Some(&b'{') {
+            return Err(garbage(match json {
+                [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "it is UTF-16, not UTF-8",
+                _ => "it is no JSON object",
+            }));
+        }
+        // serde_json's error may quote a value of any length.
+        let body: Body =
+            serde_json::from_slice(json).map_err(|error| garbage(&error.to_string()))?;
+        if body.id != id {
+            return Err(LookupError::WrongId { id: body.id, response: self.excerpt() });
+        }
+        Ok(body.online)
+    }
+
+    /// Why this 404 cannot be the API's own, if it cannot.
+    ///
+    /// The API says "no such object" without a body or with a JSON object. What stands in front of it (an
+    /// ingress, a gateway, a default backend) says "no such route", mostly as HTML or plain text. To take
+    /// that for "offline" would drop every callback, so whatever is in doubt is a failure.
+    fn foreign_404(&self, status_404: Status404) -> Option<&'static str> {
+        if status_404 == Status404::Failed {
+            return Some("by STATUS_404 it never does");
+        }
+        let json = json(&self.body);
+        if json.is_empty() {
+            return None;
+        }
+        if self.is_truncated {
+            return Some("its body is too large");
+        }
+        let Ok(fields) = serde_json::from_slice::<Map<String, Value>>(json) else {
+            return Some("its body is no JSON object");
+        };
+        if fields.get("online").is_some_and(|online| *online != Value::Bool(false)) {
+            return Some("it contradicts its body");
+        }
+        let mentions_a_route = |value: &Value| {
+            let text = value.as_str().unwrap_or_default().to_ascii_lowercase();
+            // Kong, APISIX, Laravel; Express and Nest.
+            text.contains("route") || text.starts_with("cannot get")
+        };
+        fields.values().any(mentions_a_route).then_some("it is about a route, not an object")
+    }
+
+    fn excerpt(&self) -> Excerpt {
+        let content_type = self.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+        Excerpt {
+            content_type: content_type.map(|text| escape(text, QUOTED_CONTENT_TYPE_BYTES)),
+            first_bytes: escape(&self.body, QUOTED_BYTES),
+        }
+    }
+}
+
+impl fmt::Display for Excerpt {
+    fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.content_type {
+            Some(content_type) => write!(out, "{content_type}, ")?,
+            None => out.write_str("no content type, ")?,
+        }
+        match self.first_bytes.as_str() {
+            "" => out.write_str("no body"),
+            text => write!(out, "body begins \"{text}\""),
+        }
+    }
+}
+
+/// The body without what RFC 8259 lets a parser ignore: a byte order mark and white space.
+fn json(body: &[u8]) -> &[u8] {
+    body.strip_prefix(UTF8_BYTE_ORDER_MARK).unwrap_or(body).trim_ascii()
+}
+
+/// The first `max` bytes on one line, without control characters.
+fn escape(bytes: &[u8], max: usize) -> String {
+    let cut = &bytes[..bytes.len().min(max)];
+    String::from_utf8_lossy(cut).escape_debug().to_string()
+}
+
+/// `Retry-After`, in seconds or as a date; a date that has passed is no wait. The API chooses the number,
+/// so it is capped here, before anybody calculates with it.
+pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
+    let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+    let is_number = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
+    let wait = if is_number {
+        // A number beyond u64 is a long wait too.
+        Duration::from_secs(value.parse().unwrap_or(u64::MAX))
+    } else {
+        let until = httpdate::parse_http_date(value).ok()?;
+        until.duration_since(SystemTime::now()).unwrap_or_default()
+    };
+    Some(wait.min(RETRY_AFTER_MAX))
+}

@@ -1,0 +1,89 @@
+//! Connections that end just when a lookup is sent on them.
+//!
+//! An HTTP server may close an idle connection at any moment, also while the next request is on its way.
+//! The request then fails although neither the API nor the object is at fault. The client keeps idle
+//! connections for less time than servers usually do; for those that close even earlier, a lookup that
+//! failed this way is sent once more, on a new connection.
+
+use std::collections::HashMap;
+use std::error::Error;
+use std::net::SocketAddr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::{Duration, Instant};
+
+use hyper_util::client::legacy;
+use hyper_util::client::legacy::connect::HttpInfo;
+
+/// How long an idle connection is kept: less than the shortest usual limit of servers, 1 s.
+pub(super) const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
+/// How many connections to remember before those that cannot be reused any more are forgotten.
+const PRUNE_ABOVE: usize = 1_024;
+
+/// The connections on which a response has come in, by their local address.
+#[derive(Default)]
+pub(super) struct UsedConnections(Mutex<Used>);
+
+#[derive(Default)]
+struct Used {
+    /// Until when a request on it may have been the second one.
+    until: HashMap<SocketAddr, Instant>,
+    prune_above: usize,
+}
+
+impl UsedConnections {
+    /// A response has come in on this connection. A request that is sent on it later ends within `limit`.
+    pub(super) fn note(&self, info: Option<&HttpInfo>, limit: Duration) {
+        let Some(info) = info else { return };
+        let now = Instant::now();
+        let Some(until) = now.checked_add(IDLE_TIMEOUT.saturating_add(limit)) else { return };
+        let used = &mut *self.used();
+        used.until.insert(info.local_addr(), until);
+        if used.until.len() > used.prune_above.max(PRUNE_ABOVE) {
+            used.until.retain(|_, until| *until > now);
+            used.prune_above = used.until.len().saturating_mul(2);
+        }
+    }
+
+    /// Whether the request failed because a connection that had been used before ended without the first
+    /// byte of a response.
+    pub(super) fn ended_before_response(&self, error: &reqwest::Error) -> bool {
+        if error.is_timeout() || error.is_connect() {
+            return false;
+        }
+        let has_ended = causes(error).any(|cause| {
+            cause.downcast_ref::<hyper::Error>().is_some_and(|error| {
+                error.is_incomplete_message() || error.is_canceled() || error.is_closed()
+            }) || cause.downcast_ref::<std::io::Error>().is_some_and(|error| {
+                use std::io::ErrorKind::{
+                    BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof,
+                };
+                let kinds = [BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof];
+                kinds.contains(&error.kind())
+            })
+        });
+        has_ended
+            && causes(error)
+                .find_map(|cause| cause.downcast_ref::<legacy::Error>()?.connect_info())
+                .and_then(|connected| {
+                    let mut extensions = http::Extensions::new();
+                    connected.get_extras(&mut extensions);
+                    extensions.get::<HttpInfo>().map(HttpInfo::local_addr)
+                })
+                .and_then(|local| self.used().until.remove(&local))
+                .is_some_and(|until| until > Instant::now())
+    }
+
+    fn used(&self) -> MutexGuard<'_, Used> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// What an error was caused by, the nearest cause first.
+fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
+    let mut next = error.source();
+    std::iter::from_fn(move || {
+        let cause = next?;
+        next = cause.source();
+        Some(cause)
+    })
+}

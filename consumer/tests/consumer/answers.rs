@@ -1,0 +1,136 @@
+//! Which answers say "offline", and which are failed lookups.
+
+use testbed::{Answer, StatusApi, eventually};
+
+use crate::failures::header;
+use crate::{PATIENCE, Surroundings, looked_up};
+
+const HTML: &str = "<html><body><h1>404 Not Found</h1></body></html>";
+
+fn page(status: u16, content_type: &'static str, body: &str) -> Answer {
+    Answer::Page(status, content_type, body.to_owned())
+}
+
+// Field case 5.1.
+#[tokio::test]
+async fn a_404_that_is_not_the_apis_own_is_looked_up_again() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|id, lookup| match (id, lookup) {
+        (1, 1) => page(404, "text/html", HTML),
+        (2, 1) => page(404, "application/json", HTML),
+        (3, 1) => page(404, "text/plain; charset=utf-8", "404 page not found\n"),
+        (4, 1) => page(404, "text/plain", "default backend - 404"),
+        (5, 1) => {
+            page(404, "application/json", r#"{"message":"no Route matched with those values"}"#)
+        }
+        (6, 1) => page(404, "application/json", r#"{"message":"Cannot GET /objects/6"}"#),
+        (7, 1) => page(404, "application/json", r#"{"id":7,"online":true}"#),
+        (8, 1) => page(404, "application/json", &format!(r#"{{"more":"{}"}}"#, "x".repeat(20_000))),
+        (9, 1) => page(404, "application/json", "404"),
+        _ => Answer::Online,
+    });
+    around.publish(1..=9).await;
+    let consumer = around.start(&api.endpoint(), &[]);
+    around.recorded(1..=9).await;
+    for id in 1..=9 {
+        assert_eq!(api.lookups_of(id), 2, "lookups of {id}");
+    }
+    consumer.stop().await;
+    around.assert_all_settled().await;
+}
+
+// Field case 5.1.
+#[tokio::test]
+async fn a_404_that_can_be_the_apis_own_says_offline() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|id, _| match id {
+        1 => Answer::Status(404),
+        2 => page(404, "text/html", ""),
+        3 => page(404, "application/json", r#"{"error":"not found"}"#),
+        4 => page(404, "application/problem+json", r#"{"title":"no such object","status":404}"#),
+        5 => page(404, "text/plain", "\u{feff}{\"id\":5,\"online\":false}"),
+        _ => Answer::Online,
+    });
+    around.publish(1..=6).await;
+    let consumer = around.start(&api.endpoint(), &["--max-consumers=1"]);
+    around.recorded([6]).await;
+    consumer.stop().await;
+    assert_eq!(looked_up(&[&api]), [1, 2, 3, 4, 5, 6]);
+    around.assert_all_settled().await;
+}
+
+#[tokio::test]
+async fn no_404_says_offline_where_the_operator_says_so() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, lookup| match lookup {
+        1 => Answer::Status(404),
+        _ => Answer::Online,
+    });
+    around.publish([1]).await;
+    let consumer = around.start(&api.endpoint(), &["--status-404=failed"]);
+    around.recorded([1]).await;
+    consumer.stop().await;
+    around.assert_all_settled().await;
+}
+
+// Field case 1.3.
+#[tokio::test]
+async fn a_byte_order_mark_before_the_answer_is_ignored() {
+    let around = Surroundings::new().await;
+    let api =
+        StatusApi::start(|id, _| Answer::Body(format!("\u{feff}{{\"id\":{id},\"online\":true}}")));
+    around.publish([1]).await;
+    let consumer = around.start(&api.endpoint(), &[]);
+    around.recorded([1]).await;
+    consumer.stop().await;
+    assert_eq!(looked_up(&[&api]), [1]);
+}
+
+// Field case 5.5.
+#[tokio::test]
+async fn a_dead_letter_quotes_the_answer_that_was_not_understood() {
+    let around = Surroundings::new().await;
+    let long = format!("<html>\u{1b}[31m{}</html>", "x".repeat(5_000));
+    let api = StatusApi::start(move |id, _| match id {
+        42 => page(200, "text/html", &long),
+        _ => Answer::Offline,
+    });
+    let consumer = around.start(&api.endpoint(), &["--max-attempts=1"]);
+    let mut other = 1_000;
+    eventually("a dead letter", PATIENCE, async || {
+        other += 1;
+        around.publish([other]).await;
+        if other == 1_010 {
+            around.publish([42]).await;
+        }
+        (around.dead().await == 1).then_some(())
+    })
+    .await;
+    consumer.stop().await;
+    let letter = around.queue.get(&around.queue.dead()).await.unwrap().delivery;
+    let reason = header(&letter.properties, "lastseen-reason");
+    for part in ["200 OK", "text/html", r"<html>\u{1b}[31mxxx"] {
+        assert!(reason.contains(part), "{part} is missing in {reason}");
+    }
+    assert!(reason.len() < 400, "{} bytes", reason.len());
+}
+
+// Field case 3.7.
+#[tokio::test]
+async fn no_retry_after_however_long_ends_the_consumer() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|id, lookup| match (id, lookup) {
+        (1, 1) => Answer::StatusWithHeader(500, "retry-after", u64::MAX.to_string()),
+        (2, 1) => Answer::StatusWithHeader(500, "retry-after", "9".repeat(40)),
+        (3, 1) => Answer::StatusWithHeader(429, "retry-after", u64::MAX.to_string()),
+        _ => Answer::Online,
+    });
+    around.publish(1..=3).await;
+    let consumer = around.start(&api.endpoint(), &[]);
+    eventually("each is looked up", PATIENCE, async || {
+        (looked_up(&[&api]).len() >= 3).then_some(())
+    })
+    .await;
+    // It pauses for a minute.
+    consumer.stop().await;
+}

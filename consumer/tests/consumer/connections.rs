@@ -1,0 +1,177 @@
+//! Status APIs that close connections which the consumer keeps open.
+
+use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use testbed::{Process, eventually};
+use tokio::io::{AsyncBufReadExt as _, AsyncWriteExt as _, BufReader};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::task::JoinSet;
+use tokio::time::sleep;
+use tokio_util::task::AbortOnDropHandle;
+
+use crate::{PATIENCE, SECOND, Surroundings};
+
+/// What becomes of a connection after its first response.
+#[derive(Clone, Copy, Debug)]
+enum AfterResponse {
+    /// It stays open.
+    KeepOpen,
+    /// It is closed when the next request has come in, without a response.
+    CloseAtNextRequest,
+    /// It is closed at once, though the response does not say so.
+    Close,
+}
+
+/// A server that answers "online" and treats its connections like that.
+struct Server {
+    address: SocketAddr,
+    counts: Arc<Counts>,
+    _serving: AbortOnDropHandle<()>,
+}
+
+#[derive(Default)]
+struct Counts {
+    connections: AtomicUsize,
+    requests: AtomicUsize,
+}
+
+impl Server {
+    async fn start(after: AfterResponse) -> Self {
+        let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let counts = Arc::new(Counts::default());
+        let counted = Arc::clone(&counts);
+        let serving = AbortOnDropHandle::new(tokio::spawn(async move {
+            let mut connections = JoinSet::new();
+            while let Ok((stream, _)) = listener.accept().await {
+                connections.spawn(serve(stream, after, Arc::clone(&counted)));
+            }
+        }));
+        Self { address, counts, _serving: serving }
+    }
+
+    fn endpoint(&self) -> String {
+        format!("http://{}", self.address)
+    }
+
+    fn connections(&self) -> usize {
+        self.counts.connections.load(Ordering::SeqCst)
+    }
+
+    fn requests(&self) -> usize {
+        self.counts.requests.load(Ordering::SeqCst)
+    }
+}
+
+async fn serve(stream: TcpStream, after: AfterResponse, counts: Arc<Counts>) {
+    let mut stream = BufReader::new(stream);
+    let mut is_counted = false;
+    while let Some(id) = request(&mut stream).await {
+        counts.requests.fetch_add(1, Ordering::SeqCst);
+        if std::mem::replace(&mut is_counted, true) {
+            if matches!(after, AfterResponse::CloseAtNextRequest) {
+                return;
+            }
+        } else {
+            counts.connections.fetch_add(1, Ordering::SeqCst);
+        }
+        let body = format!(r#"{{"id":{id},"online":true}}"#);
+        let length = body.len();
+        let response = format!("HTTP/1.1 200 OK\r\ncontent-length: {length}\r\n\r\n{body}");
+        _ = stream.write_all(response.as_bytes()).await;
+        if matches!(after, AfterResponse::Close) {
+            return;
+        }
+    }
+}
+
+/// The id of the next request, unless the client has closed the connection.
+async fn request(stream: &mut BufReader<TcpStream>) -> Option<i64> {
+    let mut head = Vec::new();
+    while !head.ends_with(b"\r\n\r\n") {
+        if stream.read_until(b'\n', &mut head).await.ok()? == 0 {
+            return None;
+        }
+    }
+    let head = String::from_utf8(head).unwrap();
+    let path = head.split(' ').nth(1).unwrap();
+    Some(path.strip_prefix("/objects/").unwrap().parse().unwrap())
+}
+
+/// Each lookup comes right after the one before, on the same connection if that is still open.
+async fn no_lookup_fails(after: AfterResponse) {
+    let around = Surroundings::new().await;
+    let server = Server::start(after).await;
+    around.publish(1..=20).await;
+    let environment = [
+        ("AMQP_URI", testbed::amqp_uri()),
+        ("QUEUE_NAME", around.queue.name.clone()),
+        ("DATABASE_URL", around.database.url().to_owned()),
+        ("TESTER_ENDPOINT", server.endpoint()),
+        ("MAX_CONSUMERS", "1".to_owned()),
+    ];
+    let consumer = Process::spawn("consumer", &environment, &[]);
+    around.recorded(1..=20).await;
+    let failed = consumer.metric("lastseen_lookups_total{outcome=\"transport\"}").await;
+    consumer.terminate();
+    assert_eq!(consumer.wait().await.code(), Some(0));
+    around.assert_all_settled().await;
+    assert!(failed < 0.5, "{failed} lookups failed");
+    // Each but the first meets at most one connection that has ended.
+    assert!((20..40).contains(&server.requests()), "{} requests", server.requests());
+}
+
+// Field case 3.9.
+#[tokio::test]
+async fn a_lookup_on_a_connection_that_just_ended_is_sent_again() {
+    no_lookup_fails(AfterResponse::CloseAtNextRequest).await;
+}
+
+// Field case 3.9.
+#[tokio::test]
+async fn an_api_that_closes_after_each_response_fails_no_lookup() {
+    no_lookup_fails(AfterResponse::Close).await;
+}
+
+// Field case 3.9.
+#[tokio::test]
+async fn a_connection_is_idle_for_less_than_a_second() {
+    let around = Surroundings::new().await;
+    let server = Server::start(AfterResponse::KeepOpen).await;
+    let consumer = around.start(&server.endpoint(), &[]);
+    around.publish([1]).await;
+    around.recorded([1]).await;
+    sleep(SECOND).await;
+    around.publish([2]).await;
+    around.recorded([1, 2]).await;
+    assert_eq!(server.connections(), 2);
+    consumer.stop().await;
+}
+
+/// One that is fresh has not ended because it was idle: the API is at fault.
+#[tokio::test]
+async fn a_fresh_connection_that_ends_is_a_failed_lookup() {
+    let around = Surroundings::new().await;
+    let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
+    let endpoint = format!("http://{}", listener.local_addr().unwrap());
+    let requests = Arc::new(AtomicUsize::new(0));
+    let counted = Arc::clone(&requests);
+    let _serving = AbortOnDropHandle::new(tokio::spawn(async move {
+        while let Ok((stream, _)) = listener.accept().await {
+            // The probe connects too, and sends nothing.
+            if request(&mut BufReader::new(stream)).await.is_some() {
+                counted.fetch_add(1, Ordering::SeqCst);
+            }
+        }
+    }));
+    around.publish([1]).await;
+    let consumer = around.start(&endpoint, &[]);
+    eventually("a lookup", PATIENCE, async || (requests.load(Ordering::SeqCst) > 0).then_some(()))
+        .await;
+    // A lookup that is sent again would come at once; the next attempt takes a second.
+    sleep(SECOND / 2).await;
+    assert_eq!(requests.load(Ordering::SeqCst), 1);
+    consumer.stop().await;
+}
