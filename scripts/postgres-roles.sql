@@ -1,17 +1,25 @@
 -- The roles that Lastseen's services log in as, each with what its statements need and no more.
 --
--- docker-compose.yml has Postgres run this when it sets up its files. Elsewhere a superuser runs it in
--- the database, with the four passwords in the environment (psql 14 or later):
+-- docker-compose.yml runs this at each start of Postgres. Elsewhere a superuser runs it in the
+-- database, with the four passwords in the environment (psql 14 or later):
 --
 --   psql -d DATABASE -f scripts/postgres-roles.sql
 --
 -- It can be repeated: to change the passwords, for a table that is there already, or after the
 -- schema `public` was set up anew.
+--
+-- With POSTGRES_REVOKE_PUBLIC=yes, only these roles and superusers can connect to the database
+-- afterwards: set it if no other application uses the database. With POSTGRES_ADMIN_PASSWORD, the role
+-- that runs this gets that password.
 \set ON_ERROR_STOP on
 \getenv migration_password POSTGRES_MIGRATION_PASSWORD
 \getenv consumer_password POSTGRES_CONSUMER_PASSWORD
 \getenv routine_password POSTGRES_ROUTINE_PASSWORD
 \getenv viewer_password POSTGRES_VIEWER_PASSWORD
+\set revoke_public no
+\getenv revoke_public POSTGRES_REVOKE_PUBLIC
+\getenv admin_password POSTGRES_ADMIN_PASSWORD
+SELECT :'revoke_public' = 'yes' AS is_ours_alone \gset
 
 BEGIN;
 
@@ -24,9 +32,18 @@ ALTER ROLE lastseen_consumer LOGIN PASSWORD :'consumer_password';
 ALTER ROLE lastseen_routine LOGIN PASSWORD :'routine_password';
 ALTER ROLE lastseen_viewer LOGIN PASSWORD :'viewer_password';
 
--- By default everybody may connect and make temporary tables and, before Postgres 15, any table.
+\if :{?admin_password}
+ALTER ROLE CURRENT_USER PASSWORD :'admin_password';
+\endif
+
+-- By default everybody may connect and make temporary tables and, before Postgres 15, any table. Another
+-- application may rely on that.
+\if :is_ours_alone
 SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()) \gexec
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
+\else
+\warn Every role can still connect to this database and make temporary tables. If no other application uses it, set POSTGRES_REVOKE_PUBLIC=yes and run this again.
+\endif
 SELECT format(
     'GRANT CONNECT ON DATABASE %I TO lastseen_migration, lastseen_consumer, lastseen_routine, lastseen_viewer',
     current_database()) \gexec
@@ -34,7 +51,7 @@ GRANT USAGE, CREATE ON SCHEMA public TO lastseen_migration;
 GRANT USAGE ON SCHEMA public TO lastseen_consumer, lastseen_routine, lastseen_viewer;
 
 -- These rights come with the table, also when it is made anew: by default privileges, because a
--- grant would go with the table that it was made for. sqlx's record of the migrations has them too.
+-- grant would go with the table that it was made for. The record of the migrations has them too.
 --
 -- The consumer's upsert inserts, updates, and reads the row that it may update. The routine deletes
 -- the rows that it has found by reading; it locks them first (FOR UPDATE SKIP LOCKED), and Postgres
@@ -48,7 +65,7 @@ ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
 
 -- A table that somebody else made before.
 ALTER TABLE IF EXISTS object OWNER TO lastseen_migration;
-ALTER TABLE IF EXISTS _sqlx_migrations OWNER TO lastseen_migration;
+ALTER TABLE IF EXISTS _lastseen_migrations OWNER TO lastseen_migration;
 SELECT unnest(ARRAY[
     'GRANT SELECT, INSERT, UPDATE ON object TO lastseen_consumer',
     'GRANT SELECT, UPDATE, DELETE ON object TO lastseen_routine',
