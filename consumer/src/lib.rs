@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use broker::{Consumer, Publisher};
 use events::Emitter;
-use service::{CancellationToken, Description, Health, Live};
+use service::{CancellationToken, Description, Health, Live, Misconfigured};
 use store::Store;
 use tokio::sync::watch;
 
@@ -66,12 +66,14 @@ pub async fn run(
 
     let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups);
     let parts = (publisher.clone(), Arc::clone(&store), writer.clone(), events.clone());
+    let rejecting = Arc::clone(&store);
     let died = died(parts, status_api.status());
     let intake =
         Intake::new(live, status_api, Arc::clone(&breaker), writer, broker.destination(), shutdown);
     tokio::select! {
         ended = intake.run(deliveries) => ended?,
         part = died => anyhow::bail!("{part} has died"),
+        reason = rejecting.rejected() => return Err(Misconfigured(reason).into()),
         never = breaker.watch() => match never {},
     }
     tokio::join!(publisher.close(), events.close());

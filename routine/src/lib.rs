@@ -1,5 +1,6 @@
 //! The cleanup: whoever has not been seen for `OBJECT_TTL` is not online any more.
 
+mod future_rows;
 mod steps;
 
 use std::ops::RangeInclusive;
@@ -7,10 +8,11 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use events::{Emitter, Kind, Object};
-use service::{CancellationToken, Description, Health, Live, settings};
+use service::{CancellationToken, Description, Health, Live, Misconfigured, settings};
 use store::{Moment, Row, Store, StoreError};
 use tokio::time::{Interval, MissedTickBehavior};
 
+use crate::future_rows::FutureRows;
 use crate::steps::Steps;
 
 /// What the process is called and where its admin address is.
@@ -118,6 +120,7 @@ async fn clean_up_until(
     let store = &table.store;
     let mut interval = every(cleanup.routine_interval);
     let mut steps = Steps::default();
+    let mut future_rows = FutureRows::default();
     let mut failing = false;
     loop {
         tokio::select! {
@@ -131,13 +134,14 @@ async fn clean_up_until(
             }
             () = shutdown.cancelled() => return Ok(()),
             () = store.died() => anyhow::bail!("the store has died"),
+            reason = store.rejected() => return Err(Misconfigured(reason).into()),
             () = table.events.died() => anyhow::bail!("what tells events has died"),
         }
         // The store says itself when the database is away.
         if store.status().borrow().is_err() {
             continue;
         }
-        match clean_up(table, &cleanup, &mut steps, &shutdown).await {
+        match clean_up(table, &cleanup, &mut steps, &mut future_rows, &shutdown).await {
             Ok(()) => failing = false,
             Err(error) if failing => tracing::debug!(%error, "cleanup failed again"),
             Err(error) => {
@@ -159,8 +163,15 @@ fn every(interval: Duration) -> Interval {
 async fn clean_up_once(table: &Table, config: &Cleanup) -> anyhow::Result<()> {
     let store = &table.store;
     let mut status = store.status();
-    let ready = status.wait_for(Result::is_ok);
-    let Ok(ready) = tokio::time::timeout(ONCE_PATIENCE, ready).await else {
+    let ready = async {
+        let ready = tokio::time::timeout(ONCE_PATIENCE, status.wait_for(Result::is_ok)).await;
+        ready.map(|ready| ready.map(drop))
+    };
+    let ready = tokio::select! {
+        ready = ready => ready,
+        reason = store.rejected() => return Err(Misconfigured(reason).into()),
+    };
+    let Ok(ready) = ready else {
         let reason = store.status().borrow().clone().err().unwrap_or_default();
         anyhow::bail!("no database within {ONCE_PATIENCE:?}: {reason}");
     };
@@ -172,7 +183,8 @@ async fn clean_up_once(table: &Table, config: &Cleanup) -> anyhow::Result<()> {
         }
     }
     // There is no earlier reading of the clock to hold this one against.
-    clean_up(table, config, &mut Steps::default(), &CancellationToken::new()).await?;
+    let (mut steps, mut future_rows) = (Steps::default(), FutureRows::default());
+    clean_up(table, config, &mut steps, &mut future_rows, &CancellationToken::new()).await?;
     Ok(())
 }
 
@@ -184,6 +196,7 @@ async fn clean_up(
     table: &Table,
     config: &Cleanup,
     steps: &mut Steps,
+    future_rows: &mut FutureRows,
     shutdown: &CancellationToken,
 ) -> Result<(), StoreError> {
     let asked_at = Instant::now();
@@ -194,6 +207,7 @@ async fn clean_up(
             return Err(error);
         }
     };
+    future_rows.correct(&table.store, config.delete_batch_max).await;
     if let Some(step) = steps.look(now, asked_at, Instant::now()) {
         let pause = config.object_ttl;
         tracing::warn!(?step, ?pause, "the database's clock has stepped ahead; pausing deletions");

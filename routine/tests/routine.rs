@@ -133,6 +133,34 @@ async fn one_cleanup_deletes_everything_that_is_stale_in_as_many_batches_as_it_t
     assert!(ids(database.pool()).await.is_empty());
 }
 
+/// Field case 4.4.
+#[tokio::test]
+async fn rows_dated_in_the_future_become_stale_with_one_warning() {
+    let database = database().await;
+    insert(database.pool(), 1..=3, "-2 days").await;
+    insert(database.pool(), 4..=4, "-200000 years").await;
+    let times = [("OBJECT_TTL", "2s"), ("ROUTINE_INTERVAL", "100ms"), ("DELETE_BATCH_MAX", "2")];
+    let routine = process(&database, &times, &[]);
+    let warning = routine.wait_for_log("dated in the future").await;
+    assert!(warning.contains("WARN") && warning.contains("rows=4"), "{warning}");
+    only_is_left(database.pool(), &[]).await;
+    let warnings = routine.log().iter().filter(|line| line.contains("WARN")).count();
+    assert_eq!(warnings, 1, "{:?}", routine.log());
+}
+
+/// Field case 4.3.
+#[tokio::test]
+async fn table_that_cannot_work_ends_the_start_with_78() {
+    let database = Database::new().await;
+    let table = "CREATE TABLE object (id text PRIMARY KEY, last_seen timestamptz)";
+    sqlx::query(table).execute(database.pool()).await.unwrap();
+    let routine = process(&database, &[], &[]);
+    assert_eq!(routine.wait().await.code(), Some(78));
+    let log = routine.log();
+    let reason = |line: &String| line.contains("ERROR") && line.contains("id has the type text");
+    assert!(log.iter().any(reason), "{log:?}");
+}
+
 #[tokio::test]
 async fn deletions_go_on_when_the_database_was_away() {
     let database = database().await;

@@ -26,7 +26,9 @@ mod time_zone;
 pub mod traces;
 
 pub use health::{Health, PeerStatus};
-pub use lifecycle::{Description, Invocation, Unavailable, main, main_with_commands};
+pub use lifecycle::{
+    Description, Invocation, Misconfigured, Unavailable, main, main_with_commands,
+};
 pub use live::{Changer, Live};
 pub use recorder::{metric_total, rendered_metrics};
 pub use tokio_util::sync::CancellationToken;

@@ -88,6 +88,12 @@ struct Common {
 #[error("{0}")]
 pub struct Unavailable(pub String);
 
+/// What a service or command ends with when its settings lead to something that it cannot work with, such
+/// as a table with other columns. It is found only while the service runs, but it is a bad setting.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Misconfigured(pub String);
+
 /// What the process is to do, by its settings.
 #[derive(Debug)]
 pub enum Invocation<S, K> {
@@ -198,6 +204,7 @@ where
     match ended {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Unavailable>() => ExitCode::from(EXIT_UNAVAILABLE),
+        Err(error) if error.is::<Misconfigured>() => ExitCode::from(EXIT_SETTINGS),
         Err(_) => ExitCode::from(EXIT_FAILURE),
     }
 }

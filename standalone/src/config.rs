@@ -6,7 +6,7 @@ use authenticity::Authenticity;
 use broker::{BrokerUrl, QueueConfig};
 use clap::{Arg, Args, Subcommand};
 use events::Exchange;
-use store::DatabaseUrl;
+use store::{DatabaseUrl, TimeZone};
 use tester::config::{Check, Checked};
 
 use crate::{dead_letters, migrate, objects};
@@ -28,6 +28,9 @@ pub struct Config {
     /// A Postgres to use instead of store.db, as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…; or sqlite:PATH
     #[arg(long, global = true)]
     pub database_url: Option<DatabaseUrl>,
+    /// The time zone of a Postgres column last_seen that has none, as in the Go services' table, and of the log, such as Europe/Berlin [default: the machine's]
+    #[arg(long, global = true)]
+    pub tz: Option<TimeZone>,
     /// Which roles not to play.
     #[command(flatten)]
     pub without: Without,
@@ -177,7 +180,7 @@ impl Config {
     /// The table in the directory, unless another is named.
     #[must_use]
     pub fn store(&self) -> store::Config {
-        store::Config::at(self.table())
+        store::Config { tz: self.tz.clone(), ..store::Config::at(self.table()) }
     }
 
     pub(crate) fn table(&self) -> DatabaseUrl {

@@ -1,7 +1,7 @@
 //! `lastseen migrate`: the table, for services whose roles may not make it.
 
 use anyhow::Context as _;
-use service::CancellationToken;
+use service::{CancellationToken, Misconfigured};
 use store::Store;
 
 use crate::print_line;
@@ -32,6 +32,7 @@ pub(crate) async fn run(
             return Ok(());
         }
         tokio::select! {
+            reason = store.rejected() => return Err(Misconfigured(reason).into()),
             changed = status.changed() => changed.context("the database is no longer watched")?,
             () = shutdown.cancelled() => {
                 anyhow::ensure!(!command.once, "stopped by a signal");

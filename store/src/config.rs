@@ -8,8 +8,8 @@ use embedded::{File, Location};
 use secrecy::{ExposeSecret as _, SecretString};
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
-use crate::StoreError;
 use crate::sqlite::Table;
+use crate::{StoreError, TimeZone};
 
 // The contract's defaults.
 const HOST: &str = "localhost";
@@ -48,6 +48,9 @@ pub struct Config {
     /// The file with the certificates, as PEM, of authorities to trust besides the system's
     #[arg(long)]
     pub postgres_sslrootcert: Option<String>,
+    /// The time zone of a column last_seen that has none, as in the Go services' table, and of the log, such as Europe/Berlin [default: the machine's]
+    #[arg(long)]
+    pub tz: Option<TimeZone>,
 }
 
 impl Config {
@@ -63,6 +66,7 @@ impl Config {
             postgres_db: DB.to_owned(),
             postgres_sslmode: None,
             postgres_sslrootcert: None,
+            tz: None,
         }
     }
 
@@ -77,6 +81,11 @@ impl Config {
             Backend::Sqlite(location) => Some(Table::open(&location)?),
         };
         Ok(Claim { table })
+    }
+
+    /// The time zone of a column `last_seen` that has none.
+    pub(crate) fn time_zone(&self) -> TimeZone {
+        self.tz.clone().unwrap_or_else(TimeZone::of_the_machine)
     }
 
     /// What the settings lead to.

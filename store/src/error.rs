@@ -20,6 +20,12 @@ pub enum StoreError {
     /// The schema could not be brought up to date.
     #[error("cannot migrate: {0}")]
     Migrate(#[source] Cause),
+    /// The session cannot have the settings that each statement needs, such as the time zone of `TZ`.
+    #[error("cannot set up the session: {0}")]
+    Session(#[source] Cause),
+    /// The table `object` is not one that can be used, for these reasons.
+    #[error("the table `object` cannot be used: {0}")]
+    UnusableTable(String),
     /// The batch of sightings was not written, none of it.
     #[error("cannot record what was seen: {0}")]
     RecordSeen(#[source] Cause),
@@ -33,6 +39,9 @@ pub enum StoreError {
     /// The batch of stale rows was not deleted, none of it.
     #[error("cannot delete what is stale: {0}")]
     DeleteStale(#[source] Cause),
+    /// The rows that are dated in the future were not corrected.
+    #[error("cannot correct rows that are dated in the future: {0}")]
+    CorrectFuture(#[source] Cause),
     /// The objects were not listed.
     #[error("cannot list the objects: {0}")]
     List(#[source] Cause),

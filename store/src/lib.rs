@@ -12,6 +12,7 @@ mod objects;
 mod postgres;
 mod sqlite;
 mod store;
+mod time_zone;
 
 pub use config::{Claim, Config, DatabaseUrl};
 pub use embedded::OpenError;
@@ -19,6 +20,7 @@ pub use error::StoreError;
 pub use moment::Moment;
 pub use objects::{Object, Objects};
 pub use store::{Recorded, Row, Sighting, Store};
+pub use time_zone::TimeZone;
 
 /// Whether the database answers: `Ok`, or why not, in words for an operator.
 pub type StoreStatus = Result<(), String>;

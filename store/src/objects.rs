@@ -33,7 +33,9 @@ impl Objects {
     /// [`StoreError`]: `Connect`, `Open` or `Timeout`.
     pub async fn open(config: &Config) -> Result<Self, StoreError> {
         let kind = match config.backend() {
-            Backend::Postgres(options) => Kind::Postgres(postgres::Reader::open(*options).await?),
+            Backend::Postgres(options) => {
+                Kind::Postgres(postgres::Reader::open(*options, &config.time_zone()).await?)
+            }
             Backend::Sqlite(location) => Kind::Sqlite(sqlite::Reader::open(&location).await?),
         };
         Ok(Self(kind))

@@ -1,32 +1,24 @@
 //! The table in a Postgres.
 
+mod migrations;
 mod monitor;
-mod timestamp;
+mod sql;
 
-use std::sync::LazyLock;
+use std::collections::HashMap;
 use std::time::Duration;
 
-use futures_util::{StreamExt as _, TryStreamExt as _};
-use sqlx::migrate::Migrator;
-use sqlx::pool::PoolConnection;
-use sqlx::postgres::{PgArguments, PgConnectOptions, PgPoolOptions, PgRow};
-use sqlx::query::Query;
-use sqlx::{ConnectOptions as _, FromRow, PgConnection, PgPool, Postgres};
+use futures_util::TryStreamExt as _;
+use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgRow};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Either, FromRow, PgConnection, PgPool};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
-use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, StoreStatus};
+use crate::error::Cause;
+use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, StoreStatus, TimeZone};
 
-use timestamp::Timestamp;
-
-static MIGRATIONS: LazyLock<Migrator> = LazyLock::new(|| {
-    let mut migrations = sqlx::migrate!("../migrations");
-    // A later version of ours may have migrated further while this process was running.
-    migrations.set_ignore_missing(true);
-    migrations
-});
+use sql::Settings;
 
 /// The server itself ends a statement after this time, so that it does not outlive its caller's
 /// patience, which is [`QUERY_TIMEOUT`].
@@ -35,12 +27,19 @@ const STATEMENT_TIMEOUT: &str = "10s";
 /// The table. It may be away at any time, also at the start.
 pub(crate) struct Table {
     pool: PgPool,
+    settings: Settings,
     status: watch::Receiver<StoreStatus>,
+    rejected: watch::Receiver<Option<String>>,
     _monitor: AbortOnDropHandle<()>,
 }
 
 impl Table {
-    pub(crate) fn start(options: PgConnectOptions, name: &str, connections: u32) -> Self {
+    pub(crate) fn start(
+        options: PgConnectOptions,
+        zone: &TimeZone,
+        name: &str,
+        connections: u32,
+    ) -> Self {
         let options = named(options, name);
         let pool = PgPoolOptions::new()
             .max_connections(connections)
@@ -51,19 +50,34 @@ impl Table {
             .test_before_acquire(false)
             .connect_lazy_with(options.clone());
         let (sender, status) = watch::channel(Err(monitor::NOT_YET.to_owned()));
-        Self::watched(pool, status, monitor::watch(options, sender))
+        let (rejection, rejected) = watch::channel(None);
+        let monitor = monitor::watch(options, zone.clone(), sender, rejection);
+        Self::watched(pool, Settings::new(STATEMENT_TIMEOUT, zone), (status, rejected), monitor)
     }
 
     fn watched(
         pool: PgPool,
-        status: watch::Receiver<StoreStatus>,
+        settings: Settings,
+        (status, rejected): (watch::Receiver<StoreStatus>, watch::Receiver<Option<String>>),
         monitor: impl Future<Output = ()> + Send + 'static,
     ) -> Self {
-        Self { pool, status, _monitor: AbortOnDropHandle::new(tokio::spawn(monitor)) }
+        let monitor = AbortOnDropHandle::new(tokio::spawn(monitor));
+        Self { pool, settings, status, rejected, _monitor: monitor }
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<StoreStatus> {
         self.status.clone()
+    }
+
+    pub(crate) async fn rejected(&self) -> String {
+        let mut rejected = self.rejected.clone();
+        if let Ok(reason) = rejected.wait_for(Option::is_some).await
+            && let Some(reason) = &*reason
+        {
+            return reason.clone();
+        }
+        // The monitor has died, which `died` reports.
+        std::future::pending().await
     }
 
     /// Returns only if the monitor has died, and the status with it.
@@ -73,47 +87,36 @@ impl Table {
     }
 
     pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
+        if sightings.is_empty() {
+            return Ok(Recorded::default());
+        }
+        // The ages grow while a connection is waited for.
         let asked_at = Instant::now();
-        let connection =
-            self.pool.acquire().await.map_err(|error| StoreError::RecordSeen(error.into()))?;
-        // The ages have grown while a connection was waited for.
-        let waited = asked_at.elapsed();
-        let ids: Vec<i64> = sightings.iter().map(|seen| seen.id).collect();
-        let ages: Vec<f64> =
-            sightings.iter().map(|seen| seen.age.saturating_add(waited).as_secs_f64()).collect();
-        let query = sqlx::query(
-            "INSERT INTO object AS seen (id, last_seen)
-             SELECT id, to_timestamp(greatest(date_part('epoch', now()) - age, 0))
-             FROM unnest($1::bigint[], $2::float8[]) WITH ORDINALITY AS new (id, age, place)
-             ORDER BY place
-             ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
-             WHERE seen.last_seen < excluded.last_seen OR seen.last_seen IS NULL
-             -- An update has locked the row that was there, of which the new one keeps the trace.
-             RETURNING id, last_seen, xmax = 0",
-        )
-        .bind(ids)
-        .bind(ages);
-        let rows: Vec<(i64, Timestamp, bool)> =
-            fetch_all(connection, query, recording_failed).await?;
+        let mut ages = HashMap::with_capacity(sightings.len());
+        let statement = || {
+            let waited = asked_at.elapsed();
+            let age = |seen: &Sighting| sql::age_micros(seen.age.saturating_add(waited));
+            ages.extend(sightings.iter().map(|seen| (seen.id, age(seen))));
+            let sightings: Vec<_> =
+                sightings.iter().map(|seen| (seen.id, ages[&seen.id])).collect();
+            sql::record_seen(&sightings)
+        };
+        let rows: Vec<(i64, bool, i64)> =
+            self.fetch_all(statement, StoreError::RecordSeen).await.map_err(refused)?;
         let mut recorded = Recorded::default();
-        for (id, last_seen, is_new) in rows {
+        for (id, is_new, now) in rows {
+            let age = ages.get(&id).copied().unwrap_or_default();
+            let last_seen = Moment::from_micros(now.saturating_sub(age));
             let list = if is_new { &mut recorded.inserted } else { &mut recorded.updated };
-            list.push(Row { id, last_seen: last_seen.into() });
+            list.push(Row { id, last_seen });
         }
         Ok(recorded)
     }
 
     pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
-        let mut connection =
-            self.pool.acquire().await.map_err(|error| StoreError::Clock(error.into()))?;
-        let read = sqlx::query_scalar("SELECT extract(epoch FROM now())::float8");
-        let Ok(read) = timeout(QUERY_TIMEOUT, read.fetch_one(&mut *connection)).await else {
-            drop(connection.detach());
-            return Err(StoreError::Timeout(QUERY_TIMEOUT));
-        };
-        let seconds: f64 = read.map_err(|error| StoreError::Clock(error.into()))?;
-        let since_1970 = Duration::try_from_secs_f64(seconds).unwrap_or_default();
-        Ok(Moment { since_1970 })
+        let rows: Vec<(i64,)> = self.fetch_all(|| sql::NOW.to_owned(), StoreError::Clock).await?;
+        let (now,) = rows.into_iter().next().unwrap_or_default();
+        Ok(Moment::from_micros(now))
     }
 
     pub(crate) async fn delete_stale(
@@ -121,39 +124,70 @@ impl Table {
         oldest: Moment,
         limit: u32,
     ) -> Result<Vec<Row>, StoreError> {
-        let query = sqlx::query(
-            "DELETE FROM object WHERE ctid = ANY (ARRAY(
-                 SELECT ctid FROM object
-                 WHERE last_seen < to_timestamp($1)
-                 LIMIT $2 FOR UPDATE SKIP LOCKED))
-             RETURNING id, last_seen",
-        )
-        .bind(oldest.since_1970.as_secs_f64())
-        .bind(i64::from(limit));
-        let connection =
-            self.pool.acquire().await.map_err(|error| StoreError::DeleteStale(error.into()))?;
-        let rows: Vec<(i64, Timestamp)> =
-            fetch_all(connection, query, |error| StoreError::DeleteStale(error.into())).await?;
-        let gone = |(id, last_seen): (i64, Timestamp)| Row { id, last_seen: last_seen.into() };
+        let statement = || sql::delete_stale(oldest, limit);
+        let rows: Vec<(i64, i64)> = self.fetch_all(statement, StoreError::DeleteStale).await?;
+        let gone = |(id, last_seen)| Row { id, last_seen: Moment::from_micros(last_seen) };
         Ok(rows.into_iter().map(gone).collect())
+    }
+
+    pub(crate) async fn correct_future(&self, limit: u32) -> Result<u64, StoreError> {
+        let statement = || sql::correct_future(limit);
+        let rows: Vec<(i64,)> = self.fetch_all(statement, StoreError::CorrectFuture).await?;
+        Ok(rows.first().map_or(0, |(count,)| count.unsigned_abs()))
+    }
+
+    /// Runs a statement with a deadline, which sqlx does not have, and returns its rows. A connection
+    /// that has missed it is thrown away: back in the pool it would first have to answer a ping, without
+    /// a deadline, and hold its place there for as long as a silent peer leaves it open.
+    async fn fetch_all<R: for<'r> FromRow<'r, PgRow> + Send + Unpin>(
+        &self,
+        statement: impl FnOnce() -> String,
+        failed: fn(Cause) -> StoreError,
+    ) -> Result<Vec<R>, StoreError> {
+        let mut connection = self.pool.acquire().await.map_err(|error| failed(error.into()))?;
+        let script = self.settings.and(&statement());
+        let rows = run_within(QUERY_TIMEOUT, &mut connection, script, failed).await;
+        if matches!(rows, Err(StoreError::Timeout(_))) {
+            drop(connection.detach());
+        }
+        rows
     }
 }
 
-/// Runs a statement with a deadline, which sqlx does not have, for the rows that it returns. A connection that has missed it is
-/// thrown away: back in the pool it would first have to answer a ping, without a deadline, and hold
-/// its place there for as long as a silent peer leaves it open.
-async fn fetch_all<R: for<'r> FromRow<'r, PgRow>>(
-    mut connection: PoolConnection<Postgres>,
-    query: Query<'_, Postgres, PgArguments>,
-    failed: impl FnOnce(sqlx::Error) -> StoreError,
+/// Like [`run`], with a deadline. The connection is of no use after it.
+async fn run_within<R: for<'r> FromRow<'r, PgRow>>(
+    limit: Duration,
+    connection: &mut PgConnection,
+    script: String,
+    failed: fn(Cause) -> StoreError,
 ) -> Result<Vec<R>, StoreError> {
-    // One by one as they come in, for sqlx's rows take several times as much memory as what is in them.
-    let rows = query.fetch(&mut *connection).map(|row| R::from_row(&row?)).try_collect();
-    let Ok(rows) = timeout(QUERY_TIMEOUT, rows).await else {
-        drop(connection.detach());
-        return Err(StoreError::Timeout(QUERY_TIMEOUT));
-    };
-    rows.map_err(failed)
+    let rows = timeout(limit, run(connection, script, failed)).await;
+    rows.unwrap_or(Err(StoreError::Timeout(limit)))
+}
+
+/// Runs what [`Settings::and`] makes of a statement, and returns its rows.
+async fn run<R: for<'r> FromRow<'r, PgRow>>(
+    connection: &mut PgConnection,
+    script: String,
+    failed: fn(Cause) -> StoreError,
+) -> Result<Vec<R>, StoreError> {
+    let mut outcomes = sqlx::raw_sql(AssertSqlSafe(script)).fetch_many(connection);
+    let (mut completed, mut rows) = (0, Vec::new());
+    loop {
+        match outcomes.try_next().await {
+            Ok(Some(Either::Left(_))) => completed += 1,
+            // One by one as they come in, for sqlx's rows take several times as much memory as what is in them.
+            Ok(Some(Either::Right(row))) => {
+                rows.push(R::from_row(&row).map_err(|error| failed(error.into()))?);
+            }
+            Ok(None) => return Ok(rows),
+            // Nothing that concerns a row can be wrong with these.
+            Err(error @ sqlx::Error::Database(_)) if completed < sql::SETTINGS => {
+                return Err(StoreError::Session(error.into()));
+            }
+            Err(error) => return Err(failed(error.into())),
+        }
+    }
 }
 
 /// Tells a row that the database refuses from a database that takes none.
@@ -162,49 +196,56 @@ async fn fetch_all<R: for<'r> FromRow<'r, PgRow>>(
 /// (23) or a view's check (44), or a trigger's `RAISE` (P0). All others, such as a missing table or
 /// privilege, a full disk or a deadlock, would hit each row alike and pass by: a row that was given up
 /// for one of those would be lost for an outage.
-fn recording_failed(error: sqlx::Error) -> StoreError {
-    let code = error.as_database_error().and_then(sqlx::error::DatabaseError::code);
-    let refused = code
+fn refused(error: StoreError) -> StoreError {
+    let StoreError::RecordSeen(cause) = error else { return error };
+    let code =
+        cause.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
+    let is_refusal = code
         .is_some_and(|code| ["22", "23", "44", "P0"].iter().any(|class| code.starts_with(class)));
-    let kind = if refused { StoreError::Refused } else { StoreError::RecordSeen };
-    kind(error.into())
+    if is_refusal { StoreError::Refused(cause) } else { StoreError::RecordSeen(cause) }
 }
 
 /// The table, read on one connection.
-pub(crate) struct Reader(PgConnection);
+pub(crate) struct Reader {
+    connection: PgConnection,
+    settings: Settings,
+}
 
 impl Reader {
-    pub(crate) async fn open(options: PgConnectOptions) -> Result<Self, StoreError> {
+    pub(crate) async fn open(
+        options: PgConnectOptions,
+        zone: &TimeZone,
+    ) -> Result<Self, StoreError> {
         let options = named(options, "objects");
-        let connect = options.connect();
-        within(CONNECT_TIMEOUT, StoreError::Connect, connect).await.map(Self)
+        let connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
+        Ok(Self { connection, settings: Settings::new(STATEMENT_TIMEOUT, zone) })
     }
 
     pub(crate) async fn page(&mut self, first: i64, limit: u32) -> Result<Vec<Object>, StoreError> {
-        let query = sqlx::query_as(
-            "SELECT id,
-                    round(extract(epoch FROM last_seen) * 1000000)::bigint,
-                    round(extract(epoch FROM now()) * 1000000)::bigint
-             FROM object WHERE id >= $1 AND isfinite(last_seen) ORDER BY id LIMIT $2",
-        );
-        let page = query.bind(first).bind(i64::from(limit)).fetch_all(&mut self.0);
-        let rows: Vec<(i64, i64, i64)> = within(QUERY_TIMEOUT, StoreError::List, page).await?;
+        let page = sql::page(first, limit);
+        let rows: Vec<(i64, i64, i64)> = self.fetch_all(&page, StoreError::List).await?;
         Ok(rows.into_iter().map(|(id, last_seen, now)| Object::new(id, last_seen, now)).collect())
     }
 
     pub(crate) async fn count(&mut self) -> Result<u64, StoreError> {
-        let query = sqlx::query_scalar("SELECT count(*) FROM object WHERE isfinite(last_seen)");
-        let count = query.fetch_one(&mut self.0);
-        let rows: i64 = within(QUERY_TIMEOUT, StoreError::Count, count).await?;
-        Ok(rows.unsigned_abs())
+        let rows: Vec<(i64,)> = self.fetch_all(sql::COUNT, StoreError::Count).await?;
+        Ok(rows.first().map_or(0, |(count,)| count.unsigned_abs()))
+    }
+
+    async fn fetch_all<R: for<'r> FromRow<'r, PgRow>>(
+        &mut self,
+        statement: &str,
+        failed: fn(Cause) -> StoreError,
+    ) -> Result<Vec<R>, StoreError> {
+        run_within(QUERY_TIMEOUT, &mut self.connection, self.settings.and(statement), failed).await
     }
 }
 
 /// The options to connect with as `name`, which `pg_stat_activity` shows.
+///
+/// They are those that every pooler knows, too: all others are set with each statement.
 fn named(options: PgConnectOptions, name: &str) -> PgConnectOptions {
-    options
-        .application_name(name)
-        .options([("statement_timeout", STATEMENT_TIMEOUT), ("timezone", "UTC")])
+    options.application_name(name).extra_float_digits(None)
 }
 
 #[cfg(test)]
@@ -216,7 +257,9 @@ mod tests {
         let pool = PgPoolOptions::new().connect_lazy_with(PgConnectOptions::new());
         let (sender, status) = watch::channel(Ok(()));
         let (panic, panics) = tokio::sync::oneshot::channel::<()>();
-        let table = Table::watched(pool, status, async move {
+        let settings = Settings::new(STATEMENT_TIMEOUT, &TimeZone::of_the_machine());
+        let (_rejection, rejected) = watch::channel(None);
+        let table = Table::watched(pool, settings, (status, rejected), async move {
             let _status = sender;
             panics.await.expect("this one panics");
         });

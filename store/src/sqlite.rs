@@ -27,6 +27,9 @@ const FORMAT: Format = Format {
     tables: &[embedded::Table { from: "object", into: "object", columns: "id, last_seen" }],
 };
 
+/// A row that is dated this much ahead is left as it is, for it will soon be right.
+const FUTURE_TOLERANCE_MS: i64 = 1_000;
+
 /// The table, written by this process alone.
 pub(crate) struct Table(Arc<File>);
 
@@ -59,7 +62,8 @@ impl Table {
             let waited = asked_at.elapsed();
             // In two, since an upsert does not say which of both it was. Most rows are there already.
             let mut update = connection.prepare_cached(
-                "UPDATE object SET last_seen = ?2 WHERE id = ?1 AND last_seen < ?2",
+                // A row that is dated in the future was never true.
+                "UPDATE object SET last_seen = ?2 WHERE id = ?1 AND (last_seen < ?2 OR last_seen > ?3)",
             )?;
             let mut insert = connection.prepare_cached(
                 "INSERT INTO object (id, last_seen) VALUES (?1, ?2) ON CONFLICT (id) DO NOTHING",
@@ -70,7 +74,7 @@ impl Table {
                 let row = Row { id, last_seen: moment(ms) };
                 // There is nothing here to refuse a row for: any two integers are one, and nobody else
                 // adds constraints to a file of ours.
-                if update.execute((id, ms))? > 0 {
+                if update.execute((id, ms, now))? > 0 {
                     recorded.updated.push(row);
                 } else if insert.execute((id, ms))? > 0 {
                     recorded.inserted.push(row);
@@ -85,6 +89,20 @@ impl Table {
         let read = self.0.transact(now_ms);
         let now_ms = within(QUERY_TIMEOUT, StoreError::Clock, read).await?;
         Ok(moment(now_ms))
+    }
+
+    pub(crate) async fn correct_future(&self, limit: u32) -> Result<u64, StoreError> {
+        let correct = self.0.transact(move |connection| {
+            let now = now_ms(connection)?;
+            let mut update = connection.prepare_cached(
+                "UPDATE object SET last_seen = ?1 WHERE id IN (
+                     SELECT id FROM object WHERE last_seen > ?2 LIMIT ?3)",
+            )?;
+            let corrected =
+                update.execute((now, now.saturating_add(FUTURE_TOLERANCE_MS), limit))?;
+            Ok(corrected as u64)
+        });
+        within(QUERY_TIMEOUT, StoreError::CorrectFuture, correct).await
     }
 
     pub(crate) async fn delete_stale(
@@ -121,12 +139,12 @@ impl Reader {
 
     pub(crate) async fn page(&self, first: i64, limit: u32) -> Result<Vec<Object>, StoreError> {
         self.read(StoreError::List, move |connection| {
-            let now = micros(now_ms(connection)?);
+            let now = now_ms(connection)?;
             let mut page = connection.prepare_cached(
                 "SELECT id, last_seen FROM object WHERE id >= ?1 ORDER BY id LIMIT ?2",
             )?;
             let objects = page.query_map((first, limit), |row| {
-                Ok(Object::new(row.get(0)?, micros(row.get(1)?), now))
+                Ok(Object::new(row.get(0)?, micros(row.get::<_, i64>(1)?.min(now)), micros(now)))
             })?;
             objects.collect()
         })

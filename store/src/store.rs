@@ -58,7 +58,8 @@ impl Store {
     pub fn start(config: &Config, name: &str, connections: u32) -> Result<Self, StoreError> {
         let kind = match config.backend() {
             Backend::Postgres(options) => {
-                Kind::Postgres(postgres::Table::start(*options, name, connections))
+                let zone = config.time_zone();
+                Kind::Postgres(postgres::Table::start(*options, &zone, name, connections))
             }
             Backend::Sqlite(location) => Kind::Sqlite(sqlite::Table::open(&location)?),
         };
@@ -80,6 +81,15 @@ impl Store {
         match &self.0 {
             Kind::Postgres(table) => table.status(),
             Kind::Sqlite(table) => table.status(),
+        }
+    }
+
+    /// Returns the reason if the table that was found first cannot be used, which no waiting changes. One
+    /// that becomes so later shows in the status only: a service that has worked does not end for it.
+    pub async fn rejected(&self) -> String {
+        match &self.0 {
+            Kind::Postgres(table) => table.rejected().await,
+            Kind::Sqlite(_) => std::future::pending().await,
         }
     }
 
@@ -115,6 +125,20 @@ impl Store {
         match &self.0 {
             Kind::Postgres(table) => table.now().await,
             Kind::Sqlite(table) => table.now().await,
+        }
+    }
+
+    /// Dates up to `limit` rows that are dated in the future, more than a second from now, as now, and
+    /// says how many: the clock was set back, or another program wrote them. Otherwise they would stay
+    /// until then.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `CorrectFuture` or `Timeout`; then none is corrected, or, after a timeout, perhaps
+    /// all.
+    pub async fn correct_future(&self, limit: u32) -> Result<u64, StoreError> {
+        match &self.0 {
+            Kind::Postgres(table) => table.correct_future(limit).await,
+            Kind::Sqlite(table) => table.correct_future(limit).await,
         }
     }
 

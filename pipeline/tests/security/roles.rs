@@ -35,7 +35,8 @@ async fn services_that_may_not_make_the_table_wait_for_the_process_that_makes_it
     let migration = Process::spawn("lastseen", &url("migration:m"), &["migrate"]);
     routine.ready().await;
 
-    let lost = sqlx::query("DROP TABLE object, _sqlx_migrations").execute(database.pool()).await;
+    let lost =
+        sqlx::query("DROP TABLE object, _lastseen_migrations").execute(database.pool()).await;
     lost.unwrap();
     eventually("the table is there again", PATIENCE, async || {
         let told = migration.log().iter().filter(|line| *line == "the table is there").count();

@@ -3,13 +3,15 @@
 use std::time::Duration;
 
 use backon::{BackoffBuilder as _, ExponentialBuilder};
-use sqlx::postgres::PgConnectOptions;
-use sqlx::{ConnectOptions as _, PgConnection};
+use sqlx::postgres::{PgConnectOptions, PgRow};
+use sqlx::{ConnectOptions as _, FromRow, PgConnection};
 use tokio::sync::watch;
 
-use super::MIGRATIONS;
+use super::sql::{self, Settings};
+use super::{migrations, run_within};
 use crate::deadline::{CONNECT_TIMEOUT, within};
-use crate::{StoreError, StoreStatus};
+use crate::error::Cause;
+use crate::{StoreError, StoreStatus, TimeZone};
 
 /// The status before the first attempt to connect.
 pub(super) const NOT_YET: &str = "not connected yet";
@@ -18,12 +20,26 @@ const PING_TIMEOUT: Duration = Duration::from_secs(3);
 const MIGRATE_TIMEOUT: Duration = Duration::from_mins(1);
 const INTERVAL: Duration = Duration::from_secs(1);
 
+/// A connection of the monitor's own, and what its statements need.
+struct Session {
+    connection: PgConnection,
+    zone: TimeZone,
+}
+
 /// Keeps `status` true, and the schema up to date whenever the database comes (back): it may have
-/// been set up anew meanwhile. Ends only with the task.
+/// been set up anew meanwhile. Ends only with the task. If the first database that it sees has a table that
+/// cannot be used, `rejection` gets the reason.
 ///
 /// It has a connection of its own: a pool keeps trying by itself and then only says that it timed
 /// out, not why.
-pub(super) async fn watch(options: PgConnectOptions, status: watch::Sender<StoreStatus>) {
+pub(super) async fn watch(
+    options: PgConnectOptions,
+    zone: TimeZone,
+    status: watch::Sender<StoreStatus>,
+    rejection: watch::Sender<Option<String>>,
+) {
+    // Whether the database has answered before: then the table was fine, or we were told to go on.
+    let mut is_first = true;
     let backoff = ExponentialBuilder::new()
         .with_min_delay(Duration::from_millis(100))
         .with_max_delay(Duration::from_millis(700))
@@ -31,19 +47,25 @@ pub(super) async fn watch(options: PgConnectOptions, status: watch::Sender<Store
         .without_max_times();
     let mut waits = backoff.build();
     loop {
-        let reason = match open(&options).await {
-            Ok(mut connection) => {
+        let reason = match Session::open(&options, zone.clone()).await {
+            Ok(mut session) => {
                 tracing::info!("connected to the database");
+                is_first = false;
                 _ = status.send_replace(Ok(()));
                 waits = backoff.build();
                 loop {
                     tokio::time::sleep(INTERVAL).await;
-                    if let Err(error) = ping(&mut connection).await {
+                    if let Err(error) = session.check().await {
                         break error.to_string();
                     }
                 }
             }
-            Err(error) => error.to_string(),
+            Err(error) => {
+                if matches!(error, StoreError::UnusableTable(_)) && std::mem::take(&mut is_first) {
+                    rejection.send_replace(Some(error.to_string()));
+                }
+                error.to_string()
+            }
         };
         let before = status.send_replace(Err(reason.clone()));
         // Once for each outage; the first attempt of all counts as one.
@@ -56,43 +78,51 @@ pub(super) async fn watch(options: PgConnectOptions, status: watch::Sender<Store
     }
 }
 
-async fn open(options: &PgConnectOptions) -> Result<PgConnection, StoreError> {
-    let mut connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
-    if may_migrate(&mut connection).await? {
-        migrate(&mut connection).await?;
+impl Session {
+    /// Connects, and brings the schema up to date. The table is in place then.
+    async fn open(options: &PgConnectOptions, zone: TimeZone) -> Result<Self, StoreError> {
+        let connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
+        let mut session = Self { connection, zone };
+        if session.may_migrate().await? {
+            session.migrate().await?;
+        }
+        session.check().await?;
+        Ok(session)
     }
-    // Ready only with the table in place.
-    ping(&mut connection).await?;
-    Ok(connection)
-}
 
-async fn migrate(connection: &mut PgConnection) -> Result<(), StoreError> {
-    // A table that went away by itself has left sqlx's record of the migrations behind, by which it
-    // would not come back. They are all made anew, then.
-    let forget = sqlx::query(
-        "DO $$ BEGIN
-             IF to_regclass('object') IS NULL THEN DROP TABLE IF EXISTS _sqlx_migrations; END IF;
-         END $$",
-    );
-    within(MIGRATE_TIMEOUT, StoreError::Migrate, forget.execute(&mut *connection)).await?;
-    // Safe when several processes do it at once: sqlx takes an advisory lock. This is `run` without
-    // its generic `Acquire`, which the compiler cannot prove to be `Send` for a borrowed connection.
-    let migration = MIGRATIONS.run_direct(None, connection, false);
-    within(MIGRATE_TIMEOUT, StoreError::Migrate, migration).await
-}
+    /// Whether our role may make tables. One that may not leaves it to a process whose role may, and has
+    /// its own work as soon as the table is there.
+    async fn may_migrate(&mut self) -> Result<bool, StoreError> {
+        let rows: Vec<(bool,)> =
+            self.run(PING_TIMEOUT, sql::MAY_MIGRATE, StoreError::Migrate).await?;
+        Ok(rows.first().is_none_or(|(may,)| *may))
+    }
 
-/// Whether our role may make tables. One that may not leaves it to a process whose role may, and has
-/// its own work as soon as the table is there. Without any schema all are let through: that fails,
-/// and the reason is told.
-async fn may_migrate(connection: &mut PgConnection) -> Result<bool, StoreError> {
-    let sql = "SELECT coalesce(has_schema_privilege(current_schema(), 'CREATE'), true)";
-    let may = sqlx::query_scalar(sql).fetch_one(connection);
-    within(PING_TIMEOUT, StoreError::Migrate, may).await
-}
+    async fn migrate(&mut self) -> Result<(), StoreError> {
+        // Safe when several processes do it at once, for it takes a lock.
+        let _: Vec<()> =
+            self.run(MIGRATE_TIMEOUT, &migrations::script(), StoreError::Migrate).await?;
+        Ok(())
+    }
 
-async fn ping(connection: &mut PgConnection) -> Result<(), StoreError> {
-    // It names the table, so that a database which was set up anew under us is noticed.
-    let query = sqlx::query("SELECT 1 FROM object LIMIT 1");
-    within(PING_TIMEOUT, StoreError::Ping, query.execute(connection)).await?;
-    Ok(())
+    /// Asks for the table, so that a database which was set up anew under us is noticed, and whether it
+    /// can be used.
+    async fn check(&mut self) -> Result<(), StoreError> {
+        let rows: Vec<(Option<String>,)> =
+            self.run(PING_TIMEOUT, sql::CHECK_TABLE, StoreError::Ping).await?;
+        match rows.into_iter().next() {
+            Some((Some(problems),)) => Err(StoreError::UnusableTable(problems)),
+            _ => Ok(()),
+        }
+    }
+
+    async fn run<R: for<'r> FromRow<'r, PgRow>>(
+        &mut self,
+        limit: Duration,
+        statement: &str,
+        failed: fn(Cause) -> StoreError,
+    ) -> Result<Vec<R>, StoreError> {
+        let settings = Settings::new(&format!("{}s", limit.as_secs()), &self.zone);
+        run_within(limit, &mut self.connection, settings.and(statement), failed).await
+    }
 }

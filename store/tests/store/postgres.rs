@@ -1,8 +1,10 @@
 //! What only a Postgres can do, or be in the way of.
 
+mod go_table;
 mod locks;
 mod objects;
 mod outage;
+mod pooler;
 mod refusals;
 mod roles;
 mod schema;

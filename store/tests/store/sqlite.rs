@@ -101,6 +101,30 @@ async fn a_sighting_grows_older_while_another_process_holds_up_the_file() {
     assert!(page[0].id == 0 && page[0].age + Duration::from_millis(1) >= WAIT, "{page:?}");
 }
 
+/// Field case 4.4.
+#[tokio::test]
+async fn rows_dated_in_the_future_count_as_seen_now() {
+    let (_directory, path) = closed_file().await;
+    let other = Connection::open(&path).unwrap();
+    let rows = "DELETE FROM object;
+                INSERT INTO object VALUES (1, unixepoch() * 1000 + 172800000), (2, 9223372036854775807),
+                                          (3, unixepoch() * 1000), (4, 9223372036854775807)";
+    other.execute_batch(rows).unwrap();
+    drop(other);
+    let mut objects = Objects::open(&config(&path)).await.unwrap();
+    let page = objects.page(None, 10).await.unwrap();
+    assert_eq!(page.len(), 4);
+    assert!(page[..2].iter().all(|object| object.age.is_zero()), "{page:?}");
+
+    let store = start(&path).unwrap();
+    let recorded = store.record_seen(&[seen(4, HOUR)]).await.unwrap();
+    assert_eq!(recorded.updated.len(), 1);
+    assert_eq!(delete_stale(&store, HOUR / 2, 10).await.unwrap(), 1);
+    assert_eq!(store.correct_future(1).await.unwrap(), 1);
+    assert_eq!(store.correct_future(10).await.unwrap(), 1);
+    assert_eq!(store.correct_future(10).await.unwrap(), 0);
+}
+
 /// A directory with a file in it that holds 20,000 rows, and that nobody has open.
 async fn closed_file() -> (Scratch, PathBuf) {
     let directory = Scratch::new("store");

@@ -20,6 +20,11 @@ async fn cluster_with_roles() -> PostgresCluster {
 }
 
 async fn make_roles(cluster: &PostgresCluster) {
+    make_roles_with(cluster, &[("POSTGRES_REVOKE_PUBLIC", "yes")]).await;
+}
+
+/// Runs the script with the usual passwords, unless `more` has others.
+async fn make_roles_with(cluster: &PostgresCluster, more: &[(&str, &str)]) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/postgres-roles.sql");
     let passwords = [
         ("POSTGRES_MIGRATION_PASSWORD", "of-migration"),
@@ -27,7 +32,8 @@ async fn make_roles(cluster: &PostgresCluster) {
         ("POSTGRES_ROUTINE_PASSWORD", "of-routine"),
         ("POSTGRES_VIEWER_PASSWORD", "of-viewer"),
     ];
-    cluster.run_sql(Path::new(script), &passwords).await;
+    let environment: Vec<(&str, &str)> = passwords.iter().chain(more).copied().collect();
+    cluster.run_sql(Path::new(script), &environment).await;
 }
 
 fn url(cluster: &PostgresCluster, role: &str) -> String {
@@ -54,7 +60,7 @@ async fn the_roles_work_together_and_the_table_comes_back_with_their_rights_whoe
     tokio::time::timeout(DEADLINE, waits).await.unwrap().unwrap();
 
     let _migration = store(&cluster, "migration");
-    for upheaval in ["", "DROP TABLE object, _sqlx_migrations"] {
+    for upheaval in ["", "DROP TABLE object, _lastseen_migrations"] {
         if !upheaval.is_empty() {
             run(cluster.pool(), upheaval).await;
         }
@@ -147,6 +153,31 @@ async fn no_role_can_do_what_is_not_its_work() {
     let stranger = format!("postgres://stranger:x@127.0.0.1:{}/postgres", cluster.port());
     let error = PgConnection::connect(&stranger).await.unwrap_err();
     assert!(error.to_string().contains("permission denied for database"), "{error}");
+}
+
+/// Field case 4.6.
+#[tokio::test]
+async fn database_that_may_be_shared_stays_open_to_other_roles() {
+    let cluster = PostgresCluster::start().await;
+    cluster.ask_for_passwords().await;
+    make_roles_with(&cluster, &[]).await;
+    run(cluster.pool(), "CREATE ROLE stranger LOGIN PASSWORD 'x'").await;
+    let stranger = format!("postgres://stranger:x@127.0.0.1:{}/postgres", cluster.port());
+    let mut stranger = PgConnection::connect(&stranger).await.unwrap();
+    sqlx::raw_sql("CREATE TEMPORARY TABLE mine (id int)").execute(&mut stranger).await.unwrap();
+    for role in ["migration", "consumer", "routine"] {
+        ready(&store(&cluster, role)).await;
+    }
+}
+
+/// Field case 6.11.
+#[tokio::test]
+async fn changed_password_is_applied_by_the_next_run_of_the_script() {
+    let cluster = cluster_with_roles().await;
+    ready(&store(&cluster, "migration")).await;
+    make_roles_with(&cluster, &[("POSTGRES_CONSUMER_PASSWORD", "changed")]).await;
+    assert!(PgConnection::connect(&url(&cluster, "consumer")).await.is_err());
+    ready(&start(&url(&cluster, "consumer").replace("of-consumer", "changed"), 1)).await;
 }
 
 #[tokio::test]

@@ -6,15 +6,15 @@ use super::{ids, open, start};
 use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
 #[tokio::test]
-async fn a_table_that_the_go_services_made_is_used_as_it_is() {
+async fn table_that_was_there_before_is_used_as_it_is() {
     let database = Database::new().await;
     let pool = database.pool();
-    let go = "CREATE TABLE object (id bigint primary key, last_seen timestamptz)";
-    sqlx::query(go).execute(pool).await.unwrap();
+    let table = "CREATE TABLE object (id bigint primary key, last_seen timestamptz)";
+    sqlx::query(table).execute(pool).await.unwrap();
     let rows = "INSERT INTO object VALUES (1, now() - interval '2 h'), (2, now()), (4, NULL)";
     sqlx::query(rows).execute(pool).await.unwrap();
     let identity = "SELECT 'object'::regclass::oid::int8";
-    let table: i64 = sqlx::query_scalar(identity).fetch_one(pool).await.unwrap();
+    let before: i64 = sqlx::query_scalar(identity).fetch_one(pool).await.unwrap();
 
     let store = start(database.url(), 1);
     ready(&store).await;
@@ -23,7 +23,7 @@ async fn a_table_that_the_go_services_made_is_used_as_it_is() {
     assert_eq!(ids(pool).await, [2, 3, 4]);
     let nulls = "SELECT count(*) FROM object WHERE last_seen IS NULL";
     assert_eq!(sqlx::query_scalar::<_, i64>(nulls).fetch_one(pool).await.unwrap(), 0);
-    assert_eq!(sqlx::query_scalar::<_, i64>(identity).fetch_one(pool).await.unwrap(), table);
+    assert_eq!(sqlx::query_scalar::<_, i64>(identity).fetch_one(pool).await.unwrap(), before);
 }
 
 #[tokio::test]
@@ -50,4 +50,50 @@ async fn comes_back_after(loss: &[&'static str]) {
     ready(&store).await;
     assert_eq!(ids(database.pool()).await, [3]);
     assert_eq!(delete_stale(&store, HOUR / 2, 10).await.unwrap(), 1);
+}
+
+/// Field case 4.1.
+#[tokio::test]
+async fn another_applications_record_of_migrations_is_left_alone() {
+    let database = Database::new().await;
+    let pool = database.pool();
+    let theirs = "CREATE TABLE _sqlx_migrations (version bigint PRIMARY KEY, description text);
+                  INSERT INTO _sqlx_migrations VALUES (1, 'theirs')";
+    sqlx::raw_sql(theirs).execute(pool).await.unwrap();
+    let store = start(database.url(), 1);
+    ready(&store).await;
+    sqlx::raw_sql("DROP TABLE object").execute(pool).await.unwrap();
+    eventually("the table comes back", DEADLINE, async || {
+        store.record_seen(&[seen(1, HOUR)]).await.ok()
+    })
+    .await;
+    let kept = "SELECT description FROM _sqlx_migrations";
+    assert_eq!(sqlx::query_scalar::<_, String>(kept).fetch_all(pool).await.unwrap(), ["theirs"]);
+}
+
+/// Field case 4.1: the record was kept in `_sqlx_migrations` before.
+#[tokio::test]
+async fn installation_of_an_older_version_is_taken_over() {
+    let database = Database::new().await;
+    let pool = database.pool();
+    let before = "
+        CREATE TABLE object (id bigint PRIMARY KEY, last_seen timestamptz NOT NULL)
+            WITH (fillfactor = 70, autovacuum_vacuum_scale_factor = 0.05);
+        INSERT INTO object VALUES (1, now());
+        CREATE TABLE _sqlx_migrations (
+            version BIGINT PRIMARY KEY,
+            description TEXT NOT NULL,
+            installed_on TIMESTAMPTZ NOT NULL DEFAULT now(),
+            success BOOLEAN NOT NULL,
+            checksum BYTEA NOT NULL,
+            execution_time BIGINT NOT NULL);
+        INSERT INTO _sqlx_migrations VALUES (20261121000001, 'object', now(), true, decode('00', 'hex'), 1)";
+    sqlx::raw_sql(before).execute(pool).await.unwrap();
+    let store = start(database.url(), 1);
+    ready(&store).await;
+    store.record_seen(&[seen(2, Duration::ZERO)]).await.unwrap();
+    assert_eq!(ids(pool).await, [1, 2]);
+    let versions = "SELECT version FROM _lastseen_migrations";
+    let versions: Vec<i64> = sqlx::query_scalar(versions).fetch_all(pool).await.unwrap();
+    assert_eq!(versions, [20_261_121_000_001]);
 }

@@ -1,0 +1,229 @@
+//! Our services beside the Go services, which are played by their SQL and their messages, on the Go
+//! services' own table. Field case 4.3.
+
+#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+
+mod go;
+
+use std::time::{Duration, SystemTime};
+
+use pipeline::{Partner, Surroundings, callback_endpoint, viewer_url};
+use sqlx::PgPool;
+use testbed::{Answer, Database, Process, Queue, RabbitNode, StatusApi, eventually, http_get};
+use tokio::task::{JoinSet, LocalSet};
+
+const PATIENCE: Duration = Duration::from_mins(1);
+const TTL: &str = "4s";
+
+/// Which of the services are ours; the others are the Go services'.
+#[derive(Clone, Copy, Debug)]
+struct Ours {
+    producer: bool,
+    consumer: bool,
+    routine: bool,
+    tester: bool,
+}
+
+#[tokio::test]
+async fn every_combination_works_with_the_go_services_table() {
+    let broker = RabbitNode::start().await;
+    let flags = [false, true];
+    let mut combinations = Vec::new();
+    for producer in flags {
+        for consumer in flags {
+            for (routine, tester) in [(false, false), (false, true), (true, false), (true, true)] {
+                combinations.push(Ours { producer, consumer, routine, tester });
+            }
+        }
+    }
+    // A few at once: each mostly waits.
+    let mut number = 0;
+    for some in combinations.chunks(4) {
+        let (mut running, here) = (JoinSet::new(), LocalSet::new());
+        for &ours in some {
+            number += 1;
+            let is_whole = number == combinations.len();
+            let queue = if is_whole { "bitburst".to_owned() } else { format!("bitburst-{number}") };
+            running.spawn_local_on(combination(ours, broker.amqp_uri(), queue), &here);
+        }
+        here.run_until(running.join_all()).await;
+    }
+}
+
+async fn combination(ours: Ours, amqp_uri: String, queue: String) {
+    let database = Database::new().await;
+    let pool = database.pool();
+    sqlx::raw_sql(go::TABLE).execute(pool).await.unwrap();
+    let port = testbed::free_port();
+    let stand_in = (!ours.tester).then(|| {
+        StatusApi::start(|id, _| if id % 2 == 0 { Answer::Online } else { Answer::Offline })
+    });
+    let status_api =
+        stand_in.as_ref().map_or_else(|| format!("http://127.0.0.1:{port}"), StatusApi::endpoint);
+    let surroundings = Surroundings {
+        amqp_uri: amqp_uri.clone(),
+        queue: queue.clone(),
+        database: database.environment(),
+        status_api: status_api.clone(),
+    };
+    let spawn = |service: &str, extra: &[(&'static str, &str)]| {
+        let mut variables = vec![("QUEUE_TYPE", "classic"), ("TZ", "Europe/Berlin")];
+        variables.extend(extra);
+        surroundings.spawn(service, &variables)
+    };
+    let mut go = JoinSet::new();
+    let mut services = Vec::new();
+
+    let endpoint = if ours.producer {
+        let producer = spawn("producer", &[]);
+        let endpoint = callback_endpoint(&producer).await;
+        producer.ready().await;
+        services.push(producer);
+        endpoint
+    } else {
+        go::producer(&mut go, &amqp_uri, &queue).await
+    };
+    // Before the consumer, which reports a status API that does not answer.
+    let tester = ours.tester.then(|| {
+        let address = format!("127.0.0.1:{port}");
+        let variables = [
+            ("TESTER_ADDR", address.as_str()),
+            ("CALLBACK_ENDPOINT", endpoint.as_str()),
+            ("CALLBACK_INTERVAL", "500ms"),
+            ("LATENCY_MIN", "10ms"),
+            ("LATENCY_MAX", "50ms"),
+        ];
+        spawn("tester", &variables)
+    });
+    if let Some(tester) = &tester {
+        tester.ready().await;
+    } else {
+        let endpoint = endpoint.clone();
+        go.spawn(async move {
+            let partner = Partner::with_patience(PATIENCE);
+            let mut ticks = tokio::time::interval(Duration::from_millis(500));
+            loop {
+                ticks.tick().await;
+                partner.post(&endpoint, &(0..20).collect::<Vec<_>>()).await;
+            }
+        });
+    }
+    if ours.consumer {
+        services.push(spawn("consumer", &[]));
+    } else {
+        go::consumer(&mut go, (amqp_uri, queue), pool.clone(), status_api);
+    }
+    if ours.routine {
+        let variables = [("OBJECT_TTL", TTL), ("ROUTINE_INTERVAL", "200ms")];
+        services.push(spawn("routine", &variables));
+    } else {
+        go::routine(&mut go, pool.clone());
+    }
+    let viewer = spawn("viewer", &[]);
+    let url = viewer_url(&viewer).await;
+    services.push(viewer);
+    for service in &services {
+        service.ready().await;
+    }
+
+    eventually(&format!("{ours:?}: the table fills"), PATIENCE, async || {
+        (ids(pool).await.len() >= 5).then_some(())
+    })
+    .await;
+    assert!(ids(pool).await.iter().all(|id| id % 2 == 0 && (0..100).contains(id)), "{ours:?}");
+    // The Go services publish no events: then the viewer looks at the table once a minute only.
+    let is_live = ours.consumer && ours.routine;
+    eventually(&format!("{ours:?}: the viewer shows the objects"), PATIENCE, async || {
+        let shown = shown(&url).await;
+        let is_right = |(id, age): &(i64, Duration)| id % 2 == 0 && *age < PATIENCE;
+        (!is_live || shown.len() >= 5 && shown.iter().all(is_right)).then_some(())
+    })
+    .await;
+    if ours.producer && ours.consumer {
+        listed(&surroundings).await;
+    }
+    for service in services.iter().chain(&tester) {
+        let log = service.log();
+        let complaint = log.iter().find(|line| line.contains(" WARN ") || line.contains(" ERROR "));
+        assert_eq!(complaint, None, "{ours:?}");
+    }
+
+    // Nobody calls back any more; what is looked up is not seen again.
+    drop((tester, stand_in));
+    if !ours.tester {
+        // The Go services go on, all but their tester.
+        go.abort_all();
+        if !ours.routine {
+            go::routine(&mut go, pool.clone());
+        }
+    }
+    eventually(&format!("{ours:?}: all rows are gone"), PATIENCE, async || {
+        (ids(pool).await.is_empty() && (!is_live || shown(&url).await.is_empty())).then_some(())
+    })
+    .await;
+}
+
+async fn ids(pool: &PgPool) -> Vec<i64> {
+    sqlx::query_scalar("SELECT id::bigint FROM object").fetch_all(pool).await.unwrap()
+}
+
+/// What the viewer shows, each with its age by our clock.
+async fn shown(url: &str) -> Vec<(i64, Duration)> {
+    let address = url.strip_prefix("http://").unwrap().parse().unwrap();
+    let reply = http_get(address, "/objects?limit=1000").await.unwrap();
+    assert_eq!(reply.status, 200, "{}", reply.body);
+    let reply: serde_json::Value = serde_json::from_str(&reply.body).unwrap();
+    let objects = reply["objects"].as_array().unwrap();
+    let objects = objects.iter().map(|object| {
+        let id = object["id"].as_i64().or_else(|| object["id"].as_str()?.parse().ok()).unwrap();
+        let last_seen = humantime::parse_rfc3339(object["last_seen"].as_str().unwrap()).unwrap();
+        (id, SystemTime::now().duration_since(last_seen).unwrap_or_default())
+    });
+    objects.collect()
+}
+
+/// `lastseen objects` shows them, too.
+async fn listed(surroundings: &Surroundings) {
+    let value = |name| {
+        let variable = surroundings.database.iter().find(|(other, _)| *other == name);
+        variable.unwrap().1.as_str()
+    };
+    let url = format!(
+        "postgres://{}:{}@{}:{}/{}",
+        value("POSTGRES_USER"),
+        value("POSTGRES_PASSWORD"),
+        value("POSTGRES_HOST"),
+        value("POSTGRES_PORT"),
+        value("POSTGRES_DB")
+    );
+    let environment = [("DATABASE_URL", url), ("TZ", "Europe/Berlin".to_owned())];
+    let list = Process::spawn("lastseen", &environment, &["objects", "--json"]);
+    assert_eq!(list.wait().await.code(), Some(0));
+    let lines = list.log();
+    assert!(lines.iter().filter(|line| line.contains("\"last_seen\"")).count() >= 5, "{lines:?}");
+}
+
+/// An id of more than 32 bits cannot be written to an integer column, and is not tried for ever.
+#[tokio::test]
+async fn id_that_the_go_table_cannot_hold_becomes_a_dead_letter() {
+    let (queue, database) = (Queue::new(), Database::new().await);
+    sqlx::raw_sql(go::TABLE).execute(database.pool()).await.unwrap();
+    let status_api = StatusApi::start(|_, _| Answer::Online);
+    let surroundings =
+        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let classic = [("QUEUE_TYPE", "classic"), ("TZ", "Europe/Berlin")];
+    let producer = surroundings.spawn("producer", &classic);
+    let _consumer = surroundings.spawn("consumer", &classic);
+    producer.ready().await;
+    let too_large = i64::from(i32::MAX) + 1;
+    let partner = Partner::default();
+    assert!(partner.post(&callback_endpoint(&producer).await, &[1, too_large, 2]).await);
+    eventually("it is a dead letter", PATIENCE, async || {
+        (queue.depth(&queue.dead()).await == Some(1)).then_some(())
+    })
+    .await;
+    eventually("the others are written", PATIENCE, async || {
+        (ids(database.pool()).await.len() == 2).then_some(())
+    })
+    .await;
+}

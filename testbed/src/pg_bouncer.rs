@@ -1,0 +1,79 @@
+//! A pgbouncer of one's own.
+
+use std::fmt::Write as _;
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use rustix::process::geteuid;
+use url::Url;
+
+use crate::process_group::ProcessGroup;
+use crate::scratch::Scratch;
+use crate::{eventually, free_port, ports, programs};
+
+const START_DEADLINE: Duration = Duration::from_secs(30);
+
+/// A pgbouncer with its own port and Debian's default settings, killed on drop.
+#[derive(Debug)]
+pub struct PgBouncer {
+    _group: ProcessGroup,
+    url: String,
+    log: PathBuf,
+    _scratch: Scratch,
+}
+
+impl PgBouncer {
+    /// Starts it before the database at `url`, with `pool_mode` `session`, `transaction` or `statement`
+    /// and up to `pool_size` connections to the server.
+    ///
+    /// # Panics
+    /// When it is not installed, or does not start.
+    pub async fn start(url: &str, pool_mode: &str, pool_size: u32) -> Self {
+        let (scratch, port) = (Scratch::new("pgbouncer"), free_port());
+        let mut url = Url::parse(url).expect("a postgres URL should be a URL");
+        let host = url.host_str().expect("a postgres URL should have a host");
+        let server_port = url.port().unwrap_or(5432);
+        // An empty one would be a syntax error.
+        let password = url.password().map(|password| format!(" password='{password}'"));
+        let (user, password) = (url.username(), password.unwrap_or_default());
+        let mut config = format!(
+            "[databases]\n* = host={host} port={server_port} user={user}{password}\n\
+             [pgbouncer]\nlisten_addr = 127.0.0.1\nlisten_port = {port}\nunix_socket_dir =\n\
+             auth_type = any\npool_mode = {pool_mode}\ndefault_pool_size = {pool_size}\n"
+        );
+        if geteuid().is_root() {
+            // It refuses to run as root. Writing to a string cannot fail.
+            _ = writeln!(config, "user = nobody");
+        }
+        let file = scratch.path().join("pgbouncer.ini");
+        fs::write(&file, config).expect("a scratch file should be writable");
+        let log = scratch.path().join("log");
+        let output = File::create(&log).expect("a scratch file should be writable");
+        let errors = output.try_clone().expect("a file can be opened twice");
+        let mut command = Command::new(programs::find("pgbouncer", &[]));
+        command.arg(file).stdout(output).stderr(errors);
+        let group = ProcessGroup::spawn(&mut command, scratch.path());
+        url.set_host(Some("127.0.0.1")).expect("an address is a host");
+        url.set_port(Some(port)).expect("a postgres URL can have a port");
+        let bouncer = Self { _group: group, url: url.into(), log, _scratch: scratch };
+        eventually("pgbouncer takes connections", START_DEADLINE, async || {
+            tokio::net::TcpStream::connect(ports::local(port)).await.ok()
+        })
+        .await;
+        bouncer
+    }
+
+    /// The database behind it, as a `postgres://` URL.
+    #[must_use]
+    pub fn url(&self) -> &str {
+        &self.url
+    }
+}
+
+impl Drop for PgBouncer {
+    fn drop(&mut self) {
+        programs::print_tail_if_panicking(&self.log);
+    }
+}
