@@ -1,22 +1,25 @@
-//! The format on a RabbitMQ, version 1; `docs/events.md` tells it to others.
+//! The format on a RabbitMQ, version 2; `docs/events.md` documents it.
 
 use std::time::{Duration, SystemTime};
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
 use crate::Object;
 
-/// The only one there is. A field that is added does not change it: who reads ignores those that it
-/// does not know.
-const VERSION: u32 = 1;
+/// The version that is written. A field that is added does not change it: readers ignore unknown fields.
+const VERSION: u32 = 2;
+/// The first version that is still read. It has ids as numbers, of which many JSON parsers keep only 53 bits.
+const VERSION_MIN: u32 = 1;
+/// A byte order mark, which RFC 8259 allows readers to ignore.
+const BOM: &[u8] = "\u{feff}".as_bytes();
 /// The last moment that has four digits for its year, in seconds since 1970.
 const LAST_SECOND: u64 = 253_402_300_799;
 
-/// One message. What has become of the objects is said by its routing key.
+/// One message. Its routing key is the kind of change.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Message {
-    /// The process that tells it, since its start.
+    /// The process that published it, since its start.
     pub(crate) source: Uuid,
     /// Counts the messages of the source, of all kinds, from 1 on.
     pub(crate) sequence: u64,
@@ -26,11 +29,11 @@ pub(crate) struct Message {
 /// Why a message cannot be read.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DecodeError {
-    #[error("it is not as expected: {0}")]
+    #[error("cannot parse the event: {0}")]
     Shape(#[from] serde_json::Error),
-    #[error("it is of version {0}; this program knows version {VERSION}")]
+    #[error("unknown event version {0}; expected {VERSION_MIN} to {VERSION}")]
     Version(u32),
-    #[error("no time: {0}")]
+    #[error("invalid last_seen: {0}")]
     Time(#[from] humantime::TimestampError),
 }
 
@@ -44,8 +47,28 @@ struct Body {
 
 #[derive(Serialize, Deserialize)]
 struct BodyObject {
+    #[serde(serialize_with = "as_text", deserialize_with = "text_or_number")]
     id: i64,
     last_seen: String,
+}
+
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+fn as_text<S: serde::Serializer>(id: &i64, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(id)
+}
+
+/// An id as version 2 has it, or version 1.
+fn text_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
+    #[derive(Deserialize)]
+    #[serde(untagged)]
+    enum Id {
+        Number(i64),
+        Text(String),
+    }
+    match Id::deserialize(deserializer)? {
+        Id::Number(id) => Ok(id),
+        Id::Text(text) => text.parse().map_err(serde::de::Error::custom),
+    }
 }
 
 /// A time as it is in events, such as `2026-11-21T22:00:00.123456Z`: RFC 3339 in UTC, to the
@@ -74,9 +97,10 @@ impl Message {
         struct Versioned {
             version: u32,
         }
-        // By itself and first: of another version, anything else may be different.
+        let bytes = bytes.strip_prefix(BOM).unwrap_or(bytes);
+        // By itself and first: in another version, anything else may be different.
         let Versioned { version } = serde_json::from_slice(bytes)?;
-        if version != VERSION {
+        if !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(DecodeError::Version(version));
         }
         let body: Body = serde_json::from_slice(bytes)?;
@@ -102,10 +126,10 @@ mod tests {
     use super::*;
 
     /// As it is in `docs/events.md`.
-    const EXAMPLE: &str = r#"{"version":1,"source":"019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11","sequence":7,"objects":[{"id":2,"last_seen":"2026-11-21T22:00:00.123456Z"}]}"#;
+    const EXAMPLE: &str = r#"{"version":2,"source":"019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11","sequence":7,"objects":[{"id":"2","last_seen":"2026-11-21T22:00:00.123456Z"}]}"#;
 
     #[test]
-    fn the_documented_example_is_what_is_written_and_read() {
+    fn the_documented_example_is_written_and_read() {
         let message = Message::decode(EXAMPLE.as_bytes()).unwrap();
         assert_eq!((message.sequence, message.objects[0].id), (7, 2));
         assert_eq!(String::from_utf8(message.encode().unwrap()).unwrap(), EXAMPLE);
@@ -117,11 +141,34 @@ mod tests {
     fn unknown_fields_are_ignored_and_an_unknown_version_is_refused() {
         let more = EXAMPLE.replacen('{', r#"{"trace":[1],"#, 1);
         assert!(Message::decode(more.as_bytes()).is_ok());
-        let later = r#"{"version":2,"who":"knows"}"#;
-        assert!(matches!(Message::decode(later.as_bytes()), Err(DecodeError::Version(2))));
-        for text in ["", "[]", "{}", r#"{"version":1}"#, &EXAMPLE.replace("2026-", "soon ")] {
+        for version in [0, 3] {
+            let other = format!(r#"{{"version":{version},"x":1}}"#);
+            let error = Message::decode(other.as_bytes()).unwrap_err();
+            assert!(matches!(error, DecodeError::Version(of) if of == version), "{error}");
+        }
+        let bad_id = EXAMPLE.replace(r#""id":"2""#, r#""id":"two""#);
+        for text in
+            ["", "[]", "{}", r#"{"version":1}"#, &EXAMPLE.replace("2026-", "soon "), &bad_id]
+        {
             assert!(Message::decode(text.as_bytes()).is_err(), "{text}");
         }
+    }
+
+    // Field case 7.4
+    #[test]
+    fn version_1_with_ids_as_numbers_is_still_read() {
+        let old = r#"{"version":1,"source":"019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11","sequence":7,"objects":[{"id":-9007199254740993,"last_seen":"2026-11-21T22:00:00.123456Z"}]}"#;
+        let message = Message::decode(old.as_bytes()).unwrap();
+        assert_eq!(message.objects[0].id, -9_007_199_254_740_993);
+        let new = String::from_utf8(message.encode().unwrap()).unwrap();
+        assert!(new.contains(r#"{"version":2,"#) && new.contains(r#""id":"-9007199254740993""#));
+    }
+
+    // Field case 1.3
+    #[test]
+    fn a_byte_order_mark_before_an_event_is_ignored() {
+        let marked = format!("\u{feff}{EXAMPLE}");
+        assert_eq!(Message::decode(marked.as_bytes()).unwrap().sequence, 7);
     }
 
     #[test]

@@ -67,7 +67,9 @@ fn line(object: &Object, as_json: bool) -> String {
     let last_seen = time_text(last_seen);
     if as_json {
         let age_seconds = age.as_secs_f64();
-        return json!({ "id": id, "last_seen": last_seen, "age_seconds": age_seconds }).to_string();
+        // As text, since jq keeps 53 bits of a number.
+        return json!({ "id": id.to_string(), "last_seen": last_seen, "age_seconds": age_seconds })
+            .to_string();
     }
     // To the tenth of a second: nobody reads more.
     let tenths = u64::try_from(age.as_millis() / 100).unwrap_or(u64::MAX);

@@ -115,7 +115,8 @@ async fn listen(
         // What comes behind the last line may be cut off in the middle of a number.
         let Some(end) = text.iter().rposition(|byte| *byte == b'\n') else { continue };
         let lines: Vec<u8> = text.drain(..=end).collect();
-        for commit in String::from_utf8_lossy(&lines).split("\"id\":").skip(1).filter_map(first_of)
+        for commit in
+            String::from_utf8_lossy(&lines).split("\"id\":\"").skip(1).filter_map(first_of)
         {
             let commits = commits.lock().unwrap_or_else(PoisonError::into_inner);
             let committed = commits.get(commit).context("heard of before it was committed")?;
@@ -127,7 +128,7 @@ async fn listen(
 
 /// The number of the commit, if the text begins with its first object.
 fn first_of(text: &str) -> Option<usize> {
-    let digits = text.split(',').next()?;
+    let digits = text.split('"').next()?;
     let id: i64 = digits.parse().ok().filter(|id| id % OBJECTS == 0)?;
     usize::try_from(id / OBJECTS).ok()
 }

@@ -76,7 +76,9 @@ impl Home {
         let (code, lines) = self.run(&["objects", "--json"]).await;
         assert_eq!(code, Some(0), "{lines:?}");
         let objects = lines.iter().filter_map(|line| serde_json::from_str(line).ok());
-        objects.map(|object: serde_json::Value| object["id"].as_i64().unwrap()).collect()
+        objects
+            .map(|object: serde_json::Value| object["id"].as_str().unwrap().parse().unwrap())
+            .collect()
     }
 }
 

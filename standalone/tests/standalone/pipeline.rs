@@ -59,7 +59,9 @@ async fn the_viewer_in_it_shows_at_once_who_has_come_and_who_is_gone() {
         let reply = http_get(address, "/objects").await.unwrap();
         let page: serde_json::Value = serde_json::from_str(&reply.body).unwrap();
         let objects = page["objects"].as_array().unwrap();
-        objects.iter().map(|object| object["id"].as_i64().unwrap()).collect::<Vec<_>>()
+        let id =
+            |object: &serde_json::Value| object["id"].as_str().unwrap().parse::<i64>().unwrap();
+        objects.iter().map(id).collect::<Vec<_>>()
     };
     assert!(Partner::default().post(&endpoint, &[2, 4, 7]).await);
     // Sooner than it would look at the table by itself.
