@@ -1,11 +1,11 @@
 // The live page: puts its parts together, and says whether what it shows is true now.
 import { Browse } from "./browse.js";
-import { Feed } from "./feed.js";
 import { Field } from "./field.js";
 import { Lately } from "./lately.js";
 import { ObjectPanel } from "./object.js";
 import { MOST_SLOTS, Presence } from "./presence.js";
 import { Stats } from "./stats.js";
+import { follow } from "./tab-feed.js";
 import { Tiles } from "./tiles.js";
 import { ago, duration, number, timeOfDay } from "./words.js";
 
@@ -28,7 +28,7 @@ let everConnected = false;
 /** The viewer's time; it stands still at the moment that the stream broke, as what is shown is of then. */
 const now = () => brokenAt?.viewer ?? stats.clock.now();
 
-const feed = new Feed({
+const feed = follow({
   open: () => hear("stream", true),
   lost: () => hear("stream", false),
   change(kind, objects) {
@@ -37,7 +37,8 @@ const feed = new Feed({
     if (kind === "snapshot") {
       presence.replace(objects);
       panel.load();
-    } else if (kind === "gone") presence.remove(objects, time, now());
+    } else if (kind === "listed") presence.see(objects, 0);
+    else if (kind === "gone") presence.remove(objects, time, now());
     else presence.see(objects, time);
     panel.note(kind, objects);
     lately.note(kind, objects, now());

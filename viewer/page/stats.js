@@ -1,5 +1,7 @@
 // The numbers: `GET /stats` each second, the last five minutes of them, and the viewer's clock.
 
+import { address } from "./wire.js";
+
 export const KEPT_MS = 5 * 60_000;
 const INTERVAL_MS = 1000;
 const HIDDEN_INTERVAL_MS = 5000;
@@ -47,7 +49,7 @@ export class Stats {
   async #ask() {
     const asked = Date.now();
     try {
-      const response = await fetch("/stats", { cache: "no-store", signal: AbortSignal.timeout(5000) });
+      const response = await fetch(address("stats"), { cache: "no-store", signal: AbortSignal.timeout(5000) });
       if (!response.ok) throw new Error(`the viewer answered ${response.status}`);
       const stats = await response.json();
       const answered = Date.now();

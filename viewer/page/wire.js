@@ -1,25 +1,23 @@
-// What the viewer sends, as the page reads it: ids as text, times as milliseconds since 1970.
+// What the viewer sends, as the page reads it: ids are strings, since a JavaScript number holds 53 of their 64 bits, and
+// times are milliseconds since 1970.
 
-// Ids are 64-bit integers, and a JavaScript number holds 53 bits: 9007199254740993 would be read as its
-// neighbour. No other text of these answers can hold `"id":`, since they are made of ids and times only.
-const ID = /"id":\s*(-?\d+)/g;
-
-/** Parses an answer about objects; `id` becomes text. */
-export function parse(text) {
-  return JSON.parse(text.replace(ID, '"id":"$1"'));
+/** Where the viewer serves `path`, also if a proxy serves the viewer under a path of its own. */
+export function address(path) {
+  return new URL(`../${path}`, import.meta.url).href;
 }
 
-/** The objects of an event or an answer, as `{id, at}`. */
-export function objects(text) {
-  return parse(text).objects.map(({ id, last_seen }) => ({ id, at: Date.parse(last_seen) }));
+/** An event as `{objects, remaining}`, where objects are `{id, at}`. */
+export function parse(text) {
+  const { objects, remaining } = JSON.parse(text);
+  return { objects: objects.map(({ id, last_seen }) => ({ id, at: Date.parse(last_seen) })), remaining };
 }
 
 /** The object `id` as `{id, at, sightings}`, or null where there is none. */
 export async function fetchObject(id, signal) {
-  const response = await fetch(`/objects/${id}`, { signal: AbortSignal.any([signal, AbortSignal.timeout(5000)]) });
+  const response = await fetch(address(`objects/${id}`), { signal: AbortSignal.any([signal, AbortSignal.timeout(5000)]) });
   if (response.status === 404) return null;
   if (!response.ok) throw new Error(`the viewer answered ${response.status}`);
-  const object = parse(await response.text());
+  const object = await response.json();
   return { id: object.id, at: Date.parse(object.last_seen), sightings: object.sightings.map((at) => Date.parse(at)) };
 }
 

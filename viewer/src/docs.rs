@@ -11,7 +11,8 @@ const HEAD: &str = "<!doctype html>
 <meta charset=\"utf-8\">
 <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">
 <title>Lastseen: the viewer's API</title>
-<link rel=\"stylesheet\" href=\"/page/docs.css\">
+<link rel=\"icon\" href=\"page/icon.svg\" type=\"image/svg+xml\">
+<link rel=\"stylesheet\" href=\"page/docs.css\">
 </head>
 <body>
 <main>
@@ -27,7 +28,7 @@ pub(crate) fn html(document: &OpenApi) -> String {
     line(&mut page, "h1", &escaped(&info["title"]));
     line(&mut page, "p", &prose(&info["description"]));
     page.push_str(
-        "<p><a href=\"/\">the live page</a> · <a href=\"/openapi.json\">openapi.json</a></p>\n",
+        "<p><a href=\"./\">the live page</a> · <a href=\"openapi.json\">openapi.json</a></p>\n",
     );
     for (path, methods) in entries(&document["paths"]) {
         for (method, operation) in entries(methods) {

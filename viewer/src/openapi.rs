@@ -22,9 +22,11 @@ pub(crate) struct ProblemDetails {
 #[openapi(
     info(
         title = "Lastseen: the viewer",
-        description = "Who is online now, and when each was last seen. Whatever answers 4xx or 5xx says why as application/problem+json (RFC 9457).",
+        description = "Which objects are online now, and when each was last seen. Ids are signed 64-bit integers, in JSON as strings: many JSON parsers keep only 53 bits of a number. A response of 4xx or 5xx says why as application/problem+json (RFC 9457).",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
+    // Relative to this document, since a proxy may serve the viewer under a path of its own.
+    servers((url = "./", description = "this viewer")),
     paths(api::objects, api::object, api::stats, api::changes)
 )]
 struct Document;

@@ -27,10 +27,10 @@ macro_rules! files {
     };
 }
 
-/// All of them: served under `/page/`, and the first at `/` as well. Of a new one, this is the only place
-/// that has to know.
+/// The page at `/`. It has no other address, since its links are relative to it.
+const INDEX: &[File] = &files! { "index.html" as HTML };
+/// The files under `/page/`. A new file is added here only.
 const FILES: &[File] = &files! {
-    "index.html" as HTML,
     "page.css" as CSS,
     "docs.css" as CSS,
     "icon.svg" as SVG,
@@ -42,14 +42,16 @@ const FILES: &[File] = &files! {
     "main.js" as JS,
     "object.js" as JS,
     "presence.js" as JS,
+    "shared-feed.js" as JS,
     "stats.js" as JS,
+    "tab-feed.js" as JS,
     "tiles.js" as JS,
     "wire.js" as JS,
     "words.js" as JS,
 };
 
 pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
-    let index = FILES.iter().take(1).map(|file| ("/".to_owned(), file));
+    let index = INDEX.iter().map(|file| ("/".to_owned(), file));
     let under_page = FILES.iter().map(|file| (format!("/page/{}", file.name), file));
     index
         .chain(under_page)

@@ -63,14 +63,71 @@ const tests = {
   },
 
   async "a stream that was refused is asked for again, which the browser does not do by itself"(world) {
-    const { page } = await world.open();
+    const proxy = await world.proxy();
+    proxy.stream = "refuse";
+    const { page } = await world.open({}, proxy.url);
     const { connection } = on(page);
-    await says(connection, /^live$/);
-    await page.route("**/events", (route) => route.fulfill({ status: 503 }));
-    await page.reload();
     await says(connection, /^no connection yet/);
-    await page.unroute("**/events");
+    proxy.stream = "pass";
     await says(connection, /^live$/);
+  },
+
+  // Field case 7.1
+  async "under a path of a proxy everything loads, and the page is live"(world) {
+    const proxy = await world.proxy();
+    const { page, complaints } = await world.open({}, proxy.url);
+    const { connection, state, id, show } = on(page);
+    await says(connection, /^live$/);
+    await id.fill("2");
+    await show.click();
+    await world.post("2");
+    await says(state, /^Online, seen/);
+    await page.getByRole("link", { name: "the HTTP interface" }).click();
+    await page.getByRole("heading", { name: "GET /events" }).waitFor();
+    assert.equal(await page.evaluate("document.styleSheets.length"), 1);
+    await page.getByRole("link", { name: "the live page" }).click();
+    await says(on(page).connection, /^live$/);
+    const description = await (await page.request.get(new URL("openapi.json", proxy.url).href)).json();
+    assert.equal(new URL(description.servers[0].url, new URL("openapi.json", proxy.url)).href, proxy.url);
+    assert.deepEqual(proxy.notFound.filter((path) => !path.endsWith("/objects/2")), []);
+    assert.deepEqual(complaints.filter((text) => !text.includes("404")), []);
+  },
+
+  // Field case 7.2
+  async "seven tabs share one stream, and all of them are live"(world) {
+    const proxy = await world.proxy();
+    const { page } = await world.open({}, proxy.url);
+    const pages = [page];
+    while (pages.length < 7) {
+      const tab = await page.context().newPage();
+      await tab.goto(proxy.url);
+      pages.push(tab);
+    }
+    for (const tab of pages) await says(on(tab).connection, /^live$/);
+    assert.equal(proxy.streams, 1);
+    const { id, show, state } = on(pages[6]);
+    await id.fill("2");
+    await show.click();
+    await world.post("2");
+    await says(state, /^Online, seen/);
+    for (const tab of pages) await says(on(tab).count, /^1$/);
+    // The first tab is not the one that keeps the stream.
+    await pages[0].close();
+    await says(state, /^Gone/);
+  },
+
+  // Field case 7.3
+  async "the page is not live before the list of objects has arrived"(world) {
+    const proxy = await world.proxy();
+    proxy.stream = "hold";
+    const { page } = await world.open({}, proxy.url);
+    const { connection, count } = on(page);
+    await until("the stream is open", () => proxy.streams === 1);
+    await says(connection, /^no connection yet/);
+    assert.equal(await count.textContent(), "–");
+    proxy.release();
+    await says(connection, /^live$/);
+    await says(count, /^\d+$/);
   },
 
   async "the cells can be walked through and chosen by keyboard"(world) {

@@ -4,6 +4,7 @@ import { once } from "node:events";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
 import { createWriteStream } from "node:fs";
 import { createRequire } from "node:module";
+import { createServer as createHttpServer, request } from "node:http";
 import { createServer } from "node:net";
 import { tmpdir } from "node:os";
 import { join } from "node:path";
@@ -27,6 +28,8 @@ const SETTINGS = {
 
 /** All roles in one process on files, the viewer with them, and no partner but the test. */
 export class World {
+  proxies = [];
+
   static async start() {
     const world = new World();
     world.home = await mkdtemp(join(tmpdir(), "lastseen-page-"));
@@ -79,19 +82,27 @@ export class World {
   }
 
   /** The page in a window of its own; `complaints` is what the browser said about it. */
-  async open(settings = {}) {
+  async open(settings = {}, url = this.url) {
     const context = await this.browser.newContext({ viewport: { width: 1280, height: 800 }, ...settings });
     const page = await context.newPage();
     page.setDefaultTimeout(DEADLINE_MS);
     const complaints = [];
     page.on("pageerror", (error) => complaints.push(error.message));
     page.on("console", (message) => message.type() === "error" && complaints.push(message.text()));
-    await page.goto(this.url);
+    await page.goto(url);
     return { page, complaints };
+  }
+
+  /** A proxy before the viewer, with the viewer under `/presence/`; it ends with the pages. */
+  async proxy() {
+    const proxy = await PathProxy.start(this.viewerPort);
+    this.proxies.push(proxy);
+    return proxy;
   }
 
   async closePages() {
     await Promise.all(this.browser.contexts().map((context) => context.close()));
+    for (const proxy of this.proxies.splice(0)) proxy.end();
   }
 
   async log() {
@@ -102,6 +113,62 @@ export class World {
     await this.browser?.close();
     if (this.process.exitCode === null && this.process.signalCode === null) await this.kill();
     await rm(this.home, { recursive: true, force: true });
+  }
+}
+
+/** Passes requests under `/presence/` on without that prefix, and answers 404 to all others. */
+class PathProxy {
+  /** What happens to the stream: it is passed on, refused, or held back after its head. */
+  stream = "pass";
+  /** The paths that were answered 404, and the number of streams that are open. */
+  notFound = [];
+  streams = 0;
+  #held = [];
+
+  static async start(port) {
+    const proxy = new PathProxy();
+    proxy.server = createHttpServer((incoming, outgoing) => proxy.#pass(incoming, outgoing, port)).listen(0, "127.0.0.1");
+    await once(proxy.server, "listening");
+    return proxy;
+  }
+
+  get url() {
+    return `http://127.0.0.1:${this.server.address().port}/presence/`;
+  }
+
+  /** Passes on what was held back, and from now on everything. */
+  release() {
+    this.stream = "pass";
+    for (const pass of this.#held.splice(0)) pass();
+  }
+
+  end() {
+    this.server.close();
+    this.server.closeAllConnections();
+  }
+
+  #pass(incoming, outgoing, port) {
+    const isStream = incoming.url.startsWith("/presence/events");
+    if (!incoming.url.startsWith("/presence/")) {
+      this.notFound.push(incoming.url);
+      return outgoing.writeHead(404).end();
+    }
+    if (isStream && this.stream === "refuse") return outgoing.writeHead(503).end();
+    const path = incoming.url.slice("/presence".length);
+    const onward = request({ host: "127.0.0.1", port, path, headers: incoming.headers }, (response) => {
+      if (response.statusCode === 404) this.notFound.push(incoming.url);
+      outgoing.writeHead(response.statusCode, response.headers).flushHeaders();
+      const pass = () => response.pipe(outgoing);
+      if (isStream && this.stream === "hold") this.#held.push(pass);
+      else pass();
+    });
+    if (isStream) {
+      this.streams += 1;
+      outgoing.on("close", () => (this.streams -= 1));
+    }
+    onward.on("error", () => outgoing.destroy());
+    outgoing.on("close", () => onward.destroy());
+    onward.end();
   }
 }
 

@@ -1,0 +1,43 @@
+// One stream for all tabs of a browser, in a SharedWorker: a browser opens six connections to a viewer, and with a stream
+// for each tab the seventh would stay blank.
+import { Feed } from "./feed.js";
+
+const tabs = new Set();
+const objects = new Map();
+let isOpen = false;
+
+const feed = new Feed({
+  open() {
+    isOpen = true;
+    send(["open"]);
+  },
+  lost() {
+    isOpen = false;
+    send(["lost"]);
+  },
+  change(kind, changed) {
+    if (kind === "snapshot") objects.clear();
+    for (const { id, at } of changed) {
+      if (kind === "gone") objects.delete(id);
+      else objects.set(id, at);
+    }
+    send(["change", kind, changed]);
+  },
+});
+
+addEventListener("connect", ({ ports: [tab] }) => {
+  tab.onmessage = ({ data }) => {
+    if (data === "renew") feed.renew();
+    if (data === "leave") tabs.delete(tab);
+    if (data === "join") {
+      tabs.add(tab);
+      if (!isOpen) return tab.postMessage(["silent", feed.silence]);
+      tab.postMessage(["change", "snapshot", [...objects].map(([id, at]) => ({ id, at }))]);
+      tab.postMessage(["open"]);
+    }
+  };
+});
+
+function send(message) {
+  for (const tab of tabs) tab.postMessage(message);
+}
