@@ -17,9 +17,10 @@ use tokio::sync::watch;
 use utoipa::ToSchema;
 use utoipa::openapi::OpenApi;
 
-use crate::live::{Live, Sighted, micros_of, text_of};
+use crate::hosts::{self, Hosts};
 use crate::services::{Numbers, Services};
-use crate::stream::{self, Subscribers, Wanted};
+use crate::stream::{self, Subscribers};
+use crate::view_state::{Sighted, ViewState, micros_of, text_of};
 use crate::{docs, openapi, page};
 
 pub(crate) use query::{ObjectId, ObjectsQuery, StreamQuery};
@@ -33,12 +34,13 @@ const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 /// What the requests share.
 #[derive(Clone)]
 pub(crate) struct Shared {
-    pub(crate) live: Arc<Live>,
+    pub(crate) view: Arc<ViewState>,
     pub(crate) services: Arc<Services>,
     pub(crate) subscribers: Subscribers,
     pub(crate) table: watch::Receiver<PeerStatus>,
     pub(crate) events: watch::Receiver<PeerStatus>,
     pub(crate) shutdown: CancellationToken,
+    pub(crate) hosts: Hosts,
 }
 
 pub(crate) fn router(shared: Shared) -> Router {
@@ -53,6 +55,7 @@ pub(crate) fn router(shared: Shared) -> Router {
         .merge(page::router())
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
+        .layer(middleware::from_fn_with_state(shared.hosts.clone(), hosts::refuse_others))
         .layer(middleware::map_response(with_headers))
         .with_state(shared)
 }
@@ -60,7 +63,7 @@ pub(crate) fn router(shared: Shared) -> Router {
 /// An object that is online.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct OnlineObject {
-    /// Which.
+    /// A signed 64-bit integer, as a string: many JSON parsers keep only 53 bits of a number.
     id: ObjectId,
     /// When it was last seen, by the database's clock.
     #[schema(value_type = String, format = DateTime)]
@@ -128,16 +131,16 @@ pub(crate) async fn objects(
 ) -> Result<Json<Page>, Problem> {
     let wanted = query.map_err(|error| bad(error.body_text()))?.0.read().map_err(bad)?;
     shared.must_know()?;
-    let within = |within| micros_of(shared.live.now()).saturating_sub(within);
+    let within = |within| micros_of(shared.view.now()).saturating_sub(within);
     let since = wanted.seen_within_micros.map(within);
     let (found, more) = match &wanted.ids {
         None => match wanted.after.map_or(Some(i64::MIN), |after| after.checked_add(1)) {
-            Some(first) => shared.live.page(first, since, wanted.limit),
+            Some(first) => shared.view.page(first, since, wanted.limit).await,
             None => (Vec::new(), false),
         },
         Some(ids) => {
             let ids = ids.iter().filter(|id| wanted.after.is_none_or(|after| **id > after));
-            let found = ids.filter_map(|id| shared.live.get(*id));
+            let found = ids.filter_map(|id| shared.view.get(*id));
             let mut found: Vec<Sighted> = found
                 .filter(|seen| since.is_none_or(|since| seen.last_seen >= since))
                 .take(wanted.limit + 1)
@@ -171,7 +174,7 @@ pub(crate) async fn object(
     let Path(text) = id.map_err(|error| bad(error.body_text()))?;
     let id = query::id(&text).map_err(bad)?;
     shared.must_know()?;
-    let Some((object, sightings)) = shared.live.sightings(id) else {
+    let Some((object, sightings)) = shared.view.sightings(id) else {
         return Err(Problem::new(StatusCode::NOT_FOUND, format!("object {id} is not online")));
     };
     let sightings = sightings.into_iter().map(text_of).collect();
@@ -182,7 +185,7 @@ pub(crate) async fn object(
 ///
 /// How many are online, and what the services do.
 #[utoipa::path(get, path = "/stats", responses(
-    (status = 200, description = "They", body = Stats),
+    (status = 200, description = "Current statistics", body = Stats),
     (status = 431, description = "The request's head has more than 16 KiB"),
 ))]
 pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
@@ -190,8 +193,8 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
         status.borrow().clone().err().unwrap_or_else(|| "ok".to_owned())
     };
     Json(Stats {
-        at: events::text_of(shared.live.now()),
-        online: shared.live.len(),
+        at: events::text_of(shared.view.now()),
+        online: shared.view.len(),
         subscribers: shared.subscribers.count(),
         table: text(&shared.table),
         events: text(&shared.events),
@@ -201,13 +204,20 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
 
 /// Changes, as they are committed
 ///
-/// Server-sent events without end. `event` is `snapshot` (these are all who are online: it comes first),
-/// `online` (these were not before), `seen` (these were, and were seen again) or `gone` (these are not any
-/// more). `data` is `{"objects":[{"id":2,"last_seen":"…"}]}`; of those that are gone, `last_seen` is the
-/// last that is known. Changes that come within 40 ms, or longer with thousands of subscribers, are told together. With the `id` of the last
-/// event as `Last-Event-ID`, as a browser sends it by itself, it goes on from there without a gap or a
-/// repeat, or, if that is too long ago, with a new snapshot. A comment comes every 15 s if nothing else
-/// does. A subscriber who is too slow is disconnected.
+/// Server-sent events without end. `event` is `snapshot` (forget what you know: these are online), `more` (these are
+/// online, too), `online` (these were not before), `seen` (these were, and were seen again) or `gone` (these are not any
+/// more). `data` is `{"objects":[{"id":"2","last_seen":"…"}]}`; of objects that are gone, `last_seen` is the last that is
+/// known.
+///
+/// A new stream begins with a `snapshot` and, with many objects, `more` events, in ascending order of the ids. They have a
+/// field `remaining`: `follow` (`more` events follow), `none` (those were all) or `over_limit` (those were as many as
+/// `limit`). Changes come between them, and only of objects that were listed before. With `limit`, further
+/// objects are listed when a quarter of them is gone, and a new `snapshot` comes when there are a quarter more.
+///
+/// Changes that come within 40 ms, or longer with thousands of subscribers, are sent together. With the `id` of the last
+/// event as `Last-Event-ID`, as a browser sends it by itself, the stream begins with `resumed` and goes on there without a
+/// gap or a repeat, or, if that is too long ago, with a new snapshot. A comment comes every 15 s if nothing else does. A subscriber that reads
+/// more slowly than objects change is disconnected, with a `retry` of 30 s.
 #[utoipa::path(
     get, path = "/events",
     params(
@@ -225,14 +235,14 @@ pub(crate) async fn changes(
     query: Result<Query<StreamQuery>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let ids = query.map_err(|error| bad(error.body_text()))?.0.read().map_err(bad)?;
     let after = headers.get(LAST_EVENT_ID).and_then(|name| name.to_str().ok());
-    let wanted = Wanted { ids, after: after.map(str::to_owned) };
-    let body = stream::of(&shared.live, &shared.subscribers, wanted, shared.shutdown);
+    let request = query.map_err(|error| bad(error.body_text()))?.0.read(after).map_err(bad)?;
+    let body = stream::of(&shared.view, &shared.subscribers, request, shared.shutdown);
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
-        (header::CACHE_CONTROL, "no-store"),
-        // nginx would gather events before it passes them on.
+        // A proxy that compresses may hold events back.
+        (header::CACHE_CONTROL, "no-store, no-transform"),
+        // nginx would collect events before it passes them on.
         (HeaderName::from_static("x-accel-buffering"), "no"),
     ];
     Ok((headers, body).into_response())
@@ -240,7 +250,7 @@ pub(crate) async fn changes(
 
 impl Shared {
     fn must_know(&self) -> Result<(), Problem> {
-        if *self.live.is_complete().borrow() {
+        if *self.view.is_complete().borrow() {
             return Ok(());
         }
         let reason = self.table.borrow().clone().err().unwrap_or_default();
@@ -257,7 +267,7 @@ fn bad(detail: String) -> Problem {
 }
 
 async fn method_not_allowed(method: Method) -> Problem {
-    let detail = format!("{method} is not known here: there is nothing but to GET");
+    let detail = format!("{method} is not allowed; use GET");
     Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
 }
 

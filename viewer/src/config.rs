@@ -5,6 +5,8 @@ use std::net::SocketAddr;
 use reqwest::Url;
 use service::settings;
 
+use crate::hosts::AllowedHost;
+
 /// The viewer's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[command(mut_args(events_by_default))]
@@ -35,6 +37,9 @@ pub struct View {
     /// The most connections open at once, of which each subscriber has one; more wait until one ends
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "11000")]
     pub viewer_max_connections: usize,
+    /// Host names that requests may use besides this machine's own, localhost, IP addresses and names without a dot or of a private domain (.local, .internal, .svc): such as status.example.com, `*.example.com`, or `*` for any; separated by commas
+    #[arg(long, value_delimiter = ',')]
+    pub viewer_hosts: Vec<AllowedHost>,
     /// The services whose numbers are shown, as URLs of their metrics, separated by commas [default: producer, consumer and routine on localhost, at their default ports; of lastseen: itself]
     #[arg(long, value_delimiter = ',', value_parser = metrics_url)]
     pub viewer_metrics: Vec<Url>,

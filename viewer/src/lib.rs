@@ -1,24 +1,24 @@
-//! The read side: who is online now, and when each was last seen, over HTTP, and told to whoever
-//! subscribes as soon as it changes.
+//! The read side: which objects are online now, and when each was last seen, over HTTP, with a stream of changes.
 //!
-//! It keeps in memory what is in the table: from one reading, and from the events. Where those may be
-//! lost it looks at the table again, so that it is never wrong for long. The write side knows nothing of
-//! it.
+//! It keeps in memory what is in the table: from one reading, and from the events. Where events may be lost it
+//! reads the table again, so that it is never wrong for long. The write side does not depend on it.
 
 mod api;
 mod config;
 mod docs;
-mod following;
-mod live;
+mod hosts;
 mod openapi;
 mod page;
 mod services;
 mod stream;
+mod table_sync;
+mod view_state;
 mod viewer;
 
 use service::{CancellationToken, Description, Health};
 
 pub use config::{Config, View};
+pub use hosts::AllowedHost;
 pub use viewer::Viewer;
 
 /// What the process is called and where its admin address is.

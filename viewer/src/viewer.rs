@@ -12,10 +12,11 @@ use tokio::sync::watch;
 
 use crate::api::{self, Shared};
 use crate::config::Config;
-use crate::following::Following;
-use crate::live::Live;
+use crate::hosts::Hosts;
 use crate::services::Services;
 use crate::stream::Subscribers;
+use crate::table_sync::TableSync;
+use crate::view_state::ViewState;
 
 /// How long a client may take to send a request's head, how long a connection may idle, and how long a
 /// subscriber may take nothing.
@@ -27,11 +28,12 @@ const FAREWELL: Duration = Duration::from_millis(200);
 pub struct Viewer {
     listener: TcpListener,
     limits: http::Limits,
-    following: Following,
+    table_sync: TableSync,
     subscriber: Subscriber,
     services: Arc<Services>,
-    live: Arc<Live>,
+    view: Arc<ViewState>,
     table: watch::Receiver<service::PeerStatus>,
+    hosts: Hosts,
 }
 
 impl Viewer {
@@ -47,7 +49,7 @@ impl Viewer {
             .with_context(|| format!("cannot listen on VIEWER_ADDR={address}"))?;
         let services = Services::new(config.services()).context("cannot build the HTTP client")?;
         let subscriber = Subscriber::new(&config.events.exchange(), "viewer");
-        let live = Arc::new(Live::new());
+        let view = Arc::new(ViewState::new());
         let not_yet = || watch::channel(Err("not read yet".to_owned()));
         let ((table, watched), (first_reading, is_read)) = (not_yet(), not_yet());
         // Once it has read the table, it shows what it knows, with a word about what is away: without
@@ -61,10 +63,11 @@ impl Viewer {
             header_timeout: PATIENCE,
             farewell: FAREWELL,
         };
-        let following =
-            Following { live: Arc::clone(&live), store: config.store, table, first_reading };
+        let table_sync =
+            TableSync { view: Arc::clone(&view), store: config.store, table, first_reading };
         let services = Arc::new(services);
-        Ok(Self { listener, limits, following, subscriber, services, live, table: watched })
+        let hosts = Hosts::new(&config.view.viewer_hosts);
+        Ok(Self { listener, limits, table_sync, subscriber, services, view, table: watched, hosts })
     }
 
     /// The address that it listens on, with the port that was free if any was asked for.
@@ -81,19 +84,20 @@ impl Viewer {
     /// When a part that it needs has died.
     pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         tracing::info!(address = %self.address()?, "showing who is online");
-        let Self { listener, limits, following, subscriber, services, live, table } = self;
+        let Self { listener, limits, table_sync, subscriber, services, view, table, hosts } = self;
         let shared = Shared {
-            live: Arc::clone(&live),
+            view: Arc::clone(&view),
             services: Arc::clone(&services),
             subscribers: Subscribers::default(),
             table,
             events: subscriber.status(),
             shutdown: shutdown.clone(),
+            hosts,
         };
         // Each as a task of its own, so that a large table holds up no answer, and a panic is seen.
         let mut parts = tokio::task::JoinSet::new();
-        parts.spawn(following.run(subscriber));
-        parts.spawn(async move { match live.tell().await {} });
+        parts.spawn(table_sync.run(subscriber));
+        parts.spawn(async move { match view.publish().await {} });
         parts.spawn(async move { match services.ask().await {} });
         tokio::select! {
             () = http::serve(listener, api::router(shared), limits, shutdown) => Ok(()),

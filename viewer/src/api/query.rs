@@ -1,29 +1,36 @@
-//! What a question may say, and what it means.
+//! The parameters of requests, and what they mean.
 
 use std::time::Duration;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, Schema, SchemaFormat, Type};
 use utoipa::{IntoParams, PartialSchema, ToSchema};
 
+use crate::stream::Request;
+
 const LIMIT_DEFAULT: usize = 100;
 const LIMIT_MAX: usize = 1_000;
+const STREAM_LIMIT_MAX: usize = 1_000_000;
 /// It has to fit into a request's head.
 const IDS_LENGTH_MAX: usize = 10_000;
 
-/// An object's id: any integer of 64 bits.
-#[derive(Clone, Copy, Serialize)]
+/// An object's id: any signed 64-bit integer. In JSON it is a string, since many parsers keep only 53 bits of a number.
+#[derive(Clone, Copy)]
 pub(crate) struct ObjectId(pub(crate) i64);
 
-/// With its bounds, which the derive does not know for what is no field.
+impl Serialize for ObjectId {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_str(&self.0)
+    }
+}
+
 impl PartialSchema for ObjectId {
     fn schema() -> RefOr<Schema> {
         ObjectBuilder::new()
-            .schema_type(Type::Integer)
+            .schema_type(Type::String)
             .format(Some(SchemaFormat::KnownFormat(KnownFormat::Int64)))
-            .minimum(Some(i64::MIN))
-            .maximum(Some(i64::MAX))
+            .pattern(Some("^(0|-?[1-9][0-9]{0,18})$"))
             .into()
     }
 }
@@ -42,7 +49,7 @@ pub(crate) struct ObjectsQuery {
     #[param(pattern = "^[0-9a-f]{16}$")]
     after: Option<String>,
     /// Of these only, separated by commas, in 10,000 characters at most
-    #[param(pattern = "^(0|-?[1-9][0-9]{0,17})(,(0|-?[1-9][0-9]{0,17}))*$", max_length = 10_000)]
+    #[param(pattern = "^(0|-?[1-9][0-9]{0,18})(,(0|-?[1-9][0-9]{0,18}))*$", max_length = 10_000)]
     ids: Option<String>,
     /// Only those that were seen so short a time ago, such as `10s`
     #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h)$")]
@@ -53,9 +60,19 @@ pub(crate) struct ObjectsQuery {
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct StreamQuery {
-    /// About these only, separated by commas, in 10,000 characters at most
-    #[param(pattern = "^(0|-?[1-9][0-9]{0,17})(,(0|-?[1-9][0-9]{0,17}))*$", max_length = 10_000)]
+    /// Only about these, separated by commas, in 10,000 characters at most
+    #[param(pattern = "^(0|-?[1-9][0-9]{0,18})(,(0|-?[1-9][0-9]{0,18}))*$", max_length = 10_000)]
     ids: Option<String>,
+    /// Only about this many objects, give or take a quarter: those with the lowest ids
+    #[param(value_type = Option<u32>, minimum = 1, maximum = 1_000_000)]
+    limit: Option<String>,
+    /// The same as the header `Last-Event-ID`, for clients that cannot send one
+    #[serde(rename = "lastEventId")]
+    last_event_id: Option<String>,
+    /// Ignored: some clients add it to get past caches
+    #[serde(rename = "_")]
+    #[expect(dead_code, reason = "named so that it is not refused as unknown")]
+    cache_buster: Option<String>,
 }
 
 pub(crate) struct Objects {
@@ -69,7 +86,10 @@ pub(crate) struct Objects {
 impl ObjectsQuery {
     pub(crate) fn read(&self) -> Result<Objects, String> {
         Ok(Objects {
-            limit: self.limit.as_deref().map_or(Ok(LIMIT_DEFAULT), limit)?,
+            limit: self
+                .limit
+                .as_deref()
+                .map_or(Ok(LIMIT_DEFAULT), |text| limit(text, LIMIT_MAX))?,
             after: self.after.as_deref().map(read_cursor).transpose()?,
             ids: self.ids.as_deref().map(ids).transpose()?,
             seen_within_micros: self.seen_within.as_deref().map(within).transpose()?,
@@ -78,8 +98,13 @@ impl ObjectsQuery {
 }
 
 impl StreamQuery {
-    pub(crate) fn read(&self) -> Result<Option<Vec<i64>>, String> {
-        self.ids.as_deref().map(ids).transpose()
+    pub(crate) fn read(self, last_event_id: Option<&str>) -> Result<Request, String> {
+        Ok(Request {
+            ids: self.ids.as_deref().map(ids).transpose()?.map(Vec::into_boxed_slice),
+            limit: self.limit.as_deref().map(|text| limit(text, STREAM_LIMIT_MAX)).transpose()?,
+            // A polyfill whose browser can send the header after all has the later one there.
+            after: last_event_id.map(str::to_owned).or(self.last_event_id),
+        })
     }
 }
 
@@ -95,9 +120,9 @@ fn read_cursor(text: &str) -> Result<i64, String> {
     id.map(u64::cast_signed).ok_or_else(|| "after: expected the `next` of a page".to_owned())
 }
 
-fn limit(text: &str) -> Result<usize, String> {
-    let limit = digits(text).filter(|limit| (1..=LIMIT_MAX).contains(limit));
-    limit.ok_or_else(|| format!("limit: expected a number from 1 to {LIMIT_MAX}"))
+fn limit(text: &str, most: usize) -> Result<usize, String> {
+    let limit = digits(text).filter(|limit| (1..=most).contains(limit));
+    limit.ok_or_else(|| format!("limit: expected a number from 1 to {most}"))
 }
 
 /// Nothing but digits: no sign, as `parse` takes it.
@@ -157,9 +182,9 @@ mod tests {
         for text in ["", "10", "s", "0s", "+1s", "1us", "1m 30s", "12345678s", "-1s", "1.5s"] {
             assert!(within(text).is_err(), "{text}");
         }
-        assert_eq!(limit("1000"), Ok(1_000));
+        assert_eq!(limit("1000", LIMIT_MAX), Ok(1_000));
         for text in ["", "0", "1001", "+1", "-1", "1e2", " 1"] {
-            assert!(limit(text).is_err(), "{text}");
+            assert!(limit(text, LIMIT_MAX).is_err(), "{text}");
         }
     }
 

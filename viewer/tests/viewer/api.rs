@@ -7,7 +7,7 @@ use crate::{HOUR, PATIENCE};
 
 fn ids(page: &serde_json::Value) -> Vec<i64> {
     let objects = page["objects"].as_array().unwrap().iter();
-    objects.map(|object| object["id"].as_i64().unwrap()).collect()
+    objects.map(|object| object["id"].as_str().unwrap().parse().unwrap()).collect()
 }
 
 #[tokio::test]
@@ -102,7 +102,7 @@ async fn the_page_its_files_and_the_documents_are_served_and_may_load_nothing_fr
     let viewer = around.view().await;
     for (path, content_type) in [
         ("/", "text/html; charset=utf-8"),
-        ("/page/index.html", "text/html; charset=utf-8"),
+        ("/page/main.js", "text/javascript; charset=utf-8"),
         ("/page/docs.css", "text/css; charset=utf-8"),
         ("/docs", "text/html; charset=utf-8"),
         ("/openapi.json", "application/json"),
@@ -112,6 +112,61 @@ async fn the_page_its_files_and_the_documents_are_served_and_may_load_nothing_fr
         assert_eq!(answer.headers()["content-type"], content_type);
         let policy = answer.headers()["content-security-policy"].to_str().unwrap();
         assert!(policy.starts_with("default-src 'self';"), "{policy}");
+    }
+}
+
+// Field case 7.1
+#[tokio::test]
+async fn no_document_has_a_link_from_the_root_of_the_host() {
+    let around = Around::new().await;
+    let viewer = around.view().await;
+    for path in ["/", "/docs"] {
+        let page = client().get(format!("{}{path}", viewer.url)).send().await.unwrap();
+        let page = page.text().await.unwrap();
+        assert!(page.contains("href=\"page/"), "{path}: {page}");
+        for link in ["href=\"/", "src=\"/"] {
+            assert!(!page.contains(link), "{path}: {page}");
+        }
+    }
+    let (_, description) = viewer.get("/openapi.json").await;
+    assert_eq!(description["servers"][0]["url"], "./");
+}
+
+// Field case 7.4
+#[tokio::test]
+async fn ids_beyond_53_bits_are_strings_and_fit_their_pattern() {
+    let around = Around::new().await;
+    let id = i64::MAX - 1;
+    around.see([id]).await;
+    let viewer = around.view().await;
+    viewer.shows([id]).await;
+    let (_, object) = viewer.get(&format!("/objects/{id}")).await;
+    assert_eq!(object["id"], "9223372036854775806");
+    let (status, page) = viewer.get(&format!("/objects?ids={id},{}", i64::MIN)).await;
+    assert_eq!((status, &page["objects"][0]["id"]), (200, &object["id"]));
+    let (_, description) = viewer.get("/openapi.json").await;
+    let schema = &description["components"]["schemas"]["ObjectId"];
+    assert_eq!(schema["type"], "string", "{schema}");
+    assert_eq!(schema["pattern"], "^(0|-?[1-9][0-9]{0,18})$");
+}
+
+// Field case 7.6
+#[tokio::test]
+async fn a_request_for_another_host_name_is_refused() {
+    let around = Around::new().await;
+    let viewer = around.view().await;
+    let status = async |host: &str, path: &str| {
+        let request = client().get(format!("{}{path}", viewer.url)).header("host", host);
+        let answer = request.send().await.unwrap();
+        (answer.status().as_u16(), answer.text().await.unwrap())
+    };
+    for path in ["/", "/stats", "/events", "/nowhere"] {
+        let (code, problem) = status("evil.example:9080", path).await;
+        assert_eq!(code, 421, "{path}");
+        assert!(problem.contains("evil.example") && problem.contains("VIEWER_HOSTS"), "{problem}");
+    }
+    for host in ["localhost:9080", "viewer", "viewer.prod.svc.cluster.local"] {
+        assert_eq!(status(host, "/stats").await.0, 200, "{host}");
     }
 }
 

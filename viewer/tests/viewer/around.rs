@@ -133,7 +133,7 @@ impl Running {
     pub(crate) async fn ids(&self) -> Vec<i64> {
         let (_, page) = self.get("/objects?limit=1000").await;
         let objects = page["objects"].as_array().cloned().unwrap_or_default();
-        objects.iter().map(|object| object["id"].as_i64().unwrap()).collect()
+        objects.iter().map(|object| object["id"].as_str().unwrap().parse().unwrap()).collect()
     }
 
     pub(crate) async fn shows(&self, ids: impl IntoIterator<Item = i64>) {

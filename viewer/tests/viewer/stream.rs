@@ -79,6 +79,26 @@ async fn with_an_id_that_means_nothing_to_it_it_begins_with_a_snapshot() {
     }
 }
 
+// Field case 7.5
+#[tokio::test]
+async fn the_last_id_may_come_in_the_query_as_polyfills_send_it() {
+    let around = Around::new().await;
+    around.see([1]).await;
+    let viewer = around.view().await;
+    viewer.shows([1]).await;
+    let mut first = viewer.subscribe("?_=1764356400000", None).await;
+    first.gets("snapshot", [1]).await;
+    around.see([2]).await;
+    first.gets("online", [2]).await;
+    around.see([3]).await;
+    let query = format!("?lastEventId={}&_=1764356400001", first.last_id);
+    viewer.subscribe(&query, None).await.gets("online", [3]).await;
+    // The header is what the browser knows, and newer.
+    first.gets("online", [3]).await;
+    around.see([4]).await;
+    viewer.subscribe(&query, Some(&first.last_id)).await.gets("online", [4]).await;
+}
+
 #[tokio::test]
 async fn whoever_wants_some_objects_is_told_of_no_others_and_can_come_back_too() {
     let around = Around::new().await;

@@ -46,12 +46,14 @@ impl Subscriber {
                 if let Some(id) = field("id: ") {
                     self.last_id = id;
                 }
-                if let (Some(name), Some(data)) = (field("event: "), field("data: ")) {
+                if let (Some(name), Some(data)) = (field("event: "), field("data: "))
+                    && name != "resumed"
+                {
                     let data: serde_json::Value = serde_json::from_str(&data).unwrap();
                     let objects = data["objects"].as_array().unwrap().iter();
                     let id = |object: &serde_json::Value| {
                         assert!(object["last_seen"].as_str().unwrap().ends_with('Z'));
-                        object["id"].as_i64().unwrap()
+                        object["id"].as_str().unwrap().parse().unwrap()
                     };
                     return Some((name, objects.map(id).collect()));
                 }

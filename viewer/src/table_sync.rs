@@ -1,4 +1,4 @@
-//! Keeping what is known true: by events, and by looking at the table.
+//! Keeps the view up to date: by events, and by reading the table.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -9,34 +9,36 @@ use store::{Objects, StoreError};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::live::{Live, Sighted, micros_of};
+use crate::view_state::{Sighted, ViewState, micros_of};
 
 /// Rows read at a time.
 const PAGE: u32 = 10_000;
-/// How often the table is looked at while events come: what was lost last of all shows by nothing else.
+/// Rows applied before everything else that runs has its turn.
+const ROWS_AT_ONCE: usize = 1_000;
+/// How often the table is read while events come: nothing else shows the loss of the latest event.
 const INTERVAL: Duration = Duration::from_mins(1);
-/// How often, while no events come.
+/// The same while no events come.
 const INTERVAL_WITHOUT_EVENTS: Duration = Duration::from_secs(2);
-/// Between two readings there is at least so long,
+/// The least pause between two readings,
 const PAUSE: Duration = Duration::from_secs(1);
-/// and at least so many times as long as a reading takes.
+/// which is also this many times as long as a reading takes.
 const PAUSE_FACTOR: u32 = 10;
 
-/// Hears events, and looks at the table where they may be missing.
-pub(crate) struct Following {
-    pub(crate) live: Arc<Live>,
+/// Receives events, and reads the table where they may be missing.
+pub(crate) struct TableSync {
+    pub(crate) view: Arc<ViewState>,
     pub(crate) store: store::Config,
     pub(crate) table: watch::Sender<PeerStatus>,
-    /// Whether the table was read once; then there is something to show, whatever becomes of it.
+    /// Whether the table was read once; then there is something to show, whatever happens to the table.
     pub(crate) first_reading: watch::Sender<PeerStatus>,
 }
 
-impl Following {
+impl TableSync {
     /// Ends only with its task.
     pub(crate) async fn run(self, mut subscriber: Subscriber) {
         let events = subscriber.status();
         let missed = Notify::new();
-        let hear = async {
+        let receive = async {
             loop {
                 match subscriber.next().await {
                     Notice::Committed(kind, objects) => {
@@ -44,20 +46,20 @@ impl Following {
                             id: object.id,
                             last_seen: micros_of(object.last_seen),
                         };
-                        self.live.apply(kind, objects.iter().map(sighted));
+                        self.view.apply(kind, objects.iter().map(sighted));
                     }
                     Notice::Missed(why) => {
-                        tracing::debug!(why, "events may be missing; looking at the table");
+                        tracing::debug!(why, "events may be missing: reading the table");
                         metrics::counter!("lastseen_viewer_events_missed_total").increment(1);
                         missed.notify_one();
                     }
                 }
             }
         };
-        tokio::join!(hear, self.look(events, &missed));
+        tokio::join!(receive, self.keep_reading(events, &missed));
     }
 
-    async fn look(&self, mut events: watch::Receiver<PeerStatus>, missed: &Notify) {
+    async fn keep_reading(&self, mut events: watch::Receiver<PeerStatus>, missed: &Notify) {
         let mut objects = None;
         let mut waits = amqp::backoff();
         loop {
@@ -69,7 +71,7 @@ impl Following {
                     waits = amqp::backoff();
                     let before = self.table.send_replace(Ok(()));
                     if before.is_err() {
-                        tracing::info!(objects = self.live.len(), "the table is read");
+                        tracing::info!(objects = self.view.len(), "table read");
                     }
                     _ = self.first_reading.send_replace(Ok(()));
                     sleep(PAUSE.max(began.elapsed() * PAUSE_FACTOR)).await;
@@ -79,16 +81,19 @@ impl Following {
                 Err(error) => error.to_string(),
             };
             metrics::counter!("lastseen_viewer_readings_total", "outcome" => "failed").increment(1);
-            // It may be of no use any more.
+            // Its connection may be broken.
             objects = None;
             if self.first_reading.borrow().is_err() {
                 _ = self.first_reading.send_replace(Err(reason.clone()));
             }
             let before = self.table.send_replace(Err(reason.clone()));
             if before.is_ok() {
-                tracing::warn!(reason, "the table cannot be read; trying again until it can");
+                tracing::warn!(
+                    reason,
+                    "table cannot be read: showing the last known objects, and retrying"
+                );
             } else {
-                tracing::debug!(reason, "the table still cannot be read");
+                tracing::debug!(reason, "table still cannot be read");
             }
             sleep(waits.next().unwrap_or(PAUSE)).await;
         }
@@ -98,32 +103,34 @@ impl Following {
     async fn wait(&self, events: &mut watch::Receiver<PeerStatus>, missed: &Notify) {
         let since = Instant::now();
         loop {
-            let they_come = events.borrow_and_update().is_ok();
-            let interval = if they_come { INTERVAL } else { INTERVAL_WITHOUT_EVENTS };
+            let are_received = events.borrow_and_update().is_ok();
+            let interval = if are_received { INTERVAL } else { INTERVAL_WITHOUT_EVENTS };
             let rest = interval.saturating_sub(since.elapsed());
             tokio::select! {
                 () = missed.notified() => return,
                 () = sleep(rest) => return,
                 changed = events.changed() => if changed.is_err() {
-                    // Nobody hears any more, and this task ends.
+                    // The subscriber was dropped, and this task ends with it.
                     std::future::pending::<()>().await;
                 },
             }
         }
     }
 
-    /// Reads the whole table. What is committed meanwhile may be read or not, and is told in any case.
+    /// Reads the whole table. What is committed meanwhile may be read or not; it is an event in any case.
     async fn read(&self, objects: &mut Option<Objects>) -> Result<(), StoreError> {
         let reader = match objects {
             Some(reader) => reader,
             None => objects.insert(Objects::open(&self.store).await?),
         };
-        self.live.begin_reading();
+        self.view.begin_reading();
         let mut after = None;
         loop {
             let page = reader.page(after, PAGE).await?;
-            if let Some(object) = page.iter().find(|object| !object.age.is_zero()) {
-                self.live.set_clock(object.last_seen + object.age);
+            let is_past = |object: &&store::Object| !object.age.is_zero();
+            let clock = page.iter().find(is_past);
+            if let Some(now) = clock.and_then(|object| object.last_seen.checked_add(object.age)) {
+                self.view.set_clock(now);
             }
             let Some(last) = page.last() else { break };
             after = Some(last.id);
@@ -131,16 +138,17 @@ impl Following {
                 id: object.id,
                 last_seen: micros_of(object.last_seen),
             };
-            self.live.apply(events::Kind::Seen, page.iter().map(sighted));
-            // Others have their turn while a large table is read.
-            tokio::task::yield_now().await;
+            for rows in page.chunks(ROWS_AT_ONCE) {
+                self.view.apply(events::Kind::Seen, rows.iter().map(sighted));
+                tokio::task::yield_now().await;
+            }
         }
-        self.live.end_reading();
+        self.view.end_reading().await;
         Ok(())
     }
 }
 
-/// Returns as soon as the status says that it is there, or after a while.
-pub(crate) async fn is_there(status: &mut watch::Receiver<bool>, within: Duration) -> bool {
-    timeout(within, status.wait_for(|there| *there)).await.is_ok_and(|there| there.is_ok())
+/// Returns true as soon as the status is, and false after a while.
+pub(crate) async fn is_true(status: &mut watch::Receiver<bool>, within: Duration) -> bool {
+    timeout(within, status.wait_for(|is| *is)).await.is_ok_and(|is| is.is_ok())
 }

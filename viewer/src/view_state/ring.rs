@@ -1,4 +1,4 @@
-//! The latest changes, for those who were not there for a moment.
+//! The latest changes, for subscribers that were away for a moment.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,12 +8,12 @@ use events::Kind;
 
 use super::Sighted;
 
-const MESSAGES_MAX: usize = 4_096;
-const BYTES_MAX: usize = 32 << 20;
+const MESSAGES_MAX: usize = 16_384;
+const BYTES_MAX: usize = 16 << 20;
 
-/// A change as all subscribers get it: encoded once.
+/// A change as all subscribers that follow everything get it: encoded once.
 pub(crate) struct Message {
-    /// Its number among all of this viewer.
+    /// Its number among all changes of this viewer.
     pub(crate) sequence: u64,
     pub(crate) kind: Kind,
     pub(crate) objects: Vec<Sighted>,
@@ -21,7 +21,7 @@ pub(crate) struct Message {
     pub(crate) encoded: Bytes,
 }
 
-/// Whoever is further behind than the ring reaches.
+/// The subscriber is further behind than the ring reaches.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct TooFarBehind;
 
@@ -38,7 +38,7 @@ impl Ring {
         self.last
     }
 
-    /// Takes the next one, which `encode` makes of its number.
+    /// Adds the next change, which `encode` writes with its number.
     pub(super) fn push(
         &mut self,
         kind: Kind,
@@ -56,7 +56,7 @@ impl Ring {
         }
     }
 
-    /// The one after that with this number; none if there is none yet.
+    /// The change after the one with this number; none if there is none yet.
     pub(super) fn after(&self, sequence: u64) -> Result<Option<Arc<Message>>, TooFarBehind> {
         let behind = self.last.checked_sub(sequence).ok_or(TooFarBehind)?;
         let behind = usize::try_from(behind).map_err(|_| TooFarBehind)?;
@@ -84,24 +84,24 @@ mod tests {
     }
 
     #[test]
-    fn whoever_knows_the_number_gets_what_came_after_it_and_nothing_twice() {
+    fn each_change_after_a_number_is_found_once() {
         let mut ring = Ring::default();
         assert_eq!(next(&ring, 0), Ok(None));
         for _ in 0..5 {
             push(&mut ring, 10);
         }
         assert_eq!([0, 3, 5].map(|after| next(&ring, after).unwrap()), [Some(1), Some(4), None]);
-        assert_eq!(next(&ring, 6), Err(TooFarBehind), "a number that nobody was given");
+        assert_eq!(next(&ring, 6), Err(TooFarBehind), "a number that was never given");
     }
 
     #[test]
-    fn it_is_bounded_by_count_and_by_bytes() {
+    fn the_ring_is_bounded_by_count_and_by_bytes() {
         let mut ring = Ring::default();
-        for _ in 0..5_000 {
+        for _ in 0..20_000 {
             push(&mut ring, 10);
         }
-        assert_eq!(next(&ring, 5_000 - MESSAGES_MAX as u64 - 1), Err(TooFarBehind));
-        assert!(next(&ring, 5_000 - MESSAGES_MAX as u64).is_ok());
+        assert_eq!(next(&ring, 20_000 - MESSAGES_MAX as u64 - 1), Err(TooFarBehind));
+        assert!(next(&ring, 20_000 - MESSAGES_MAX as u64).is_ok());
         for _ in 0..100 {
             push(&mut ring, BYTES_MAX / 10);
         }
