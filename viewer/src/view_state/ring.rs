@@ -9,7 +9,7 @@ use events::Kind;
 use super::Sighted;
 
 const MESSAGES_MAX: usize = 16_384;
-const BYTES_MAX: usize = 16 << 20;
+const BYTES_MAX: usize = 32 << 20;
 
 /// A change as all subscribers that follow everything get it: encoded once.
 pub(crate) struct Message {
