@@ -7,8 +7,8 @@ const LONGEST_WAIT_MS = 30_000;
 const KINDS = ["snapshot", "more", "resumed", "online", "seen", "gone"];
 
 /**
- * Follows the stream forever, about as many objects as the page shows. Calls `on.open()` whenever the stream is there
- * (again) and its list of objects is complete, `on.lost()` whenever it is not, and `on.change(kind, objects)` for each
+ * Follows the stream forever, about as many objects as the page shows. Calls `on.open(isLimited)` whenever the
+ * stream is there (again) and its list of objects is complete, or holds as many as the page shows, `on.lost()` whenever it is not, and `on.change(kind, objects)` for each
  * change, in order: "snapshot" with all objects, "listed" with further ones, "online", "seen" and "gone".
  *
  * The browser resumes a broken connection with `Last-Event-ID`, so that nothing is missed. It gives up on a response that
@@ -75,7 +75,7 @@ export class Feed {
     if (remaining === undefined || remaining === "follow") return;
     if (this.#list) this.#on.change("snapshot", [...this.#list].map(([id, at]) => ({ id, at })));
     this.#list = null;
-    this.#on.open();
+    this.#on.open(remaining === "over_limit");
   }
 
   // After an event that cannot be read nothing is sure any more: a new connection begins with a snapshot.

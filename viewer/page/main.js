@@ -3,7 +3,7 @@ import { Browse } from "./browse.js";
 import { Field } from "./field.js";
 import { Lately } from "./lately.js";
 import { ObjectPanel } from "./object.js";
-import { MOST_SLOTS, Presence } from "./presence.js";
+import { Presence } from "./presence.js";
 import { Stats } from "./stats.js";
 import { follow } from "./tab-feed.js";
 import { Tiles } from "./tiles.js";
@@ -22,6 +22,8 @@ const SLOW_START_MS = 4000;
 
 const presence = new Presence();
 const heard = { stream: false, numbers: false };
+// Whether there are more objects than the page shows: the stream is about those that it shows only.
+let isLimited = false;
 let brokenAt = null;
 let everConnected = false;
 
@@ -29,7 +31,10 @@ let everConnected = false;
 const now = () => brokenAt?.viewer ?? stats.clock.now();
 
 const feed = follow({
-  open: () => hear("stream", true),
+  open(limited) {
+    isLimited = limited;
+    hear("stream", true);
+  },
   lost: () => hear("stream", false),
   change(kind, objects) {
     const time = performance.now();
@@ -51,9 +56,10 @@ const stats = new Stats({
     hear("numbers", true);
     showNotices(answer);
     tiles.draw();
-    const differs = answer.online !== null && answer.online !== presence.online && presence.slots < MOST_SLOTS;
+    const differs = answer.online !== null && answer.online !== presence.online && !isLimited;
     const doubtful = back ? feed.silence > SILENT_AFTER_OUTAGE_MS : feed.silence > SILENT_MS;
     if (doubtful && (back || differs || !heard.stream)) feed.renew();
+    if (isLimited && panel.id !== null && presence.slotOf(panel.id) < 0) panel.load();
   },
   failure() {
     hear("numbers", false);
@@ -131,14 +137,12 @@ function tick() {
 }
 
 function showCount() {
-  // The field holds so many; how many there are in all, the viewer counts.
-  const full = presence.slots >= MOST_SLOTS;
-  const count = full ? Math.max(presence.online, stats.latest?.online ?? 0) : presence.online;
+  const count = isLimited ? Math.max(presence.online, stats.latest?.online ?? 0) : presence.online;
   const words = everConnected ? number(count) : "–";
   element("count").textContent = words;
   document.title = everConnected ? `${words} online – Lastseen` : "Lastseen";
   document.querySelector(".field-empty").hidden = !everConnected || presence.online > 0;
-  element("field-rest").textContent = full && count > presence.online ? `Shown are ${number(presence.online)} of them.` : "";
+  element("field-rest").textContent = isLimited && count > presence.online ? `Shown are ${number(presence.online)} of them.` : "";
 }
 
 function say(words) {

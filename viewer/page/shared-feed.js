@@ -5,11 +5,13 @@ import { Feed } from "./feed.js";
 const tabs = new Set();
 const objects = new Map();
 let isOpen = false;
+let isLimited = false;
 
 const feed = new Feed({
-  open() {
+  open(limited) {
     isOpen = true;
-    send(["open"]);
+    isLimited = limited;
+    send(["open", isLimited]);
   },
   lost() {
     isOpen = false;
@@ -33,7 +35,7 @@ addEventListener("connect", ({ ports: [tab] }) => {
       tabs.add(tab);
       if (!isOpen) return tab.postMessage(["silent", feed.silence]);
       tab.postMessage(["change", "snapshot", [...objects].map(([id, at]) => ({ id, at }))]);
-      tab.postMessage(["open"]);
+      tab.postMessage(["open", isLimited]);
     }
   };
 });

@@ -116,6 +116,26 @@ const tests = {
     await says(state, /^Gone/);
   },
 
+  // Field case 2.2
+  async "of more objects than it shows, the page counts all and follows the one that is chosen"(world) {
+    const proxy = await world.proxy();
+    proxy.limit = 2;
+    const posting = setInterval(() => world.post("2", "4", "6", "8").catch(() => {}), 500);
+    const { page } = await world.open({}, proxy.url);
+    const { count, state, id, show } = on(page);
+    try {
+      await says(count, /^4$/);
+      await says(page.locator("#field-rest"), /^Shown are 2 of them/);
+      await id.fill("8");
+      await show.click();
+      await says(state, /^Online, seen/);
+    } finally {
+      clearInterval(posting);
+    }
+    await says(state, /^Gone, last seen/);
+    await says(count, /^0$/);
+  },
+
   // Field case 7.3
   async "the page is not live before the list of objects has arrived"(world) {
     const proxy = await world.proxy();

@@ -120,6 +120,8 @@ export class World {
 class PathProxy {
   /** What happens to the stream: it is passed on, refused, or held back after its head. */
   stream = "pass";
+  /** How many objects the stream is limited to, instead of as many as the page asks for. */
+  limit = null;
   /** The paths that were answered 404, and the number of streams that are open. */
   notFound = [];
   streams = 0;
@@ -154,7 +156,8 @@ class PathProxy {
       return outgoing.writeHead(404).end();
     }
     if (isStream && this.stream === "refuse") return outgoing.writeHead(503).end();
-    const path = incoming.url.slice("/presence".length);
+    let path = incoming.url.slice("/presence".length);
+    if (isStream && this.limit) path = path.replace(/limit=\d+/, `limit=${this.limit}`);
     const onward = request({ host: "127.0.0.1", port, path, headers: incoming.headers }, (response) => {
       if (response.statusCode === 404) this.notFound.push(incoming.url);
       outgoing.writeHead(response.statusCode, response.headers).flushHeaders();
