@@ -10,6 +10,7 @@ mod machine;
 mod producer;
 mod routine;
 mod status_api;
+mod viewer;
 
 /// All cases, in the order of the table.
 pub(crate) fn all() -> Vec<Case> {
@@ -22,6 +23,7 @@ pub(crate) fn all() -> Vec<Case> {
         status_api::cases(),
         routine::cases(),
         machine::cases(),
+        viewer::cases(),
     ];
     parts.into_iter().flatten().collect()
 }

@@ -29,6 +29,13 @@ pub(crate) async fn prepare(table: &PgPool) {
     sqlx::raw_sql(GONE).execute(table).await.expect("a new database should take a table");
 }
 
+/// Adds rows of objects that no callback is about: their ids are -1, -2 and so on.
+pub(crate) async fn insert_foreign(table: &PgPool, count: i64) {
+    let insert = "INSERT INTO object SELECT -id, now() FROM generate_series(1, $1::bigint) id";
+    let inserted = sqlx::query(insert).bind(count).execute(table).await;
+    inserted.expect("the table should be writable");
+}
+
 /// When each row was committed, those that are gone included.
 pub(crate) async fn committed(table: &PgPool) -> HashMap<i64, SystemTime> {
     let rows: Vec<(i64, f64)> =

@@ -92,6 +92,8 @@ pub(crate) struct World {
     pub(crate) producer: Option<Process>,
     pub(crate) consumers: Vec<Process>,
     pub(crate) routine: Option<Process>,
+    /// Only in cases that start one.
+    pub(crate) viewer: Option<Process>,
     setup: Setup,
     surroundings: Surroundings,
     producer_address: SocketAddr,
@@ -162,6 +164,7 @@ impl World {
             producer: None,
             consumers: Vec::new(),
             routine: None,
+            viewer: None,
             setup,
             surroundings,
             producer_address: SocketAddr::from(([127, 0, 0, 1], free_port())),
@@ -219,6 +222,11 @@ impl World {
         let mut variables = vec![("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "500ms")];
         variables.extend(&self.setup.routine);
         self.surroundings.spawn("routine", &variables)
+    }
+
+    /// A viewer of the table.
+    pub(crate) fn spawn_viewer(&self) -> Process {
+        self.surroundings.spawn("viewer", &[])
     }
 
     /// The producer.
@@ -405,7 +413,7 @@ impl World {
 
     /// All services, as the end of the case wants them to run.
     pub(crate) fn services(&self) -> impl Iterator<Item = &Process> {
-        self.producer.iter().chain(&self.consumers).chain(&self.routine)
+        self.producer.iter().chain(&self.consumers).chain(&self.routine).chain(&self.viewer)
     }
 }
 

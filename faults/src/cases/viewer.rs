@@ -1,0 +1,106 @@
+//! The viewer under clients that take more than their share.
+
+use std::net::SocketAddr;
+use std::time::{Duration, Instant};
+
+use pipeline::viewer_url;
+use testbed::http_get;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::JoinSet;
+
+use crate::case::Case;
+use crate::figures::{Allowed, Verdict};
+use crate::rows;
+use crate::world::{Setup, World};
+
+pub(super) fn cases() -> Vec<Case> {
+    vec![Case::new(
+        "slow_event_readers",
+        "200,000 objects are online, and 1,000 clients read the viewer's `/events` at 10 KB/s for 25 s",
+        slow_event_readers,
+    )]
+}
+
+const OBJECTS: i64 = 200_000;
+const READERS: usize = 1_000;
+const BYTES_PER_READ: usize = 5_000;
+const READ_INTERVAL: Duration = Duration::from_millis(500);
+const READ_FOR: Duration = Duration::from_secs(25);
+/// By how much the viewer's resident set may grow.
+const GROWTH_MAX_KIB: u64 = 64 << 10;
+/// How long a request may take meanwhile.
+const ANSWER_MAX: Duration = Duration::from_secs(2);
+
+// Field case 2.2
+async fn slow_event_readers() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    rows::insert_foreign(world.database.pool(), OBJECTS).await;
+    let viewer = world.viewer.insert(world.spawn_viewer());
+    viewer.ready().await;
+    let url = viewer_url(viewer).await;
+    let address: SocketAddr =
+        url.trim_start_matches("http://").parse().expect("a viewer should log its address");
+    world.comes_under_load().await;
+
+    let viewer = world.viewer.as_ref().expect("the case has started a viewer");
+    let before = viewer.rss_kib();
+    let mut readers: JoinSet<bool> = (0..READERS).map(|_| read_slowly(address)).collect();
+    let (began, mut peak, mut slowest) = (Instant::now(), before, Duration::ZERO);
+    while began.elapsed() < READ_FOR {
+        let asked = Instant::now();
+        let answer = http_get(address, "/stats").await;
+        slowest = slowest.max(asked.elapsed());
+        peak = peak.max(viewer.rss_kib());
+        if !answer.is_ok_and(|answer| answer.status == 200) {
+            slowest = Duration::MAX;
+        }
+        world.stays(READ_INTERVAL).await;
+    }
+    let mut cut_off = 0;
+    while let Some(read) = readers.join_next().await {
+        cut_off += usize::from(!read.is_ok_and(|is_open| is_open));
+    }
+    world.recovers().await;
+
+    let mut verdict = world.settles(Allowed::NOTHING).await;
+    let grown = peak - before;
+    println!(
+        "the viewer grew by {grown} KiB; its slowest answer took {slowest:?}; {cut_off} cut off"
+    );
+    if grown > GROWTH_MAX_KIB {
+        verdict.breaches.push(format!("the viewer grew by {grown} KiB for {READERS} readers"));
+    }
+    if slowest > ANSWER_MAX {
+        verdict.breaches.push(format!("the viewer's slowest answer took {slowest:?}"));
+    }
+    if cut_off > 0 {
+        verdict.breaches.push(format!("{cut_off} readers were cut off while they read"));
+    }
+    verdict
+}
+
+/// Reads for [`READ_FOR`]. Returns whether the stream is still open then.
+async fn read_slowly(viewer: SocketAddr) -> bool {
+    let Ok(mut stream) = connect_with_small_buffer(viewer).await else { return false };
+    let request = b"GET /events HTTP/1.1\r\nhost: localhost\r\n\r\n";
+    if stream.write_all(request).await.is_err() {
+        return false;
+    }
+    let began = Instant::now();
+    let mut buffer = vec![0; BYTES_PER_READ];
+    while began.elapsed() < READ_FOR {
+        if !stream.read(&mut buffer).await.is_ok_and(|count| count > 0) {
+            return false;
+        }
+        tokio::time::sleep(READ_INTERVAL).await;
+    }
+    true
+}
+
+/// With the usual buffer, the kernel would read far ahead of the client.
+async fn connect_with_small_buffer(viewer: SocketAddr) -> std::io::Result<TcpStream> {
+    let socket = TcpSocket::new_v4()?;
+    socket.set_recv_buffer_size(4 << 10)?;
+    socket.connect(viewer).await
+}
