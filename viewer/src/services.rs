@@ -227,6 +227,7 @@ async fn fetch(client: &Client, url: &Url, address: SocketAddr) -> Result<String
 /// The samples in a text of Prometheus's format, but those of histograms' buckets. The exporter writes
 /// no timestamps, so the value is what follows the last space.
 fn samples(text: &str) -> HashMap<String, f64> {
+    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
     let lines = text.lines().filter(|line| line.starts_with("lastseen_"));
     let sample = |line: &str| {
         let (name, value) = line.rsplit_once(' ')?;
@@ -364,6 +365,12 @@ mod tests {
         let refused = "lastseen_settings_refused 1\nlastseen_settings_awaiting_restart 2";
         assert!(told(refused).unwrap().contains("refused"));
         assert!(told("lastseen_settings_awaiting_restart 2").unwrap().contains("file: 2, with"));
+    }
+
+    // Field case 1.3
+    #[test]
+    fn a_byte_order_mark_before_metrics_is_ignored() {
+        assert!(samples("\u{feff}lastseen_dead_letters 5").contains_key("lastseen_dead_letters"));
     }
 
     #[test]
