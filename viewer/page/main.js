@@ -32,6 +32,8 @@ const now = () => brokenAt?.viewer ?? stats.clock.now();
 
 const feed = follow({
   open(limited) {
+    // What happened to an object that the stream was not about, only the viewer knows.
+    if (isLimited) loadUnlisted();
     isLimited = limited;
     hear("stream", true);
   },
@@ -59,7 +61,7 @@ const stats = new Stats({
     const differs = answer.online !== null && answer.online !== presence.online && !isLimited;
     const doubtful = back ? feed.silence > SILENT_AFTER_OUTAGE_MS : feed.silence > SILENT_MS;
     if (doubtful && (back || differs || !heard.stream)) feed.renew();
-    if (isLimited && panel.id !== null && presence.slotOf(panel.id) < 0) panel.load();
+    if (isLimited) loadUnlisted();
   },
   failure() {
     hear("numbers", false);
@@ -122,6 +124,11 @@ function showNotices({ table, events, services }) {
 }
 
 // ---------------------------------------------------------------------------- the rest
+
+/** Asks for the object on show, if the stream is not about it. */
+function loadUnlisted() {
+  if (panel.id !== null && presence.slotOf(panel.id) < 0) panel.load();
+}
 
 function tick() {
   if (heard.stream && !heard.numbers && feed.silence > BOTH_SILENT_MS) hear("stream", false, feed.silence);
