@@ -29,9 +29,9 @@ pub(crate) async fn prepare(table: &PgPool) {
     sqlx::raw_sql(GONE).execute(table).await.expect("a new database should take a table");
 }
 
-/// Adds rows of objects that no callback is about: their ids are -1, -2 and so on.
+/// Adds rows of objects that no callback is about: their ids are -2, -4 and so on.
 pub(crate) async fn insert_foreign(table: &PgPool, count: i64) {
-    let insert = "INSERT INTO object SELECT -id, now() FROM generate_series(1, $1::bigint) id";
+    let insert = "INSERT INTO object SELECT -2 * id, now() FROM generate_series(1, $1::bigint) id";
     let inserted = sqlx::query(insert).bind(count).execute(table).await;
     inserted.expect("the table should be writable");
 }
