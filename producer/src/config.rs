@@ -8,8 +8,9 @@ use std::time::Duration;
 use authenticity::Authenticity;
 use service::settings;
 
+/// The client gives up after a second, and the spool may take half of it once the broker has had its time.
 const PUBLISH_TIMEOUT: RangeInclusive<Duration> =
-    Duration::from_millis(10)..=Duration::from_mins(1);
+    Duration::from_millis(10)..=Duration::from_millis(400);
 /// How long a client may take.
 const CLIENT_TIMEOUT: RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_mins(10);

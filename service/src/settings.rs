@@ -14,7 +14,7 @@ pub fn duration(
     move |text| {
         let expected = || {
             let (min, max) = (display(*allowed.start()), display(*allowed.end()));
-            format!("expected a duration from {min} to {max}, such as 500ms, 3s or 2m")
+            format!("expected a duration from {min} to {max}, written like 500ms, 3s, 2m, 1h or 1d")
         };
         let text = text.trim();
         let mut units = text.split(|letter: char| !letter.is_alphabetic());
@@ -124,7 +124,7 @@ mod tests {
         }
         for text in ["", "0s", "0", "1ns", "9ms", "25h", "-3s", "soon", "99999999999999999999h"] {
             let error = parse(text).unwrap_err();
-            assert!(error.starts_with("expected a duration from 10ms to 1d, such as"), "{error}");
+            assert!(error.starts_with("expected a duration from 10ms to 1d, written"), "{error}");
         }
         assert_eq!(duration(Duration::ZERO..=Duration::MAX)("0s"), Ok(Duration::ZERO));
     }

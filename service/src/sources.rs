@@ -199,7 +199,7 @@ fn cannot_read(path: &Path, error: &io::Error) -> String {
     match path.metadata() {
         Ok(file) if error.kind() == io::ErrorKind::PermissionDenied => format!(
             "cannot be read ({error}): it belongs to uid {} with mode {:04o}, and this process runs as uid {me}; allow \
-             it to read the file, as with chmod a+r",
+             it to read the file, as with chown or chmod a+r",
             file.uid(),
             file.mode() & 0o7777,
         ),

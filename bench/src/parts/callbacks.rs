@@ -18,8 +18,8 @@ const PATIENCE: Duration = Duration::from_mins(1);
 const MESSAGES: i64 = 200_000;
 /// The same for fewer at a time.
 const IN_A_WINDOW: u64 = 60_000;
-/// So that the spool takes nothing of what is compared with what the broker confirms.
-pub(super) const PATIENT: [(&str, &str); 1] = [("PUBLISH_TIMEOUT", "10s")];
+/// So that the spool takes as little as possible of what is compared with what the broker confirms.
+pub(super) const PATIENT: [(&str, &str); 1] = [("PUBLISH_TIMEOUT", "400ms")];
 /// Nobody asks it.
 pub(super) const NO_STATUS_API: &str = "http://127.0.0.1:1";
 

@@ -12,7 +12,7 @@ use lapin::{Channel, Connection, ConnectionProperties};
 use producer::FrontDoor;
 use reqwest::header::HeaderMap;
 use serde_json::Value;
-use service::{CancellationToken, Health};
+use service::{CancellationToken, Health, settings};
 use testbed::{Queue, Scratch, amqp_uri, eventually};
 use tokio::task::JoinHandle;
 
@@ -27,10 +27,19 @@ struct Cli {
     config: producer::Config,
 }
 
-/// The settings that `arguments` make of the defaults.
+/// The settings that `arguments` make of the defaults. A test may give the broker of a busy machine more time than
+/// an operator may.
 pub(crate) fn config(arguments: &[String]) -> producer::Config {
+    let timeout =
+        |argument: &String| argument.strip_prefix("--publish-timeout=").map(str::to_owned);
+    let others = arguments.iter().filter(|argument| timeout(argument).is_none()).cloned();
     let program = std::iter::once("producer".to_owned());
-    Cli::parse_from(program.chain(arguments.iter().cloned())).config
+    let mut config = Cli::parse_from(program.chain(others)).config;
+    if let Some(timeout) = arguments.iter().filter_map(timeout).next_back() {
+        let parse = settings::duration(Duration::ZERO..=Duration::MAX);
+        config.callbacks.publish_timeout = parse(&timeout).unwrap();
+    }
+    config
 }
 
 /// A producer on any free port, with a queue of its own.

@@ -44,8 +44,7 @@ impl Siege {
             ("AMQP_URI", amqp_uri()),
             ("QUEUE_NAME", queue.name.clone()),
             ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
-            // How long a busy machine's broker takes is not what these tests are about.
-            ("PUBLISH_TIMEOUT", "20s".to_owned()),
+            ("PUBLISH_TIMEOUT", "400ms".to_owned()),
         ];
         environment.extend(settings.iter().map(|(name, value)| (*name, (*value).to_owned())));
         let producer = Arc::new(Process::spawn("producer", &environment, &[]));
@@ -76,8 +75,11 @@ impl Siege {
         let messages = accepted + others + 2;
         eventually("the callbacks, and nothing else, are queued", DEADLINE, async || {
             let depth = self.queue.depth(&self.queue.name).await.unwrap();
-            assert!(depth <= messages, "{depth} messages instead of {messages}");
-            (depth == messages).then_some(())
+            // What a busy machine's broker confirms too late goes through the spool as well.
+            let twice = self.producer.metric("lastseen_spooled_total").await;
+            let most = f64::from(messages) + twice;
+            assert!(f64::from(depth) <= most, "{depth} messages instead of {messages}");
+            (depth >= messages).then_some(())
         })
         .await;
         let growth_kib = peak_memory_kib.saturating_sub(self.memory_before_kib);
