@@ -32,6 +32,12 @@ pub(crate) fn mask_path(name: &str, path: &str) -> String {
     }
 }
 
+/// The value without what a careless tool has put around it, such as the carriage return of a CRLF file. Blanks
+/// may be part of a password.
+pub(crate) fn trim<'a>(name: &str, value: &'a str) -> &'a str {
+    if is_secret(name) { value.trim_matches(['\r', '\n']) } else { value.trim() }
+}
+
 /// Rejects URLs that parsers would split elsewhere than their author meant, so that part of a password
 /// becomes the host or the path, and is shown as such.
 ///
@@ -90,6 +96,8 @@ mod tests {
         }
         assert_eq!(mask("QUEUE_NAME", &"€".repeat(1_000)).chars().count(), SHOWN_MAX + 1);
         assert_eq!(mask_path("POSTGRES_PASSWORD", "s3cret"), "***");
+        assert_eq!(trim("POSTGRES_PASSWORD", " a \r\n"), " a ");
+        assert_eq!(trim("OBJECT_TTL", " 30s \r\n"), "30s");
         assert_eq!(mask_path("lastseen-config", "amqp://me:s3cret@host"), "***");
         assert_eq!(mask_path("POSTGRES_PASSWORD", "/run/secrets/x"), "/run/secrets/x");
     }

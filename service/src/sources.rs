@@ -233,8 +233,10 @@ fn environment() -> Result<Environment, SettingsError> {
         variables.insert(name, Variable::in_file(&path, entry));
     }
     let of_process = std::env::vars_os().filter_map(|(name, value)| {
+        let name = name.into_string().ok()?;
         let value = value.into_string().map_err(|_| "is not UTF-8");
-        Some((name.into_string().ok()?, Variable { value, origin: Origin::Environment }))
+        let value = value.map(|value| secrets::trim(&name, &value).to_owned());
+        Some((name, Variable { value, origin: Origin::Environment }))
     });
     lay_over(&mut variables, of_process.collect());
     Ok(Environment { variables, dot_env, warnings })
