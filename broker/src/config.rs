@@ -6,7 +6,9 @@ use std::sync::Arc;
 
 use ::amqp::{Access, AmqpUri, settings};
 use embedded::{Location, OpenError};
+use tokio::sync::watch;
 
+use crate::LinkStatus;
 use crate::sqlite::Queue;
 
 /// The broker's settings.
@@ -37,6 +39,13 @@ pub struct Claim {
 }
 
 impl Claim {
+    /// `Err` while a damaged file is kept beside this one: which, and what is to be done with it. `None` if the
+    /// queue is not in a file.
+    #[must_use]
+    pub fn kept(&self) -> Option<watch::Receiver<LinkStatus>> {
+        self.queue.as_ref().map(|queue| queue.kept())
+    }
+
     /// Closes the file, if nobody else of this process has it open.
     pub async fn close(self) {
         if let Some(queue) = self.queue {

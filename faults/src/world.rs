@@ -9,8 +9,8 @@ use std::time::{Duration, Instant, SystemTime};
 use broker::{DeadLetter, Publisher, Treatment};
 use pipeline::Surroundings;
 use testbed::{
-    ON_A_SMALL_DISK, PostgresCluster, Process, Proxy, RabbitNode, Scratch, eventually, free_port,
-    postgres_environment,
+    ON_A_READ_ONLY_ROOT, ON_A_SMALL_DISK, PostgresCluster, Process, Proxy, RabbitNode, Scratch,
+    eventually, free_port, postgres_environment,
 };
 use tester::ledger::Entry;
 
@@ -46,6 +46,8 @@ pub(crate) struct Setup {
     pub(crate) connections: Option<u32>,
     /// Whether the producer's spool is on a disk of 48 MiB, which goes with the producer.
     pub(crate) small_spool_disk: bool,
+    /// Whether nothing is writable for the services but the producer's spool.
+    pub(crate) read_only_root: bool,
     /// Whether the table is on a small disk: [`PostgresCluster::fill_small_disk`].
     pub(crate) small_database_disk: bool,
     /// How many consumers there are.
@@ -66,6 +68,7 @@ impl Default for Setup {
             cluster: None,
             connections: None,
             small_spool_disk: false,
+            read_only_root: false,
             small_database_disk: false,
             consumers: 1,
             producer: Vec::new(),
@@ -202,7 +205,7 @@ impl World {
             fs::create_dir_all(self.spool()).expect("a scratch directory should be writable");
             return self.surroundings.spawn_through(&ON_A_SMALL_DISK, "producer", &variables);
         }
-        self.surroundings.spawn("producer", &variables)
+        self.spawn("producer", &variables)
     }
 
     /// The producer's `SPOOL_DIR`.
@@ -214,14 +217,22 @@ impl World {
     pub(crate) fn spawn_consumer(&self) -> Process {
         let mut variables = vec![("MAX_CONSUMERS", "300")];
         variables.extend(&self.setup.consumer);
-        self.surroundings.spawn("consumer", &variables)
+        self.spawn("consumer", &variables)
     }
 
     /// A routine that deletes nothing which a case could want to see, unless told so.
     pub(crate) fn spawn_routine(&self) -> Process {
         let mut variables = vec![("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "500ms")];
         variables.extend(&self.setup.routine);
-        self.surroundings.spawn("routine", &variables)
+        self.spawn("routine", &variables)
+    }
+
+    fn spawn(&self, service: &str, variables: &[(&'static str, &str)]) -> Process {
+        if self.setup.read_only_root {
+            fs::create_dir_all(self.spool()).expect("a scratch directory should be writable");
+            return self.surroundings.spawn_through(&ON_A_READ_ONLY_ROOT, service, variables);
+        }
+        self.surroundings.spawn(service, variables)
     }
 
     /// A viewer of the table.

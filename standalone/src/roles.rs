@@ -45,6 +45,12 @@ impl Stage {
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
         let Self { config, broker, store, claims } = self;
+        if let Some(kept) = claims.0.kept() {
+            health.wants("intact queue", kept);
+        }
+        if let Some(kept) = claims.1.kept() {
+            health.wants("intact table", kept);
+        }
         let without = config.without;
         let mut lookups = config.lookups.clone();
         let mut partners_callbacks = config.partners_callbacks.clone().into_inner();

@@ -7,9 +7,10 @@ use std::str::FromStr;
 use embedded::{File, Location};
 use secrecy::{ExposeSecret as _, SecretString};
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
+use tokio::sync::watch;
 
 use crate::sqlite::Table;
-use crate::{StoreError, TimeZone};
+use crate::{StoreError, StoreStatus, TimeZone};
 
 // The contract's defaults.
 const HOST: &str = "localhost";
@@ -136,6 +137,13 @@ pub struct Claim {
 }
 
 impl Claim {
+    /// `Err` while a damaged file is kept beside this one: which, and what is to be done with it. `None` if the
+    /// table is not in a file.
+    #[must_use]
+    pub fn kept(&self) -> Option<watch::Receiver<StoreStatus>> {
+        self.table.as_ref().map(Table::kept)
+    }
+
     /// Closes the file, if nobody else of this process has it open.
     pub async fn close(self) {
         if let Some(table) = self.table {

@@ -42,6 +42,10 @@ impl Table {
         self.0.status()
     }
 
+    pub(crate) fn kept(&self) -> watch::Receiver<StoreStatus> {
+        self.0.kept()
+    }
+
     pub(crate) async fn died(&self) {
         self.0.died().await;
     }

@@ -1,8 +1,12 @@
 //! What happens to the producer.
 
+use std::collections::HashSet;
 use std::fs;
+use std::path::Path;
 use std::time::Duration;
 
+use broker::Spool;
+use pipeline::Partner;
 use testbed::{eventually, fill_disk};
 
 use crate::case::Case;
@@ -30,6 +34,16 @@ pub(super) fn cases() -> Vec<Case> {
             "spool_unwritable",
             "the spool's directory cannot be written at the producer's start, and can be 8 s later",
             unwritable,
+        ),
+        Case::new(
+            "read_only_root",
+            "services on a read-only root file system, and thousands of messages spooled while the broker is down",
+            read_only_root,
+        ),
+        Case::new(
+            "spool_damaged",
+            "a page in the middle of the spool overwritten while producer and broker are down; a person posts what was on it",
+            damaged,
         ),
     ]
 }
@@ -124,6 +138,75 @@ async fn unwritable() -> Verdict {
     world.broker.boot().await;
     world.recovers().await;
     world.settles(Allowed::REPEATS).await
+}
+
+/// Field case 3.4.
+async fn read_only_root() -> Verdict {
+    let mut world = World::start(Setup { read_only_root: true, ..Setup::default() }).await;
+    world.comes_under_load().await;
+    world.broker.kill().await;
+    world.spools(4_000.0).await;
+    world.broker.boot().await;
+    world.recovers().await;
+    world.relays_all().await;
+    world.settles(Allowed::REPEATS).await
+}
+
+/// Field case 3.5.
+async fn damaged() -> Verdict {
+    let mut world = World::start(Setup::default()).await;
+    world.comes_under_load().await;
+    world.broker.kill().await;
+    world.spools(2_000.0).await;
+    world.producer_is_killed().await;
+    let lost = damage_a_page(&world.spool().join("spool.db")).await;
+    world.producer_is_back().await;
+    world.producer().wait_for_log("has been carried over").await;
+    let (_, ready) = world.producer().get("/readyz").await;
+    assert!(ready.contains("intact spool: "), "{ready}");
+    world.broker.boot().await;
+    world.recovers().await;
+    assert!(Partner::default().post(&world.endpoint(), &lost).await, "they should be accepted");
+    world.settles(Allowed::REPEATS).await
+}
+
+/// Overwrites a page in the middle of a spool that nobody has open, and returns the ids of the messages on it.
+async fn damage_a_page(path: &Path) -> Vec<i64> {
+    let spool = Spool::open(path, u64::MAX).expect("the spool should be whole");
+    let messages = spool.oldest(1 << 20).await.expect("the spool should be readable");
+    // The end moves what is in the log to the file.
+    spool.close().await;
+    let mut bytes = fs::read(path).expect("the spool should be readable");
+    let pages = bytes.len() / PAGE_BYTES;
+    let numbers = (pages / 2..pages).find_map(|page| {
+        let numbers = numbers_on(&bytes[page * PAGE_BYTES..][..PAGE_BYTES])?;
+        bytes[page * PAGE_BYTES..][..PAGE_BYTES].fill(0xA5);
+        Some(numbers)
+    });
+    let numbers = numbers.expect("there should be a page with messages");
+    fs::write(path, bytes).expect("the spool should be writable");
+    let lost = messages.iter().filter(|message| numbers.contains(&message.number));
+    lost.map(|message| message.id).collect()
+}
+
+const PAGE_BYTES: usize = 4_096;
+
+/// The numbers of the rows on a page of SQLite's file format; `None` if the page is none with rows of a table.
+fn numbers_on(page: &[u8]) -> Option<HashSet<i64>> {
+    let at = |offset: usize| usize::from(u16::from_be_bytes([page[offset], page[offset + 1]]));
+    let cells = at(3);
+    (page[0] == 0x0D && cells > 10).then(|| {
+        let cell = |index: usize| &page[at(8 + 2 * index)..];
+        // Its length, and then its number.
+        (0..cells).map(|index| varint(varint(cell(index)).1).0).collect()
+    })
+}
+
+/// A number in SQLite's encoding, of fewer than nine bytes, and what comes after it.
+fn varint(bytes: &[u8]) -> (i64, &[u8]) {
+    let length = bytes.iter().take_while(|byte| **byte >= 0x80).count() + 1;
+    let number = bytes[..length].iter().fold(0, |sum, byte| sum << 7 | i64::from(byte & 0x7F));
+    (number, &bytes[length..])
 }
 
 fn on_a_small_disk() -> Setup {

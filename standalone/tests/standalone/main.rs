@@ -8,8 +8,7 @@ mod disk_full;
 mod files;
 mod pipeline;
 
-use std::collections::BTreeMap;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use ::pipeline::callback_endpoint;
@@ -88,14 +87,4 @@ fn even_ids_online(latency: Duration) -> StatusApi {
         let answer = if id % 2 == 0 { Answer::Online } else { Answer::Offline };
         Answer::After(latency, Box::new(answer))
     })
-}
-
-/// All bytes of the databases in a directory and of their logs, by name.
-fn contents(directory: &Path) -> BTreeMap<PathBuf, Vec<u8>> {
-    let files = std::fs::read_dir(directory).unwrap().map(|entry| entry.unwrap().path());
-    let kept = files.filter(|file| {
-        let extension = file.extension().unwrap_or_default();
-        extension == "db" || extension == "db-wal"
-    });
-    kept.map(|file| (file.clone(), std::fs::read(file).unwrap())).collect()
 }
