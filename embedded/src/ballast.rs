@@ -41,11 +41,9 @@ impl Ballast {
         }
     }
 
-    /// Takes it up again if the disk has room for twice as much, or it would come and go.
+    /// Takes it up again if the disk has room for twice as much, or it would come and go. Somebody may
+    /// have removed it.
     pub(crate) fn take(&mut self) {
-        if self.held {
-            return;
-        }
         let is_there = fs::metadata(&self.path).is_ok_and(|there| there.len() == self.bytes);
         let has_room = || free_bytes(&self.path).is_none_or(|free| free >= 2 * self.bytes);
         self.held = self.bytes == 0 || is_there || (has_room() && self.write().is_ok());

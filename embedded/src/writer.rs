@@ -4,6 +4,7 @@ use std::cell::LazyCell;
 use std::iter;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
@@ -21,8 +22,8 @@ use crate::salvage::Salvage;
 const GROUP_MAX: usize = 1_000;
 /// How often a file that could not be written is tried, and how often all files are looked at.
 const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// A caller that gives up after waiting for so long reports the file as not written, and only a commit that
-/// is faster reports it as written again.
+/// A caller that gives up after waiting for so long reports the file as not written. Only a probe that is faster
+/// reports it as written again, after a [`LOOK_INTERVAL`] in which no caller has given up.
 const SLOW: Duration = Duration::from_millis(250);
 /// The reason while what room there is belongs to what frees some.
 const DISK_FULL: &str = "the disk is full";
@@ -46,6 +47,8 @@ pub struct File {
     /// each that has given up; what one holds is for the callers to bound.
     works: mpsc::Sender<Box<dyn Work>>,
     status: Arc<watch::Sender<FileStatus>>,
+    /// Whether a caller has given up since the last probe.
+    given_up: Arc<AtomicBool>,
     kept: watch::Receiver<FileStatus>,
     /// Closed when the thread has ended.
     ended: watch::Receiver<()>,
@@ -127,6 +130,7 @@ impl File {
         let (connection, lock, known) = open::own(path, format, read)?;
         let (works, asked) = mpsc::channel();
         let status = Arc::new(watch::Sender::new(Ok(())));
+        let given_up = Arc::new(AtomicBool::new(false));
         let (kept_status, kept) = watch::channel(Ok(()));
         let (end, ended) = watch::channel(());
         let writer = Writer {
@@ -140,6 +144,7 @@ impl File {
             connection,
             _lock: lock,
             status: Arc::clone(&status),
+            given_up: Arc::clone(&given_up),
             kept: kept_status,
             _end: end,
         };
@@ -151,7 +156,7 @@ impl File {
                 path: path.to_owned(),
                 source,
             })?;
-        Ok((Self { path: path.to_owned(), works, status, kept, ended }, known))
+        Ok((Self { path: path.to_owned(), works, status, given_up, kept, ended }, known))
     }
 
     /// Runs `work` within a transaction, shared with whoever else asks meanwhile, and returns when
@@ -234,6 +239,7 @@ impl Drop for Waiting<'_> {
     fn drop(&mut self) {
         // While the disk hangs, the thread that would notice hangs with it.
         if self.since.elapsed() >= SLOW {
+            self.file.given_up.store(true, Ordering::Relaxed);
             note(&self.file.status, &self.file.path, Err(format!("not written within {SLOW:?}")));
         }
     }
@@ -271,6 +277,7 @@ struct Writer {
     connection: Connection,
     _lock: Lock,
     status: Arc<watch::Sender<FileStatus>>,
+    given_up: Arc<AtomicBool>,
     kept: watch::Sender<FileStatus>,
     _end: watch::Sender<()>,
 }
@@ -327,7 +334,6 @@ impl Writer {
         let described = LazyCell::new(describe_gauges);
         let mut group = Vec::new();
         let mut looked_at = Instant::now();
-        self.look_for_kept_files();
         loop {
             let can_salvage = self.salvage.is_some()
                 && self.status.borrow().is_ok()
@@ -404,13 +410,11 @@ impl Writer {
         match &committed {
             Err(error) if is_damage(error) => {}
             Err(error) => self.note(Err(error.to_string())),
-            // That nothing was written shows nothing about whether something could be.
             Ok(()) if !has_written => {}
             Ok(()) => {
-                let took = started.elapsed();
-                seconds.record(took);
-                if took < SLOW {
-                    self.note(self.refuses_growth().map_or(Ok(()), Err));
+                seconds.record(started.elapsed());
+                if let Some(reason) = self.refuses_growth() {
+                    self.note(Err(reason));
                 }
             }
         }
@@ -533,9 +537,10 @@ impl Writer {
             return self.note(Err(reason));
         }
         let (started, version) = (Instant::now(), self.format.version);
+        let given_up = self.given_up.swap(false, Ordering::Relaxed);
         let written = self.connection.pragma_update(None, "user_version", version);
         match written {
-            Ok(()) if started.elapsed() >= SLOW => {}
+            Ok(()) if given_up || started.elapsed() >= SLOW => {}
             written => self.note(written.map_err(|error| error.to_string())),
         }
     }
@@ -573,7 +578,8 @@ impl Writer {
         }
     }
 
-    /// Reports damaged files, and begins to salvage the oldest of those that have not been.
+    /// Reports damaged files, and begins to salvage the oldest of those that have not been. Not before the first
+    /// [`LOOK_INTERVAL`] is over: a file may be opened before there is a log.
     fn look_for_kept_files(&mut self) {
         let (damaged, salvaged) = open_files::kept(&self.path);
         #[expect(clippy::cast_precision_loss, reason = "there are few")]
@@ -585,6 +591,9 @@ impl Writer {
         });
         self.kept.send_if_modified(|now| {
             let status = kept.map_or(Ok(()), Err);
+            if let (Ok(()), Err(reason)) = (&*now, &status) {
+                tracing::error!(reason, "a damaged {} is kept", self.format.name);
+            }
             let modified = *now != status;
             *now = status;
             modified

@@ -312,3 +312,13 @@ async fn what_was_answered_survives_a_kill_at_any_moment() {
         file.close().await;
     }
 }
+
+#[tokio::test]
+async fn ballast_that_somebody_removes_is_written_again() {
+    let folder = Scratch::new("embedded");
+    let path = path_in(&folder);
+    let _file = File::open(&path, embedded::Format { ballast_bytes: 4_096, ..FORMAT }).unwrap();
+    let ballast = path.with_extension("db.ballast");
+    std::fs::remove_file(&ballast).unwrap();
+    eventually("it is there again", PATIENCE, async || ballast.exists().then_some(())).await;
+}

@@ -145,7 +145,7 @@ async fn read_only_root() -> Verdict {
     let mut world = World::start(Setup { read_only_root: true, ..Setup::default() }).await;
     world.comes_under_load().await;
     world.broker.kill().await;
-    world.spools(4_000.0).await;
+    world.spools(3_000.0).await;
     world.broker.boot().await;
     world.recovers().await;
     world.relays_all().await;
