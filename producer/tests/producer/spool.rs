@@ -359,7 +359,8 @@ async fn removed_spool_files_cost_no_accepted_callback() {
     let remove = |path: &Path| fs::remove_file(path).unwrap();
     let removals: [&dyn Fn(); 3] =
         [&|| remove(&path.with_extension("db-wal")), &|| remove(&path), &|| {
-            fs::remove_dir_all(path.parent().unwrap()).unwrap();
+            // Damaged files may be renamed in it meanwhile.
+            while fs::remove_dir_all(path.parent().unwrap()).is_err() {}
         }];
     for removal in removals {
         accepted.insert(next_accepted(&producer, &mut next).await);
