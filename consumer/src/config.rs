@@ -74,7 +74,7 @@ pub struct Lookups {
     #[arg(long, action = ArgAction::Set, value_parser = settings::switch, default_value = "on")]
     pub coalesce: bool,
     /// The status API; objects are looked up under its path /objects/
-    #[arg(long, value_parser = endpoint, default_value = "http://localhost:9010")]
+    #[arg(long, visible_alias = "status-api", value_parser = endpoint, default_value = "http://localhost:9010")]
     pub tester_endpoint: reqwest::Url,
     /// How long a lookup may take, connecting included
     #[arg(long, value_parser = settings::duration(STATUS_TIMEOUT), default_value = "5s")]

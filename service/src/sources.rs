@@ -111,7 +111,7 @@ impl Sources {
             let value = flag.strip_prefix("--")?.strip_prefix(FILE_FLAG)?;
             value.strip_prefix('=').or_else(|| flags.get(at + 1).map(String::as_str))
         });
-        let environment = environment()?;
+        let environment = environment(&command)?;
         let variable = environment.variables.get(&variable_name(FILE_FLAG));
         let by_variable = variable.and_then(|variable| variable.value.as_deref().ok());
         let file = by_flag.or(by_variable).filter(|file| !file.is_empty()).map(PathBuf::from);
@@ -131,9 +131,10 @@ impl Sources {
         &self,
         content: &str,
     ) -> Result<Parsed<C>, SettingsError> {
-        let mut environment = environment()?;
+        let mut environment = environment(&self.command)?;
         let path: Arc<Path> = self.file.as_deref().unwrap_or(Path::new("")).into();
-        let in_file = entries_of_settings_file(&path, content, &mut environment.warnings)?;
+        let mut in_file = entries_of_settings_file(&path, content, &mut environment.warnings)?;
+        unify_names(&self.command, &mut in_file)?;
         lay_over(&mut environment.variables, in_file.clone());
         let arguments = std::iter::once(self.program.clone()).chain(self.flags.iter().cloned());
         let time_zone = time_zone(&environment.variables)?;
@@ -214,8 +215,8 @@ fn cannot_read(path: &Path, error: &io::Error) -> String {
 /// The environment variables, laid over those in `.env`.
 ///
 /// # Errors
-/// When `.env` is there but cannot be read.
-fn environment() -> Result<Environment, SettingsError> {
+/// When `.env` is there but cannot be read, or one of the two sets a setting by two names.
+fn environment(command: &Command) -> Result<Environment, SettingsError> {
     let path = std::path::absolute(DOT_ENV).unwrap_or_else(|_| DOT_ENV.into());
     let path: Arc<Path> = path.into();
     let (content, dot_env) = match env_file::read(&path) {
@@ -238,7 +239,10 @@ fn environment() -> Result<Environment, SettingsError> {
         let value = value.map(|value| secrets::trim(&name, &value).to_owned());
         Some((name, Variable { value, origin: Origin::Environment }))
     });
-    lay_over(&mut variables, of_process.collect());
+    let mut of_process: Variables = of_process.collect();
+    unify_names(command, &mut variables)?;
+    unify_names(command, &mut of_process)?;
+    lay_over(&mut variables, of_process);
     Ok(Environment { variables, dot_env, warnings })
 }
 
@@ -306,6 +310,30 @@ impl fmt::Display for Origin {
             Self::File { path, line } => write!(formatter, "{}, line {line}", path.display()),
         }
     }
+}
+
+/// Replaces the other names of settings (`STATUS_API`) by their first ones (`TESTER_ENDPOINT`), within one source.
+///
+/// # Errors
+/// When a source sets both, to different values.
+fn unify_names(command: &Command, variables: &mut Variables) -> Result<(), SettingsError> {
+    for (other_name, name) in other_names(command) {
+        for suffix in ["", "_FILE"] {
+            let (other_name, name) = (format!("{other_name}{suffix}"), format!("{name}{suffix}"));
+            let other = variables.remove(&other_name).filter(|other| !other.is_empty());
+            let Some(other) = other else { continue };
+            match variables.get(&name).filter(|variable| !variable.is_empty()) {
+                Some(variable) if variable.value != other.value => {
+                    return Err(SettingsError(format!(
+                        "{other_name} (in {}) and {name} (in {}) are two names of one setting and differ: set one of them",
+                        other.origin, variable.origin
+                    )));
+                }
+                _ => _ = variables.insert(name, other),
+            }
+        }
+    }
+    Ok(())
 }
 
 /// Lets `above` win over `variables`. A container's `POSTGRES_PASSWORD_FILE` also takes the place of a
@@ -380,7 +408,8 @@ fn given(
 ) -> Result<(Values, Origins), SettingsError> {
     let set = |name: &str| variables.get(name).filter(|variable| !variable.is_empty());
     let (mut given, mut origins) = (Values::new(), Origins::new());
-    for flag in flags_with_values(command).filter(|flag| !is_given(flag, flags)) {
+    let is_given = |flag: &&str| names_of(command, flag).any(|name| is_given(name, flags));
+    for flag in flags_with_values(command).filter(|flag| !is_given(flag)) {
         let name = variable_name(flag);
         let value = match value_of(&name, set(&name), set(&format!("{name}_FILE"))) {
             Ok(value) => value,
@@ -477,7 +506,23 @@ fn suggestion<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
 /// The names of all variables that are settings of `command`.
 fn known_names(command: &Command) -> BTreeSet<String> {
     let names = flags_with_values(command).chain([FILE_FLAG]).map(variable_name);
-    names.chain([time_zone::NAME.to_owned()]).collect()
+    let other_names = other_names(command).map(|(other_name, _)| other_name);
+    names.chain(other_names).chain([time_zone::NAME.to_owned()]).collect()
+}
+
+/// The variables that are other names of settings, each with the setting's first name.
+fn other_names(command: &Command) -> impl Iterator<Item = (String, String)> {
+    flags_with_values(command).flat_map(move |flag| {
+        let others = names_of(command, flag).filter(move |name| *name != flag);
+        others.map(move |other| (variable_name(other), variable_name(flag)))
+    })
+}
+
+/// All names of a flag.
+fn names_of<'a>(command: &'a Command, flag: &'a str) -> impl Iterator<Item = &'a str> {
+    let option = command.get_arguments().find(|option| option.get_long() == Some(flag));
+    let aliases = option.and_then(clap::Arg::get_all_aliases).unwrap_or_default();
+    std::iter::once(flag).chain(aliases)
 }
 
 /// The flags that can be set by a variable: those that take a value, except the one that names the settings
@@ -494,9 +539,10 @@ fn values_of_flags<'a>(
     command: &'a Command,
     flags: &'a [String],
 ) -> impl Iterator<Item = (&'a str, &'a str)> {
-    flags_with_values(command).flat_map(move |flag| {
+    let names = |flag| names_of(command, flag).map(move |name| (flag, name));
+    flags_with_values(command).flat_map(names).flat_map(move |(flag, name)| {
         flags.iter().enumerate().filter_map(move |(at, argument)| {
-            let rest = argument.strip_prefix("--")?.strip_prefix(flag)?;
+            let rest = argument.strip_prefix("--")?.strip_prefix(name)?;
             let following = || flags.get(at + 1).map(String::as_str);
             let value = if rest.is_empty() { following() } else { rest.strip_prefix('=') };
             Some((flag, value?))
@@ -613,6 +659,8 @@ mod tests {
         postgres_password: Option<String>,
         #[arg(long, value_parser = |text: &str| Err::<String, _>(format!("no URI, {} bytes", text.len())))]
         amqp_uri: Option<String>,
+        #[arg(long, visible_alias = "status-api")]
+        tester_endpoint: Option<String>,
         #[arg(long)]
         once: bool,
     }
@@ -622,10 +670,11 @@ mod tests {
             |value: &str| Variable { value: Ok(value.to_owned()), origin: Origin::Environment };
         let variables =
             environment.iter().map(|(name, value)| ((*name).to_owned(), variable(value)));
-        let environment =
-            Environment { variables: variables.collect(), dot_env: None, warnings: Vec::new() };
+        let mut variables = variables.collect();
         let arguments = std::iter::once("sample").chain(arguments.iter().copied());
         let command = Sample::augment_args(Command::new("sample"));
+        unify_names(&command, &mut variables).map_err(|error| error.to_string())?;
+        let environment = Environment { variables, dot_env: None, warnings: Vec::new() };
         match parse::<Sample>(command, &environment, arguments.map(str::to_owned)) {
             Ok(Parsed::Run(settings)) => Ok(settings.config),
             Ok(Parsed::Print(text)) => panic!("nobody asked for help: {text}"),
@@ -640,6 +689,21 @@ mod tests {
         assert_eq!(sample.max_consumers, 9);
         assert_eq!(sample.routine_interval, Duration::from_millis(500));
         assert_eq!(read(&[], &[]).unwrap().max_consumers, 100);
+    }
+
+    // Field case 5.2.
+    #[test]
+    fn a_setting_can_be_set_by_its_other_name() {
+        let endpoint = |environment: &[(&str, &str)], arguments: &[&str]| {
+            read(environment, arguments).map(|sample| sample.tester_endpoint.unwrap())
+        };
+        assert_eq!(endpoint(&[("STATUS_API", "b")], &[]).unwrap(), "b");
+        assert_eq!(endpoint(&[("STATUS_API", "b")], &["--tester-endpoint=a"]).unwrap(), "a");
+        assert_eq!(endpoint(&[("TESTER_ENDPOINT", "a")], &["--status-api=b"]).unwrap(), "b");
+        assert_eq!(endpoint(&[("STATUS_API", ""), ("TESTER_ENDPOINT", "a")], &[]).unwrap(), "a");
+        assert_eq!(endpoint(&[("STATUS_API", "a"), ("TESTER_ENDPOINT", "a")], &[]).unwrap(), "a");
+        let error = endpoint(&[("STATUS_API", "b"), ("TESTER_ENDPOINT", "a")], &[]).unwrap_err();
+        assert!(error.contains("STATUS_API (in the environment)"), "{error}");
     }
 
     #[test]

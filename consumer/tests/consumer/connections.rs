@@ -109,7 +109,7 @@ async fn no_lookup_fails(after: AfterResponse) {
         ("AMQP_URI", testbed::amqp_uri()),
         ("QUEUE_NAME", around.queue.name.clone()),
         ("DATABASE_URL", around.database.url().to_owned()),
-        ("TESTER_ENDPOINT", server.endpoint()),
+        ("STATUS_API", server.endpoint()),
         ("MAX_CONSUMERS", "1".to_owned()),
     ];
     let consumer = Process::spawn("consumer", &environment, &[]);

@@ -62,6 +62,24 @@ async fn a_malformed_uri_is_refused_without_showing_its_password() {
     }
 }
 
+// Field case 5.2.
+#[tokio::test]
+async fn an_endpoint_with_a_query_is_refused_without_showing_it() {
+    let first = ("TESTER_ENDPOINT", "http://api");
+    for (name, value) in [
+        ("TESTER_ENDPOINT", "http://api/v1?key=s3cret"),
+        ("STATUS_API", "http://api/v1#s3cret"),
+        ("STATUS_API", "http://me:s3cret@other-api"),
+    ] {
+        let environment = [first, (name, value)].map(|(name, value)| (name, value.to_owned()));
+        let consumer = Process::spawn("consumer", &environment, &[]);
+        assert_eq!(consumer.wait().await.code(), Some(BAD_SETTING), "{value}");
+        let log = consumer.log().join("\n");
+        assert!(log.contains(name), "{log}");
+        assert!(!log.contains("s3cret"), "{log}");
+    }
+}
+
 #[tokio::test]
 async fn an_idle_consumer_ends_well_on_sigterm() {
     let around = Surroundings::new().await;
