@@ -12,8 +12,7 @@ pub struct Object {
     pub id: i64,
     /// When it was last seen, as precisely as the database keeps it.
     pub last_seen: SystemTime,
-    /// How long ago that is by the database's clock. Zero if it lies ahead, because that clock has
-    /// been set back.
+    /// How long ago that is by the database's clock. A time in the future counts as now.
     pub age: Duration,
 }
 
@@ -30,7 +29,7 @@ impl Objects {
     /// Connects, or opens the file. Neither brings the schema up to date nor makes what is missing.
     ///
     /// # Errors
-    /// [`StoreError`]: `Connect`, `Open` or `Timeout`.
+    /// [`StoreError`]: `Connect`, `Open`, `UnusableTable` or `Timeout`.
     pub async fn open(config: &Config) -> Result<Self, StoreError> {
         let kind = match config.backend() {
             Backend::Postgres(options) => {
@@ -42,7 +41,7 @@ impl Objects {
     }
 
     /// Up to `limit` objects with ids above `after`, or from the lowest on, in ascending order. A row
-    /// that says nothing of when, which a table that the Go services made allows, is left out.
+    /// without a time, which another program's table may allow, is left out.
     ///
     /// # Errors
     /// [`StoreError`]: `List` or `Timeout`.

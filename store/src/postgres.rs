@@ -154,6 +154,22 @@ impl Table {
     }
 }
 
+/// # Errors
+/// [`StoreError::UnusableTable`]; or `Ping`, such as without a table.
+async fn check_table(
+    limit: Duration,
+    connection: &mut PgConnection,
+    settings: &Settings,
+) -> Result<(), StoreError> {
+    let check = settings.and(sql::CHECK_TABLE);
+    let rows: Vec<(Option<String>,)> =
+        run_within(limit, connection, check, StoreError::Ping).await?;
+    match rows.into_iter().next() {
+        Some((Some(problems),)) => Err(StoreError::UnusableTable(problems)),
+        _ => Ok(()),
+    }
+}
+
 /// Like [`run`], with a deadline. The connection is of no use after it.
 async fn run_within<R: for<'r> FromRow<'r, PgRow>>(
     limit: Duration,
@@ -217,8 +233,15 @@ impl Reader {
         zone: &TimeZone,
     ) -> Result<Self, StoreError> {
         let options = named(options, "objects");
-        let connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
-        Ok(Self { connection, settings: Settings::new(STATEMENT_TIMEOUT, zone) })
+        let mut connection =
+            within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
+        let settings = Settings::new(STATEMENT_TIMEOUT, zone);
+        // Whatever else it finds, such as no table, is an error of what is read.
+        let checked = check_table(CONNECT_TIMEOUT, &mut connection, &settings).await;
+        if let Err(error @ StoreError::UnusableTable(_)) = checked {
+            return Err(error);
+        }
+        Ok(Self { connection, settings })
     }
 
     pub(crate) async fn page(&mut self, first: i64, limit: u32) -> Result<Vec<Object>, StoreError> {

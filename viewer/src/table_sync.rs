@@ -15,10 +15,15 @@ use crate::view_state::{Sighted, ViewState, micros_of};
 const PAGE: u32 = 10_000;
 /// Rows applied before everything else that runs has its turn.
 const ROWS_AT_ONCE: usize = 1_000;
-/// How often the table is read while events come: nothing else shows the loss of the latest event.
-const INTERVAL: Duration = Duration::from_mins(1);
-/// The same while no events come.
-const INTERVAL_WITHOUT_EVENTS: Duration = Duration::from_secs(2);
+/// How often the table is read while events cover its changes: nothing else shows the loss of the latest
+/// event.
+const INTERVAL_MAX: Duration = Duration::from_mins(1);
+/// How often it is read while no events come, or something else changes the table without any, such as
+/// the Go services.
+const INTERVAL_MIN: Duration = Duration::from_secs(2);
+/// The table is taken to change without events if a reading finds that more than one in this many objects
+/// has. Fewer are those whose events are still on their way.
+const UNANNOUNCED_SHARE: usize = 10;
 /// The least pause between two readings,
 const PAUSE: Duration = Duration::from_secs(1);
 /// which is also this many times as long as a reading takes.
@@ -62,10 +67,12 @@ impl TableSync {
     async fn keep_reading(&self, mut events: watch::Receiver<PeerStatus>, missed: &Notify) {
         let mut objects = None;
         let mut waits = amqp::backoff();
+        let mut interval = INTERVAL_MIN;
         loop {
             let began = Instant::now();
             let reason = match self.read(&mut objects).await {
-                Ok(()) => {
+                Ok(reading) => {
+                    interval = reading.next_interval(interval);
                     metrics::counter!("lastseen_viewer_readings_total", "outcome" => "ok")
                         .increment(1);
                     waits = amqp::backoff();
@@ -75,7 +82,7 @@ impl TableSync {
                     }
                     _ = self.first_reading.send_replace(Ok(()));
                     sleep(PAUSE.max(began.elapsed() * PAUSE_FACTOR)).await;
-                    self.wait(&mut events, missed).await;
+                    self.wait(interval, &mut events, missed).await;
                     continue;
                 }
                 Err(error) => error.to_string(),
@@ -100,11 +107,16 @@ impl TableSync {
     }
 
     /// Until there is a reason to read the table again.
-    async fn wait(&self, events: &mut watch::Receiver<PeerStatus>, missed: &Notify) {
+    async fn wait(
+        &self,
+        interval: Duration,
+        events: &mut watch::Receiver<PeerStatus>,
+        missed: &Notify,
+    ) {
         let since = Instant::now();
         loop {
             let are_received = events.borrow_and_update().is_ok();
-            let interval = if are_received { INTERVAL } else { INTERVAL_WITHOUT_EVENTS };
+            let interval = if are_received { interval } else { INTERVAL_MIN };
             let rest = interval.saturating_sub(since.elapsed());
             tokio::select! {
                 () = missed.notified() => return,
@@ -118,15 +130,17 @@ impl TableSync {
     }
 
     /// Reads the whole table. What is committed meanwhile may be read or not; it is an event in any case.
-    async fn read(&self, objects: &mut Option<Objects>) -> Result<(), StoreError> {
+    async fn read(&self, objects: &mut Option<Objects>) -> Result<Reading, StoreError> {
         let reader = match objects {
             Some(reader) => reader,
             None => objects.insert(Objects::open(&self.store).await?),
         };
         self.view.begin_reading();
         let mut after = None;
+        let mut reading = Reading::default();
         loop {
             let page = reader.page(after, PAGE).await?;
+            reading.objects += page.len();
             let is_past = |object: &&store::Object| !object.age.is_zero();
             let clock = page.iter().find(is_past);
             if let Some(now) = clock.and_then(|object| object.last_seen.checked_add(object.age)) {
@@ -139,16 +153,53 @@ impl TableSync {
                 last_seen: micros_of(object.last_seen),
             };
             for rows in page.chunks(ROWS_AT_ONCE) {
-                self.view.apply(events::Kind::Seen, rows.iter().map(sighted));
+                reading.unannounced +=
+                    self.view.apply(events::Kind::Seen, rows.iter().map(sighted));
                 tokio::task::yield_now().await;
             }
         }
-        self.view.end_reading().await;
-        Ok(())
+        reading.unannounced += self.view.end_reading().await;
+        Ok(reading)
+    }
+}
+
+/// What a reading of the table has found.
+#[derive(Default)]
+struct Reading {
+    objects: usize,
+    /// Objects that had changed without an event.
+    unannounced: usize,
+}
+
+impl Reading {
+    /// When to read the table again, if the last interval was `interval`.
+    fn next_interval(&self, interval: Duration) -> Duration {
+        if self.unannounced.saturating_mul(UNANNOUNCED_SHARE) > self.objects {
+            INTERVAL_MIN
+        } else {
+            interval.saturating_mul(2).min(INTERVAL_MAX)
+        }
     }
 }
 
 /// Returns true as soon as the status is, and false after a while.
 pub(crate) async fn is_true(status: &mut watch::Receiver<bool>, within: Duration) -> bool {
     timeout(within, status.wait_for(|is| *is)).await.is_ok_and(|is| is.is_ok())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Field case 4.3.
+    #[test]
+    fn table_that_changes_without_events_is_read_often() {
+        let reading = |unannounced| Reading { objects: 1_000, unannounced };
+        assert_eq!(reading(500).next_interval(INTERVAL_MAX), INTERVAL_MIN);
+        assert_eq!(reading(20).next_interval(INTERVAL_MIN), 2 * INTERVAL_MIN);
+        assert_eq!(reading(0).next_interval(INTERVAL_MAX), INTERVAL_MAX);
+        assert_eq!(Reading::default().next_interval(INTERVAL_MIN), 2 * INTERVAL_MIN);
+        let only_gone = Reading { objects: 0, unannounced: 1 };
+        assert_eq!(only_gone.next_interval(INTERVAL_MAX), INTERVAL_MIN);
+    }
 }

@@ -104,8 +104,9 @@ impl ViewState {
         }
     }
 
-    /// Applies what was committed.
-    pub(crate) fn apply(&self, kind: Kind, objects: impl Iterator<Item = Sighted>) {
+    /// Applies what was committed. Returns how many objects that has changed.
+    pub(crate) fn apply(&self, kind: Kind, objects: impl Iterator<Item = Sighted>) -> usize {
+        let mut changed = 0;
         let mut objects = objects.peekable();
         while objects.peek().is_some() {
             let mut state = self.state();
@@ -115,11 +116,13 @@ impl ViewState {
                     Kind::Gone => state.table.leave(object).map(|gone| (Kind::Gone, gone)),
                 };
                 if let Some((kind, object)) = news {
+                    changed += 1;
                     state.await_publication(&self.epoch, kind, object);
                 }
             }
         }
         self.changed.notify_one();
+        changed
     }
 
     /// A reading of the table begins; its rows are applied as seen, until its end.
@@ -127,25 +130,30 @@ impl ViewState {
         self.state().table.begin_reading();
     }
 
-    /// Whatever the reading has not met, and no event since, is gone.
-    pub(crate) async fn end_reading(&self) {
+    /// Whatever the reading has not met, and no event since, is gone. Returns how many objects that is.
+    pub(crate) async fn end_reading(&self) -> usize {
+        let mut removed = 0;
         let mut first = Some(i64::MIN);
         while let Some(from) = first {
-            first = self.remove_unread(from);
+            let (missing, next) = self.remove_unread(from);
+            removed += missing;
+            first = next;
             tokio::task::yield_now().await;
         }
         self.changed.notify_one();
         self.is_complete.send_replace(true);
+        removed
     }
 
-    /// Looks at the next [`SCAN_MAX`] objects. Returns where to go on.
-    fn remove_unread(&self, first: i64) -> Option<i64> {
+    /// Looks at the next [`SCAN_MAX`] objects. Returns how many it has removed, and where to go on.
+    fn remove_unread(&self, first: i64) -> (usize, Option<i64>) {
         let mut state = self.state();
         let (missing, next) = state.table.remove_unread(first, SCAN_MAX);
+        let removed = missing.len();
         for gone in missing {
             state.await_publication(&self.epoch, Kind::Gone, gone);
         }
-        next
+        (removed, next)
     }
 
     /// What the database's clock says now.

@@ -31,6 +31,8 @@ pub(crate) async fn producer(running: &mut JoinSet<()>, amqp_uri: &str, queue: &
         loop {
             let (mut client, _) = listener.accept().await.unwrap();
             let Some(callback) = body(&mut client).await else { continue };
+            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+            _ = client.write_all(answer).await;
             for id in callback["object_ids"].as_array().unwrap() {
                 let message = format!(r#"{{"ID":{id}}}"#);
                 let persistent = BasicProperties::default().with_delivery_mode(PERSISTENT);
@@ -39,8 +41,6 @@ pub(crate) async fn producer(running: &mut JoinSet<()>, amqp_uri: &str, queue: &
                     channel.basic_publish("".into(), name, usual, message.as_bytes(), persistent);
                 published.await.unwrap();
             }
-            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-            _ = client.write_all(answer).await;
         }
     });
     endpoint

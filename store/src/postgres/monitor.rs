@@ -8,7 +8,7 @@ use sqlx::{ConnectOptions as _, FromRow, PgConnection};
 use tokio::sync::watch;
 
 use super::sql::{self, Settings};
-use super::{migrations, run_within};
+use super::{check_table, migrations, run_within};
 use crate::deadline::{CONNECT_TIMEOUT, within};
 use crate::error::Cause;
 use crate::{StoreError, StoreStatus, TimeZone};
@@ -108,12 +108,12 @@ impl Session {
     /// Asks for the table, so that a database which was set up anew under us is noticed, and whether it
     /// can be used.
     async fn check(&mut self) -> Result<(), StoreError> {
-        let rows: Vec<(Option<String>,)> =
-            self.run(PING_TIMEOUT, sql::CHECK_TABLE, StoreError::Ping).await?;
-        match rows.into_iter().next() {
-            Some((Some(problems),)) => Err(StoreError::UnusableTable(problems)),
-            _ => Ok(()),
-        }
+        let settings = self.settings(PING_TIMEOUT);
+        check_table(PING_TIMEOUT, &mut self.connection, &settings).await
+    }
+
+    fn settings(&self, limit: Duration) -> Settings {
+        Settings::new(&format!("{}s", limit.as_secs()), &self.zone)
     }
 
     async fn run<R: for<'r> FromRow<'r, PgRow>>(
@@ -122,7 +122,7 @@ impl Session {
         statement: &str,
         failed: fn(Cause) -> StoreError,
     ) -> Result<Vec<R>, StoreError> {
-        let settings = Settings::new(&format!("{}s", limit.as_secs()), &self.zone);
+        let settings = self.settings(limit);
         run_within(limit, &mut self.connection, settings.and(statement), failed).await
     }
 }

@@ -199,6 +199,8 @@ async fn table_that_cannot_work_is_reported_with_the_reason() {
             status.wait_for(|status| status.as_ref().is_err_and(|status| status.contains(reason)));
         let reported = timeout(DEADLINE, reported).await.map(drop);
         assert!(reported.is_ok(), "{columns}: {:?}", *store.status().borrow());
+        let error = Objects::open(&berlin(&database)).await.err().unwrap();
+        assert!(error.to_string().contains(reason), "{columns}: {error}");
     }
 }
 
