@@ -2,11 +2,14 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use lapin::options::QueueDeclareOptions;
 use lapin::protocol::{AMQPErrorKind, AMQPSoftError};
 use lapin::types::{AMQPValue, FieldTable, ShortString};
 use lapin::{Channel, Connection, ErrorKind};
+
+use tokio::time::timeout;
 
 use super::{Config, depths};
 use crate::config::QueueType;
@@ -21,6 +24,9 @@ const DELIVERY_LIMIT: i32 = 100;
 /// broker drops what is beyond the limit. So it is out of reach, and set at all because of the default
 /// of 20 that 4.x has.
 const DEAD_DELIVERY_LIMIT: i32 = 1_000_000;
+
+/// How long a session may take to find out which queues have vanished.
+const INSPECT_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// The names of the queues, each on the default exchange, so each is its own routing key.
 #[derive(Clone, Debug)]
@@ -45,8 +51,6 @@ pub(super) enum TopologyError {
          move it away or set another QUEUE_NAME"
     )]
     OtherArguments { queue: String, text: String },
-    #[error("cannot find out which queues exist: {source}")]
-    Inspect { source: lapin::Error },
     #[error("cannot open a channel: {0}")]
     OpenChannel(#[source] lapin::Error),
 }
@@ -70,7 +74,7 @@ impl Topology {
     /// difference is an error, for it could mean that the queue drops what it has confirmed.
     pub(super) async fn declare(&self, connection: &Connection) -> Result<(), TopologyError> {
         if self.declared.load(Ordering::Relaxed) {
-            self.report_vanished(connection).await?;
+            self.report_vanished(connection).await;
         }
         let mut channel = open(connection).await?;
         // The dead letters first: the main queue must never be able to give up a message to nowhere.
@@ -90,16 +94,16 @@ impl Topology {
         Ok(())
     }
 
-    async fn report_vanished(&self, connection: &Connection) -> Result<(), TopologyError> {
-        let missing = depths::missing(connection, self).await;
-        for queue in missing.map_err(|source| TopologyError::Inspect { source })? {
+    /// If that cannot be found out, declaring them is more important.
+    async fn report_vanished(&self, connection: &Connection) {
+        let missing = timeout(INSPECT_TIMEOUT, depths::missing(connection, self)).await;
+        for queue in missing.ok().and_then(Result::ok).unwrap_or_default() {
             tracing::error!(
                 %queue,
                 "a queue has vanished, and all messages in it are lost; declaring it again. Someone deleted \
                  it, a policy with `expires` matches it, or the broker lost its files"
             );
         }
-        Ok(())
     }
 
     async fn adopt(

@@ -14,8 +14,7 @@ pub(super) fn cases() -> Vec<Case> {
             "cluster_leader_killed",
             "three broker nodes; the leader's killed -9 and never back, services connected to another",
             leader_killed,
-        )
-        .in_make_test(),
+        ),
         Case::new(
             "cluster_own_node_killed",
             "three broker nodes; the one that leads and has the services killed -9 and never back, a \

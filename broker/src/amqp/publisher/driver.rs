@@ -108,11 +108,14 @@ impl Driver {
         let mut events = std::pin::pin!(connection.events_listener());
         let mut pulse = tokio::time::interval(Duration::from_secs(1));
         let mut refusals = Refusals::default();
+        // Set once the session is to end for it. What is under way has until the next pulse to be confirmed, or
+        // it would go to the spool as well and be delivered twice.
+        let mut refusal: Option<Refusal> = None;
         let opened_at = Instant::now();
         let mut finishing = false;
         loop {
             tokio::select! {
-                batch = self.batches.recv(), if !free.is_empty() && !finishing => {
+                batch = self.batches.recv(), if !free.is_empty() && !finishing && refusal.is_none() => {
                     let Some(first) = batch else {
                         finishing = true;
                         if rounds.is_empty() { return Ended::Finished; }
@@ -145,6 +148,9 @@ impl Driver {
                         return Ended::Lost("the queue is gone; declaring it again".to_owned());
                     }
                     free.push(place);
+                    if rounds.is_empty() && let Some(refusal) = refusal.take() {
+                        return Ended::Refused(refusal);
+                    }
                     if finishing && rounds.is_empty() { return Ended::Finished; }
                 }
                 Some(event) = events.next() => match event {
@@ -165,7 +171,11 @@ impl Driver {
                     if oldest.is_some_and(|begun| begun.elapsed() > STALL) {
                         return Ended::Lost(format!("nothing was confirmed in {STALL:?}"));
                     }
-                    if let Some(refusal) = refusals.lasting(Instant::now()) {
+                    if let Some(refusal) = refusal.take() {
+                        return Ended::Refused(refusal);
+                    }
+                    refusal = refusals.lasting(Instant::now());
+                    if rounds.is_empty() && let Some(refusal) = refusal.take() {
                         return Ended::Refused(refusal);
                     }
                     // Callers that were told to stay away cannot show that it takes messages again.

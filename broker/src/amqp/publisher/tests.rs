@@ -110,7 +110,7 @@ async fn largest_callback_leaves_room_for_others() {
 
 /// Field case 3.1: a session whose queue refuses everything must end, for the next one may fare better.
 #[tokio::test]
-async fn a_queue_that_refuses_everything_ends_the_session_and_is_reported() {
+async fn refusing_queue_ends_the_session_and_is_reported() {
     let (queue, full) = (Queue::new(), Queue::new());
     let (_connection, channel) = declare_full(&full).await;
     let publisher = Publisher::start(config(&queue), "test");
