@@ -17,6 +17,7 @@ const TTL: &str = "4s";
 
 /// Which of the services are ours; the others are the Go services'.
 #[derive(Clone, Copy, Debug)]
+#[expect(clippy::struct_excessive_bools, reason = "every combination of these is tried")]
 struct Ours {
     producer: bool,
     consumer: bool,
@@ -126,28 +127,12 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
         service.ready().await;
     }
 
-    eventually(&format!("{ours:?}: the table fills"), PATIENCE, async || {
-        (ids(pool).await.len() >= 5).then_some(())
-    })
-    .await;
-    assert!(ids(pool).await.iter().all(|id| id % 2 == 0 && (0..100).contains(id)), "{ours:?}");
-    eventually(&format!("{ours:?}: the viewer shows the objects"), PATIENCE, async || {
-        let shown = shown(&url).await;
-        let is_right = |(id, age): &(i64, Duration)| id % 2 == 0 && *age < PATIENCE;
-        (shown.len() >= 5 && shown.iter().all(is_right)).then_some(())
-    })
-    .await;
+    is_filled(ours, pool, &url).await;
     if ours.producer && ours.consumer {
         listed(&surroundings).await;
     }
     for service in services.iter().chain(&tester) {
-        let log = service.log();
-        // Something that is not done in time says only that this machine is busy.
-        let is_complaint = |line: &&String| {
-            (line.contains(" WARN ") || line.contains(" ERROR ")) && !line.contains("in time")
-        };
-        let complaint = log.iter().find(is_complaint);
-        assert_eq!(complaint, None, "{ours:?}");
+        complains_of_nothing(ours, service);
     }
 
     // Nobody calls back any more; what is looked up is not seen again.
@@ -163,6 +148,30 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
         (ids(pool).await.is_empty() && shown(&url).await.is_empty()).then_some(())
     })
     .await;
+}
+
+/// Waits until table and viewer have what is online.
+async fn is_filled(ours: Ours, pool: &PgPool, url: &str) {
+    eventually(&format!("{ours:?}: the table fills"), PATIENCE, async || {
+        (ids(pool).await.len() >= 5).then_some(())
+    })
+    .await;
+    assert!(ids(pool).await.iter().all(|id| id % 2 == 0 && (0..100).contains(id)), "{ours:?}");
+    eventually(&format!("{ours:?}: the viewer shows the objects"), PATIENCE, async || {
+        let shown = shown(url).await;
+        let is_right = |(id, age): &(i64, Duration)| id % 2 == 0 && *age < PATIENCE;
+        (shown.len() >= 5 && shown.iter().all(is_right)).then_some(())
+    })
+    .await;
+}
+
+fn complains_of_nothing(ours: Ours, service: &Process) {
+    let log = service.log();
+    // Something that is not done in time says only that this machine is busy.
+    let is_complaint = |line: &&String| {
+        (line.contains(" WARN ") || line.contains(" ERROR ")) && !line.contains("in time")
+    };
+    assert_eq!(log.iter().find(is_complaint), None, "{ours:?}");
 }
 
 async fn ids(pool: &PgPool) -> Vec<i64> {
