@@ -1,7 +1,7 @@
-//! The settings file, read again when it has changed or SIGHUP asks for it.
+//! Reads the settings file again when it has changed or on SIGHUP.
 //!
-//! Its content is compared, and not watched by inotify: that misses files that are mounted, and those
-//! that are replaced through a link to their directory, as a `ConfigMap` of Kubernetes is.
+//! Its content is compared instead of watched by inotify, which misses files that are mounted and files that are
+//! replaced through a link to their directory, as in a Kubernetes `ConfigMap`.
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;
@@ -20,13 +20,13 @@ use crate::sources::{self, IgnoredSettings, Parsed, Settings, SettingsError, Sou
 /// A change takes effect once two reads in a row have seen it: an editor may be halfway through.
 const INTERVAL: Duration = Duration::from_millis(250);
 
-/// Whether the settings file is refused as it is now.
+/// 1 while the settings file is rejected.
 const REFUSED: &str = "lastseen_settings_refused";
-/// How many of its settings wait for a restart.
+/// Number of changed settings that take effect with the next start.
 const AWAITING: &str = "lastseen_settings_awaiting_restart";
 const READ: &str = "lastseen_settings_read_total";
 
-/// The settings file of a process that runs.
+/// Follows the settings file of a running process.
 pub(crate) struct Reload<C> {
     file: PathBuf,
     sources: Arc<Sources>,
@@ -36,11 +36,11 @@ pub(crate) struct Reload<C> {
     at_start: Values,
     now: Values,
     ignored: IgnoredSettings,
-    /// What the file held, or why it could not be read.
+    /// The content of the file, or why it cannot be read.
     content: Result<String, String>,
 }
 
-/// Reads the settings file again for as long as the process runs, and says in `health` if it is refused.
+/// Reads the settings file again for as long as the process runs, and reports in `health` if it is rejected.
 pub(crate) fn watch<C: FromArgMatches + Send + 'static>(
     reload: Option<Reload<C>>,
     hangups: Arc<Notify>,
@@ -63,8 +63,8 @@ pub(crate) fn watch<C: FromArgMatches + Send + 'static>(
 }
 
 impl<C: FromArgMatches + Send + 'static> Reload<C> {
-    /// Of the file whose `content` the settings were `given` by, among others; `heed` is told the settings
-    /// when they have changed. `None` if there is no settings file.
+    /// Starts from the settings that were `given` by the file's `content` and other sources; `heed` is called with
+    /// the settings when they have changed. `None` if there is no settings file.
     pub(crate) fn new(
         sources: Sources,
         content: String,
@@ -114,7 +114,7 @@ impl<C: FromArgMatches + Send + 'static> Reload<C> {
             _ = status.send_replace(read.as_ref().map(|_| ()).map_err(Clone::clone));
             match read {
                 Ok(Parsed::Run(settings)) => self.apply(settings),
-                // The flags are as they were, and have asked for no help.
+                // The flags have not changed, and did not ask for help at the start.
                 Ok(Parsed::Print(_)) => {}
                 Err(reason) => tracing::error!(reason, "the settings stay as they were"),
             }
@@ -148,7 +148,7 @@ impl<C: FromArgMatches + Send + 'static> Reload<C> {
         self.now = given;
     }
 
-    /// What is not as it was at the start, and will be with the next one only.
+    /// The settings that differ from those of the start and cannot change while the process runs.
     fn awaiting_restart<'a>(&'a self, given: &'a Values) -> Vec<&'a str> {
         let mut awaiting = differences(&self.at_start, given);
         awaiting.retain(|name| !self.live.contains(name));
@@ -156,7 +156,7 @@ impl<C: FromArgMatches + Send + 'static> Reload<C> {
     }
 }
 
-/// What a thread that may wait reads: the files may be on a network. `None` if it panicked.
+/// Runs `read` on a thread that may block, since the files may be on a network. `None` if it panicked.
 async fn aside<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, SettingsError> + Send + 'static,
 ) -> Option<Result<T, String>> {

@@ -64,7 +64,7 @@ pub fn display(duration: Duration) -> String {
     }
 }
 
-/// A value parser for what is `on` or `off`.
+/// A value parser for `on` and `off`.
 ///
 /// # Errors
 /// What is allowed, in words.

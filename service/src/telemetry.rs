@@ -14,8 +14,8 @@ use crate::terminal;
 const DEFAULT_FILTER: &str = "info,sqlx::postgres::notice=warn";
 /// The default of a command. Its output is its result, which log lines would only disturb.
 const COMMAND_FILTER: &str = "warn";
-/// Laid over every filter. lapin reports each lost connection itself, several times, and we log it
-/// once, where it is handled; and at level trace it writes out the frame with the password.
+/// Added to every filter. lapin reports each lost connection several times, and we log it once, where it is
+/// handled; at level trace it writes out the frame with the password.
 const ALWAYS: &str = "lapin=off";
 
 /// How log lines look.
@@ -41,7 +41,7 @@ pub(crate) struct Config {
 }
 
 impl Config {
-    /// What a command logs: warnings only, unless another filter was set than the default.
+    /// A command logs warnings only, unless another filter than the default was set.
     pub(crate) fn of_command(self) -> Self {
         if self.rust_log != DEFAULT_FILTER {
             return self;
@@ -75,10 +75,10 @@ fn filter(text: &str) -> Result<String, String> {
     parsed.map(|_| text).map_err(|error| format!("{expected} ({error})"))
 }
 
-/// What of it can change while the process runs.
+/// The settings of the log that can change while the process runs.
 pub(crate) const LIVE: &[&str] = &["RUST_LOG"];
 
-/// What is logged, to be changed.
+/// The filter of the log, which can be replaced.
 pub(crate) struct Filter(Box<dyn Fn(EnvFilter) + Send>);
 
 impl Filter {

@@ -1,7 +1,7 @@
-//! Traces, by OpenTelemetry: what a callback goes through, step by step, told to a collector.
+//! Traces by OpenTelemetry: the steps of a callback, sent to a collector.
 //!
-//! They are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` is set. Then there is nothing in a [`Span`], and whoever
-//! would describe it is not asked: no memory is taken, and no clock looked at.
+//! They are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` is set. While they are off, a
+//! [`Span`] is empty and its description is never computed: it takes no memory and reads no clock.
 
 mod collector;
 mod config;
@@ -31,17 +31,17 @@ pub const TRACEPARENT: &str = "traceparent";
 /// Set once by [`Traces::start`], if at all.
 static TRACER: OnceLock<SdkTracer> = OnceLock::new();
 
-/// A step of a trace, from where it begins until it is dropped.
+/// A step of a trace, from its beginning until it is dropped.
 #[derive(Default)]
 pub struct Span(Option<Box<opentelemetry_sdk::trace::Span>>);
 
-/// What a span is about, in the words of OpenTelemetry's semantic conventions.
+/// The description of a span, by OpenTelemetry's semantic conventions.
 pub struct Step {
-    /// What it is called, with few different names over all: no ids.
+    /// Its name. There must be few different ones: no ids.
     pub name: Cow<'static, str>,
     /// Whether others wait for it, or it waits for others.
     pub kind: SpanKind,
-    /// What else there is to tell.
+    /// Further attributes.
     pub attributes: Vec<KeyValue>,
 }
 

@@ -1,5 +1,5 @@
-//! The way to the collector. Spans wait in a bounded queue, and what does not fit in is dropped: traces never
-//! hold up what they tell of.
+//! Sends spans to the collector. They wait in a bounded queue, and those without room are dropped: traces never
+//! delay the work that they describe.
 
 use std::error::Error as _;
 use std::sync::{Mutex, PoisonError};
@@ -19,18 +19,18 @@ use tokio::runtime::Handle;
 use super::config::{EXPORT_TIMEOUT, Export};
 use super::{Config, TRACER};
 
-/// How long a collector may hold up the end of the process.
+/// How long a collector may delay the end of the process.
 const FAREWELL: Duration = Duration::from_secs(2);
 /// As many as a full batch of rows has: a span for all of them can name each.
 const MAX_LINKS: u32 = 1_000;
-/// A collector that is away now and then is not told of more often.
+/// The shortest time between two log lines about a collector that is away now and then.
 const LOG_INTERVAL: Duration = Duration::from_mins(1);
 
 /// Traces, if there are any.
 pub(crate) struct Traces(Option<SdkTracerProvider>);
 
 impl Traces {
-    /// Begins to send what [`Span`](super::Span)s tell, on the runtime that this is called on. `name` is the service's.
+    /// Starts to send [`Span`](super::Span)s, on the current runtime. `name` is the service's.
     ///
     /// What cannot be used of `config` is logged and left out, at worst the traces: they are never a reason not to
     /// start.
@@ -56,7 +56,7 @@ impl Traces {
         }
     }
 
-    /// Sends what has not been sent, as far as the collector takes it at once.
+    /// Sends the remaining spans, if the collector accepts them within a short time.
     pub(crate) async fn finish(self) {
         let Some(provider) = self.0 else { return };
         let sending = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(FAREWELL));
@@ -107,7 +107,7 @@ impl Collector {
         Self { client, runtime: Handle::current(), outage: Mutex::default() }
     }
 
-    /// Tells of an outage once.
+    /// Logs an outage once.
     fn note(&self, posted: &Result<(), String>) {
         let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
         let is_known = std::mem::replace(&mut outage.lasts, posted.is_err());
@@ -126,12 +126,12 @@ impl HttpClient for Collector {
         let posted = self.runtime.spawn(post(self.client.clone(), request)).await;
         let posted = posted.unwrap_or_else(|ended| Err(ended.to_string()));
         self.note(&posted);
-        // What the body says to a success is of no use here.
+        // The body of a success is not used.
         Ok(posted.map(|()| Response::new(Bytes::new()))?)
     }
 }
 
-/// Posts it, or says why not, without the URL, in which there may be a password.
+/// Posts the request. The error does not contain the URL, which may hold a password.
 async fn post(client: Client, request: Request<Bytes>) -> Result<(), String> {
     let posted = async { client.execute(request.try_into()?).await?.error_for_status() };
     posted.await.map(drop).map_err(|error| {
