@@ -49,7 +49,7 @@ pub struct Config {
     /// The file with the certificates, as PEM, of authorities to trust besides the system's
     #[arg(long)]
     pub postgres_sslrootcert: Option<String>,
-    /// The time zone of a column last_seen that has none, as in the Go services' table, and of the log, such as Europe/Berlin [default: the machine's]
+    /// The time zone of a column `last_seen` that has none, as in the Go services' table, and of the log, such as Europe/Berlin [default: the machine's]
     #[arg(long)]
     pub tz: Option<TimeZone>,
 }

@@ -34,6 +34,8 @@ struct Siege {
 #[derive(Default)]
 struct Callbacks {
     accepted: u32,
+    /// Those for which a busy machine had neither a broker nor a disk in time; their messages may still come through.
+    refused: u32,
     peak_memory_kib: u64,
 }
 
@@ -70,14 +72,14 @@ impl Siege {
         wire.send_callback(0).await;
         assert_eq!(wire.reply().await.status, 200);
         self.stop.cancel();
-        let Callbacks { accepted, peak_memory_kib } = self.callbacks.await.unwrap();
-        assert!(accepted > 0);
+        let Callbacks { accepted, refused, peak_memory_kib } = self.callbacks.await.unwrap();
+        assert!(accepted > refused, "{refused} callbacks refused, {accepted} accepted");
         let messages = accepted + others + 2;
         eventually("the callbacks, and nothing else, are queued", DEADLINE, async || {
             let depth = self.queue.depth(&self.queue.name).await.unwrap();
             // What a busy machine's broker confirms too late goes through the spool as well.
             let twice = self.producer.metric("lastseen_spooled_total").await;
-            let most = f64::from(messages) + twice;
+            let most = f64::from(messages + refused) + twice;
             assert!(f64::from(depth) <= most, "{depth} messages instead of {messages}");
             (depth >= messages).then_some(())
         })
@@ -99,8 +101,11 @@ async fn post_until(
         let mut wire = Wire::connect(address).await;
         wire.send_callback(callbacks.accepted.into()).await;
         let reply = wire.reply().await;
-        assert_eq!(reply.status, 200, "{reply:?}");
-        callbacks.accepted += 1;
+        match reply.status {
+            200 => callbacks.accepted += 1,
+            503 => callbacks.refused += 1,
+            _ => panic!("{reply:?}"),
+        }
         callbacks.peak_memory_kib = callbacks.peak_memory_kib.max(producer.rss_kib());
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
