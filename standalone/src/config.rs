@@ -28,7 +28,7 @@ pub struct Config {
     /// A Postgres to use instead of store.db, as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…; or sqlite:PATH
     #[arg(long, global = true)]
     pub database_url: Option<DatabaseUrl>,
-    /// The time zone of a Postgres column last_seen that has none, as in the Go services' table, and of the log, such as Europe/Berlin [default: the machine's]
+    /// The time zone of a Postgres column `last_seen` that has none, as in the Go services' table, and of the log, such as Europe/Berlin [default: the machine's]
     #[arg(long, global = true)]
     pub tz: Option<TimeZone>,
     /// Which roles not to play.
