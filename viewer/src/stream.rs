@@ -220,7 +220,8 @@ impl Subscription {
     async fn step(&mut self) -> Result<Option<Bytes>, TooFarBehind> {
         let limit = self.limit.unwrap_or(usize::MAX);
         for turn in 1_usize.. {
-            if turn % UNWANTED_MAX == 0 {
+            // Many long lists at once would hold up every other request.
+            if turn % UNWANTED_MAX == 0 || self.is_listing() {
                 tokio::task::yield_now().await;
             }
             let Stage::Following(cursor) = &mut self.stage else { return Ok(None) };
@@ -261,6 +262,10 @@ impl Subscription {
             }
         }
         Ok(None)
+    }
+
+    fn is_listing(&self) -> bool {
+        matches!(&self.stage, Stage::Following(cursor) if cursor.listing != Listing::Done)
     }
 
     /// To a subscriber that follows some objects only, it also names the latest change: once the ring has left
@@ -322,6 +327,8 @@ impl Drop for Subscription {
 
 #[cfg(test)]
 mod tests {
+    use futures_util::FutureExt as _;
+
     use super::*;
 
     fn subscription(view: &Arc<ViewState>, request: Request) -> Subscription {
@@ -426,6 +433,16 @@ mod tests {
         assert_eq!(event(&mut all).await, expected("more", 257..300, "none"));
         view.flush();
         assert_eq!(event(&mut all).await, expected("online", [1_000], ""));
+    }
+
+    #[tokio::test]
+    async fn each_part_of_a_list_takes_turns_with_other_tasks() {
+        let view = view(0..300).await;
+        let mut all = subscription(&view, Request::default());
+        for _ in 0..3 {
+            assert!(all.next().now_or_never().is_none());
+            event(&mut all).await;
+        }
     }
 
     #[tokio::test]
