@@ -3,6 +3,12 @@
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
+/// The longest `detail`, in bytes of its JSON text. A detail may quote what the client sent, which can be a
+/// megabyte, and a client that does not read the response makes the server hold it.
+const DETAIL_MAX_BYTES: usize = 512;
+/// Follows a detail that was cut.
+const CUT: &str = "…";
+
 /// One problem: the status, and what was wrong and what to do about it.
 ///
 /// The `type` is left at its default, `about:blank`, so the `title` is the status's own phrase.
@@ -10,7 +16,7 @@ use axum::response::{IntoResponse, Response};
 pub struct Problem {
     /// The HTTP status.
     pub status: StatusCode,
-    /// What was wrong with this request and what to do, for the reader of the answer.
+    /// What was wrong with this request and what to do. The response contains at most 512 bytes of it.
     pub detail: String,
     /// How long to wait before trying again, in whole seconds (`Retry-After`).
     pub retry_after_seconds: Option<u32>,
@@ -19,7 +25,7 @@ pub struct Problem {
 impl Problem {
     /// A problem without `Retry-After`.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        Self { status, detail: detail.into(), retry_after_seconds: None }
+        Self { status, detail: cut(detail.into()), retry_after_seconds: None }
     }
 }
 
@@ -29,7 +35,8 @@ impl IntoResponse for Problem {
             "type": "about:blank",
             "title": self.status.canonical_reason().unwrap_or("Error"),
             "status": self.status.as_u16(),
-            "detail": self.detail,
+            // Cut here too, because the field is public: no response can be larger.
+            "detail": cut(self.detail),
         });
         let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
         let mut response = (self.status, content_type, body.to_string()).into_response();
@@ -37,5 +44,70 @@ impl IntoResponse for Problem {
             response.headers_mut().insert(header::RETRY_AFTER, HeaderValue::from(seconds));
         }
         response
+    }
+}
+
+/// As much of `detail` as fits into [`DETAIL_MAX_BYTES`] of JSON text.
+fn cut(detail: String) -> String {
+    let room = DETAIL_MAX_BYTES - CUT.len();
+    let (mut length, mut end) = (0, 0);
+    for (at, character) in detail.char_indices() {
+        length += json_bytes(character);
+        if length > DETAIL_MAX_BYTES {
+            // Copied, so that the memory of the long text is freed.
+            return format!("{}{CUT}", &detail[..end]);
+        }
+        if length <= room {
+            end = at + character.len_utf8();
+        }
+    }
+    detail
+}
+
+/// How many bytes `character` takes in a JSON string.
+fn json_bytes(character: char) -> usize {
+    match character {
+        '"' | '\\' | '\n' | '\r' | '\t' | '\u{8}' | '\u{c}' => 2,
+        '\0'..='\u{1f}' => "\\u0000".len(),
+        _ => character.len_utf8(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn json_length(detail: &str) -> usize {
+        serde_json::to_string(detail).unwrap().len() - "\"\"".len()
+    }
+
+    // Field case 2.1
+    #[test]
+    fn a_detail_is_cut_to_512_bytes_of_json() {
+        for part in ["a", "\u{301}", "\\", "\"", "\0", "\n", "\u{1f}", "😀", "a😀\0"] {
+            let long = part.repeat(1 << 20);
+            let cut = Problem::new(StatusCode::BAD_REQUEST, long.clone()).detail;
+            assert!(cut.ends_with(CUT), "{part:?}");
+            assert!(long.starts_with(cut.trim_end_matches(CUT)), "{part:?}");
+            let length = json_length(&cut);
+            assert!((500..=DETAIL_MAX_BYTES).contains(&length), "{part:?} takes {length}");
+        }
+    }
+
+    #[test]
+    fn a_detail_that_fits_is_not_cut() {
+        for text in ["", "no luck", &"\0".repeat(85), &"é".repeat(256)] {
+            assert_eq!(Problem::new(StatusCode::BAD_REQUEST, text).detail, text);
+        }
+    }
+
+    // Field case 2.1
+    #[tokio::test]
+    async fn a_response_is_small_whoever_made_the_problem() {
+        let detail = "\u{7}".repeat(1 << 20);
+        let problem =
+            Problem { status: StatusCode::BAD_REQUEST, detail, retry_after_seconds: None };
+        let body = axum::body::to_bytes(problem.into_response().into_body(), 1024).await.unwrap();
+        assert!(serde_json::from_slice::<serde_json::Value>(&body).is_ok());
     }
 }
