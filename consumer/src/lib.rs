@@ -28,6 +28,7 @@ pub const DESCRIPTION: Description = Description {
     name: "consumer",
     about: "Looks each object up at the status API and records when it was last seen",
     admin_address: ":9092",
+    drain_delay: "0s",
     live: &[Lookups::LIVE],
 };
 

@@ -52,6 +52,8 @@ pub(crate) struct Setup {
     pub(crate) small_database_disk: bool,
     /// How many consumers there are.
     pub(crate) consumers: usize,
+    /// The command through which the producer is started, which ends in executing it.
+    pub(crate) producer_through: &'static [&'static str],
     /// Variables of the producer.
     pub(crate) producer: Vec<(&'static str, &'static str)>,
     /// Variables of each consumer.
@@ -71,6 +73,7 @@ impl Default for Setup {
             read_only_root: false,
             small_database_disk: false,
             consumers: 1,
+            producer_through: &[],
             producer: Vec::new(),
             consumer: Vec::new(),
             routine: Vec::new(),
@@ -196,14 +199,22 @@ impl World {
 
     /// A producer where the load goes to. Each one finds the spool that the one before it left.
     pub(crate) fn spawn_producer(&self) -> Process {
-        let (spool, address) =
-            (self.spool().display().to_string(), self.producer_address.to_string());
+        self.spawn_producer_at(self.producer_address, self.spool())
+    }
+
+    /// A producer that listens there, with its spool there.
+    pub(crate) fn spawn_producer_at(&self, address: SocketAddr, spool: PathBuf) -> Process {
+        let (spool, address) = (spool.display().to_string(), address.to_string());
         let mut variables =
             vec![("PRODUCER_ADDR", address.as_str()), ("SPOOL_DIR", spool.as_str())];
         variables.extend(&self.setup.producer);
         if self.setup.small_spool_disk {
             fs::create_dir_all(self.spool()).expect("a scratch directory should be writable");
             return self.surroundings.spawn_through(&ON_A_SMALL_DISK, "producer", &variables);
+        }
+        if !self.setup.producer_through.is_empty() {
+            let through = self.setup.producer_through;
+            return self.surroundings.spawn_through(through, "producer", &variables);
         }
         self.spawn("producer", &variables)
     }

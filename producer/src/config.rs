@@ -53,13 +53,16 @@ pub struct Callbacks {
     /// How large the spool may grow, in bytes
     #[arg(long, value_parser = settings::number(1_048_576..=1_u64 << 40), default_value = "1073741824")]
     pub spool_max_bytes: u64,
-    /// How long a client may take to send a request's head, and how long a connection may idle
+    /// How long a client may take to send a request's head, from its first byte; also how far it may fall behind 1 KiB/s in reading responses
     #[arg(long, value_parser = settings::duration(CLIENT_TIMEOUT), default_value = "20s")]
     pub header_timeout: Duration,
+    /// How long a connection may wait for its next request; balancers close theirs after 60s, and must do so first
+    #[arg(long, value_parser = settings::duration(CLIENT_TIMEOUT), default_value = "75s")]
+    pub idle_timeout: Duration,
     /// How long a client may take to send a request's body
     #[arg(long, value_parser = settings::duration(CLIENT_TIMEOUT), default_value = "5s")]
     pub body_timeout: Duration,
-    /// The most connections open at once; more wait until one ends
+    /// The most connections open at once; a further one replaces the one that has waited longest for a request, or is answered 503
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "10000")]
     pub max_connections: usize,
 }

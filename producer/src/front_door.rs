@@ -17,7 +17,7 @@ use broker::PublishError;
 use serde::Serialize;
 use service::problem::Problem;
 use service::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
-use service::{CancellationToken, Health, http};
+use service::{CancellationToken, Health, http, probes};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -34,12 +34,15 @@ use crate::signature::Signatures;
 const FAREWELL: Duration = Duration::from_secs(2);
 /// Names the callback in our logs and in the messages that it becomes.
 const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
+/// By which a browser says where the page is from that has it send a request.
+const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// The producer, listening and not yet serving.
 pub struct FrontDoor {
     listener: TcpListener,
     limits: http::Limits,
     shared: Arc<Shared>,
+    health: Health,
 }
 
 /// What the requests share.
@@ -62,14 +65,14 @@ impl FrontDoor {
         let address = callbacks.producer_addr;
         let places = Places::open(config).await?;
         // Last: a client that can connect waits for an answer, and the spool takes a while to open.
-        let listener = TcpListener::bind(address)
-            .await
+        let listener = http::listen(address)
             .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
         places.tell(health);
         health.all_told();
         let limits = http::Limits {
             max_connections: callbacks.max_connections,
             header_timeout: callbacks.header_timeout,
+            idle_timeout: Some(callbacks.idle_timeout),
             farewell: FAREWELL,
         };
         let shared = Arc::new(Shared {
@@ -78,7 +81,7 @@ impl FrontDoor {
             signatures: Signatures::new(config.authenticity.callback_secret.clone()),
             config: callbacks.clone(),
         });
-        Ok(Self { listener, limits, shared })
+        Ok(Self { listener, limits, shared, health: health.clone() })
     }
 
     /// The address that it listens on, with the port that was free if any was asked for.
@@ -98,6 +101,7 @@ impl FrontDoor {
         let shared = Arc::clone(&self.shared);
         let router = Router::new()
             .route("/callback", post(take))
+            .merge(probes(self.health))
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
             .layer(middleware::from_fn(last_if_chunked))
@@ -183,6 +187,7 @@ impl Shared {
         body: Body,
         deadline: Deadline,
     ) -> Result<Accepted, Problem> {
+        refuse_cross_site(headers)?;
         let unverified = self.signatures.claimed(headers)?;
         let body = self.bodies.read(headers, body, deadline).await?;
         let deadline = deadline.after_body();
@@ -207,6 +212,17 @@ impl Shared {
         metrics::counter!("lastseen_callback_ids_total").increment(listed as u64);
         Ok(accepted)
     }
+}
+
+/// Refuses what a web page of another site has a browser send: it could make up callbacks in the name of
+/// anybody who can reach this address. Partners send from servers, and those send no such header.
+fn refuse_cross_site(headers: &HeaderMap) -> Result<(), Problem> {
+    if headers.get_all(SEC_FETCH_SITE).iter().any(|site| site == "cross-site") {
+        let detail =
+            "a web page of another site must not send callbacks (Sec-Fetch-Site: cross-site)";
+        return Err(Problem::new(StatusCode::FORBIDDEN, detail));
+    }
+    Ok(())
 }
 
 fn unavailable(error: &Unavailable) -> Problem {

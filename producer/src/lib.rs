@@ -22,6 +22,7 @@ pub const DESCRIPTION: Description = Description {
     name: "producer",
     about: "Takes callbacks on POST /callback and makes a durable message of every object id",
     admin_address: ":9091",
+    drain_delay: "8s",
     live: &[],
 };
 

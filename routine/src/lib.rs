@@ -20,6 +20,7 @@ pub const DESCRIPTION: Description = Description {
     name: "routine",
     about: "Deletes the objects that have not been seen for OBJECT_TTL",
     admin_address: ":9093",
+    drain_delay: "0s",
     live: &[Cleanup::LIVE],
 };
 

@@ -6,7 +6,6 @@ use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use metrics_exporter_prometheus::PrometheusHandle;
-use tokio_util::sync::CancellationToken;
 
 use crate::problem::Problem;
 use crate::{Health, recorder};
@@ -16,15 +15,9 @@ struct Admin {
     service: &'static str,
     health: Health,
     metrics: PrometheusHandle,
-    draining: CancellationToken,
 }
 
-pub(crate) fn router(
-    service: &'static str,
-    health: Health,
-    metrics: PrometheusHandle,
-    draining: CancellationToken,
-) -> Router {
+pub(crate) fn router(service: &'static str, health: Health, metrics: PrometheusHandle) -> Router {
     Router::new()
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(readyz))
@@ -32,11 +25,11 @@ pub(crate) fn router(
         .fallback(async || {
             Problem::new(StatusCode::NOT_FOUND, "here are /livez, /readyz and /metrics")
         })
-        .with_state(Admin { service, health, metrics, draining })
+        .with_state(Admin { service, health, metrics })
 }
 
 async fn readyz(State(admin): State<Admin>) -> Response {
-    if admin.draining.is_cancelled() {
+    if admin.health.is_draining() {
         return Problem::new(StatusCode::SERVICE_UNAVAILABLE, "draining").into_response();
     }
     let missing = admin.health.missing();
@@ -55,7 +48,7 @@ async fn render_metrics(State(admin): State<Admin>) -> impl IntoResponse {
     let content_type = "text/plain; version=0.0.4; charset=utf-8";
     let mut roles = admin.health.roles(admin.service);
     for (_, is_ready) in &mut roles {
-        *is_ready &= !admin.draining.is_cancelled();
+        *is_ready &= !admin.health.is_draining();
     }
     ([(header::CONTENT_TYPE, content_type)], recorder::render(&admin.metrics, &roles))
 }

@@ -1,5 +1,6 @@
 //! Readiness: which peers a service needs, and whether each is there.
 
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::watch;
@@ -11,7 +12,11 @@ pub type PeerStatus = Result<(), String>;
 ///
 /// The parts that talk to a peer own its status and change it; `/readyz` only looks.
 #[derive(Clone, Default)]
-pub struct Health(Arc<Mutex<Needs>>);
+pub struct Health {
+    needs: Arc<Mutex<Needs>>,
+    /// One for the whole process.
+    draining: Arc<AtomicBool>,
+}
 
 #[derive(Default)]
 struct Needs {
@@ -50,7 +55,7 @@ impl Health {
     /// are all, to its own. The whole is ready only while each part is.
     #[must_use]
     pub fn part(&self, name: &'static str) -> Self {
-        let health = Self::default();
+        let health = Self { needs: Arc::default(), draining: Arc::clone(&self.draining) };
         self.lock().parts.push(Part { name, health: health.clone() });
         health
     }
@@ -59,6 +64,23 @@ impl Health {
     /// ready.
     pub fn all_told(&self) {
         self.lock().complete = true;
+    }
+
+    /// The process stops: from now on it and each of its parts are not ready, so that balancers send
+    /// their requests elsewhere.
+    pub(crate) fn drain(&self) {
+        self.draining.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the process has begun to stop.
+    pub(crate) fn is_draining(&self) -> bool {
+        self.draining.load(Ordering::Relaxed)
+    }
+
+    /// Whether new requests should be sent here.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        !self.is_draining() && self.gaps().is_empty()
     }
 
     /// Each peer that is away, with the reason. For a peer of a part it is the part's name, and the
@@ -100,7 +122,7 @@ impl Health {
     }
 
     fn lock(&self) -> MutexGuard<'_, Needs> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.needs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -172,6 +194,17 @@ mod tests {
         assert_eq!(roles(), [("producer", true), ("consumer", false)]);
         consumer.all_told();
         assert_eq!(roles(), [("producer", true), ("consumer", true)]);
+    }
+
+    #[test]
+    fn a_process_that_stops_is_not_ready_nor_is_any_part_of_it() {
+        let whole = Health::default();
+        let part = whole.part("producer");
+        whole.all_told();
+        part.all_told();
+        assert!(whole.is_ready() && part.is_ready());
+        whole.drain();
+        assert!(!whole.is_ready() && !part.is_ready());
     }
 
     #[test]

@@ -2,9 +2,11 @@
 //! curl.
 
 use std::io::{self, Read as _, Write as _};
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream};
+use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
+
+use crate::http::reachable;
 
 /// What it is called on the command line.
 pub(crate) const NAME: &str = "healthcheck";
@@ -37,7 +39,13 @@ struct Answer {
 
 fn ask(admin: SocketAddr) -> io::Result<Answer> {
     let address = SocketAddr::new(reachable(admin.ip()), admin.port());
-    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT)?;
+    let mut stream = TcpStream::connect_timeout(&address, TIMEOUT).or_else(|error| {
+        // A machine may have no IPv4.
+        if admin.ip() != Ipv6Addr::UNSPECIFIED {
+            return Err(error);
+        }
+        TcpStream::connect_timeout(&(Ipv6Addr::LOCALHOST, admin.port()).into(), TIMEOUT)
+    })?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
     // By HTTP/1.0 the answer comes in one piece, and then the connection ends.
@@ -54,15 +62,6 @@ fn parse(answer: &str) -> Option<Answer> {
     let problem = serde_json::from_str::<serde_json::Value>(body).ok();
     let detail = problem.as_ref().and_then(|problem| problem["detail"].as_str());
     Some(Answer { ready: status == "200", text: detail.unwrap_or(body).to_owned() })
-}
-
-/// How to reach from this machine what listens on `ip`.
-fn reachable(ip: IpAddr) -> IpAddr {
-    match ip {
-        ip if !ip.is_unspecified() => ip,
-        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-    }
 }
 
 #[cfg(test)]
@@ -85,7 +84,7 @@ mod tests {
     #[test]
     fn what_listens_everywhere_is_asked_here() {
         assert_eq!(reachable("0.0.0.0".parse().unwrap()).to_string(), "127.0.0.1");
-        assert_eq!(reachable("::".parse().unwrap()).to_string(), "::1");
+        assert_eq!(reachable("::".parse().unwrap()).to_string(), "127.0.0.1");
         assert_eq!(reachable("10.0.0.7".parse().unwrap()).to_string(), "10.0.0.7");
     }
 }

@@ -1,16 +1,18 @@
 //! An HTTP/1.1 server with the limits that `axum::serve` lacks.
 
-mod write_deadline;
+mod accept;
+mod connection;
+mod exchange;
+mod linger;
+mod listen;
+mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
-use axum::extract::{Request, State};
-use axum::http::{HeaderValue, header};
-use axum::middleware::{self, Next};
-use axum::response::Response;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper::service::service_fn;
+use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
@@ -18,102 +20,104 @@ use tokio::sync::{Notify, Semaphore};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use write_deadline::WriteDeadline;
+use crate::descriptors;
 
-/// How long to wait after a failed `accept`, which is most often "too many open files": trying
-/// again at once would spin without giving a connection the time to end.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+use accept::Acceptor;
+use connection::{Connection, Wire};
+use exchange::Door;
+use waiting::Waiting;
+
+pub use listen::{listen, reachable};
 
 /// The most that a connection buffers, either way; a head that is larger is answered 431. It is
 /// ample for ours, and with hyper's own 400 KiB, 10,000 connections could take 4 GB.
 const MAX_BUFFER_BYTES: usize = 16 << 10;
+/// How long a balancer keeps an idle connection: nginx and AWS's close it after 60 s. A server that
+/// closes its side earlier may close it just as the next callback is sent, which is then lost.
+const IDLE_TIMEOUT: Duration = Duration::from_secs(75);
 
 /// What one server lets its clients take.
 #[derive(Clone, Copy, Debug)]
 pub struct Limits {
-    /// Open connections; at the cap, new ones wait in the kernel's backlog until one ends.
+    /// Open connections. When all are taken, a new connection replaces the one that has waited
+    /// longest for a request; if none waits, the new one is answered 503.
     pub max_connections: usize,
-    /// Time to send a request's head. It also ends a connection that idles for so long, or whose
-    /// client takes nothing of its answers for so long.
+    /// Time from the first byte of a request's head to its last. It is also how far a client may fall
+    /// behind the slowest allowed rate in reading responses.
     pub header_timeout: Duration,
-    /// After the shutdown each open connection may bring one more request. Those that have brought none
-    /// are closed when nobody has brought any for so long: closed at once, one could be closed in the
-    /// middle of its next request.
+    /// How long a connection may wait for its first request, or its next one. `None` for one request
+    /// per connection, whose head must then arrive within `header_timeout`.
+    pub idle_timeout: Option<Duration>,
+    /// After the shutdown, an open connection may bring one more request. Connections that have brought
+    /// none are closed once no request has arrived for this long: closed at once, one could be closed in
+    /// the middle of its next request.
     pub farewell: Duration,
 }
 
-/// Serves `router` on `listener` until `shutdown`, then takes who has already connected, stops
-/// accepting, and returns when each connection has had its last answer; see [`Limits::farewell`].
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            max_connections: 10_000,
+            header_timeout: Duration::from_secs(20),
+            idle_timeout: Some(IDLE_TIMEOUT),
+            farewell: Duration::ZERO,
+        }
+    }
+}
+
+/// Serves `router` on `listener` until `shutdown`, then serves the connections in the kernel's backlog,
+/// stops accepting, and returns when each connection has had its last response; see [`Limits::farewell`].
 pub async fn serve(
     listener: TcpListener,
     router: Router,
     limits: Limits,
     shutdown: CancellationToken,
 ) {
-    let slots = Arc::new(Semaphore::new(limits.max_connections));
-    let door = Door { shutdown: shutdown.clone(), request: Arc::default() };
-    let router = router.layer(middleware::from_fn_with_state(door.clone(), last_if_draining));
-    let service = TowerToHyperService::new(router);
+    let max_connections = descriptors::affordable(limits.max_connections);
+    let slots = Arc::new(Semaphore::new(max_connections));
+    let waiting = Arc::new(Waiting::default());
+    let door = Door { shutdown: shutdown.clone(), request: Arc::new(Notify::new()) };
+    let router = TowerToHyperService::new(router);
     let mut server = hyper::server::conn::http1::Builder::new();
-    server.timer(TokioTimer::new()).header_read_timeout(limits.header_timeout);
-    server.max_buf_size(MAX_BUFFER_BYTES);
+    // The time limits are those of `Connection`, which knows more than hyper.
+    server.header_read_timeout(None).max_buf_size(MAX_BUFFER_BYTES);
+    // A client may close its sending side after the request, and still read the response.
+    server.half_close(true).keep_alive(limits.idle_timeout.is_some());
     let connections = GracefulShutdown::new();
+    let mut acceptor = Acceptor::new(listener, Arc::clone(&slots), Arc::clone(&waiting));
     loop {
-        let accepted = async {
-            let slot = Arc::clone(&slots).acquire_owned().await;
-            (slot, listener.accept().await)
-        };
-        let (slot, accepted) = tokio::select! {
-            // In this order: who is in the kernel's backlog at the shutdown has connected, and would
+        let accepted = tokio::select! {
+            // In this order: a client in the kernel's backlog at the shutdown has connected, and would
             // be reset with the listener.
             biased;
-            accepted = accepted => accepted,
+            accepted = acceptor.next() => accepted,
             () = shutdown.cancelled() => break,
         };
-        let stream = match accepted {
-            Ok((stream, _)) => stream,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept a connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
+        let Some((socket, peer, slot)) = accepted else { continue };
+        let connection = Connection::new(socket, limits, Arc::clone(&waiting));
+        let service = {
+            let (connection, router, door) =
+                (Arc::clone(&connection), router.clone(), door.clone());
+            service_fn(move |request| {
+                let (connection, router, door) =
+                    (Arc::clone(&connection), router.clone(), door.clone());
+                async move { exchange::respond(connection, peer, router, door, request).await }
+            })
         };
-        // Without it, small answers wait for the client's delayed ack.
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "cannot set TCP_NODELAY");
-        }
-        let stream = TokioIo::new(WriteDeadline::new(stream, limits.header_timeout));
-        let connection = server.serve_connection(stream, service.clone());
-        let connection = connections.watch(connection);
+        let stream = TokioIo::new(Wire::new(Arc::clone(&connection)));
+        let serving = connections.watch(server.serve_connection(stream, service));
         tokio::spawn(async move {
-            if let Err(error) = connection.await {
-                tracing::debug!(%error, "connection ended early");
-            }
+            connection::drive(&connection, serving).await;
             drop(slot);
         });
     }
-    drop(listener);
-    let all = u32::try_from(limits.max_connections).unwrap_or(u32::MAX);
+    drop(acceptor);
+    let all = u32::try_from(max_connections).unwrap_or(u32::MAX);
     tokio::select! {
         _ = slots.acquire_many(all) => {}
         () = async { while timeout(limits.farewell, door.request.notified()).await.is_ok() {} } => {}
     }
     connections.shutdown().await;
-}
-
-#[derive(Clone)]
-struct Door {
-    shutdown: CancellationToken,
-    /// Notified of each request.
-    request: Arc<Notify>,
-}
-
-/// Tells the client with the answer that its connection ends.
-async fn last_if_draining(State(door): State<Door>, request: Request, next: Next) -> Response {
-    door.request.notify_one();
-    let mut response = next.run(request).await;
-    if door.shutdown.is_cancelled() {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
+    // Those that linger.
+    let _ = slots.acquire_many(all).await;
 }

@@ -5,6 +5,7 @@
 //! [`main`] and does nothing else. One that has subcommands uses [`main_with_commands`].
 
 mod admin;
+mod descriptors;
 mod env_file;
 mod health;
 mod healthcheck;
@@ -12,6 +13,7 @@ pub mod http;
 mod lifecycle;
 mod live;
 mod log_output;
+mod probes;
 pub mod problem;
 mod process;
 mod recorder;
@@ -30,5 +32,6 @@ pub use lifecycle::{
     Description, Invocation, Misconfigured, Unavailable, main, main_with_commands,
 };
 pub use live::{Changer, Live};
+pub use probes::probes;
 pub use recorder::{metric_total, rendered_metrics};
 pub use tokio_util::sync::CancellationToken;

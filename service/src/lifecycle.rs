@@ -10,10 +10,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
-use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::Notify;
+use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::log_output;
@@ -21,7 +21,9 @@ use crate::reload::{self, Reload};
 use crate::settings;
 use crate::sources::{self, IgnoredSettings, Parsed, Settings, SettingsError, Sources};
 use crate::traces::{self, Traces};
-use crate::{Health, Live, admin, healthcheck, http, recorder, telemetry, terminal, time_zone};
+use crate::{
+    Health, Live, admin, descriptors, healthcheck, http, recorder, telemetry, terminal, time_zone,
+};
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
 const EXIT_SETTINGS: u8 = 78;
@@ -30,6 +32,7 @@ const EXIT_UNAVAILABLE: u8 = 69;
 /// The service failed, or was stopped before all in flight was finished (`EX_SOFTWARE`).
 const EXIT_FAILURE: u8 = 70;
 
+const DRAIN_DELAY: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_mins(10);
 const DRAIN_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_hours(1);
 
 const ABOUT_VARIABLES: &str = "\
@@ -37,12 +40,17 @@ const ABOUT_VARIABLES: &str = "\
     or in a file .env, under the name in <>; NAME_FILE names a file that holds the value. In the \
     settings file these can change while the process runs:";
 
-/// The admin address answers probes and a scraper, never the public.
+/// The admin address serves probes and a scraper, which send their request at once. Clients that do not
+/// must not take the connections away from them.
 const ADMIN_LIMITS: http::Limits = http::Limits {
     max_connections: 64,
-    header_timeout: Duration::from_secs(10),
+    header_timeout: Duration::from_secs(2),
+    idle_timeout: None,
     farewell: Duration::ZERO,
 };
+
+/// Signals within this time are one: `timeout` of GNU signals the process and then its group.
+const ONE_SIGNAL: Duration = Duration::from_millis(200);
 
 /// What a service is called and where its admin address is by default.
 #[derive(Clone, Copy, Debug)]
@@ -53,6 +61,8 @@ pub struct Description {
     pub about: &'static str,
     /// The default of `ADMIN_ADDR`, such as `:9091`.
     pub admin_address: &'static str,
+    /// The default of `DRAIN_DELAY`: `0s` for a service to which no balancer sends requests.
+    pub drain_delay: &'static str,
     /// The variables of the settings that it heeds while it runs, such as `MAX_CONSUMERS`, by parts.
     pub live: &'static [&'static [&'static str]],
 }
@@ -73,7 +83,10 @@ struct Common {
     /// Where /livez, /readyz and /metrics are served; port 0 takes any free one and logs it
     #[arg(long, value_parser = settings::listen_address, help_heading = "Life cycle")]
     admin_addr: SocketAddr,
-    /// How long what is in flight may take to finish after SIGTERM or ctrl-c; a second signal ends it at once
+    /// How long requests are still taken after SIGTERM, while /readyz says 503 so that a balancer sends no more; ctrl-c skips it
+    #[arg(long, value_parser = settings::duration(DRAIN_DELAY), help_heading = "Life cycle")]
+    drain_delay: Duration,
+    /// How long what is in flight may take to finish after DRAIN_DELAY; a second signal ends it at once
     #[arg(long, value_parser = settings::duration(DRAIN_TIMEOUT), default_value = "30s", help_heading = "Life cycle")]
     drain_timeout: Duration,
     #[command(flatten)]
@@ -172,6 +185,7 @@ where
     // TLS is needed by some settings only, and one provider for all of them keeps the binary small.
     // If there is one already, it is this one.
     let _ = rustls::crypto::ring::default_provider().install_default();
+    descriptors::raise_limit();
     let health = Health::default();
     let shutdown = CancellationToken::new();
     let (changer, live) = Live::changeable(config);
@@ -195,7 +209,7 @@ where
         Ok(Invocation::Command(command)) => {
             telemetry::init(&common.telemetry.of_command());
             log_sources(dot_env, &ignored);
-            let ended = block_on(carry_out(command, common.drain_timeout, shutdown));
+            let ended = block_on(carry_out(command, common.drain_timeout, health, shutdown));
             told(description, ended)
         }
         Err(refused) => told(description, Err(refused)),
@@ -266,7 +280,9 @@ fn read_settings<C: Args + FromArgMatches>(
         .after_help(format!("{ABOUT_VARIABLES} {}.", description.live().join(", ")))
         .args_override_self(true)
         .subcommand(Command::new(healthcheck::NAME).about(healthcheck::ABOUT));
-    let command = with_admin_address(command, description);
+    let command = with_admin_address(command, description).mut_arg("drain_delay", |argument| {
+        argument.required(false).default_value(description.drain_delay)
+    });
     let sources = Sources::new(command, arguments)?;
     let content = sources.file().map_or(Ok(String::new()), sources::read_file)?;
     let parsed = sources.read(&content)?;
@@ -330,19 +346,20 @@ async fn supervise(
     let reload = reload::watch(reload, Arc::clone(&signals.hangups), &health);
     let traces = Traces::start(&common.traces, description.name);
     let address = common.admin_addr;
-    let listener = TcpListener::bind(address)
-        .await
-        .with_context(|| format!("cannot listen on ADMIN_ADDR={address}"))?;
+    let listener =
+        http::listen(address).with_context(|| format!("cannot listen on ADMIN_ADDR={address}"))?;
     let address = listener.local_addr().context("cannot tell the admin address")?;
     tracing::info!(service = description.name, admin = %address, "starting");
-    let router = admin::router(description.name, health, metrics.clone(), shutdown.clone());
+    let router = admin::router(description.name, health.clone(), metrics.clone());
+    let stop =
+        Stop { delay: common.drain_delay, drain_timeout: common.drain_timeout, health, shutdown };
     // It goes on while the service drains, so that a probe sees why it is not ready.
     let admin = http::serve(listener, router, ADMIN_LIMITS, CancellationToken::new());
     let admin = tokio::spawn(async move {
         tokio::join!(admin, recorder::upkeep(metrics));
     });
     let ended = tokio::select! {
-        ended = run_until_abandoned(service, signals, common.drain_timeout, shutdown) => ended,
+        ended = run_until_abandoned(service, signals, stop) => ended,
         ended = admin => Err(anyhow::anyhow!("the admin address died: {ended:?}")),
         never = reload => match never {},
     };
@@ -354,25 +371,37 @@ async fn supervise(
 async fn carry_out(
     command: impl Future<Output = anyhow::Result<()>> + Send + 'static,
     drain_timeout: Duration,
+    health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let signals = Signals::watch()?;
-    run_until_abandoned(command, signals, drain_timeout, shutdown).await
+    let stop = Stop { delay: Duration::ZERO, drain_timeout, health, shutdown };
+    run_until_abandoned(command, signals, stop).await
+}
+
+/// What a signal starts.
+struct Stop {
+    /// Between "not ready" and the drain.
+    delay: Duration,
+    drain_timeout: Duration,
+    health: Health,
+    shutdown: CancellationToken,
 }
 
 async fn run_until_abandoned(
     work: impl Future<Output = anyhow::Result<()>> + Send + 'static,
     signals: Signals,
-    drain_timeout: Duration,
-    shutdown: CancellationToken,
+    stop: Stop,
 ) -> anyhow::Result<()> {
     // As a task of its own, so that a panic in it is an error here and not the end of this function.
     let work = tokio::spawn(work);
     tokio::select! {
         ended = work => ended.context("died")?,
-        reason = abandoned(signals, drain_timeout, shutdown) => reason,
+        reason = abandoned(signals, stop) => reason,
     }
 }
+
+const SIGTERM: &str = "SIGTERM";
 
 /// The signals that stop a service or command.
 struct Signals {
@@ -398,7 +427,7 @@ impl Signals {
     async fn next(&mut self) -> &'static str {
         loop {
             tokio::select! {
-                _ = self.terminate.recv() => return "SIGTERM",
+                _ = self.terminate.recv() => return SIGTERM,
                 _ = self.interrupt.recv() => return "SIGINT",
                 _ = self.hangup.recv() => {
                     if self.had_terminal && !terminal::is_there() {
@@ -412,18 +441,35 @@ impl Signals {
 }
 
 /// Waits for the first signal, starts the drain, and returns the reason to give it up.
-async fn abandoned(
-    mut signals: Signals,
-    drain_timeout: Duration,
-    shutdown: CancellationToken,
-) -> anyhow::Result<()> {
+async fn abandoned(mut signals: Signals, stop: Stop) -> anyhow::Result<()> {
+    let Stop { delay, drain_timeout, health, shutdown } = stop;
     let name = signals.next().await;
-    tracing::info!(signal = name, timeout = ?drain_timeout, "draining");
-    shutdown.cancel();
+    let first = Instant::now();
+    // A balancer that still sends requests here finds nobody after the drain. An operator at a terminal
+    // does not want to wait, and no balancer is told anything by ctrl-c.
+    let delay = if name == SIGTERM { delay } else { Duration::ZERO };
+    let drained = async {
+        health.drain();
+        if !delay.is_zero() {
+            tracing::info!(signal = name, ?delay, "not ready any more; requests are still taken");
+            sleep(delay).await;
+        }
+        tracing::info!(signal = name, timeout = ?drain_timeout, "draining");
+        shutdown.cancel();
+        sleep(drain_timeout).await;
+    };
+    let second = async {
+        loop {
+            let name = signals.next().await;
+            if first.elapsed() >= ONE_SIGNAL {
+                return name;
+            }
+        }
+    };
     tokio::select! {
-        () = tokio::time::sleep(drain_timeout) => anyhow::bail!(
+        () = drained => anyhow::bail!(
             "the drain took longer than DRAIN_TIMEOUT={drain_timeout:?}; what was in flight is left unfinished"
         ),
-        name = signals.next() => anyhow::bail!("stopped at once by a second signal ({name})"),
+        name = second => anyhow::bail!("stopped at once by a second signal ({name})"),
     }
 }

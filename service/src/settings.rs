@@ -77,12 +77,13 @@ pub fn switch(text: &str) -> Result<bool, String> {
 }
 
 /// A value parser for listening addresses: `127.0.0.1:9090`, `[::1]:9090`, or `:9090` for all
-/// interfaces. Port 0 takes any free port.
+/// interfaces, which is `[::]:9090` and takes IPv4 as well ([`crate::http::listen`]). Port 0 takes any free
+/// port.
 ///
 /// # Errors
 /// What is allowed, in words.
 pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
-    let full = if text.starts_with(':') { format!("0.0.0.0{text}") } else { text.to_owned() };
+    let full = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
     full.parse().map_err(|_| {
         "expected IP:PORT such as 127.0.0.1:9090, or :9090 for all interfaces; port 0 takes any free one".to_owned()
     })
@@ -148,7 +149,8 @@ mod tests {
 
     #[test]
     fn a_listening_address_may_leave_out_the_host() {
-        assert_eq!(listen_address(":9090").unwrap().to_string(), "0.0.0.0:9090");
+        assert_eq!(listen_address(":9090").unwrap().to_string(), "[::]:9090");
+        assert_eq!(listen_address("0.0.0.0:9090").unwrap().to_string(), "0.0.0.0:9090");
         assert!(listen_address("9090").is_err());
     }
 }

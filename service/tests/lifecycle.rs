@@ -445,10 +445,14 @@ impl Watching {
         assert!(sent.success());
     }
 
-    async fn stop(mut self) {
+    async fn stop(self) {
         self.signal("-TERM");
+        self.ends_with(0).await;
+    }
+
+    async fn ends_with(mut self, code: i32) {
         let ended = timeout(DEADLINE, self.child.wait()).await.unwrap().unwrap();
-        assert_eq!(ended.code(), Some(0));
+        assert_eq!(ended.code(), Some(code));
         std::fs::remove_dir_all(&self.directory).unwrap();
     }
 }
@@ -608,4 +612,78 @@ async fn a_settings_file_that_is_bad_at_the_start_ends_it() {
     assert!(bad.errors.contains(&format!("set in {path}, line 1)")), "{}", bad.errors);
     let told = format!("LASTSEEN_CONFIG={path}: cannot be read");
     assert!(missing.errors.contains(&told), "{}", missing.errors);
+}
+
+/// A service that drains at once when it is told to.
+async fn draining_service(arguments: &[&str]) -> Watching {
+    let mut service = Watching::start("PACE=1\n", arguments).await;
+    service.prints("1").await;
+    service
+}
+
+// Field case 1.7
+#[tokio::test]
+async fn sigterm_makes_a_service_not_ready_before_it_drains() {
+    let mut service = draining_service(&["--drain-delay=2s"]).await;
+    assert!(service.get("/readyz").await.starts_with("HTTP/1.0 200"));
+    service.signal("-TERM");
+    service.logs("not ready any more; requests are still taken").await;
+    let readyz = service.get("/readyz").await;
+    assert!(readyz.starts_with("HTTP/1.0 503") && readyz.contains("draining"), "{readyz}");
+    assert!(service.get("/livez").await.starts_with("HTTP/1.0 200"));
+    // It still works: it notices a change of its settings.
+    service.write("PACE=2\n");
+    service.signal("-HUP");
+    service.prints("2").await;
+    service.logs("draining signal=\"SIGTERM\"").await;
+    service.ends_with(0).await;
+}
+
+// Field case 1.7
+#[tokio::test]
+async fn ctrl_c_drains_without_a_delay() {
+    let mut service = draining_service(&["--drain-delay=10m"]).await;
+    service.signal("-INT");
+    service.logs("draining signal=\"SIGINT\"").await;
+    service.ends_with(0).await;
+}
+
+// Field case 3.10
+#[tokio::test]
+async fn two_signals_at_once_are_one() {
+    let mut service = draining_service(&["--drain-delay=1s"]).await;
+    let id = service.child.id().unwrap();
+    let both = format!("kill -TERM {id}; kill -INT {id}");
+    assert!(Command::new("sh").args(["-c", &both]).status().await.unwrap().success());
+    service.ends_with(0).await;
+}
+
+#[tokio::test]
+async fn a_second_signal_that_comes_later_ends_a_service_at_once() {
+    let mut service = draining_service(&["--drain-delay=10m"]).await;
+    service.signal("-TERM");
+    service.logs("not ready any more").await;
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    service.signal("-TERM");
+    service.logs("stopped at once by a second signal (SIGTERM)").await;
+    service.ends_with(70).await;
+}
+
+// Field case 2.4
+#[tokio::test]
+async fn silent_connections_to_the_admin_address_do_not_fail_a_healthcheck() {
+    let service = draining_service(&[]).await;
+    let mut silent = Vec::new();
+    for _ in 0..80 {
+        silent.push(TcpStream::connect(&service.admin).await.unwrap());
+    }
+    for _ in 0..3 {
+        let mut command = sample(&["healthcheck"]);
+        command.env("ADMIN_ADDR", &service.admin);
+        let healthcheck = ended(command).await;
+        assert_eq!(healthcheck.code, Some(0), "{}", healthcheck.printed);
+        assert!(service.get("/livez").await.starts_with("HTTP/1.0 200"));
+    }
+    drop(silent);
+    service.stop().await;
 }

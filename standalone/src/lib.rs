@@ -27,6 +27,7 @@ pub const DESCRIPTION: Description = Description {
     name: "lastseen",
     about: "Keeps who is online now, and when each was last seen: the whole pipeline in one process",
     admin_address: ":9091",
+    drain_delay: "8s",
     live: &[consumer::Lookups::LIVE, routine::Cleanup::LIVE],
 };
 

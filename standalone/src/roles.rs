@@ -1,10 +1,11 @@
 //! The roles of one process, begun and ended in the order in which they need each other.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::net::SocketAddr;
 
 use anyhow::{Context as _, bail};
 use consumer::Lookups;
 use producer::FrontDoor;
+use service::http::reachable;
 use service::{CancellationToken, Health, Live};
 use tester::api::Api;
 use tester::partner::Partner;
@@ -192,11 +193,7 @@ fn with_lookups_of(live: &Live<Config>, consumer: consumer::Config) -> Live<cons
 
 /// How to reach from this machine what listens on `address`.
 fn url_of(address: SocketAddr, path: &str) -> anyhow::Result<Url> {
-    let ip = match address.ip() {
-        ip if !ip.is_unspecified() => ip,
-        IpAddr::V4(_) => Ipv4Addr::LOCALHOST.into(),
-        IpAddr::V6(_) => Ipv6Addr::LOCALHOST.into(),
-    };
-    let url = format!("http://{}/{path}", SocketAddr::new(ip, address.port()));
+    let address = SocketAddr::new(reachable(address.ip()), address.port());
+    let url = format!("http://{address}/{path}");
     url.parse().context("an address should make a URL")
 }

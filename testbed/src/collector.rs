@@ -1,7 +1,6 @@
 //! A collector of traces.
 
 use std::net::SocketAddr;
-use std::time::Duration;
 
 use axum::Router;
 use axum::body::Bytes;
@@ -30,11 +29,7 @@ impl Collector {
         let address = listener.local_addr().expect("a listener has an address");
         let take = async move |headers: HeaderMap, body: Bytes| taken(&headers, &body);
         let router = Router::new().route("/v1/traces", post(take));
-        let limits = Limits {
-            max_connections: 100,
-            header_timeout: Duration::from_mins(1),
-            farewell: Duration::ZERO,
-        };
+        let limits = Limits { max_connections: 100, ..Limits::default() };
         let serving = tokio::spawn(serve(listener, router, limits, CancellationToken::new()));
         Self { address, serving }
     }

@@ -5,7 +5,7 @@
 //! - On the shared servers: [`Queue`] and [`Database`], each of its own name, gone when dropped.
 //! - Of one's own, to kill and to boot again: [`RabbitNode`], [`PostgresCluster`], with TLS if the test
 //!   has an [`Authority`]; [`Prometheus`].
-//! - What stands around our services: [`StatusApi`], [`Proxy`], [`Balancer`], [`Collector`]; and a service itself: [`Process`].
+//! - What stands around our services: [`StatusApi`], [`Proxy`], [`Balancer`], [`HaProxy`], [`Collector`]; and a service itself: [`Process`].
 //!
 //! What a test starts ends with it, even when it panics. What is a process ends also when the test
 //! process is killed.
@@ -25,6 +25,7 @@ mod collector;
 mod database;
 mod database_clock;
 mod eventually;
+mod haproxy;
 mod http_get;
 mod pg_bouncer;
 mod ports;
@@ -49,6 +50,7 @@ pub use collector::Collector;
 pub use database::{Database, database_url, postgres_environment};
 pub use database_clock::DatabaseClock;
 pub use eventually::eventually;
+pub use haproxy::HaProxy;
 pub use http_get::{Reply, http_get};
 pub use pg_bouncer::PgBouncer;
 pub use ports::free_port;

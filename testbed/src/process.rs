@@ -31,8 +31,8 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `binary` with exactly that environment, `PATH`, and an `ADMIN_ADDR` with a free port
-    /// unless one is given; in an empty directory, so that it reads no `.env`.
+    /// Starts `binary` with exactly that environment, `PATH`, an `ADMIN_ADDR` with a free port and a
+    /// `DRAIN_DELAY` of zero unless others are given; in an empty directory, so that it reads no `.env`.
     ///
     /// # Panics
     /// When the binary has not been built: cargo builds those of the tested package only.
@@ -65,6 +65,8 @@ impl Process {
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("ADMIN_ADDR", "127.0.0.1:0")
+            // No balancer has to notice that it stops.
+            .env("DRAIN_DELAY", "0s")
             .envs(environment.iter().map(|(name, value)| (name, value)))
             .current_dir(scratch.path())
             .stdout(Stdio::piped())

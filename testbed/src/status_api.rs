@@ -120,11 +120,7 @@ impl StatusApi {
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
-            let limits = Limits {
-                max_connections: 20_000,
-                header_timeout: Duration::from_mins(1),
-                farewell: Duration::ZERO,
-            };
+            let limits = Limits { max_connections: 20_000, ..Limits::default() };
             runtime.block_on(stopped.run_until_cancelled(serve(
                 listener,
                 router,

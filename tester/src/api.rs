@@ -23,6 +23,7 @@ use crate::config::{self, Failures};
 const LIMITS: Limits = Limits {
     max_connections: 20_000,
     header_timeout: Duration::from_secs(30),
+    idle_timeout: Some(Duration::from_secs(75)),
     farewell: Duration::ZERO,
 };
 
@@ -42,7 +43,7 @@ impl Api {
     /// When the address cannot be listened on.
     pub async fn bind(config: config::Api) -> std::io::Result<Self> {
         describe_metrics();
-        Ok(Self { listener: TcpListener::bind(config.tester_addr).await?, config })
+        Ok(Self { listener: http::listen(config.tester_addr)?, config })
     }
 
     /// The address it listens on, with the port that was given for port 0.

@@ -27,6 +27,7 @@ pub const DESCRIPTION: Description = Description {
     name: "tester",
     about: "Plays the partner and the status API of Lastseen, and loads its callback endpoint",
     admin_address: ":9094",
+    drain_delay: "0s",
     live: &[],
 };
 

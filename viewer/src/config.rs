@@ -34,7 +34,7 @@ pub struct View {
     /// Where the page and the API are; port 0 takes any free one and logs it
     #[arg(long, value_parser = settings::listen_address, default_value = ":9080")]
     pub viewer_addr: SocketAddr,
-    /// The most connections open at once, of which each subscriber has one; more wait until one ends
+    /// The most connections open at once, of which each subscriber has one; a further one replaces the one that has waited longest for a request, or is answered 503
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "11000")]
     pub viewer_max_connections: usize,
     /// Host names that requests may use besides this machine's own, localhost, IP addresses and names without a dot or of a private domain (.local, .internal, .svc): such as status.example.com, `*.example.com`, or `*` for any; separated by commas

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use events::Subscriber;
-use service::{CancellationToken, Health, http};
+use service::{CancellationToken, Health, http, probes};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -18,9 +18,6 @@ use crate::stream::Subscribers;
 use crate::table_sync::TableSync;
 use crate::view_state::ViewState;
 
-/// How long a client may take to send a request's head, how long a connection may idle, and how long a
-/// subscriber may take nothing.
-const PATIENCE: Duration = Duration::from_secs(20);
 /// Everything here can be asked again.
 const FAREWELL: Duration = Duration::from_millis(200);
 
@@ -28,6 +25,7 @@ const FAREWELL: Duration = Duration::from_millis(200);
 pub struct Viewer {
     listener: TcpListener,
     limits: http::Limits,
+    health: Health,
     table_sync: TableSync,
     subscriber: Subscriber,
     services: Arc<Services>,
@@ -44,8 +42,7 @@ impl Viewer {
     pub async fn open(config: Config, health: &Health) -> anyhow::Result<Self> {
         describe_metrics();
         let address = config.view.viewer_addr;
-        let listener = TcpListener::bind(address)
-            .await
+        let listener = http::listen(address)
             .with_context(|| format!("cannot listen on VIEWER_ADDR={address}"))?;
         let services = Services::new(config.services()).context("cannot build the HTTP client")?;
         let subscriber = Subscriber::new(&config.events.exchange(), "viewer");
@@ -60,14 +57,24 @@ impl Viewer {
         health.all_told();
         let limits = http::Limits {
             max_connections: config.view.viewer_max_connections,
-            header_timeout: PATIENCE,
             farewell: FAREWELL,
+            ..http::Limits::default()
         };
         let table_sync =
             TableSync { view: Arc::clone(&view), store: config.store, table, first_reading };
         let services = Arc::new(services);
-        let hosts = Hosts::new(&config.view.viewer_hosts);
-        Ok(Self { listener, limits, table_sync, subscriber, services, view, table: watched, hosts })
+        let (health, hosts) = (health.clone(), Hosts::new(&config.view.viewer_hosts));
+        Ok(Self {
+            listener,
+            limits,
+            health,
+            table_sync,
+            subscriber,
+            services,
+            view,
+            table: watched,
+            hosts,
+        })
     }
 
     /// The address that it listens on, with the port that was free if any was asked for.
@@ -84,7 +91,8 @@ impl Viewer {
     /// When a part that it needs has died.
     pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
         tracing::info!(address = %self.address()?, "showing who is online");
-        let Self { listener, limits, table_sync, subscriber, services, view, table, hosts } = self;
+        let Self { listener, limits, health, table_sync, subscriber, services, view, table, hosts } =
+            self;
         let shared = Shared {
             view: Arc::clone(&view),
             services: Arc::clone(&services),
@@ -94,13 +102,14 @@ impl Viewer {
             shutdown: shutdown.clone(),
             hosts,
         };
+        let router = api::router(shared).merge(probes(health));
         // Each as a task of its own, so that a large table holds up no answer, and a panic is seen.
         let mut parts = tokio::task::JoinSet::new();
         parts.spawn(table_sync.run(subscriber));
         parts.spawn(async move { match view.publish().await {} });
         parts.spawn(async move { match services.ask().await {} });
         tokio::select! {
-            () = http::serve(listener, api::router(shared), limits, shutdown) => Ok(()),
+            () = http::serve(listener, router, limits, shutdown) => Ok(()),
             ended = parts.join_next() => bail!("a part of the viewer has died: {ended:?}"),
         }
     }

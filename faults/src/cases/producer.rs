@@ -2,15 +2,18 @@
 
 use std::collections::HashSet;
 use std::fs;
+use std::net::SocketAddr;
 use std::path::Path;
 use std::time::Duration;
 
 use broker::Spool;
 use pipeline::Partner;
-use testbed::{eventually, fill_disk};
+use testbed::{HaProxy, Process, eventually, fill_disk, free_port};
+use tokio::net::TcpStream;
 
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
+use crate::load::Rate;
 use crate::world::{PATIENCE, Setup, World};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -44,6 +47,21 @@ pub(super) fn cases() -> Vec<Case> {
             "spool_damaged",
             "a page in the middle of the spool overwritten while producer and broker are down; a person posts what was on it",
             damaged,
+        ),
+        Case::new(
+            "producer_rolling_restart",
+            "two producers behind an HAProxy that checks every 2 s and never retries, restarted one after the other; a new connection for each of 150 callbacks/s",
+            rolling_restart,
+        ),
+        Case::new(
+            "idle_connections_soft_limit",
+            "330 idle connections to a producer with a soft limit of 256 descriptors",
+            idle_connections_soft_limit,
+        ),
+        Case::new(
+            "idle_connections_hard_limit",
+            "330 idle connections to a producer with a hard limit of 256 descriptors",
+            idle_connections_hard_limit,
         ),
     ]
 }
@@ -207,6 +225,70 @@ fn varint(bytes: &[u8]) -> (i64, &[u8]) {
     let length = bytes.iter().take_while(|byte| **byte >= 0x80).count() + 1;
     let number = bytes[..length].iter().fold(0, |sum, byte| sum << 7 | i64::from(byte & 0x7F));
     (number, &bytes[length..])
+}
+
+/// Field case 1.7
+async fn rolling_restart() -> Verdict {
+    let rate = Rate { callbacks: 150, ids: 5 };
+    // The default of `DRAIN_DELAY`, which tests set to zero.
+    let producer = vec![("DRAIN_DELAY", "8s")];
+    let mut world = World::servers(Setup { rate, producer, ..Setup::default() }).await;
+    world.consumers = vec![world.spawn_consumer()];
+    world.routine = Some(world.spawn_routine());
+    let addresses = [(); 2].map(|()| SocketAddr::from(([127, 0, 0, 1], free_port())));
+    let spawn = |world: &World, address: SocketAddr| {
+        let spool = world.spool().join(address.port().to_string());
+        world.spawn_producer_at(address, spool)
+    };
+    let mut producers = addresses.map(|address| spawn(&world, address));
+    let haproxy = HaProxy::start(world.producer_address(), &addresses).await;
+    haproxy.has_up(2).await;
+    world.is_ready().await;
+    world.comes_under_load().await;
+    for (producer, address) in producers.iter_mut().zip(addresses) {
+        producer.terminate();
+        haproxy.has_up(1).await;
+        let ended = producer.wait().await;
+        assert!(ended.success(), "the producer should drain: {ended}");
+        *producer = spawn(&world, address);
+        haproxy.has_up(2).await;
+    }
+    world.recovers().await;
+    let [first, _second] = producers;
+    world.producer = Some(first);
+    // A callback that is answered late by the broker is in the spool as well.
+    world.settles(Allowed::REPEATS).await
+}
+
+/// Field case 2.3
+async fn idle_connections_soft_limit() -> Verdict {
+    idle_connections(&["sh", "-c", r#"ulimit -Sn 256 && exec "$0" "$@""#]).await
+}
+
+/// Field case 2.3
+async fn idle_connections_hard_limit() -> Verdict {
+    idle_connections(&["sh", "-c", r#"ulimit -n 256 && exec "$0" "$@""#]).await
+}
+
+async fn idle_connections(producer_through: &'static [&'static str]) -> Verdict {
+    // No more connections than a hard limit of 256 leaves.
+    let setup = Setup { producer_through, connections: Some(16), ..Setup::default() };
+    let mut world = World::start(setup).await;
+    let mut idle = Vec::new();
+    for _ in 0..330 {
+        let connected = TcpStream::connect(world.producer_address()).await;
+        idle.push(connected.expect("the kernel should take the connection"));
+    }
+    world.comes_under_load().await;
+    let (status, _) = world.producer().get("/livez").await;
+    assert_eq!(status, 200);
+    let admin = [("ADMIN_ADDR", world.producer().admin().await.to_string())];
+    let healthcheck = Process::spawn("producer", &admin, &["healthcheck"]);
+    assert!(healthcheck.wait().await.success(), "{:?}", healthcheck.log());
+    world.stays(Duration::from_secs(5)).await;
+    drop(idle);
+    world.recovers().await;
+    world.settles(Allowed::REPEATS).await
 }
 
 fn on_a_small_disk() -> Setup {

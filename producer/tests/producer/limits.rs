@@ -1,17 +1,27 @@
-use testbed::eventually;
+use testbed::{Process, Queue, amqp_uri, eventually};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
 use crate::front_door::{DEADLINE, Producer, assert_problem_body};
 use crate::wire::Wire;
 
+// Field case 1.6
 #[tokio::test]
-async fn a_connection_that_sends_half_a_head_or_idles_is_closed_after_the_header_timeout() {
+async fn a_connection_may_idle_for_longer_than_a_head_may_take() {
     let producer = Producer::start(&["--header-timeout=300ms"]).await;
+    let mut idle = Wire::connect(producer.address).await;
+    idle.send_callback(1).await;
+    assert_eq!(idle.reply().await.status, 200);
     let mut half = Wire::connect(producer.address).await;
     half.send("POST /callback HTTP/1.1\r\nHost:").await;
     half.closed().await;
+    idle.send_callback(2).await;
+    assert_eq!(idle.reply().await.status, 200);
+}
 
+#[tokio::test]
+async fn a_connection_that_idles_is_closed_after_the_idle_timeout() {
+    let producer = Producer::start(&["--idle-timeout=300ms"]).await;
     let mut idle = Wire::connect(producer.address).await;
     idle.send_callback(1).await;
     assert_eq!(idle.reply().await.status, 200);
@@ -31,22 +41,17 @@ async fn a_body_that_stalls_is_answered_408() {
     producer.assert_nothing_queued().await;
 }
 
+// Field case 2.3
 #[tokio::test]
-async fn a_client_beyond_the_most_connections_is_served_once_another_has_gone() {
-    let producer = Producer::start(&["--max-connections=1"]).await;
-    let mut first = Wire::connect(producer.address).await;
-    first.send_callback(1).await;
-    assert_eq!(first.reply().await.status, 200);
-
-    let mut second = Wire::connect(producer.address).await;
-    second.send_callback(2).await;
-    for _ in 0..50 {
-        first.send_callback(3).await;
-        assert_eq!(first.reply().await.status, 200);
-        assert!(second.is_silent());
+async fn idle_connections_at_the_limit_do_not_keep_a_callback_waiting() {
+    let producer = Producer::start(&["--max-connections=2"]).await;
+    let mut idle = Vec::new();
+    for _ in 0..5 {
+        idle.push(Wire::connect(producer.address).await);
     }
-    drop(first);
-    assert_eq!(second.reply().await.status, 200);
+    let mut wire = Wire::connect(producer.address).await;
+    wire.send_callback(1).await;
+    assert_eq!(wire.reply().await.status, 200);
 }
 
 #[tokio::test]
@@ -70,4 +75,52 @@ async fn a_request_in_flight_at_the_shutdown_is_still_answered() {
     let served = timeout(DEADLINE, &mut producer.served).await.unwrap().unwrap();
     assert!(served.is_ok(), "{served:?}");
     assert_eq!(producer.ids().await, [5]);
+}
+
+// Field case 1.8
+#[tokio::test]
+async fn a_balancer_can_check_the_port_to_which_it_sends_callbacks() {
+    let producer = Producer::start(&[]).await;
+    for path in ["/livez", "/readyz"] {
+        for method in ["GET", "HEAD"] {
+            let answer = producer.send(producer.request(method, path)).await;
+            assert_eq!(answer.status, 200, "{method} {path}");
+        }
+    }
+    // Without broker and spool, nothing can be accepted.
+    let nowhere = ["--spool-dir=/dev/null/spool"];
+    let producer = Producer::start_at("amqp://127.0.0.1:1", &nowhere).await;
+    let answer = producer.send(producer.request("GET", "/readyz")).await;
+    assert_eq!((answer.status, &answer.body), (503, &"not ready\n".into()));
+    assert_eq!(producer.send(producer.request("GET", "/livez")).await.status, 200);
+}
+
+// Field case 1.7
+#[tokio::test]
+async fn a_producer_that_gets_sigterm_is_not_ready_and_still_takes_callbacks() {
+    let queue = Queue::new();
+    let environment = [
+        ("AMQP_URI", amqp_uri()),
+        ("QUEUE_NAME", queue.name.clone()),
+        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
+        ("PUBLISH_TIMEOUT", "20s".to_owned()),
+        ("DRAIN_DELAY", "3s".to_owned()),
+    ];
+    let producer = Process::spawn("producer", &environment, &[]);
+    producer.ready().await;
+    let line = producer.wait_for_log("taking callbacks").await;
+    let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
+    let readyz = async || {
+        let mut wire = Wire::connect(address).await;
+        wire.send("GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await;
+        wire.reply().await.status
+    };
+    assert_eq!(readyz().await, 200);
+    producer.terminate();
+    producer.wait_for_log("not ready any more").await;
+    assert_eq!(readyz().await, 503);
+    let mut wire = Wire::connect(address).await;
+    wire.send_callback(1).await;
+    assert_eq!(wire.reply().await.status, 200);
+    assert_eq!(producer.wait().await.code(), Some(0));
 }

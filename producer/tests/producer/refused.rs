@@ -121,3 +121,33 @@ async fn another_path_is_answered_404() {
     }
     producer.assert_nothing_queued().await;
 }
+
+// Field case 7.6
+#[tokio::test]
+async fn a_callback_from_a_web_page_of_another_site_is_answered_403() {
+    let producer = Producer::start(&[]).await;
+    for (site, status) in [("cross-site", 403), ("same-origin", 200), ("none", 200)] {
+        let request = producer.request("POST", "/callback").header("Sec-Fetch-Site", site);
+        let request = request.header("Content-Type", "text/plain").body(r#"{"object_ids":[1]}"#);
+        assert_eq!(producer.send(request).await.status, status, "{site}");
+    }
+    assert_eq!(producer.ids().await, [1, 1]);
+}
+
+// Field case 1.5
+#[tokio::test]
+async fn a_client_that_sends_all_before_it_reads_gets_to_see_why_not() {
+    let producer = Producer::start(&[]).await;
+    for (path, size, status) in
+        [("/callback", 20 << 20, 413), ("/elsewhere", 900 << 10, 404), ("/livez", 900 << 10, 405)]
+    {
+        for _ in 0..5 {
+            let mut wire = Wire::connect(producer.address).await;
+            let head = format!("POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {size}\r\n\r\n");
+            wire.send(head).await;
+            wire.send(vec![b' '; size]).await;
+            assert_eq!(wire.reply().await.status, status, "{path}");
+        }
+    }
+    producer.assert_nothing_queued().await;
+}

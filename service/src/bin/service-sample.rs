@@ -52,6 +52,7 @@ fn main() -> ExitCode {
         name: "service-sample",
         about: "Serves nothing and ends as it is told",
         admin_address: ":0",
+        drain_delay: "0s",
         live: &[&["PACE"]],
     };
     service::main_with_commands(description, plan)

@@ -17,6 +17,7 @@ fn main() -> ExitCode {
         name: "testbed-sample",
         about: "Does nothing until it is told to stop",
         admin_address: ":0",
+        drain_delay: "0s",
         live: &[],
     };
     service::main(description, |settings: Live<Settings>, health: Health, shutdown| async move {

@@ -78,8 +78,7 @@ impl Endpoint {
         let status = StatusCode::from_u16(status).unwrap();
         let conduct = Conduct { status, delay, slow_ones, seen: Arc::default(), requests: sender };
         let router = Router::new().route("/callback", post(callback)).with_state(conduct);
-        let limits =
-            Limits { max_connections: 100, header_timeout: PATIENCE, farewell: Duration::ZERO };
+        let limits = Limits { max_connections: 100, header_timeout: PATIENCE, ..Limits::default() };
         let stop = CancellationToken::new();
         tokio::spawn(serve(listener, router, limits, stop.clone()));
         Self { address, requests, stop }

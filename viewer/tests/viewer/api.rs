@@ -187,3 +187,14 @@ async fn the_stats_say_who_is_there_and_what_is_not() {
     assert!(stats["lookups_in_flight"].is_null(), "{stats}");
     assert!(stats["at"].as_str().unwrap().ends_with('Z'));
 }
+
+// Field case 1.8
+#[tokio::test]
+async fn a_balancer_can_check_the_port_of_the_page() {
+    let around = Around::new().await;
+    let viewer = around.view().await;
+    for path in ["/livez", "/readyz"] {
+        assert_eq!(viewer.get(path).await.0, 200, "{path}");
+    }
+    viewer.stop().await;
+}

@@ -90,3 +90,35 @@ async fn clients_that_never_read_an_answer_lose_their_places() {
     wire.send_callback(1).await;
     assert_eq!(wire.reply().await.status, 200);
 }
+
+// Field case 2.1
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn clients_that_never_read_an_error_response_hold_little_memory() {
+    const CLIENTS: usize = 1_000;
+    allow_files(4_000);
+    let siege = Siege::begin(&[]).await;
+    // Of each of these characters, seven are in the error's text.
+    let value = "\u{301}".repeat(100 << 10);
+    let body = format!(r#"{{"object_ids":"{value}"}}"#);
+    let length = body.len();
+    let request =
+        format!("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}");
+    let request: &'static [u8] = Box::leak(request.into_bytes().into());
+    let mut silent = Vec::new();
+    for _ in 0..CLIENTS / 50 {
+        let mut clients = JoinSet::new();
+        for _ in 0..50 {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.set_recv_buffer_size(4_096).unwrap();
+            let address = siege.address;
+            clients.spawn(async move {
+                let mut stream = socket.connect(address).await.unwrap();
+                timeout(DEADLINE, stream.write_all(request)).await.unwrap().unwrap();
+                stream
+            });
+        }
+        silent.extend(clients.join_all().await);
+    }
+    siege.withstood(0, 64).await;
+    drop(silent);
+}

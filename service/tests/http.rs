@@ -1,0 +1,408 @@
+//! The HTTP server's limits, seen by clients that write to a socket.
+
+#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
+
+use axum::Router;
+use axum::body::{Body, Bytes};
+use axum::http::StatusCode;
+use axum::routing::{get, post};
+use futures_util::stream;
+use service::CancellationToken;
+use service::http::{Limits, listen, serve};
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::{TcpSocket, TcpStream};
+use tokio::task::{JoinHandle, JoinSet};
+use tokio::time::{sleep, timeout};
+
+/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+const DEADLINE: Duration = Duration::from_secs(30);
+const GET: &str = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
+
+/// A server that stops with the test.
+struct Server {
+    address: SocketAddr,
+    shutdown: CancellationToken,
+    serving: JoinHandle<()>,
+}
+
+impl Server {
+    fn start(router: Router, limits: Limits) -> Self {
+        let listener = listen("127.0.0.1:0".parse().unwrap()).unwrap();
+        let address = listener.local_addr().unwrap();
+        let shutdown = CancellationToken::new();
+        let serving = tokio::spawn(serve(listener, router, limits, shutdown.clone()));
+        Self { address, shutdown, serving }
+    }
+
+    async fn connect(&self) -> Client {
+        Client(TcpStream::connect(self.address).await.unwrap())
+    }
+
+    async fn stop(self) {
+        self.shutdown.cancel();
+        timeout(DEADLINE, self.serving).await.unwrap().unwrap();
+    }
+}
+
+struct Client(TcpStream);
+
+impl Client {
+    async fn send(&mut self, bytes: impl AsRef<[u8]>) {
+        timeout(DEADLINE, self.0.write_all(bytes.as_ref())).await.unwrap().unwrap();
+    }
+
+    /// The next response, of which the body has a `content-length`.
+    async fn response(&mut self) -> Response {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            let byte = timeout(DEADLINE, self.0.read_u8()).await.unwrap();
+            head.push(byte.unwrap_or_else(|error| panic!("{error} after {head:?}")).into());
+        }
+        let length = head.split("content-length: ").nth(1).unwrap().split("\r\n").next();
+        let mut body = vec![0; length.unwrap().parse().unwrap()];
+        timeout(DEADLINE, self.0.read_exact(&mut body)).await.unwrap().unwrap();
+        let status = head.split(' ').nth(1).unwrap().parse().unwrap();
+        Response { status, head, body: String::from_utf8(body).unwrap() }
+    }
+
+    async fn status(&mut self) -> u16 {
+        self.response().await.status
+    }
+
+    /// How long the server leaves the connection open; nothing must come.
+    async fn closed_after(&mut self) -> Duration {
+        let start = Instant::now();
+        let read = timeout(DEADLINE, self.0.read_u8()).await.unwrap();
+        assert!(read.is_err(), "{read:?}");
+        start.elapsed()
+    }
+}
+
+#[derive(Debug)]
+struct Response {
+    status: u16,
+    head: String,
+    body: String,
+}
+
+fn hello() -> Router {
+    Router::new().route("/", get(async || "hello"))
+}
+
+// Field case 1.6
+#[tokio::test]
+async fn a_connection_idles_longer_than_a_head_may_take() {
+    let limits = Limits {
+        header_timeout: Duration::from_millis(300),
+        idle_timeout: Some(DEADLINE),
+        ..Limits::default()
+    };
+    let server = Server::start(hello(), limits);
+    let mut clients = Vec::new();
+    for _ in 0..20 {
+        clients.push(server.connect().await);
+    }
+    for client in &mut clients[10..] {
+        client.send(GET).await;
+        assert_eq!(client.status().await, 200);
+    }
+    // Twice what a head may take. Half of them have been used before.
+    sleep(2 * limits.header_timeout).await;
+    for client in &mut clients {
+        client.send(GET).await;
+        assert_eq!(client.status().await, 200);
+    }
+}
+
+// Field case 1.6
+#[tokio::test]
+async fn a_head_has_a_deadline_whenever_its_bytes_come() {
+    let limits = Limits {
+        header_timeout: Duration::from_millis(300),
+        idle_timeout: Some(DEADLINE),
+        ..Limits::default()
+    };
+    let server = Server::start(hello(), limits);
+    for is_first in [true, false] {
+        let mut client = server.connect().await;
+        if !is_first {
+            client.send(GET).await;
+            assert_eq!(client.status().await, 200);
+        }
+        let (mut reader, mut writer) = client.0.into_split();
+        let trickling = tokio::spawn(async move {
+            while writer.write_all(b"G").await.is_ok() {
+                sleep(Duration::from_millis(20)).await;
+            }
+        });
+        let read = timeout(DEADLINE / 2, reader.read_u8()).await.unwrap();
+        assert!(read.is_err(), "{read:?}");
+        trickling.abort();
+    }
+}
+
+// Field case 1.6
+#[tokio::test]
+async fn an_idle_connection_is_closed_after_the_idle_timeout() {
+    let idle_timeout = Duration::from_millis(300);
+    let limits = Limits { idle_timeout: Some(idle_timeout), ..Limits::default() };
+    let server = Server::start(hello(), limits);
+    let mut unused = server.connect().await;
+    unused.closed_after().await;
+    let mut used = server.connect().await;
+    used.send(GET).await;
+    assert_eq!(used.status().await, 200);
+    let after = used.closed_after().await;
+    assert!(after >= idle_timeout / 2, "{after:?}");
+}
+
+// Field case 2.4
+#[tokio::test]
+async fn without_keep_alive_a_connection_has_one_request_and_little_time() {
+    let limits = Limits {
+        header_timeout: Duration::from_millis(300),
+        idle_timeout: None,
+        ..Limits::default()
+    };
+    let server = Server::start(hello(), limits);
+    let mut client = server.connect().await;
+    client.send(GET).await;
+    let response = client.response().await;
+    assert!(response.head.contains("connection: close\r\n"), "{response:?}");
+    client.closed_after().await;
+    server.connect().await.closed_after().await;
+}
+
+/// Responds without having read the body.
+fn refusing() -> Router {
+    let refuse = async || (StatusCode::PAYLOAD_TOO_LARGE, "too large");
+    Router::new().route("/", post(refuse))
+}
+
+// Field case 1.5
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_client_that_writes_all_before_it_reads_gets_the_response() {
+    const BODY_BYTES: usize = 20 << 20;
+    let server = Server::start(refusing(), Limits::default());
+    let length = format!("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {BODY_BYTES}\r\n\r\n");
+    let chunked = "POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n1400000\r\n";
+    let mut clients = JoinSet::new();
+    for number in 0..10 {
+        let mut client = server.connect().await;
+        let head = if number % 2 == 0 { length.clone() } else { chunked.to_owned() };
+        clients.spawn(async move {
+            client.send(head).await;
+            client.send(vec![b'a'; BODY_BYTES]).await;
+            // A close with unread bytes would reset the connection, and the response would be lost.
+            sleep(Duration::from_millis(100)).await;
+            let response = client.response().await;
+            assert_eq!((response.status, response.body.as_str()), (413, "too large"));
+            assert!(response.head.contains("connection: close\r\n"), "{response:?}");
+            client.closed_after().await;
+        });
+    }
+    clients.join_all().await;
+}
+
+// Field case 1.5
+#[tokio::test]
+async fn a_client_whose_body_stalls_gets_the_response_at_once() {
+    let server = Server::start(refusing(), Limits::default());
+    for header in ["Content-Length: 1000", "Transfer-Encoding: chunked"] {
+        let mut client = server.connect().await;
+        client.send(format!("POST / HTTP/1.1\r\nHost: x\r\n{header}\r\n\r\n1")).await;
+        let response = client.response().await;
+        assert_eq!(response.status, 413);
+        assert!(response.head.contains("connection: close\r\n"), "{response:?}");
+    }
+}
+
+// Field case 1.5
+#[tokio::test]
+async fn a_client_that_waits_for_continue_is_not_told_to_send_the_body() {
+    let server = Server::start(refusing(), Limits::default());
+    let mut client = server.connect().await;
+    client
+        .send("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 10\r\nExpect: 100-continue\r\n\r\n")
+        .await;
+    let response = client.response().await;
+    assert_eq!(response.status, 413);
+    assert!(response.head.contains("connection: close\r\n"), "{response:?}");
+}
+
+#[tokio::test]
+async fn a_small_body_that_nobody_reads_does_not_end_the_connection() {
+    let server = Server::start(refusing(), Limits::default());
+    let mut client = server.connect().await;
+    for _ in 0..3 {
+        client.send("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1000\r\n\r\n").await;
+        client.send([b'a'; 1000]).await;
+        let response = client.response().await;
+        assert_eq!(response.status, 413);
+        assert!(!response.head.contains("connection: close"), "{response:?}");
+    }
+}
+
+// Field case 1.10
+#[tokio::test]
+async fn a_client_that_half_closes_after_its_request_gets_the_response() {
+    let slow = async |body: Bytes| {
+        sleep(Duration::from_millis(300)).await;
+        body
+    };
+    let server = Server::start(Router::new().route("/", post(slow)), Limits::default());
+    let mut client = server.connect().await;
+    client.send("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 5\r\n\r\nhello").await;
+    client.0.shutdown().await.unwrap();
+    assert_eq!(client.response().await.body, "hello");
+    client.closed_after().await;
+}
+
+/// Sets its flag when it is dropped.
+struct Dropped(Arc<AtomicBool>);
+
+impl Drop for Dropped {
+    fn drop(&mut self) {
+        self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+// Field case 1.10
+#[tokio::test]
+async fn a_request_whose_client_is_gone_does_not_last_for_ever() {
+    let is_dropped = Arc::new(AtomicBool::new(false));
+    let hang = {
+        let is_dropped = Arc::clone(&is_dropped);
+        async move || {
+            let _dropped = Dropped(is_dropped);
+            std::future::pending::<()>().await;
+        }
+    };
+    let server = Server::start(Router::new().route("/", get(hang)), Limits::default());
+    let mut client = server.connect().await;
+    client.send(GET).await;
+    drop(client);
+    let dropped = async {
+        while !is_dropped.load(Ordering::Relaxed) {
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(DEADLINE, dropped).await.unwrap();
+}
+
+/// A body without end, and whether it was dropped.
+fn endless() -> (Router, Arc<AtomicBool>) {
+    let is_dropped = Arc::new(AtomicBool::new(false));
+    let flag = Arc::clone(&is_dropped);
+    let respond = async move || {
+        Body::from_stream(stream::unfold(Dropped(flag), async |dropped| {
+            Some((Ok::<_, Infallible>(Bytes::from_static(&[b'a'; 4096])), dropped))
+        }))
+    };
+    (Router::new().route("/", get(respond)), is_dropped)
+}
+
+/// A client for which little fits between it and the server.
+async fn with_small_buffer(server: &Server) -> Client {
+    let socket = TcpSocket::new_v4().unwrap();
+    socket.set_recv_buffer_size(4_096).unwrap();
+    let mut client = Client(socket.connect(server.address).await.unwrap());
+    client.send(GET).await;
+    client
+}
+
+// Field case 2.1
+#[tokio::test]
+async fn a_client_that_reads_a_byte_now_and_then_is_cut_off() {
+    let limits = Limits { header_timeout: Duration::from_secs(1), ..Limits::default() };
+    let (router, is_dropped) = endless();
+    let server = Server::start(router, limits);
+    let mut client = with_small_buffer(&server).await;
+    let trickle = async {
+        while !is_dropped.load(Ordering::Relaxed) {
+            client.0.read_u8().await.unwrap();
+            sleep(Duration::from_millis(50)).await;
+        }
+    };
+    timeout(DEADLINE, trickle).await.unwrap();
+}
+
+// Field case 2.1
+#[tokio::test]
+async fn a_client_that_reads_slowly_but_steadily_is_not_cut_off() {
+    let limits = Limits { header_timeout: Duration::from_secs(1), ..Limits::default() };
+    let server = Server::start(endless().0, limits);
+    let mut client = with_small_buffer(&server).await;
+    let mut chunk = vec![0; 32 << 10];
+    // In all three times as long as a client may read nothing.
+    for _ in 0..60 {
+        timeout(DEADLINE, client.0.read_exact(&mut chunk)).await.unwrap().unwrap();
+        sleep(Duration::from_millis(50)).await;
+    }
+}
+
+// Field case 2.3
+#[tokio::test]
+async fn a_new_connection_replaces_the_one_that_has_waited_longest() {
+    let limits = Limits { max_connections: 4, ..Limits::default() };
+    let server = Server::start(hello(), limits);
+    let mut silent = Vec::new();
+    for _ in 0..4 {
+        silent.push(server.connect().await);
+        sleep(Duration::from_millis(20)).await;
+    }
+    // One of them has begun with a head.
+    silent[0].send("GET / HT").await;
+    let mut client = server.connect().await;
+    client.send(GET).await;
+    assert_eq!(client.status().await, 200);
+    silent[0].closed_after().await;
+    for client in &mut silent[1..] {
+        client.send(GET).await;
+        assert_eq!(client.status().await, 200);
+    }
+}
+
+// Field case 2.3
+#[tokio::test]
+async fn a_connection_that_finds_no_slot_is_answered_503() {
+    let hang = async || std::future::pending::<()>().await;
+    let limits = Limits { max_connections: 2, ..Limits::default() };
+    let server = Server::start(Router::new().route("/", get(hang)), limits);
+    let mut busy = Vec::new();
+    for _ in 0..2 {
+        let mut client = server.connect().await;
+        client.send(GET).await;
+        busy.push(client);
+    }
+    // Until both are known to be at work, one of them may have to go instead.
+    sleep(Duration::from_millis(300)).await;
+    for _ in 0..3 {
+        let mut client = server.connect().await;
+        client.send(GET).await;
+        let response = client.response().await;
+        assert_eq!(response.status, 503);
+        assert!(response.head.contains("retry-after: 1\r\n"), "{response:?}");
+        assert!(response.body.contains("too many connections"), "{response:?}");
+    }
+}
+
+// Field case 1.5
+#[tokio::test]
+async fn a_stopping_server_waits_until_clients_have_read_their_responses() {
+    let server = Server::start(refusing(), Limits::default());
+    let mut client = server.connect().await;
+    client.send(format!("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", 1 << 20)).await;
+    assert_eq!(client.status().await, 413);
+    let sending = tokio::spawn(async move {
+        client.send(vec![b'a'; 1 << 20]).await;
+    });
+    server.stop().await;
+    sending.await.unwrap();
+}

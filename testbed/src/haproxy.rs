@@ -1,0 +1,88 @@
+//! HAProxy in front of several producers.
+
+use std::fs::{self, File};
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+use crate::process_group::ProcessGroup;
+use crate::scratch::Scratch;
+use crate::{eventually, free_port, http_get, ports, programs};
+
+const DEADLINE: Duration = Duration::from_secs(30);
+
+/// An HAProxy that checks `/readyz` of its backends every two seconds, with its defaults otherwise, opens a
+/// new connection for each request, and sends nothing twice. It is killed on drop.
+#[derive(Debug)]
+pub struct HaProxy {
+    _group: ProcessGroup,
+    statistics_port: u16,
+    log: PathBuf,
+    _scratch: Scratch,
+}
+
+impl HaProxy {
+    /// Starts it on `address`, and returns when it runs. None of `backends` has to be there yet.
+    ///
+    /// # Panics
+    /// When it is not installed, or refuses to start.
+    pub async fn start(address: SocketAddr, backends: &[SocketAddr]) -> Self {
+        let (scratch, statistics_port) = (Scratch::new("haproxy"), free_port());
+        let log = scratch.path().join("log");
+        let output = File::create(&log).expect("a scratch file should be writable");
+        let errors = output.try_clone().expect("a file can be opened twice");
+        let servers: String = backends
+            .iter()
+            .enumerate()
+            .map(|(number, backend)| format!("  server backend{number} {backend} check inter 2s\n"))
+            .collect();
+        let config = format!(
+            "global\n  maxconn 4000\n\
+             defaults\n  mode http\n  retries 0\n  timeout connect 1s\n  timeout client 60s\n  timeout server 10s\n\
+             frontend callbacks\n  bind {address}\n  default_backend producers\n\
+             frontend statistics\n  bind 127.0.0.1:{statistics_port}\n  stats enable\n  stats uri /\n\
+             backend producers\n  option httpchk GET /readyz\n  option http-server-close\n  http-reuse never\n{servers}"
+        );
+        fs::write(scratch.path().join("haproxy.cfg"), config)
+            .expect("a scratch file should be writable");
+        let mut command = Command::new(programs::find("haproxy", &[]));
+        command
+            .args(["-db", "-f", "haproxy.cfg"])
+            .current_dir(scratch.path())
+            .stdout(output)
+            .stderr(errors);
+        let group = ProcessGroup::spawn(&mut command, scratch.path());
+        let haproxy = Self { _group: group, statistics_port, log, _scratch: scratch };
+        eventually("HAProxy runs", DEADLINE, async || haproxy.up().await.map(drop)).await;
+        haproxy
+    }
+
+    /// Waits until it takes exactly so many of its backends for healthy.
+    ///
+    /// # Panics
+    /// When it does not within half a minute.
+    pub async fn has_up(&self, backends: usize) {
+        let what = format!("HAProxy takes {backends} backends for healthy");
+        eventually(&what, DEADLINE, async || (self.up().await? == backends).then_some(())).await;
+    }
+
+    async fn up(&self) -> Option<usize> {
+        let reply = http_get(ports::local(self.statistics_port), "/;csv").await.ok()?;
+        // Proxy, server, and so on; the status is the 18th column, such as "UP" or "DOWN 1/2".
+        let is_up = |line: &&str| {
+            let mut columns = line.split(',');
+            let (proxy, server) = (columns.next(), columns.next());
+            proxy == Some("producers")
+                && server.is_some_and(|server| server.starts_with("backend"))
+                && columns.nth(15).is_some_and(|status| status.starts_with("UP"))
+        };
+        (reply.status == 200).then(|| reply.body.lines().filter(is_up).count())
+    }
+}
+
+impl Drop for HaProxy {
+    fn drop(&mut self) {
+        programs::print_tail_if_panicking(&self.log);
+    }
+}
