@@ -62,7 +62,7 @@ impl Stage {
             None
         } else {
             let address = config.api.tester_addr;
-            let api = Api::bind(config.api.clone().into_inner()).await;
+            let api = Api::bind(config.api.clone().into_inner());
             let api = api.with_context(|| format!("cannot listen on TESTER_ADDR={address}"))?;
             lookups.tester_endpoint = url_of(api.address()?, "")?;
             Some(api)
@@ -107,7 +107,7 @@ impl Stage {
             let events = events::Config::made(exchange.clone());
             let view = config.view.clone();
             let viewer = viewer::Config { view, events, store: store.clone(), is_among_them: true };
-            let viewer = Viewer::open(viewer, &health.part("viewer")).await?;
+            let viewer = Viewer::open(viewer, &health.part("viewer"))?;
             shown_at = Some(url_of(viewer.address()?, "")?);
             roles.begin("viewer", viewer.serve(shutdown.clone()));
         }

@@ -32,11 +32,12 @@ impl HaProxy {
         let log = scratch.path().join("log");
         let output = File::create(&log).expect("a scratch file should be writable");
         let errors = output.try_clone().expect("a file can be opened twice");
-        let servers: String = backends
+        let servers: Vec<String> = backends
             .iter()
             .enumerate()
             .map(|(number, backend)| format!("  server backend{number} {backend} check inter 2s\n"))
             .collect();
+        let servers = servers.concat();
         let config = format!(
             "global\n  maxconn 4000\n\
              defaults\n  mode http\n  retries 0\n  timeout connect 1s\n  timeout client 60s\n  timeout server 10s\n\

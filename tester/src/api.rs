@@ -41,7 +41,7 @@ impl Api {
     ///
     /// # Errors
     /// When the address cannot be listened on.
-    pub async fn bind(config: config::Api) -> std::io::Result<Self> {
+    pub fn bind(config: config::Api) -> std::io::Result<Self> {
         describe_metrics();
         Ok(Self { listener: http::listen(config.tester_addr)?, config })
     }

@@ -63,7 +63,7 @@ async fn play(config: Config, health: Health, shutdown: CancellationToken) -> an
     } else {
         let config = config.api.into_inner();
         let address = config.tester_addr;
-        let api = Api::bind(config).await;
+        let api = Api::bind(config);
         Some(api.with_context(|| format!("cannot listen on TESTER_ADDR={address}"))?)
     };
     let partner = if config.no_partner {

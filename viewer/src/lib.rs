@@ -39,5 +39,5 @@ pub async fn run(
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    Viewer::open(config, &health).await?.serve(shutdown).await
+    Viewer::open(config, &health)?.serve(shutdown).await
 }

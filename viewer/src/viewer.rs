@@ -39,7 +39,7 @@ impl Viewer {
     ///
     /// # Errors
     /// When the address cannot be listened on.
-    pub async fn open(config: Config, health: &Health) -> anyhow::Result<Self> {
+    pub fn open(config: Config, health: &Health) -> anyhow::Result<Self> {
         describe_metrics();
         let address = config.view.viewer_addr;
         let listener = http::listen(address)

@@ -27,7 +27,7 @@ impl Running {
             !flags.iter().any(|given| given.split('=').next() == flag.split('=').next())
         });
         all.extend(flags);
-        let api = Api::bind(settings(&all).api.into_inner()).await.unwrap();
+        let api = Api::bind(settings(&all).api.into_inner()).unwrap();
         let url = format!("http://{}", api.address().unwrap());
         let stop = CancellationToken::new();
         let served = tokio::spawn(api.serve(stop.clone()));

@@ -105,7 +105,7 @@ impl Around {
         let mut config = Cli::parse_from(settings).config;
         config.events = events::Config::made(exchange);
         let (health, shutdown) = (Health::default(), CancellationToken::new());
-        let viewer = Viewer::open(config, &health).await.unwrap();
+        let viewer = Viewer::open(config, &health).unwrap();
         let url = format!("http://{}", viewer.address().unwrap());
         let ended = tokio::spawn(viewer.serve(shutdown.clone()));
         Running { health, url, shutdown, ended }
