@@ -61,12 +61,6 @@ impl Wire {
         String::from_utf8(head).unwrap().to_lowercase()
     }
 
-    /// Whether not one byte has come that was not read yet.
-    pub(crate) fn is_silent(&self) -> bool {
-        let nothing = self.0.try_read(&mut [0; 1]);
-        nothing.is_err_and(|error| error.kind() == std::io::ErrorKind::WouldBlock)
-    }
-
     /// Waits until the producer closes the connection.
     pub(crate) async fn closed(mut self) {
         let read = timeout(DEADLINE, self.0.read_to_end(&mut Vec::new())).await;
