@@ -651,7 +651,7 @@ async fn ctrl_c_drains_without_a_delay() {
 // Field case 3.10
 #[tokio::test]
 async fn two_signals_at_once_are_one() {
-    let mut service = draining_service(&["--drain-delay=1s"]).await;
+    let service = draining_service(&["--drain-delay=1s"]).await;
     let id = service.child.id().unwrap();
     let both = format!("kill -TERM {id}; kill -INT {id}");
     assert!(Command::new("sh").args(["-c", &both]).status().await.unwrap().success());
