@@ -33,7 +33,8 @@ fn panels() -> Vec<(String, Vec<String>)> {
                 let query = target["expr"].as_str().unwrap();
                 // Or it could have data of anything.
                 assert!(query.contains("lastseen_"), "{query}");
-                query.to_owned()
+                // Grafana puts in four times the scrape interval, at least.
+                query.replace("$__rate_interval", "1m")
             });
             (panel["title"].as_str().unwrap().to_owned(), queries.collect())
         })
