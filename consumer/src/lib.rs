@@ -17,7 +17,7 @@ use store::Store;
 use tokio::sync::watch;
 
 pub use config::{Concurrency, Config, Lookups};
-pub use writer::{Writer, WriterDied, Written};
+pub use writer::{Recording, Writer, WriterDied, Written};
 
 use crate::breaker::Breaker;
 use crate::lookups::Intake;
@@ -32,9 +32,9 @@ pub const DESCRIPTION: Description = Description {
     live: &[Lookups::LIVE],
 };
 
-/// Statements at once: one for the batch being written; a second so that a connection which the
-/// server has dropped does not hold up the next batch.
-const DATABASE_CONNECTIONS: u32 = 2;
+/// Statements at once: one for the batch being written; one for the rows that are set aside; a third so
+/// that a connection which the server has dropped does not hold up the next batch.
+const DATABASE_CONNECTIONS: u32 = 3;
 
 /// Looks objects up until `shutdown`, then finishes what is in flight and returns. While it runs, it heeds
 /// changes of [`Lookups::LIVE`].
@@ -63,9 +63,10 @@ pub async fn run(
     if let Some(status) = events.status() {
         health.wants("events", status);
     }
+    let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups);
+    health.needs("database writes", writer.status());
     health.all_told();
 
-    let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups);
     let parts = (publisher.clone(), Arc::clone(&store), writer.clone(), events.clone());
     let rejecting = Arc::clone(&store);
     let died = died(parts, status_api.status());

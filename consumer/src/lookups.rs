@@ -74,7 +74,8 @@ enum Told {
     Refused(String),
     /// It failed, and that counts.
     Failed(LookupError),
-    /// It was looked up in vain for so long that others should have them.
+    /// It was looked up, or its row was tried, in vain for so long that the deliveries go back to the
+    /// end of the queue.
     Nothing,
     /// The process drains before that is known.
     Draining,
@@ -199,7 +200,8 @@ async fn look_up_and_settle(
     place: Place,
     room: Permit,
 ) -> Ended {
-    let told = shared.look_up_until_it_tells(&turn, place, &mut group).await?;
+    let mut room = Some(room);
+    let told = shared.look_up_until_it_tells(&turn, place, &mut group, &mut room).await?;
     let settling = group.into_iter().map(async |taken| {
         let disposition = match &told {
             Told::Settled => Disposition::Ack,
@@ -271,6 +273,7 @@ impl Shared {
         turn: &Turn,
         mut place: Place,
         group: &mut Vec<Taken>,
+        room: &mut Option<Permit>,
     ) -> Result<Told, WriterDied> {
         let id = turn.id;
         let mut held = pin!(sleep(self.held_max()));
@@ -290,12 +293,24 @@ impl Shared {
             let (error, failure) = match (answer, failure) {
                 (Ok(Answer::Online(at)), _) => {
                     let commit = Span::joint(group.iter().map(|taken| &taken.span), committing);
-                    return Ok(match self.writer.record(id, at, commit).await? {
+                    let mut recording = self.writer.record(id, at, commit).await?;
+                    let written = if let Some(written) = recording.written_or_set_aside().await? {
+                        written
+                    } else {
+                        // A row that is held up keeps no other lookup from beginning.
+                        drop(room.take());
+                        tokio::select! {
+                            written = recording.written() => written?,
+                            () = self.shutdown.cancelled() => return Ok(Told::Draining),
+                        }
+                    };
+                    return Ok(match written {
                         Written::Committed => {
                             record_ages(group);
                             Told::Settled
                         }
                         Written::Refused(reason) => Told::Refused(reason),
+                        Written::Postponed => Told::Nothing,
                     });
                 }
                 (Ok(Answer::Offline), _) => return Ok(Told::Settled),

@@ -1,4 +1,7 @@
-//! Writing results down, many with one statement.
+//! Writing results to the table, many with one statement.
+
+mod parts;
+mod set_aside;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -6,11 +9,13 @@ use std::time::{Duration, Instant};
 
 use events::{Emitter, Kind, Object};
 use service::traces::{KeyValue, Span, SpanKind, Step};
-use store::{Recorded, Row, Sighting, Store, StoreError};
-use tokio::sync::{mpsc, oneshot};
+use store::{Recorded, Row, Store, StoreError, StoreStatus};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout_at;
 
 use crate::config::Lookups;
+use parts::NotWritten;
+use set_aside::SetAside;
 
 /// The batch writer has died; nothing more can be committed by this process.
 #[derive(Debug, thiserror::Error)]
@@ -24,6 +29,39 @@ pub enum Written {
     Committed,
     /// The database will never take this row, for this reason.
     Refused(String),
+    /// Something has been in the row's way for too long, as another session's lock: its message must
+    /// be delivered again.
+    Postponed,
+}
+
+/// A result on its way into the table.
+pub struct Recording {
+    set_aside: oneshot::Receiver<()>,
+    written: oneshot::Receiver<Written>,
+}
+
+impl Recording {
+    /// Returns once it is committed, or refused for good, or postponed, however long that takes.
+    ///
+    /// # Errors
+    /// [`WriterDied`]; then it may not be committed and must not be acked.
+    pub async fn written(self) -> Result<Written, WriterDied> {
+        self.written.await.map_err(|_| WriterDied)
+    }
+
+    /// The same, but `None` as soon as the row is set aside: it is held up, others are written
+    /// meanwhile, and [`Recording::written`] may take minutes more.
+    ///
+    /// # Errors
+    /// [`WriterDied`], as above.
+    pub async fn written_or_set_aside(&mut self) -> Result<Option<Written>, WriterDied> {
+        tokio::select! {
+            biased;
+            written = &mut self.written => written.map(Some).map_err(|_| WriterDied),
+            // The sender is dropped unused when the result is answered.
+            Ok(()) = &mut self.set_aside => Ok(None),
+        }
+    }
 }
 
 /// Collects results and commits them in batches. While one batch is being committed the next one
@@ -31,6 +69,7 @@ pub enum Written {
 #[derive(Clone)]
 pub struct Writer {
     results: mpsc::Sender<Seen>,
+    status: watch::Receiver<StoreStatus>,
 }
 
 /// One object that was online, and who waits for that to be committed.
@@ -39,7 +78,28 @@ struct Seen {
     at: Instant,
     /// The wait, in the trace of what is waited for.
     commit: Span,
+    set_aside: Option<oneshot::Sender<()>>,
     written: oneshot::Sender<Written>,
+}
+
+impl Seen {
+    /// Reports that its row is held up.
+    fn set_aside(&mut self) {
+        if let Some(sender) = self.set_aside.take() {
+            // Its delivery may have been lost meanwhile.
+            let _ = sender.send(());
+        }
+    }
+
+    fn answer(mut self, written: Written) {
+        match &written {
+            Written::Committed => {}
+            Written::Refused(reason) => self.commit.fail(reason),
+            Written::Postponed => self.commit.fail("the row is held up"),
+        }
+        // Its delivery may have been lost meanwhile; the row is right all the same.
+        let _ = self.written.send(written);
+    }
 }
 
 impl Writer {
@@ -49,29 +109,49 @@ impl Writer {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
         let linger = config.write_batch_linger;
-        Self::served_by(batch_max, |results| {
-            write_batches(Table { store, events }, results, batch_max, linger)
+        // Lookups go on with the rest.
+        let set_aside = SetAside::new(usize::from(config.begun_max() / 4).max(1));
+        let (writes, status) = watch::channel(Ok(()));
+        let table = Table { store, events, writes };
+        Self::served_by(batch_max, status, async move |results| {
+            tokio::select! {
+                () = write_batches(&table, &set_aside, results, batch_max, linger) => {}
+                () = set_aside.write(&table, batch_max) => {}
+            }
         })
     }
 
     fn served_by<F: Future<Output = ()> + Send + 'static>(
         waiting_max: usize,
+        status: watch::Receiver<StoreStatus>,
         write: impl FnOnce(mpsc::Receiver<Seen>) -> F,
     ) -> Self {
         let (results, incoming) = mpsc::channel(waiting_max);
         tokio::spawn(write(incoming));
-        Self { results }
+        Self { results, status }
     }
 
-    /// Returns once it is committed that the object was online at `at`, or refused for good, however
-    /// long that takes. `commit` is the span of the wait.
+    /// Takes the result that the object was online at `at`. `commit` is the span of the wait for
+    /// [`Recording::outcome`].
     ///
     /// # Errors
-    /// [`WriterDied`]; then it may not be committed and must not be acked.
-    pub async fn record(&self, id: i64, at: Instant, commit: Span) -> Result<Written, WriterDied> {
+    /// [`WriterDied`].
+    pub async fn record(
+        &self,
+        id: i64,
+        at: Instant,
+        commit: Span,
+    ) -> Result<Recording, WriterDied> {
+        let (set_aside, is_set_aside) = oneshot::channel();
         let (written, outcome) = oneshot::channel();
-        self.results.send(Seen { id, at, commit, written }).await.map_err(|_| WriterDied)?;
-        outcome.await.map_err(|_| WriterDied)
+        let seen = Seen { id, at, commit, set_aside: Some(set_aside), written };
+        self.results.send(seen).await.map_err(|_| WriterDied)?;
+        Ok(Recording { set_aside: is_set_aside, written: outcome })
+    }
+
+    /// Whether the last batch could be written, or why not. The writer tries again until it can.
+    pub(crate) fn status(&self) -> watch::Receiver<StoreStatus> {
+        self.status.clone()
     }
 
     /// Returns only if what writes has died.
@@ -80,14 +160,16 @@ impl Writer {
     }
 }
 
-/// Where results are written, and who is told of it.
+/// Where results are written, and where commits are announced.
 struct Table {
     store: Arc<Store>,
     events: Emitter,
+    writes: watch::Sender<StoreStatus>,
 }
 
 async fn write_batches(
-    table: Table,
+    table: &Table,
+    set_aside: &SetAside,
     mut results: mpsc::Receiver<Seen>,
     batch_max: usize,
     linger: Duration,
@@ -105,82 +187,65 @@ async fn write_batches(
                 Ok(_) => {}
             }
         }
+        // What waits for a row that is set aside waits with it, or it would hold up this batch.
+        for seen in batch.extract_if(.., |seen| set_aside.contains(seen.id)) {
+            set_aside.add(seen, "set aside already");
+        }
+        if batch.is_empty() {
+            continue;
+        }
         let upsert = Span::joint(batch.iter().map(|seen| &seen.commit), || table.upsert(&batch));
-        let refused = commit(&table, &batch).await;
-        let answered = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
-        // While it is told, the next batch is written.
-        tokio::spawn(async move { tell(answered, &refused, upsert) });
+        let not_written = commit(table, set_aside, &batch).await;
+        let mut answered = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
+        for seen in &mut answered {
+            seen.commit.link(&upsert);
+        }
+        let held_up = answered.extract_if(.., |seen| {
+            matches!(not_written.get(&seen.id), Some(NotWritten::HeldUp(_)))
+        });
+        for seen in held_up {
+            if let Some(NotWritten::HeldUp(reason)) = not_written.get(&seen.id) {
+                set_aside.add(seen, reason);
+            }
+        }
+        // The next batch is written meanwhile.
+        tokio::spawn(async move { answer(answered, &not_written, upsert) });
     }
 }
 
-fn tell(mut batch: Vec<Seen>, refused: &HashMap<i64, String>, upsert: Span) {
-    for seen in &mut batch {
-        seen.commit.link(&upsert);
-    }
-    // Before anybody hears of it, and maybe ends the process.
+fn answer(batch: Vec<Seen>, not_written: &HashMap<i64, NotWritten>, upsert: Span) {
+    // Before any delivery is settled, which may end the process.
     drop(upsert);
-    for mut seen in batch {
-        let reason = refused.get(&seen.id).cloned();
-        if let Some(reason) = &reason {
-            seen.commit.fail(reason);
-        }
-        let written = reason.map_or(Written::Committed, Written::Refused);
-        // Its delivery may have been lost meanwhile; the row is right all the same.
-        let _ = seen.written.send(written);
+    for seen in batch {
+        let written = match not_written.get(&seen.id) {
+            Some(NotWritten::Refused(reason)) => Written::Refused(reason.clone()),
+            Some(NotWritten::HeldUp(_)) => Written::Postponed,
+            None => Written::Committed,
+        };
+        seen.answer(written);
     }
 }
 
-/// Writes the batch, and while the database is away tries again: results wait, unacked, and the
-/// room for lookups that have begun stops the next ones.
-///
-/// Returns the objects whose rows the database refuses, with its reasons. They are found by halving:
-/// each half is committed or halved on, so one bad row among 1,000 costs some twenty statements.
-async fn commit(table: &Table, batch: &[Seen]) -> HashMap<i64, String> {
-    let newest = newest_of_each(batch);
-    let mut waits = broker::backoff();
+/// Writes the batch, and returns the objects whose rows are not committed.
+async fn commit(table: &Table, set_aside: &SetAside, batch: &[Seen]) -> HashMap<i64, NotWritten> {
+    let mut newest = newest_of_each(batch);
     let started = Instant::now();
-    let mut failures = 0_u32;
-    let mut refused = HashMap::new();
-    let mut parts = vec![newest.as_slice()];
-    while let Some(rows) = parts.pop() {
-        // The age is taken anew for each attempt: it counts from now back to the answer.
-        let sightings: Vec<Sighting> =
-            rows.iter().map(|&(id, at)| Sighting { id, age: at.elapsed() }).collect();
-        match (table.store.record_seen(&sightings).await, rows) {
-            (Ok(recorded), _) => {
-                table.tell(&recorded);
-                waits = broker::backoff();
-            }
-            (Err(error @ StoreError::Refused(_)), &[(id, _)]) => {
-                let reason = error.to_string();
-                tracing::warn!(id, reason, "not written");
-                refused.insert(id, reason);
-            }
-            (Err(StoreError::Refused(_)), rows) => {
-                let (first, second) = rows.split_at(rows.len() / 2);
-                parts.extend([second, first]);
-            }
-            (Err(error), rows) => {
-                failures += 1;
-                metrics::counter!("lastseen_write_failures_total").increment(1);
-                if failures == 1 {
-                    tracing::warn!(%error, rows = rows.len(), "a batch is not written; trying again");
-                } else {
-                    tracing::debug!(%error, failures, "a batch is still not written");
-                }
-                parts.push(rows);
-                tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(1))).await;
-            }
-        }
+    let mut locked = HashMap::new();
+    if !set_aside.is_empty() {
+        // Where some rows are locked, more may be: look, rather than wait for each.
+        newest =
+            parts::without_locked(table, newest, "locked by another session", &mut locked).await;
     }
-    if failures > 0 {
-        tracing::info!(rows = newest.len(), failures, "the batch is written after all");
+    let mut not_written = locked;
+    if !newest.is_empty() {
+        not_written.extend(parts::write(table, &newest, || set_aside.has_room()).await);
     }
-    metrics::counter!("lastseen_rows_refused_total").increment(refused.len() as u64);
+    let refused = not_written.values().filter(|why| matches!(why, NotWritten::Refused(_))).count();
+    metrics::counter!("lastseen_rows_refused_total").increment(refused as u64);
     metrics::histogram!("lastseen_write_seconds").record(started.elapsed());
     #[expect(clippy::cast_precision_loss, reason = "a batch has at most 10,000 rows")]
     metrics::histogram!("lastseen_write_batch_rows").record(newest.len() as f64);
-    refused
+    not_written
 }
 
 impl Table {
@@ -199,16 +264,29 @@ impl Table {
         }
     }
 
-    /// Tells those who want to know; this never waits.
-    fn tell(&self, recorded: &Recorded) {
+    /// Announces what was committed; this never waits.
+    fn announce(&self, recorded: &Recorded) {
         let object = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
         self.events.tell(Kind::Online, recorded.inserted.iter().map(object));
         self.events.tell(Kind::Seen, recorded.updated.iter().map(object));
     }
+
+    fn writes_work(&self) {
+        self.writes.send_if_modified(|status| std::mem::replace(status, Ok(())).is_err());
+    }
+
+    fn writes_fail(&self, error: &StoreError, failures: u32, rows: usize) {
+        metrics::counter!("lastseen_write_failures_total").increment(1);
+        if failures == 1 {
+            tracing::warn!(%error, rows, "a batch is not written; trying again");
+        } else {
+            tracing::debug!(%error, rows, failures, "a batch is still not written");
+        }
+        _ = self.writes.send_replace(Err(format!("takes no writes: {error}")));
+    }
 }
 
-/// Each object once, with its newest sighting, in ascending order of the ids: the order in which
-/// every process locks rows, so that none waits for another in a circle.
+/// Each object once, with its newest sighting, in ascending order of the ids.
 fn newest_of_each(batch: &[Seen]) -> Vec<(i64, Instant)> {
     let mut newest: Vec<(i64, Instant)> = batch.iter().map(|seen| (seen.id, seen.at)).collect();
     newest
@@ -241,6 +319,7 @@ mod tests {
             id,
             at: start + Duration::from_secs(after),
             commit: Span::default(),
+            set_aside: None,
             written: oneshot::channel().0,
         };
         let batch = [seen(7, 1), seen(-3, 5), seen(7, 9), seen(7, 4)];
@@ -251,12 +330,14 @@ mod tests {
 
     #[tokio::test]
     async fn a_writer_that_panics_is_noticed_by_all_who_depend_on_it() {
-        let writer = Writer::served_by(1, async |mut results| {
+        let (_, status) = watch::channel(Ok(()));
+        let writer = Writer::served_by(1, status, async |mut results| {
             let _first = results.recv().await;
             panic!("this one panics");
         });
-        let (died, recorded) =
-            tokio::join!(writer.died(), writer.record(42, Instant::now(), Span::default()));
+        let record =
+            async { writer.record(42, Instant::now(), Span::default()).await?.written().await };
+        let (died, recorded) = tokio::join!(writer.died(), record);
         assert!(matches!((died, recorded), ((), Err(WriterDied))));
     }
 }

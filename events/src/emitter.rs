@@ -8,7 +8,7 @@ use tokio::time::timeout;
 
 use crate::exchange::{Exchange, Place, Sender};
 use crate::rabbit::{self, Numbers, Outgoing};
-use crate::{Kind, LinkStatus, Object};
+use crate::{Kind, LinkStatus, Notice, Object};
 
 /// Objects in one message; it has some 60 bytes for each.
 const OBJECTS_MAX: usize = 1_000;
@@ -66,7 +66,7 @@ impl Emitter {
             Told::InProcess(sender) => {
                 if sender.receiver_count() > 0 {
                     // Without a receiver by now, there is nobody to tell.
-                    let _ = sender.send(Arc::new((kind, objects.collect())));
+                    let _ = sender.send(Arc::new(Notice::Committed(kind, objects.collect())));
                 }
             }
             Told::Rabbit { outbox, numbers, .. } => {
@@ -82,6 +82,20 @@ impl Emitter {
                     }
                 }
             }
+        }
+    }
+
+    /// Leaves a gap in the sequence numbers, because something may have been committed that cannot be
+    /// announced, for this reason: subscribers check the table within seconds.
+    pub fn leave_gap(&self, reason: &str) {
+        match &self.0 {
+            Told::Nowhere => {}
+            Told::InProcess(sender) => {
+                // Without a receiver, nobody has to check.
+                let _ = sender.send(Arc::new(Notice::Missed(reason.to_owned())));
+            }
+            // The sender announces a gap that no message follows.
+            Told::Rabbit { numbers, .. } => *numbers.lock() += 1,
         }
     }
 

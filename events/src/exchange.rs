@@ -7,7 +7,7 @@ use amqp::Access;
 use lapin::types::ShortString;
 use tokio::sync::broadcast;
 
-use crate::{Kind, Object};
+use crate::Notice;
 
 /// Batches that a subscriber of this process may be behind before it misses some.
 const BEHIND_MAX: usize = 1_024;
@@ -18,7 +18,7 @@ const BEHIND_MAX: usize = 1_024;
 pub struct Exchange(pub(crate) Place);
 
 /// Shared by all who hear it.
-pub(crate) type Sender = broadcast::Sender<Arc<(Kind, Vec<Object>)>>;
+pub(crate) type Sender = broadcast::Sender<Arc<Notice>>;
 
 #[derive(Clone)]
 pub(crate) enum Place {

@@ -26,7 +26,7 @@ pub struct Subscriber {
 
 enum Heard {
     Nothing,
-    InProcess { told: broadcast::Receiver<Arc<(Kind, Vec<Object>)>>, begun: bool },
+    InProcess { told: broadcast::Receiver<Arc<Notice>>, begun: bool },
     Rabbit(Box<rabbit::Subscription>),
 }
 
@@ -64,7 +64,7 @@ impl Subscriber {
                 Notice::Missed("the subscription begins".to_owned())
             }
             Heard::InProcess { told, .. } => match told.recv().await {
-                Ok(told) => Notice::Committed(told.0, told.1.clone()),
+                Ok(told) => Notice::clone(&told),
                 Err(broadcast::error::RecvError::Lagged(count)) => {
                     Notice::Missed(format!("{count} batches came too fast"))
                 }

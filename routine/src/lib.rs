@@ -1,7 +1,7 @@
-//! The cleanup: whoever has not been seen for `OBJECT_TTL` is not online any more.
+//! The cleanup: an object that has not been seen for `OBJECT_TTL` is not online any more.
 
 mod future_rows;
-mod steps;
+mod pauses;
 
 use std::ops::RangeInclusive;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -9,11 +9,12 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use events::{Emitter, Kind, Object};
 use service::{CancellationToken, Description, Health, Live, Misconfigured, settings};
-use store::{Moment, Row, Store, StoreError};
+use store::{Failure, Moment, Row, Store, StoreError, StoreStatus};
+use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior};
 
 use crate::future_rows::FutureRows;
-use crate::steps::Steps;
+use crate::pauses::Pauses;
 
 /// What the process is called and where its admin address is.
 pub const DESCRIPTION: Description = Description {
@@ -26,9 +27,15 @@ pub const DESCRIPTION: Description = Description {
 
 /// When the last cleanup succeeded.
 const LAST_SUCCESS: &str = "lastseen_cleanup_last_success_timestamp_seconds";
+/// How many stale rows the last cleanup could not delete.
+const NOT_DELETED: &str = "lastseen_stale_rows_not_deleted";
 /// How long `--once` waits for the database before it fails; cron will try again.
 const ONCE_PATIENCE: Duration = Duration::from_secs(30);
-/// How long `--once` waits for whoever is told; it does without.
+/// How soon a failed cleanup is tried again if `ROUTINE_INTERVAL` is longer.
+const RETRY_INTERVAL: Duration = Duration::from_secs(3);
+/// Stale rows that one cleanup leaves because each of them cannot be deleted; beyond these it fails.
+const NOT_DELETED_MAX: usize = 1_000;
+/// How long `--once` waits for the events' connection; it does without.
 const EVENTS_PATIENCE: Duration = Duration::from_secs(2);
 
 const ROUTINE_INTERVAL: RangeInclusive<Duration> =
@@ -91,14 +98,16 @@ pub async fn run(
     let Config { cleanup, once, store, events } = config.now();
     let events = Emitter::start(&events.exchange(), "routine: events");
     let store = Store::start(&store, "routine", 1)?;
+    let (writes, write_status) = watch::channel(Ok(()));
     health.needs("database", store.status());
+    health.needs("database writes", write_status);
     if let Some(status) = events.status() {
         health.wants("events", status);
     }
     health.all_told();
-    let table = Table { store, events };
+    let table = Table { store, events, writes };
     let ended = if once {
-        clean_up_once(&table, &cleanup).await
+        clean_up_once(&table, &cleanup, &shutdown).await
     } else {
         clean_up_until(&table, cleanup, live, shutdown).await
     };
@@ -106,10 +115,12 @@ pub async fn run(
     ended
 }
 
-/// The table, and who is told what is deleted from it.
+/// The table, and where deletions are announced.
 struct Table {
     store: Store,
     events: Emitter,
+    /// Whether the last cleanup could be done, or why not.
+    writes: watch::Sender<StoreStatus>,
 }
 
 async fn clean_up_until(
@@ -120,12 +131,13 @@ async fn clean_up_until(
 ) -> anyhow::Result<()> {
     let store = &table.store;
     let mut interval = every(cleanup.routine_interval);
-    let mut steps = Steps::default();
+    let mut pauses = Pauses::default();
     let mut future_rows = FutureRows::default();
     let mut failing = false;
     loop {
         tokio::select! {
             _ = interval.tick() => {}
+            () = tokio::time::sleep(RETRY_INTERVAL), if failing => {}
             changed = live.changed() => {
                 let before = std::mem::replace(&mut cleanup, changed).routine_interval;
                 if cleanup.routine_interval != before {
@@ -138,15 +150,23 @@ async fn clean_up_until(
             reason = store.rejected() => return Err(Misconfigured(reason).into()),
             () = table.events.died() => anyhow::bail!("what tells events has died"),
         }
-        // The store says itself when the database is away.
+        // The store logs by itself when the database is away.
         if store.status().borrow().is_err() {
+            pauses.outage();
             continue;
         }
-        match clean_up(table, &cleanup, &mut steps, &mut future_rows, &shutdown).await {
-            Ok(()) => failing = false,
-            Err(error) if failing => tracing::debug!(%error, "cleanup failed again"),
+        let cleaned = clean_up(table, &cleanup, &mut pauses, &mut future_rows, &shutdown).await;
+        let status = cleaned.as_ref().map(drop).map_err(|error| format!("cleanup failed: {error}"));
+        table.writes.send_if_modified(|before| std::mem::replace(before, status.clone()) != status);
+        match cleaned {
+            Ok(_) => failing = false,
             Err(error) => {
-                tracing::warn!(%error, "cleanup failed; trying again with each interval");
+                pauses.outage();
+                if failing {
+                    tracing::debug!(%error, "cleanup failed again");
+                } else {
+                    tracing::warn!(%error, "cleanup failed; trying again until it succeeds");
+                }
                 failing = true;
             }
         }
@@ -161,7 +181,11 @@ fn every(interval: Duration) -> Interval {
     ticks
 }
 
-async fn clean_up_once(table: &Table, config: &Cleanup) -> anyhow::Result<()> {
+async fn clean_up_once(
+    table: &Table,
+    config: &Cleanup,
+    shutdown: &CancellationToken,
+) -> anyhow::Result<()> {
     let store = &table.store;
     let mut status = store.status();
     let ready = async {
@@ -180,44 +204,79 @@ async fn clean_up_once(table: &Table, config: &Cleanup) -> anyhow::Result<()> {
     if let Some(mut status) = table.events.status() {
         let connected = tokio::time::timeout(EVENTS_PATIENCE, status.wait_for(Result::is_ok));
         if connected.await.is_err() {
-            tracing::debug!("nobody is told what is deleted");
+            tracing::debug!("no connection for events: deletions are not announced");
         }
     }
-    // There is no earlier reading of the clock to hold this one against.
-    let (mut steps, mut future_rows) = (Steps::default(), FutureRows::default());
-    clean_up(table, config, &mut steps, &mut future_rows, &CancellationToken::new()).await?;
+    let (mut pauses, mut future_rows) = (Pauses::default(), FutureRows::default());
+    // A pause is waited for here: otherwise a table that is stale would never be cleaned by cron.
+    while let Done::Paused(rest) =
+        clean_up(table, config, &mut pauses, &mut future_rows, shutdown).await?
+    {
+        tokio::select! {
+            () = tokio::time::sleep(rest) => {}
+            () = shutdown.cancelled() => break,
+        }
+    }
     Ok(())
 }
 
-/// Deletes what is stale, unless the database's clock has stepped lately.
+/// What a cleanup that did not fail came to.
+enum Done {
+    Cleaned,
+    /// Nothing may be deleted for this time.
+    Paused(Duration),
+}
+
+/// Deletes what is stale, unless the rows may only look stale: see [`Pauses`].
 ///
 /// The clock is read once for all batches, and no statement looks at it again: a step in between
 /// deletes nothing.
 async fn clean_up(
     table: &Table,
     config: &Cleanup,
-    steps: &mut Steps,
+    pauses: &mut Pauses,
     future_rows: &mut FutureRows,
     shutdown: &CancellationToken,
-) -> Result<(), StoreError> {
+) -> Result<Done, StoreError> {
+    let outcome = clean_up_unless_paused(table, config, pauses, future_rows, shutdown).await;
+    count(match &outcome {
+        Ok(Done::Cleaned) => "ok",
+        Ok(Done::Paused(_)) => "skipped",
+        Err(_) => "failed",
+    });
+    outcome
+}
+
+async fn clean_up_unless_paused(
+    table: &Table,
+    config: &Cleanup,
+    pauses: &mut Pauses,
+    future_rows: &mut FutureRows,
+    shutdown: &CancellationToken,
+) -> Result<Done, StoreError> {
+    let ttl = config.object_ttl;
     let asked_at = Instant::now();
-    let now = match table.store.now().await {
-        Ok(now) => now,
-        Err(error) => {
-            count("failed");
-            return Err(error);
-        }
-    };
+    let now = table.store.now().await?;
+    let oldest = now.before(ttl);
     future_rows.correct(&table.store, config.delete_batch_max).await;
-    if let Some(step) = steps.look(now, asked_at, Instant::now()) {
-        let pause = config.object_ttl;
-        tracing::warn!(?step, ?pause, "the database's clock has stepped ahead; pausing deletions");
+    if let Some(step) = pauses.compare(now, asked_at, Instant::now()) {
+        tracing::warn!(?step, pause = ?ttl, "the database's clock has stepped ahead; pausing deletions");
     }
-    if steps.is_recent(config.object_ttl) {
-        count("skipped");
-        return Ok(());
+    if pauses.is_unjudged() {
+        let (stale, all) = table.store.count_stale(oldest).await?;
+        if pauses.judge(stale, all) {
+            tracing::warn!(
+                stale, all, pause = ?ttl,
+                "most rows look stale after a start or an outage; pausing deletions so that objects which are still online can be seen again"
+            );
+        }
     }
-    delete(table, now.before(config.object_ttl), config.delete_batch_max, shutdown).await
+    if let Some(rest) = pauses.rest(ttl) {
+        return Ok(Done::Paused(rest));
+    }
+    delete(table, oldest, config.delete_batch_max, shutdown).await?;
+    pauses.cleaned();
+    Ok(Done::Cleaned)
 }
 
 /// Deletes batch after batch until one is short.
@@ -234,27 +293,101 @@ async fn delete(
     let outcome = loop {
         match table.store.delete_stale(oldest, batch_max).await {
             Ok(rows) => {
-                let gone = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
-                table.events.tell(Kind::Gone, rows.iter().map(gone));
-                deleted += rows.len() as u64;
+                deleted += table.announce(&rows);
                 if rows.len() < batch_max as usize || shutdown.is_cancelled() {
+                    set_not_deleted(0);
                     break Ok(());
                 }
             }
-            Err(error) => break Err(error),
+            Err(error) => {
+                table.leave_gap_after(&error);
+                match error.failure() {
+                    // One row is enough to fail a batch, as by a foreign key that refers to it.
+                    Failure::RefusedRow | Failure::BusyRow => {
+                        break delete_by_parts(table, oldest, batch_max, shutdown, &mut deleted)
+                            .await;
+                    }
+                    Failure::Connection | Failure::Database => break Err(error),
+                }
+            }
         }
     };
     if outcome.is_ok() {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
         metrics::gauge!(LAST_SUCCESS).set(now.as_secs_f64());
     }
-    count(if outcome.is_ok() { "ok" } else { "failed" });
     metrics::counter!("lastseen_deleted_rows_total").increment(deleted);
     metrics::histogram!("lastseen_cleanup_seconds").record(started.elapsed());
     if deleted > 0 {
         tracing::info!(deleted, took = ?started.elapsed(), "deleted stale objects");
     }
     outcome
+}
+
+/// Deletes all stale rows but those that cannot be deleted, which it finds by halving.
+async fn delete_by_parts(
+    table: &Table,
+    oldest: Moment,
+    batch_max: u32,
+    shutdown: &CancellationToken,
+    deleted: &mut u64,
+) -> Result<(), StoreError> {
+    let mut not_deleted = Vec::new();
+    loop {
+        let ids = table.store.stale(oldest, batch_max, &not_deleted).await?;
+        let is_last = ids.len() < batch_max as usize;
+        let mut parts = vec![ids];
+        while let Some(ids) = parts.pop().filter(|ids| !ids.is_empty()) {
+            match table.store.delete_these(oldest, &ids).await {
+                Ok(rows) => *deleted += table.announce(&rows),
+                Err(error) => {
+                    table.leave_gap_after(&error);
+                    let is_connection = error.failure() == Failure::Connection;
+                    if is_connection || not_deleted.len() >= NOT_DELETED_MAX {
+                        return Err(error);
+                    }
+                    if let &[id] = ids.as_slice() {
+                        tracing::debug!(id, %error, "a stale row cannot be deleted");
+                        not_deleted.push(id);
+                    } else {
+                        let (first, second) = ids.split_at(ids.len() / 2);
+                        parts.extend([second.to_vec(), first.to_vec()]);
+                    }
+                }
+            }
+        }
+        if is_last || shutdown.is_cancelled() {
+            set_not_deleted(not_deleted.len());
+            return Ok(());
+        }
+    }
+}
+
+impl Table {
+    /// Announces deleted rows, and says how many there are.
+    fn announce(&self, rows: &[Row]) -> u64 {
+        let gone = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
+        self.events.tell(Kind::Gone, rows.iter().map(gone));
+        rows.len() as u64
+    }
+
+    fn leave_gap_after(&self, error: &StoreError) {
+        if error.may_be_committed() {
+            self.events
+                .leave_gap("a deletion may have been committed although its outcome was lost");
+        }
+    }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "their number is bounded")]
+fn set_not_deleted(rows: usize) {
+    if rows > 0 {
+        tracing::warn!(
+            rows,
+            "stale rows cannot be deleted, as because of a foreign key or a trigger; others are"
+        );
+    }
+    metrics::gauge!(NOT_DELETED).set(rows as f64);
 }
 
 fn count(outcome: &'static str) {
@@ -274,6 +407,8 @@ fn describe_metrics() {
         "When the last cleanup that did not fail ended, since 1970; 0 before the first."
     );
     metrics::gauge!(LAST_SUCCESS).set(0.0);
+    metrics::describe_gauge!(NOT_DELETED, "Stale rows that the last cleanup could not delete.");
+    metrics::gauge!(NOT_DELETED).set(0.0);
     metrics::describe_histogram!(
         "lastseen_cleanup_seconds",
         metrics::Unit::Seconds,

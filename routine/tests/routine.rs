@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use amqp::Access;
 use clap::Parser as _;
@@ -52,6 +52,18 @@ impl Routine {
         self.changer.set(Cli::parse_from(arguments).config);
     }
 
+    /// Waits until it has cleaned up, so that it does not take rows that become stale later for the
+    /// consequence of an outage.
+    async fn begun(&self, pool: &PgPool) {
+        insert(pool, -1..=-1, "1 s").await;
+        insert(pool, -2..=-2, "2 h").await;
+        eventually("the first cleanup", DEADLINE, async || {
+            (!ids(pool).await.contains(&-2)).then_some(())
+        })
+        .await;
+        sqlx::query("DELETE FROM object WHERE id = -1").execute(pool).await.unwrap();
+    }
+
     async fn stop(self) -> anyhow::Result<()> {
         self.shutdown.cancel();
         timeout(DEADLINE, self.ended).await.unwrap().unwrap()
@@ -94,10 +106,11 @@ fn process(database: &Database, more: &[(&'static str, &str)], arguments: &[&str
 #[tokio::test]
 async fn stale_rows_go_and_fresh_ones_stay_until_the_routine_is_stopped() {
     let database = database().await;
-    insert(database.pool(), 1..=30, "61 min").await;
-    insert(database.pool(), 31..=33, "50 min").await;
     // Smaller than what is stale, so that one cleanup takes several batches.
     let routine = Routine::start(database.url(), &["--delete-batch-max=7"]);
+    routine.begun(database.pool()).await;
+    insert(database.pool(), 31..=33, "50 min").await;
+    insert(database.pool(), 1..=30, "61 min").await;
     only_is_left(database.pool(), &[31, 32, 33]).await;
     assert!(routine.health.missing().is_empty());
 
@@ -110,12 +123,10 @@ async fn stale_rows_go_and_fresh_ones_stay_until_the_routine_is_stopped() {
 async fn what_is_stale_and_how_often_that_is_seen_to_can_change_while_the_routine_runs() {
     let database = database().await;
     insert(database.pool(), 1..=3, "50 min").await;
+    let routine = Routine::start(database.url(), &[]);
+    routine.begun(database.pool()).await;
     // The next cleanup would be in an hour.
-    let routine = Routine::start(database.url(), &["--routine-interval=1h"]);
-    eventually("it has begun", DEADLINE, async || {
-        routine.health.missing().is_empty().then_some(())
-    })
-    .await;
+    routine.change(&["--routine-interval=1h"]);
     routine.change(&["--routine-interval=20ms", "--object-ttl=40m"]);
     only_is_left(database.pool(), &[]).await;
     insert(database.pool(), 1..=3, "30 min").await;
@@ -128,9 +139,10 @@ async fn what_is_stale_and_how_often_that_is_seen_to_can_change_while_the_routin
 async fn one_cleanup_deletes_everything_that_is_stale_in_as_many_batches_as_it_takes() {
     let database = database().await;
     insert(database.pool(), 1..=1_000, "2 h").await;
+    insert(database.pool(), 1_001..=2_000, "1 min").await;
     let routine = Routine::start(database.url(), &["--delete-batch-max=7", "--once"]);
     timeout(DEADLINE, routine.ended).await.unwrap().unwrap().unwrap();
-    assert!(ids(database.pool()).await.is_empty());
+    assert_eq!(ids(database.pool()).await, (1_001..=2_000).collect::<Vec<_>>());
 }
 
 /// Field case 4.4.
@@ -164,13 +176,11 @@ async fn table_that_cannot_work_ends_the_start_with_78() {
 #[tokio::test]
 async fn deletions_go_on_when_the_database_was_away() {
     let database = database().await;
-    let mut url = Url::parse(database.url()).unwrap();
-    let server = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5432));
-    let proxy = Proxy::start(server).await;
-    url.set_host(Some(&proxy.addr().ip().to_string())).unwrap();
-    url.set_port(Some(proxy.addr().port())).unwrap();
+    let (proxy, url) = proxied(&database).await;
     proxy.cut();
-    let routine = Routine::start(url.as_str(), &[]);
+    let fresh: Vec<i64> = (11..=20).collect();
+    insert(database.pool(), 11..=20, "1 min").await;
+    let routine = Routine::start(&url, &[]);
     for ids in [1..=3, 4..=6] {
         eventually("the database is missed", DEADLINE, async || {
             let missing = routine.health.missing();
@@ -180,8 +190,11 @@ async fn deletions_go_on_when_the_database_was_away() {
         .await;
         insert(database.pool(), ids, "2 h").await;
         proxy.restore();
-        only_is_left(database.pool(), &[]).await;
-        assert!(routine.health.missing().is_empty());
+        only_is_left(database.pool(), &fresh).await;
+        eventually("it is ready", DEADLINE, async || {
+            routine.health.missing().is_empty().then_some(())
+        })
+        .await;
         proxy.cut();
     }
     routine.stop().await.unwrap();
@@ -193,8 +206,10 @@ async fn two_routines_at_once_delete_all_without_an_error_and_count_each_row_onc
     let database = database().await;
     let batch = [("DELETE_BATCH_MAX", "20")];
     let (one, other) = (process(&database, &batch, &[]), process(&database, &batch, &[]));
-    one.ready().await;
-    other.ready().await;
+    for routine in [&one, &other] {
+        routine.ready().await;
+        cleaned_up_again(routine, "ok").await;
+    }
     insert(database.pool(), 1..=STALE, "2 h").await;
     insert(database.pool(), STALE + 1..=STALE + 2, "1 min").await;
     only_is_left(database.pool(), &[STALE + 1, STALE + 2]).await;
@@ -255,6 +270,138 @@ async fn when_the_clock_steps_back_rows_stay_and_when_it_is_set_right_again_too(
     assert_eq!(ids(database.pool()).await, [1, 2]);
 }
 
+// Field case 3.11
+#[tokio::test]
+async fn a_table_that_is_mostly_stale_at_the_start_is_cleaned_one_ttl_later() {
+    const TTL: Duration = Duration::from_secs(5);
+    let database = database().await;
+    for arguments in [&[][..], &["--once"][..]] {
+        // As after a step of the clock, or an hour in which everything was down: all look stale.
+        sqlx::query("TRUNCATE object").execute(database.pool()).await.unwrap();
+        insert(database.pool(), 1..=10, "1 h").await;
+        let started = Instant::now();
+        let routine = process(&database, &[("OBJECT_TTL", "5s")], arguments);
+        routine.wait_for_log("most rows look stale").await;
+        // Those that are online are seen again.
+        insert_again(database.pool(), 6..=10).await;
+        only_is_left(database.pool(), &[6, 7, 8, 9, 10]).await;
+        assert!(started.elapsed() >= TTL, "{:?}", started.elapsed());
+    }
+}
+
+/// Writes the rows as seen for a while to come.
+async fn insert_again(pool: &PgPool, ids: std::ops::RangeInclusive<i64>) {
+    let sql = "UPDATE object SET last_seen = pg_catalog.now() + interval '1 h'
+               WHERE id BETWEEN $1 AND $2";
+    sqlx::query(sql).bind(ids.start()).bind(ids.end()).execute(pool).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_table_that_became_stale_during_an_outage_is_cleaned_one_ttl_later() {
+    let database = database().await;
+    let (proxy, url) = proxied(&database).await;
+    let routine = Routine::start(&url, &["--object-ttl=5s"]);
+    routine.begun(database.pool()).await;
+    proxy.cut();
+    eventually("the database is missed", DEADLINE, async || {
+        (!routine.health.missing().is_empty()).then_some(())
+    })
+    .await;
+    insert(database.pool(), 1..=10, "1 h").await;
+    let back = Instant::now();
+    proxy.restore();
+    only_is_left(database.pool(), &[]).await;
+    assert!(back.elapsed() >= Duration::from_secs(5), "{:?}", back.elapsed());
+    routine.stop().await.unwrap();
+}
+
+#[tokio::test]
+async fn stale_rows_that_cannot_be_deleted_take_no_others_with_them() {
+    let database = database().await;
+    let routine = process(&database, &[], &[]);
+    routine.ready().await;
+    cleaned_up_again(&routine, "ok").await;
+    // One that another table refers to, one whose trigger waits for a lock.
+    let obstacles = "
+        CREATE TABLE other (id bigint REFERENCES object);
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_advisory_xact_lock(5); RETURN OLD; END $$;
+        CREATE TRIGGER wait BEFORE DELETE ON object FOR EACH ROW WHEN (OLD.id = 5)
+        EXECUTE FUNCTION wait()";
+    sqlx::raw_sql(obstacles).execute(database.pool()).await.unwrap();
+    let mut other = database.pool().begin().await.unwrap();
+    let both = "WITH rows AS (
+                    INSERT INTO object SELECT id, pg_catalog.now() - interval '2 h'
+                    FROM generate_series(1, 20) AS id RETURNING id)
+                SELECT FROM rows";
+    let lock = sqlx::query("SELECT pg_advisory_xact_lock(5)").execute(&mut *other).await;
+    lock.unwrap();
+    let mut rows = database.pool().begin().await.unwrap();
+    sqlx::query(both).execute(&mut *rows).await.unwrap();
+    sqlx::query("INSERT INTO other VALUES (3)").execute(&mut *rows).await.unwrap();
+    rows.commit().await.unwrap();
+
+    only_is_left(database.pool(), &[3, 5]).await;
+    eventually("what is left is counted", DEADLINE, async || {
+        (routine.metric("lastseen_stale_rows_not_deleted").await > 1.5).then_some(())
+    })
+    .await;
+    other.rollback().await.unwrap();
+    sqlx::query("DELETE FROM other").execute(database.pool()).await.unwrap();
+    only_is_left(database.pool(), &[]).await;
+}
+
+// Field case 4.5
+#[tokio::test]
+async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
+    let (queue, database) = (Queue::new(), database().await);
+    let (proxy, url) = proxied(&database).await;
+    let access = Access { uri: testbed::amqp_uri().parse().unwrap(), authorities: None };
+    let mut subscriber = Subscriber::new(&Exchange::on(access, &queue.name), "test");
+    assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notice::Missed(_)));
+    let uri = format!("--amqp-uri={}", testbed::amqp_uri());
+    let routine = Routine::start(&url, &[&uri, &format!("--queue-name={}", queue.name)]);
+    eventually("the routine can announce", DEADLINE, async || {
+        routine.health.done_without().is_empty().then_some(())
+    })
+    .await;
+    routine.begun(database.pool()).await;
+    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;
+                CREATE TRIGGER slow AFTER DELETE ON object FOR EACH ROW EXECUTE FUNCTION slow()";
+    sqlx::raw_sql(slow).execute(database.pool()).await.unwrap();
+    insert(database.pool(), 1..=1, "2 h").await;
+    eventually("the deletion is under way", DEADLINE, async || {
+        let sleeping = "SELECT count(*) FROM pg_stat_activity
+                        WHERE datname = current_database() AND wait_event = 'PgSleep'";
+        let sleeping = sqlx::query_scalar(sleeping).fetch_one(database.pool());
+        let sleeping: i64 = sleeping.await.unwrap();
+        (sleeping > 0).then_some(())
+    })
+    .await;
+    // The server goes on without its client, and commits.
+    proxy.cut();
+    only_is_left(database.pool(), &[]).await;
+    proxy.restore();
+    loop {
+        match timeout(DEADLINE, subscriber.next()).await.unwrap() {
+            Notice::Missed(why) => break assert!(why.contains("are missing"), "{why}"),
+            Notice::Committed(_, objects) => assert!(objects[0].id < 0, "{objects:?}"),
+        }
+    }
+    routine.stop().await.unwrap();
+}
+
+/// A proxy in front of the database, and the URL that leads through it.
+async fn proxied(database: &Database) -> (Proxy, String) {
+    let mut url = Url::parse(database.url()).unwrap();
+    let server = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5432));
+    let proxy = Proxy::start(server).await;
+    url.set_host(Some(&proxy.addr().ip().to_string())).unwrap();
+    url.set_port(Some(proxy.addr().port())).unwrap();
+    (proxy, url.to_string())
+}
+
 /// Waits until some more cleanups have ended so, the last of which began after this call.
 async fn cleaned_up_again(routine: &Process, outcome: &str) {
     let name = format!("lastseen_cleanups_total{{outcome=\"{outcome}\"}}");
@@ -269,11 +416,11 @@ async fn cleaned_up_again(routine: &Process, outcome: &str) {
 async fn told_to_clean_up_once_it_does_so_and_ends_with_success() {
     let database = database().await;
     insert(database.pool(), 1..=5, "2 h").await;
-    insert(database.pool(), 6..=6, "1 min").await;
+    insert(database.pool(), 6..=10, "1 min").await;
     let routine = process(&database, &[], &["--once"]);
     let ended = routine.wait().await;
     assert_eq!(ended.code(), Some(0), "{ended}");
-    assert_eq!(ids(database.pool()).await, [6]);
+    assert_eq!(ids(database.pool()).await, [6, 7, 8, 9, 10]);
 }
 
 #[tokio::test]
@@ -284,6 +431,7 @@ async fn what_is_deleted_is_told_if_it_has_a_broker_also_by_one_cleanup_for_cron
     assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notice::Missed(_)));
     let uri = testbed::amqp_uri();
     let settings = [("AMQP_URI", uri.as_str()), ("QUEUE_NAME", &queue.name)];
+    insert(database.pool(), 11..=20, "1 min").await;
     for (id, arguments) in [(1, &["--once"][..]), (2, &[])] {
         insert(database.pool(), id..=id, "2 h").await;
         let _routine = process(&database, &settings, arguments);
@@ -306,9 +454,10 @@ async fn what_is_deleted_is_told_if_it_has_a_broker_also_by_one_cleanup_for_cron
 async fn a_broker_that_is_away_keeps_it_from_nothing() {
     let database = database().await;
     insert(database.pool(), 1..=1, "2 h").await;
+    insert(database.pool(), 2..=3, "1 min").await;
     let nowhere = format!("amqp://127.0.0.1:{}", testbed::free_port());
     let routine = process(&database, &[("AMQP_URI", &nowhere)], &[]);
-    only_is_left(database.pool(), &[]).await;
+    only_is_left(database.pool(), &[2, 3]).await;
     let (status, body) = routine.get("/readyz").await;
     assert!(status == 200 && body.contains("without events: cannot reach"), "{status} {body}");
     routine.terminate();

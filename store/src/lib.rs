@@ -16,11 +16,11 @@ mod time_zone;
 
 pub use config::{Claim, Config, DatabaseUrl};
 pub use embedded::OpenError;
-pub use error::StoreError;
+pub use error::{Failure, StoreError};
 pub use moment::Moment;
 pub use objects::{Object, Objects};
 pub use store::{Recorded, Row, Sighting, Store};
 pub use time_zone::TimeZone;
 
-/// Whether the database answers: `Ok`, or why not, in words for an operator.
+/// Whether the database answers and takes writes: `Ok`, or why not, in words for an operator.
 pub type StoreStatus = Result<(), String>;

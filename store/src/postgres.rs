@@ -16,6 +16,7 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
+use crate::store::Waits;
 use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, StoreStatus, TimeZone};
 
 use sql::Settings;
@@ -23,11 +24,19 @@ use sql::Settings;
 /// The server itself ends a statement after this time, so that it does not outlive its caller's
 /// patience, which is [`QUERY_TIMEOUT`].
 const STATEMENT_TIMEOUT: &str = "10s";
+/// How long a statement waits for one lock. Another replica's batch holds its locks for milliseconds;
+/// a session that holds one for longer must not hold up the other rows.
+const LOCK_TIMEOUT: &str = "1s";
+/// The same while a batch is searched for the row that holds it up: that takes up to some twenty
+/// statements, so each must be short.
+const BRIEF_STATEMENT_TIMEOUT: &str = "1s";
+const BRIEF_LOCK_TIMEOUT: &str = "200ms";
 
 /// The table. It may be away at any time, also at the start.
 pub(crate) struct Table {
     pool: PgPool,
     settings: Settings,
+    brief_settings: Settings,
     status: watch::Receiver<StoreStatus>,
     rejected: watch::Receiver<Option<String>>,
     _monitor: AbortOnDropHandle<()>,
@@ -52,17 +61,19 @@ impl Table {
         let (sender, status) = watch::channel(Err(monitor::NOT_YET.to_owned()));
         let (rejection, rejected) = watch::channel(None);
         let monitor = monitor::watch(options, zone.clone(), sender, rejection);
-        Self::watched(pool, Settings::new(STATEMENT_TIMEOUT, zone), (status, rejected), monitor)
+        let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, zone);
+        let brief_settings = Settings::new(BRIEF_STATEMENT_TIMEOUT, BRIEF_LOCK_TIMEOUT, zone);
+        Self::watched(pool, (settings, brief_settings), (status, rejected), monitor)
     }
 
     fn watched(
         pool: PgPool,
-        settings: Settings,
+        (settings, brief_settings): (Settings, Settings),
         (status, rejected): (watch::Receiver<StoreStatus>, watch::Receiver<Option<String>>),
         monitor: impl Future<Output = ()> + Send + 'static,
     ) -> Self {
         let monitor = AbortOnDropHandle::new(tokio::spawn(monitor));
-        Self { pool, settings, status, rejected, _monitor: monitor }
+        Self { pool, settings, brief_settings, status, rejected, _monitor: monitor }
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<StoreStatus> {
@@ -86,7 +97,11 @@ impl Table {
         while status.changed().await.is_ok() {}
     }
 
-    pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
+    pub(crate) async fn record_seen(
+        &self,
+        sightings: &[Sighting],
+        waits: Waits,
+    ) -> Result<Recorded, StoreError> {
         if sightings.is_empty() {
             return Ok(Recorded::default());
         }
@@ -102,7 +117,7 @@ impl Table {
             sql::record_seen(&sightings)
         };
         let rows: Vec<(i64, bool, i64)> =
-            self.fetch_all(statement, StoreError::RecordSeen).await.map_err(refused)?;
+            self.fetch_all(statement, waits, StoreError::RecordSeen).await?;
         let mut recorded = Recorded::default();
         for (id, is_new, now) in rows {
             let age = ages.get(&id).copied().unwrap_or_default();
@@ -113,8 +128,46 @@ impl Table {
         Ok(recorded)
     }
 
+    pub(crate) async fn locked(&self, ids: &[i64]) -> Result<Vec<i64>, StoreError> {
+        let rows: Vec<(i64,)> =
+            self.fetch_all(|| sql::locked(ids), Waits::Usual, StoreError::Locked).await?;
+        Ok(rows.into_iter().map(|(id,)| id).collect())
+    }
+
+    pub(crate) async fn count_stale(&self, oldest: Moment) -> Result<(u64, u64), StoreError> {
+        let statement = || sql::count_stale(oldest);
+        let rows: Vec<(i64, i64)> =
+            self.fetch_all(statement, Waits::Usual, StoreError::Count).await?;
+        let (stale, all) = rows.first().copied().unwrap_or_default();
+        Ok((stale.unsigned_abs(), all.unsigned_abs()))
+    }
+
+    pub(crate) async fn stale(
+        &self,
+        oldest: Moment,
+        limit: u32,
+        except: &[i64],
+    ) -> Result<Vec<i64>, StoreError> {
+        let statement = || sql::stale(oldest, limit, except);
+        let rows: Vec<(i64,)> = self.fetch_all(statement, Waits::Usual, StoreError::List).await?;
+        Ok(rows.into_iter().map(|(id,)| id).collect())
+    }
+
+    pub(crate) async fn delete_these(
+        &self,
+        oldest: Moment,
+        ids: &[i64],
+    ) -> Result<Vec<Row>, StoreError> {
+        let statement = || sql::delete_these(oldest, ids);
+        let rows: Vec<(i64, i64)> =
+            self.fetch_all(statement, Waits::Brief, StoreError::DeleteStale).await?;
+        let gone = |(id, last_seen)| Row { id, last_seen: Moment::from_micros(last_seen) };
+        Ok(rows.into_iter().map(gone).collect())
+    }
+
     pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
-        let rows: Vec<(i64,)> = self.fetch_all(|| sql::NOW.to_owned(), StoreError::Clock).await?;
+        let rows: Vec<(i64,)> =
+            self.fetch_all(|| sql::NOW.to_owned(), Waits::Usual, StoreError::Clock).await?;
         let (now,) = rows.into_iter().next().unwrap_or_default();
         Ok(Moment::from_micros(now))
     }
@@ -125,29 +178,38 @@ impl Table {
         limit: u32,
     ) -> Result<Vec<Row>, StoreError> {
         let statement = || sql::delete_stale(oldest, limit);
-        let rows: Vec<(i64, i64)> = self.fetch_all(statement, StoreError::DeleteStale).await?;
+        let rows: Vec<(i64, i64)> =
+            self.fetch_all(statement, Waits::Usual, StoreError::DeleteStale).await?;
         let gone = |(id, last_seen)| Row { id, last_seen: Moment::from_micros(last_seen) };
         Ok(rows.into_iter().map(gone).collect())
     }
 
     pub(crate) async fn correct_future(&self, limit: u32) -> Result<u64, StoreError> {
         let statement = || sql::correct_future(limit);
-        let rows: Vec<(i64,)> = self.fetch_all(statement, StoreError::CorrectFuture).await?;
+        let rows: Vec<(i64,)> =
+            self.fetch_all(statement, Waits::Usual, StoreError::CorrectFuture).await?;
         Ok(rows.first().map_or(0, |(count,)| count.unsigned_abs()))
     }
 
-    /// Runs a statement with a deadline, which sqlx does not have, and returns its rows. A connection
-    /// that has missed it is thrown away: back in the pool it would first have to answer a ping, without
-    /// a deadline, and hold its place there for as long as a silent peer leaves it open.
+    /// Runs a statement with a deadline, which sqlx does not have, and returns its rows.
+    ///
+    /// A connection that may be the reason for a failure is closed. Back in the pool, one that missed
+    /// the deadline would have to answer a ping first, without a deadline; one that leads to a server
+    /// which takes no writes any more would never be replaced.
     async fn fetch_all<R: for<'r> FromRow<'r, PgRow> + Send + Unpin>(
         &self,
         statement: impl FnOnce() -> String,
+        waits: Waits,
         failed: fn(Cause) -> StoreError,
     ) -> Result<Vec<R>, StoreError> {
         let mut connection = self.pool.acquire().await.map_err(|error| failed(error.into()))?;
-        let script = self.settings.and(&statement());
+        let settings = match waits {
+            Waits::Usual => &self.settings,
+            Waits::Brief => &self.brief_settings,
+        };
+        let script = settings.and(&statement());
         let rows = run_within(QUERY_TIMEOUT, &mut connection, script, failed).await;
-        if matches!(rows, Err(StoreError::Timeout(_))) {
+        if rows.as_ref().is_err_and(|error| error.failure().taints_connection()) {
             drop(connection.detach());
         }
         rows
@@ -206,21 +268,6 @@ async fn run<R: for<'r> FromRow<'r, PgRow>>(
     }
 }
 
-/// Tells a row that the database refuses from a database that takes none.
-///
-/// What a SQLSTATE of these classes complains of is a value: out of range (22), against a constraint
-/// (23) or a view's check (44), or a trigger's `RAISE` (P0). All others, such as a missing table or
-/// privilege, a full disk or a deadlock, would hit each row alike and pass by: a row that was given up
-/// for one of those would be lost for an outage.
-fn refused(error: StoreError) -> StoreError {
-    let StoreError::RecordSeen(cause) = error else { return error };
-    let code =
-        cause.downcast_ref::<sqlx::Error>().and_then(|error| error.as_database_error()?.code());
-    let is_refusal = code
-        .is_some_and(|code| ["22", "23", "44", "P0"].iter().any(|class| code.starts_with(class)));
-    if is_refusal { StoreError::Refused(cause) } else { StoreError::RecordSeen(cause) }
-}
-
 /// The table, read on one connection.
 pub(crate) struct Reader {
     connection: PgConnection,
@@ -235,7 +282,7 @@ impl Reader {
         let options = named(options, "objects");
         let mut connection =
             within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
-        let settings = Settings::new(STATEMENT_TIMEOUT, zone);
+        let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, zone);
         // Whatever else it finds, such as no table, is an error of what is read.
         let checked = check_table(CONNECT_TIMEOUT, &mut connection, &settings).await;
         if let Err(error @ StoreError::UnusableTable(_)) = checked {
@@ -280,12 +327,13 @@ mod tests {
         let pool = PgPoolOptions::new().connect_lazy_with(PgConnectOptions::new());
         let (sender, status) = watch::channel(Ok(()));
         let (panic, panics) = tokio::sync::oneshot::channel::<()>();
-        let settings = Settings::new(STATEMENT_TIMEOUT, &TimeZone::of_the_machine());
+        let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, &TimeZone::of_the_machine());
         let (_rejection, rejected) = watch::channel(None);
-        let table = Table::watched(pool, settings, (status, rejected), async move {
-            let _status = sender;
-            panics.await.expect("this one panics");
-        });
+        let table =
+            Table::watched(pool, (settings.clone(), settings), (status, rejected), async move {
+                let _status = sender;
+                panics.await.expect("this one panics");
+            });
         let died = table.died();
         tokio::pin!(died);
         assert!(timeout(Duration::from_millis(100), &mut died).await.is_err(), "not yet");

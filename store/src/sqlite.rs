@@ -109,6 +109,18 @@ impl Table {
         within(QUERY_TIMEOUT, StoreError::CorrectFuture, correct).await
     }
 
+    pub(crate) async fn count_stale(&self, oldest: Moment) -> Result<(u64, u64), StoreError> {
+        let oldest_ms = i64::try_from(oldest.since_1970.as_millis()).unwrap_or(i64::MAX);
+        let count = self.0.transact(move |connection| {
+            let mut count = connection.prepare_cached(
+                "SELECT count(*) FILTER (WHERE last_seen < ?1), count(*) FROM object",
+            )?;
+            count.query_row([oldest_ms], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)))
+        });
+        let (stale, all) = within(QUERY_TIMEOUT, StoreError::Count, count).await?;
+        Ok((stale.unsigned_abs(), all.unsigned_abs()))
+    }
+
     pub(crate) async fn delete_stale(
         &self,
         oldest: Moment,

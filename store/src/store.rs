@@ -35,6 +35,15 @@ pub struct Recorded {
     pub updated: Vec<Row>,
 }
 
+/// How long a statement may wait for others.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Waits {
+    /// As the session is set.
+    Usual,
+    /// So that many statements take no longer than one usually may.
+    Brief,
+}
+
 /// The table `object`. A Postgres may be away at any time, also at the start; a file is open from
 /// the start on, and belongs to this process.
 pub struct Store(Kind);
@@ -108,12 +117,42 @@ impl Store {
     /// before 1970 counts as 1970.
     ///
     /// # Errors
-    /// [`StoreError`]; then none is written, or, after a timeout, perhaps all. With
-    /// [`StoreError::Refused`], there is a row among them that will never be; other errors pass by.
+    /// [`StoreError`]; then none is written, or perhaps all if [`StoreError::may_be_committed`]. What
+    /// to do about it is said by [`StoreError::failure`].
     pub async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
+        self.record(sightings, Waits::Usual).await
+    }
+
+    /// The same, but in a Postgres it waits 200 ms for a lock and 1 s for the whole, to find the row
+    /// of a batch that holds it up.
+    ///
+    /// # Errors
+    /// As [`Store::record_seen`].
+    pub async fn record_seen_briefly(
+        &self,
+        sightings: &[Sighting],
+    ) -> Result<Recorded, StoreError> {
+        self.record(sightings, Waits::Brief).await
+    }
+
+    async fn record(&self, sightings: &[Sighting], waits: Waits) -> Result<Recorded, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.record_seen(sightings).await,
+            Kind::Postgres(table) => table.record_seen(sightings, waits).await,
             Kind::Sqlite(table) => table.record_seen(sightings).await,
+        }
+    }
+
+    /// Which of these rows another transaction has locked at this moment, so that a write would wait.
+    /// A row that is not in the table yet, or that a trigger or a foreign key holds up, is not found
+    /// by this.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `Locked` or `Timeout`.
+    pub async fn locked(&self, ids: &[i64]) -> Result<Vec<i64>, StoreError> {
+        match &self.0 {
+            Kind::Postgres(table) => table.locked(ids).await,
+            // The only writer of a file is this process, one batch at a time.
+            Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }
 
@@ -153,11 +192,52 @@ impl Store {
     /// end of one such batch.
     ///
     /// # Errors
-    /// [`StoreError`]; then none is deleted, or, after a timeout, perhaps all.
+    /// [`StoreError`]; then none is deleted, or perhaps all if [`StoreError::may_be_committed`].
     pub async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<Vec<Row>, StoreError> {
         match &self.0 {
             Kind::Postgres(table) => table.delete_stale(oldest, limit).await,
             Kind::Sqlite(table) => table.delete_stale(oldest, limit).await,
+        }
+    }
+
+    /// How many rows were last seen before `oldest`, and how many there are.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `Count` or `Timeout`.
+    pub async fn count_stale(&self, oldest: Moment) -> Result<(u64, u64), StoreError> {
+        match &self.0 {
+            Kind::Postgres(table) => table.count_stale(oldest).await,
+            Kind::Sqlite(table) => table.count_stale(oldest).await,
+        }
+    }
+
+    /// Up to `limit` ids of rows that were last seen before `oldest`, without those in `except`; for
+    /// [`Store::delete_these`], when [`Store::delete_stale`] fails because of single rows. A file has
+    /// no such rows: nobody else locks them or adds triggers and foreign keys.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `List` or `Timeout`.
+    pub async fn stale(
+        &self,
+        oldest: Moment,
+        limit: u32,
+        except: &[i64],
+    ) -> Result<Vec<i64>, StoreError> {
+        match &self.0 {
+            Kind::Postgres(table) => table.stale(oldest, limit, except).await,
+            Kind::Sqlite(_) => Ok(Vec::new()),
+        }
+    }
+
+    /// Deletes those of the rows `ids` that were last seen before `oldest`, as [`Store::delete_stale`]
+    /// does, and waits as briefly as [`Store::record_seen_briefly`].
+    ///
+    /// # Errors
+    /// As [`Store::delete_stale`].
+    pub async fn delete_these(&self, oldest: Moment, ids: &[i64]) -> Result<Vec<Row>, StoreError> {
+        match &self.0 {
+            Kind::Postgres(table) => table.delete_these(oldest, ids).await,
+            Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }
 }

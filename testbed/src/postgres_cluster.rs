@@ -83,6 +83,80 @@ impl PostgresCluster {
         cluster
     }
 
+    /// Starts a standby that follows this cluster by streaming replication, on another port. From then
+    /// on this cluster commits nothing that the standby has not written.
+    ///
+    /// # Panics
+    /// When this one is down, or the standby does not follow within 60 s.
+    pub async fn start_standby(&self) -> Self {
+        let mut standby = Self::bare(free_port());
+        let mut backup = standby.command(programs::find("pg_basebackup", &installed()));
+        let from =
+            format!("host=127.0.0.1 port={} user=postgres application_name=standby", self.port);
+        backup
+            .args([
+                "--checkpoint=fast",
+                "--no-sync",
+                "--wal-method=stream",
+                "--write-recovery-conf",
+            ])
+            .arg("-d")
+            .arg(from)
+            .arg("-D")
+            .arg(standby.folder());
+        programs::run(backup).await;
+        standby.boot().await;
+        let follow =
+            ["ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()"];
+        for sql in follow {
+            let done = sqlx::query(sql).execute(&self.pool).await;
+            done.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        }
+        eventually("the standby is synchronous", BOOT_DEADLINE, async || {
+            let states = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'";
+            let following = sqlx::query_scalar(states).fetch_one(&self.pool).await;
+            let following: i64 = following.expect("the cluster should run");
+            (following > 0).then_some(())
+        })
+        .await;
+        standby
+    }
+
+    /// Makes this cluster read-only while it runs, also for the sessions that are there, and waits
+    /// until it is.
+    ///
+    /// # Panics
+    /// When it is down.
+    pub async fn demote(&self) {
+        let demote =
+            ["ALTER SYSTEM SET default_transaction_read_only = on", "SELECT pg_reload_conf()"];
+        for sql in demote {
+            let done = sqlx::query(sql).execute(&self.pool).await;
+            done.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        }
+        eventually("the cluster takes no writes", BOOT_DEADLINE, async || {
+            let mut probe = PgConnection::connect(&self.url).await.ok()?;
+            sqlx::query("CREATE TEMP TABLE probe ()").execute(&mut probe).await.err()
+        })
+        .await;
+    }
+
+    /// Makes a standby a primary, which waits for no standby of its own, and waits until it takes writes.
+    ///
+    /// # Panics
+    /// When it is down, or no standby.
+    pub async fn promote(&self) {
+        let promote = [
+            "SELECT pg_promote(true, 60)",
+            "ALTER SYSTEM RESET synchronous_standby_names",
+            "SELECT pg_reload_conf()",
+        ];
+        for sql in promote {
+            let done = sqlx::query(sql).execute(&self.pool).await;
+            done.unwrap_or_else(|error| panic!("{sql}: {error}"));
+        }
+    }
+
     /// Puts another, empty cluster in the place of this one, which must be down. Gives back the one
     /// that was here, which keeps its files and gets another port. Both are down.
     ///
@@ -250,6 +324,13 @@ impl PostgresCluster {
 
     /// Sets up an empty cluster.
     async fn create(port: u16, authority: Option<&Authority>) -> Self {
+        let cluster = Self::bare(port);
+        cluster.initialize(authority).await;
+        cluster
+    }
+
+    /// A place for the files of a cluster.
+    fn bare(port: u16) -> Self {
         let scratch = Scratch::new("postgres");
         let user = geteuid().is_root().then(postgres_user);
         let url = url_at(port);
@@ -259,7 +340,6 @@ impl PostgresCluster {
         cluster.give_to_user(cluster.scratch.path());
         fs::set_permissions(cluster.scratch.path(), fs::Permissions::from_mode(0o700))
             .expect("the owner can change a directory's mode");
-        cluster.initialize(authority).await;
         cluster
     }
 

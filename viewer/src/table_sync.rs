@@ -65,12 +65,11 @@ impl TableSync {
     }
 
     async fn keep_reading(&self, mut events: watch::Receiver<PeerStatus>, missed: &Notify) {
-        let mut objects = None;
         let mut waits = amqp::backoff();
         let mut interval = INTERVAL_MIN;
         loop {
             let began = Instant::now();
-            let reason = match self.read(&mut objects).await {
+            let reason = match self.read().await {
                 Ok(reading) => {
                     interval = reading.next_interval(interval);
                     metrics::counter!("lastseen_viewer_readings_total", "outcome" => "ok")
@@ -88,8 +87,6 @@ impl TableSync {
                 Err(error) => error.to_string(),
             };
             metrics::counter!("lastseen_viewer_readings_total", "outcome" => "failed").increment(1);
-            // Its connection may be broken.
-            objects = None;
             if self.first_reading.borrow().is_err() {
                 _ = self.first_reading.send_replace(Err(reason.clone()));
             }
@@ -130,11 +127,11 @@ impl TableSync {
     }
 
     /// Reads the whole table. What is committed meanwhile may be read or not; it is an event in any case.
-    async fn read(&self, objects: &mut Option<Objects>) -> Result<Reading, StoreError> {
-        let reader = match objects {
-            Some(reader) => reader,
-            None => objects.insert(Objects::open(&self.store).await?),
-        };
+    ///
+    /// Each reading has a connection of its own: after a failover, one that was kept could lead to the
+    /// former primary, which answers for as long as it runs.
+    async fn read(&self) -> Result<Reading, StoreError> {
+        let mut reader = Objects::open(&self.store).await?;
         self.view.begin_reading();
         let mut after = None;
         let mut reading = Reading::default();

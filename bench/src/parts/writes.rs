@@ -49,7 +49,8 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
         waiting.spawn(async move {
             let (mut written, mut id) = (0_u64, first);
             while started.elapsed() < DURATION {
-                let outcome = writer.record(id * 2, Instant::now(), Span::default()).await?;
+                let recording = writer.record(id * 2, Instant::now(), Span::default()).await?;
+                let outcome = recording.written().await?;
                 anyhow::ensure!(outcome == Written::Committed, "{outcome:?}");
                 written += 1;
                 id = (id + WAITING) % i64::from(POPULATION);

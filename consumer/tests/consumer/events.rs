@@ -79,3 +79,44 @@ async fn events_that_cannot_be_told_change_nothing_but_a_line_of_the_readiness()
     consumer.stop().await;
     around.assert_all_settled().await;
 }
+
+// Field case 4.5
+#[tokio::test]
+async fn a_commit_whose_outcome_is_lost_leaves_a_gap() {
+    let around = Surroundings::new().await;
+    let mut subscriber = subscriber(&around).await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    let (proxy, database) = around.database_proxy().await;
+    let consumer = around.start(&api.endpoint(), &[&database]);
+    eventually("the consumer can announce", PATIENCE, async || {
+        let away = consumer.health.done_without();
+        (consumer.missing().is_empty() && away.is_empty()).then_some(())
+    })
+    .await;
+    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;
+                CREATE TRIGGER slow AFTER INSERT ON object FOR EACH ROW EXECUTE FUNCTION slow()";
+    sqlx::raw_sql(slow).execute(around.database.pool()).await.unwrap();
+    around.publish([42]).await;
+    eventually("the statement is under way", PATIENCE, async || {
+        let sleeping = "SELECT count(*) FROM pg_stat_activity
+                        WHERE datname = current_database() AND wait_event = 'PgSleep'";
+        let sleeping = sqlx::query_scalar(sleeping).fetch_one(around.database.pool());
+        let sleeping: i64 = sleeping.await.unwrap();
+        (sleeping > 0).then_some(())
+    })
+    .await;
+    // The server goes on without its client, and commits.
+    proxy.cut();
+    around.recorded([42]).await;
+    proxy.restore();
+    loop {
+        match next(&mut subscriber).await {
+            Notice::Missed(why) => break assert!(why.contains("are missing"), "{why}"),
+            Notice::Committed(kind, objects) => {
+                assert_ne!(kind, Kind::Online, "{objects:?} was announced after all");
+            }
+        }
+    }
+    consumer.stop().await;
+}

@@ -122,3 +122,75 @@ async fn a_row_that_the_database_refuses_is_a_dead_letter_and_the_others_of_its_
     assert_eq!(given_up, [r#"{"id":3}"#, r#"{"id":3}"#, r#"{"id":77}"#]);
     around.assert_all_settled().await;
 }
+
+// Field case 4.2
+#[tokio::test]
+async fn rows_that_are_held_up_take_no_others_with_them() {
+    const HELD_UP: [i64; 3] = [3, 5, 8];
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    let consumer =
+        around.start(&api.endpoint(), &["--write-batch-linger=1s", "--max-consumers=40"]);
+    around.migrated().await;
+    let pool = around.database.pool();
+    // A row that is locked, one whose trigger waits for a lock, and one whose trigger is broken.
+    let obstacles = "
+        INSERT INTO object VALUES (3, now() - interval '1 hour');
+        CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN PERFORM pg_advisory_xact_lock(5); RETURN NEW; END $$;
+        CREATE TRIGGER wait BEFORE INSERT ON object FOR EACH ROW WHEN (NEW.id = 5)
+        EXECUTE FUNCTION wait();
+        CREATE FUNCTION break() RETURNS trigger LANGUAGE plpgsql AS
+        $$ BEGIN INSERT INTO missing VALUES (NEW.id); RETURN NEW; END $$;
+        CREATE TRIGGER break BEFORE INSERT ON object FOR EACH ROW WHEN (NEW.id = 8)
+        EXECUTE FUNCTION break()";
+    sqlx::raw_sql(obstacles).execute(pool).await.unwrap();
+    let mut other = pool.begin().await.unwrap();
+    let lock = "SELECT pg_advisory_xact_lock(5) FROM object WHERE id = 3 FOR UPDATE";
+    sqlx::query(lock).execute(&mut *other).await.unwrap();
+
+    around.publish(1..=50).await;
+    let not_written = "SELECT count(*) FROM generate_series(1, 50) AS id WHERE id <> ALL ($1)
+                       AND NOT EXISTS (SELECT FROM object WHERE object.id = id.id
+                                       AND last_seen > now() - interval '5 min')";
+    let are_written = async |except: &[i64]| {
+        eventually("the rows are written", PATIENCE, async || {
+            let left = sqlx::query_scalar(not_written).bind(except).fetch_one(pool);
+            let left: i64 = left.await.unwrap();
+            (left == 0).then_some(())
+        })
+        .await;
+    };
+    are_written(&HELD_UP).await;
+    // Others come through after them, too.
+    around.publish((51..=90).chain(HELD_UP)).await;
+    eventually("later rows are written", PATIENCE, async || {
+        around.rows().await.contains(&90).then_some(())
+    })
+    .await;
+    eventually("the consumer is ready", PATIENCE, async || {
+        consumer.missing().is_empty().then_some(())
+    })
+    .await;
+    sqlx::query("CREATE TABLE missing (id bigint)").execute(pool).await.unwrap();
+    other.rollback().await.unwrap();
+    are_written(&[]).await;
+    consumer.stop().await;
+    around.assert_all_settled().await;
+}
+
+#[tokio::test]
+async fn a_consumer_that_stops_gives_back_what_is_held_up() {
+    let around = Surroundings::new().await;
+    let api = StatusApi::start(|_, _| Answer::Online);
+    let consumer = around.start(&api.endpoint(), &[]);
+    around.migrated().await;
+    let mut other = around.database.pool().begin().await.unwrap();
+    // A row that is not there for others yet.
+    sqlx::query("INSERT INTO object VALUES (1, now())").execute(&mut *other).await.unwrap();
+    around.publish(1..=2).await;
+    around.recorded([2]).await;
+    eventually("row 1 was tried", PATIENCE, async || (api.lookups_of(1) == 1).then_some(())).await;
+    consumer.stop().await;
+    assert_eq!(around.waiting().await, 1);
+}

@@ -124,15 +124,18 @@ impl Session<'_> {
     async fn serve(&mut self, outbound: &mut Outbound) -> Ended {
         let Outbound { waiting, numbers } = outbound;
         loop {
-            // What waits has the gap in its numbers. If there is nothing, it is told by a message
-            // without objects, so that who hears of it looks at the table now, and not when something
-            // is told next.
-            let last = {
-                let last = numbers.lock();
-                if waiting.is_empty() { *last } else { self.sent }
+            // What waits shows the gap by its numbers. If nothing waits, a message without objects
+            // shows it, so that subscribers check the table now and not at the next event. It gets a
+            // number of its own: with the number that is missing, it would hide the gap.
+            let mark = {
+                let mut last = numbers.lock();
+                (waiting.is_empty() && *last != self.sent).then(|| {
+                    *last += 1;
+                    *last
+                })
             };
-            if last != self.sent {
-                let mark = Outgoing { kind: Kind::Seen, sequence: last, objects: Vec::new() };
+            if let Some(sequence) = mark {
+                let mark = Outgoing { kind: Kind::Seen, sequence, objects: Vec::new() };
                 if let Err(reason) = self.publish(mark).await {
                     return Ended::Lost(reason);
                 }

@@ -47,3 +47,13 @@ async fn nowhere_nothing_is_heard_and_told_all_the_same() {
     assert!(Subscriber::new(&Exchange::nowhere(), "test").status().borrow().is_err());
     emitter.close().await;
 }
+
+#[tokio::test]
+async fn a_gap_that_is_left_is_missed_by_subscribers() {
+    let exchange = Exchange::in_process();
+    let mut subscriber = Subscriber::new(&exchange, "test");
+    is_told_it_missed(&mut subscriber).await;
+    let emitter = Emitter::start(&exchange, "test");
+    emitter.leave_gap("for a test");
+    assert_eq!(is_told_it_missed(&mut subscriber).await, "for a test");
+}

@@ -236,3 +236,19 @@ async fn what_cannot_be_read_counts_as_missed_and_an_unknown_kind_is_passed_over
     hears(&mut subscriber, Kind::Online, [1]).await;
     hears(&mut subscriber, Kind::Seen, [1]).await;
 }
+
+// Field case 4.5
+#[tokio::test]
+async fn one_missing_number_is_missed_although_no_message_follows() {
+    let queue = Queue::new();
+    let exchange = exchange(&queue);
+    let emitter = emitter(&exchange).await;
+    let mut subscriber = subscriber(&exchange).await;
+    emitter.tell(Kind::Online, objects([1]).into_iter());
+    hears(&mut subscriber, Kind::Online, [1]).await;
+    emitter.leave_gap("for a test");
+    let why = is_told_it_missed(&mut subscriber).await;
+    assert!(why.contains("are missing"), "{why}");
+    emitter.tell(Kind::Online, objects([2]).into_iter());
+    hears(&mut subscriber, Kind::Online, [2]).await;
+}

@@ -1,12 +1,15 @@
 //! What happens to the database.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
+use pipeline::Partner;
 use sqlx::{PgConnection, PgPool};
 use testbed::eventually;
+use tokio::task::JoinHandle;
 
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
+use crate::rows;
 use crate::world::{PATIENCE, Setup, World};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -18,9 +21,19 @@ pub(super) fn cases() -> Vec<Case> {
         Case::new("database_read_only", "database read-only for 8 s", read_only),
         Case::new("database_disk_full", "database's disk full for 8 s", disk_full),
         Case::new(
+            "database_failover",
+            "standby promoted while the old primary lives on read-only, new connections led to it",
+            failover,
+        ),
+        Case::new(
             "database_row_locked",
             "a row that is to be written locked for 6 s, then for 13 s, longer than a statement may take",
             row_locked,
+        ),
+        Case::new(
+            "database_row_held",
+            "one of 50 rows seen every second locked for 2 min, with a TTL of 5 s",
+            row_held,
         ),
         Case::new(
             "database_deadlock",
@@ -87,6 +100,28 @@ async fn read_only() -> Verdict {
     world.settles(Allowed::NOTHING).await
 }
 
+async fn failover() -> Verdict {
+    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
+    let standby = world.database.start_standby().await;
+    world.comes_under_load().await;
+    world.database.demote().await;
+    for process in world.consumers.iter().chain(&world.routine) {
+        eventually("the service is not ready, and says why", PATIENCE, async || {
+            let (status, body) = process.get("/readyz").await;
+            (status == 503 && body.contains("read-only")).then_some(())
+        })
+        .await;
+    }
+    world.stays(Duration::from_secs(3)).await;
+    standby.promote().await;
+    world.to_database.switch_to(format!("127.0.0.1:{}", standby.port()));
+    // It stays where it is, and answers whoever still asks it.
+    let _former = std::mem::replace(&mut world.database, standby);
+    world.recovers().await;
+    world.is_ready().await;
+    world.settles(Allowed::NOTHING).await
+}
+
 async fn disk_full() -> Verdict {
     let mut world = World::start(Setup { small_database_disk: true, ..Setup::default() }).await;
     world.comes_under_load().await;
@@ -111,9 +146,80 @@ async fn row_locked() -> Verdict {
         world.recovers().await;
         row_is_seen(&world, id).await;
     }
-    // The second time, that is.
-    world.consumers[0].wait_for_log("canceling statement due to statement timeout").await;
+    world.consumers[0].wait_for_log("canceling statement due to lock timeout").await;
     world.settles(Allowed::NOTHING).await
+}
+
+// Field case 4.2
+async fn row_held() -> Verdict {
+    let held = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 120 });
+    let routine = vec![("OBJECT_TTL", "5s")];
+    let mut world = World::start(Setup { routine, ..Setup::default() }).await;
+    rows::note_deletions(world.database.pool()).await;
+    let repeated = Repeated::start(world.endpoint());
+    repeated.are_all_in(world.database.pool()).await;
+    let mut other = world.database.pool().begin().await.expect("the database should be there");
+    lock(&mut other, Repeated::FIRST_ID).await.expect("the row should be free for a moment");
+    let mut fewest = usize::MAX;
+    let until = Instant::now() + held;
+    while Instant::now() < until {
+        world.stays(Duration::from_millis(500)).await;
+        fewest = fewest.min(repeated.count_in(world.database.pool()).await);
+    }
+    other.rollback().await.expect("the database should be there");
+    world.comes_under_load().await;
+    world.recovers().await;
+    let mut verdict = world.settles(Allowed::REPEATS).await;
+    if fewest < Repeated::COUNT {
+        verdict.breaches.push(format!("of {} rows, only {fewest} stayed", Repeated::COUNT));
+    }
+    verdict
+}
+
+/// Callbacks about the same objects, every second until it is dropped. They are no part of the books.
+struct Repeated(JoinHandle<()>);
+
+impl Drop for Repeated {
+    fn drop(&mut self) {
+        self.0.abort();
+    }
+}
+
+impl Repeated {
+    /// Even, so that they are online, and far from the others.
+    const FIRST_ID: i64 = 2_000_000_000_000;
+    const COUNT: usize = 50;
+
+    fn ids() -> Vec<i64> {
+        (Self::FIRST_ID..).step_by(2).take(Self::COUNT).collect()
+    }
+
+    fn start(endpoint: String) -> Self {
+        let post = async move {
+            let (partner, ids) = (Partner::default(), Self::ids());
+            let mut ticks = tokio::time::interval(Duration::from_secs(1));
+            loop {
+                ticks.tick().await;
+                partner.post(&endpoint, &ids).await;
+            }
+        };
+        Self(tokio::spawn(post))
+    }
+
+    async fn are_all_in(&self, pool: &PgPool) {
+        eventually("the repeated objects are in the table", PATIENCE, async || {
+            (self.count_in(pool).await == Self::COUNT).then_some(())
+        })
+        .await;
+    }
+
+    async fn count_in(&self, pool: &PgPool) -> usize {
+        assert!(!self.0.is_finished(), "the callbacks should go on");
+        let count = "SELECT count(*) FROM object WHERE id = ANY($1)";
+        let count = sqlx::query_scalar(count).bind(Self::ids()).fetch_one(pool);
+        let count: i64 = count.await.expect("the database should be there");
+        usize::try_from(count).unwrap_or_default()
+    }
 }
 
 async fn deadlock() -> Verdict {
@@ -121,6 +227,9 @@ async fn deadlock() -> Verdict {
     let consumer = vec![("WRITE_BATCH_LINGER", "500ms")];
     let mut world = World::start(Setup { consumer, ..Setup::default() }).await;
     world.comes_under_load().await;
+    // Before the consumer gives up waiting for the lock.
+    execute(world.database.pool(), "ALTER SYSTEM SET deadlock_timeout = '100ms'").await;
+    execute(world.database.pool(), "SELECT pg_reload_conf()").await;
     while deadlocks(world.database.pool()).await < 3 {
         let id = rows_to_come(&mut world).await;
         let mut other = world.database.pool().begin().await.expect("the database should be there");

@@ -26,6 +26,11 @@ pub(super) fn cases() -> Vec<Case> {
         ),
         Case::new("clock_ahead", "database's clock an hour ahead for 6 s", clock_ahead)
             .in_make_test(),
+        Case::new(
+            "clock_at_start",
+            "routine started right after the database's clock was set an hour ahead",
+            clock_set_before_start,
+        ),
         Case::new("clock_back", "database's clock an hour back for 6 s", clock_back),
     ]
 }
@@ -80,6 +85,22 @@ async fn clock_ahead() -> Verdict {
     let routine = world.routine.as_ref().expect("there should be a routine");
     routine.wait_for_log("stepped ahead").await;
     world.stays(Duration::from_secs(6)).await;
+    clock.set_right().await;
+    world.recovers().await;
+    world.settles(Allowed::NOTHING).await
+}
+
+/// Field case 3.11. The new routine has no earlier reading of the clock. The pause is longer than the case.
+async fn clock_set_before_start() -> Verdict {
+    let (mut world, clock) = by_a_clock().await;
+    let routine = world.routine.take().expect("there should be a routine");
+    routine.kill();
+    routine.wait().await;
+    clock.set_ahead(HOUR).await;
+    let routine = world.spawn_routine();
+    routine.wait_for_log("most rows look stale").await;
+    world.routine = Some(routine);
+    world.stays(Duration::from_secs(4)).await;
     clock.set_right().await;
     world.recovers().await;
     world.settles(Allowed::NOTHING).await

@@ -107,13 +107,23 @@ impl Session {
 
     /// Asks for the table, so that a database which was set up anew under us is noticed, and whether it
     /// can be used.
+    ///
+    /// A server that takes no writes ends the connection: after a failover, the next one may lead to
+    /// the new primary.
     async fn check(&mut self) -> Result<(), StoreError> {
         let settings = self.settings(PING_TIMEOUT);
-        check_table(PING_TIMEOUT, &mut self.connection, &settings).await
+        check_table(PING_TIMEOUT, &mut self.connection, &settings).await?;
+        let rows: Vec<(bool,)> =
+            self.run(PING_TIMEOUT, sql::IS_READ_ONLY, StoreError::Ping).await?;
+        if rows.first().is_some_and(|(is_read_only,)| *is_read_only) {
+            return Err(StoreError::ReadOnly);
+        }
+        Ok(())
     }
 
     fn settings(&self, limit: Duration) -> Settings {
-        Settings::new(&format!("{}s", limit.as_secs()), &self.zone)
+        let timeout = format!("{}s", limit.as_secs());
+        Settings::new(&timeout, &timeout, &self.zone)
     }
 
     async fn run<R: for<'r> FromRow<'r, PgRow>>(

@@ -14,7 +14,7 @@ use std::time::Duration;
 use crate::{Moment, TimeZone};
 
 /// How many statements [`Settings`] is.
-pub(super) const SETTINGS: usize = 3;
+pub(super) const SETTINGS: usize = 4;
 
 /// Ages beyond this one count as this one. It reaches back before 1970, and a database can calculate with it.
 const AGE_MAX: Duration = Duration::from_hours(24 * 365 * 1_000);
@@ -64,9 +64,10 @@ macro_rules! micros {
 pub(super) struct Settings(String);
 
 impl Settings {
-    pub(super) fn new(statement_timeout: &str, zone: &TimeZone) -> Self {
+    pub(super) fn new(statement_timeout: &str, lock_timeout: &str, zone: &TimeZone) -> Self {
         Self(format!(
             "SET LOCAL statement_timeout = '{statement_timeout}';
+             SET LOCAL lock_timeout = '{lock_timeout}';
              SET LOCAL client_min_messages = warning;
              SET LOCAL timezone = '{zone}';\n"
         ))
@@ -108,20 +109,69 @@ pub(super) fn record_seen(sightings: &[(i64, i64)]) -> String {
     )
 }
 
+/// Rows `(id)` of those among `ids` that another transaction has locked. An update of `last_seen`
+/// takes the same lock; it is released at the end of the statement.
+pub(super) fn locked(ids: &[i64]) -> String {
+    let ids = list(ids);
+    format!(
+        "WITH free AS (
+             SELECT id FROM object WHERE id = ANY ({ids}) ORDER BY id
+             FOR NO KEY UPDATE SKIP LOCKED)
+         SELECT id::bigint FROM object
+         WHERE id = ANY ({ids}) AND id NOT IN (SELECT id FROM free)"
+    )
+}
+
+fn list(ids: &[i64]) -> String {
+    let ids: Vec<String> = ids.iter().map(i64::to_string).collect();
+    format!("'{{{}}}'::bigint[]", ids.join(","))
+}
+
+/// The condition that a row was last seen before `oldest`.
+fn is_stale(oldest: Moment) -> String {
+    let oldest = i64::try_from(oldest.since_1970.as_micros()).unwrap_or(i64::MAX);
+    let oldest = format!("timestamptz 'epoch' + {oldest} * interval '1 us'");
+    let moment = moment!("object");
+    // The second part is the hour in which daylight saving time ends, of a column without time zone.
+    format!(
+        "(last_seen < {oldest} OR (last_seen > now() + interval '1 min' AND {moment} < {oldest}))"
+    )
+}
+
+/// One row `(stale, all)`: how many rows were last seen before `oldest`, and how many there are.
+pub(super) fn count_stale(oldest: Moment) -> String {
+    let is_stale = is_stale(oldest);
+    format!("SELECT count(*) FILTER (WHERE {is_stale}), count(*) FROM object")
+}
+
+/// Rows `(id)` of up to `limit` rows that were last seen before `oldest`, without those in `except`.
+pub(super) fn stale(oldest: Moment, limit: u32, except: &[i64]) -> String {
+    let (is_stale, except) = (is_stale(oldest), list(except));
+    format!("SELECT id::bigint FROM object WHERE {is_stale} AND id <> ALL ({except}) LIMIT {limit}")
+}
+
+/// Rows `(id, last_seen)` of the deleted rows among `ids` that were last seen before `oldest`.
+pub(super) fn delete_these(oldest: Moment, ids: &[i64]) -> String {
+    let (is_stale, ids) = (is_stale(oldest), list(ids));
+    format!(
+        "DELETE FROM object WHERE ctid = ANY (ARRAY(
+             SELECT ctid FROM object WHERE {is_stale} AND id = ANY ({ids})
+             FOR UPDATE SKIP LOCKED))
+         RETURNING id::bigint, {last_seen}",
+        last_seen = micros!(moment!("object")),
+    )
+}
+
 /// The database's clock.
 pub(super) const NOW: &str = concat!("SELECT ", micros!("now()"));
 
 /// Rows `(id, last_seen)` of up to `limit` deleted rows that were last seen before `oldest`.
 pub(super) fn delete_stale(oldest: Moment, limit: u32) -> String {
-    let oldest = i64::try_from(oldest.since_1970.as_micros()).unwrap_or(i64::MAX);
-    let oldest = format!("timestamptz 'epoch' + {oldest} * interval '1 us'");
-    let moment = moment!("object");
+    let is_stale = is_stale(oldest);
     format!(
         "DELETE FROM object WHERE ctid = ANY (ARRAY(
              SELECT ctid FROM object
-             WHERE last_seen < {oldest}
-                -- The hour in which daylight saving time ends, of a column without time zone.
-                OR (last_seen > now() + interval '1 min' AND {moment} < {oldest})
+             WHERE {is_stale}
              LIMIT {limit} FOR UPDATE SKIP LOCKED))
          RETURNING id::bigint, {last_seen}",
         last_seen = micros!(moment!("object")),
@@ -160,6 +210,10 @@ pub(super) const COUNT: &str = "SELECT count(*) FROM object WHERE last_seen IS N
 /// them fails and the reason is reported.
 pub(super) const MAY_MIGRATE: &str =
     "SELECT coalesce(has_schema_privilege(current_schema(), 'CREATE'), true)";
+
+/// One row `(is_read_only)`: whether the server takes no writes. On a standby, every transaction is
+/// read-only.
+pub(super) const IS_READ_ONLY: &str = "SELECT current_setting('transaction_read_only')::bool";
 
 /// One row `(problems)`, NULL if the table can be used. It fails if the table is missing, or we may
 /// not read it.

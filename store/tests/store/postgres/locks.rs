@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use store::Sighting;
+use store::{Failure, Sighting};
 use testbed::eventually;
 use tokio::time::timeout;
 
@@ -42,7 +42,15 @@ async fn a_sighting_of_a_row_that_is_being_deleted_waits_and_brings_it_back() {
     let mut deletion = database.pool().begin().await.unwrap();
     sqlx::query("DELETE FROM object WHERE id = 1").execute(&mut *deletion).await.unwrap();
 
-    let upsert = tokio::spawn(async move { store.record_seen(&[seen(1, Duration::ZERO)]).await });
+    // It waits for a second at a time.
+    let upsert = tokio::spawn(async move {
+        loop {
+            match store.record_seen(&[seen(1, Duration::ZERO)]).await {
+                Err(error) if error.failure() == Failure::BusyRow => {}
+                recorded => return recorded,
+            }
+        }
+    });
     eventually("the upsert waits for the deletion", DEADLINE, async || {
         (waiting(database.pool()).await == 1).then_some(())
     })
@@ -91,6 +99,57 @@ async fn a_sighting_grows_older_while_it_waits_for_a_connection() {
             tokio::time::sleep(WAIT).await;
             other.rollback().await.unwrap();
         });
-    first.and(second).unwrap();
+    // On a slow machine, the first may have waited in vain.
+    drop(first);
+    second.unwrap();
     assert!(age_seconds(database.pool(), 2).await >= WAIT.as_secs_f64());
+}
+
+// Field case 4.2
+#[tokio::test]
+async fn a_locked_row_fails_its_batch_within_seconds_and_is_named() {
+    let (database, store) = open().await;
+    insert(database.pool(), 1..=3, HOUR).await;
+    let mut other = database.pool().begin().await.unwrap();
+    sqlx::query("SELECT FROM object WHERE id = 2 FOR UPDATE").execute(&mut *other).await.unwrap();
+
+    let batch = [1, 2, 3, 4].map(|id| seen(id, Duration::ZERO));
+    for recorded in [store.record_seen(&batch).await, store.record_seen_briefly(&batch).await] {
+        let error = recorded.unwrap_err();
+        assert_eq!(error.failure(), Failure::BusyRow, "{error:?}");
+        assert!(!error.may_be_committed());
+    }
+    assert_eq!(store.locked(&[1, 2, 3, 4]).await.unwrap(), [2]);
+    other.rollback().await.unwrap();
+    assert_eq!(store.locked(&[1, 2, 3, 4]).await.unwrap(), [0; 0]);
+    store.record_seen_briefly(&batch).await.unwrap();
+    assert_eq!(ids(database.pool()).await, [1, 2, 3, 4]);
+}
+
+#[tokio::test]
+async fn a_statement_that_one_row_slows_down_ends_and_the_session_stays_usable() {
+    let (database, store) = open().await;
+    let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
+                $$ BEGIN PERFORM pg_sleep(60); RETURN NEW; END $$;
+                CREATE TRIGGER slow BEFORE INSERT ON object FOR EACH ROW WHEN (NEW.id = 2)
+                EXECUTE FUNCTION slow()";
+    sqlx::raw_sql(slow).execute(database.pool()).await.unwrap();
+    let error = store.record_seen_briefly(&[1, 2].map(|id| seen(id, HOUR))).await.unwrap_err();
+    assert_eq!(error.failure(), Failure::BusyRow, "{error:?}");
+    store.record_seen(&[seen(1, HOUR)]).await.unwrap();
+    assert_eq!(ids(database.pool()).await, [1]);
+}
+
+#[tokio::test]
+async fn stale_rows_can_be_listed_and_deleted_one_by_one() {
+    let (database, store) = open().await;
+    insert(database.pool(), 1..=4, 2 * HOUR).await;
+    insert(database.pool(), 5..=6, Duration::ZERO).await;
+    let oldest = store.now().await.unwrap().before(HOUR);
+    let mut stale = store.stale(oldest, 10, &[3]).await.unwrap();
+    stale.sort_unstable();
+    assert_eq!(stale, [1, 2, 4]);
+    let gone = store.delete_these(oldest, &[1, 2, 6]).await.unwrap();
+    assert_eq!(gone.len(), 2);
+    assert_eq!(store.count_stale(oldest).await.unwrap(), (2, 4));
 }

@@ -1,5 +1,5 @@
 use sqlx::PgPool;
-use store::{Sighting, Store, StoreError};
+use store::{Failure, Sighting, Store};
 
 use super::{ids, open};
 use crate::{HOUR, seen};
@@ -15,15 +15,15 @@ fn batch() -> Vec<Sighting> {
 /// The batch is refused for a row in it, and none of it is written.
 async fn is_refused(store: &Store, pool: &PgPool, words: &str) {
     let error = store.record_seen(&batch()).await.unwrap_err();
-    assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
+    assert_eq!(error.failure(), Failure::RefusedRow, "{error:?}");
     assert!(error.to_string().contains(words), "{error}");
     assert_eq!(ids(pool).await, [0; 0]);
 }
 
-/// The batch fails for what concerns no row, so that it is worth another try.
-async fn is_not_written(store: &Store) {
+/// The batch fails for a reason that concerns no single row.
+async fn is_not_written(store: &Store, failure: Failure) {
     let error = store.record_seen(&batch()).await.unwrap_err();
-    assert!(matches!(error, StoreError::RecordSeen(_)), "{error:?}");
+    assert_eq!(error.failure(), failure, "{error:?}");
 }
 
 #[tokio::test]
@@ -61,9 +61,9 @@ async fn what_would_hit_every_row_is_not_taken_for_a_refusal_of_one() {
         sqlx::query_scalar("SELECT current_database()::text").fetch_one(pool).await.unwrap();
     let read_only = format!("ALTER DATABASE {name} SET default_transaction_read_only = on");
     execute(pool, "ALTER TABLE object RENAME TO elsewhere").await;
-    is_not_written(&store).await;
+    is_not_written(&store, Failure::Database).await;
     execute(pool, "DROP TABLE IF EXISTS object; ALTER TABLE elsewhere RENAME TO object").await;
     sqlx::query(sqlx::AssertSqlSafe(read_only)).execute(pool).await.unwrap();
     let late = super::start(database.url(), 1);
-    is_not_written(&late).await;
+    is_not_written(&late, Failure::Connection).await;
 }
