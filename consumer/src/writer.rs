@@ -282,7 +282,10 @@ impl Table {
         } else {
             tracing::debug!(%error, rows, failures, "a batch is still not written");
         }
-        _ = self.writes.send_replace(Err(format!("takes no writes: {error}")));
+        // An outage that the store reports by itself is no further reason.
+        let is_known = self.store.status().borrow().is_err();
+        let status = if is_known { Ok(()) } else { Err(format!("takes no writes: {error}")) };
+        _ = self.writes.send_replace(status);
     }
 }
 

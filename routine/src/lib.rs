@@ -150,14 +150,15 @@ async fn clean_up_until(
             reason = store.rejected() => return Err(Misconfigured(reason).into()),
             () = table.events.died() => anyhow::bail!("what tells events has died"),
         }
-        // The store logs by itself when the database is away.
+        // The store logs and reports by itself when the database is away.
         if store.status().borrow().is_err() {
             pauses.outage();
+            table.report_writes(Ok(()));
             continue;
         }
         let cleaned = clean_up(table, &cleanup, &mut pauses, &mut future_rows, &shutdown).await;
         let status = cleaned.as_ref().map(drop).map_err(|error| format!("cleanup failed: {error}"));
-        table.writes.send_if_modified(|before| std::mem::replace(before, status.clone()) != status);
+        table.report_writes(status);
         match cleaned {
             Ok(_) => failing = false,
             Err(error) => {
@@ -369,6 +370,14 @@ impl Table {
         let gone = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
         self.events.tell(Kind::Gone, rows.iter().map(gone));
         rows.len() as u64
+    }
+
+    fn report_writes(&self, status: StoreStatus) {
+        self.writes.send_if_modified(|before| {
+            let is_new = *before != status;
+            *before = status;
+            is_new
+        });
     }
 
     fn leave_gap_after(&self, error: &StoreError) {

@@ -102,7 +102,7 @@ pub(super) async fn write_set_aside(table: &Table, batch: &Rows) -> HashMap<i64,
     let free =
         without_locked(table, batch.to_vec(), "locked by another session", &mut not_written).await;
     let mut parts = vec![free];
-    while let Some(rows) = parts.pop() {
+    while let Some(rows) = parts.pop().filter(|rows| !rows.is_empty()) {
         let record = if rows.len() == 1 { Record::Usually } else { Record::Briefly };
         let Err(error) = record.record(table, &rows).await else { continue };
         match error.failure() {

@@ -9,7 +9,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 use url::Url;
 
-use super::{ids, insert, start};
+use super::{ids, start};
 use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
 /// `url` with another address in it.
@@ -104,7 +104,7 @@ async fn a_statement_to_a_silent_database_ends_in_an_error_and_the_next_one_find
     // The routine's store, which has one connection only.
     let store = start(&at(switch.address, database.url()), 1);
     ready(&store).await;
-    insert(database.pool(), 1..=1, 2 * HOUR).await;
+    store.record_seen(&[seen(1, 2 * HOUR)]).await.unwrap();
     proxy.silence();
     let sightings = [seen(1, Duration::ZERO)];
     let record = timeout(DEADLINE, store.record_seen(&sightings));
