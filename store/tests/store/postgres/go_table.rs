@@ -100,7 +100,7 @@ async fn id_beyond_32_bits_is_a_refused_row_of_an_integer_column() {
     let too_large = i64::from(i32::MAX) + 1;
     let batch = [seen(1, Duration::ZERO), seen(too_large, Duration::ZERO)];
     let error = store.record_seen(&batch).await.unwrap_err();
-    assert!(matches!(error, StoreError::Refused(_)), "{error:?}");
+    assert_eq!(error.failure(), store::Failure::RefusedRow, "{error:?}");
     store.record_seen(&batch[..1]).await.unwrap();
     assert_eq!(delete_stale(&store, HOUR, 10).await.unwrap(), 0);
 }
