@@ -1,14 +1,14 @@
-//! What the headers of a callback claim, and whether it is true.
+//! The headers of a signed callback, and their verification.
 
 use std::time::{Duration, SystemTime};
 
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
-use http::{HeaderMap, HeaderName};
+use http::HeaderMap;
 use sha2::{Digest as _, Sha256};
 
 use crate::keys::{Keys, unix_seconds};
-use crate::{ID, SIGNATURE, TIMESTAMP, VERSION};
+use crate::{Names, STANDARD, SVIX, VERSION};
 
 /// How far the sender's clock may be from ours, either way. A callback that was recorded by somebody
 /// else can be sent again for as long.
@@ -20,36 +20,41 @@ const TOLERANCE: Duration = Duration::from_mins(5);
 /// cryptographic hash, so that two callbacks never share one by chance.
 pub type Fingerprint = [u8; 16];
 
-/// Why a callback is not known to be its sender's, in words for the sender.
+/// Seconds since 1970 stay below this until the year 5138, and milliseconds have been above it since 1973.
+const MILLISECONDS_FROM: u64 = 100_000_000_000;
+
+/// Why a callback's signature is not accepted, in words for the sender.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
     /// Not signed at all, or not in full.
     #[error("the header {0} is missing: callbacks must be signed here, by Standard Webhooks")]
-    Missing(HeaderName),
+    Missing(&'static str),
     /// It would not be clear which one was signed.
     #[error("the header {0} is there more than once")]
-    Repeated(HeaderName),
+    Repeated(&'static str),
     /// Not as the specification has it.
     #[error("the header {0} must be {1}")]
-    Malformed(HeaderName, &'static str),
+    Malformed(&'static str, &'static str),
+    /// In milliseconds, or an even smaller unit.
+    #[error("the header {0} must be in seconds since 1970; its value looks like milliseconds")]
+    Milliseconds(&'static str),
     /// Sent too long ago, or a clock is wrong.
-    #[error("the webhook-timestamp is {0} s before this server's clock; at most 300 s are allowed")]
-    TooOld(u64),
+    #[error("the header {0} is {1} s before this server's clock; at most 300 s are allowed")]
+    TooOld(&'static str, u64),
     /// A clock is wrong.
+    #[error("the header {0} is {1} s ahead of this server's clock; at most 300 s are allowed")]
+    TooNew(&'static str, u64),
+    /// Signed with other keys, or changed on the way.
     #[error(
-        "the webhook-timestamp is {0} s ahead of this server's clock; at most 300 s are allowed"
+        "no v1 signature in the header {0} was made with a key of this server for this id, timestamp and body"
     )]
-    TooNew(u64),
-    /// Signed by other keys, or changed on the way.
-    #[error(
-        "no v1 signature in webhook-signature is by a key of this server for this id, timestamp and body"
-    )]
-    NotOurs,
+    NotOurs(&'static str),
 }
 
-/// What the headers say, which nobody has verified yet.
+/// The values of the headers, which are not verified yet.
 #[derive(Debug)]
 pub struct Claim<'a> {
+    names: Names,
     id: &'a str,
     timestamp: &'a str,
     signatures: Vec<[u8; 32]>,
@@ -62,25 +67,30 @@ impl<'a> Claim<'a> {
     /// # Errors
     /// [`Refusal`] for whatever can be seen without the body.
     pub fn read(headers: &'a HeaderMap, now: SystemTime) -> Result<Self, Refusal> {
-        let id = only(headers, &ID)?;
-        // With a full stop in it, one signature would stand for several splits of what was signed.
+        let names = names(headers);
+        let id = only(headers, names.id)?;
+        // With a full stop in it, one signature would stand for several splits of the signed text.
         if id.is_empty() || id.contains('.') {
-            return Err(Refusal::Malformed(ID, "a text without full stops"));
+            return Err(Refusal::Malformed(names.id, "a text without full stops"));
         }
-        let timestamp = only(headers, &TIMESTAMP)?;
+        let timestamp = only(headers, names.timestamp)?;
         let digits = timestamp.bytes().all(|letter| letter.is_ascii_digit());
         let sent_at = timestamp.parse::<u64>().ok().filter(|_| digits);
-        let sent_at =
-            sent_at.ok_or(Refusal::Malformed(TIMESTAMP, "whole seconds since 1970, in digits"))?;
+        let sent_at = sent_at.ok_or_else(|| {
+            Refusal::Malformed(names.timestamp, "whole seconds since 1970, in digits")
+        })?;
+        if sent_at >= MILLISECONDS_FROM {
+            return Err(Refusal::Milliseconds(names.timestamp));
+        }
         let now = unix_seconds(now);
         if now.saturating_sub(sent_at) > TOLERANCE.as_secs() {
-            return Err(Refusal::TooOld(now - sent_at));
+            return Err(Refusal::TooOld(names.timestamp, now - sent_at));
         }
         if sent_at.saturating_sub(now) > TOLERANCE.as_secs() {
-            return Err(Refusal::TooNew(sent_at - now));
+            return Err(Refusal::TooNew(names.timestamp, sent_at - now));
         }
-        let signatures = only(headers, &SIGNATURE)?.split(' ').filter_map(signature).collect();
-        Ok(Self { id, timestamp, signatures })
+        let signatures = only(headers, names.signature)?.split(' ').filter_map(signature).collect();
+        Ok(Self { names, id, timestamp, signatures })
     }
 
     /// That the sender has one of the `keys`, and signed this very body.
@@ -92,7 +102,7 @@ impl<'a> Claim<'a> {
         if self.signatures.is_empty()
             || !keys.any_made(&self.signatures, self.id, self.timestamp, body)
         {
-            return Err(Refusal::NotOurs);
+            return Err(Refusal::NotOurs(self.names.signature));
         }
         let mut hash = Sha256::new();
         hash.update(self.id);
@@ -105,14 +115,23 @@ impl<'a> Claim<'a> {
     }
 }
 
+/// The set of headers that the callback uses. The two sets are never mixed: a callback with any header of Standard Webhooks must have all of
+/// them.
+fn names(headers: &HeaderMap) -> Names {
+    let has_any = |names: Names| {
+        [names.id, names.timestamp, names.signature].iter().any(|&name| headers.contains_key(name))
+    };
+    if !has_any(STANDARD) && has_any(SVIX) { SVIX } else { STANDARD }
+}
+
 /// The text of a header that must be there once.
-fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<&'a str, Refusal> {
+fn only<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<&'a str, Refusal> {
     let mut values = headers.get_all(name).iter();
-    let value = values.next().ok_or_else(|| Refusal::Missing(name.clone()))?;
+    let value = values.next().ok_or_else(|| Refusal::Missing(name))?;
     if values.next().is_some() {
-        return Err(Refusal::Repeated(name.clone()));
+        return Err(Refusal::Repeated(name));
     }
-    value.to_str().map_err(|_| Refusal::Malformed(name.clone(), "printable ASCII"))
+    value.to_str().map_err(|_| Refusal::Malformed(name, "printable ASCII"))
 }
 
 /// One of the list's signatures, if it is of our version and right in form.

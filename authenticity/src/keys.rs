@@ -32,10 +32,46 @@ pub struct Keys {
     others: Vec<Hmac<Sha256>>,
 }
 
-/// Why a text holds no keys. It does not quote the text.
-#[derive(Debug, thiserror::Error)]
-#[error("expected whsec_ and 24 to 64 bytes as base64, or several of these separated by spaces")]
-pub struct KeysError;
+/// Why a text does not hold keys: which rule is broken, and by which key. It never quotes a key.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeysError {
+    /// Nothing but separators.
+    #[error("there is no key: expected whsec_ and 24 to 64 bytes as base64")]
+    Empty,
+    /// One of the keys breaks a rule.
+    #[error("key {position} of {total} {problem}")]
+    Key {
+        /// The position of the key, from 1.
+        position: usize,
+        /// The number of keys.
+        total: usize,
+        /// The rule that it breaks.
+        problem: KeyProblem,
+    },
+}
+
+/// The rule that a key breaks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum KeyProblem {
+    /// Copied together with the version of the signatures: `v1,whsec_…`.
+    #[error("is the version of a signature: remove \"v1,\" or \"v1a,\" before whsec_")]
+    Version,
+    /// In quotes that belong to the file it was copied from.
+    #[error("contains a quotation mark: write the key without quotes")]
+    Quoted,
+    /// Without `whsec_`.
+    #[error("does not begin with whsec_")]
+    NoPrefix,
+    /// Hexadecimal digits would also decode as base64, to another key.
+    #[error("is hexadecimal: write its bytes as base64 after whsec_")]
+    Hexadecimal,
+    /// Not base64 in the standard alphabet.
+    #[error("is not base64 after whsec_: letters, digits, + and / are allowed, and = at the end")]
+    NotBase64,
+    /// Too short or too long.
+    #[error("has {0} bytes after whsec_: 24 to 64 are allowed")]
+    Length(usize),
+}
 
 /// What makes a callback a signed one: the values of its headers.
 #[derive(Clone, Debug)]
@@ -77,9 +113,13 @@ impl FromStr for Keys {
 
     fn from_str(text: &str) -> Result<Self, KeysError> {
         let separators = |letter: char| letter.is_ascii_whitespace() || letter == ',';
-        let mut keys = text.split(separators).filter(|key| !key.is_empty()).map(key);
-        let first = keys.next().ok_or(KeysError)??;
-        Ok(Self { first, others: keys.collect::<Result<_, _>>()? })
+        let texts: Vec<&str> = text.split(separators).filter(|key| !key.is_empty()).collect();
+        let total = texts.len();
+        let at = |position| move |problem| KeysError::Key { position, total, problem };
+        let keys = texts.into_iter().zip(1..).map(|(text, n)| key(text).map_err(at(n)));
+        let mut keys = keys.collect::<Result<Vec<_>, _>>()?.into_iter();
+        let first = keys.next().ok_or(KeysError::Empty)?;
+        Ok(Self { first, others: keys.collect() })
     }
 }
 
@@ -89,13 +129,24 @@ impl Debug for Keys {
     }
 }
 
-fn key(text: &str) -> Result<Hmac<Sha256>, KeysError> {
-    let encoded = text.strip_prefix(PREFIX).ok_or(KeysError)?;
-    let bytes = KEY_ENCODING.decode(encoded).map_err(|_| KeysError)?;
-    if !KEY_BYTES.contains(&bytes.len()) {
-        return Err(KeysError);
+fn key(text: &str) -> Result<Hmac<Sha256>, KeyProblem> {
+    if ["v1", "v1a"].contains(&text) {
+        return Err(KeyProblem::Version);
     }
-    Hmac::new_from_slice(&bytes).map_err(|_| KeysError)
+    if text.contains(['"', '\'', '`']) {
+        return Err(KeyProblem::Quoted);
+    }
+    let encoded = text.strip_prefix(PREFIX).ok_or(KeyProblem::NoPrefix)?;
+    // Chance makes 32 letters of base64 all hexadecimal once in 10^14 keys.
+    if encoded.len() >= 32 && encoded.bytes().all(|letter| letter.is_ascii_hexdigit()) {
+        return Err(KeyProblem::Hexadecimal);
+    }
+    let bytes = KEY_ENCODING.decode(encoded).map_err(|_| KeyProblem::NotBase64)?;
+    if !KEY_BYTES.contains(&bytes.len()) {
+        return Err(KeyProblem::Length(bytes.len()));
+    }
+    // HMAC takes keys of any length.
+    Hmac::new_from_slice(&bytes).map_err(|_| KeyProblem::Length(bytes.len()))
 }
 
 /// The signature of this content, all but finished.
@@ -152,15 +203,38 @@ mod tests {
         assert_eq!(signature(padded, "a", 1, "b"), signature(bare, "a", 1, "b"));
     }
 
+    /// Field case 8.2.
     #[test]
-    fn what_is_no_key_is_refused_without_being_quoted() {
+    fn each_mistake_in_a_key_has_its_own_error() {
+        let hexadecimal = format!("whsec_{}", "0123456789abcdef".repeat(4));
         let too_short = format!("whsec_{}", BASE64_STANDARD.encode([7; 23]));
         let too_long = format!("whsec_{}", BASE64_STANDARD.encode([7; 65]));
-        let one_bad = format!("{KEY} nonsense");
-        for text in ["", " , ", "whsec_", "whsec_????", &KEY[6..], &too_short, &too_long, &one_bad]
-        {
-            let error = text.parse::<Keys>().unwrap_err().to_string();
-            assert!(error.starts_with("expected whsec_ and 24 to 64 bytes"), "{error}");
+        let mistakes = [
+            (format!("v1,{KEY}"), KeyProblem::Version),
+            (format!("\"{KEY}\""), KeyProblem::Quoted),
+            (format!("'{KEY}'"), KeyProblem::Quoted),
+            (KEY[6..].to_owned(), KeyProblem::NoPrefix),
+            (hexadecimal, KeyProblem::Hexadecimal),
+            ("whsec_????".to_owned(), KeyProblem::NotBase64),
+            ("whsec_".to_owned(), KeyProblem::Length(0)),
+            (too_short, KeyProblem::Length(23)),
+            (too_long, KeyProblem::Length(65)),
+        ];
+        for (text, problem) in mistakes {
+            let Err(KeysError::Key { position: 1, problem: found, .. }) = text.parse::<Keys>()
+            else {
+                panic!("{text} should be refused for its first key");
+            };
+            assert_eq!(found, problem, "{text}");
         }
+        for text in ["", " , "] {
+            assert_eq!(text.parse::<Keys>().unwrap_err(), KeysError::Empty);
+        }
+    }
+
+    #[test]
+    fn error_names_the_position_of_the_key_and_not_the_key() {
+        let error = format!("{KEY} nonsense").parse::<Keys>().unwrap_err().to_string();
+        assert_eq!(error, "key 2 of 2 does not begin with whsec_");
     }
 }

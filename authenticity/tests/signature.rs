@@ -7,7 +7,7 @@
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use authenticity::{Claim, Fingerprint, ID, Keys, Refusal, SIGNATURE, TIMESTAMP};
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderName, HeaderValue};
 use proptest::collection::vec;
 use proptest::prelude::*;
 use proptest::sample::Index;
@@ -68,6 +68,47 @@ fn what_is_in_the_corpus_is_told_valid_by_its_name_alone() {
         valid += u32::from(expected);
     }
     assert!(valid > 0);
+}
+
+fn renamed(headers: &HeaderMap, renamed: &[(&'static str, &'static str)]) -> HeaderMap {
+    let name = |name: &HeaderName| {
+        let to = renamed.iter().find(|(from, _)| name == from).map(|(_, to)| *to);
+        to.map_or_else(|| name.clone(), HeaderName::from_static)
+    };
+    headers.iter().map(|(key, value)| (name(key), value.clone())).collect()
+}
+
+const TO_SVIX: [(&str, &str); 3] = [
+    ("webhook-id", "svix-id"),
+    ("webhook-timestamp", "svix-timestamp"),
+    ("webhook-signature", "svix-signature"),
+];
+
+/// Field case 8.1.
+#[test]
+fn headers_of_svix_are_accepted_and_never_mixed() {
+    let standard = headers(MESSAGE, &SECONDS.to_string(), VALID.as_bytes());
+    assert!(verified(&renamed(&standard, &TO_SVIX), &keys(), BODY).is_ok());
+    for (mixed, missing) in [(0, "webhook-id"), (1, "webhook-timestamp"), (2, "webhook-signature")]
+    {
+        let refusal = verified(&renamed(&standard, &TO_SVIX[mixed..=mixed]), &keys(), BODY);
+        assert_eq!(refusal, Err(Refusal::Missing(missing)));
+    }
+    // With both sets, the standard one counts.
+    let mut both = renamed(&standard, &TO_SVIX);
+    both.extend(headers(MESSAGE, &SECONDS.to_string(), b"v1,nonsense"));
+    assert_eq!(verified(&both, &keys(), BODY), Err(Refusal::NotOurs("webhook-signature")));
+    let unsigned = verified(&HeaderMap::new(), &keys(), BODY);
+    assert_eq!(unsigned, Err(Refusal::Missing("webhook-id")));
+}
+
+/// Field case 8.2.
+#[test]
+fn timestamp_in_milliseconds_is_named_as_such() {
+    let headers = headers(MESSAGE, &(SECONDS * 1_000).to_string(), VALID.as_bytes());
+    let refusal = verified(&headers, &keys(), BODY).unwrap_err();
+    assert_eq!(refusal, Refusal::Milliseconds("webhook-timestamp"));
+    assert!(refusal.to_string().contains("milliseconds"), "{refusal}");
 }
 
 proptest! {

@@ -99,8 +99,14 @@ async fn what_is_not_signed_or_not_rightly_is_answered_401_and_nothing_is_queued
         (with(2, "v1,"), "no v1 signature"),
         (headers(NEW, "msg_1", now, r#"{"object_ids":[2]}"#).to_vec(), "no v1 signature"),
         (headers(OTHER, "msg_1", now, body).to_vec(), "no v1 signature"),
-        (headers(NEW, "msg_1", now - six_minutes, body).to_vec(), "the webhook-timestamp is 36"),
-        (headers(NEW, "msg_1", now + six_minutes, body).to_vec(), "the webhook-timestamp is 3"),
+        (
+            headers(NEW, "msg_1", now - six_minutes, body).to_vec(),
+            "the header webhook-timestamp is 36",
+        ),
+        (
+            headers(NEW, "msg_1", now + six_minutes, body).to_vec(),
+            "the header webhook-timestamp is 3",
+        ),
     ];
     for (headers, expected) in cases {
         let answer = producer.send(request(&producer, &headers, body)).await;
