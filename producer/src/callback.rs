@@ -1,36 +1,59 @@
 //! The body of a callback: a list of object ids.
 
+use std::borrow::Cow;
+
 use axum::http::StatusCode;
 use serde::Deserialize;
+use serde_json::value::RawValue;
 use service::problem::Problem;
+
+/// Some clients write it before the text. A JSON parser may ignore it (RFC 8259, section 8.1).
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+/// Above this, a floating-point number does not distinguish neighbouring integers.
+const FLOATS_EXACT_UP_TO: u64 = 1 << 53;
 
 /// The ids of one callback.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Callback {
-    /// How many the callback lists, repeats included.
+    /// The number of ids that the callback lists, repeats included.
     pub(crate) listed: usize,
     /// Each of them once, in ascending order.
     pub(crate) ids: Vec<i64>,
 }
 
-/// Fields that we do not know are ignored, so that partners may add some.
+/// Unknown fields are ignored, so that partners may add some.
 #[derive(Deserialize)]
 struct Body {
     object_ids: Vec<i64>,
 }
 
+/// The same with the text of each id, for senders that write an integer in another way.
+#[derive(Deserialize)]
+struct BodyAsText<'a> {
+    #[serde(borrow)]
+    object_ids: Vec<&'a RawValue>,
+}
+
 impl Callback {
-    /// Reads a body of the form `{"object_ids":[1,2,3]}`.
+    /// Reads a body of the form `{"object_ids":[1,2,3]}`. An id may also be a decimal string (`"2"`), or a number with a fraction of zero or
+    /// an exponent (`4.0`) up to 2^53.
     ///
     /// # Errors
     /// A 400 that says what is wrong and where, or a 422 for more than `max_ids`.
     pub(crate) fn parse(body: &[u8], max_ids: usize) -> Result<Self, Problem> {
+        let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
         // Without this, serde would take the bare list `[[1,2,3]]` for the object's fields in order.
         if body.trim_ascii_start().first() != Some(&b'{') {
-            return Err(bad_request("the body must be a JSON object: {\"object_ids\":[1,2,3]}"));
+            return Err(bad_request(match other_encoding(body) {
+                Some(encoding) => format!("the body is in {encoding}: send it in UTF-8"),
+                None => "the body must be a JSON object: {\"object_ids\":[1,2,3]}".to_owned(),
+            }));
         }
-        let Body { object_ids: mut ids } =
-            serde_json::from_slice(body).map_err(|_| explain(body))?;
+        // Almost all senders write integers, so their bodies are parsed only this way.
+        let mut ids = match serde_json::from_slice::<Body>(body) {
+            Ok(body) => body.object_ids,
+            Err(_) => parse_texts(body)?,
+        };
         let listed = ids.len();
         if listed > max_ids {
             return Err(Problem::new(
@@ -44,23 +67,66 @@ impl Callback {
     }
 }
 
-/// Reads a body that is wrong once more, this time keeping track of where. The way of a right one
-/// is spared that.
-fn explain(body: &[u8]) -> Problem {
-    let mut deserializer = serde_json::Deserializer::from_slice(body);
-    let parsed = serde_path_to_error::deserialize::<_, Body>(&mut deserializer);
-    let Err(error) = parsed else {
-        return bad_request("there is more after the end of the JSON object");
-    };
-    let path = error.path().to_string();
-    let cause = error.into_inner();
-    if cause.is_syntax() || cause.is_eof() {
-        bad_request(format!("the body is not JSON: {cause}"))
-    } else if path.starts_with("object_ids[") {
-        bad_request(format!("{path} is not a 64-bit integer: {cause}"))
-    } else {
-        bad_request(format!("the body must look like {{\"object_ids\":[1,2,3]}}: {cause}"))
+fn parse_texts(body: &[u8]) -> Result<Vec<i64>, Problem> {
+    let mut json = serde_json::Deserializer::from_slice(body);
+    let BodyAsText { object_ids } = BodyAsText::deserialize(&mut json).map_err(|error| {
+        bad_request(match other_encoding(body) {
+            Some(encoding) => format!("the body is in {encoding}: send it in UTF-8"),
+            None if error.is_data() => {
+                format!("the body must look like {{\"object_ids\":[1,2,3]}}: {error}")
+            }
+            None => format!("the body is not JSON: {error}"),
+        })
+    })?;
+    json.end().map_err(|_| bad_request("there is more after the end of the JSON object"))?;
+    let ids = object_ids.iter().zip(0..).map(|(text, index)| {
+        integer(text.get()).ok_or_else(|| {
+            let expected = "expected digits, such as 42, \"42\" or, up to 2^53, 42.0";
+            bad_request(format!("object_ids[{index}] is not a 64-bit integer: {expected}"))
+        })
+    });
+    ids.collect()
+}
+
+/// UTF-16 or UTF-32, by the zero bytes around the opening brace or by the byte order mark.
+fn other_encoding(body: &[u8]) -> Option<&'static str> {
+    match body {
+        [0xff, 0xfe, 0, 0, ..]
+        | [0, 0, 0xfe, 0xff, ..]
+        | [b'{', 0, 0, 0, ..]
+        | [0, 0, 0, b'{', ..] => Some("UTF-32"),
+        [0xff, 0xfe, ..] | [0xfe, 0xff, ..] | [b'{', 0, ..] | [0, b'{', ..] => Some("UTF-16"),
+        _ => None,
     }
+}
+
+/// The integer that a JSON number or string stands for, if there is exactly one.
+fn integer(json: &str) -> Option<i64> {
+    if json.starts_with('"') {
+        let text: Cow<str> = serde_json::from_str(json).ok()?;
+        // No blanks, plus sign or leading zeros.
+        let is_decimal = |id: &i64| id.to_string() == *text;
+        return text.parse().ok().filter(is_decimal);
+    }
+    json.parse().ok().or_else(|| whole_float(json))
+}
+
+/// The value of a JSON number such as `4.0` or `4e2`, if it is whole and at most 2^53 either way. It is calculated from the digits, because a
+/// floating-point number would round first.
+fn whole_float(json: &str) -> Option<i64> {
+    let (mantissa, exponent) = json.split_once(['e', 'E']).unwrap_or((json, "0"));
+    let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
+    let digits = format!("{whole}{fraction}");
+    let significant = digits.trim_end_matches('0');
+    if significant.trim_start_matches(['-', '0']).is_empty() {
+        return Some(0);
+    }
+    let zeros = i64::try_from(digits.len() - significant.len()).ok()?;
+    let fraction = i64::try_from(fraction.len()).ok()?;
+    let power = exponent.parse::<i64>().ok()?.checked_add(zeros)?.checked_sub(fraction)?;
+    let scale = 10_i64.checked_pow(u32::try_from(power).ok()?)?;
+    let value = significant.parse::<i64>().ok()?.checked_mul(scale)?;
+    (value.unsigned_abs() <= FLOATS_EXACT_UP_TO).then_some(value)
 }
 
 fn bad_request(detail: impl Into<String>) -> Problem {
@@ -93,9 +159,66 @@ mod tests {
         assert_eq!(Callback::parse(br#"{"object_ids":[]}"#, 10).unwrap().listed, 0);
     }
 
+    /// Field case 1.4.
     #[test]
-    fn an_id_that_is_no_64_bit_integer_is_told_by_its_index() {
-        for id in [r#""7""#, "1.5", "1.0", "9223372036854775808", "null", "[]", "true"] {
+    fn ids_in_other_unambiguous_forms_are_accepted() {
+        for (text, id) in [
+            (r#""2""#, 2),
+            (r#""-9223372036854775808""#, i64::MIN),
+            (r#""\u0037""#, 7),
+            (r#""0""#, 0),
+            ("4.0", 4),
+            ("-4.00e1", -40),
+            ("1e3", 1_000),
+            ("1200E-2", 12),
+            ("-0.0", 0),
+            ("0e99999999999999999999", 0),
+            ("9007199254740992.0", 1 << 53),
+        ] {
+            let body = format!(r#"{{"object_ids":[1,{text}]}}"#);
+            let mut expected = vec![1, id];
+            expected.sort_unstable();
+            assert_eq!(Callback::parse(body.as_bytes(), 10).unwrap().ids, expected, "{text}");
+        }
+    }
+
+    /// Field case 1.3.
+    #[test]
+    fn byte_order_mark_is_ignored_and_other_encodings_are_named() {
+        let callback = Callback::parse("\u{feff}{\"object_ids\":[1]}".as_bytes(), 10).unwrap();
+        assert_eq!(callback.ids, [1]);
+        let text = r#"{"object_ids":[1]}"#;
+        let utf_16: Vec<u8> = text.encode_utf16().flat_map(u16::to_le_bytes).collect();
+        let utf_32: Vec<u8> = text.chars().flat_map(|c| (c as u32).to_be_bytes()).collect();
+        let marked = [&[0xff, 0xfe], utf_16.as_slice()].concat();
+        for (body, encoding) in [(utf_16, "UTF-16"), (marked, "UTF-16"), (utf_32, "UTF-32")] {
+            let problem = Callback::parse(&body, 10).unwrap_err();
+            assert_eq!(problem.status, StatusCode::BAD_REQUEST);
+            assert!(problem.detail.contains(encoding), "{}", problem.detail);
+        }
+    }
+
+    #[test]
+    fn id_that_is_not_a_64_bit_integer_is_named_by_its_index() {
+        for id in [
+            r#"" 7""#,
+            r#""0x7""#,
+            r#""+7""#,
+            r#""007""#,
+            r#""""#,
+            r#""-""#,
+            r#""7.0""#,
+            r#""9223372036854775808""#,
+            "4.5",
+            "1e-1",
+            "1e99999999999999999999",
+            "9007199254740993.0",
+            "1e19",
+            "9223372036854775808",
+            "null",
+            "[]",
+            "true",
+        ] {
             let detail = detail(&format!(r#"{{"object_ids":[1,2,{id}]}}"#));
             assert!(detail.starts_with("object_ids[2] is not a 64-bit integer"), "{detail}");
         }

@@ -8,12 +8,12 @@ use anyhow::Context as _;
 use axum::Json;
 use axum::Router;
 use axum::body::Body;
-use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, header};
+use axum::extract::{ConnectInfo, Request, State};
+use axum::http::request::Parts;
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
-use broker::PublishError;
 use serde::Serialize;
 use service::problem::Problem;
 use service::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
@@ -27,6 +27,7 @@ use crate::callback::Callback;
 use crate::config::{Callbacks, Config};
 use crate::deadline::Deadline;
 use crate::places::{Places, Unavailable};
+use crate::rejections::{Rejection, Rejections};
 use crate::repeats::Turn;
 use crate::signature::Signatures;
 
@@ -50,6 +51,7 @@ struct Shared {
     places: Places,
     bodies: Bodies,
     signatures: Signatures,
+    rejections: Arc<Rejections>,
     config: Callbacks,
 }
 
@@ -79,6 +81,7 @@ impl FrontDoor {
             places,
             bodies: Bodies::new(callbacks),
             signatures: Signatures::new(config.authenticity.callback_secret.clone()),
+            rejections: Arc::default(),
             config: callbacks.clone(),
         });
         Ok(Self { listener, limits, shared, health: health.clone() })
@@ -134,33 +137,54 @@ async fn take(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let mut span = Span::begin(partners_span, step);
     let deadline = shared.places.deadline(started);
     let outcome = shared.accept(&span, &callback_id, &head.headers, body, deadline).await;
-    let label = match &outcome {
-        Ok(_) => "accepted",
-        Err(problem) => match problem.status {
-            StatusCode::SERVICE_UNAVAILABLE => "unavailable",
-            StatusCode::REQUEST_TIMEOUT => "timeout",
-            StatusCode::UNAUTHORIZED => "unauthorized",
-            _ => "bad",
-        },
-    };
-    metrics::counter!("lastseen_callbacks_total", "outcome" => label).increment(1);
-    metrics::histogram!("lastseen_callback_seconds", "outcome" => label).record(started.elapsed());
-    let mut response = match outcome {
-        Ok(accepted) => Json(accepted).into_response(),
-        Err(problem) => {
-            let (status, reason) = (problem.status.as_u16(), problem.detail.as_str());
-            tracing::debug!(callback_id, status, reason, "callback not accepted");
-            problem.into_response()
+    let response = match outcome {
+        Ok(accepted) => {
+            count("accepted");
+            with_id(&callback_id, Json(accepted).into_response())
         }
+        Err(problem) => shared.reject(callback_id, &head, problem),
     };
+    let label = outcome_label(response.status());
+    metrics::histogram!("lastseen_callback_seconds", "outcome" => label).record(started.elapsed());
     span.set("http.response.status_code", i64::from(response.status().as_u16()));
     if response.status().is_server_error() {
         span.fail("not durable");
     }
+    response
+}
+
+async fn method_not_allowed(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    let detail = "method not allowed: POST callbacks to /callback";
+    shared.reject_unread(request, Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail))
+}
+
+async fn not_found(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+    let detail = format!("there is nothing at {}: POST to /callback", request.uri().path());
+    shared.reject_unread(request, Problem::new(StatusCode::NOT_FOUND, detail))
+}
+
+fn with_id(callback_id: &str, mut response: Response) -> Response {
     if let Ok(value) = HeaderValue::try_from(callback_id) {
         response.headers_mut().insert(CALLBACK_ID, value);
     }
     response
+}
+
+fn count(outcome: &'static str) {
+    metrics::counter!("lastseen_callbacks_total", "outcome" => outcome).increment(1);
+}
+
+/// The label in metrics of a request that is answered with this status.
+fn outcome_label(status: StatusCode) -> &'static str {
+    match status {
+        StatusCode::OK => "accepted",
+        StatusCode::SERVICE_UNAVAILABLE => "unavailable",
+        StatusCode::REQUEST_TIMEOUT => "timeout",
+        StatusCode::UNAUTHORIZED => "unauthorized",
+        StatusCode::NOT_FOUND => "not_found",
+        StatusCode::METHOD_NOT_ALLOWED => "method_not_allowed",
+        _ => "bad",
+    }
 }
 
 /// A callback, as traces have it.
@@ -178,6 +202,20 @@ fn step() -> Step {
 }
 
 impl Shared {
+    /// Counts a rejected request, logs it, and answers it. Every rejection goes through here: its sender does not repeat the callback.
+    fn reject(&self, callback_id: String, head: &Parts, problem: Problem) -> Response {
+        count(outcome_label(problem.status));
+        let peer = head.extensions.get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0);
+        let (status, reason) = (problem.status.as_u16(), problem.detail.clone());
+        let response = with_id(&callback_id, problem.into_response());
+        self.rejections.note(Rejection { callback_id, status, reason, peer });
+        response
+    }
+
+    fn reject_unread(&self, request: Request, problem: Problem) -> Response {
+        self.reject(Uuid::now_v7().to_string(), &request.into_parts().0, problem)
+    }
+
     /// Makes every distinct id of the body a message, and returns once all of them are durable.
     async fn accept(
         &self,
@@ -226,10 +264,6 @@ fn refuse_cross_site(headers: &HeaderMap) -> Result<(), Problem> {
 }
 
 fn unavailable(error: &Unavailable) -> Problem {
-    // An outage is logged once by the publisher, and under overload a line for each would be more load.
-    if !matches!(error.broker, PublishError::Away(_) | PublishError::Full(_)) {
-        tracing::warn!(%error, "callback refused");
-    }
     Problem {
         status: StatusCode::SERVICE_UNAVAILABLE,
         detail: format!("{error}: send the callback again"),
@@ -249,19 +283,10 @@ async fn last_if_chunked(request: Request, next: Next) -> Response {
     response
 }
 
-async fn method_not_allowed(method: Method) -> Problem {
-    let detail = format!("{method} is not known here: POST to /callback");
-    Problem::new(StatusCode::METHOD_NOT_ALLOWED, detail)
-}
-
-async fn not_found(uri: Uri) -> Problem {
-    let detail = format!("there is nothing at {}: POST to /callback", uri.path());
-    Problem::new(StatusCode::NOT_FOUND, detail)
-}
-
 fn describe_metrics() {
-    metrics::describe_counter!("lastseen_callbacks_total", "Callbacks by outcome.");
-    for outcome in ["accepted", "bad", "unauthorized", "timeout", "unavailable"] {
+    metrics::describe_counter!("lastseen_callbacks_total", "Requests by outcome.");
+    let outcomes = ["accepted", "bad", "unauthorized", "timeout", "unavailable", "not_found"];
+    for outcome in outcomes.into_iter().chain(["method_not_allowed"]) {
         metrics::counter!("lastseen_callbacks_total", "outcome" => outcome).increment(0);
     }
     metrics::describe_counter!(

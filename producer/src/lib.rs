@@ -8,6 +8,7 @@ mod config;
 mod deadline;
 mod front_door;
 mod places;
+mod rejections;
 mod repeats;
 mod signature;
 mod spool;

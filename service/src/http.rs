@@ -5,6 +5,7 @@ mod connection;
 mod exchange;
 mod linger;
 mod listen;
+mod path;
 mod waiting;
 
 use std::sync::Arc;

@@ -13,12 +13,25 @@ const MAX_IDS: usize = 1_000;
 
 /// The ids that a body lists, in order and without repeats, as another parser reads it.
 fn ids_by_value(body: &[u8]) -> Option<Vec<i64>> {
+    let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let value: Value = serde_json::from_slice(body).ok()?;
     let listed = value.as_object()?.get("object_ids")?.as_array()?;
-    let mut ids = listed.iter().map(Value::as_i64).collect::<Option<Vec<i64>>>()?;
+    let mut ids = listed.iter().map(id_by_value).collect::<Option<Vec<i64>>>()?;
     ids.sort_unstable();
     ids.dedup();
     Some(ids)
+}
+
+fn id_by_value(value: &Value) -> Option<i64> {
+    let as_text = |text: &str| text.parse::<i64>().ok().filter(|id| id.to_string() == text);
+    #[expect(clippy::cast_possible_truncation, reason = "a whole number up to 2^53 is an i64")]
+    let as_whole = |float: f64| {
+        (float.fract() == 0.0 && float.abs() <= 2_f64.powi(53)).then_some(float as i64)
+    };
+    value
+        .as_i64()
+        .or_else(|| value.as_str().and_then(as_text))
+        .or_else(|| value.as_f64().and_then(as_whole))
 }
 
 fn ids(body: &[u8]) -> Option<Vec<i64>> {
@@ -36,6 +49,8 @@ fn number() -> impl Strategy<Value = Value> {
         6 => any::<i64>().prop_map(|id| json!(id)),
         1 => any::<u64>().prop_map(|id| json!(id)),
         1 => any::<f64>().prop_map(|id| json!(id)),
+        1 => any::<i32>().prop_map(|id| json!(f64::from(id))),
+        1 => any::<i64>().prop_map(|id| json!(id.to_string())),
     ]
 }
 

@@ -19,6 +19,7 @@ use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
 use super::connection::{Connection, Exchange};
+use super::path;
 
 /// A body that a handler did not read is read and discarded before the response if it is no larger, and
 /// arrives within [`SKIP_TIMEOUT`]: the connection can then be used again.
@@ -49,6 +50,9 @@ pub(super) async fn respond(
     let mut request =
         request.map(|body| RequestBody { incoming: Some(body), unread: unread.clone() });
     request.extensions_mut().insert(ConnectInfo(peer));
+    if let Some(uri) = path::normalized(request.uri()) {
+        *request.uri_mut() = uri;
+    }
     let mut response = router.call(request).await?;
     let is_body_left = match unread.take() {
         Some(body) => expects_continue || !skip(body).await,

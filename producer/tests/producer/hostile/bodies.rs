@@ -38,8 +38,8 @@ fn refused() -> Vec<(&'static str, Vec<u8>, u16)> {
         ("an id of 10 KB", request("", of_id("7".repeat(10_000)).as_bytes()), 400),
         ("a negative one", request("", of_id(format!("-{}", "7".repeat(10_000))).as_bytes()), 400),
         (
-            "an id with 10,000 zeros",
-            request("", of_id(format!("1e{}", "0".repeat(10_000))).as_bytes()),
+            "an exponent of 10,000 digits",
+            request("", of_id(format!("1e{}", "9".repeat(10_000))).as_bytes()),
             400,
         ),
         ("an id that is infinite", request("", of_id("1e999999".to_owned()).as_bytes()), 400),
@@ -49,17 +49,13 @@ fn refused() -> Vec<(&'static str, Vec<u8>, u16)> {
         (
             "UTF-16 that says so",
             request("Content-Type: application/json; charset=utf-16\r\n", &utf16),
-            415,
+            400,
         ),
-        ("a byte order mark", request("", "\u{feff}{\"object_ids\":[666]}".as_bytes()), 400),
         ("gzip", encoded("gzip"), 415),
         ("gzip twice", encoded("identity, gzip"), 415),
         ("an unknown encoding", encoded("\u{fc}"), 415),
-        ("XML", typed("application/xml"), 415),
         ("a form with parts", typed("multipart/form-data; boundary=x"), 415),
-        ("a picture", typed("image/png"), 415),
-        ("another charset", typed("application/json;charset=\"UTF-16\""), 415),
-        ("no charset at all", typed("text/plain; charset=latin1"), 415),
+        ("parts in capitals", typed(" Multipart/Mixed"), 415),
     ]
 }
 
@@ -80,14 +76,19 @@ async fn bodies_that_are_no_callback_are_answered_4xx() {
 }
 
 #[tokio::test]
-async fn a_callback_is_taken_whatever_a_client_says_of_a_text() {
+async fn a_callback_is_accepted_with_any_content_type() {
+    // Field case 1.2.
     let siege = Siege::begin(&[]).await;
     let kinds = [
         "application/json",
         "Application/JSON; charset=\"UTF-8\"",
+        "application/json; charset=utf8",
+        "application/json; charset=ISO-8859-1",
         "application/problem+json",
+        "application/octet-stream",
         "text/plain;charset=UTF-8",
         "application/x-www-form-urlencoded",
+        "",
     ];
     for kind in kinds {
         let headers = format!("Content-Type: {kind}\r\nContent-Encoding: identity\r\n");
@@ -95,7 +96,7 @@ async fn a_callback_is_taken_whatever_a_client_says_of_a_text() {
         let answer = exchange(siege.address, &bytes).await;
         assert_eq!(statuses(&answer), [200], "{kind}: {answer}");
     }
-    siege.withstood(5, 120).await;
+    siege.withstood(9, 120).await;
 }
 
 #[tokio::test]

@@ -1,0 +1,148 @@
+//! Rejected requests, logged at most once per interval.
+
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use tokio::time::sleep;
+
+/// A client that is set up wrongly may send hundreds of requests per second.
+const LOG_INTERVAL: Duration = Duration::from_secs(10);
+/// A reason may quote what the client sent.
+const MAX_REASON_CHARS: usize = 200;
+
+/// Logs rejections: the first one at once, and those that follow as one line per interval.
+pub(crate) struct Rejections {
+    state: Mutex<State>,
+    interval: Duration,
+}
+
+#[derive(Default)]
+struct State {
+    count: u64,
+    latest: Option<Rejection>,
+    /// Whether a task logs the count at the end of the interval.
+    is_scheduled: bool,
+}
+
+/// Why a request was rejected.
+pub(crate) struct Rejection {
+    pub(crate) callback_id: String,
+    pub(crate) status: u16,
+    pub(crate) reason: String,
+    pub(crate) peer: Option<SocketAddr>,
+}
+
+impl Default for Rejections {
+    fn default() -> Self {
+        Self { state: Mutex::default(), interval: LOG_INTERVAL }
+    }
+}
+
+impl Rejections {
+    pub(crate) fn note(self: &Arc<Self>, rejection: Rejection) {
+        let mut state = self.lock();
+        state.count += 1;
+        state.latest = Some(rejection);
+        if state.is_scheduled {
+            return;
+        }
+        state.is_scheduled = true;
+        state.log();
+        let this = Arc::clone(self);
+        tokio::spawn(async move { this.log_until_none().await });
+    }
+
+    async fn log_until_none(&self) {
+        loop {
+            sleep(self.interval).await;
+            let mut state = self.lock();
+            if state.count == 0 {
+                state.is_scheduled = false;
+                return;
+            }
+            state.log();
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn log(&mut self) {
+        let count = std::mem::take(&mut self.count);
+        let Some(Rejection { callback_id, status, reason, peer }) = self.latest.take() else {
+            return;
+        };
+        let reason: String = reason.chars().take(MAX_REASON_CHARS).collect();
+        let peer = peer.map(|peer| peer.to_string());
+        tracing::warn!(
+            count,
+            status,
+            reason,
+            peer,
+            callback_id,
+            "requests rejected, the latest one for this reason; their ids are not accepted"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use super::*;
+
+    #[derive(Clone, Default)]
+    struct Log(Arc<Mutex<Vec<u8>>>);
+
+    impl io::Write for Log {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Log {
+        fn lines(&self) -> Vec<String> {
+            let log = String::from_utf8(self.0.lock().unwrap().clone()).unwrap();
+            log.lines().map(str::to_owned).collect()
+        }
+    }
+
+    /// Field case 1.14.
+    #[tokio::test]
+    async fn rejections_are_logged_once_per_interval() {
+        let log = Log::default();
+        let writer = log.clone();
+        let subscriber = tracing_subscriber::fmt().with_ansi(false);
+        let subscriber = subscriber.with_writer(move || writer.clone()).finish();
+        let _guard = tracing::subscriber::set_default(subscriber);
+        let interval = Duration::from_secs(1);
+        let rejections = Arc::new(Rejections { interval, ..Rejections::default() });
+        let note = |reason: &str| {
+            let (callback_id, reason) = ("id".to_owned(), reason.to_owned());
+            rejections.note(Rejection { callback_id, status: 404, reason, peer: None });
+        };
+        note("first");
+        assert_eq!(log.lines().len(), 1);
+        note("second");
+        note(&"x".repeat(1 << 20));
+        assert_eq!(log.lines().len(), 1);
+        let deadline = Duration::from_secs(30);
+        testbed::eventually("the others are logged", deadline, async || {
+            (log.lines().len() > 1).then_some(())
+        })
+        .await;
+        let lines = log.lines();
+        assert_eq!(lines.len(), 2);
+        assert!(lines[0].contains("count=1") && lines[0].contains("first"), "{}", lines[0]);
+        assert!(lines[1].contains("count=2") && lines[1].len() < 1_000, "{}", lines[1]);
+    }
+}
