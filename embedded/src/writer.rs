@@ -621,11 +621,11 @@ impl Writer {
                 let aside = salvage.aside().to_owned();
                 self.salvage = None;
                 let kept_as = self.mark_salvaged(&aside);
+                self.look_for_kept_files();
                 tracing::warn!(
                     rows = salvaged.rows, failed_reads = salvaged.failures, kept_as = %kept_as.display(),
                     "what could be read of the damaged file has been carried over"
                 );
-                self.look_for_kept_files();
                 Ok(())
             }
             Err(error) if is_damage(&error) => Err(Fate::Damaged(error.to_string())),
