@@ -76,9 +76,8 @@ impl<'a> Claim<'a> {
         let timestamp = only(headers, names.timestamp)?;
         let digits = timestamp.bytes().all(|letter| letter.is_ascii_digit());
         let sent_at = timestamp.parse::<u64>().ok().filter(|_| digits);
-        let sent_at = sent_at.ok_or_else(|| {
-            Refusal::Malformed(names.timestamp, "whole seconds since 1970, in digits")
-        })?;
+        let sent_at = sent_at
+            .ok_or(Refusal::Malformed(names.timestamp, "whole seconds since 1970, in digits"))?;
         if sent_at >= MILLISECONDS_FROM {
             return Err(Refusal::Milliseconds(names.timestamp));
         }
@@ -127,7 +126,7 @@ fn names(headers: &HeaderMap) -> Names {
 /// The text of a header that must be there once.
 fn only<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<&'a str, Refusal> {
     let mut values = headers.get_all(name).iter();
-    let value = values.next().ok_or_else(|| Refusal::Missing(name))?;
+    let value = values.next().ok_or(Refusal::Missing(name))?;
     if values.next().is_some() {
         return Err(Refusal::Repeated(name));
     }

@@ -86,7 +86,7 @@ struct Common {
     /// How long requests are still taken after SIGTERM, while /readyz says 503 so that a balancer sends no more; ctrl-c skips it
     #[arg(long, value_parser = settings::duration(DRAIN_DELAY), help_heading = "Life cycle")]
     drain_delay: Duration,
-    /// How long what is in flight may take to finish after DRAIN_DELAY; a second signal ends it at once
+    /// How long what is in flight may take to finish after `DRAIN_DELAY`; a second signal ends it at once
     #[arg(long, value_parser = settings::duration(DRAIN_TIMEOUT), default_value = "30s", help_heading = "Life cycle")]
     drain_timeout: Duration,
     #[command(flatten)]

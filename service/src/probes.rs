@@ -8,7 +8,6 @@ use axum::routing::get;
 use crate::Health;
 
 /// `/livez` and `/readyz` for a public port: the status only. The reasons are on the admin address.
-#[must_use]
 pub fn probes<S: Clone + Send + Sync + 'static>(health: Health) -> Router<S> {
     Router::new()
         .route("/livez", get(async || "alive\n"))
