@@ -33,6 +33,7 @@ use evidence::Evidence;
 use pace::Pace;
 use window::Window;
 
+pub(crate) use evidence::blames_object;
 pub(crate) use verdict::{Failure, Verdict};
 
 /// How many probes may wait for their answers. The next one does not wait for the one before: an API
@@ -161,9 +162,9 @@ impl Breaker {
         });
     }
 
-    /// Whether it is the object's fault, and not the API's, that this many of its lookups have failed.
-    pub(crate) fn blames(&self, id: i64, failures: u32) -> bool {
-        self.state.borrow().evidence.blames(id, failures)
+    /// The share of the other objects' first lookups that failed lately.
+    pub(crate) fn failing_share(&self, id: i64) -> f64 {
+        self.state.borrow().evidence.failing_share(id)
     }
 
     /// Waits for a place.
@@ -360,7 +361,6 @@ impl Breaker {
         state.phase = phase;
         state.since = state.next;
         state.outcomes.clear();
-        state.evidence.clear();
         self.set_limit(state, limit);
     }
 

@@ -17,7 +17,7 @@ use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, sleep};
 
-use crate::breaker::{Breaker, Outcome, Place, Verdict};
+use crate::breaker::{Breaker, Outcome, Place, Verdict, blames_object};
 use crate::config::Lookups;
 use crate::room::{Permit, Room};
 use crate::status_api::{Answer, LookupError, NOT_FOUND_METRIC, StatusApi};
@@ -73,7 +73,8 @@ enum Told {
     Settled,
     Refused(String),
     /// It failed, and that counts.
-    Failed(LookupError),
+    /// It comes with the share of the other objects' lookups that failed at that time.
+    Failed(LookupError, f64),
     /// It was looked up, or its row was tried, in vain for so long that the deliveries go back to the
     /// end of the queue.
     Nothing,
@@ -206,7 +207,9 @@ async fn look_up_and_settle(
         let disposition = match &told {
             Told::Settled => Disposition::Ack,
             Told::Refused(reason) => Disposition::DeadLetter { reason: reason.clone() },
-            Told::Failed(error) => shared.after_failure(turn.id, &taken.delivery, error),
+            Told::Failed(error, failing_share) => {
+                shared.after_failure(turn.id, &taken.delivery, error, *failing_share)
+            }
             Told::Nothing => Disposition::Requeue,
             Told::Draining => return taken.delivery.give_back().await,
         };
@@ -316,6 +319,7 @@ impl Shared {
                 (Ok(Answer::Offline), _) => return Ok(Told::Settled),
                 (Err(error), failure) => (error, failure),
             };
+            let failing_share = self.breaker.failing_share(id);
             if self.breaker.is_closed() {
                 self.failure_log.note(id, callback_id, &error);
             }
@@ -330,7 +334,7 @@ impl Shared {
             };
             tokio::select! {
                 verdict = verdict => if verdict == Verdict::Counts {
-                    return Ok(Told::Failed(error));
+                    return Ok(Told::Failed(error, failing_share));
                 },
                 () = sleep(wait) => {}
                 () = self.shutdown.cancelled() => return Ok(Told::Draining),
@@ -384,13 +388,21 @@ impl Shared {
         Step { name: format!("process {name}").into(), kind: SpanKind::Consumer, attributes }
     }
 
-    fn after_failure(&self, id: i64, delivery: &Delivery, error: &LookupError) -> Disposition {
+    fn after_failure(
+        &self,
+        id: i64,
+        delivery: &Delivery,
+        error: &LookupError,
+        failing_share: f64,
+    ) -> Disposition {
         // The count comes with the message.
         let attempts = delivery.failed_attempts().saturating_add(1);
         let callback_id = delivery.callback_id();
         let reason = error.to_string();
         if attempts >= self.lookups.borrow().max_attempts {
-            if self.breaker.blames(id, attempts) {
+            // As it was then and as it is now: the last failures of an outage are judged after its end.
+            let failing_share = failing_share.max(self.breaker.failing_share(id));
+            if blames_object(failing_share, attempts) {
                 tracing::warn!(id, callback_id, attempts, reason, "given up; now a dead letter");
                 return Disposition::DeadLetter { reason };
             }

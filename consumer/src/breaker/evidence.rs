@@ -26,25 +26,31 @@ impl Evidence {
         self.latest.push_back((id, is_answered));
     }
 
-    pub(super) fn clear(&mut self) {
-        self.latest.clear();
-    }
-
-    /// Whether it is the fault of object `id` that this many of its lookups have failed.
-    pub(super) fn blames(&self, id: i64, failures: u32) -> bool {
+    /// The share of the other objects' first lookups that failed: 1 while none is known, as after a restart
+    /// in the midst of a partial outage.
+    pub(super) fn failing_share(&self, id: i64) -> f64 {
         let (mut others, mut failed) = (0_u32, 0_u32);
         for (_, is_answered) in self.latest.iter().filter(|(other, _)| *other != id) {
             others += 1;
             failed += u32::from(!is_answered);
         }
-        let share = f64::from(failed) / f64::from(others.max(1));
-        share <= FAILING_SHARE_MAX || share.powf(f64::from(failures)) <= CHANCE_MAX
+        if others == 0 { 1.0 } else { f64::from(failed) / f64::from(others) }
     }
+}
+
+/// Whether it is an object's fault that this many of its lookups have failed, while this share of the other
+/// objects' first lookups failed.
+pub(crate) fn blames_object(failing_share: f64, failures: u32) -> bool {
+    failing_share <= FAILING_SHARE_MAX || failing_share.powf(f64::from(failures)) <= CHANCE_MAX
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn blames(evidence: &Evidence, id: i64, failures: u32) -> bool {
+        blames_object(evidence.failing_share(id), failures)
+    }
 
     /// Object 1000 has failed, and so has one in `of` of the others.
     fn evidence(failed: usize, of: usize) -> Evidence {
@@ -58,21 +64,21 @@ mod tests {
 
     #[test]
     fn an_object_is_at_fault_while_others_succeed() {
-        assert!(evidence(0, 1).blames(1_000, 1));
-        assert!(evidence(1, 10).blames(1_000, 1));
-        assert!(Evidence::default().blames(1_000, 1));
+        assert!(blames(&evidence(0, 1), 1_000, 1));
+        assert!(blames(&evidence(1, 10), 1_000, 1));
+        assert!(!blames(&Evidence::default(), 1_000, 1));
     }
 
     // Field case 5.3.
     #[test]
     fn a_partly_failing_api_is_at_fault_until_chance_is_ruled_out() {
         let most_fail = evidence(8, 10);
-        assert!(!most_fail.blames(1_000, 20));
-        assert!(most_fail.blames(1_000, 40));
+        assert!(!blames(&most_fail, 1_000, 20));
+        assert!(blames(&most_fail, 1_000, 40));
         let half_fails = evidence(1, 2);
-        assert!(!half_fails.blames(1_000, 4));
-        assert!(half_fails.blames(1_000, 12));
-        assert!(!evidence(1, 1).blames(1_000, u32::MAX));
+        assert!(!blames(&half_fails, 1_000, 4));
+        assert!(blames(&half_fails, 1_000, 12));
+        assert!(!blames(&evidence(1, 1), 1_000, u32::MAX));
     }
 
     #[test]
@@ -81,11 +87,11 @@ mod tests {
         for id in 0..50 {
             evidence.note(id, true);
         }
-        assert!(evidence.blames(1_000, 1));
+        assert!(blames(&evidence, 1_000, 1));
         for _ in 0..25 {
             evidence.note(7, false);
         }
-        assert!(evidence.blames(7, 1));
-        assert!(!evidence.blames(8, 1));
+        assert!(blames(&evidence, 7, 1));
+        assert!(!blames(&evidence, 8, 1));
     }
 }
