@@ -3,7 +3,7 @@
 use std::fs;
 use std::net::SocketAddr;
 use std::ops::Range;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use broker::{DeadLetter, Publisher, Treatment};
@@ -33,6 +33,10 @@ pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 const CUTTING_OFF: Duration = Duration::from_millis(100);
 
 /// What is particular about a world. Variables come on top of those that each service gets anyway.
+#[expect(
+    clippy::struct_excessive_bools,
+    reason = "each says whether the world has one peculiarity"
+)]
 pub(crate) struct Setup {
     /// How many callbacks there are.
     pub(crate) rate: Rate,
@@ -199,11 +203,11 @@ impl World {
 
     /// A producer where the load goes to. Each one finds the spool that the one before it left.
     pub(crate) fn spawn_producer(&self) -> Process {
-        self.spawn_producer_at(self.producer_address, self.spool())
+        self.spawn_producer_at(self.producer_address, &self.spool())
     }
 
     /// A producer that listens there, with its spool there.
-    pub(crate) fn spawn_producer_at(&self, address: SocketAddr, spool: PathBuf) -> Process {
+    pub(crate) fn spawn_producer_at(&self, address: SocketAddr, spool: &Path) -> Process {
         let (spool, address) = (spool.display().to_string(), address.to_string());
         let mut variables =
             vec![("PRODUCER_ADDR", address.as_str()), ("SPOOL_DIR", spool.as_str())];

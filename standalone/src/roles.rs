@@ -24,6 +24,16 @@ pub(crate) struct Stage {
     claims: (broker::Claim, store::Claim),
 }
 
+/// A file that was damaged is kept beside the new one. The process works without it, and says so.
+fn report_kept_files((queue, table): &(broker::Claim, store::Claim), health: &Health) {
+    if let Some(kept) = queue.kept() {
+        health.wants("intact queue", kept);
+    }
+    if let Some(kept) = table.kept() {
+        health.wants("intact table", kept);
+    }
+}
+
 impl Stage {
     /// Opens the files.
     ///
@@ -46,12 +56,7 @@ impl Stage {
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
         let Self { config, broker, store, claims } = self;
-        if let Some(kept) = claims.0.kept() {
-            health.wants("intact queue", kept);
-        }
-        if let Some(kept) = claims.1.kept() {
-            health.wants("intact table", kept);
-        }
+        report_kept_files(&claims, &health);
         let without = config.without;
         let mut lookups = config.lookups.clone();
         let mut partners_callbacks = config.partners_callbacks.clone().into_inner();

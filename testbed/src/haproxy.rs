@@ -1,4 +1,4 @@
-//! HAProxy in front of several producers.
+//! `HAProxy` in front of several producers.
 
 use std::fs::{self, File};
 use std::net::SocketAddr;
@@ -12,7 +12,7 @@ use crate::{eventually, free_port, http_get, ports, programs};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// An HAProxy that checks `/readyz` of its backends every two seconds, with its defaults otherwise, opens a
+/// An `HAProxy` that checks `/readyz` of its backends every two seconds, with its defaults otherwise, opens a
 /// new connection for each request, and sends nothing twice. It is killed on drop.
 #[derive(Debug)]
 pub struct HaProxy {

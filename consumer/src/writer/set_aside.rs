@@ -107,15 +107,13 @@ impl SetAside {
     pub(super) async fn write(&self, table: &Table, batch_max: usize) {
         loop {
             let next = self.rows().values().map(|row| row.next_attempt).min();
-            match next {
-                Some(next) => tokio::select! {
-                    () = sleep_until(next) => {}
-                    () = self.added.notified() => continue,
-                },
-                None => {
-                    self.added.notified().await;
-                    continue;
-                }
+            let Some(next) = next else {
+                self.added.notified().await;
+                continue;
+            };
+            tokio::select! {
+                () = sleep_until(next) => {}
+                () = self.added.notified() => continue,
             }
             let due = self.due(batch_max);
             let not_written = parts::write_set_aside(table, &due).await;

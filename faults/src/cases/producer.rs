@@ -238,7 +238,7 @@ async fn rolling_restart() -> Verdict {
     let addresses = [(); 2].map(|()| SocketAddr::from(([127, 0, 0, 1], free_port())));
     let spawn = |world: &World, address: SocketAddr| {
         let spool = world.spool().join(address.port().to_string());
-        world.spawn_producer_at(address, spool)
+        world.spawn_producer_at(address, &spool)
     };
     let mut producers = addresses.map(|address| spawn(&world, address));
     let haproxy = HaProxy::start(world.producer_address(), &addresses).await;

@@ -135,7 +135,7 @@ async fn partial() -> Verdict {
     world.status_api.misbehaves(move |id| {
         // Two of three: four of five would now and then open the breaker, and then no failure counts.
         let number = lookups.fetch_add(1, Ordering::Relaxed);
-        if number % 3 == 0 { truth(id) } else { Answer::Status(500) }
+        if number.is_multiple_of(3) { truth(id) } else { Answer::Status(500) }
     });
     world.stays(AILING * 2).await;
     let failed = failures(&world, "status").await;

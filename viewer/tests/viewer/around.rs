@@ -89,7 +89,7 @@ impl Around {
     }
 
     pub(crate) async fn view_with(&self, exchange: Exchange) -> Running {
-        let running = self.view_unready(exchange).await;
+        let running = self.view_unready(exchange);
         eventually("the viewer is ready", PATIENCE, async || {
             running.health.missing().is_empty().then_some(())
         })
@@ -97,7 +97,7 @@ impl Around {
         running
     }
 
-    pub(crate) async fn view_unready(&self, exchange: Exchange) -> Running {
+    pub(crate) fn view_unready(&self, exchange: Exchange) -> Running {
         // A second test in this process finds it installed.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let url = format!("--database-url={}", self.database.url());

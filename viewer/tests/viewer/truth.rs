@@ -76,7 +76,7 @@ async fn what_happens_while_the_broker_restarts_is_shown_and_told_afterwards() {
 async fn before_the_table_was_read_nothing_is_said_about_it_and_a_subscriber_waits() {
     let around = Around::new().await;
     around.silently("ALTER TABLE object RENAME TO elsewhere").await;
-    let viewer = around.view_unready(around.exchange.clone()).await;
+    let viewer = around.view_unready(around.exchange.clone());
     let (status, problem) = viewer.get("/objects").await;
     assert!(status == 503 && problem["detail"].as_str().unwrap().contains("not read yet"));
     assert_eq!(viewer.get("/objects/1").await.0, 503);

@@ -1,5 +1,11 @@
 //! The Go services' own table: `INTEGER, TIMESTAMP`, the local time of `TZ`. Field case 4.3.
 
+#![expect(
+    clippy::duration_suboptimal_units,
+    clippy::unchecked_time_subtraction,
+    reason = "the moments are seconds since 1970, and far from zero"
+)]
+
 use std::time::{Duration, SystemTime};
 
 use sqlx::PgPool;
