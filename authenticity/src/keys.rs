@@ -137,8 +137,7 @@ fn key(text: &str) -> Result<Hmac<Sha256>, KeyProblem> {
         return Err(KeyProblem::Quoted);
     }
     let encoded = text.strip_prefix(PREFIX).ok_or(KeyProblem::NoPrefix)?;
-    // Chance makes 32 letters of base64 all hexadecimal once in 10^14 keys.
-    if encoded.len() >= 32 && encoded.bytes().all(|letter| letter.is_ascii_hexdigit()) {
+    if is_hexadecimal(encoded) {
         return Err(KeyProblem::Hexadecimal);
     }
     let bytes = KEY_ENCODING.decode(encoded).map_err(|_| KeyProblem::NotBase64)?;
@@ -147,6 +146,13 @@ fn key(text: &str) -> Result<Hmac<Sha256>, KeyProblem> {
     }
     // HMAC takes keys of any length.
     Hmac::new_from_slice(&bytes).map_err(|_| KeyProblem::Length(bytes.len()))
+}
+
+/// Whether the text is hexadecimal rather than base64. Chance makes 32 letters of base64 all hexadecimal once in 10^14 keys.
+fn is_hexadecimal(text: &str) -> bool {
+    text.len() >= 32
+        && text.bytes().all(|letter| letter.is_ascii_hexdigit())
+        && text.bytes().any(|letter| letter.is_ascii_digit())
 }
 
 /// The signature of this content, all but finished.

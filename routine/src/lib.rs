@@ -256,10 +256,11 @@ async fn clean_up_unless_paused(
     shutdown: &CancellationToken,
 ) -> Result<Done, StoreError> {
     let ttl = config.object_ttl;
+    // Before the clock is read: a row that is dated by a clock which has just been set back would look stale by the earlier reading.
+    future_rows.correct(&table.store, config.delete_batch_max).await;
     let asked_at = Instant::now();
     let now = table.store.now().await?;
     let oldest = now.before(ttl);
-    future_rows.correct(&table.store, config.delete_batch_max).await;
     if let Some(step) = pauses.compare(now, asked_at, Instant::now()) {
         tracing::warn!(?step, pause = ?ttl, "the database's clock has stepped ahead; pausing deletions");
     }

@@ -103,7 +103,6 @@ async fn a_producer_that_gets_sigterm_is_not_ready_and_still_takes_callbacks() {
         ("AMQP_URI", amqp_uri()),
         ("QUEUE_NAME", queue.name.clone()),
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
-        ("PUBLISH_TIMEOUT", "20s".to_owned()),
         ("DRAIN_DELAY", "3s".to_owned()),
     ];
     let producer = Process::spawn("producer", &environment, &[]);

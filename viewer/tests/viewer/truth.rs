@@ -75,7 +75,8 @@ async fn what_happens_while_the_broker_restarts_is_shown_and_told_afterwards() {
 #[tokio::test]
 async fn before_the_table_was_read_nothing_is_said_about_it_and_a_subscriber_waits() {
     let around = Around::new().await;
-    around.silently("ALTER TABLE object RENAME TO elsewhere").await;
+    // A table that is missing would be created again.
+    around.silently("ALTER TABLE object RENAME COLUMN last_seen TO elsewhere").await;
     let viewer = around.view_unready(around.exchange.clone());
     let (status, problem) = viewer.get("/objects").await;
     assert!(status == 503 && problem["detail"].as_str().unwrap().contains("not read yet"));
@@ -84,11 +85,11 @@ async fn before_the_table_was_read_nothing_is_said_about_it_and_a_subscriber_wai
     let mut subscriber = viewer.subscribe("", None).await;
     assert_eq!(viewer.health.missing().len(), 1);
 
-    around.silently("INSERT INTO elsewhere VALUES (7, now())").await;
-    around.silently("ALTER TABLE elsewhere RENAME TO object").await;
+    around.silently("INSERT INTO object VALUES (7, now())").await;
+    around.silently("ALTER TABLE object RENAME COLUMN elsewhere TO last_seen").await;
     subscriber.gets("snapshot", [7]).await;
     assert!(viewer.health.missing().is_empty());
     // Once it knows something it goes on with that.
-    around.silently("ALTER TABLE object RENAME TO elsewhere").await;
+    around.silently("ALTER TABLE object RENAME COLUMN last_seen TO elsewhere").await;
     assert_eq!(viewer.ids().await, [7]);
 }
