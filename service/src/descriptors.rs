@@ -26,7 +26,7 @@ pub(crate) fn affordable(wanted: usize) -> usize {
     let open_files = open_files();
     let connections = share(wanted, open_files);
     if connections < wanted {
-        tracing::warn!(
+        tracing::info!(
             wanted,
             connections,
             open_files,

@@ -42,10 +42,13 @@ async fn listed(service: &str) -> Names {
     let help = asked.log();
     let flags = help.iter().filter_map(|line| line.trim_start().strip_prefix("--"));
     let values = flags.filter_map(|flag| flag.split_once(" <")?.1.strip_suffix('>'));
-    let help = help.join(" ");
-    let (_, live) = help.split_once("can change while the process runs: ").unwrap();
+    let aliases = help.iter().filter_map(|line| line.trim().strip_prefix("[alias: --"));
+    let aliases = aliases.filter_map(|alias| alias.strip_suffix(']'));
+    let aliases = aliases.map(|alias| alias.to_uppercase().replace('-', "_"));
+    let text = help.join(" ");
+    let (_, live) = text.split_once("can change while the process runs: ").unwrap();
     Names {
-        all: values.map(str::to_owned).collect(),
+        all: values.map(str::to_owned).chain(aliases).collect(),
         live: live.trim_end_matches('.').split(", ").map(str::to_owned).collect(),
     }
 }
