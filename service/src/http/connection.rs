@@ -328,3 +328,43 @@ impl AsyncWrite for Wire {
         Poll::Ready(Ok(()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+    use tokio::time::sleep;
+
+    use super::*;
+
+    async fn connection(limits: Limits) -> Arc<Connection> {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (client, accepted) = tokio::join!(TcpStream::connect(address), listener.accept());
+        client.unwrap();
+        Connection::new(accepted.unwrap().0, limits, Arc::default())
+    }
+
+    // Field case 2.1
+    #[tokio::test]
+    async fn a_byte_now_and_then_does_not_restore_a_readers_patience() {
+        let header_timeout = Duration::from_secs(10);
+        let limits = Limits { header_timeout, ..Limits::default() };
+        let connection = connection(limits).await;
+        let left = || {
+            let (at, cut) = connection.deadline().unwrap();
+            assert_eq!(cut, Cut::SlowReader);
+            at.saturating_duration_since(Instant::now())
+        };
+        for _ in 0..3 {
+            connection.is_blocked();
+            sleep(Duration::from_millis(100)).await;
+            connection.has_written(1);
+        }
+        connection.is_blocked();
+        assert!(left() < header_timeout - Duration::from_millis(280), "{:?}", left());
+        // As much as all of it is worth.
+        connection.has_written(1 << 20);
+        connection.is_blocked();
+        assert!(left() > header_timeout - Duration::from_millis(250), "{:?}", left());
+    }
+}
