@@ -359,12 +359,19 @@ async fn removed_spool_files_cost_no_accepted_callback() {
     let remove = |path: &Path| fs::remove_file(path).unwrap();
     let removals: [&dyn Fn(); 3] =
         [&|| remove(&path.with_extension("db-wal")), &|| remove(&path), &|| {
-            // Damaged files may be renamed in it meanwhile.
-            while fs::remove_dir_all(path.parent().unwrap()).is_err() {}
+            // All at once: file by file, what the producer has just saved would be removed as well.
+            let folder = path.parent().unwrap();
+            fs::rename(folder, folder.with_extension("removed")).unwrap();
         }];
     for removal in removals {
         accepted.insert(next_accepted(&producer, &mut next).await);
-        eventually("the spool is there", DEADLINE, async || path.exists().then_some(())).await;
+        // What was saved from one removal is carried over before the next: a folder takes along what still waits in it.
+        eventually("the spool is whole", DEADLINE, async || {
+            let files = fs::read_dir(path.parent().unwrap()).into_iter().flatten().flatten();
+            let mut names = files.map(|file| file.file_name().to_string_lossy().into_owned());
+            (path.exists() && !names.any(|name| name.contains(".damaged-"))).then_some(())
+        })
+        .await;
         removal();
         accepted.insert(next_accepted(&producer, &mut next).await);
     }
