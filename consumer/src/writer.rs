@@ -132,7 +132,7 @@ impl Writer {
     }
 
     /// Takes the result that the object was online at `at`. `commit` is the span of the wait for
-    /// [`Recording::outcome`].
+    /// [`Recording::written`].
     ///
     /// # Errors
     /// [`WriterDied`].
