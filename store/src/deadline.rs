@@ -8,6 +8,7 @@ use crate::StoreError;
 use crate::error::Cause;
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
+pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(3);
 /// For one statement, or one batch of them in a file. A Postgres ends it by itself shortly before;
 /// this is for one that no longer answers at all, and for a disk that does not.
 pub(crate) const QUERY_TIMEOUT: Duration = Duration::from_secs(12);

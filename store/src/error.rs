@@ -17,6 +17,9 @@ pub enum StoreError {
     /// No connection.
     #[error("cannot connect: {0}")]
     Connect(#[source] Cause),
+    /// All connections were in use, or a new one was not open, for that time. The database was asked for nothing.
+    #[error("no connection within {0:?}")]
+    NoConnection(Duration),
     /// The schema could not be brought up to date.
     #[error("cannot migrate: {0}")]
     Migrate(#[source] Cause),
@@ -86,10 +89,11 @@ impl StoreError {
     /// What the caller can do about it.
     #[must_use]
     pub fn failure(&self) -> Failure {
-        match self.sql() {
-            Some(error) => failure_of(error),
-            None if matches!(self, Self::ReadOnly | Self::Timeout(_)) => Failure::Connection,
-            None => Failure::Database,
+        match self {
+            Self::Connect(_) | Self::NoConnection(_) | Self::ReadOnly | Self::Timeout(_) => {
+                Failure::Connection
+            }
+            _ => self.sql().map_or(Failure::Database, failure_of),
         }
     }
 
@@ -100,8 +104,6 @@ impl StoreError {
     pub fn may_be_committed(&self) -> bool {
         let Some(error) = self.sql() else { return matches!(self, Self::Timeout(_)) };
         match error {
-            // The pool had no connection, or could not make one: nothing was sent.
-            sqlx::Error::PoolTimedOut | sqlx::Error::PoolClosed => false,
             sqlx::Error::Database(error) => {
                 // The server ended the session, perhaps between the commit and its answer.
                 // 40003 says so itself.
@@ -113,8 +115,7 @@ impl StoreError {
 
     fn sql(&self) -> Option<&sqlx::Error> {
         match self {
-            Self::Connect(cause)
-            | Self::Migrate(cause)
+            Self::Migrate(cause)
             | Self::RecordSeen(cause)
             | Self::Locked(cause)
             | Self::Session(cause)
@@ -124,7 +125,12 @@ impl StoreError {
             | Self::List(cause)
             | Self::Count(cause)
             | Self::Ping(cause) => cause.downcast_ref(),
-            Self::Open(_) | Self::UnusableTable(_) | Self::ReadOnly | Self::Timeout(_) => None,
+            Self::Open(_)
+            | Self::Connect(_)
+            | Self::NoConnection(_)
+            | Self::UnusableTable(_)
+            | Self::ReadOnly
+            | Self::Timeout(_) => None,
         }
     }
 }
@@ -133,7 +139,7 @@ impl StoreError {
 pub(crate) fn failure_of(error: &sqlx::Error) -> Failure {
     let sqlx::Error::Database(error) = error else {
         // Everything else that sqlx reports while a statement runs is about the connection: I/O, TLS,
-        // the protocol, the pool, a value that does not have the type it was prepared with.
+        // the protocol, a value that does not have the type it was prepared with.
         return Failure::Connection;
     };
     failure_of_state(error.code().as_deref().unwrap_or_default())
@@ -209,11 +215,14 @@ mod tests {
     #[test]
     fn an_error_before_the_statement_was_sent_is_not_ambiguous() {
         let error = |error: sqlx::Error| StoreError::RecordSeen(error.into());
-        assert!(!error(sqlx::Error::PoolTimedOut).may_be_committed());
-        assert!(
-            error(sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into())).may_be_committed()
-        );
+        let reset = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
+        let before =
+            [StoreError::Connect(reset().into()), StoreError::NoConnection(Duration::from_secs(2))];
+        for error in before {
+            assert!(!error.may_be_committed());
+            assert_eq!(error.failure(), Failure::Connection);
+        }
+        assert!(error(reset()).may_be_committed());
         assert!(StoreError::Timeout(Duration::from_secs(12)).may_be_committed());
-        assert_eq!(error(sqlx::Error::PoolTimedOut).failure(), Failure::Connection);
     }
 }

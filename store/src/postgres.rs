@@ -1,5 +1,6 @@
 //! The table in a Postgres.
 
+mod connections;
 mod migrations;
 mod monitor;
 mod sql;
@@ -8,17 +9,18 @@ use std::collections::HashMap;
 use std::time::Duration;
 
 use futures_util::TryStreamExt as _;
-use sqlx::postgres::{PgConnectOptions, PgPoolOptions, PgRow};
-use sqlx::{AssertSqlSafe, ConnectOptions as _, Either, FromRow, PgConnection, PgPool};
+use sqlx::postgres::{PgConnectOptions, PgRow};
+use sqlx::{AssertSqlSafe, ConnectOptions as _, Connection as _, Either, FromRow, PgConnection};
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
+use crate::deadline::{CONNECT_TIMEOUT, PING_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
 use crate::store::Waits;
 use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, StoreStatus, TimeZone};
 
+use connections::Connections;
 use sql::Settings;
 
 /// The server itself ends a statement after this time, so that it does not outlive its caller's
@@ -34,7 +36,7 @@ const BRIEF_LOCK_TIMEOUT: &str = "200ms";
 
 /// The table. It may be away at any time, also at the start.
 pub(crate) struct Table {
-    pool: PgPool,
+    connections: Connections,
     settings: Settings,
     brief_settings: Settings,
     status: watch::Receiver<StoreStatus>,
@@ -50,30 +52,23 @@ impl Table {
         connections: u32,
     ) -> Self {
         let options = named(options, name);
-        let pool = PgPoolOptions::new()
-            .max_connections(connections)
-            // Short, because its caller tries again and a connection that comes back is found then.
-            .acquire_timeout(Duration::from_secs(2))
-            // It would cost each batch a round trip more. A connection that is gone fails the statement, and
-            // every caller tries again.
-            .test_before_acquire(false)
-            .connect_lazy_with(options.clone());
+        let connections = Connections::new(options.clone(), connections);
         let (sender, status) = watch::channel(Err(monitor::NOT_YET.to_owned()));
         let (rejection, rejected) = watch::channel(None);
         let monitor = monitor::watch(options, zone.clone(), sender, rejection);
         let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, zone);
         let brief_settings = Settings::new(BRIEF_STATEMENT_TIMEOUT, BRIEF_LOCK_TIMEOUT, zone);
-        Self::watched(pool, (settings, brief_settings), (status, rejected), monitor)
+        Self::watched(connections, (settings, brief_settings), (status, rejected), monitor)
     }
 
     fn watched(
-        pool: PgPool,
+        connections: Connections,
         (settings, brief_settings): (Settings, Settings),
         (status, rejected): (watch::Receiver<StoreStatus>, watch::Receiver<Option<String>>),
         monitor: impl Future<Output = ()> + Send + 'static,
     ) -> Self {
         let monitor = AbortOnDropHandle::new(tokio::spawn(monitor));
-        Self { pool, settings, brief_settings, status, rejected, _monitor: monitor }
+        Self { connections, settings, brief_settings, status, rejected, _monitor: monitor }
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<StoreStatus> {
@@ -193,24 +188,31 @@ impl Table {
 
     /// Runs a statement with a deadline, which sqlx does not have, and returns its rows.
     ///
-    /// A connection that may be the reason for a failure is closed. Back in the pool, one that missed
-    /// the deadline would have to answer a ping first, without a deadline; one that leads to a server
-    /// which takes no writes any more would never be replaced.
+    /// A connection that may be the reason for a failure is closed: one that leads to a server which takes no writes
+    /// any more would otherwise never be replaced.
     async fn fetch_all<R: for<'r> FromRow<'r, PgRow> + Send + Unpin>(
         &self,
         statement: impl FnOnce() -> String,
         waits: Waits,
         failed: fn(Cause) -> StoreError,
     ) -> Result<Vec<R>, StoreError> {
-        let mut connection = self.pool.acquire().await.map_err(|error| failed(error.into()))?;
+        let mut connection = self.connections.take().await?;
         let settings = match waits {
             Waits::Usual => &self.settings,
             Waits::Brief => &self.brief_settings,
         };
         let script = settings.and(&statement());
-        let rows = run_within(QUERY_TIMEOUT, &mut connection, script, failed).await;
-        if rows.as_ref().is_err_and(|error| error.failure().taints_connection()) {
-            drop(connection.detach());
+        let session = &mut connection.session;
+        let rows = run_within(QUERY_TIMEOUT, session, script, failed).await;
+        let works = match &rows {
+            Ok(_) => true,
+            Err(error) if error.failure().taints_connection() => false,
+            // A server reports an error first, and releases the locks of the statement then. A caller that looks for
+            // the row that was locked must not find these.
+            Err(_) => within(PING_TIMEOUT, StoreError::Ping, session.ping()).await.is_ok(),
+        };
+        if works {
+            self.connections.keep(connection);
         }
         rows
     }
@@ -324,16 +326,20 @@ mod tests {
 
     #[tokio::test]
     async fn a_monitor_that_panics_is_noticed() {
-        let pool = PgPoolOptions::new().connect_lazy_with(PgConnectOptions::new());
+        let connections = Connections::new(PgConnectOptions::new(), 1);
         let (sender, status) = watch::channel(Ok(()));
         let (panic, panics) = tokio::sync::oneshot::channel::<()>();
         let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, &TimeZone::of_the_machine());
         let (_rejection, rejected) = watch::channel(None);
-        let table =
-            Table::watched(pool, (settings.clone(), settings), (status, rejected), async move {
+        let table = Table::watched(
+            connections,
+            (settings.clone(), settings),
+            (status, rejected),
+            async move {
                 let _status = sender;
                 panics.await.expect("this one panics");
-            });
+            },
+        );
         let died = table.died();
         tokio::pin!(died);
         assert!(timeout(Duration::from_millis(100), &mut died).await.is_err(), "not yet");

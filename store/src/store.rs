@@ -49,7 +49,7 @@ pub(crate) enum Waits {
 pub struct Store(Kind);
 
 enum Kind {
-    Postgres(postgres::Table),
+    Postgres(Box<postgres::Table>),
     Sqlite(sqlite::Table),
 }
 
@@ -68,7 +68,8 @@ impl Store {
         let kind = match config.backend() {
             Backend::Postgres(options) => {
                 let zone = config.time_zone();
-                Kind::Postgres(postgres::Table::start(*options, &zone, name, connections))
+                let table = postgres::Table::start(*options, &zone, name, connections);
+                Kind::Postgres(Box::new(table))
             }
             Backend::Sqlite(location) => Kind::Sqlite(sqlite::Table::open(&location)?),
         };

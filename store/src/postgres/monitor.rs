@@ -9,13 +9,12 @@ use tokio::sync::watch;
 
 use super::sql::{self, Settings};
 use super::{check_table, migrations, run_within};
-use crate::deadline::{CONNECT_TIMEOUT, within};
+use crate::deadline::{CONNECT_TIMEOUT, PING_TIMEOUT, within};
 use crate::error::Cause;
 use crate::{StoreError, StoreStatus, TimeZone};
 
 /// The status before the first attempt to connect.
 pub(super) const NOT_YET: &str = "not connected yet";
-const PING_TIMEOUT: Duration = Duration::from_secs(3);
 /// Migrations may have to wait for another process that is at it.
 const MIGRATE_TIMEOUT: Duration = Duration::from_mins(1);
 const INTERVAL: Duration = Duration::from_secs(1);
