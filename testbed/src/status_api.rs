@@ -17,7 +17,6 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::get;
 use futures_util::stream::{self, StreamExt as _};
 use service::CancellationToken;
-use service::http::{Limits, serve};
 use tokio::net::TcpSocket;
 
 use crate::free_port;
@@ -120,13 +119,12 @@ impl StatusApi {
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let thread = std::thread::spawn(move || {
-            let limits = Limits { max_connections: 20_000, ..Limits::default() };
-            runtime.block_on(stopped.run_until_cancelled(serve(
-                listener,
-                router,
-                limits,
-                CancellationToken::new(),
-            )));
+            #[expect(
+                clippy::disallowed_methods,
+                reason = "our own server goes on for a while when a client has closed its sending side, but here such a client has given up"
+            )]
+            let serving = async { axum::serve(listener, router).await };
+            runtime.block_on(stopped.run_until_cancelled(serving));
         });
         Self { address, records, stop, thread: Some(thread) }
     }
