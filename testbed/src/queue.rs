@@ -12,7 +12,7 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection, ErrorKind};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::{amqp, amqp_uri, cleanup};
+use crate::{amqp, amqp_uri, cleanup, eventually};
 
 /// The delays of the retry queues beside a queue: `<name>.retry.2s` and so on.
 pub const RETRY_LEVELS: [&str; 6] = ["2s", "4s", "8s", "16s", "32s", "60s"];
@@ -75,26 +75,28 @@ impl Queue {
             .unwrap_or_else(|error| panic!("cannot get from queue {name}: {error}"))
     }
 
-    /// Publishes a persistent message with any body to the queue, and waits until the broker has it.
+    /// Publishes a persistent message with any body to the queue, again if the broker refuses it, as a cluster does
+    /// while it elects a leader, and waits until the broker has it.
     ///
     /// # Panics
     /// When the queue has not been declared yet, or the broker does not accept the message.
     pub async fn publish_raw(&self, body: &[u8]) {
         let channel = self.channel().await;
-        let published = async {
-            channel.confirm_select(ConfirmSelectOptions::default()).await?;
+        let confirms = channel.confirm_select(ConfirmSelectOptions::default());
+        within_deadline("confirm.select", confirms).await.expect("the broker should confirm");
+        eventually("the broker accepts a message", DEADLINE, async || {
             let mandatory = BasicPublishOptions { mandatory: true, ..Default::default() };
             let persistent = BasicProperties::default().with_delivery_mode(PERSISTENT);
             let name = self.name.as_str().into();
-            channel.basic_publish("".into(), name, mandatory, body, persistent).await?.await
-        };
-        let confirmation =
-            within_deadline("basic.publish", published).await.expect("the broker should confirm");
-        assert!(
-            matches!(confirmation, Confirmation::Ack(None)),
-            "{} is not there or full: {confirmation:?}",
-            self.name
-        );
+            let published = channel.basic_publish("".into(), name, mandatory, body, persistent);
+            let confirmation = published.await.expect("the broker should be there").await;
+            match confirmation.expect("the broker should confirm") {
+                Confirmation::Ack(None) => Some(()),
+                Confirmation::Nack(_) => None,
+                returned => panic!("queue {} is not there: {returned:?}", self.name),
+            }
+        })
+        .await;
     }
 
     /// A fresh channel: an error, even an expected one, closes the channel it happens on.

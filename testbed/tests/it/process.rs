@@ -39,7 +39,7 @@ async fn a_process_sees_no_variable_but_those_it_is_given() {
     let mut names: Vec<_> =
         environment.split_terminator('\0').filter_map(|v| v.split('=').next()).collect();
     names.sort_unstable();
-    assert_eq!(names, ["ADMIN_ADDR", "PATH"]);
+    assert_eq!(names, ["ADMIN_ADDR", "DRAIN_DELAY", "PATH"]);
 }
 
 #[tokio::test]
