@@ -1,7 +1,7 @@
 //! Our services beside the Go services, which are played by their SQL and their messages, on the Go
 //! services' own table. Field case 4.3.
 
-#![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
+#![expect(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod go;
 
@@ -128,6 +128,10 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
     }
 
     is_filled(ours, pool, &url).await;
+    if let Some(soak) = soak() {
+        tokio::time::sleep(soak).await;
+        is_filled(ours, pool, &url).await;
+    }
     if ours.producer && ours.consumer {
         listed(&surroundings).await;
     }
@@ -148,6 +152,12 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
         (ids(pool).await.is_empty() && shown(&url).await.is_empty()).then_some(())
     })
     .await;
+}
+
+/// For how much longer each combination runs, if `SOAK` says so, such as `SOAK=2m`.
+fn soak() -> Option<Duration> {
+    let soak = std::env::var("SOAK").ok()?;
+    Some(humantime::parse_duration(&soak).expect("SOAK should be a duration such as 2m"))
 }
 
 /// Waits until table and viewer have what is online.
