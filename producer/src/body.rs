@@ -6,6 +6,7 @@ use std::time::Duration;
 use axum::body::{Body, HttpBody as _};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use http_body_util::BodyExt as _;
+use memmap2::MmapMut;
 use service::problem::Problem;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
@@ -18,7 +19,7 @@ use crate::deadline::Deadline;
 const SMALL_BYTES: usize = 16 << 10;
 /// What the large bodies may take together. Without this bound, clients who send all of a large body
 /// but its end could have `MAX_BODY_BYTES` of memory for each connection.
-const LARGE_BYTES_TOTAL: usize = 64 << 20;
+const LARGE_BYTES_TOTAL: usize = 32 << 20;
 /// After [`GRACE`], a body must have arrived at this rate on average.
 const BYTES_PER_SECOND_MIN: u32 = 16 << 10;
 /// Ample for a packet that is lost several times.
@@ -36,8 +37,18 @@ pub(crate) struct Bodies {
 /// A body, with the room that it takes up until it is dropped.
 #[derive(Default)]
 pub(crate) struct BufferedBody {
-    pub(crate) bytes: Vec<u8>,
-    room: Option<OwnedSemaphorePermit>,
+    small: Vec<u8>,
+    large: Option<LargeBody>,
+}
+
+/// A body of more than [`SMALL_BYTES`], in pages of its own: the system has them back when it is dropped. The allocator
+/// would keep most of the memory of a thousand large bodies for itself.
+struct LargeBody {
+    /// For the largest body that is allowed. A page takes memory once it is written to.
+    pages: MmapMut,
+    length: usize,
+    /// A permit for each byte.
+    room: OwnedSemaphorePermit,
 }
 
 impl Bodies {
@@ -69,11 +80,11 @@ impl Bodies {
         let started = Instant::now();
         let mut buffered = BufferedBody::default();
         loop {
-            let allowed = self.allowed_for(buffered.bytes.len());
+            let allowed = self.allowed_for(buffered.bytes().len());
             let frame = match timeout_at(started + allowed, body.frame()).await {
                 Ok(None) => return Ok(buffered),
                 Ok(Some(frame)) => frame,
-                Err(_) => return Err(too_slow(buffered.bytes.len(), allowed)),
+                Err(_) => return Err(too_slow(buffered.bytes().len(), allowed)),
             };
             let frame = frame.map_err(|error| {
                 let detail = format!("the body could not be read: {error}");
@@ -81,11 +92,12 @@ impl Bodies {
             })?;
             // What is no data is a trailer, which says nothing to us.
             let Ok(data) = frame.into_data() else { continue };
-            if buffered.bytes.len() + data.len() > self.max_bytes {
+            let length = buffered.bytes().len() + data.len();
+            if length > self.max_bytes {
                 return Err(self.too_large());
             }
-            self.make_room(&mut buffered, data.len(), deadline).await?;
-            buffered.bytes.extend_from_slice(&data);
+            let room = self.room_for(&buffered, length, deadline).await?;
+            buffered.append(&data, room, self.max_bytes).map_err(|_| no_memory())?;
         }
     }
 
@@ -96,45 +108,81 @@ impl Bodies {
         self.within.min(self.grace.saturating_add(at_least))
     }
 
-    /// Makes room for `more` bytes. While this waits, the client has to wait as well.
-    async fn make_room(
+    /// Waits for the room that a body lacks to grow to `length` bytes; none if it is small then. While this waits, the
+    /// client has to wait as well.
+    async fn room_for(
         &self,
-        buffered: &mut BufferedBody,
-        more: usize,
+        body: &BufferedBody,
+        length: usize,
         deadline: Deadline,
-    ) -> Result<(), Problem> {
-        let (length, capacity) = (buffered.bytes.len(), buffered.bytes.capacity());
-        let needed = length + more;
-        if needed <= capacity {
-            return Ok(());
+    ) -> Result<Option<OwnedSemaphorePermit>, Problem> {
+        if length <= SMALL_BYTES {
+            return Ok(None);
         }
-        // At least doubled, or each frame would have all of it copied.
-        let grown = needed.max(2 * capacity).min(self.max_bytes).max(needed);
-        let held = buffered.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
-        let wanted = grown.saturating_sub(SMALL_BYTES).saturating_sub(held);
-        let wanted = u32::try_from(wanted).unwrap_or(u32::MAX);
-        if wanted > 0 {
-            let room = Arc::clone(&self.room).acquire_many_owned(wanted);
+        let held = body.large.as_ref().map_or(0, |large| large.room.num_permits());
+        let wanted = u32::try_from(length - held).unwrap_or(u32::MAX);
+        let room = Arc::clone(&self.room).acquire_many_owned(wanted);
+        match timeout_at(deadline.at(), room).await {
+            Ok(Ok(room)) => Ok(Some(room)),
             // Nothing closes the semaphore.
-            let Ok(Ok(room)) = timeout_at(deadline.at(), room).await else {
-                return Err(Problem {
-                    status: StatusCode::SERVICE_UNAVAILABLE,
-                    detail: "there are too many large bodies at once: send it again".to_owned(),
-                    retry_after_seconds: Some(1),
-                });
-            };
-            match &mut buffered.room {
-                Some(held) => held.merge(room),
-                none => *none = Some(room),
-            }
+            Ok(Err(_)) | Err(_) => Err(no_memory()),
         }
-        buffered.bytes.reserve_exact(grown - length);
-        Ok(())
     }
 
     fn too_large(&self) -> Problem {
         let detail = format!("the body is over {} bytes: send several callbacks", self.max_bytes);
         Problem::new(StatusCode::PAYLOAD_TOO_LARGE, detail)
+    }
+}
+
+impl BufferedBody {
+    pub(crate) fn bytes(&self) -> &[u8] {
+        match &self.large {
+            Some(LargeBody { pages, length, .. }) => &pages[..*length],
+            None => &self.small,
+        }
+    }
+
+    /// Appends to a body that has `room` for it, if it needs some, and is never longer than `max_bytes`.
+    ///
+    /// # Errors
+    /// When the system has no memory.
+    fn append(
+        &mut self,
+        data: &[u8],
+        room: Option<OwnedSemaphorePermit>,
+        max_bytes: usize,
+    ) -> std::io::Result<()> {
+        let Some(room) = room else {
+            self.small.extend_from_slice(data);
+            return Ok(());
+        };
+        if let Some(large) = &mut self.large {
+            large.room.merge(room);
+        } else {
+            let mut pages = MmapMut::map_anon(max_bytes)?;
+            // The kernel may give memory for neighbouring bodies in pages of 2 MiB. If it cannot be told not to, it has no
+            // such pages.
+            #[cfg(target_os = "linux")]
+            let _ = pages.advise(memmap2::Advice::NoHugePage);
+            let length = self.small.len();
+            pages[..length].copy_from_slice(&self.small);
+            self.small = Vec::new();
+            self.large = Some(LargeBody { pages, length, room });
+        }
+        if let Some(LargeBody { pages, length, .. }) = &mut self.large {
+            pages[*length..][..data.len()].copy_from_slice(data);
+            *length += data.len();
+        }
+        Ok(())
+    }
+}
+
+fn no_memory() -> Problem {
+    Problem {
+        status: StatusCode::SERVICE_UNAVAILABLE,
+        detail: "there are too many large bodies at once: send it again".to_owned(),
+        retry_after_seconds: Some(1),
     }
 }
 
@@ -190,7 +238,22 @@ mod tests {
     async fn read(bodies: &Bodies, body: Body) -> Result<usize, Problem> {
         let deadline = Deadline::new(Instant::now(), BUDGET);
         let read = bodies.read(&HeaderMap::new(), body, deadline).await;
-        read.map(|body| body.bytes.len())
+        read.map(|body| body.bytes().len())
+    }
+
+    #[tokio::test]
+    async fn body_is_what_arrived_whatever_the_sizes_of_its_parts() {
+        let bodies = Bodies::with_room(MIB, BUDGET * 30, MIB);
+        for sizes in [vec![], vec![SMALL_BYTES], vec![SMALL_BYTES - 1, 1, 1, 300_000], vec![MIB]] {
+            let parts = sizes.iter().zip(1..).map(|(size, value)| vec![value; *size]);
+            let parts: Vec<Vec<u8>> = parts.collect();
+            let stream =
+                futures_util::stream::iter(parts.clone().into_iter().map(Ok::<_, std::io::Error>));
+            let deadline = Deadline::new(Instant::now(), BUDGET * 30);
+            let body = bodies.read(&HeaderMap::new(), Body::from_stream(stream), deadline).await;
+            assert!(body.unwrap().bytes() == parts.concat(), "{sizes:?}");
+        }
+        assert_eq!(bodies.room.available_permits(), MIB, "all of the room is free again");
     }
 
     /// Field case 1.12.

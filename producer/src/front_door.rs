@@ -229,9 +229,9 @@ impl Shared {
         let unverified = self.signatures.claimed(headers)?;
         let body = self.bodies.read(headers, body, deadline).await?;
         let deadline = deadline.after_body();
-        let fingerprint = unverified.verify(&body.bytes)?;
+        let fingerprint = unverified.verify(body.bytes())?;
         let Callback { listed, ids } =
-            Callback::parse(&body.bytes, self.config.max_ids_per_callback)?;
+            Callback::parse(body.bytes(), self.config.max_ids_per_callback)?;
         drop(body);
         let accepted = Accepted { accepted: listed, queued: ids.len() };
         let turn = match fingerprint {

@@ -81,10 +81,11 @@ impl Queue {
     /// # Panics
     /// When the queue has not been declared yet, or the broker does not accept the message.
     pub async fn publish_raw(&self, body: &[u8]) {
-        let channel = self.channel().await;
-        let confirms = channel.confirm_select(ConfirmSelectOptions::default());
-        within_deadline("confirm.select", confirms).await.expect("the broker should confirm");
         eventually("the broker accepts a message", DEADLINE, async || {
+            // A channel that had a queue's former leader may be refused for good.
+            let channel = self.channel().await;
+            let confirms = channel.confirm_select(ConfirmSelectOptions::default()).await;
+            confirms.expect("the broker should confirm");
             let mandatory = BasicPublishOptions { mandatory: true, ..Default::default() };
             let persistent = BasicProperties::default().with_delivery_mode(PERSISTENT);
             let name = self.name.as_str().into();

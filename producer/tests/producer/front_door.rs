@@ -17,7 +17,7 @@ use testbed::{Queue, Scratch, amqp_uri, eventually};
 use tokio::task::JoinHandle;
 
 /// Far more than anything here needs, because a machine that runs all tests at once is slow.
-pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
+pub(crate) use crate::wire::DEADLINE;
 /// How long the client of a callback waits for its answer.
 pub(crate) const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
 

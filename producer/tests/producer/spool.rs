@@ -20,7 +20,8 @@ async fn a_spool_that_an_earlier_producer_left_is_relayed_by_the_next() {
     let mut accepted = BTreeSet::new();
     for round in 0..3 {
         for id in round * 100..round * 100 + 10 {
-            assert_eq!(producer.post_ids(&[id]).await.status, 200);
+            let answer = producer.post_ids(&[id]).await;
+            assert_eq!(answer.status, 200, "{answer:?}");
             accepted.insert(id);
         }
         producer = producer.start_again(&uri, &[]).await;

@@ -1,13 +1,14 @@
 //! HTTP by hand, where the exact bytes and the order of events matter.
 
 use std::net::SocketAddr;
+use std::time::Duration;
 
 use serde_json::Value;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::front_door::DEADLINE;
+pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 
 /// One connection to the producer.
 pub(crate) struct Wire(TcpStream);

@@ -32,7 +32,7 @@ async fn a_queue_counts_gives_and_takes_messages() {
 }
 
 #[tokio::test]
-#[should_panic(expected = "is not there or full")]
+#[should_panic(expected = "is not there")]
 async fn publishing_to_a_queue_that_is_not_there_fails_the_test() {
     Queue::new().publish_raw(b"lost").await;
 }

@@ -1,9 +1,14 @@
 //! Clients that mean ill, against the producer as a process: each is answered 4xx or cut off, the
 //! memory stays flat, and the callbacks of everybody else are answered 200 all the while.
 
+#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+
 mod bodies;
 mod shapes;
 mod slow;
+#[expect(dead_code, reason = "the other binary uses all of it")]
+#[path = "../producer/wire.rs"]
+mod wire;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,8 +24,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use crate::front_door::DEADLINE;
-use crate::wire::Wire;
+use wire::{DEADLINE, Wire};
 
 /// The id of a siege's first callback; each accepted one is followed by the next id.
 const FIRST_ID: i64 = 1_000_000;
