@@ -272,7 +272,7 @@ async fn when_the_clock_steps_back_rows_stay_and_when_it_is_set_right_again_too(
 
 // Field case 3.11
 #[tokio::test]
-async fn a_table_that_is_mostly_stale_at_the_start_is_cleaned_one_ttl_later() {
+async fn table_mostly_stale_at_the_start_is_cleaned_one_ttl_later() {
     const TTL: Duration = Duration::from_secs(5);
     let database = database().await;
     for arguments in [&[][..], &["--once"][..]] {
@@ -298,7 +298,7 @@ async fn see_again(pool: &PgPool, ids: std::ops::RangeInclusive<i64>) {
 }
 
 #[tokio::test]
-async fn a_table_that_became_stale_during_an_outage_is_cleaned_one_ttl_later() {
+async fn table_stale_after_an_outage_is_cleaned_one_ttl_later() {
     let database = database().await;
     let (proxy, url) = proxied(&database).await;
     let routine = Routine::start(&url, &["--object-ttl=5s"]);

@@ -97,7 +97,7 @@ async fn a_balancer_can_check_the_port_to_which_it_sends_callbacks() {
 
 // Field case 1.7
 #[tokio::test]
-async fn a_producer_that_gets_sigterm_is_not_ready_and_still_takes_callbacks() {
+async fn producer_with_sigterm_is_not_ready_and_takes_callbacks() {
     let queue = Queue::new();
     let environment = [
         ("AMQP_URI", amqp_uri()),

@@ -383,7 +383,7 @@ async fn removed_spool_files_cost_no_accepted_callback() {
 
 /// Field case 3.5. The check at the start has found nothing, and the relay comes to the damage.
 #[tokio::test]
-async fn spool_damaged_in_the_middle_is_replaced_and_relayed_but_for_the_damage() {
+async fn spool_damaged_in_the_middle_is_replaced_and_relayed() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let producer = Producer::start_at(&uri, &[]).await;
