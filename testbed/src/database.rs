@@ -97,6 +97,7 @@ pub fn postgres_environment(url: &str) -> Vec<(&'static str, String)> {
 }
 
 /// A pool that connects when it is first used.
+#[expect(clippy::disallowed_methods, reason = "a test that hangs fails")]
 pub(crate) fn small_pool(url: &str) -> PgPool {
     PgPoolOptions::new()
         .max_connections(3)

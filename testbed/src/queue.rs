@@ -67,12 +67,22 @@ impl Queue {
     }
 
     /// Takes the first ready message out of queue `name` for good; `None` when there is none.
+    ///
+    /// # Panics
+    /// When the broker cannot look.
     pub async fn get(&self, name: &str) -> Option<BasicGetMessage> {
+        let got = self.try_get(name).await;
+        got.unwrap_or_else(|error| panic!("cannot get from queue {name}: {error}"))
+    }
+
+    /// Like [`Queue::get`].
+    ///
+    /// # Errors
+    /// When the broker cannot look, such as while a cluster elects a leader.
+    pub async fn try_get(&self, name: &str) -> lapin::Result<Option<BasicGetMessage>> {
         let channel = self.channel().await;
         let got = channel.basic_get(name.into(), BasicGetOptions { no_ack: true });
-        within_deadline("basic.get", got)
-            .await
-            .unwrap_or_else(|error| panic!("cannot get from queue {name}: {error}"))
+        within_deadline("basic.get", got).await
     }
 
     /// Publishes a persistent message with any body to the queue, again if the broker refuses it, as a cluster does

@@ -39,7 +39,7 @@ async fn every_combination_works_with_the_go_services_table() {
     }
     // A few at once: each mostly waits.
     let mut number = 0;
-    for some in combinations.chunks(4) {
+    for some in combinations.chunks(8) {
         let (mut running, here) = (JoinSet::new(), LocalSet::new());
         for &ours in some {
             number += 1;
