@@ -227,6 +227,7 @@ async fn queue_refused() -> Verdict {
     let mut world = World::servers(Setup { through_proxies: true, ..Setup::default() }).await;
     world.broker.declare_queue(QUEUE, &[("x-max-length", 1_000)]).await;
     world.start_services();
+    producer(&world).ready().await;
     world.comes_under_load().await;
     let reason = "queue objects exists with other arguments";
     producer_spools(&world, reason).await;
