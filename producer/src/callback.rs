@@ -1,9 +1,11 @@
 //! The body of a callback: a list of object ids.
 
 use std::borrow::Cow;
+use std::fmt;
 
 use axum::http::StatusCode;
 use serde::Deserialize;
+use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use service::problem::Problem;
 
@@ -24,14 +26,72 @@ pub(crate) struct Callback {
 /// Unknown fields are ignored, so that partners may add some.
 #[derive(Deserialize)]
 struct Body {
-    object_ids: Vec<i64>,
+    object_ids: Ids,
 }
 
-/// The same with the text of each id, for senders that write an integer in another way.
+struct Ids(Vec<i64>);
+
+struct Id(i64);
+
+/// The same with the text of the list, for senders that write an integer in another way.
 #[derive(Deserialize)]
 struct BodyAsText<'a> {
     #[serde(borrow)]
-    object_ids: Vec<&'a RawValue>,
+    object_ids: &'a RawValue,
+}
+
+// These visitors are called for values of any type, and reject text themselves: the errors of serde quote it, escaped, which
+// takes several times the memory of the body.
+impl<'de> Deserialize<'de> for Ids {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct List;
+        impl<'de> Visitor<'de> for List {
+            type Value = Ids;
+
+            fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+                out.write_str("a list of ids")
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Ids, A::Error> {
+                let mut ids = Vec::new();
+                while let Some(Id(id)) = list.next_element()? {
+                    ids.push(id);
+                }
+                Ok(Ids(ids))
+            }
+
+            fn visit_str<E: de::Error>(self, _: &str) -> Result<Ids, E> {
+                Err(E::custom("text"))
+            }
+        }
+        deserializer.deserialize_any(List)
+    }
+}
+
+impl<'de> Deserialize<'de> for Id {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Integer;
+        impl Visitor<'_> for Integer {
+            type Value = Id;
+
+            fn expecting(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
+                out.write_str("an integer")
+            }
+
+            fn visit_i64<E: de::Error>(self, id: i64) -> Result<Id, E> {
+                Ok(Id(id))
+            }
+
+            fn visit_u64<E: de::Error>(self, id: u64) -> Result<Id, E> {
+                id.try_into().map(Id).map_err(|_| E::custom("more than 64 bits"))
+            }
+
+            fn visit_str<E: de::Error>(self, _: &str) -> Result<Id, E> {
+                Err(E::custom("text"))
+            }
+        }
+        deserializer.deserialize_any(Integer)
+    }
 }
 
 impl Callback {
@@ -51,7 +111,7 @@ impl Callback {
         }
         // Almost all senders write integers, so their bodies are parsed only this way.
         let mut ids = match serde_json::from_slice::<Body>(body) {
-            Ok(body) => body.object_ids,
+            Ok(body) => body.object_ids.0,
             Err(_) => parse_texts(body)?,
         };
         let listed = ids.len();
@@ -79,6 +139,13 @@ fn parse_texts(body: &[u8]) -> Result<Vec<i64>, Problem> {
         })
     })?;
     json.end().map_err(|_| bad_request("there is more after the end of the JSON object"))?;
+    if !object_ids.get().starts_with('[') {
+        return Err(bad_request(
+            "the body must look like {\"object_ids\":[1,2,3]}: object_ids is not a list",
+        ));
+    }
+    let object_ids: Vec<&RawValue> = serde_json::from_str(object_ids.get())
+        .map_err(|error| bad_request(format!("object_ids is not a list: {error}")))?;
     let ids = object_ids.iter().zip(0..).map(|(text, index)| {
         integer(text.get()).ok_or_else(|| {
             let expected = "expected digits, such as 42, \"42\" or, up to 2^53, 42.0";
@@ -221,6 +288,28 @@ mod tests {
         ] {
             let detail = detail(&format!(r#"{{"object_ids":[1,2,{id}]}}"#));
             assert!(detail.starts_with("object_ids[2] is not a 64-bit integer"), "{detail}");
+        }
+    }
+
+    /// Field case 2.1: what serde says of a text has all of the text in it.
+    #[test]
+    fn error_does_not_quote_a_long_text() {
+        let text = "\u{301}".repeat(10_000);
+        for body in [
+            format!(r#"{{"object_ids":"{text}"}}"#),
+            format!(r#"{{"object_ids":["{text}"]}}"#),
+            format!(r#"{{"object_ids":[["{text}"]]}}"#),
+            format!(r#"{{"object_ids":{{"{text}":1}}}}"#),
+            format!(r#"{{"object_ids":[1],"object_ids":"{text}"}}"#),
+        ] {
+            let detail = detail(&body);
+            assert!(detail.len() < 200, "{} bytes: {detail:.300}", detail.len());
+        }
+        let fast = |body: String| serde_json::from_slice::<Body>(body.as_bytes()).err().unwrap();
+        for body in
+            [format!(r#"{{"object_ids":"{text}"}}"#), format!(r#"{{"object_ids":["{text}"]}}"#)]
+        {
+            assert!(fast(body).to_string().len() < 200);
         }
     }
 
