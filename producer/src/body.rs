@@ -16,10 +16,12 @@ use crate::deadline::Deadline;
 
 /// What a body may take without asking for room. A callback of 200 ids has 4 KiB at most, so the
 /// callbacks of every day never wait for the large ones.
-const SMALL_BYTES: usize = 16 << 10;
+const SMALL_BYTES: usize = 8 << 10;
 /// What the large bodies may take together. Without this bound, clients who send all of a large body
 /// but its end could have `MAX_BODY_BYTES` of memory for each connection.
-const LARGE_BYTES_TOTAL: usize = 32 << 20;
+const LARGE_BYTES_TOTAL: usize = 16 << 20;
+/// What one read from a connection brings at most.
+const READ_BYTES: usize = 16 << 10;
 /// After [`GRACE`], a body must have arrived at this rate on average.
 const BYTES_PER_SECOND_MIN: u32 = 16 << 10;
 /// Ample for a packet that is lost several times.
@@ -39,6 +41,8 @@ pub(crate) struct Bodies {
 pub(crate) struct BufferedBody {
     small: Vec<u8>,
     large: Option<LargeBody>,
+    /// A permit for each byte of a body that is not small, and for the next read of it.
+    room: Option<OwnedSemaphorePermit>,
 }
 
 /// A body of more than [`SMALL_BYTES`], in pages of its own: the system has them back when it is dropped. The allocator
@@ -47,8 +51,6 @@ struct LargeBody {
     /// For the largest body that is allowed. A page takes memory once it is written to.
     pages: MmapMut,
     length: usize,
-    /// A permit for each byte.
-    room: OwnedSemaphorePermit,
 }
 
 impl Bodies {
@@ -80,6 +82,9 @@ impl Bodies {
         let started = Instant::now();
         let mut buffered = BufferedBody::default();
         loop {
+            // Before the next part is read: a thousand bodies that wait must not hold one each.
+            let expected = buffered.bytes().len() + next_read(&body, &buffered);
+            self.make_room(&mut buffered, expected, deadline).await?;
             let allowed = self.allowed_for(buffered.bytes().len());
             let frame = match timeout_at(started + allowed, body.frame()).await {
                 Ok(None) => return Ok(buffered),
@@ -96,8 +101,8 @@ impl Bodies {
             if length > self.max_bytes {
                 return Err(self.too_large());
             }
-            let room = self.room_for(&buffered, length, deadline).await?;
-            buffered.append(&data, room, self.max_bytes).map_err(|_| no_memory())?;
+            self.make_room(&mut buffered, length, deadline).await?;
+            buffered.append(&data, self.max_bytes).map_err(|_| no_memory())?;
         }
     }
 
@@ -108,25 +113,28 @@ impl Bodies {
         self.within.min(self.grace.saturating_add(at_least))
     }
 
-    /// Waits for the room that a body lacks to grow to `length` bytes; none if it is small then. While this waits, the
+    /// Waits for the room that a body needs to grow to `length` bytes; a small body needs none. While this waits, the
     /// client has to wait as well.
-    async fn room_for(
+    async fn make_room(
         &self,
-        body: &BufferedBody,
+        body: &mut BufferedBody,
         length: usize,
         deadline: Deadline,
-    ) -> Result<Option<OwnedSemaphorePermit>, Problem> {
-        if length <= SMALL_BYTES {
-            return Ok(None);
+    ) -> Result<(), Problem> {
+        let length = length.min(self.max_bytes);
+        let held = body.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        if length <= SMALL_BYTES || length <= held {
+            return Ok(());
         }
-        let held = body.large.as_ref().map_or(0, |large| large.room.num_permits());
         let wanted = u32::try_from(length - held).unwrap_or(u32::MAX);
         let room = Arc::clone(&self.room).acquire_many_owned(wanted);
-        match timeout_at(deadline.at(), room).await {
-            Ok(Ok(room)) => Ok(Some(room)),
-            // Nothing closes the semaphore.
-            Ok(Err(_)) | Err(_) => Err(no_memory()),
+        // Nothing closes the semaphore.
+        let Ok(Ok(room)) = timeout_at(deadline.at(), room).await else { return Err(no_memory()) };
+        match &mut body.room {
+            Some(held) => held.merge(room),
+            none => *none = Some(room),
         }
+        Ok(())
     }
 
     fn too_large(&self) -> Problem {
@@ -143,38 +151,42 @@ impl BufferedBody {
         }
     }
 
-    /// Appends to a body that has `room` for it, if it needs some, and is never longer than `max_bytes`.
+    /// Appends to a body that is never longer than `max_bytes`.
     ///
     /// # Errors
     /// When the system has no memory.
-    fn append(
-        &mut self,
-        data: &[u8],
-        room: Option<OwnedSemaphorePermit>,
-        max_bytes: usize,
-    ) -> std::io::Result<()> {
-        let Some(room) = room else {
+    fn append(&mut self, data: &[u8], max_bytes: usize) -> std::io::Result<()> {
+        let length = self.bytes().len();
+        if length + data.len() <= SMALL_BYTES {
             self.small.extend_from_slice(data);
             return Ok(());
-        };
-        if let Some(large) = &mut self.large {
-            large.room.merge(room);
+        }
+        let large = if let Some(large) = self.large.take() {
+            large
         } else {
             let mut pages = MmapMut::map_anon(max_bytes)?;
             // The kernel may give memory for neighbouring bodies in pages of 2 MiB. If it cannot be told not to, it has no
             // such pages.
             #[cfg(target_os = "linux")]
             let _ = pages.advise(memmap2::Advice::NoHugePage);
-            let length = self.small.len();
             pages[..length].copy_from_slice(&self.small);
             self.small = Vec::new();
-            self.large = Some(LargeBody { pages, length, room });
-        }
-        if let Some(LargeBody { pages, length, .. }) = &mut self.large {
-            pages[*length..][..data.len()].copy_from_slice(data);
-            *length += data.len();
-        }
+            LargeBody { pages, length }
+        };
+        let LargeBody { pages, length } = self.large.insert(large);
+        pages[*length..][..data.len()].copy_from_slice(data);
+        *length += data.len();
         Ok(())
+    }
+}
+
+/// How much the next read may add to a body. It counts as nothing for the first read of a body of unknown length, so that a
+/// small one needs no room.
+fn next_read(body: &Body, buffered: &BufferedBody) -> usize {
+    match body.size_hint().upper() {
+        Some(left) => usize::try_from(left).map_or(READ_BYTES, |left| left.min(READ_BYTES)),
+        None if buffered.bytes().is_empty() => 0,
+        None => READ_BYTES,
     }
 }
 

@@ -94,7 +94,7 @@ async fn clients_that_never_read_an_answer_lose_their_places() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_never_read_an_error_response_hold_little_memory() {
     const CLIENTS: usize = 1_000;
-    const AT_ONCE: usize = 50;
+    const AT_ONCE: usize = 500;
     allow_files(4_000);
     let siege = Siege::begin(&[]).await;
     // Of each of these characters, seven are in the error's text.
