@@ -165,8 +165,8 @@ impl BufferedBody {
             large
         } else {
             let mut pages = MmapMut::map_anon(max_bytes)?;
-            // The kernel may give memory for neighbouring bodies in pages of 2 MiB. If it cannot be told not to, it has no
-            // such pages.
+            // Without this, the kernel may back neighbouring bodies with pages of 2 MiB. The call fails only on kernels
+            // that have no such pages.
             #[cfg(target_os = "linux")]
             let _ = pages.advise(memmap2::Advice::NoHugePage);
             pages[..length].copy_from_slice(&self.small);

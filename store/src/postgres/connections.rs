@@ -16,9 +16,9 @@ use crate::StoreError;
 /// How long a statement waits for a connection. It is short, because the caller tries again, and finds a database
 /// that has come back then.
 const WAIT: Duration = Duration::from_secs(2);
-/// A connection that was not used for so long is replaced: a firewall may have forgotten it.
+/// An idle connection of this age is replaced, because a firewall may have dropped it from its table.
 const IDLE_TIME: Duration = Duration::from_mins(5);
-/// A connection that was opened so long ago is replaced, so that the server can free what it keeps for it.
+/// A connection of this age is replaced, so that the server can free the memory of its session.
 const LIFETIME: Duration = Duration::from_mins(30);
 
 /// Up to a certain number of connections, each of which is opened when it is needed.
