@@ -180,14 +180,14 @@ impl BufferedBody {
     }
 }
 
-/// How much the next read may add to a body. It counts as nothing for the first read of a body of unknown length, so that a
-/// small one needs no room.
+/// How much the next read may add to a body. The first read counts as nothing, so that a client that sends only the head of a
+/// request holds no room.
 fn next_read(body: &Body, buffered: &BufferedBody) -> usize {
-    match body.size_hint().upper() {
-        Some(left) => usize::try_from(left).map_or(READ_BYTES, |left| left.min(READ_BYTES)),
-        None if buffered.bytes().is_empty() => 0,
-        None => READ_BYTES,
+    if buffered.bytes().is_empty() {
+        return 0;
     }
+    let left = body.size_hint().upper().and_then(|left| usize::try_from(left).ok());
+    left.map_or(READ_BYTES, |left| left.min(READ_BYTES))
 }
 
 fn no_memory() -> Problem {
