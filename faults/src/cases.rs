@@ -30,6 +30,45 @@ pub(crate) fn all() -> Vec<Case> {
 
 #[cfg(test)]
 mod tests {
+    use std::collections::BTreeSet;
+    use std::fs;
+    use std::path::Path;
+
+    /// All words of the sources below `folder`.
+    fn add_words(folder: &Path, words: &mut BTreeSet<String>) {
+        for entry in fs::read_dir(folder).unwrap() {
+            let entry = entry.unwrap();
+            let path = entry.path();
+            let is_source = path.extension().is_some_and(|ending| ending == "rs");
+            if is_source {
+                let text = fs::read_to_string(&path).unwrap();
+                let is_word = |c: char| c.is_ascii_alphanumeric() || c == '_';
+                words.extend(text.split(|c| !is_word(c)).map(str::to_owned));
+            } else if entry.file_type().unwrap().is_dir() && entry.file_name() != "target" {
+                add_words(&path, words);
+            }
+        }
+    }
+
+    #[test]
+    fn every_test_that_the_field_cases_name_exists() {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
+        let mut words = BTreeSet::new();
+        add_words(root, &mut words);
+        let table = fs::read_to_string(root.join("faults/cases.md")).unwrap();
+        let is_name = |word: &&str| word.len() >= 10 && word.contains('_');
+        let mut found = 0;
+        for row in table.lines().filter(|line| line.starts_with("| ")) {
+            let shown_by = row.split(" | ").nth(2).unwrap();
+            let quoted = shown_by.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            for name in quoted.filter(is_name) {
+                assert!(words.contains(name), "there is no test {name}: {row}");
+                found += 1;
+            }
+        }
+        assert!(found > 100, "only {found} names were recognised");
+    }
+
     #[test]
     fn each_case_can_be_run_alone_because_no_name_contains_another() {
         let names: Vec<&str> = super::all().iter().map(|case| case.name).collect();

@@ -284,6 +284,19 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn bodies_without_a_first_byte_hold_no_room() {
+        let bodies = Bodies::with_room(MIB, BUDGET * 3, MIB);
+        let silent =
+            || Body::from_stream(futures_util::stream::pending::<std::io::Result<Vec<u8>>>());
+        let silent = futures_util::future::join_all((0..64).map(|_| read(&bodies, silent())));
+        let (silent, other) = tokio::join!(silent, read(&bodies, Body::from(vec![b' '; MIB])));
+        assert_eq!(other.unwrap(), MIB);
+        for problem in silent {
+            assert_eq!(problem.unwrap_err().status, StatusCode::REQUEST_TIMEOUT);
+        }
+    }
+
+    #[tokio::test]
     async fn body_without_room_is_answered_503_at_its_deadline() {
         let bodies = Bodies::with_room(MIB, BUDGET * 3, MIB);
         let (stalled, other) = tokio::join!(

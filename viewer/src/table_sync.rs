@@ -1,6 +1,7 @@
 //! Keeps the view up to date: by events, and by reading the table.
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use events::{Notice, Subscriber};
@@ -15,14 +16,14 @@ use crate::view_state::{Sighted, ViewState, micros_of};
 const PAGE: u32 = 10_000;
 /// Rows applied before everything else that runs has its turn.
 const ROWS_AT_ONCE: usize = 1_000;
-/// How often the table is read while events cover its changes: nothing else shows the loss of the latest
+/// How often the table is read while events announce its changes: nothing else shows the loss of the latest
 /// event.
 const INTERVAL_MAX: Duration = Duration::from_mins(1);
-/// How often it is read while no events come, or something else changes the table without any, such as
+/// How often it is read while no events come, or while something else changes it without events, such as
 /// the Go services.
 const INTERVAL_MIN: Duration = Duration::from_secs(2);
-/// The table is taken to change without events if a reading finds that more than one in this many objects
-/// has. Fewer are those whose events are still on their way.
+/// Events announce the changes if a reading finds at most one in this many without its event. The events of those may
+/// still be on their way.
 const UNANNOUNCED_SHARE: usize = 10;
 /// The least pause between two readings,
 const PAUSE: Duration = Duration::from_secs(1);
@@ -43,6 +44,7 @@ impl TableSync {
     pub(crate) async fn run(self, mut subscriber: Subscriber) {
         let events = subscriber.status();
         let missed = Notify::new();
+        let announced = Announced::default();
         let receive = async {
             loop {
                 match subscriber.next().await {
@@ -51,7 +53,8 @@ impl TableSync {
                             id: object.id,
                             last_seen: micros_of(object.last_seen),
                         };
-                        self.view.apply(kind, objects.iter().map(sighted));
+                        let changed = self.view.apply(kind, objects.iter().map(sighted));
+                        announced.add(kind, changed);
                     }
                     Notice::Missed(why) => {
                         tracing::debug!(why, "events may be missing: reading the table");
@@ -61,17 +64,24 @@ impl TableSync {
                 }
             }
         };
-        tokio::join!(receive, self.keep_reading(events, &missed));
+        tokio::join!(receive, self.keep_reading(events, &missed, &announced));
     }
 
-    async fn keep_reading(&self, mut events: watch::Receiver<PeerStatus>, missed: &Notify) {
+    async fn keep_reading(
+        &self,
+        mut events: watch::Receiver<PeerStatus>,
+        missed: &Notify,
+        announced: &Announced,
+    ) {
         let mut waits = amqp::backoff();
+        let mut coverage = EventCoverage::default();
         let mut interval = INTERVAL_MIN;
         loop {
             let began = Instant::now();
             let reason = match self.read().await {
-                Ok(reading) => {
-                    interval = reading.next_interval(interval);
+                Ok(unannounced) => {
+                    coverage.update(announced.take(), unannounced);
+                    interval = coverage.next_interval(interval);
                     metrics::counter!("lastseen_viewer_readings_total", "outcome" => "ok")
                         .increment(1);
                     waits = amqp::backoff();
@@ -127,17 +137,17 @@ impl TableSync {
     }
 
     /// Reads the whole table. What is committed meanwhile may be read or not; it is an event in any case.
+    /// Returns the changes that no event had announced.
     ///
     /// Each reading has a connection of its own: after a failover, one that was kept could lead to the
     /// former primary, which answers for as long as it runs.
-    async fn read(&self) -> Result<Reading, StoreError> {
+    async fn read(&self) -> Result<Changes, StoreError> {
         let mut reader = Objects::open(&self.store).await?;
         self.view.begin_reading();
         let mut after = None;
-        let mut reading = Reading::default();
+        let mut unannounced = Changes::default();
         loop {
             let page = reader.page(after, PAGE).await?;
-            reading.objects += page.len();
             let is_past = |object: &&store::Object| !object.age.is_zero();
             let clock = page.iter().find(is_past);
             if let Some(now) = clock.and_then(|object| object.last_seen.checked_add(object.age)) {
@@ -150,31 +160,72 @@ impl TableSync {
                 last_seen: micros_of(object.last_seen),
             };
             for rows in page.chunks(ROWS_AT_ONCE) {
-                reading.unannounced +=
-                    self.view.apply(events::Kind::Seen, rows.iter().map(sighted));
+                unannounced.seen += self.view.apply(events::Kind::Seen, rows.iter().map(sighted));
                 tokio::task::yield_now().await;
             }
         }
-        reading.unannounced += self.view.end_reading().await;
-        Ok(reading)
+        unannounced.gone += self.view.end_reading().await;
+        Ok(unannounced)
     }
 }
 
-/// What a reading of the table has found.
-#[derive(Default)]
-struct Reading {
-    objects: usize,
-    /// Objects that had changed without an event.
-    unannounced: usize,
+/// Numbers of objects that have changed.
+#[derive(Clone, Copy, Default)]
+struct Changes {
+    seen: usize,
+    gone: usize,
 }
 
-impl Reading {
+/// The changes that events have announced since the last reading.
+#[derive(Default)]
+struct Announced {
+    seen: AtomicUsize,
+    gone: AtomicUsize,
+}
+
+impl Announced {
+    fn add(&self, kind: events::Kind, changed: usize) {
+        let count = match kind {
+            events::Kind::Online | events::Kind::Seen => &self.seen,
+            events::Kind::Gone => &self.gone,
+        };
+        count.fetch_add(changed, Ordering::Relaxed);
+    }
+
+    fn take(&self) -> Changes {
+        Changes {
+            seen: self.seen.swap(0, Ordering::Relaxed),
+            gone: self.gone.swap(0, Ordering::Relaxed),
+        }
+    }
+}
+
+/// Which kinds of changes events announce, as far as readings have shown. A system without changes of one kind has
+/// shown nothing: another service may be the one that makes them, and does so without events.
+#[derive(Default)]
+struct EventCoverage {
+    seen: bool,
+    gone: bool,
+}
+
+impl EventCoverage {
+    /// Takes the changes since the last reading into account.
+    fn update(&mut self, announced: Changes, unannounced: Changes) {
+        let judge = |is_covered: bool, announced: usize, unannounced: usize| {
+            let changes = announced.saturating_add(unannounced);
+            let is_missing = unannounced.saturating_mul(UNANNOUNCED_SHARE) > changes;
+            !is_missing && (is_covered || announced > 0)
+        };
+        self.seen = judge(self.seen, announced.seen, unannounced.seen);
+        self.gone = judge(self.gone, announced.gone, unannounced.gone);
+    }
+
     /// When to read the table again, if the last interval was `interval`.
     fn next_interval(&self, interval: Duration) -> Duration {
-        if self.unannounced.saturating_mul(UNANNOUNCED_SHARE) > self.objects {
-            INTERVAL_MIN
-        } else {
+        if self.seen && self.gone {
             interval.saturating_mul(2).min(INTERVAL_MAX)
+        } else {
+            INTERVAL_MIN
         }
     }
 }
@@ -191,12 +242,21 @@ mod tests {
     /// Field case 4.3.
     #[test]
     fn table_that_changes_without_events_is_read_often() {
-        let reading = |unannounced| Reading { objects: 1_000, unannounced };
-        assert_eq!(reading(500).next_interval(INTERVAL_MAX), INTERVAL_MIN);
-        assert_eq!(reading(20).next_interval(INTERVAL_MIN), 2 * INTERVAL_MIN);
-        assert_eq!(reading(0).next_interval(INTERVAL_MAX), INTERVAL_MAX);
-        assert_eq!(Reading::default().next_interval(INTERVAL_MIN), 2 * INTERVAL_MIN);
-        let only_gone = Reading { objects: 0, unannounced: 1 };
-        assert_eq!(only_gone.next_interval(INTERVAL_MAX), INTERVAL_MIN);
+        let changes = |seen, gone| Changes { seen, gone };
+        let (none, both) = (changes(0, 0), changes(900, 100));
+        let mut coverage = EventCoverage::default();
+        let mut next = |announced, unannounced| {
+            coverage.update(announced, unannounced);
+            coverage.next_interval(INTERVAL_MAX / 2)
+        };
+        assert_eq!(next(none, changes(1_000, 0)), INTERVAL_MIN, "the first reading");
+        assert_eq!(next(changes(900, 0), none), INTERVAL_MIN, "nothing shows who deletes");
+        assert_eq!(next(both, none), INTERVAL_MAX);
+        assert_eq!(next(none, none), INTERVAL_MAX, "nothing has changed");
+        assert_eq!(next(both, changes(20, 2)), INTERVAL_MAX, "events that are on their way");
+        assert_eq!(next(changes(900, 0), changes(0, 1)), INTERVAL_MIN, "another service deletes");
+        assert_eq!(next(changes(900, 0), none), INTERVAL_MIN, "nothing shows that it has stopped");
+        assert_eq!(next(changes(0, 10), none), INTERVAL_MAX);
+        assert_eq!(next(changes(0, 10), changes(10, 0)), INTERVAL_MIN, "another service records");
     }
 }
