@@ -1,27 +1,28 @@
-//! The settings, and what README says of them.
+//! `docs/configuration.md` lists exactly the settings that the services list in their `--help`.
 
 use std::collections::BTreeSet;
 
 use testbed::Process;
 
-const README: &str = include_str!("../../../README.md");
+const CONFIGURATION: &str = include_str!("../../../docs/configuration.md");
 const FILE: &str = include_str!("../../../settings/lastseen.env");
 
-/// The names of settings, and which of them change while a process runs.
+/// The names of settings.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Names {
     all: BTreeSet<String>,
+    /// The settings that can change while a service runs.
     live: BTreeSet<String>,
 }
 
-/// What the tables of README have.
+/// The settings in the tables of `docs/configuration.md`.
 fn documented() -> Names {
-    let (_, settings) = README.split_once("\n## Settings\n").unwrap();
+    let (_, settings) = CONFIGURATION.split_once("\n## Settings\n").unwrap();
     let (settings, _) = settings.split_once("\n## ").unwrap();
     let mut names = Names::default();
     for row in settings.lines().filter(|line| line.starts_with("| `")) {
         let cell = row.split(" | ").next().unwrap();
-        // As in `POSTGRES_HOST`, `_PORT`; and AMQP_CA stands there by the file that it is mostly in.
+        // A cell may hold the short form `POSTGRES_HOST`, `_PORT`, and lists `AMQP_CA` as `AMQP_CA_FILE`.
         let quoted = cell.split('`').skip(1).step_by(2);
         for name in quoted.map(|name| name.trim_end_matches("_FILE")) {
             let prefix = if name.starts_with('_') { "POSTGRES" } else { "" };
@@ -35,11 +36,11 @@ fn documented() -> Names {
     names
 }
 
-/// What a service lists when it is asked for help.
+/// The settings that a service lists in its `--help`.
 async fn listed(service: &str) -> Names {
-    let asked = Process::spawn(service, &[], &["--help"]);
-    assert_eq!(asked.wait().await.code(), Some(0));
-    let help = asked.log();
+    let process = Process::spawn(service, &[], &["--help"]);
+    assert_eq!(process.wait().await.code(), Some(0));
+    let help = process.log();
     let flags = help.iter().filter_map(|line| line.trim_start().strip_prefix("--"));
     let values = flags.filter_map(|flag| flag.split_once(" <")?.1.strip_suffix('>'));
     let aliases = help.iter().filter_map(|line| line.trim().strip_prefix("[alias: --"));
@@ -54,17 +55,17 @@ async fn listed(service: &str) -> Names {
 }
 
 #[tokio::test]
-async fn the_settings_of_all_services_are_written_down_with_those_that_change_while_they_run() {
-    let mut told = Names::default();
+async fn configuration_document_lists_all_settings_and_marks_live_ones() {
+    let mut expected = Names::default();
     for service in ["producer", "consumer", "routine", "viewer"] {
         let Names { all, live } = listed(service).await;
-        told.all.extend(all);
-        told.live.extend(live);
+        expected.all.extend(all);
+        expected.live.extend(live);
     }
-    // Of `lastseen` alone; and the C library's.
-    told.all.extend(["LASTSEEN_DIR".to_owned(), "TZ".to_owned()]);
-    assert_eq!(documented(), told);
-    for name in told.live {
+    // Only `lastseen` lists the first one. Services without a database read the second one without listing it.
+    expected.all.extend(["LASTSEEN_DIR".to_owned(), "TZ".to_owned()]);
+    assert_eq!(documented(), expected);
+    for name in expected.live {
         assert!(FILE.contains(&name), "settings/lastseen.env does not name {name}");
     }
 }
