@@ -4,6 +4,7 @@
 -- would end HOT updates, which cost nothing but the heap page. fillfactor leaves the room on each
 -- page that HOT updates need, and the table is vacuumed by a small share of it because all of its
 -- rows are rewritten again and again.
+-- Decision: docs/decisions/0041-why-is-there-no-index-on-last-seen.md
 CREATE TABLE IF NOT EXISTS object (
     id bigint PRIMARY KEY,
     last_seen timestamptz NOT NULL

@@ -1,4 +1,6 @@
 //! Connecting to the broker, with a deadline on every step.
+//!
+//! Decision: docs/decisions/0018-how-is-a-rabbitmq-connection-opened-and-closed.md
 
 use std::io;
 use std::net::{Shutdown, TcpStream};

@@ -49,6 +49,7 @@ impl Consumer {
         }
     }
 
+    // Decision: docs/decisions/0022-why-are-deliveries-pulled.md
     /// The next delivery, however long the broker is away. Nothing is lost when this is dropped.
     pub async fn next(&mut self) -> Delivery {
         let delivery = match &mut self.0 {

@@ -41,6 +41,7 @@ pub struct Publisher {
     latency: Histogram,
 }
 
+// Decision: docs/decisions/0058-why-are-the-two-backends-enums.md
 #[derive(Clone)]
 pub(crate) enum Kind {
     Amqp(amqp::Publisher),

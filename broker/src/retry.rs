@@ -3,6 +3,8 @@
 //! A waiting message lies in one of a few delay queues and comes back when its time to live ends. A
 //! queue lets messages go in order only, so each queue holds waits of the same size: within a level
 //! a message can be held up by an earlier one, but never beyond the level's own length.
+//!
+//! Decision: docs/decisions/0015-how-are-failed-deliveries-delayed.md
 
 use std::time::Duration;
 

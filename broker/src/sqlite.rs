@@ -2,6 +2,8 @@
 //!
 //! A message is a row of `message` until it is acked. What is in flight is known in memory only:
 //! after a crash, every row is delivered again.
+//!
+//! Decision: docs/decisions/0063-how-does-the-queue-in-a-file-deliver.md
 
 mod consumer;
 mod delivery;

@@ -11,6 +11,8 @@
 //! a part of all lookups.
 //!
 //! In whatever phase, no more begin in a second than `MAX_LOOKUPS_PER_SECOND`.
+//!
+//! Decision: docs/decisions/0026-when-does-a-failed-lookup-count.md
 
 mod adaptive;
 mod evidence;

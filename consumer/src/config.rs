@@ -149,6 +149,7 @@ impl Lookups {
         self.max_consumers.saturating_add(self.max_consumers.min(self.write_batch_max))
     }
 
+    // Decision: docs/decisions/0024-how-large-is-the-prefetch.md
     /// How many deliveries to take without having settled them: those whose lookup has begun, and those
     /// that wait for one, so that there is something to coalesce. With more, this process would hoard
     /// what another could look up.

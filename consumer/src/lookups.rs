@@ -25,6 +25,7 @@ use crate::writer::{Writer, WriterDied, Written};
 use failure_log::FailureLog;
 use waiting::{Taken, Turn, Waiting};
 
+// Decision: docs/decisions/0031-how-long-does-a-consumer-hold-a-delivery.md
 /// A delivery whose lookup has failed is kept for another one for as long as so many may take, and then
 /// sent to the end of the queue, and so is what waits for a lookup while the API is away for so long: maybe
 /// another consumer has a better way to the API.

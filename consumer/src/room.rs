@@ -1,4 +1,6 @@
 //! Room for so many at once, which may change while some have it.
+//!
+//! Decision: docs/decisions/0025-how-does-max-consumers-change-at-run-time.md
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 

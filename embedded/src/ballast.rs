@@ -1,4 +1,6 @@
 //! Space kept back on the disk, so that a full disk does not stop what would free some.
+//!
+//! Decision: docs/decisions/0008-how-is-the-spool-emptied-on-a-full-disk.md
 
 use std::fs;
 use std::io::{self, Read as _};

@@ -232,6 +232,7 @@ pub(crate) fn keep_temporary_data_in_memory(connection: &Connection) -> rusqlite
     connection.pragma_update(None, "temp_store", "MEMORY")
 }
 
+// Decision: docs/decisions/0064-how-is-a-file-recognised.md
 /// Looks at the head of the file with nothing else touched: an ordinary open would begin by tidying up
 /// after whoever has written it.
 ///

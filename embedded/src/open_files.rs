@@ -19,6 +19,7 @@ const SALVAGED: &str = ".salvaged-";
 /// Which file it is, whatever its name: device and inode.
 type Identity = (u64, u64);
 
+// Decision: docs/decisions/0061-how-is-a-removed-file-detected.md
 /// The files behind an open database. SQLite keeps writing to them after somebody has removed or
 /// replaced them, and what it writes then is gone with the process.
 #[derive(Debug)]

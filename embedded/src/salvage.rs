@@ -1,4 +1,6 @@
 //! Carrying over what can be read of a damaged file.
+//!
+//! Decision: docs/decisions/0060-how-is-a-damaged-file-handled.md
 
 use std::path::{Path, PathBuf};
 

@@ -1,4 +1,6 @@
 //! The thread that writes, for all callers that wait at once.
+//!
+//! Decision: docs/decisions/0059-why-does-one-thread-write-each-file.md
 
 use std::cell::LazyCell;
 use std::iter;
@@ -229,6 +231,7 @@ impl File {
     }
 }
 
+// Decision: docs/decisions/0062-how-is-a-hanging-disk-reported.md
 /// A caller that waits. Dropped, it has given up.
 struct Waiting<'a> {
     file: &'a File,

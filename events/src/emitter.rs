@@ -1,4 +1,6 @@
 //! Telling what was committed.
+//!
+//! Decision: docs/decisions/0049-why-are-events-published-without-confirms.md
 
 use std::sync::Arc;
 use std::time::Duration;

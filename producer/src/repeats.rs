@@ -2,6 +2,8 @@
 //!
 //! Which ones are under way and which are done is known to this process alone, and not after its
 //! end: publishing is at-least-once all the same, and this spares repeats, it does not rule them out.
+//!
+//! Decision: docs/decisions/0012-when-are-two-callbacks-the-same.md
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::{Mutex, MutexGuard, PoisonError};

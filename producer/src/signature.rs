@@ -1,4 +1,6 @@
 //! Who may post callbacks: anybody, or, with `CALLBACK_SECRET`, whoever signs them.
+//!
+//! Decision: docs/decisions/0011-how-are-signatures-verified.md
 
 use std::time::SystemTime;
 

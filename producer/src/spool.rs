@@ -13,6 +13,7 @@ use futures_util::future::join_all;
 use tokio::sync::{Notify, watch};
 use tokio::time::{Instant, sleep, timeout};
 
+// Decision: docs/decisions/0007-does-the-producer-run-without-a-spool.md
 /// How soon a spool that cannot be opened is tried again.
 const OPEN_INTERVAL: Duration = Duration::from_secs(5);
 /// How soon the relay looks into an empty spool although nothing was reported as added: a message can be
@@ -54,6 +55,7 @@ pub(crate) struct Outage {
     refused: Mutex<Option<Stamp>>,
     /// What callbacks give the broker.
     publish_timeout: Duration,
+    // Decision: docs/decisions/0006-how-does-the-producer-know-that-the-broker-accepts.md
     /// Whether they are to ask it first. Who is not confirmed in time clears it; whatever is confirmed in
     /// time sets it, be it relayed or published past a spool that does not take it. So it cannot
     /// stay cleared: with the next callback one of the two is tried.

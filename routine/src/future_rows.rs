@@ -1,4 +1,6 @@
 //! Rows that are dated in the future.
+//!
+//! Decision: docs/decisions/0047-how-are-rows-dated-in-the-future-handled.md
 
 use store::{Store, StoreError};
 

@@ -1,4 +1,6 @@
 //! When rows may look stale although nobody could have refreshed them.
+//!
+//! Decision: docs/decisions/0043-when-does-the-routine-pause-deletions.md
 
 use std::time::{Duration, Instant};
 

@@ -1,4 +1,6 @@
 //! An HTTP/1.1 server with the limits that `axum::serve` lacks.
+//!
+//! Decision: docs/decisions/0010-what-limits-does-the-http-server-add-to-hyper.md
 
 mod accept;
 mod connection;
@@ -49,6 +51,7 @@ pub struct Limits {
     /// How long a connection may wait for its first request, or its next one. `None` for one request
     /// per connection, whose head must then arrive within `header_timeout`.
     pub idle_timeout: Option<Duration>,
+    // Decision: docs/decisions/0009-how-does-a-server-stop-without-losing-requests.md
     /// After the shutdown, an open connection may bring one more request. Connections that have brought
     /// none are closed once no request has arrived for this long: closed at once, one could be closed in
     /// the middle of its next request.

@@ -182,6 +182,7 @@ where
         eprintln!("{}: cannot start anew with TZ={zone}: {error}", description.name);
         return ExitCode::from(EXIT_FAILURE);
     }
+    // Decision: docs/decisions/0020-which-tls-library-do-the-clients-use.md
     // TLS is needed by some settings only, and one provider for all of them keeps the binary small.
     // If there is one already, it is this one.
     let _ = rustls::crypto::ring::default_provider().install_default();
@@ -440,6 +441,7 @@ impl Signals {
     }
 }
 
+// Decision: docs/decisions/0009-how-does-a-server-stop-without-losing-requests.md
 /// Waits for the first signal, starts the drain, and returns the reason to give it up.
 async fn abandoned(mut signals: Signals, stop: Stop) -> anyhow::Result<()> {
     let Stop { delay, drain_timeout, health, shutdown } = stop;

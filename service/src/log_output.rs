@@ -1,5 +1,7 @@
 //! Standard error as the log has it: written by a thread of its own, so that a pipe or a terminal that nobody reads
 //! never blocks a service. Lines wait in a bounded queue; those that find no room are dropped and counted.
+//!
+//! Decision: docs/decisions/0067-why-does-the-log-never-block.md
 
 use std::collections::VecDeque;
 use std::io::{self, Write};

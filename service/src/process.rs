@@ -1,5 +1,7 @@
 //! What the process itself takes, in metrics. They are read with each scrape, and from what the
 //! operating system counts anyway, so that they cost nothing between two.
+//!
+//! Decision: docs/decisions/0070-how-are-process-metrics-exported.md
 
 use std::fmt::Write as _;
 use std::fs;

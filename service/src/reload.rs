@@ -2,6 +2,8 @@
 //!
 //! Its content is compared instead of watched by inotify, which misses files that are mounted and files that are
 //! replaced through a link to their directory, as in a Kubernetes `ConfigMap`.
+//!
+//! Decision: docs/decisions/0069-why-does-the-settings-file-win.md
 
 use std::collections::BTreeSet;
 use std::convert::Infallible;

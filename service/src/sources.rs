@@ -6,6 +6,8 @@
 //! over `.env`, and all of them over the default. An empty variable counts as unset, because compose
 //! files pass those on. `.env` is read from the working directory only: one further up belongs to another
 //! application as likely as not.
+//!
+//! Decision: docs/decisions/0066-how-are-settings-read.md
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error as _;

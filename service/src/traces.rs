@@ -2,6 +2,8 @@
 //!
 //! They are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` is set. While they are off, a
 //! [`Span`] is empty and its description is never computed: it takes no memory and reads no clock.
+//!
+//! Decision: docs/decisions/0071-why-are-traces-not-tracing-spans.md
 
 mod collector;
 mod config;
@@ -67,6 +69,7 @@ impl Span {
         Self::joint(std::iter::once(self), step)
     }
 
+    // Decision: docs/decisions/0072-how-are-shared-steps-traced.md
     /// Begins a step that is one and the same for all of `spans`: a child of the first, with links to the
     /// others. A span that is not sampled is left out if another one is.
     #[must_use]

@@ -31,6 +31,7 @@ pub const DESCRIPTION: Description = Description {
     live: &[consumer::Lookups::LIVE, routine::Cleanup::LIVE],
 };
 
+// Decision: docs/decisions/0065-when-does-lastseen-open-its-files.md
 /// What the settings ask for: the pipeline, or what their subcommand does.
 ///
 /// The files are opened here, first of all: if another process has them, nothing is begun.

@@ -61,6 +61,7 @@ pub enum StoreError {
     Timeout(Duration),
 }
 
+// Decision: docs/decisions/0036-how-are-database-errors-classified.md
 /// What a caller can do about a failed statement. The table behind it is [`StoreError::failure`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
@@ -97,6 +98,7 @@ impl StoreError {
         }
     }
 
+    // Decision: docs/decisions/0039-how-is-a-lost-outcome-announced.md
     /// Whether the statement may have been committed although its outcome was lost: the connection
     /// ended, or no answer came, after the statement may have been sent. Its changes were reported to
     /// nobody, then.

@@ -186,6 +186,7 @@ impl Table {
         Ok(rows.first().map_or(0, |(count,)| count.unsigned_abs()))
     }
 
+    // Decision: docs/decisions/0038-how-does-a-service-leave-a-read-only-server.md
     /// Runs a statement with a deadline, which sqlx does not have, and returns its rows.
     ///
     /// A connection that may be the reason for a failure is closed: one that leads to a server which takes no writes

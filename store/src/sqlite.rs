@@ -12,6 +12,7 @@ use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
 use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, StoreStatus};
 
+// Decision: docs/decisions/0041-why-is-there-no-index-on-last-seen.md
 /// No index on `last_seen`, as in Postgres: each upsert would have to write it as well.
 const FORMAT: Format = Format {
     name: "store",

@@ -48,6 +48,7 @@ pub(crate) enum Waits {
 /// the start on, and belongs to this process.
 pub struct Store(Kind);
 
+// Decision: docs/decisions/0058-why-are-the-two-backends-enums.md
 enum Kind {
     Postgres(Box<postgres::Table>),
     Sqlite(sqlite::Table),

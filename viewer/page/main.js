@@ -11,6 +11,7 @@ import { ago, duration, number, timeOfDay } from "./words.js";
 
 const element = (id) => document.getElementById(id);
 
+// Decision: docs/decisions/0057-when-does-the-page-say-live.md
 // Stream and numbers come by different requests. While numbers come, a stream that is silent for so long is made
 // anew if it still tries to connect, or is there and the viewer counts others than the page does: something in
 // between keeps it from us. One that broke with the numbers may take minutes to notice; the numbers know already.

@@ -1,4 +1,6 @@
 //! The live page: files that are in the program.
+//!
+//! Decision: docs/decisions/0054-how-is-the-live-page-built.md
 
 use axum::Router;
 use axum::http::{HeaderName, header};

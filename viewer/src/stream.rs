@@ -1,4 +1,6 @@
 //! One subscriber: what is online, or what it has missed, and then each change.
+//!
+//! Decision: docs/decisions/0051-how-does-a-subscriber-follow-the-stream.md
 
 use std::convert::Infallible;
 use std::sync::Arc;

@@ -1,4 +1,6 @@
 //! Keeps the view up to date: by events, and by reading the table.
+//!
+//! Decision: docs/decisions/0050-how-does-the-viewer-order-events.md
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -29,6 +29,7 @@ const PACE: Duration = Duration::from_millis(40);
 const PACE_FOR_EACH: Duration = Duration::from_micros(25);
 /// Objects in one event. A slow subscriber holds one event besides what its connection buffers.
 pub(crate) const OBJECTS_MAX: usize = 128;
+// Decision: docs/decisions/0052-how-long-may-a-request-hold-the-viewers-mutex.md
 /// Objects that one hold of the mutex looks at.
 const SCAN_MAX: usize = 1_024;
 

@@ -49,6 +49,7 @@ impl Viewer {
         let view = Arc::new(ViewState::new());
         let not_yet = || watch::channel(Err("not read yet".to_owned()));
         let ((table, watched), (first_reading, is_read)) = (not_yet(), not_yet());
+        // Decision: docs/decisions/0053-when-is-the-viewer-ready.md
         // Once it has read the table, it shows what it knows, with a word about what is away: without
         // that, whatever balances the load would take away all viewers at once.
         health.needs("first reading of the table", is_read);

@@ -1,4 +1,6 @@
 //! The acks of one session: those of a prefix of its deliveries share one frame.
+//!
+//! Decision: docs/decisions/0034-how-are-acks-batched.md
 
 use std::collections::BTreeSet;
 

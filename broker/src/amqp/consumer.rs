@@ -217,6 +217,7 @@ fn with_end(consumer: lapin::Consumer) -> Events {
 }
 
 impl Session {
+    // Decision: docs/decisions/0025-how-does-max-consumers-change-at-run-time.md
     /// RabbitMQ has no prefetch that changes: it is a consumer's from its beginning. So another one takes
     /// what is to be more. When it is to be less, another one takes the place of all of them.
     async fn set_prefetch(&mut self, queue: ShortString, prefetch: u16) -> lapin::Result<()> {
@@ -252,6 +253,7 @@ impl Session {
         Ok(())
     }
 
+    // Decision: docs/decisions/0035-how-are-acks-flushed-before-a-close.md
     /// Sees that every ack that was sent reaches the queue, also if the channel is closed right after.
     ///
     /// RabbitMQ's channel has at most 33 commands under way to a quorum queue. The acks beyond that it
@@ -268,6 +270,7 @@ impl Session {
         Ok(())
     }
 
+    // Decision: docs/decisions/0005-what-happens-to-deliveries-of-a-deleted-queue.md
     /// Lets what was handed out be settled as before, for as long as its channel lasts: if the queue was
     /// deleted, it may be all that there is of these messages.
     async fn keep_channel(&mut self) {

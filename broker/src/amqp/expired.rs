@@ -1,4 +1,6 @@
 //! Notices messages that expired in the main queue, which has no time to live of its own: a policy gave it one.
+//!
+//! Decision: docs/decisions/0004-how-are-expired-messages-detected.md
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};

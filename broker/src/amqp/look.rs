@@ -1,5 +1,7 @@
 //! A look at the queues every few seconds, by a consumer's own connection: for the metrics, and to
 //! notice that the broker gives nothing although there is something.
+//!
+//! Decision: docs/decisions/0016-how-is-the-age-of-the-oldest-message-measured.md
 
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Weak};
@@ -16,6 +18,7 @@ use super::unsettled::Unsettled;
 use crate::gauges::Gauges;
 
 const INTERVAL: Duration = Duration::from_secs(2);
+// Decision: docs/decisions/0017-how-does-a-consumer-detect-starvation.md
 /// After so many looks in a row that find messages, while the consumer waits for one and may have more,
 /// something is wrong: RabbitMQ gives what is ready at once.
 const IN_VAIN: u32 = 5;
@@ -153,7 +156,9 @@ async fn look(
     }
 }
 
-/// The main queue is declared by the next session only; see ARCHITECTURE.md. The others have no consumers.
+// Decision: docs/decisions/0003-when-is-a-vanished-queue-declared-again.md
+/// Declares the delay queues and the dead-letter queue if one is missing; they have no consumers. Only the next session
+/// declares a missing main queue.
 async fn declare_again(connection: &Link, topology: &Topology) {
     match timeout(RPC_TIMEOUT, topology.declare(connection)).await {
         Ok(Ok(())) => {}

@@ -26,6 +26,7 @@ use crate::{LinkStatus, Origin, PublishError, message};
 use driver::Driver;
 use standing::Standing;
 
+// Decision: docs/decisions/0002-does-a-callback-wait-for-publisher-capacity.md
 /// Messages that are waiting to be published or confirmed, over all callers; what RabbitMQ takes in a
 /// fifth of a second when it is quick. With more of them, callbacks would wait for a confirm that comes too
 /// late. At about 1 KiB each it also bounds the memory that a broker which stops confirming can make us

@@ -15,6 +15,7 @@ use super::{Config, depths};
 use crate::config::QueueType;
 use crate::retry::LEVELS_SECONDS;
 
+// Decision: docs/decisions/0013-why-is-the-delivery-limit-100.md
 /// How often the broker may redeliver a message whose consumer died with it before it becomes a
 /// dead letter. It guards against a message that kills consumers. RabbitMQ 3.10 has no limit by
 /// default, 4.x has 20 and drops without a dead-letter exchange; this is far above what restarts
@@ -106,6 +107,7 @@ impl Topology {
         }
     }
 
+    // Decision: docs/decisions/0014-which-existing-queues-does-a-service-use.md
     async fn adopt(
         &self,
         channel: &Channel,

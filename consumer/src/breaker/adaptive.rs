@@ -5,6 +5,8 @@
 //!
 //! It looks at rounds of lookups: all that begin until there are as many as the limit, each to its end. A
 //! round that closed before the slow ones are in would find every API faster than it is.
+//!
+//! Decision: docs/decisions/0033-how-does-the-adaptive-limit-work.md
 
 use std::time::Duration;
 

@@ -1,5 +1,7 @@
 //! Whether an object is at fault when its lookups fail again and again, or an API that fails for a part of
 //! all lookups, whatever the object.
+//!
+//! Decision: docs/decisions/0027-when-does-a-message-become-a-dead-letter.md
 
 use std::collections::VecDeque;
 

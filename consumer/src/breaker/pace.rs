@@ -1,4 +1,6 @@
 //! How many lookups may begin in a second.
+//!
+//! Decision: docs/decisions/0032-how-is-the-lookup-rate-limited.md
 
 use std::num::NonZeroU32;
 use std::time::Duration;

@@ -1,4 +1,6 @@
 //! Deliveries that wait for a lookup. Those of one object share the next one.
+//!
+//! Decision: docs/decisions/0023-how-do-deliveries-of-one-object-share-a-lookup.md
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

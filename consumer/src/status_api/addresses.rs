@@ -3,6 +3,8 @@
 //! One task resolves the name every few seconds, so the number of new connections does not matter to the
 //! name server, and keeps the last good answer while the name server fails. The probe of the API notes
 //! which addresses refuse connections; lookups try those last.
+//!
+//! Decision: docs/decisions/0029-how-is-the-status-apis-name-resolved.md
 
 use std::io;
 use std::net::SocketAddr;

@@ -86,6 +86,7 @@ impl Received {
         Ok(body.online)
     }
 
+    // Decision: docs/decisions/0028-when-does-a-404-mean-offline.md
     /// Why this 404 cannot be the API's own, if it cannot.
     ///
     /// The API says "no such object" without a body or with a JSON object. What stands in front of it (an

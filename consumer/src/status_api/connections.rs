@@ -4,6 +4,8 @@
 //! The request then fails although neither the API nor the object is at fault. The client keeps idle
 //! connections for less time than servers usually do; for those that close even earlier, a lookup that
 //! failed this way is sent once more, on a new connection.
+//!
+//! Decision: docs/decisions/0030-when-is-a-lookup-sent-again-at-once.md
 
 use std::collections::HashMap;
 use std::error::Error;

@@ -1,4 +1,6 @@
 //! Writing a batch by parts, so that a row that cannot be written takes no other with it.
+//!
+//! Decision: docs/decisions/0036-how-are-database-errors-classified.md
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

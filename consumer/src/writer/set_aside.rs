@@ -1,4 +1,6 @@
 //! Rows that something holds up: kept unacked and tried again beside the batches.
+//!
+//! Decision: docs/decisions/0037-how-is-a-blocked-row-written.md
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;

@@ -1,5 +1,7 @@
 //! What holds for every body. Inputs that once failed are kept in `tests/callback.regressions`, others
 //! worth keeping in `tests/corpus/callback`, under names that say whether they are callbacks.
+//!
+//! Decision: docs/decisions/0073-how-are-parsers-tested.md
 
 use proptest::collection::{hash_map, vec};
 use proptest::prelude::*;

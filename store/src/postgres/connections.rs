@@ -2,6 +2,8 @@
 //!
 //! sqlx has a pool of its own. When a connection comes back to it, it waits for the server's answer to a ping, and
 //! has no deadline for that: a database that becomes silent at that moment would take the place for good.
+//!
+//! Decision: docs/decisions/0044-why-does-the-store-manage-its-own-connections.md
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Duration;

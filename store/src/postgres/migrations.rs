@@ -1,4 +1,6 @@
 //! The schema, and what of it a database already has.
+//!
+//! Decision: docs/decisions/0048-which-process-creates-the-table.md
 
 use std::fmt::Write as _;
 

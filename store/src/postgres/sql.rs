@@ -7,6 +7,8 @@
 //!
 //! The columns may be `bigint, timestamptz`, or `integer, timestamp` as in the Go services' table.
 //! Values are cast in SQL, and times cross the wire as microseconds since 1970.
+//!
+//! Decision: docs/decisions/0045-why-is-each-statement-one-simple-query.md
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -19,6 +21,7 @@ pub(super) const SETTINGS: usize = 4;
 /// Ages beyond this one count as this one. It reaches back before 1970, and a database can calculate with it.
 const AGE_MAX: Duration = Duration::from_hours(24 * 365 * 1_000);
 
+// Decision: docs/decisions/0046-how-is-the-table-of-the-go-services-used.md
 /// The moment that the column `last_seen` of the row `$row` means, as an SQL expression.
 ///
 /// A `timestamp` without time zone is local time, which is ambiguous in the hour in which daylight
@@ -84,6 +87,7 @@ pub(super) fn age_micros(age: Duration) -> i64 {
     i64::try_from(age.min(AGE_MAX).as_micros()).unwrap_or(i64::MAX)
 }
 
+// Decision: docs/decisions/0040-how-are-inserts-distinguished-from-updates.md
 /// Rows `(id, is_new, now)`, in microseconds, of the sightings `(id, age in microseconds)` that
 /// changed something. A row that is dated in the future is moved back: it was never true.
 pub(super) fn record_seen(sightings: &[(i64, i64)]) -> String {
@@ -165,6 +169,7 @@ pub(super) fn delete_these(oldest: Moment, ids: &[i64]) -> String {
 /// The database's clock.
 pub(super) const NOW: &str = concat!("SELECT ", micros!("now()"));
 
+// Decision: docs/decisions/0042-why-do-deletes-skip-locked-rows.md
 /// Rows `(id, last_seen)` of up to `limit` deleted rows that were last seen before `oldest`.
 pub(super) fn delete_stale(oldest: Moment, limit: u32) -> String {
     let is_stale = is_stale(oldest);

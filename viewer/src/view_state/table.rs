@@ -1,4 +1,6 @@
 //! The table, as far as is known from readings and events.
+//!
+//! Decision: docs/decisions/0050-how-does-the-viewer-order-events.md
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};

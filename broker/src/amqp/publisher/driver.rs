@@ -141,6 +141,7 @@ impl Driver {
                         refusals.note(place, queue, takes, Instant::now());
                     }
                     if tally.unroutable > 0 {
+                        // Decision: docs/decisions/0003-when-is-a-vanished-queue-declared-again.md
                         // The next session declares it, and not this one at once: a quorum queue that
                         // is back before its consumers' channels have noticed keeps them, but they
                         // take its first messages for ones that they had before and drop them,

@@ -1,4 +1,6 @@
 //! Notices queues that refuse everything.
+//!
+//! Decision: docs/decisions/0019-when-is-a-broker-session-useless.md
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};

@@ -1,4 +1,6 @@
 //! One round of publishing on one channel.
+//!
+//! Decision: docs/decisions/0001-why-are-messages-published-in-rounds.md
 
 use std::collections::HashSet;
 use std::pin::Pin;
