@@ -13,10 +13,14 @@ const QUEUE: &str = "objects";
 
 /// Has the queue forget its consumers, of which it tells neither their channels nor their clients.
 async fn forget_consumers(node: &RabbitNode) {
+    // RabbitMQ 4 has another form of the call.
     let forget = format!(
-        "{{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{QUEUE}\">>)), \
-         [ok] = [gen_server2:call(amqqueue:get_pid(Q), \
-                 {{basic_cancel, element(1, C), element(2, C), undefined, <<\"test\">>}}) \
+        "Cancel = fun(Channel, Tag) -> case rabbit_misc:version() of \
+                 \"3.\" ++ _ -> {{basic_cancel, Channel, Tag, undefined, <<\"test\">>}}; \
+                 _ -> {{stop_consumer, #{{pid => Channel, consumer_tag => Tag, user => <<\"test\">>}}}} \
+             end end, \
+         {{ok, Q}} = rabbit_amqqueue:lookup(rabbit_misc:r(<<\"/\">>, queue, <<\"{QUEUE}\">>)), \
+         [ok] = [gen_server2:call(amqqueue:get_pid(Q), Cancel(element(1, C), element(2, C))) \
                  || C <- rabbit_amqqueue:consumers(Q)]."
     );
     node.rabbitmqctl(&["eval", &forget]).await;

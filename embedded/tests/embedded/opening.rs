@@ -213,6 +213,8 @@ async fn damaged_file_is_kept_and_its_rows_carried_over() {
     let damaged = fs::read(&path).unwrap();
     let file = File::open(&path, FORMAT).unwrap();
     insert(&file, 10_000).await.unwrap();
+    let newer = "INSERT OR REPLACE INTO number VALUES (1, 'newer')";
+    file.transact(move |connection| connection.execute(newer, [])).await.unwrap();
     let kept_as = eventually("the damaged file is salvaged", PATIENCE, async || {
         let names = kept(&folder, "sample.db.salvaged-");
         names.into_iter().find(|name| !name.ends_with("-wal") && !name.ends_with("-shm"))
@@ -227,6 +229,10 @@ async fn damaged_file_is_kept_and_its_rows_carried_over() {
     for number in [1, 5_000, 9_999, 10_000] {
         assert!(carried_over.contains(&number), "{number} is missing");
     }
+    let filler = "SELECT filler FROM number WHERE n = 1";
+    let connection = attach(&path, FORMAT).unwrap();
+    let filler: String = connection.query_row(filler, [], |row| row.get(0)).unwrap();
+    assert_eq!(filler, "newer", "an older row has replaced it");
     let mut status = file.kept();
     let is_reported = |status: &Result<(), String>| {
         status.as_ref().is_err_and(|reason| reason.contains(kept_as.to_str().unwrap()))

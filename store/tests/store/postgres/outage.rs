@@ -3,7 +3,7 @@ use std::time::Duration;
 
 use store::{Store, StoreError};
 use testbed::{Database, Proxy, eventually, free_port};
-use tokio::io::copy_bidirectional;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::time::timeout;
@@ -55,6 +55,37 @@ impl Switch {
         });
         Self { address, target }
     }
+}
+
+/// The way to a server, on which each connection is silent once the server has said `words`.
+async fn silent_after(words: &'static [u8], server: String) -> SocketAddr {
+    let listener = TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
+    let address = listener.local_addr().unwrap();
+    tokio::spawn(async move {
+        loop {
+            let (mut client, _) = listener.accept().await.unwrap();
+            let mut server = TcpStream::connect(&server).await.unwrap();
+            tokio::spawn(async move {
+                let (mut from_client, mut to_client) = client.split();
+                let (mut from_server, mut to_server) = server.split();
+                let answers = async {
+                    let mut buffer = vec![0; 64 << 10];
+                    loop {
+                        let answer = from_server.read(&mut buffer).await?;
+                        to_client.write_all(&buffer[..answer]).await?;
+                        if buffer[..answer].windows(words.len()).any(|part| part == words) {
+                            std::future::pending::<()>().await;
+                        }
+                        if answer == 0 {
+                            return to_client.shutdown().await;
+                        }
+                    }
+                };
+                tokio::try_join!(tokio::io::copy(&mut from_client, &mut to_server), answers)
+            });
+        }
+    });
+    address
 }
 
 #[tokio::test]
@@ -119,4 +150,21 @@ async fn a_statement_to_a_silent_database_ends_in_an_error_and_the_next_one_find
         store.record_seen(&[seen(2, Duration::ZERO)]).await.ok()
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_database_that_is_silent_after_an_error_takes_no_connection_for_good() {
+    let database = Database::new().await;
+    let way = silent_after(b"not_three", server(database.url())).await;
+    // What is encrypted could not be searched.
+    let mut url: Url = at(way, database.url()).parse().unwrap();
+    url.query_pairs_mut().append_pair("sslmode", "disable");
+    let store = start(url.as_str(), 1);
+    ready(&store).await;
+    let check = "ALTER TABLE object ADD CONSTRAINT not_three CHECK (id <> 3)";
+    sqlx::query(check).execute(database.pool()).await.unwrap();
+    let refused = timeout(DEADLINE, store.record_seen(&[seen(3, HOUR)])).await.unwrap();
+    let refused = refused.unwrap_err().to_string();
+    assert!(refused.contains("not_three"), "{refused}");
+    store.record_seen(&[seen(1, HOUR)]).await.unwrap();
 }

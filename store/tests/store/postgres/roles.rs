@@ -175,9 +175,25 @@ async fn database_that_may_be_shared_stays_open_to_other_roles() {
 async fn changed_password_is_applied_by_the_next_run_of_the_script() {
     let cluster = cluster_with_roles().await;
     ready(&store(&cluster, "migration")).await;
-    make_roles_with(&cluster, &[("POSTGRES_CONSUMER_PASSWORD", "changed")]).await;
-    assert!(PgConnection::connect(&url(&cluster, "consumer")).await.is_err());
-    ready(&start(&url(&cluster, "consumer").replace("of-consumer", "changed"), 1)).await;
+    let verifier = "SELECT rolpassword FROM pg_authid WHERE rolname = current_user";
+    let admin_before: Option<String> =
+        sqlx::query_scalar(verifier).fetch_one(cluster.pool()).await.unwrap();
+    let changed = [
+        ("POSTGRES_ADMIN_PASSWORD", "changed"),
+        ("POSTGRES_MIGRATION_PASSWORD", "changed"),
+        ("POSTGRES_CONSUMER_PASSWORD", "changed"),
+        ("POSTGRES_ROUTINE_PASSWORD", "changed"),
+        ("POSTGRES_VIEWER_PASSWORD", "changed"),
+    ];
+    make_roles_with(&cluster, &changed).await;
+    for role in ROLES {
+        let before = url(&cluster, role);
+        assert!(PgConnection::connect(&before).await.is_err(), "{role}");
+        PgConnection::connect(&before.replace(&format!("of-{role}"), "changed")).await.unwrap();
+    }
+    let admin_after: Option<String> =
+        sqlx::query_scalar(verifier).fetch_one(cluster.pool()).await.unwrap();
+    assert_ne!(admin_after, admin_before);
 }
 
 #[tokio::test]
