@@ -517,7 +517,14 @@ mod tests {
         let view = ViewState::new();
         let objects = i64::try_from(SCAN_MAX).unwrap() * 4;
         view.begin_reading();
-        view.apply(Kind::Online, (0..objects).map(|id| at(id, 10)));
+        let (mut held, mut longest) = (0, 0);
+        let online = (0..objects).map(|id| {
+            held = if view.state.try_lock().is_err() { held + 1 } else { 0 };
+            longest = longest.max(held);
+            at(id, 10)
+        });
+        view.apply(Kind::Online, online);
+        assert!(longest < SCAN_MAX, "{longest}");
         view.apply(Kind::Seen, [at(objects - 1, 20)].into_iter());
         let mut page = Vec::new();
         let next = view.scan(i64::MIN, Some(20), 100, &mut page);
@@ -525,9 +532,15 @@ mod tests {
         assert_eq!(view.page(i64::MIN, Some(20), 100).await, (vec![at(objects - 1, 20)], false));
         assert_eq!(view.page(0, None, 2).await, (vec![at(0, 10), at(1, 10)], true));
         assert!(view.state().pending.len() < SCAN_MAX, "a flush is bounded, too");
+        view.flush();
+        let offline: Vec<i64> = (objects..2 * objects).collect();
+        let next = listed(&view, i64::MIN, Some(&offline), 100).next;
+        assert_eq!(next, Some(offline[SCAN_MAX]));
         // A reading that met only one of them.
         view.begin_reading();
         view.apply(Kind::Seen, [at(7, 30)].into_iter());
+        let scanned = i64::try_from(SCAN_MAX).unwrap();
+        assert_eq!(view.remove_unread(i64::MIN), (SCAN_MAX - 1, Some(scanned)));
         view.end_reading().await;
         assert_eq!(view.page(i64::MIN, None, 100).await, (vec![at(7, 30)], false));
     }

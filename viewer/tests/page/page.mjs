@@ -144,6 +144,9 @@ const tests = {
     const { connection, count } = on(page);
     await until("the stream is open", () => proxy.streams === 1);
     await says(connection, /^no connection yet/);
+    proxy.begin();
+    await page.waitForTimeout(500);
+    assert.match(await connection.textContent(), /^no connection yet/);
     assert.equal(await count.textContent(), "–");
     proxy.release();
     await says(connection, /^live$/);

@@ -138,10 +138,16 @@ class PathProxy {
     return `http://127.0.0.1:${this.server.address().port}/presence/`;
   }
 
+  /** Sends the first part of a list on each stream that is held back. */
+  begin() {
+    const part = { objects: [{ id: "1", last_seen: new Date().toISOString() }], remaining: "follow" };
+    for (const { outgoing } of this.#held) outgoing.write(`event: snapshot\ndata: ${JSON.stringify(part)}\n\n`);
+  }
+
   /** Passes on what was held back, and from now on everything. */
   release() {
     this.stream = "pass";
-    for (const pass of this.#held.splice(0)) pass();
+    for (const { pass } of this.#held.splice(0)) pass();
   }
 
   end() {
@@ -162,7 +168,7 @@ class PathProxy {
       if (response.statusCode === 404) this.notFound.push(incoming.url);
       outgoing.writeHead(response.statusCode, response.headers).flushHeaders();
       const pass = () => response.pipe(outgoing);
-      if (isStream && this.stream === "hold") this.#held.push(pass);
+      if (isStream && this.stream === "hold") this.#held.push({ pass, outgoing });
       else pass();
     });
     if (isStream) {
