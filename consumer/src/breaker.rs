@@ -14,10 +14,10 @@
 //!
 //! Decision: docs/decisions/0026-when-does-a-failed-lookup-count.md
 
-mod adaptive;
-mod evidence;
-mod pace;
+mod adaptive_limit;
+mod first_lookups;
 mod verdict;
+mod rate_limiter;
 mod window;
 
 use std::collections::BTreeSet;
@@ -29,13 +29,13 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::config::{Concurrency, Lookups};
-use crate::room::{Permit, Room};
-use adaptive::{Adaptive, CameTo};
-use evidence::Evidence;
-use pace::Pace;
+use crate::resizable_semaphore::{Permit, Room};
+use adaptive_limit::{Adaptive, CameTo};
+use first_lookups::Evidence;
+use rate_limiter::Pace;
 use window::Window;
 
-pub(crate) use evidence::blames_object;
+pub(crate) use first_lookups::blames_object;
 pub(crate) use verdict::{Failure, Verdict};
 
 /// How many probes may wait for their answers. The next one does not wait for the one before: an API
@@ -431,7 +431,7 @@ impl Drop for Place {
 
 /// At few lookups per second, the answer before may be seconds old though all is well.
 fn shortly(lookups: &Lookups) -> Duration {
-    SHORTLY.max(pace::between(lookups.max_lookups_per_second).saturating_mul(SHORTLY_LOOKUPS))
+    SHORTLY.max(rate_limiter::between(lookups.max_lookups_per_second).saturating_mul(SHORTLY_LOOKUPS))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "there are at most 50,000 lookups")]

@@ -4,7 +4,7 @@
 mod breaker;
 mod config;
 mod lookups;
-mod room;
+mod resizable_semaphore;
 mod status_api;
 mod writer;
 

@@ -1,7 +1,7 @@
 //! From a delivery to its settlement.
 
 mod failure_log;
-mod waiting;
+mod pending;
 
 use std::pin::pin;
 use std::sync::Arc;
@@ -19,11 +19,11 @@ use tokio::time::{Instant, sleep};
 
 use crate::breaker::{Breaker, Outcome, Place, Verdict, blames_object};
 use crate::config::Lookups;
-use crate::room::{Permit, Room};
+use crate::resizable_semaphore::{Permit, Room};
 use crate::status_api::{Answer, LookupError, NOT_FOUND_METRIC, StatusApi};
 use crate::writer::{Writer, WriterDied, Written};
 use failure_log::FailureLog;
-use waiting::{Taken, Turn, Waiting};
+use pending::{Taken, Turn, Waiting};
 
 // Decision: docs/decisions/0031-how-long-does-a-consumer-hold-a-delivery.md
 /// A delivery whose lookup has failed is kept for another one for as long as so many may take, and then

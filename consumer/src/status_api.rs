@@ -3,7 +3,7 @@
 mod addresses;
 mod answer;
 mod connections;
-mod probe;
+mod reachability;
 
 use std::error::Error as _;
 use std::time::{Duration, Instant};
@@ -18,7 +18,7 @@ use crate::config::Lookups;
 use addresses::Addresses;
 use answer::{Excerpt, MAX_BODY_BYTES, Received};
 use connections::{IDLE_TIMEOUT, UsedConnections};
-use probe::{LastAnswer, NOT_YET, probe};
+use reachability::{LastAnswer, NOT_YET, probe};
 
 /// How long to wait for the body of an error, which is only quoted.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_millis(200);

@@ -1,6 +1,6 @@
 //! Writing results to the table, many with one statement.
 
-mod parts;
+mod bisection;
 mod set_aside;
 
 use std::collections::HashMap;
@@ -14,7 +14,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout_at;
 
 use crate::config::Lookups;
-use parts::NotWritten;
+use bisection::NotWritten;
 use set_aside::SetAside;
 
 /// The batch writer has died; nothing more can be committed by this process.
@@ -234,11 +234,11 @@ async fn commit(table: &Table, set_aside: &SetAside, batch: &[Seen]) -> HashMap<
     if !set_aside.is_empty() {
         // Where some rows are locked, more may be: look, rather than wait for each.
         newest =
-            parts::without_locked(table, newest, "locked by another session", &mut locked).await;
+            bisection::without_locked(table, newest, "locked by another session", &mut locked).await;
     }
     let mut not_written = locked;
     if !newest.is_empty() {
-        not_written.extend(parts::write(table, &newest, || set_aside.has_room()).await);
+        not_written.extend(bisection::write(table, &newest, || set_aside.has_room()).await);
     }
     let refused = not_written.values().filter(|why| matches!(why, NotWritten::Refused(_))).count();
     metrics::counter!("lastseen_rows_refused_total").increment(refused as u64);

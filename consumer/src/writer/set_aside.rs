@@ -11,7 +11,7 @@ use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
-use super::parts::{self, NotWritten};
+use super::bisection::{self, NotWritten};
 use super::{Seen, Table, Written};
 
 /// How long a row is held before its messages go back to the broker. Until then, every further
@@ -118,7 +118,7 @@ impl SetAside {
                 () = self.added.notified() => continue,
             }
             let due = self.due(batch_max);
-            let not_written = parts::write_set_aside(table, &due).await;
+            let not_written = bisection::write_set_aside(table, &due).await;
             self.settle(&due, &not_written);
         }
     }

@@ -9,7 +9,7 @@ use broker::{Consumer, Delivery};
 use service::traces::Span;
 use tokio::time::Instant;
 
-use crate::room::{Permit, Room};
+use crate::resizable_semaphore::{Permit, Room};
 
 /// A delivery, and the room that it takes up until it is settled.
 pub(super) struct Taken {
