@@ -16,27 +16,27 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::Lookups;
 use addresses::Addresses;
-use answer::{Excerpt, MAX_BODY_BYTES, Received};
+use answer::{Excerpt, MAX_BODY_BYTES, ReceivedResponse};
 use connections::{IDLE_TIMEOUT, UsedConnections};
-use reachability::{LastAnswer, NOT_YET, probe};
+use reachability::{LastAnswer, NOT_CHECKED, monitor};
 
-/// How long to wait for the body of an error, which is only quoted.
+/// How long to wait for the body of an error response, which is only quoted.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_millis(200);
 const MAX_CONNECT_TIME: Duration = Duration::from_secs(3);
 
-/// Counts every 404, whether it says "offline" or is a failed lookup.
+/// Counts every 404, whether it means offline or is a failed lookup.
 pub(crate) const NOT_FOUND_METRIC: &str = "lastseen_lookups_not_found_total";
 
-/// What the status API knows about an object.
+/// What the status API says about an object.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Answer {
-    /// Online, at the moment when the answer was complete.
+    /// Online when the answer was complete, at this time.
     Online(Instant),
     /// Offline, or unknown to the API.
     Offline,
 }
 
-/// A lookup after which nobody knows whether the object is online.
+/// A failed lookup: it is unknown whether the object is online.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum LookupError {
     #[error("no answer within {0:?}")]
@@ -45,13 +45,13 @@ pub(crate) enum LookupError {
     Transport(String),
     #[error("answered {status} ({response})")]
     Status { status: StatusCode, retry_after: Option<Duration>, response: Excerpt },
-    #[error("answered 404 Not Found, which does not say offline: {reason} ({response})")]
+    #[error("answered 404 Not Found, which does not mean offline: {reason} ({response})")]
     NotFound { reason: &'static str, response: Excerpt },
-    #[error("the answer is over {MAX_BODY_BYTES} bytes (200 OK, {0})")]
+    #[error("the answer is larger than {MAX_BODY_BYTES} bytes (200 OK, {0})")]
     TooLarge(Excerpt),
     #[error("the answer is not {{\"id\":…,\"online\":…}}: {reason} (200 OK, {response})")]
     Garbage { reason: String, response: Excerpt },
-    #[error("the answer is about object {id} (200 OK, {response})")]
+    #[error("the answer is about another object, {id} (200 OK, {response})")]
     WrongId { id: i64, response: Excerpt },
 }
 
@@ -73,8 +73,8 @@ impl LookupError {
         }
     }
 
-    /// How long the API asks all lookups to wait: always with 429, and with 503 if it sends a
-    /// `Retry-After`.
+    /// The pause that the API asks for, if it does: with a 429, and with a 503 that has a
+    /// `Retry-After` header.
     pub(crate) fn asks_to_wait(&self) -> Option<Duration> {
         match self {
             Self::Status { status: StatusCode::TOO_MANY_REQUESTS, retry_after, .. } => {
@@ -87,7 +87,7 @@ impl LookupError {
         }
     }
 
-    /// The wait that the API asked for, a minute at most.
+    /// The `Retry-After` header, at most a minute.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Status { retry_after, .. } => *retry_after,
@@ -96,31 +96,31 @@ impl LookupError {
     }
 }
 
-/// Whether an HTTP server can be reached at the API's address, and answers lookups.
+/// Whether the API can be reached and answers lookups, or why not.
 type Reachable = Result<(), String>;
 
 pub(crate) struct StatusApi {
     client: Client,
-    /// For a lookup that is sent once more: it keeps no connections, so it never reuses one.
+    /// For a lookup that is sent again. It keeps no idle connections, so it never reuses one.
     without_reuse: Client,
     used_connections: UsedConnections,
     endpoint: String,
-    /// The server's attributes in traces.
-    server: [KeyValue; 2],
+    /// The server's attributes for spans.
+    server_attributes: [KeyValue; 2],
     last_answer: LastAnswer,
     status: watch::Receiver<Reachable>,
-    _probe: AbortOnDropHandle<()>,
+    _monitor: AbortOnDropHandle<()>,
 }
 
 impl StatusApi {
     /// # Errors
-    /// When the HTTP client cannot be set up, for instance without the system's certificates.
+    /// When the HTTP client cannot be built, for example without the certificates of the system.
     pub(crate) fn new(
         config: &Lookups,
-        by_lookups: watch::Receiver<Reachable>,
+        breaker_status: watch::Receiver<Reachable>,
     ) -> Result<Self, reqwest::Error> {
         let (host, port) = host_and_port(&config.tester_endpoint);
-        let addresses = Addresses::of(host.clone(), port);
+        let addresses = Addresses::resolve(host.clone(), port);
         let client = || {
             Client::builder()
                 .connect_timeout(MAX_CONNECT_TIME)
@@ -130,26 +130,26 @@ impl StatusApi {
                 .http1_only()
                 .user_agent(concat!("lastseen/", env!("CARGO_PKG_VERSION")))
         };
-        let (sender, status) = watch::channel(Err(NOT_YET.to_owned()));
+        let (sender, status) = watch::channel(Err(NOT_CHECKED.to_owned()));
         let last_answer = LastAnswer::default();
-        let probe = AbortOnDropHandle::new(tokio::spawn(probe(
+        let monitor = AbortOnDropHandle::new(tokio::spawn(monitor(
             format!("{host}:{port}"),
             addresses.clone(),
             last_answer.clone(),
-            by_lookups,
+            breaker_status,
             sender,
         )));
-        let server =
+        let server_attributes =
             [KeyValue::new("server.address", host), KeyValue::new("server.port", i64::from(port))];
         Ok(Self {
             client: client().pool_idle_timeout(IDLE_TIMEOUT).build()?,
             without_reuse: client().pool_max_idle_per_host(0).build()?,
             used_connections: UsedConnections::default(),
             endpoint: config.tester_endpoint.as_str().trim_end_matches('/').to_owned(),
-            server,
+            server_attributes,
             last_answer,
             status,
-            _probe: probe,
+            _monitor: monitor,
         })
     }
 
@@ -157,51 +157,53 @@ impl StatusApi {
         self.status.clone()
     }
 
-    /// A lookup, as traces have it.
+    /// The span of a lookup.
     pub(crate) fn step(&self, id: i64) -> Step {
         let mut attributes = vec![
             KeyValue::new("http.request.method", "GET"),
             KeyValue::new("url.template", "/objects/{id}"),
             KeyValue::new("lastseen.object_id", id),
         ];
-        attributes.extend_from_slice(&self.server);
+        attributes.extend_from_slice(&self.server_attributes);
         Step { name: "GET /objects/{id}".into(), kind: SpanKind::Client, attributes }
     }
 
-    /// Asks whether the object is online, as a part of `span`, within `lookups.status_timeout`.
+    /// Looks the object up within `lookups.status_timeout`. Adds to `span`, and passes its context
+    /// to the API.
     ///
     /// # Errors
-    /// [`LookupError`] for every response that says neither online nor offline; worth another attempt.
+    /// [`LookupError`] without a response that says online or offline; worth another attempt.
     pub(crate) async fn look_up(
         &self,
         id: i64,
         lookups: &Lookups,
         span: &mut Span,
     ) -> Result<Answer, LookupError> {
-        let limit = lookups.status_timeout;
-        let response = self.send(id, limit, span).await.map_err(|error| transport(error, limit))?;
+        let timeout = lookups.status_timeout;
+        let response =
+            self.send(id, timeout, span).await.map_err(|error| transport_error(error, timeout))?;
         self.last_answer.note();
         let status = response.status();
         span.set("http.response.status_code", i64::from(status.as_u16()));
         if status == StatusCode::NOT_FOUND {
             metrics::counter!(NOT_FOUND_METRIC).increment(1);
         }
-        let received = receive(response).await.map_err(|error| transport(error, limit))?;
-        let is_online = received.online(id, lookups.status_404)?;
+        let received = receive(response).await.map_err(|error| transport_error(error, timeout))?;
+        let is_online = received.is_online(id, lookups.status_404)?;
         Ok(if is_online { Answer::Online(Instant::now()) } else { Answer::Offline })
     }
 
-    async fn send(&self, id: i64, limit: Duration, span: &Span) -> reqwest::Result<Response> {
+    async fn send(&self, id: i64, timeout: Duration, span: &Span) -> reqwest::Result<Response> {
         let started = Instant::now();
         let url = format!("{}/objects/{id}", self.endpoint);
-        let get = |client: &Client, limit| {
-            let mut request = client.get(&url).timeout(limit);
+        let get = |client: &Client, timeout| {
+            let mut request = client.get(&url).timeout(timeout);
             if let Some(traceparent) = span.traceparent() {
                 request = request.header(TRACEPARENT, traceparent);
             }
             request.send()
         };
-        let mut sent = get(&self.client, limit).await;
+        let mut sent = get(&self.client, timeout).await;
         if let Err(error) = &sent
             && self.used_connections.ended_before_response(error)
         {
@@ -209,39 +211,42 @@ impl StatusApi {
                 id,
                 "the status API closed an idle connection; sending the lookup again"
             );
-            sent = get(&self.without_reuse, limit.saturating_sub(started.elapsed())).await;
+            sent = get(&self.without_reuse, timeout.saturating_sub(started.elapsed())).await;
         }
         if let Ok(response) = &sent {
-            self.used_connections.note(response.extensions().get(), limit);
+            self.used_connections.note(response.extensions().get(), timeout);
         }
         sent
     }
 }
 
-/// Reads the response: the body up to [`MAX_BODY_BYTES`] where the answer is in it. Of another status, it
-/// waits only shortly for the body, which an error quotes.
-async fn receive(mut response: Response) -> reqwest::Result<Received> {
+/// Reads a response. If the status says that the body has the answer, it reads up to
+/// [`MAX_BODY_BYTES`]; otherwise it waits only briefly for the body, which an error quotes.
+async fn receive(mut response: Response) -> reqwest::Result<ReceivedResponse> {
     let status = response.status();
-    let mut received = Received {
+    let mut received = ReceivedResponse {
         status,
         headers: std::mem::take(response.headers_mut()),
         body: Vec::new(),
         is_truncated: false,
     };
-    let whole = read(&mut response, &mut received);
+    let reading = read_body(&mut response, &mut received);
     if matches!(status, StatusCode::OK | StatusCode::NOT_FOUND) {
-        whole.await?;
+        reading.await?;
     } else {
-        _ = timeout(ERROR_BODY_TIMEOUT, whole).await;
+        _ = timeout(ERROR_BODY_TIMEOUT, reading).await;
     }
     Ok(received)
 }
 
-async fn read(response: &mut Response, received: &mut Received) -> reqwest::Result<()> {
+async fn read_body(
+    response: &mut Response,
+    received: &mut ReceivedResponse,
+) -> reqwest::Result<()> {
     while let Some(chunk) = response.chunk().await? {
-        let room = MAX_BODY_BYTES.saturating_sub(received.body.len());
-        received.body.extend_from_slice(&chunk[..chunk.len().min(room)]);
-        if chunk.len() > room {
+        let remaining = MAX_BODY_BYTES.saturating_sub(received.body.len());
+        received.body.extend_from_slice(&chunk[..chunk.len().min(remaining)]);
+        if chunk.len() > remaining {
             received.is_truncated = true;
             break;
         }
@@ -249,11 +254,11 @@ async fn read(response: &mut Response, received: &mut Received) -> reqwest::Resu
     Ok(())
 }
 
-/// reqwest's own text says what it did, not what went wrong; that is at the end of its sources.
-/// The URL is left out, since it may hold a password.
-fn transport(error: reqwest::Error, limit: Duration) -> LookupError {
+/// Takes the text of the innermost source, because reqwest's own text says what it did, not what
+/// went wrong. Omits the URL, which may contain a password.
+fn transport_error(error: reqwest::Error, timeout: Duration) -> LookupError {
     if error.is_timeout() {
-        return LookupError::Timeout(limit);
+        return LookupError::Timeout(timeout);
     }
     let error = error.without_url();
     let mut cause = error.source();

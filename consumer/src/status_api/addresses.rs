@@ -1,8 +1,8 @@
 //! The addresses of the status API's host.
 //!
-//! One task resolves the name every few seconds, so the number of new connections does not matter to the
-//! name server, and keeps the last good answer while the name server fails. The probe of the API notes
-//! which addresses refuse connections; lookups try those last.
+//! One task resolves the name every few seconds, so the load of the name server does not depend on
+//! the number of connections. It keeps the last good result while the name server fails. The
+//! reachability check notes which addresses refuse connections; lookups try those last.
 //!
 //! Decision: docs/decisions/0029-how-is-the-status-apis-name-resolved.md
 
@@ -24,90 +24,91 @@ const REFRESH_INTERVAL: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// A name with more addresses than this is used with the first ones.
 const ADDRESSES_MAX: usize = 16;
-/// How long the probe waits for one address before it tries the next one at the same time.
+/// How long the check waits for one address before it tries the next one as well.
 const HEAD_START: Duration = Duration::from_millis(250);
 
-/// What is known about the addresses. Clones share it.
+/// The known addresses. Clones share them.
 #[derive(Clone)]
 pub(super) struct Addresses {
     known: Arc<watch::Sender<Known>>,
-    /// How many connections were asked for, and how many probes were made.
+    /// The number of connections opened by the client, and of checks; both only rotate the
+    /// addresses.
     connections: Arc<AtomicUsize>,
-    probes: Arc<AtomicUsize>,
+    checks: Arc<AtomicUsize>,
     _refresh: Arc<AbortOnDropHandle<()>>,
 }
 
 #[derive(Default)]
 struct Known {
-    /// Of the last resolution that succeeded, in the resolver's order.
+    /// The result of the last successful resolution, in the resolver's order.
     addresses: Vec<Address>,
-    /// Why the last resolution failed, if it did.
+    /// The error of the last resolution, if it failed.
     error: Option<String>,
 }
 
 #[derive(Clone, Copy)]
 struct Address {
     addr: SocketAddr,
-    /// Whether the last probe could not connect to it.
+    /// Whether the last check could not connect to it.
     failed: bool,
 }
 
 impl Addresses {
-    /// Starts to resolve `host`.
-    pub(super) fn of(host: String, port: u16) -> Self {
+    /// Starts a task that resolves `host`.
+    pub(super) fn resolve(host: String, port: u16) -> Self {
         let known = Arc::new(watch::Sender::new(Known::default()));
         let refresh = tokio::spawn(refresh(host, port, Arc::clone(&known)));
         let refresh = Arc::new(AbortOnDropHandle::new(refresh));
-        Self { known, connections: Arc::default(), probes: Arc::default(), _refresh: refresh }
+        Self { known, connections: Arc::default(), checks: Arc::default(), _refresh: refresh }
     }
 
     /// The addresses in the order in which to try them. Waits until the name was resolved once.
     ///
     /// # Errors
-    /// Why the name has never been resolved.
+    /// When the name has never been resolved.
     async fn ordered(&self) -> io::Result<Vec<SocketAddr>> {
         let mut known = self.known.subscribe();
-        // This function holds the sender.
-        let is_settled = |known: &Known| !known.addresses.is_empty() || known.error.is_some();
-        let known = known.wait_for(is_settled).await.map_err(io::Error::other)?;
+        // This cannot fail, because `self` holds the sender.
+        let has_result = |known: &Known| !known.addresses.is_empty() || known.error.is_some();
+        let known = known.wait_for(has_result).await.map_err(io::Error::other)?;
         if let (true, Some(error)) = (known.addresses.is_empty(), &known.error) {
             return Err(io::Error::other(error.clone()));
         }
         Ok(order(&known.addresses, self.connections.fetch_add(1, Ordering::Relaxed)))
     }
 
-    /// Connects to one of the addresses: first to one of them, after a head start to the next one as well,
-    /// and so on. Each call begins with another address, so each is tried again and again.
+    /// Connects to any of the addresses: tries one, after `HEAD_START` the next one as well, and so
+    /// on. Each call starts with another address, so that all of them are checked in turn.
     ///
     /// # Errors
-    /// Why the last of them refused, or that none answered within `limit`.
-    pub(super) async fn race(&self, limit: Duration) -> io::Result<()> {
+    /// The error of the last address that failed, or a timeout if none answered within `limit`.
+    pub(super) async fn connect_to_any(&self, limit: Duration) -> io::Result<()> {
         let mut all = timeout(limit, self.ordered()).await.unwrap_or_else(|_| timed_out())?;
         all.sort_unstable();
-        let first = self.probes.fetch_add(1, Ordering::Relaxed) % all.len().max(1);
+        let first = self.checks.fetch_add(1, Ordering::Relaxed) % all.len().max(1);
         all.rotate_left(first);
         let mut attempts = FuturesUnordered::new();
         let mut waiting = all.iter().copied().enumerate();
         let mut failure = io::Error::from(io::ErrorKind::TimedOut);
         loop {
-            let begun = waiting.next();
-            let more = waiting.len() > 0;
-            if let Some((place, addr)) = begun {
+            let next = waiting.next();
+            let has_more = waiting.len() > 0;
+            if let Some((position, addr)) = next {
                 attempts.push(async move {
                     let connected = timeout(limit, TcpStream::connect(addr)).await;
-                    (place, addr, connected.unwrap_or_else(|_| timed_out()))
+                    (position, addr, connected.unwrap_or_else(|_| timed_out()))
                 });
             }
             let mut head_start = pin!(sleep(HEAD_START));
             loop {
                 let ended = tokio::select! {
                     ended = attempts.next() => ended,
-                    () = &mut head_start, if more => break,
+                    () = &mut head_start, if has_more => break,
                 };
                 match ended {
-                    Some((place, addr, Ok(_))) => {
-                        // Those that were tried earlier have not answered.
-                        self.note(&all[..place], true);
+                    Some((position, addr, Ok(_))) => {
+                        // The addresses before it were tried earlier and have not answered.
+                        self.note(&all[..position], true);
                         self.note(&[addr], false);
                         return Ok(());
                     }
@@ -134,7 +135,7 @@ impl Addresses {
 
 impl Resolve for Addresses {
     fn resolve(&self, _: Name) -> Resolving {
-        // The client asks for the status API's host only: it follows no redirect and uses no proxy.
+        // The client resolves no other host, because it follows no redirect and uses no proxy.
         let addresses = self.clone();
         Box::pin(async move {
             let addresses: Addrs = Box::new(addresses.ordered().await?.into_iter());
@@ -143,22 +144,23 @@ impl Resolve for Addresses {
     }
 }
 
-/// Those that work first, each in turn, but only those of the family that the resolver prefers; the client
-/// tries the other family at the same time, a little later.
-fn order(addresses: &[Address], turn: usize) -> Vec<SocketAddr> {
+/// The addresses that work come before those that failed. Of those that work, the family that the
+/// resolver prefers comes first, rotated by `rotation`; the client tries the other family a little
+/// later, at the same time.
+fn order(addresses: &[Address], rotation: usize) -> Vec<SocketAddr> {
     let of = |failed| addresses.iter().filter(move |a| a.failed == failed).map(|a| a.addr);
     let prefers_ipv6 = of(false).next().is_some_and(|addr| addr.is_ipv6());
     let (mut ordered, others): (Vec<_>, Vec<_>) =
         of(false).partition(|addr| addr.is_ipv6() == prefers_ipv6);
-    let places = ordered.len().max(1);
-    ordered.rotate_left(turn % places);
+    let count = ordered.len().max(1);
+    ordered.rotate_left(rotation % count);
     ordered.extend(others);
     ordered.extend(of(true));
     ordered
 }
 
-/// Resolves the name again and again. Only one resolution runs at a time, however long it takes: each
-/// occupies a thread.
+/// Resolves the name repeatedly. Only one resolution runs at a time, regardless of its duration,
+/// because each one occupies a thread.
 async fn refresh(host: String, port: u16, known: Arc<watch::Sender<Known>>) {
     loop {
         let resolved = lookup_host((host.as_str(), port)).await;
@@ -217,7 +219,7 @@ impl Addresses {
         Self {
             known: Arc::new(watch::Sender::new(known)),
             connections: Arc::default(),
-            probes: Arc::default(),
+            checks: Arc::default(),
             _refresh: Arc::new(refresh),
         }
     }
@@ -238,8 +240,8 @@ mod tests {
         (listener, addr)
     }
 
-    /// Answers no attempt to connect: its backlog is full and nobody accepts.
-    async fn black_hole() -> (tokio::net::TcpListener, Vec<TcpStream>, SocketAddr) {
+    /// Never answers a connection attempt: the backlog is full, and nothing accepts.
+    async fn hanging() -> (tokio::net::TcpListener, Vec<TcpStream>, SocketAddr) {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
         let listener = socket.listen(0).unwrap();
@@ -254,13 +256,13 @@ mod tests {
 
     // Field case 3.8.
     #[tokio::test]
-    async fn a_black_hole_does_not_hold_up_the_next_address() {
-        let (_hole, _held, hole) = black_hole().await;
-        let (_listener, working) = listening();
-        let addresses = Addresses::fixed(&[hole, working]);
-        timeout(LIMIT / 2, addresses.race(LIMIT)).await.unwrap().unwrap();
-        timeout(LIMIT / 2, addresses.race(LIMIT)).await.unwrap().unwrap();
-        assert_eq!(addresses.ordered().await.unwrap(), [working, hole]);
+    async fn an_address_that_hangs_does_not_delay_the_next_one() {
+        let (_listener, _streams, hanging) = hanging().await;
+        let (_working, working) = listening();
+        let addresses = Addresses::fixed(&[hanging, working]);
+        timeout(LIMIT / 2, addresses.connect_to_any(LIMIT)).await.unwrap().unwrap();
+        timeout(LIMIT / 2, addresses.connect_to_any(LIMIT)).await.unwrap().unwrap();
+        assert_eq!(addresses.ordered().await.unwrap(), [working, hanging]);
     }
 
     #[tokio::test]
@@ -269,24 +271,24 @@ mod tests {
         let (_second, second) = listening();
         let addresses = Addresses::fixed(&[first, second]);
         addresses.note(&[first, second], true);
-        addresses.race(LIMIT).await.unwrap();
-        addresses.race(LIMIT).await.unwrap();
+        addresses.connect_to_any(LIMIT).await.unwrap();
+        addresses.connect_to_any(LIMIT).await.unwrap();
         assert!(addresses.known.borrow().addresses.iter().all(|address| !address.failed));
     }
 
     #[tokio::test]
-    async fn an_address_that_refuses_is_passed_at_once_and_reported() {
+    async fn an_address_that_refuses_is_skipped_at_once() {
         let (listener, refusing) = listening();
         drop(listener);
         let (_listener, working) = listening();
-        Addresses::fixed(&[refusing, working]).race(LIMIT).await.unwrap();
-        let error = Addresses::fixed(&[refusing]).race(LIMIT).await.unwrap_err();
+        Addresses::fixed(&[refusing, working]).connect_to_any(LIMIT).await.unwrap();
+        let error = Addresses::fixed(&[refusing]).connect_to_any(LIMIT).await.unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::ConnectionRefused);
     }
 
     // Field case 5.4.
     #[tokio::test]
-    async fn the_last_good_answer_outlives_a_failing_name_server() {
+    async fn a_failing_name_server_does_not_remove_known_addresses() {
         let (_listener, working) = listening();
         let addresses = Addresses::fixed(&[working]);
         let fails = || Err(io::Error::other("no name server"));
@@ -300,8 +302,8 @@ mod tests {
     #[tokio::test]
     async fn a_name_is_resolved_in_the_background() {
         let (_listener, addr) = listening();
-        let addresses = Addresses::of("localhost".to_owned(), addr.port());
-        addresses.race(LIMIT).await.unwrap();
+        let addresses = Addresses::resolve("localhost".to_owned(), addr.port());
+        addresses.connect_to_any(LIMIT).await.unwrap();
         assert!(addresses.ordered().await.unwrap().contains(&addr));
     }
 
@@ -311,7 +313,7 @@ mod tests {
         let v4 = |n| IpAddr::from(Ipv4Addr::new(10, 0, 0, n));
         let v6 = |n| IpAddr::from(Ipv6Addr::new(0xfd00, 0, 0, 0, 0, 0, 0, n));
         let all = [at(v6(1), true), at(v4(1), false), at(v6(2), false), at(v4(2), false)];
-        let ips = |turn| order(&all, turn).iter().map(SocketAddr::ip).collect::<Vec<_>>();
+        let ips = |rotation| order(&all, rotation).iter().map(SocketAddr::ip).collect::<Vec<_>>();
         assert_eq!(ips(0), [v4(1), v4(2), v6(2), v6(1)]);
         assert_eq!(ips(1), [v4(2), v4(1), v6(2), v6(1)]);
         assert_eq!(ips(usize::MAX), ips(1));

@@ -1,4 +1,4 @@
-//! What a response of the status API says about an object.
+//! Interprets a response of the status API.
 
 use std::fmt;
 use std::time::{Duration, SystemTime};
@@ -11,22 +11,22 @@ use serde_json::{Map, Value};
 use super::LookupError;
 use crate::config::Status404;
 
-/// A valid answer has about 30 bytes. The client does not read a larger body to its end.
+/// A valid answer has about 30 bytes. The client does not read more of a body than this.
 pub(super) const MAX_BODY_BYTES: usize = 16 * 1024;
-/// How much of a response an error quotes.
+/// How much of a body an error quotes.
 const QUOTED_BYTES: usize = 100;
 const QUOTED_CONTENT_TYPE_BYTES: usize = 60;
-/// A longer `Retry-After` is cut to this: the longest pause, and about the longest delay queue.
+/// A longer `Retry-After` is capped at this: the longest pause, and about the longest delay queue.
 const RETRY_AFTER_MAX: Duration = Duration::from_mins(1);
 const UTF8_BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// A response that has been read.
+/// A response whose body has been read.
 #[derive(Debug)]
-pub(super) struct Received {
+pub(super) struct ReceivedResponse {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Vec<u8>,
-    /// Whether there is more in the body than was read.
+    /// Whether the body is longer than what was read of it.
     pub(super) is_truncated: bool,
 }
 
@@ -36,19 +36,19 @@ struct Body {
     online: bool,
 }
 
-/// What an error shows of a response: content type and the first bytes, escaped.
+/// What an error quotes of a response: the content type and the first bytes, escaped.
 #[derive(Debug)]
 pub(crate) struct Excerpt {
     content_type: Option<String>,
     first_bytes: String,
 }
 
-impl Received {
+impl ReceivedResponse {
     /// Whether object `id` is online.
     ///
     /// # Errors
-    /// [`LookupError`] for every response from which this cannot be known.
-    pub(super) fn online(&self, id: i64, status_404: Status404) -> Result<bool, LookupError> {
+    /// [`LookupError`] for every response that does not say so.
+    pub(super) fn is_online(&self, id: i64, status_404: Status404) -> Result<bool, LookupError> {
         match self.status {
             StatusCode::OK if self.is_truncated => Err(LookupError::TooLarge(self.excerpt())),
             StatusCode::OK => self.parse(id),
@@ -73,11 +73,11 @@ impl Received {
         // Without this check, serde would accept the list `[42,true]` as the fields in order.
         if json.first() != Some(&b'{') {
             return Err(garbage(match json {
-                [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "it is UTF-16, not UTF-8",
-                _ => "it is no JSON object",
+                [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "the body is UTF-16, not UTF-8",
+                _ => "the body is not a JSON object",
             }));
         }
-        // serde_json's error may quote a value of any length.
+        // `garbage` truncates the error, because it may quote a value of any length.
         let body: Body =
             serde_json::from_slice(json).map_err(|error| garbage(&error.to_string()))?;
         if body.id != id {
@@ -87,34 +87,34 @@ impl Received {
     }
 
     // Decision: docs/decisions/0028-when-does-a-404-mean-offline.md
-    /// Why this 404 cannot be the API's own, if it cannot.
+    /// Why this 404 does not mean that the object is offline, if it does not.
     ///
-    /// The API says "no such object" without a body or with a JSON object. What stands in front of it (an
-    /// ingress, a gateway, a default backend) says "no such route", mostly as HTML or plain text. To take
-    /// that for "offline" would drop every callback, so whatever is in doubt is a failure.
+    /// The API reports an unknown object without a body or with a JSON object. A gateway or default
+    /// backend in front of it reports an unknown route, mostly as HTML or plain text. If that
+    /// counted as "offline", every callback would be dropped, so a 404 in doubt is a failed lookup.
     fn foreign_404(&self, status_404: Status404) -> Option<&'static str> {
         if status_404 == Status404::Failed {
-            return Some("by STATUS_404 it never does");
+            return Some("STATUS_404=failed");
         }
         let json = json(&self.body);
         if json.is_empty() {
             return None;
         }
         if self.is_truncated {
-            return Some("its body is too large");
+            return Some("the body is too large");
         }
         let Ok(fields) = serde_json::from_slice::<Map<String, Value>>(json) else {
-            return Some("its body is no JSON object");
+            return Some("the body is not a JSON object");
         };
         if fields.get("online").is_some_and(|online| *online != Value::Bool(false)) {
-            return Some("it contradicts its body");
+            return Some("the body says online");
         }
         let mentions_a_route = |value: &Value| {
             let text = value.as_str().unwrap_or_default().to_ascii_lowercase();
-            // Kong, APISIX, Laravel; Express and Nest.
+            // The first text is of Kong, APISIX and Laravel, the second one of Express and Nest.
             text.contains("route") || text.starts_with("cannot get")
         };
-        fields.values().any(mentions_a_route).then_some("it is about a route, not an object")
+        fields.values().any(mentions_a_route).then_some("the body is about a route, not an object")
     }
 
     fn excerpt(&self) -> Excerpt {
@@ -139,7 +139,7 @@ impl fmt::Display for Excerpt {
     }
 }
 
-/// The body without what RFC 8259 lets a parser ignore: a byte order mark and white space.
+/// The body without a byte order mark and outer white space, which RFC 8259 lets a parser ignore.
 fn json(body: &[u8]) -> &[u8] {
     body.strip_prefix(UTF8_BYTE_ORDER_MARK).unwrap_or(body).trim_ascii()
 }
@@ -150,13 +150,13 @@ fn escape(bytes: &[u8], max: usize) -> String {
     String::from_utf8_lossy(cut).escape_debug().to_string()
 }
 
-/// `Retry-After`, in seconds or as a date; a date that has passed is no wait. The API chooses the number,
-/// so it is capped here, before anybody calculates with it.
+/// Parses `Retry-After`, a number of seconds or a date; a past date is no wait. The API chooses the
+/// value, so it is capped here, before any arithmetic.
 pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let is_number = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
     let wait = if is_number {
-        // A number beyond u64 is a long wait too.
+        // A number above u64::MAX is a long wait, too.
         Duration::from_secs(value.parse().unwrap_or(u64::MAX))
     } else {
         let until = httpdate::parse_http_date(value).ok()?;

@@ -1,9 +1,9 @@
-//! Connections that end just when a lookup is sent on them.
+//! Idle connections that the server closes while a lookup is sent on them.
 //!
-//! An HTTP server may close an idle connection at any moment, also while the next request is on its way.
-//! The request then fails although neither the API nor the object is at fault. The client keeps idle
-//! connections for less time than servers usually do; for those that close even earlier, a lookup that
-//! failed this way is sent once more, on a new connection.
+//! An HTTP server may close an idle connection at any moment, even while a request is on its way.
+//! The request then fails although neither the API nor the object is at fault. The client keeps
+//! idle connections for less time than servers usually do. If a server closes one even earlier, the
+//! client sends the lookup once more, on a new connection.
 //!
 //! Decision: docs/decisions/0030-when-is-a-lookup-sent-again-at-once.md
 
@@ -16,28 +16,29 @@ use std::time::{Duration, Instant};
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpInfo;
 
-/// How long an idle connection is kept: less than the shortest usual limit of servers, 1 s.
+/// How long an idle connection is kept: less than the shortest common limit of servers, 1 s.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
-/// How many connections to remember before those that cannot be reused any more are forgotten.
+/// With more connections than this, those that can no longer be reused are removed.
 const PRUNE_ABOVE: usize = 1_024;
 
-/// The connections on which a response has come in, by their local address.
+/// The connections that have received a response, by local address.
 #[derive(Default)]
 pub(super) struct UsedConnections(Mutex<Used>);
 
 #[derive(Default)]
 struct Used {
-    /// Until when a request on it may have been the second one.
+    /// The time until which a request on the connection may fail because it was idle.
     until: HashMap<SocketAddr, Instant>,
     prune_above: usize,
 }
 
 impl UsedConnections {
-    /// A response has come in on this connection. A request that is sent on it later ends within `limit`.
-    pub(super) fn note(&self, info: Option<&HttpInfo>, limit: Duration) {
+    /// Notes that the connection has received a response. `timeout` is that of the next request on
+    /// it.
+    pub(super) fn note(&self, info: Option<&HttpInfo>, timeout: Duration) {
         let Some(info) = info else { return };
         let now = Instant::now();
-        let Some(until) = now.checked_add(IDLE_TIMEOUT.saturating_add(limit)) else { return };
+        let Some(until) = now.checked_add(IDLE_TIMEOUT.saturating_add(timeout)) else { return };
         let used = &mut *self.used();
         used.until.insert(info.local_addr(), until);
         if used.until.len() > used.prune_above.max(PRUNE_ABOVE) {
@@ -46,8 +47,8 @@ impl UsedConnections {
         }
     }
 
-    /// Whether the request failed because a connection that had been used before ended without the first
-    /// byte of a response.
+    /// Whether the request failed because a connection that had been used before ended before the
+    /// first byte of the response.
     pub(super) fn ended_before_response(&self, error: &reqwest::Error) -> bool {
         if error.is_timeout() || error.is_connect() {
             return false;
@@ -80,7 +81,7 @@ impl UsedConnections {
     }
 }
 
-/// What an error was caused by, the nearest cause first.
+/// The sources of an error, the outermost first.
 fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
     let mut next = error.source();
     std::iter::from_fn(move || {

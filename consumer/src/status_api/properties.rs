@@ -1,5 +1,6 @@
-//! What holds for every answer. Inputs that once failed are kept in `tests/status.regressions`, others
-//! worth keeping in `tests/corpus/status`, under names that begin with what they say of object 42.
+//! Properties of the interpretation of answers. Inputs that have failed are in
+//! `tests/status.regressions`, other interesting ones in `tests/corpus/status`, with names that
+//! start with what they say about object 42.
 
 use std::time::Duration;
 
@@ -13,15 +14,16 @@ use reqwest::StatusCode;
 use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
 
 use super::LookupError;
-use super::answer::{Received, retry_after};
+use super::answer::{ReceivedResponse, retry_after};
 use crate::config::Status404;
 
 fn online(id: i64, body: &[u8]) -> Result<bool, LookupError> {
     let (status, headers, body) = (StatusCode::OK, HeaderMap::new(), body.to_vec());
-    Received { status, headers, body, is_truncated: false }.online(id, Status404::Offline)
+    ReceivedResponse { status, headers, body, is_truncated: false }
+        .is_online(id, Status404::Offline)
 }
 
-/// What an answer says of `id` as another parser reads it.
+/// What an answer says about `id` according to another parser.
 fn online_by_value(id: i64, body: &[u8]) -> Option<bool> {
     let value: Value = serde_json::from_slice(body).ok()?;
     let fields = value.as_object()?;
@@ -58,7 +60,7 @@ fn answer() -> impl Strategy<Value = Value> {
 }
 
 #[test]
-fn what_is_in_the_corpus_says_what_its_name_does() {
+fn corpus_answers_say_what_their_names_say() {
     let corpus = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/status"));
     let mut answers = 0;
     for entry in corpus.unwrap() {
@@ -79,7 +81,7 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn what_is_said_of_an_object_is_read_and_holds_for_no_other(id: i64, other: i64, is_online: bool) {
+    fn an_answer_applies_only_to_the_object_it_names(id: i64, other: i64, is_online: bool) {
         let answer = json!({ "id": id, "online": is_online, "more": [] }).to_string();
         prop_assert_eq!(online(id, answer.as_bytes()).unwrap(), is_online);
         prop_assume!(other != id);
@@ -92,13 +94,13 @@ proptest! {
     }
 
     #[test]
-    fn of_json_exactly_what_another_parser_finds_is_read(answer in answer()) {
+    fn json_is_read_as_another_parser_reads_it(answer in answer()) {
         let answer = answer.to_string();
         prop_assert_eq!(online(42, answer.as_bytes()).ok(), online_by_value(42, answer.as_bytes()));
     }
 
     #[test]
-    fn of_an_answer_with_a_few_wrong_bytes_nothing_is_read_that_another_parser_does_not_find(
+    fn a_corrupted_answer_is_read_as_another_parser_reads_it(
         is_online: bool,
         changes in vec((any::<Index>(), any::<u8>()), 1..4),
     ) {
@@ -111,7 +113,7 @@ proptest! {
     }
 
     #[test]
-    fn any_bytes_at_all_say_something_or_nothing(answer: Vec<u8>) {
+    fn any_bytes_are_read_as_another_parser_reads_them(answer: Vec<u8>) {
         prop_assert_eq!(online(42, &answer).ok(), online_by_value(42, &answer));
     }
 
@@ -127,7 +129,7 @@ proptest! {
 
     // Field cases 5.1 and 5.5.
     #[test]
-    fn any_response_is_judged_and_shown_briefly(
+    fn the_error_of_any_response_is_short_and_printable(
         status in 100..=999_u16,
         content_type: Vec<u8>,
         body in prop_oneof![any::<Vec<u8>>(), Just("\u{1b}".repeat(5_000).into_bytes())],
@@ -136,8 +138,8 @@ proptest! {
         let content_type = HeaderValue::from_bytes(&content_type).ok();
         let headers = content_type.into_iter().map(|value| (CONTENT_TYPE, value)).collect();
         let status = StatusCode::from_u16(status).unwrap();
-        let received = Received { status, headers, body, is_truncated };
-        if let Err(error) = received.online(42, Status404::Offline) {
+        let received = ReceivedResponse { status, headers, body, is_truncated };
+        if let Err(error) = received.is_online(42, Status404::Offline) {
             let shown = error.to_string();
             prop_assert!(shown.len() < 2_000, "{} bytes: {}", shown.len(), shown);
             prop_assert!(!shown.chars().any(char::is_control), "{}", shown);

@@ -1,5 +1,4 @@
-//! Whether the status API can be reached, so that readiness does not depend on there being something to
-//! look up.
+//! Checks whether the status API can be reached, so that readiness does not depend on lookups.
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -10,13 +9,13 @@ use tokio::time::{Instant, timeout};
 use super::addresses::Addresses;
 use super::{MAX_CONNECT_TIME, Reachable};
 
-const PROBE_INTERVAL: Duration = Duration::from_secs(2);
-/// An API that has answered a lookup within this time can be reached, whatever the probe finds.
-const RECENTLY: Duration = Duration::from_secs(5);
-/// Why the API is not reachable before the first attempt.
-pub(super) const NOT_YET: &str = "not asked yet";
+const CHECK_INTERVAL: Duration = Duration::from_secs(2);
+/// An API that has answered a lookup within this time counts as reachable, even if the check fails.
+const RECENT: Duration = Duration::from_secs(5);
+/// The reason that is reported before the first check.
+pub(super) const NOT_CHECKED: &str = "not checked yet";
 
-/// When the API last answered a lookup, with whatever status. Clones share it.
+/// The time of the last response to a lookup, of any status. Clones share it.
 #[derive(Clone, Default)]
 pub(super) struct LastAnswer(Arc<Mutex<Option<Instant>>>);
 
@@ -27,22 +26,22 @@ impl LastAnswer {
 
     fn is_recent(&self) -> bool {
         let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        last.is_some_and(|at| at.elapsed() < RECENTLY)
+        last.is_some_and(|at| at.elapsed() < RECENT)
     }
 }
 
-/// Keeps `status` up to date: the breaker's state, which is bad news only, and whether the API can be
-/// reached.
-pub(super) async fn probe(
+/// Keeps `status` up to date. It is an error while the API cannot be reached or the breaker is
+/// open.
+pub(super) async fn monitor(
     host_and_port: String,
     addresses: Addresses,
     last_answer: LastAnswer,
-    mut by_lookups: watch::Receiver<Reachable>,
+    mut breaker_status: watch::Receiver<Reachable>,
     status: watch::Sender<Reachable>,
 ) {
-    let mut before = Err(NOT_YET.to_owned());
+    let mut previous = Err(NOT_CHECKED.to_owned());
     loop {
-        let connected = addresses.race(MAX_CONNECT_TIME).await;
+        let connected = addresses.connect_to_any(MAX_CONNECT_TIME).await;
         let reachable = match connected {
             Err(error) if !last_answer.is_recent() => {
                 Err(format!("cannot reach {host_and_port}: {error}"))
@@ -50,24 +49,28 @@ pub(super) async fn probe(
             _ => Ok(()),
         };
         match &reachable {
-            // Once for each outage; the first attempt of all counts as one.
-            Err(reason) if before.is_ok() || before == Err(NOT_YET.to_owned()) => {
-                tracing::warn!(reason, "no status API; lookups wait until it can be reached");
+            // Logged once for each outage. A failure of the first check is an outage, too.
+            Err(reason) if previous.is_ok() || previous == Err(NOT_CHECKED.to_owned()) => {
+                tracing::warn!(
+                    reason,
+                    "no status API: cannot connect to it; lookups wait until it can be reached"
+                );
             }
-            Err(reason) => tracing::debug!(reason, "still no status API"),
-            Ok(()) if before.is_err() => tracing::info!("the status API can be reached"),
+            Err(reason) => tracing::debug!(reason, "still cannot connect to the status API"),
+            Ok(()) if previous.is_err() => tracing::info!("connected to the status API"),
             Ok(()) => {}
         }
-        before.clone_from(&reachable);
-        let answers = by_lookups.borrow_and_update().clone();
-        _ = status.send_replace(reachable.and(answers));
-        // A change of the breaker's state is published at once. Its sender may be gone at the shutdown.
-        let news = async {
-            if by_lookups.changed().await.is_err() {
+        previous.clone_from(&reachable);
+        let breaker = breaker_status.borrow_and_update().clone();
+        _ = status.send_replace(reachable.and(breaker));
+        // A change of the breaker's state is published at once. During the shutdown, the breaker
+        // may have been dropped.
+        let breaker_changed = async {
+            if breaker_status.changed().await.is_err() {
                 std::future::pending::<()>().await;
             }
         };
-        _ = timeout(PROBE_INTERVAL, news).await;
+        _ = timeout(CHECK_INTERVAL, breaker_changed).await;
     }
 }
 
@@ -79,17 +82,16 @@ mod tests {
 
     const PATIENCE: Duration = Duration::from_secs(20);
 
-    /// The status that a probe comes to which can connect to nothing.
+    /// The status after a check that cannot connect.
     async fn status(last_answer: LastAnswer) -> Reachable {
-        // Nobody listens there any more.
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let addresses = Addresses::fixed(&[listener.local_addr().unwrap()]);
         drop(listener);
-        let (_breaker, by_lookups) = watch::channel(Ok(()));
-        let (sender, mut status) = watch::channel(Err(NOT_YET.to_owned()));
-        let probe = probe("api:80".to_owned(), addresses, last_answer, by_lookups, sender);
+        let (_breaker, breaker_status) = watch::channel(Ok(()));
+        let (sender, mut status) = watch::channel(Err(NOT_CHECKED.to_owned()));
+        let monitor = monitor("api:80".to_owned(), addresses, last_answer, breaker_status, sender);
         tokio::select! {
-            () = probe => unreachable!("it never ends"),
+            () = monitor => unreachable!("the monitor never returns"),
             changed = timeout(PATIENCE, status.changed()) => changed.unwrap().unwrap(),
         }
         status.borrow().clone()
@@ -97,7 +99,7 @@ mod tests {
 
     // Field case 3.8.
     #[tokio::test]
-    async fn an_api_that_answers_can_be_reached() {
+    async fn an_api_that_answers_lookups_counts_as_reachable() {
         let refused = status(LastAnswer::default()).await.unwrap_err();
         assert!(refused.starts_with("cannot reach api:80: "), "{refused}");
         let answered = LastAnswer::default();
