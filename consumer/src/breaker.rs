@@ -1,23 +1,27 @@
-//! The breaker: how many lookups may run at once, and whose fault it is when one fails.
+//! The breaker: limits the lookups in flight, and decides whether the object or the API is at fault
+//! when a lookup fails.
 //!
-//! - **Closed**: up to `MAX_CONSUMERS` run, or fewer, with an [adaptive](Concurrency::Adaptive) limit.
-//! - **Open**, when nearly all fail: none run but a probe now and then, which is an ordinary lookup.
-//! - **Opening up**, after a probe was answered: one runs, and each answer lets a few more.
-//! - **Paused**, when the API asked for it: none run until then; after that it opens up as well.
+//! - **Closed**: up to `MAX_CONSUMERS` lookups run, or fewer with an
+//!   [adaptive](Concurrency::Adaptive) limit.
+//! - **Open**, because nearly all lookups failed: none run but a probe now and then, which is an
+//!   ordinary lookup.
+//! - **Half-open**, because a probe was answered: one lookup runs, and each answer allows a few
+//!   more.
+//! - **Paused**, because the API asked for it: none run. After the pause, the breaker is half-open.
 //!
-//! A failure counts as an attempt at its message only while the API answers others: one shortly
-//! before, and after it one that was asked later, or many. Whatever fails otherwise is looked up again
-//! at no cost. A message is given up only if its object is [at fault](evidence), and not an API that fails for
-//! a part of all lookups.
+//! A failure counts as an attempt at its message only while the API answers other lookups: one
+//! shortly before it, and after it one that started later, or many. After any other failure, the
+//! object is looked up again at no cost. A message is given up only if its object is
+//! [at fault](first_lookups), and not an API that fails for a part of all lookups.
 //!
-//! In whatever phase, no more begin in a second than `MAX_LOOKUPS_PER_SECOND`.
+//! In every phase, at most `MAX_LOOKUPS_PER_SECOND` lookups start per second.
 //!
 //! Decision: docs/decisions/0026-when-does-a-failed-lookup-count.md
 
 mod adaptive_limit;
 mod first_lookups;
-mod verdict;
 mod rate_limiter;
+mod verdict;
 mod window;
 
 use std::collections::BTreeSet;
@@ -29,125 +33,125 @@ use tokio::sync::watch;
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
 use crate::config::{Concurrency, Lookups};
-use crate::resizable_semaphore::{Permit, Room};
-use adaptive_limit::{Adaptive, CameTo};
-use first_lookups::Evidence;
-use rate_limiter::Pace;
+use crate::resizable_semaphore::{Permit, ResizableSemaphore};
+use adaptive_limit::{AdaptiveLimit, Sample};
+use first_lookups::FirstLookups;
+use rate_limiter::RateLimiter;
 use window::Window;
 
-pub(crate) use first_lookups::blames_object;
+pub(crate) use first_lookups::is_object_at_fault;
 pub(crate) use verdict::{Failure, Verdict};
 
-/// How many probes may wait for their answers. The next one does not wait for the one before: an API
-/// that hangs is asked again before `STATUS_TIMEOUT`, or its recovery would be seen that much later.
+/// The most probes in flight. A probe does not wait for the answer of the previous one; otherwise
+/// the recovery of an API that hangs would be noticed up to `STATUS_TIMEOUT` later.
 const PROBES_MAX: usize = 5;
-/// What each answer lets begin while it opens up: the one in its own place, and so many more. Slow
-/// answers, of seconds each, still make hundreds of places within 5 s.
-const MORE_PER_ANSWER: usize = 7;
-/// An answer is shortly before a lookup when it came at most so long before its beginning, or within the
-/// time of so many lookups that may begin.
-const SHORTLY: Duration = Duration::from_secs(1);
-const SHORTLY_LOOKUPS: u32 = 10;
-/// The longest and the shortest pause that an API gets by asking for it.
+/// While half-open, each answer raises the limit by this many lookups. Even with answers that take
+/// seconds, hundreds of lookups run after 5 s.
+const RISE_PER_ANSWER: usize = 7;
+/// An answer is recent at the start of a lookup if it is at most this old, or at most as old as the
+/// time in which this many lookups may start.
+const RECENT: Duration = Duration::from_secs(1);
+const RECENT_LOOKUPS: u32 = 10;
+/// The limits of a pause that the API asks for.
 const PAUSE_MAX: Duration = Duration::from_mins(1);
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 
 pub(crate) struct Breaker {
     state: watch::Sender<State>,
-    places: Arc<Room>,
-    pace: Pace,
+    permits: Arc<ResizableSemaphore>,
+    rate_limiter: RateLimiter,
     status: watch::Sender<Result<(), String>>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
     Closed,
-    OpeningUp,
+    HalfOpen,
     Paused { until: Instant },
     Open,
 }
 
 struct State {
     phase: Phase,
-    /// The first lookup of this phase; opening up and closed are one.
-    since: u64,
-    /// How many may run when the API is well, unless the limit adapts, and how many may now.
+    /// The number of the first lookup of this phase. Half-open and the closed phase after it count
+    /// as one.
+    phase_start: u64,
+    /// The fixed limit on lookups when the API works. Unused if the limit is adaptive.
     max: usize,
+    /// The limit that applies now.
     limit: usize,
-    /// The number of the next lookup, and those of the ones that are not answered.
-    next: u64,
-    unanswered: BTreeSet<u64>,
+    next_number: u64,
+    /// The numbers of the lookups in flight.
+    in_flight: BTreeSet<u64>,
     outcomes: Window,
-    evidence: Evidence,
-    adaptive: Option<Adaptive>,
-    answered_at: Option<Instant>,
-    /// How long after an answer it still tells that the API answers.
-    shortly: Duration,
-    /// How many were answered.
-    answers: u64,
-    /// The first lookup after the newest that was answered.
-    answered_upto: u64,
+    first_lookups: FirstLookups,
+    adaptive: Option<AdaptiveLimit>,
+    last_answer_at: Option<Instant>,
+    /// How old an answer may be to show that the API works.
+    recent: Duration,
+    answer_count: u64,
+    /// One more than the highest number of a lookup that was answered.
+    answered_up_to: u64,
 }
 
-/// What a lookup was told.
+/// The outcome of a lookup, as far as it concerns the API.
 pub(crate) enum Outcome<'a> {
     Answered,
     Failed(&'a dyn std::error::Error),
-    /// It has failed for an object that failed before while others were answered.
+    /// The lookup failed for an object whose earlier failures have counted.
     FailedAgain(&'a dyn std::error::Error),
-    /// The API asked to be left alone for so long.
+    /// The API asked for a pause of this length.
     AskedToWait(Duration),
 }
 
-/// A place for one lookup, given back when it is dropped.
-pub(crate) struct Place {
+/// Allows one lookup. Dropping it releases it without an outcome.
+pub(crate) struct LookupPermit {
     breaker: Arc<Breaker>,
     number: u64,
-    began: Instant,
-    _room: Permit,
+    started: Instant,
+    _permit: Permit,
 }
 
 impl Breaker {
-    /// Goes by these settings, until they [change](Self::change_to).
     pub(crate) fn new(lookups: &Lookups) -> Arc<Self> {
         metrics::describe_gauge!(
             "lastseen_breaker_state",
-            "Whether lookups are made: 0 closed (all), 1 opening up, 2 paused by the API, 3 open (probes only)."
+            "Breaker state: 0 closed, 1 half-open, 2 paused by the API, 3 open (probes only)."
         );
         metrics::describe_gauge!(
             "lastseen_lookups_limit",
-            "How many lookups may run at once, when the status API answers as it should."
+            "Limit on lookups in flight while the status API works."
         );
         let max = lookups.max_consumers.into();
         let is_adaptive = lookups.concurrency == Concurrency::Adaptive;
-        let adaptive = is_adaptive.then(|| Adaptive::new(max));
-        let limit = adaptive.as_ref().map_or(max, Adaptive::limit);
+        let adaptive = is_adaptive.then(|| AdaptiveLimit::new(max));
+        let limit = adaptive.as_ref().map_or(max, AdaptiveLimit::limit);
         metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
         let state = State {
             phase: Phase::Closed,
-            since: 0,
+            phase_start: 0,
             max,
             limit,
-            next: 0,
-            unanswered: BTreeSet::new(),
+            next_number: 0,
+            in_flight: BTreeSet::new(),
             outcomes: Window::new(lookups),
-            evidence: Evidence::default(),
+            first_lookups: FirstLookups::default(),
             adaptive,
-            answered_at: None,
-            shortly: shortly(lookups),
-            answers: 0,
-            answered_upto: 0,
+            last_answer_at: None,
+            recent: recent(lookups),
+            answer_count: 0,
+            answered_up_to: 0,
         };
         metrics::gauge!("lastseen_breaker_state").set(0);
         Arc::new(Self {
             state: watch::Sender::new(state),
-            places: Room::new(limit),
-            pace: Pace::new(lookups.max_lookups_per_second),
+            permits: ResizableSemaphore::new(limit),
+            rate_limiter: RateLimiter::new(lookups.max_lookups_per_second),
             status: watch::Sender::new(Ok(())),
         })
     }
 
-    /// Why the API counts as away, while it is open.
+    /// An error while the breaker is open, with the reason.
     pub(crate) fn status(&self) -> watch::Receiver<Result<(), String>> {
         self.status.subscribe()
     }
@@ -156,54 +160,54 @@ impl Breaker {
         self.state.borrow().phase == Phase::Closed
     }
 
-    /// Notes what the first lookup of an object came to.
-    pub(crate) fn note_first(&self, id: i64, is_answered: bool) {
+    /// Notes whether the first lookup of an object was answered.
+    pub(crate) fn note_first_lookup(&self, id: i64, is_answered: bool) {
         self.state.send_if_modified(|state| {
-            state.evidence.note(id, is_answered);
+            state.first_lookups.note(id, is_answered);
             false
         });
     }
 
-    /// The share of the other objects' first lookups that failed lately.
+    /// The share of the other objects' recent first lookups that failed.
     pub(crate) fn failing_share(&self, id: i64) -> f64 {
-        self.state.borrow().evidence.failing_share(id)
+        self.state.borrow().first_lookups.failing_share(id)
     }
 
-    /// Waits for a place.
-    pub(crate) async fn enter(self: &Arc<Self>) -> Place {
-        // In this order: a place that is held by who waits for its time could not be taken back, and would
-        // be one more lookup in each pause.
-        let turn = self.pace.turn().await;
-        let room = self.places.enter().await;
-        turn.taken();
-        self.begin(room)
+    /// Waits until a lookup may start.
+    pub(crate) async fn acquire(self: &Arc<Self>) -> LookupPermit {
+        // In this order, because a permit that is held while it waits for the rate limiter could
+        // not be taken back, and each pause would have one more lookup.
+        let slot = self.rate_limiter.wait().await;
+        let permit = self.permits.acquire().await;
+        slot.consume();
+        self.start_lookup(permit)
     }
 
-    /// From now on goes by these settings. Lookups that run go on, and the phase stays.
-    pub(crate) fn change_to(&self, lookups: &Lookups) {
-        self.pace.change(lookups.max_lookups_per_second);
+    /// Applies changed settings. Lookups in flight continue, and the phase stays the same.
+    pub(crate) fn apply_settings(&self, lookups: &Lookups) {
+        self.rate_limiter.set_rate(lookups.max_lookups_per_second);
         let max = lookups.max_consumers.into();
-        self.change(|state| {
-            state.outcomes.change(lookups);
-            state.shortly = shortly(lookups);
+        self.update(|state| {
+            state.outcomes.apply_settings(lookups);
+            state.recent = recent(lookups);
             state.max = max;
             if let Some(adaptive) = &mut state.adaptive {
-                adaptive.set_max(max, state.next);
+                adaptive.set_max(max, state.next_number);
             }
-            let whole = state.whole_limit();
-            metrics::gauge!("lastseen_lookups_limit").set(gauge(whole));
-            // While it is open or opens up, it goes on with that.
-            if state.phase == Phase::Closed || state.limit > whole {
-                self.set_limit(state, whole);
+            let full_limit = state.full_limit();
+            metrics::gauge!("lastseen_lookups_limit").set(gauge(full_limit));
+            // In the other phases, a lower limit applies, which rises to this one later.
+            if state.phase == Phase::Closed || state.limit > full_limit {
+                self.set_limit(state, full_limit);
             }
         });
     }
 
-    /// Returns when it has been open for so long without a break.
+    /// Returns when the breaker has been open for `duration` without interruption.
     pub(crate) async fn stays_open(&self, duration: Duration) {
         let mut status = self.status.subscribe();
         loop {
-            // Its sender is here.
+            // This cannot fail, because `self` holds the sender.
             _ = status.wait_for(Result::is_err).await;
             if timeout(duration, status.wait_for(Result::is_ok)).await.is_err() {
                 return;
@@ -211,77 +215,80 @@ impl Breaker {
         }
     }
 
-    /// Sends probes while it is open, and ends pauses.
-    pub(crate) async fn watch(&self) -> Infallible {
+    /// Allows probes while the breaker is open, and ends pauses.
+    pub(crate) async fn run(&self) -> Infallible {
         let mut states = self.state.subscribe();
         let (mut opened, mut waits) = (0, broker::backoff());
         loop {
-            let idle = |state: &State| matches!(state.phase, Phase::Closed | Phase::OpeningUp);
-            let acting = states.wait_for(|state| !idle(state)).await;
-            let acting = acting.ok().map(|state| (state.phase, state.since));
-            let Some((phase, since)) = acting else {
-                // Its sender is here.
+            let is_idle = |state: &State| matches!(state.phase, Phase::Closed | Phase::HalfOpen);
+            let state = states.wait_for(|state| !is_idle(state)).await;
+            let state = state.ok().map(|state| (state.phase, state.phase_start));
+            let Some((phase, phase_start)) = state else {
+                // Unreachable, because `self` holds the sender.
                 return std::future::pending().await;
             };
             if let Phase::Paused { until } = phase {
                 sleep_until(until).await;
-                self.change(|state| self.end_pause(state));
+                self.update(|state| self.end_pause(state));
             } else {
-                if std::mem::replace(&mut opened, since) != since {
+                if std::mem::replace(&mut opened, phase_start) != phase_start {
                     waits = broker::backoff();
                 }
-                sleep(waits.next().unwrap_or(SHORTLY)).await;
-                self.change(|state| self.probe(state));
+                sleep(waits.next().unwrap_or(Duration::from_secs(1))).await;
+                self.update(|state| self.allow_probe(state));
             }
         }
     }
 
-    fn begin(self: &Arc<Self>, room: Permit) -> Place {
+    fn start_lookup(self: &Arc<Self>, permit: Permit) -> LookupPermit {
         let mut number = 0;
         self.state.send_if_modified(|state| {
-            number = state.next;
-            state.next += 1;
-            state.unanswered.insert(number);
+            number = state.next_number;
+            state.next_number += 1;
+            state.in_flight.insert(number);
             if let Some(adaptive) = &mut state.adaptive {
-                adaptive.begins(state.unanswered.len());
+                adaptive.note_start(state.in_flight.len());
             }
             true
         });
-        Place { breaker: Arc::clone(self), number, began: Instant::now(), _room: room }
+        let started = Instant::now();
+        LookupPermit { breaker: Arc::clone(self), number, started, _permit: permit }
     }
 
-    /// Changes the state, and tells everybody.
-    fn change<T>(&self, change: impl FnOnce(&mut State) -> T) -> Option<T> {
-        let mut changed = None;
-        self.state.send_modify(|state| changed = Some(change(state)));
-        changed
+    /// Changes the state, and notifies its subscribers.
+    fn update<T>(&self, update: impl FnOnce(&mut State) -> T) -> Option<T> {
+        let mut result = None;
+        self.state.send_modify(|state| result = Some(update(state)));
+        result
     }
 
     fn answered(&self, state: &mut State, number: u64) {
-        state.answered_at = Some(Instant::now());
-        state.answers += 1;
-        state.answered_upto = state.answered_upto.max(number + 1);
-        // What was asked in an earlier phase says nothing about this one.
-        if number < state.since {
+        state.last_answer_at = Some(Instant::now());
+        state.answer_count += 1;
+        state.answered_up_to = state.answered_up_to.max(number + 1);
+        // A lookup from an earlier phase says nothing about this one.
+        if number < state.phase_start {
             return;
         }
         match state.phase {
             Phase::Paused { .. } => {}
             Phase::Closed => state.outcomes.push(true),
-            Phase::Open | Phase::OpeningUp => {
+            Phase::Open | Phase::HalfOpen => {
                 if state.phase == Phase::Open {
-                    tracing::info!("the status API answers again; opening up");
-                    self.turn(state, Phase::OpeningUp, 1);
+                    tracing::info!(
+                        "the status API answered a probe; starting more lookups with each answer"
+                    );
+                    self.enter_phase(state, Phase::HalfOpen, 1);
                 }
                 state.outcomes.push(true);
-                let whole = state.whole_limit();
-                if state.limit + MORE_PER_ANSWER < whole {
-                    self.set_limit(state, state.limit + MORE_PER_ANSWER);
+                let full_limit = state.full_limit();
+                if state.limit + RISE_PER_ANSWER < full_limit {
+                    self.set_limit(state, state.limit + RISE_PER_ANSWER);
                 } else {
-                    tracing::info!("the status API is as before");
-                    self.set_limit(state, whole);
+                    tracing::info!("the status API works again; lookups run without restriction");
+                    self.set_limit(state, full_limit);
                     if let Some(adaptive) = &mut state.adaptive {
-                        adaptive.begin_round(state.next);
+                        adaptive.begin_round(state.next_number);
                     }
                     state.phase = Phase::Closed;
                     metrics::gauge!("lastseen_breaker_state").set(0);
@@ -291,17 +298,20 @@ impl Breaker {
     }
 
     fn failed(&self, state: &mut State, number: u64, error: &dyn std::error::Error) {
-        if number < state.since || !matches!(state.phase, Phase::Closed | Phase::OpeningUp) {
+        if number < state.phase_start || !matches!(state.phase, Phase::Closed | Phase::HalfOpen) {
             return;
         }
         state.outcomes.push(false);
-        // What was asked earlier and has outlived this one may still be answered: when half of the
-        // objects fail at once and the others take seconds, the failures come in first.
-        let pending = state.unanswered.range(state.since..number).count();
-        if state.outcomes.trip(pending) {
+        // Lookups that started earlier and are still in flight may be answered: if half of the
+        // objects fail at once and the others take seconds, the failures arrive first.
+        let earlier = state.in_flight.range(state.phase_start..number).count();
+        if state.outcomes.should_open(earlier) {
             let reason = format!("nearly all lookups fail, the latest: {error}");
-            tracing::warn!(reason, "no lookups but probes until the status API answers again");
-            self.turn(state, Phase::Open, 0);
+            tracing::warn!(
+                reason,
+                "only probing the status API until it answers; deliveries wait and lose no attempt"
+            );
+            self.enter_phase(state, Phase::Open, 0);
             _ = self.status.send_replace(Err(reason));
         }
     }
@@ -309,129 +319,131 @@ impl Breaker {
     fn asked_to_wait(&self, state: &mut State, number: u64, wait: Duration) {
         let until = Instant::now() + wait.clamp(PAUSE_MIN, PAUSE_MAX);
         match &mut state.phase {
-            Phase::Paused { until: before } => *before = until.max(*before),
-            _ if number < state.since => {}
-            before => {
-                if *before == Phase::OpeningUp {
-                    tracing::debug!(?wait, "the status API asks to wait again");
+            Phase::Paused { until: current } => *current = until.max(*current),
+            _ if number < state.phase_start => {}
+            phase => {
+                if *phase == Phase::HalfOpen {
+                    tracing::debug!(?wait, "the status API asked for another pause");
                 } else {
-                    tracing::info!(?wait, "the status API asks to wait; no lookups until then");
+                    tracing::info!(?wait, "the status API asked for a pause; lookups wait");
                 }
-                self.turn(state, Phase::Paused { until }, 0);
+                self.enter_phase(state, Phase::Paused { until }, 0);
             }
         }
     }
 
     fn end_pause(&self, state: &mut State) {
-        // It may have been prolonged.
+        // The pause may have been prolonged.
         if matches!(state.phase, Phase::Paused { until } if until <= Instant::now()) {
-            self.turn(state, Phase::OpeningUp, 1);
+            self.enter_phase(state, Phase::HalfOpen, 1);
         }
     }
 
-    fn probe(&self, state: &mut State) {
-        let probes = state.unanswered.range(state.since..).count();
-        if state.phase == Phase::Open && probes + self.places.free() < PROBES_MAX {
-            self.places.admit_one();
+    fn allow_probe(&self, state: &mut State) {
+        let probes = state.in_flight.range(state.phase_start..).count();
+        if state.phase == Phase::Open && probes + self.permits.available() < PROBES_MAX {
+            self.permits.add_excess_permit();
         }
     }
 
-    /// A lookup has come to an end, of whatever kind. While the API is away that says nothing about how
-    /// many it bears: the limit is afterwards as it was before.
-    fn adapt(&self, state: &mut State, number: u64, came_to: CameTo) {
+    /// Passes the end of a lookup to the adaptive limit. Only while closed: an outage says nothing
+    /// about the load that the API sustains, so the limit is the same after it.
+    fn adapt(&self, state: &mut State, number: u64, sample: Sample) {
         if state.phase != Phase::Closed {
             return;
         }
         let Some(adaptive) = &mut state.adaptive else { return };
-        if adaptive.ended(number, came_to, state.next) {
+        if adaptive.note_end(number, sample, state.next_number) {
             let limit = adaptive.limit();
             metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
             self.set_limit(state, limit);
         }
     }
 
-    fn turn(&self, state: &mut State, phase: Phase, limit: usize) {
+    fn enter_phase(&self, state: &mut State, phase: Phase, limit: usize) {
         if state.phase == Phase::Open {
             _ = self.status.send_replace(Ok(()));
         }
         metrics::gauge!("lastseen_breaker_state").set(match phase {
             Phase::Closed => 0,
-            Phase::OpeningUp => 1,
+            Phase::HalfOpen => 1,
             Phase::Paused { .. } => 2,
             Phase::Open => 3,
         });
         state.phase = phase;
-        state.since = state.next;
+        state.phase_start = state.next_number;
         state.outcomes.clear();
         self.set_limit(state, limit);
     }
 
     fn set_limit(&self, state: &mut State, limit: usize) {
         state.limit = limit;
-        self.places.resize(limit);
+        self.permits.resize(limit);
     }
 }
 
 impl State {
-    /// How many may run when the API is well.
-    fn whole_limit(&self) -> usize {
-        self.adaptive.as_ref().map_or(self.max, Adaptive::limit)
+    /// The limit on lookups in flight while the API works.
+    fn full_limit(&self) -> usize {
+        self.adaptive.as_ref().map_or(self.max, AdaptiveLimit::limit)
     }
 }
 
-impl Place {
-    /// Gives the place back, and says what the lookup came to.
-    pub(crate) fn leave(self, outcome: &Outcome) -> Option<Failure> {
+impl LookupPermit {
+    /// Releases the permit with the outcome of the lookup. Returns the failure, if it is one.
+    pub(crate) fn complete(self, outcome: &Outcome) -> Option<Failure> {
         let (breaker, number) = (Arc::clone(&self.breaker), self.number);
-        let failure = breaker.change(|state| {
-            state.unanswered.remove(&number);
-            let answered_before = state.answered_at.is_some_and(|answered_at| {
-                self.began.saturating_duration_since(answered_at) <= state.shortly
+        let failure = breaker.update(|state| {
+            state.in_flight.remove(&number);
+            let answered_before = state.last_answer_at.is_some_and(|answered_at| {
+                self.started.saturating_duration_since(answered_at) <= state.recent
             });
-            let after = state.next;
-            // A quarter of the places, so that at slow answers those that wait for their verdicts leave
-            // room for the others, even if four of five fail.
-            let enough = state.answers + (state.whole_limit() as u64 / 4).max(1);
-            let is_its_own = matches!(outcome, Outcome::FailedAgain(_)) && answered_before;
-            let came_to = match outcome {
-                Outcome::Answered => CameTo::Answer(self.began.elapsed()),
-                Outcome::FailedAgain(_) if is_its_own => CameTo::Nothing,
-                _ => CameTo::Failure,
+            let next_number = state.next_number;
+            // A quarter of the limit: even if four of five lookups fail and answers are slow, the
+            // failures that wait for their verdicts leave permits for other lookups.
+            let enough_answers = state.answer_count + (state.full_limit() as u64 / 4).max(1);
+            // Such a failure only says again that its object fails, and nothing about the API.
+            // Objects that always fail return with each attempt, and would soon be nearly all
+            // lookups.
+            let is_objects_fault = matches!(outcome, Outcome::FailedAgain(_)) && answered_before;
+            let sample = match outcome {
+                Outcome::Answered => Sample::Answer(self.started.elapsed()),
+                Outcome::FailedAgain(_) if is_objects_fault => Sample::Ignored,
+                _ => Sample::Failure,
             };
-            breaker.adapt(state, number, came_to);
+            breaker.adapt(state, number, sample);
             match outcome {
                 Outcome::Answered => {
                     breaker.answered(state, number);
                     return None;
                 }
-                // It tells about its object, as before, and nothing about the API. Objects that always
-                // fail come again with each attempt, and would soon be nearly all there is.
-                Outcome::FailedAgain(_) if is_its_own => {}
+                Outcome::FailedAgain(_) if is_objects_fault => {}
                 Outcome::Failed(error) | Outcome::FailedAgain(error) => {
                     breaker.failed(state, number, *error);
                 }
                 Outcome::AskedToWait(wait) => breaker.asked_to_wait(state, number, *wait),
             }
             let breaker = Arc::clone(&breaker);
-            Some(Failure { breaker, number, after, enough, answered_before })
+            Some(Failure { breaker, number, next_number, enough_answers, answered_before })
         });
         failure.flatten()
     }
 }
 
-impl Drop for Place {
+impl Drop for LookupPermit {
     fn drop(&mut self) {
-        self.breaker.change(|state| {
-            if state.unanswered.remove(&self.number) {
-                self.breaker.adapt(state, self.number, CameTo::Nothing);
+        self.breaker.update(|state| {
+            if state.in_flight.remove(&self.number) {
+                self.breaker.adapt(state, self.number, Sample::Ignored);
             }
         });
     }
 }
 
-/// At few lookups per second, the answer before may be seconds old though all is well.
-fn shortly(lookups: &Lookups) -> Duration {
-    SHORTLY.max(rate_limiter::between(lookups.max_lookups_per_second).saturating_mul(SHORTLY_LOOKUPS))
+/// At a low rate of lookups, the latest answer may be seconds old although the API works.
+fn recent(lookups: &Lookups) -> Duration {
+    let interval = rate_limiter::interval(lookups.max_lookups_per_second);
+    RECENT.max(interval.saturating_mul(RECENT_LOOKUPS))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "there are at most 50,000 lookups")]

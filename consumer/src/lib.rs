@@ -1,5 +1,5 @@
-//! The lookup: takes messages, asks the status API about each object, writes down who is online,
-//! and acknowledges a message only when all that is committed.
+//! The consumer: takes messages, looks each object up at the status API, records the objects that
+//! are online, and acks a message only after the commit.
 
 mod breaker;
 mod config;
@@ -17,13 +17,13 @@ use store::Store;
 use tokio::sync::watch;
 
 pub use config::{Concurrency, Config, Lookups};
-pub use writer::{Recording, Writer, WriterDied, Written};
+pub use writer::{PendingWrite, WriteOutcome, Writer, WriterDied};
 
 use crate::breaker::Breaker;
-use crate::lookups::Intake;
+use crate::lookups::LookupScheduler;
 use crate::status_api::StatusApi;
 
-/// What the process is called and where its admin address is.
+/// The name of the process, its help text and its admin address.
 pub const DESCRIPTION: Description = Description {
     name: "consumer",
     about: "Looks each object up at the status API and records when it was last seen",
@@ -32,15 +32,15 @@ pub const DESCRIPTION: Description = Description {
     live: &[Lookups::LIVE],
 };
 
-/// Statements at once: one for the batch being written; one for the rows that are set aside; a third so
-/// that a connection which the server has dropped does not hold up the next batch.
+/// One connection for the batch that is being written, one for the rows that are set aside, and a
+/// third so that a connection that the server has dropped does not delay the next batch.
 const DATABASE_CONNECTIONS: u32 = 3;
 
-/// Looks objects up until `shutdown`, then finishes what is in flight and returns. While it runs, it heeds
-/// changes of [`Lookups::LIVE`].
+/// Looks objects up until `shutdown`, then drains and returns. Meanwhile, it applies changes of the
+/// settings in [`Lookups::LIVE`].
 ///
 /// # Errors
-/// When a file cannot be opened, or a part that it cannot do without has died.
+/// When a file cannot be opened, or a component that the consumer needs has stopped.
 pub async fn run(
     config: Live<Config>,
     health: Health,
@@ -67,34 +67,35 @@ pub async fn run(
     health.needs("database writes", writer.status());
     health.all_told();
 
-    let parts = (publisher.clone(), Arc::clone(&store), writer.clone(), events.clone());
-    let rejecting = Arc::clone(&store);
-    let died = died(parts, status_api.status());
-    let intake =
-        Intake::new(live, status_api, Arc::clone(&breaker), writer, broker.destination(), shutdown);
+    let components = (publisher.clone(), Arc::clone(&store), writer.clone(), events.clone());
+    let store_rejected = Arc::clone(&store);
+    let stopped = first_stopped(components, status_api.status());
+    let destination = broker.destination();
+    let scheduler =
+        LookupScheduler::new(live, status_api, Arc::clone(&breaker), writer, destination, shutdown);
     tokio::select! {
-        ended = intake.run(deliveries) => ended?,
-        part = died => anyhow::bail!("{part} has died"),
-        reason = rejecting.rejected() => return Err(Misconfigured(reason).into()),
-        never = breaker.watch() => match never {},
+        ended = scheduler.run(deliveries) => ended?,
+        component = stopped => anyhow::bail!("{component} stopped"),
+        reason = store_rejected.rejected() => return Err(Misconfigured(reason).into()),
+        never = breaker.run() => match never {},
     }
     tokio::join!(publisher.close(), events.close());
     Ok(())
 }
 
-/// Waits until a part has died that runs by itself, and says which. Without one of them, this process
-/// would do nothing, or not know it, for as long as it lives.
-async fn died(
+/// Waits until one of the components with a task of their own has stopped, and names it. Without
+/// it, the consumer would do nothing, possibly without any sign of it, until it is restarted.
+async fn first_stopped(
     (publisher, store, writer, events): (Publisher, Arc<Store>, Writer, Emitter),
     mut status_api: watch::Receiver<Result<(), String>>,
 ) -> &'static str {
-    // Its sender is gone only with the probe.
-    let probe_died = async { while status_api.changed().await.is_ok() {} };
+    // The monitor drops the sender only when it stops.
+    let monitor_stopped = async { while status_api.changed().await.is_ok() {} };
     tokio::select! {
         () = publisher.died() => "the publisher",
         () = store.died() => "the store",
         () = writer.died() => "the batch writer",
-        () = events.died() => "what tells events",
-        () = probe_died => "the status API's probe",
+        () = events.died() => "the event publisher",
+        () = monitor_stopped => "the status API monitor",
     }
 }

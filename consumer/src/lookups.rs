@@ -15,77 +15,90 @@ use service::traces::{KeyValue, Span, SpanKind, Step};
 use service::{CancellationToken, Live};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
-use tokio::time::{Instant, sleep};
+use tokio::time::{Instant, Interval, sleep};
+use tokio_util::sync::ReusableBoxFuture;
 
-use crate::breaker::{Breaker, Outcome, Place, Verdict, blames_object};
+use crate::breaker::{Breaker, LookupPermit, Outcome, Verdict, is_object_at_fault};
 use crate::config::Lookups;
-use crate::resizable_semaphore::{Permit, Room};
+use crate::resizable_semaphore::{Permit, ResizableSemaphore};
 use crate::status_api::{Answer, LookupError, NOT_FOUND_METRIC, StatusApi};
-use crate::writer::{Writer, WriterDied, Written};
+use crate::writer::{WriteOutcome, Writer, WriterDied};
 use failure_log::FailureLog;
-use pending::{Taken, Turn, Waiting};
+use pending::{LookupKey, PendingDeliveries, PendingDelivery};
 
 // Decision: docs/decisions/0031-how-long-does-a-consumer-hold-a-delivery.md
-/// A delivery whose lookup has failed is kept for another one for as long as so many may take, and then
-/// sent to the end of the queue, and so is what waits for a lookup while the API is away for so long: maybe
-/// another consumer has a better way to the API.
-const LOOKUPS_HELD: u32 = 6;
-/// At most so long a delivery waits for its lookup, and again for as long is kept when that has failed:
-/// RabbitMQ ends the session of a consumer that holds a message for 30 minutes.
+/// A delivery whose lookup failed is held for another lookup for this many times `STATUS_TIMEOUT`,
+/// then sent to the end of the queue, because another consumer may reach the API. The same applies
+/// to a delivery that waits for a lookup while the breaker is open.
+const HELD_TIMEOUTS: u32 = 6;
+/// The longest wait of a delivery for its lookup, and the longest time that it is held after a
+/// failed one: RabbitMQ ends the session of a consumer that holds a message for 30 minutes.
 const HELD_MAX: Duration = Duration::from_mins(10);
-/// How often it is seen to that none waits for longer.
-const LOOK_INTERVAL: Duration = Duration::from_secs(30);
+/// How often the scheduler looks for deliveries that have waited for `HELD_MAX`.
+const AGE_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
-/// Takes deliveries, and runs as many lookups at once as the breaker lets.
-pub(crate) struct Intake {
-    lookups: Live<Lookups>,
-    shared: Arc<Shared>,
+/// Takes deliveries, and runs as many lookups at once as the breaker allows.
+pub(crate) struct LookupScheduler {
+    settings: Live<Lookups>,
+    context: Arc<LookupContext>,
+    /// Permits for all deliveries that are not settled. The prefetch limits them too, but for each
+    /// broker session separately.
+    unsettled_deliveries: Arc<ResizableSemaphore>,
+    /// Lookups, and settlements of deliveries without a lookup.
+    tasks: JoinSet<TaskResult>,
+    next_permits: ReusableBoxFuture<'static, (Permit, LookupPermit)>,
+    /// Ends when the breaker has been open for as long as a delivery may be held.
+    open_too_long: ReusableBoxFuture<'static, ()>,
+    age_check: Interval,
 }
 
 /// What each lookup needs.
-struct Shared {
-    waiting: Waiting,
-    /// Room for the objects whose lookup has begun and whose deliveries are not settled. While results
-    /// cannot be written, this is what stops the lookups.
-    begun: Arc<Room>,
+struct LookupContext {
+    pending: PendingDeliveries,
+    /// Permits for the objects whose lookup has started and whose deliveries are not settled. They
+    /// stop the lookups while results cannot be written.
+    unsettled_lookups: Arc<ResizableSemaphore>,
     status_api: StatusApi,
     breaker: Arc<Breaker>,
     writer: Writer,
     destination: Destination,
-    /// As they are now.
+    /// The current settings.
     lookups: watch::Sender<Lookups>,
     shutdown: CancellationToken,
     failure_log: FailureLog,
 }
 
-/// What the intake turns to.
-enum Next {
-    Taken(Taken),
-    Changed(Lookups),
+/// What the scheduler handles with the consumer of the queue in its hands.
+enum Event {
+    Delivery(PendingDelivery),
+    SettingsChanged(Lookups),
     Shutdown,
 }
 
-/// What a task comes to: the turn that it had, if it had one.
-type Ended = Result<Option<Turn>, WriterDied>;
+/// The lookup that a task has finished, if it ran one.
+type TaskResult = Result<Option<LookupKey>, WriterDied>;
 
-/// What has come of the lookup for some deliveries of an object.
-enum Told {
-    /// Online and committed, or offline.
-    Settled,
-    Refused(String),
-    /// It failed, and that counts.
-    /// It comes with the share of the other objects' lookups that failed at that time.
-    Failed(LookupError, f64),
-    /// It was looked up, or its row was tried, in vain for so long that the deliveries go back to the
-    /// end of the queue.
-    Nothing,
-    /// The process drains before that is known.
+/// The result of an object's lookups for the deliveries that share them.
+enum LookupResult {
+    /// The object is online and committed, or offline.
+    Resolved,
+    /// The database refused the row, for this reason.
+    RowRefused(String),
+    /// The lookup failed, and this counts as an attempt.
+    Failed {
+        error: LookupError,
+        /// The share of the other objects' lookups that failed at that time.
+        failing_share: f64,
+    },
+    /// The deliveries have been held too long without a result; they go to the end of the queue.
+    Unresolved,
+    /// The process drains, and the result is not known yet.
     Draining,
 }
 
-impl Intake {
+impl LookupScheduler {
     pub(crate) fn new(
-        lookups: Live<Lookups>,
+        settings: Live<Lookups>,
         status_api: StatusApi,
         breaker: Arc<Breaker>,
         writer: Writer,
@@ -93,239 +106,256 @@ impl Intake {
         shutdown: CancellationToken,
     ) -> Self {
         describe_metrics();
-        let config = lookups.now();
-        let shared = Shared {
-            waiting: Waiting::new(config.coalesce),
-            begun: Room::new(config.begun_max().into()),
+        let lookups = settings.now();
+        let unsettled_deliveries = ResizableSemaphore::new(lookups.prefetch().into());
+        let context = Arc::new(LookupContext {
+            pending: PendingDeliveries::new(lookups.coalesce),
+            unsettled_lookups: ResizableSemaphore::new(lookups.unsettled_lookups_max().into()),
             status_api,
             breaker,
             writer,
             destination,
-            lookups: watch::Sender::new(config),
+            lookups: watch::Sender::new(lookups),
             shutdown,
             failure_log: FailureLog::default(),
-        };
-        Self { lookups, shared: Arc::new(shared) }
+        });
+        Self {
+            settings,
+            unsettled_deliveries,
+            tasks: JoinSet::new(),
+            next_permits: ReusableBoxFuture::new(acquire_permits(Arc::clone(&context))),
+            open_too_long: ReusableBoxFuture::new(open_too_long(Arc::clone(&context))),
+            age_check: tokio::time::interval(AGE_CHECK_INTERVAL),
+            context,
+        }
     }
 
-    /// Looks up what is delivered until the shutdown, then gives back what waits for a lookup, and
-    /// finishes those that run.
+    /// Looks up the objects of all deliveries until the shutdown, then drains.
     ///
     /// # Errors
-    /// When a part that the lookups need has died: deliveries would stay unsettled for as long as this
-    /// process lives, so the process must not.
-    pub(crate) async fn run(self, mut deliveries: Consumer) -> anyhow::Result<()> {
-        let Self { lookups: mut settings, shared } = self;
-        // The prefetch bounds them too, but each session of the broker's anew.
-        let unsettled = Room::new(shared.lookups.borrow().prefetch().into());
-        let mut lookups = JoinSet::new();
-        let mut begin = pin!(shared.begin());
-        let mut away = pin!(shared.breaker.stays_open(shared.held_max()));
-        let mut look = tokio::time::interval(LOOK_INTERVAL);
+    /// When a component that the lookups need has stopped. The process must end then, because the
+    /// broker delivers unsettled messages again only after that.
+    pub(crate) async fn run(mut self, mut deliveries: Consumer) -> anyhow::Result<()> {
         loop {
-            let next = {
-                let mut taken = pin!(Taken::next(&mut deliveries, &unsettled));
-                loop {
-                    // While it is not waited for, it must keep neither a place nor its turn to get one:
-                    // others wait for them, whose lookups are made again.
-                    let has_turns = shared.waiting.has_turns();
-                    if !has_turns {
-                        begin.set(shared.begin());
-                    }
+            match self.next_event(&mut deliveries).await? {
+                Event::Delivery(pending) => self.accept(pending),
+                Event::SettingsChanged(settings) => {
+                    let prefetch = self.apply_settings(&settings);
                     tokio::select! {
-                        (room, place) = &mut begin, if has_turns => {
-                            begin.set(shared.begin());
-                            // With what waits for it, or that could be given back before it runs.
-                            if let Some((turn, group)) = shared.waiting.next_turn() {
-                                let shared = Arc::clone(&shared);
-                                lookups.spawn(look_up_and_settle(shared, turn, group, place, room));
-                            }
-                        }
-                        Some(lookup) = lookups.join_next() => shared.ended(lookup)?,
-                        taken = &mut taken => break Next::Taken(taken),
-                        changed = settings.changed() => break Next::Changed(changed),
-                        () = &mut away => {
-                            away.set(shared.breaker.stays_open(shared.held_max()));
-                            shared.requeue_older_than(Instant::now(), &mut lookups);
-                        }
-                        now = look.tick() => if let Some(long_ago) = now.checked_sub(HELD_MAX) {
-                            shared.requeue_older_than(long_ago, &mut lookups);
-                        },
-                        () = shared.shutdown.cancelled() => break Next::Shutdown,
+                        () = deliveries.set_prefetch(prefetch) => {}
+                        () = self.context.shutdown.cancelled() => break,
                     }
                 }
-            };
-            let mut taken = match next {
-                Next::Taken(taken) => taken,
-                Next::Changed(changed) => {
-                    let prefetch = shared.change(&changed);
-                    away.set(shared.breaker.stays_open(shared.held_max()));
-                    unsettled.resize(prefetch.into());
-                    begin.set(shared.begin());
-                    tokio::select! {
-                        () = deliveries.set_prefetch(prefetch) => continue,
-                        () = shared.shutdown.cancelled() => break,
-                    }
-                }
-                Next::Shutdown => break,
-            };
-            let delivery = &taken.delivery;
-            taken.span = Span::begin(|| delivery.traceparent(), || shared.processing(delivery));
-            match taken.delivery.id() {
-                Ok(id) => shared.waiting.add(id, taken),
-                Err(error) => {
-                    tracing::warn!(%error, "a message that cannot be read goes to the dead letters");
-                    let reason = error.to_string();
-                    lookups.spawn(settle(taken, Disposition::DeadLetter { reason }));
-                }
+                Event::Shutdown => break,
             }
         }
-        deliveries.stop().await;
-        let waiting = shared.waiting.take_older_than(Instant::now());
-        join_all(waiting.into_iter().map(|taken| taken.delivery.give_back())).await;
-        if !lookups.is_empty() {
-            tracing::info!(lookups = lookups.len(), "finishing the lookups in flight");
+        self.drain(deliveries).await
+    }
+
+    /// Starts and finishes lookups until something happens that `deliveries` is needed for. Within
+    /// one call, it waits for the same future of the next delivery, which may be connecting.
+    async fn next_event(&mut self, deliveries: &mut Consumer) -> anyhow::Result<Event> {
+        let unsettled = Arc::clone(&self.unsettled_deliveries);
+        let mut delivery = pin!(PendingDelivery::receive(deliveries, &unsettled));
+        loop {
+            let has_next = self.context.pending.has_next();
+            if !has_next {
+                self.release_permits();
+            }
+            tokio::select! {
+                permits = &mut self.next_permits, if has_next => self.start_lookup(permits),
+                Some(task) = self.tasks.join_next() => self.finish(task)?,
+                delivery = &mut delivery => return Ok(Event::Delivery(delivery)),
+                settings = self.settings.changed() => return Ok(Event::SettingsChanged(settings)),
+                () = &mut self.open_too_long => self.requeue_all(),
+                now = self.age_check.tick() => self.requeue_overdue(now),
+                () = self.context.shutdown.cancelled() => return Ok(Event::Shutdown),
+            }
         }
-        while let Some(lookup) = lookups.join_next().await {
-            shared.ended(lookup)?;
+    }
+
+    /// Starts the next lookup, unless the deliveries that wait for it were lost or given back.
+    fn start_lookup(&mut self, (unsettled, lookup): (Permit, LookupPermit)) {
+        self.release_permits();
+        if let Some((key, group)) = self.context.pending.take_next() {
+            let context = Arc::clone(&self.context);
+            self.tasks.spawn(look_up_and_settle(context, key, group, lookup, unsettled));
+        }
+    }
+
+    /// Acquires the next permits anew. Without a lookup to start, the scheduler must hold no permit
+    /// and no position in a queue for one: lookups that are repeated wait for the same permits.
+    fn release_permits(&mut self) {
+        self.next_permits.set(acquire_permits(Arc::clone(&self.context)));
+    }
+
+    /// Ends a task. Deliveries that have arrived for its object meanwhile get another lookup.
+    fn finish(&self, task: Result<TaskResult, JoinError>) -> anyhow::Result<()> {
+        if let Some(key) = task.context("a lookup panicked")?? {
+            self.context.pending.finish(key);
+        }
+        Ok(())
+    }
+
+    /// Queues the delivery for a lookup.
+    fn accept(&mut self, mut pending: PendingDelivery) {
+        let delivery = &pending.delivery;
+        pending.span = Span::begin(|| delivery.traceparent(), || self.context.processing(delivery));
+        match pending.delivery.id() {
+            Ok(id) => self.context.pending.add(id, pending),
+            Err(error) => {
+                tracing::warn!(%error, "cannot decode a message; it becomes a dead letter");
+                let reason = error.to_string();
+                self.tasks.spawn(settle(pending, Disposition::DeadLetter { reason }));
+            }
+        }
+    }
+
+    /// Applies changed settings, and returns the new prefetch.
+    fn apply_settings(&mut self, new: &Lookups) -> u16 {
+        let prefetch = self.context.apply_settings(new);
+        self.open_too_long.set(open_too_long(Arc::clone(&self.context)));
+        self.unsettled_deliveries.resize(prefetch.into());
+        self.release_permits();
+        prefetch
+    }
+
+    /// Sends all deliveries that wait for their first lookup to the end of the queue.
+    fn requeue_all(&mut self) {
+        self.open_too_long.set(open_too_long(Arc::clone(&self.context)));
+        self.requeue_older_than(Instant::now());
+    }
+
+    fn requeue_overdue(&mut self, now: Instant) {
+        if let Some(moment) = now.checked_sub(HELD_MAX) {
+            self.requeue_older_than(moment);
+        }
+    }
+
+    fn requeue_older_than(&mut self, moment: Instant) {
+        for pending in self.context.pending.take_older_than(moment) {
+            self.tasks.spawn(settle(pending, Disposition::Requeue));
+        }
+    }
+
+    /// Gives back the deliveries that wait for a lookup, and finishes the lookups in flight.
+    async fn drain(mut self, mut deliveries: Consumer) -> anyhow::Result<()> {
+        deliveries.stop().await;
+        let waiting = self.context.pending.take_older_than(Instant::now());
+        join_all(waiting.into_iter().map(|pending| pending.delivery.give_back())).await;
+        if !self.tasks.is_empty() {
+            tracing::info!(lookups = self.tasks.len(), "finishing the lookups in flight");
+        }
+        while let Some(task) = self.tasks.join_next().await {
+            self.finish(task)?;
         }
         deliveries.close().await;
         Ok(())
     }
 }
 
-/// Looks up an object that deliveries wait for, has the result committed, and settles them.
-async fn look_up_and_settle(
-    shared: Arc<Shared>,
-    turn: Turn,
-    mut group: Vec<Taken>,
-    place: Place,
-    room: Permit,
-) -> Ended {
-    let mut room = Some(room);
-    let told = shared.look_up_until_it_tells(&turn, place, &mut group, &mut room).await?;
-    let settling = group.into_iter().map(async |taken| {
-        let disposition = match &told {
-            Told::Settled => Disposition::Ack,
-            Told::Refused(reason) => Disposition::DeadLetter { reason: reason.clone() },
-            Told::Failed(error, failing_share) => {
-                shared.after_failure(turn.id, &taken.delivery, error, *failing_share)
-            }
-            Told::Nothing => Disposition::Requeue,
-            Told::Draining => return taken.delivery.give_back().await,
-        };
-        _ = settle(taken, disposition).await;
-    });
-    join_all(settling).await;
-    drop(room);
-    Ok(Some(turn))
+/// Waits until another lookup may start.
+async fn acquire_permits(context: Arc<LookupContext>) -> (Permit, LookupPermit) {
+    let unsettled = context.unsettled_lookups.acquire().await;
+    (unsettled, context.breaker.acquire().await)
 }
 
-async fn settle(taken: Taken, disposition: Disposition) -> Ended {
-    let Taken { delivery, room, mut span, .. } = taken;
+fn open_too_long(context: Arc<LookupContext>) -> impl Future<Output = ()> {
+    let limit = context.held_max();
+    async move { context.breaker.stays_open(limit).await }
+}
+
+/// Looks up the object of `group`, waits for the commit of the result, and settles the deliveries.
+async fn look_up_and_settle(
+    context: Arc<LookupContext>,
+    key: LookupKey,
+    mut group: Vec<PendingDelivery>,
+    permit: LookupPermit,
+    unsettled: Permit,
+) -> TaskResult {
+    let mut unsettled = Some(unsettled);
+    let result = context.resolve_status(key, permit, &mut group, &mut unsettled).await?;
+    let settling = group.into_iter().map(async |pending| {
+        let disposition = match &result {
+            LookupResult::Resolved => Disposition::Ack,
+            LookupResult::RowRefused(reason) => Disposition::DeadLetter { reason: reason.clone() },
+            LookupResult::Failed { error, failing_share } => {
+                context.after_failure(key.id, &pending.delivery, error, *failing_share)
+            }
+            LookupResult::Unresolved => Disposition::Requeue,
+            LookupResult::Draining => return pending.delivery.give_back().await,
+        };
+        _ = settle(pending, disposition).await;
+    });
+    join_all(settling).await;
+    drop(unsettled);
+    Ok(Some(key))
+}
+
+async fn settle(pending: PendingDelivery, disposition: Disposition) -> TaskResult {
+    let PendingDelivery { delivery, permit, mut span, .. } = pending;
     if let Disposition::Retry { reason, .. } | Disposition::DeadLetter { reason } = &disposition {
         span.fail(reason);
     }
     let id = delivery.id().ok();
     let callback_id = delivery.callback_id().to_owned();
     let settled = delivery.settle(disposition).await;
-    drop(room);
+    drop(permit);
     tracing::debug!(id, callback_id, ?settled, "settled");
     Ok(None)
 }
 
-impl Shared {
-    /// Heeds settings that have changed, and gives the new prefetch.
-    fn change(&self, now: &Lookups) -> u16 {
-        let changed = self.lookups.borrow().changed_to(now);
-        self.lookups.send_replace(changed.clone());
-        self.begun.resize(changed.begun_max().into());
-        self.breaker.change_to(&changed);
-        changed.prefetch()
+impl LookupContext {
+    /// Applies the settings in `new` that are reloadable, and returns the new prefetch.
+    fn apply_settings(&self, new: &Lookups) -> u16 {
+        let lookups = self.lookups.borrow().with_reloadable(new);
+        self.lookups.send_replace(lookups.clone());
+        self.unsettled_lookups.resize(lookups.unsettled_lookups_max().into());
+        self.breaker.apply_settings(&lookups);
+        lookups.prefetch()
     }
 
     fn held_max(&self) -> Duration {
-        self.lookups.borrow().status_timeout.saturating_mul(LOOKUPS_HELD).min(HELD_MAX)
+        self.lookups.borrow().status_timeout.saturating_mul(HELD_TIMEOUTS).min(HELD_MAX)
     }
 
-    /// Waits until another lookup may begin.
-    async fn begin(&self) -> (Permit, Place) {
-        let room = self.begun.enter().await;
-        (room, self.breaker.enter().await)
-    }
-
-    /// Sends what has waited since before `moment` for its first lookup to the end of the queue.
-    fn requeue_older_than(&self, moment: Instant, lookups: &mut JoinSet<Ended>) {
-        for taken in self.waiting.take_older_than(moment) {
-            lookups.spawn(settle(taken, Disposition::Requeue));
-        }
-    }
-
-    /// Something has come to its end: whoever waits for its object has a turn again.
-    fn ended(&self, ended: Result<Ended, JoinError>) -> anyhow::Result<()> {
-        if let Some(turn) = ended.context("a lookup panicked")?? {
-            self.waiting.end(turn);
-        }
-        Ok(())
-    }
-
-    /// Looks the object up, and again for as long as a failure may be nobody's but the API's. What
-    /// has come for the object meanwhile joins `group` just before each lookup, so that none shares
-    /// one that had begun before it was delivered.
-    async fn look_up_until_it_tells(
+    /// Looks the object up, and again while a failure may be the fault of the API alone. Just
+    /// before each lookup, adds to `group` the deliveries of the object that have arrived
+    /// meanwhile; so no delivery gets the result of a lookup that started before it arrived.
+    async fn resolve_status(
         &self,
-        turn: &Turn,
-        mut place: Place,
-        group: &mut Vec<Taken>,
-        room: &mut Option<Permit>,
-    ) -> Result<Told, WriterDied> {
-        let id = turn.id;
-        let mut held = pin!(sleep(self.held_max()));
+        key: LookupKey,
+        mut permit: LookupPermit,
+        group: &mut Vec<PendingDelivery>,
+        unsettled: &mut Option<Permit>,
+    ) -> Result<LookupResult, WriterDied> {
+        let id = key.id;
+        let mut held_too_long = pin!(sleep(self.held_max()));
         let mut waits = waits_between_lookups();
         let mut is_first = true;
         loop {
-            self.waiting.join(turn, group);
+            self.pending.join(key, group);
             let answer = self.look_up(id, group).await;
             let callback_id = group.first().map_or("", |first| first.delivery.callback_id());
             tracing::debug!(id, callback_id, deliveries = group.len(), ?answer, "looked up");
-            // Waiting for the commit, or for a verdict, takes no lookup's place.
-            let has_failed = group.iter().any(|taken| taken.delivery.failed_attempts() > 0);
+            let has_failed = group.iter().any(|pending| pending.delivery.failed_attempts() > 0);
             if std::mem::take(&mut is_first) && !has_failed && !is_asked_to_wait(&answer) {
-                self.breaker.note_first(id, answer.is_ok());
+                self.breaker.note_first_lookup(id, answer.is_ok());
             }
-            let failure = place.leave(&outcome(&answer, has_failed));
-            let (error, failure) = match (answer, failure) {
-                (Ok(Answer::Online(at)), _) => {
-                    let commit = Span::joint(group.iter().map(|taken| &taken.span), committing);
-                    let mut recording = self.writer.record(id, at, commit).await?;
-                    let written = if let Some(written) = recording.written_or_set_aside().await? {
-                        written
-                    } else {
-                        // A row that is held up keeps no other lookup from beginning.
-                        drop(room.take());
-                        tokio::select! {
-                            written = recording.written() => written?,
-                            () = self.shutdown.cancelled() => return Ok(Told::Draining),
-                        }
-                    };
-                    return Ok(match written {
-                        Written::Committed => {
-                            record_ages(group);
-                            Told::Settled
-                        }
-                        Written::Refused(reason) => Told::Refused(reason),
-                        Written::Postponed => Told::Nothing,
-                    });
-                }
-                (Ok(Answer::Offline), _) => return Ok(Told::Settled),
-                (Err(error), failure) => (error, failure),
+            // No permit is held during the wait for a commit or for a verdict.
+            let failure = permit.complete(&outcome(&answer, has_failed));
+            let error = match answer {
+                Ok(Answer::Online(at)) => return self.record(id, at, group, unsettled).await,
+                Ok(Answer::Offline) => return Ok(LookupResult::Resolved),
+                Err(error) => error,
             };
             let failing_share = self.breaker.failing_share(id);
             if self.breaker.is_closed() {
                 self.failure_log.note(id, callback_id, &error);
             }
             let pause = error.asks_to_wait();
-            // After a pause others come first, or one object that gets only 429 would be all there is.
+            // After a pause, other objects go first. Otherwise, an object that always gets a 429
+            // would be the only one that is looked up.
             let wait = waits.next().unwrap_or_default().saturating_add(pause.unwrap_or_default());
             let verdict = async {
                 match failure {
@@ -335,24 +365,55 @@ impl Shared {
             };
             tokio::select! {
                 verdict = verdict => if verdict == Verdict::Counts {
-                    return Ok(Told::Failed(error, failing_share));
+                    return Ok(LookupResult::Failed { error, failing_share });
                 },
                 () = sleep(wait) => {}
-                () = self.shutdown.cancelled() => return Ok(Told::Draining),
-                () = &mut held => return Ok(Told::Nothing),
+                () = self.shutdown.cancelled() => return Ok(LookupResult::Draining),
+                () = &mut held_too_long => return Ok(LookupResult::Unresolved),
             }
-            place = tokio::select! {
-                // In this order, or a place that is there already would be lost for a moment.
+            permit = tokio::select! {
+                // In this order, because a permit that is ready but not taken would be unused for
+                // a moment.
                 biased;
-                place = self.breaker.enter() => place,
-                () = self.shutdown.cancelled() => return Ok(Told::Draining),
-                () = &mut held => return Ok(Told::Nothing),
+                permit = self.breaker.acquire() => permit,
+                () = self.shutdown.cancelled() => return Ok(LookupResult::Draining),
+                () = &mut held_too_long => return Ok(LookupResult::Unresolved),
             };
         }
     }
 
-    async fn look_up(&self, id: i64, group: &[Taken]) -> Result<Answer, LookupError> {
-        let deliveries = group.iter().map(|taken| &taken.span);
+    /// Waits until it is committed that the object was online at `at`.
+    async fn record(
+        &self,
+        id: i64,
+        at: std::time::Instant,
+        group: &[PendingDelivery],
+        unsettled: &mut Option<Permit>,
+    ) -> Result<LookupResult, WriterDied> {
+        let span = Span::joint(group.iter().map(|pending| &pending.span), commit_step);
+        let mut write = self.writer.record(id, at, span).await?;
+        let outcome = if let Some(outcome) = write.outcome_or_set_aside().await? {
+            outcome
+        } else {
+            // A held-up row must not keep other lookups from starting.
+            drop(unsettled.take());
+            tokio::select! {
+                outcome = write.outcome() => outcome?,
+                () = self.shutdown.cancelled() => return Ok(LookupResult::Draining),
+            }
+        };
+        Ok(match outcome {
+            WriteOutcome::Committed => {
+                record_ages(group);
+                LookupResult::Resolved
+            }
+            WriteOutcome::Refused(reason) => LookupResult::RowRefused(reason),
+            WriteOutcome::Postponed => LookupResult::Unresolved,
+        })
+    }
+
+    async fn look_up(&self, id: i64, group: &[PendingDelivery]) -> Result<Answer, LookupError> {
+        let deliveries = group.iter().map(|pending| &pending.span);
         let mut span = Span::joint(deliveries, || self.status_api.step(id));
         let in_flight = metrics::gauge!("lastseen_lookups_in_flight");
         in_flight.increment(1.0);
@@ -374,7 +435,7 @@ impl Shared {
         answer
     }
 
-    /// What is done about a delivery, as traces have it.
+    /// The span of a delivery, from its arrival to its settlement.
     fn processing(&self, delivery: &Delivery) -> Step {
         let Destination { system, name } = &self.destination;
         let mut attributes = vec![
@@ -396,29 +457,42 @@ impl Shared {
         error: &LookupError,
         failing_share: f64,
     ) -> Disposition {
-        // The count comes with the message.
         let attempts = delivery.failed_attempts().saturating_add(1);
         let callback_id = delivery.callback_id();
         let reason = error.to_string();
         if attempts >= self.lookups.borrow().max_attempts {
-            // As it was then and as it is now: the last failures of an outage are judged after its end.
+            // The larger of the share then and the share now, because the last failures of an
+            // outage are judged after its end.
             let failing_share = failing_share.max(self.breaker.failing_share(id));
-            if blames_object(failing_share, attempts) {
-                tracing::warn!(id, callback_id, attempts, reason, "given up; now a dead letter");
+            if is_object_at_fault(failing_share, attempts) {
+                tracing::warn!(
+                    id,
+                    callback_id,
+                    attempts,
+                    reason,
+                    "the last attempt failed; the message becomes a dead letter"
+                );
                 return Disposition::DeadLetter { reason };
             }
-            tracing::debug!(id, callback_id, attempts, reason, "kept: other lookups fail as well");
+            tracing::debug!(
+                id,
+                callback_id,
+                attempts,
+                reason,
+                "retrying beyond MAX_ATTEMPTS, because lookups of other objects fail as well"
+            );
         }
         Disposition::Retry { reason, after: error.retry_after() }
     }
 }
 
-/// The wait for a commit, as traces have it.
-fn committing() -> Step {
+/// The span of the wait for a commit.
+fn commit_step() -> Step {
     Step { name: "commit".into(), kind: SpanKind::Internal, attributes: Vec::new() }
 }
 
-/// What an answer says about the API, given whether lookups of the object have failed before and counted.
+/// What an answer says about the API. `has_failed`: an earlier lookup of the object failed and
+/// counted.
 fn outcome(answer: &Result<Answer, LookupError>, has_failed: bool) -> Outcome<'_> {
     match answer {
         Ok(_) => Outcome::Answered,
@@ -434,7 +508,7 @@ fn is_asked_to_wait(answer: &Result<Answer, LookupError>) -> bool {
     answer.as_ref().is_err_and(|error| error.asks_to_wait().is_some())
 }
 
-/// How long a failed lookup waits when nothing tells whose fault it was.
+/// The waits after failed lookups for which no verdict comes.
 fn waits_between_lookups() -> ExponentialBackoff {
     ExponentialBuilder::new()
         .with_min_delay(Duration::from_secs(1))
@@ -444,10 +518,10 @@ fn waits_between_lookups() -> ExponentialBackoff {
         .build()
 }
 
-/// Records how long ago the callbacks came in whose objects are committed now.
-fn record_ages(group: &[Taken]) {
-    for accepted_at in group.iter().filter_map(|taken| taken.delivery.accepted_at()) {
-        // The producer's clock may be ahead of ours.
+/// Records the time from the callbacks to the commit.
+fn record_ages(group: &[PendingDelivery]) {
+    for accepted_at in group.iter().filter_map(|pending| pending.delivery.accepted_at()) {
+        // The producer's clock may be ahead of this machine's.
         let age = accepted_at.elapsed().unwrap_or_default();
         metrics::histogram!("lastseen_callback_to_commit_seconds").record(age);
     }
@@ -460,19 +534,19 @@ fn describe_metrics() {
     }
     metrics::describe_counter!(
         NOT_FOUND_METRIC,
-        "Lookups answered with 404, whether that says offline or is a failure."
+        "Lookups answered with 404, whether it means offline or is a failed lookup."
     );
     metrics::counter!(NOT_FOUND_METRIC).increment(0);
     metrics::describe_histogram!(
         "lastseen_callback_to_commit_seconds",
         metrics::Unit::Seconds,
-        "Time from a callback to the commit of an object that was online, for each message."
+        "Time from the callback to the commit of an online object, for each message."
     );
-    metrics::describe_gauge!("lastseen_lookups_in_flight", "Lookups running now.");
+    metrics::describe_gauge!("lastseen_lookups_in_flight", "Lookups in flight.");
     metrics::gauge!("lastseen_lookups_in_flight").set(0);
     metrics::describe_histogram!(
         "lastseen_lookup_seconds",
         metrics::Unit::Seconds,
-        "Time that a lookup took, whatever its outcome."
+        "Duration of a lookup, regardless of its outcome."
     );
 }

@@ -1,4 +1,4 @@
-//! Room for so many at once, which may change while some have it.
+//! A semaphore whose limit can change while permits are held.
 //!
 //! Decision: docs/decisions/0025-how-does-max-consumers-change-at-run-time.md
 
@@ -6,62 +6,61 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use tokio::sync::Semaphore;
 
-/// How many may be at once. Who waits for room is served in order.
-pub(crate) struct Room {
-    free: Semaphore,
+/// A FIFO semaphore whose limit can change at run time.
+pub(crate) struct ResizableSemaphore {
+    available: Semaphore,
     size: Mutex<Size>,
 }
 
 struct Size {
     limit: usize,
-    /// How many permits there are, taken or not: more than the limit while it has fallen and those that
-    /// are taken have not come back.
-    granted: usize,
+    /// The number of permits, available or held. It exceeds the limit after the limit has fallen,
+    /// until enough held permits are released.
+    permits: usize,
 }
 
-/// Room for one, given back when it is dropped.
-pub(crate) struct Permit(Arc<Room>);
+/// Released when dropped.
+pub(crate) struct Permit(Arc<ResizableSemaphore>);
 
-impl Room {
+impl ResizableSemaphore {
     pub(crate) fn new(limit: usize) -> Arc<Self> {
-        let size = Mutex::new(Size { limit, granted: limit });
-        Arc::new(Self { free: Semaphore::new(limit), size })
+        let size = Mutex::new(Size { limit, permits: limit });
+        Arc::new(Self { available: Semaphore::new(limit), size })
     }
 
-    /// Waits for room.
-    pub(crate) async fn enter(self: &Arc<Self>) -> Permit {
-        // It is never closed; and if it were, there would only be no bound.
-        if let Ok(permit) = self.free.acquire().await {
+    pub(crate) async fn acquire(self: &Arc<Self>) -> Permit {
+        // The semaphore is never closed. If it were, the only effect would be that nothing is
+        // limited.
+        if let Ok(permit) = self.available.acquire().await {
             permit.forget();
         }
         Permit(Arc::clone(self))
     }
 
-    /// From now on there is room for so many. Those that have it keep it, and so may the first of those that
-    /// wait, if room for it has come free just now.
+    /// Changes the limit. Held permits stay valid. A waiter to which a permit was just assigned
+    /// keeps it, too.
     pub(crate) fn resize(&self, limit: usize) {
         let mut size = self.size();
         size.limit = limit;
-        let surplus = size.granted.saturating_sub(limit);
-        size.granted -= self.free.forget_permits(surplus);
+        let surplus = size.permits.saturating_sub(limit);
+        size.permits -= self.available.forget_permits(surplus);
         self.fill(&mut size);
     }
 
-    /// Lets one more in, whatever the limit.
-    pub(crate) fn admit_one(&self) {
-        self.size().granted += 1;
-        self.free.add_permits(1);
+    /// Adds one permit, regardless of the limit. It disappears when it is released.
+    pub(crate) fn add_excess_permit(&self) {
+        self.size().permits += 1;
+        self.available.add_permits(1);
     }
 
-    /// For how many there is room right now.
-    pub(crate) fn free(&self) -> usize {
-        self.free.available_permits()
+    pub(crate) fn available(&self) -> usize {
+        self.available.available_permits()
     }
 
     fn fill(&self, size: &mut Size) {
-        let missing = size.limit.saturating_sub(size.granted);
-        size.granted += missing;
-        self.free.add_permits(missing);
+        let missing = size.limit.saturating_sub(size.permits);
+        size.permits += missing;
+        self.available.add_permits(missing);
     }
 
     fn size(&self) -> MutexGuard<'_, Size> {
@@ -72,7 +71,7 @@ impl Room {
 impl Drop for Permit {
     fn drop(&mut self) {
         let mut size = self.0.size();
-        size.granted -= 1;
+        size.permits -= 1;
         self.0.fill(&mut size);
     }
 }
@@ -83,49 +82,49 @@ mod tests {
 
     use super::*;
 
-    fn entered(room: &Arc<Room>) -> Option<Permit> {
-        room.enter().now_or_never()
+    fn try_acquire(semaphore: &Arc<ResizableSemaphore>) -> Option<Permit> {
+        semaphore.acquire().now_or_never()
     }
 
     #[test]
-    fn it_grows_and_shrinks_while_it_is_taken_and_no_permit_is_lost() {
-        let room = Room::new(2);
-        let mut taken = vec![entered(&room).unwrap(), entered(&room).unwrap()];
-        assert!(entered(&room).is_none());
-        room.resize(4);
-        taken.extend([entered(&room).unwrap(), entered(&room).unwrap()]);
-        assert!(entered(&room).is_none());
-        // Three have to go before there is room for one.
-        room.resize(2);
+    fn resizing_while_permits_are_held_loses_no_permit() {
+        let semaphore = ResizableSemaphore::new(2);
+        let mut held = vec![try_acquire(&semaphore).unwrap(), try_acquire(&semaphore).unwrap()];
+        assert!(try_acquire(&semaphore).is_none());
+        semaphore.resize(4);
+        held.extend([try_acquire(&semaphore).unwrap(), try_acquire(&semaphore).unwrap()]);
+        assert!(try_acquire(&semaphore).is_none());
+        // Three of the four must be released before one is available.
+        semaphore.resize(2);
         for _ in 0..2 {
-            taken.pop();
-            assert!(entered(&room).is_none());
+            held.pop();
+            assert!(try_acquire(&semaphore).is_none());
         }
-        taken.pop();
-        drop(entered(&room).unwrap());
-        // As before, although it shrank and grew while it was taken.
-        room.resize(1);
-        room.resize(4);
-        taken.clear();
-        let all: Vec<_> = std::iter::from_fn(|| entered(&room)).collect();
+        held.pop();
+        drop(try_acquire(&semaphore).unwrap());
+        // The number of permits is right after shrinking and growing while one was held.
+        semaphore.resize(1);
+        semaphore.resize(4);
+        held.clear();
+        let all: Vec<_> = std::iter::from_fn(|| try_acquire(&semaphore)).collect();
         assert_eq!(all.len(), 4);
     }
 
     #[test]
-    fn who_waits_is_let_in_when_it_grows() {
-        let room = Room::new(0);
-        let mut waiting = std::pin::pin!(room.enter());
-        assert!(waiting.as_mut().now_or_never().is_none());
-        room.resize(1);
-        assert!(waiting.now_or_never().is_some());
+    fn a_waiter_gets_a_permit_when_the_limit_grows() {
+        let semaphore = ResizableSemaphore::new(0);
+        let mut waiter = std::pin::pin!(semaphore.acquire());
+        assert!(waiter.as_mut().now_or_never().is_none());
+        semaphore.resize(1);
+        assert!(waiter.now_or_never().is_some());
     }
 
     #[test]
-    fn one_may_be_admitted_beyond_the_limit_and_leaves_nothing_behind() {
-        let room = Room::new(0);
-        room.admit_one();
-        assert_eq!(room.free(), 1);
-        drop(entered(&room).unwrap());
-        assert!(entered(&room).is_none());
+    fn an_excess_permit_can_be_acquired_once() {
+        let semaphore = ResizableSemaphore::new(0);
+        semaphore.add_excess_permit();
+        assert_eq!(semaphore.available(), 1);
+        drop(try_acquire(&semaphore).unwrap());
+        assert!(try_acquire(&semaphore).is_none());
     }
 }

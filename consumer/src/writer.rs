@@ -1,4 +1,4 @@
-//! Writing results to the table, many with one statement.
+//! Writes results to the table in batches.
 
 mod bisection;
 mod set_aside;
@@ -17,103 +17,103 @@ use crate::config::Lookups;
 use bisection::NotWritten;
 use set_aside::SetAside;
 
-/// The batch writer has died; nothing more can be committed by this process.
+/// The batch writer has stopped; this process can commit no more results.
 #[derive(Debug, thiserror::Error)]
-#[error("the batch writer has died")]
+#[error("the batch writer stopped")]
 pub struct WriterDied;
 
-/// What has become of a result.
+/// The outcome of writing a result.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Written {
-    /// It is in the table, or a newer one is.
+pub enum WriteOutcome {
+    /// The result is in the table, or a newer one is.
     Committed,
-    /// The database will never take this row, for this reason.
+    /// The database permanently refuses the row, for this reason.
     Refused(String),
-    /// Something has been in the row's way for too long, as another session's lock: its message must
-    /// be delivered again.
+    /// The row has been held up for too long, for example by a lock of another session. Its message
+    /// must be delivered again.
     Postponed,
 }
 
-/// A result on its way into the table.
-pub struct Recording {
+/// A result that is not written yet.
+pub struct PendingWrite {
     set_aside: oneshot::Receiver<()>,
-    written: oneshot::Receiver<Written>,
+    outcome: oneshot::Receiver<WriteOutcome>,
 }
 
-impl Recording {
-    /// Returns once it is committed, or refused for good, or postponed, however long that takes.
+impl PendingWrite {
+    /// Waits for the outcome, without a time limit.
     ///
     /// # Errors
-    /// [`WriterDied`]; then it may not be committed and must not be acked.
-    pub async fn written(self) -> Result<Written, WriterDied> {
-        self.written.await.map_err(|_| WriterDied)
+    /// [`WriterDied`]. The result may not be committed, so its delivery must not be acked.
+    pub async fn outcome(self) -> Result<WriteOutcome, WriterDied> {
+        self.outcome.await.map_err(|_| WriterDied)
     }
 
-    /// The same, but `None` as soon as the row is set aside: it is held up, others are written
-    /// meanwhile, and [`Recording::written`] may take minutes more.
+    /// Waits for the outcome, but returns `None` if the row is held up and set aside. Other rows
+    /// are written meanwhile, and [`PendingWrite::outcome`] may take minutes more.
     ///
     /// # Errors
     /// [`WriterDied`], as above.
-    pub async fn written_or_set_aside(&mut self) -> Result<Option<Written>, WriterDied> {
+    pub async fn outcome_or_set_aside(&mut self) -> Result<Option<WriteOutcome>, WriterDied> {
         tokio::select! {
             biased;
-            written = &mut self.written => written.map(Some).map_err(|_| WriterDied),
-            // The sender is dropped unused when the result is answered.
+            outcome = &mut self.outcome => outcome.map(Some).map_err(|_| WriterDied),
+            // If the row is not set aside, the sender is dropped unused.
             Ok(()) = &mut self.set_aside => Ok(None),
         }
     }
 }
 
-/// Collects results and commits them in batches. While one batch is being committed the next one
-/// gathers, so that batches grow with the load by themselves.
+/// Collects results and commits them in batches. While one batch is being committed, the next one
+/// is collected, so batches grow with the load.
 #[derive(Clone)]
 pub struct Writer {
-    results: mpsc::Sender<Seen>,
+    results: mpsc::Sender<QueuedSighting>,
     status: watch::Receiver<StoreStatus>,
 }
 
-/// One object that was online, and who waits for that to be committed.
-struct Seen {
+/// A sighting that waits for its commit.
+struct QueuedSighting {
     id: i64,
     at: Instant,
-    /// The wait, in the trace of what is waited for.
+    /// The span of the wait.
     commit: Span,
     set_aside: Option<oneshot::Sender<()>>,
-    written: oneshot::Sender<Written>,
+    outcome: oneshot::Sender<WriteOutcome>,
 }
 
-impl Seen {
-    /// Reports that its row is held up.
-    fn set_aside(&mut self) {
+impl QueuedSighting {
+    /// Reports that the row is set aside.
+    fn report_set_aside(&mut self) {
         if let Some(sender) = self.set_aside.take() {
-            // Its delivery may have been lost meanwhile.
+            // The receiver may be gone, because its delivery was lost.
             let _ = sender.send(());
         }
     }
 
-    fn answer(mut self, written: Written) {
-        match &written {
-            Written::Committed => {}
-            Written::Refused(reason) => self.commit.fail(reason),
-            Written::Postponed => self.commit.fail("the row is held up"),
+    fn report(mut self, outcome: WriteOutcome) {
+        match &outcome {
+            WriteOutcome::Committed => {}
+            WriteOutcome::Refused(reason) => self.commit.fail(reason),
+            WriteOutcome::Postponed => self.commit.fail("the row is held up"),
         }
-        // Its delivery may have been lost meanwhile; the row is right all the same.
-        let _ = self.written.send(written);
+        // The receiver may be gone, because its delivery was lost; the row is correct anyway.
+        let _ = self.outcome.send(outcome);
     }
 }
 
 impl Writer {
-    /// Starts the task that writes.
+    /// Starts the task that writes batches.
     #[must_use]
     pub fn start(store: Arc<Store>, events: Emitter, config: &Lookups) -> Self {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
         let linger = config.write_batch_linger;
-        // Lookups go on with the rest.
-        let set_aside = SetAside::new(usize::from(config.begun_max() / 4).max(1));
+        // A part of the permits for unsettled lookups, so that lookups continue with the rest.
+        let set_aside = SetAside::new(usize::from(config.unsettled_lookups_max() / 4).max(1));
         let (writes, status) = watch::channel(Ok(()));
         let table = Table { store, events, writes };
-        Self::served_by(batch_max, status, async move |results| {
+        Self::with_task(batch_max, status, async move |results| {
             tokio::select! {
                 () = write_batches(&table, &set_aside, results, batch_max, linger) => {}
                 () = set_aside.write(&table, batch_max) => {}
@@ -121,18 +121,18 @@ impl Writer {
         })
     }
 
-    fn served_by<F: Future<Output = ()> + Send + 'static>(
-        waiting_max: usize,
+    fn with_task<F: Future<Output = ()> + Send + 'static>(
+        capacity: usize,
         status: watch::Receiver<StoreStatus>,
-        write: impl FnOnce(mpsc::Receiver<Seen>) -> F,
+        write: impl FnOnce(mpsc::Receiver<QueuedSighting>) -> F,
     ) -> Self {
-        let (results, incoming) = mpsc::channel(waiting_max);
+        let (results, incoming) = mpsc::channel(capacity);
         tokio::spawn(write(incoming));
         Self { results, status }
     }
 
-    /// Takes the result that the object was online at `at`. `commit` is the span of the wait for
-    /// [`Recording::written`].
+    /// Queues the result that the object was online at `at`. `commit` is the span of the wait for
+    /// [`PendingWrite::outcome`].
     ///
     /// # Errors
     /// [`WriterDied`].
@@ -141,26 +141,28 @@ impl Writer {
         id: i64,
         at: Instant,
         commit: Span,
-    ) -> Result<Recording, WriterDied> {
+    ) -> Result<PendingWrite, WriterDied> {
         let (set_aside, is_set_aside) = oneshot::channel();
-        let (written, outcome) = oneshot::channel();
-        let seen = Seen { id, at, commit, set_aside: Some(set_aside), written };
-        self.results.send(seen).await.map_err(|_| WriterDied)?;
-        Ok(Recording { set_aside: is_set_aside, written: outcome })
+        let (sender, outcome) = oneshot::channel();
+        let sighting =
+            QueuedSighting { id, at, commit, set_aside: Some(set_aside), outcome: sender };
+        self.results.send(sighting).await.map_err(|_| WriterDied)?;
+        Ok(PendingWrite { set_aside: is_set_aside, outcome })
     }
 
-    /// Whether the last batch could be written, or why not. The writer tries again until it can.
+    /// Whether the last attempt to write a batch succeeded, or why not. The writer retries until it
+    /// does.
     pub(crate) fn status(&self) -> watch::Receiver<StoreStatus> {
         self.status.clone()
     }
 
-    /// Returns only if what writes has died.
+    /// Returns only if the task has stopped.
     pub(crate) async fn died(&self) {
         self.results.closed().await;
     }
 }
 
-/// Where results are written, and where commits are announced.
+/// The table, and the events about its changes.
 struct Table {
     store: Arc<Store>,
     events: Emitter,
@@ -170,7 +172,7 @@ struct Table {
 async fn write_batches(
     table: &Table,
     set_aside: &SetAside,
-    mut results: mpsc::Receiver<Seen>,
+    mut results: mpsc::Receiver<QueuedSighting>,
     batch_max: usize,
     linger: Duration,
 ) {
@@ -180,65 +182,70 @@ async fn write_batches(
         let now = tokio::time::Instant::now();
         let flush_at = now.checked_add(linger).unwrap_or(now);
         while batch.len() < batch_max {
-            let room = batch_max - batch.len();
-            match timeout_at(flush_at, results.recv_many(&mut batch, room)).await {
-                // Closed, or the linger is over.
+            let missing = batch_max - batch.len();
+            match timeout_at(flush_at, results.recv_many(&mut batch, missing)).await {
+                // The channel is closed, or the linger is over.
                 Ok(0) | Err(_) => break,
                 Ok(_) => {}
             }
         }
-        // What waits for a row that is set aside waits with it, or it would hold up this batch.
-        for seen in batch.extract_if(.., |seen| set_aside.contains(seen.id)) {
-            set_aside.add(seen, "set aside already");
+        // Sightings of rows that are set aside would hold up this batch.
+        for sighting in batch.extract_if(.., |sighting| set_aside.contains(sighting.id)) {
+            set_aside.add(sighting, "set aside already");
         }
         if batch.is_empty() {
             continue;
         }
-        let upsert = Span::joint(batch.iter().map(|seen| &seen.commit), || table.upsert(&batch));
+        let waits = batch.iter().map(|sighting| &sighting.commit);
+        let upsert = Span::joint(waits, || table.upsert_step(&batch));
         let not_written = commit(table, set_aside, &batch).await;
-        let mut answered = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
-        for seen in &mut answered {
-            seen.commit.link(&upsert);
+        let mut finished = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
+        for sighting in &mut finished {
+            sighting.commit.link(&upsert);
         }
-        let held_up = answered.extract_if(.., |seen| {
-            matches!(not_written.get(&seen.id), Some(NotWritten::HeldUp(_)))
+        let held_up = finished.extract_if(.., |sighting| {
+            matches!(not_written.get(&sighting.id), Some(NotWritten::HeldUp(_)))
         });
-        for seen in held_up {
-            if let Some(NotWritten::HeldUp(reason)) = not_written.get(&seen.id) {
-                set_aside.add(seen, reason);
+        for sighting in held_up {
+            if let Some(NotWritten::HeldUp(reason)) = not_written.get(&sighting.id) {
+                set_aside.add(sighting, reason);
             }
         }
-        // The next batch is written meanwhile.
-        tokio::spawn(async move { answer(answered, &not_written, upsert) });
+        // In a task of its own, so that the next batch is written meanwhile.
+        tokio::spawn(async move { report(finished, &not_written, upsert) });
     }
 }
 
-fn answer(batch: Vec<Seen>, not_written: &HashMap<i64, NotWritten>, upsert: Span) {
-    // Before any delivery is settled, which may end the process.
+fn report(batch: Vec<QueuedSighting>, not_written: &HashMap<i64, NotWritten>, upsert: Span) {
+    // Ends the span before any delivery is settled, because the process may end then.
     drop(upsert);
-    for seen in batch {
-        let written = match not_written.get(&seen.id) {
-            Some(NotWritten::Refused(reason)) => Written::Refused(reason.clone()),
-            Some(NotWritten::HeldUp(_)) => Written::Postponed,
-            None => Written::Committed,
+    for sighting in batch {
+        let outcome = match not_written.get(&sighting.id) {
+            Some(NotWritten::Refused(reason)) => WriteOutcome::Refused(reason.clone()),
+            Some(NotWritten::HeldUp(_)) => WriteOutcome::Postponed,
+            None => WriteOutcome::Committed,
         };
-        seen.answer(written);
+        sighting.report(outcome);
     }
 }
 
 /// Writes the batch, and returns the objects whose rows are not committed.
-async fn commit(table: &Table, set_aside: &SetAside, batch: &[Seen]) -> HashMap<i64, NotWritten> {
+async fn commit(
+    table: &Table,
+    set_aside: &SetAside,
+    batch: &[QueuedSighting],
+) -> HashMap<i64, NotWritten> {
     let mut newest = newest_of_each(batch);
     let started = Instant::now();
     let mut locked = HashMap::new();
     if !set_aside.is_empty() {
-        // Where some rows are locked, more may be: look, rather than wait for each.
-        newest =
-            bisection::without_locked(table, newest, "locked by another session", &mut locked).await;
+        // If some rows are locked, more may be. Finding them is faster than waiting for each.
+        newest = bisection::without_locked(table, newest, "locked by another session", &mut locked)
+            .await;
     }
     let mut not_written = locked;
     if !newest.is_empty() {
-        not_written.extend(bisection::write(table, &newest, || set_aside.has_room()).await);
+        not_written.extend(bisection::write(table, &newest, || set_aside.has_capacity()).await);
     }
     let refused = not_written.values().filter(|why| matches!(why, NotWritten::Refused(_))).count();
     metrics::counter!("lastseen_rows_refused_total").increment(refused as u64);
@@ -249,8 +256,8 @@ async fn commit(table: &Table, set_aside: &SetAside, batch: &[Seen]) -> HashMap<
 }
 
 impl Table {
-    /// The statement for a batch, as traces have it.
-    fn upsert(&self, batch: &[Seen]) -> Step {
+    /// The span of the statement for a batch.
+    fn upsert_step(&self, batch: &[QueuedSighting]) -> Step {
         let results = i64::try_from(batch.len()).unwrap_or(i64::MAX);
         Step {
             name: "UPSERT object".into(),
@@ -264,34 +271,39 @@ impl Table {
         }
     }
 
-    /// Announces what was committed; this never waits.
+    /// Publishes the committed changes as events. Never waits.
     fn announce(&self, recorded: &Recorded) {
         let object = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
         self.events.tell(Kind::Online, recorded.inserted.iter().map(object));
         self.events.tell(Kind::Seen, recorded.updated.iter().map(object));
     }
 
-    fn writes_work(&self) {
+    fn note_success(&self) {
         self.writes.send_if_modified(|status| std::mem::replace(status, Ok(())).is_err());
     }
 
-    fn writes_fail(&self, error: &StoreError, failures: u32, rows: usize) {
+    fn note_failure(&self, error: &StoreError, failures: u32, rows: usize) {
         metrics::counter!("lastseen_write_failures_total").increment(1);
         if failures == 1 {
-            tracing::warn!(%error, rows, "a batch is not written; trying again");
+            tracing::warn!(%error, rows, "cannot write a batch; its messages wait, trying again");
         } else {
-            tracing::debug!(%error, rows, failures, "a batch is still not written");
+            tracing::debug!(%error, rows, failures, "still cannot write a batch");
         }
-        // An outage that the store reports by itself is no further reason.
-        let is_known = self.store.status().borrow().is_err();
-        let status = if is_known { Ok(()) } else { Err(format!("takes no writes: {error}")) };
+        // The store reports an outage of the database itself.
+        let is_reported = self.store.status().borrow().is_err();
+        let status = if is_reported {
+            Ok(())
+        } else {
+            Err(format!("the last batch was not written: {error}"))
+        };
         _ = self.writes.send_replace(status);
     }
 }
 
 /// Each object once, with its newest sighting, in ascending order of the ids.
-fn newest_of_each(batch: &[Seen]) -> Vec<(i64, Instant)> {
-    let mut newest: Vec<(i64, Instant)> = batch.iter().map(|seen| (seen.id, seen.at)).collect();
+fn newest_of_each(batch: &[QueuedSighting]) -> Vec<(i64, Instant)> {
+    let mut newest: Vec<(i64, Instant)> =
+        batch.iter().map(|sighting| (sighting.id, sighting.at)).collect();
     newest
         .sort_unstable_by(|(id, at), (other_id, other_at)| id.cmp(other_id).then(other_at.cmp(at)));
     newest.dedup_by_key(|(id, _)| *id);
@@ -303,9 +315,12 @@ fn describe_metrics() {
     metrics::describe_histogram!(
         "lastseen_write_seconds",
         metrics::Unit::Seconds,
-        "Time to commit a batch, failed attempts included."
+        "Time to commit a batch, including failed attempts."
     );
-    metrics::describe_counter!("lastseen_write_failures_total", "Attempts at a batch that failed.");
+    metrics::describe_counter!(
+        "lastseen_write_failures_total",
+        "Failed attempts to write a batch."
+    );
     metrics::describe_counter!("lastseen_rows_refused_total", "Rows that the database refused.");
     metrics::counter!("lastseen_write_failures_total").increment(0);
     metrics::counter!("lastseen_rows_refused_total").increment(0);
@@ -316,30 +331,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn of_repeated_objects_the_newest_sighting_is_kept_and_the_ids_ascend() {
+    fn a_batch_keeps_the_newest_sighting_of_each_id_in_order() {
         let start = Instant::now();
-        let seen = |id, after| Seen {
+        let sighting = |id, after| QueuedSighting {
             id,
             at: start + Duration::from_secs(after),
             commit: Span::default(),
             set_aside: None,
-            written: oneshot::channel().0,
+            outcome: oneshot::channel().0,
         };
-        let batch = [seen(7, 1), seen(-3, 5), seen(7, 9), seen(7, 4)];
+        let batch = [sighting(7, 1), sighting(-3, 5), sighting(7, 9), sighting(7, 4)];
         let newest = newest_of_each(&batch);
         let seconds = |after| start + Duration::from_secs(after);
         assert_eq!(newest, [(-3, seconds(5)), (7, seconds(9))]);
     }
 
     #[tokio::test]
-    async fn a_writer_that_panics_is_noticed_by_all_who_depend_on_it() {
+    async fn a_panic_of_the_writer_is_reported_to_its_users() {
         let (_, status) = watch::channel(Ok(()));
-        let writer = Writer::served_by(1, status, async |mut results| {
+        let writer = Writer::with_task(1, status, async |mut results| {
             let _first = results.recv().await;
-            panic!("this one panics");
+            panic!("the writer panics in this test");
         });
         let record =
-            async { writer.record(42, Instant::now(), Span::default()).await?.written().await };
+            async { writer.record(42, Instant::now(), Span::default()).await?.outcome().await };
         let (died, recorded) = tokio::join!(writer.died(), record);
         assert!(matches!((died, recorded), ((), Err(WriterDied))));
     }

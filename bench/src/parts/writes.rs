@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use clap::Parser as _;
-use consumer::{Writer, Written};
+use consumer::{WriteOutcome, Writer};
 use events::{Emitter, Exchange};
 use service::traces::Span;
 use store::Store;
@@ -49,9 +49,9 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
         waiting.spawn(async move {
             let (mut written, mut id) = (0_u64, first);
             while started.elapsed() < DURATION {
-                let recording = writer.record(id * 2, Instant::now(), Span::default()).await?;
-                let outcome = recording.written().await?;
-                anyhow::ensure!(outcome == Written::Committed, "{outcome:?}");
+                let write = writer.record(id * 2, Instant::now(), Span::default()).await?;
+                let outcome = write.outcome().await?;
+                anyhow::ensure!(outcome == WriteOutcome::Committed, "{outcome:?}");
                 written += 1;
                 id = (id + WAITING) % i64::from(POPULATION);
             }

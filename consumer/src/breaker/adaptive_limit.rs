@@ -1,10 +1,11 @@
-//! A limit on lookups that finds by itself how many the API bears.
+//! A limit on lookups in flight that finds how many the API sustains.
 //!
-//! It is the gradient of latency that decides, as in TCP Vegas: what an answer costs now, beside what it
-//! costs while the API is at ease. A limit that makes answers dearer falls, one that does not rises.
+//! The gradient of latency decides, as in TCP Vegas: the current latency compared with the baseline
+//! latency. A limit that makes answers slower falls; one that does not rises.
 //!
-//! It looks at rounds of lookups: all that begin until there are as many as the limit, each to its end. A
-//! round that closed before the slow ones are in would find every API faster than it is.
+//! The limit is judged in rounds. A round is a number of lookups in a row, and it ends when all of
+//! them have ended. If it ended before its slowest lookups, every API would appear faster than it
+//! is.
 //!
 //! Decision: docs/decisions/0033-how-does-the-adaptive-limit-work.md
 
@@ -12,76 +13,80 @@ use std::time::Duration;
 
 use super::gauge;
 
-/// Where it begins, unless fewer may run.
-const FIRST: f64 = 50.0;
-/// A round has this many lookups, or as many as the limit if that is more: of fewer, chance would decide.
-const ROUND: u64 = 200;
-/// While the limit is small, a round has fewer lookups, or it would take minutes: this many for each that
-/// may run, but at least [`ROUND_LEAST`].
-const ROUND_PER_LOOKUP: u64 = 20;
-const ROUND_LEAST: u64 = 20;
-/// What an answer may cost, compared with one at ease, before the limit falls. With less, chance would make
-/// it fall, which at 0.3 to 4.3 s is 3.5% of a round of 200; with more, little would be left of an API whose
-/// latency grows with the square of its load or worse. A smaller round may cost more by chance.
-const BEARABLE_EXCESS: f64 = 0.09;
-/// Each so many rounds, one runs with this part of the limit and tells what an answer costs at ease. It
-/// costs 1.5% of the rate. The least that was ever seen would not do: it is the luckiest round's, and
-/// becomes less and less, until the API never seems to be at ease again.
-const EASE_EVERY: u32 = 20;
-const EASE_PART: f64 = 0.7;
-/// How much of the way it goes to what such a round finds.
-const EASE_STEP: f64 = 0.5;
-/// A round that is so much cheaper is no chance: the API has become faster.
+/// The limit at the start, unless `MAX_CONSUMERS` is lower.
+const INITIAL_LIMIT: f64 = 50.0;
+/// The number of lookups in a round, or the limit if that is higher: with fewer lookups, chance
+/// would decide.
+const ROUND_SIZE: u64 = 200;
+/// While the limit is low, a round has this many lookups for each lookup in flight, but at least
+/// [`ROUND_SIZE_MIN`]. Otherwise, a round would take minutes.
+const ROUND_SIZE_PER_LIMIT: u64 = 20;
+const ROUND_SIZE_MIN: u64 = 20;
+/// How far the latency may exceed the baseline latency before the limit falls. With a lower value,
+/// chance would make the limit fall: at 0.3 to 4.3 s, chance is 3.5% of a round of 200. With a
+/// higher value, an API whose latency grows at least with the square of its load would lose much of
+/// its throughput. A smaller round may exceed the baseline by more.
+const TOLERATED_EXCESS: f64 = 0.09;
+/// Every `BASELINE_EVERY` rounds, one round runs at `BASELINE_SHARE` of the limit to measure the
+/// baseline latency again. This costs 1.5% of the rate. The lowest latency ever seen would not do:
+/// it is the one of the luckiest round, and it only falls, until the API seems to be overloaded
+/// always.
+const BASELINE_EVERY: u32 = 20;
+const BASELINE_SHARE: f64 = 0.7;
+/// How much of the difference to a new measurement the baseline latency adopts.
+const BASELINE_WEIGHT: f64 = 0.5;
+/// A latency below this part of the baseline is no chance: the API has become faster.
 const FASTER: f64 = 0.85;
-/// The most that the limit rises and falls after a round, and how it rises until it fell once.
-const RISE: f64 = 1.1;
-/// A small limit rises by this much, or it would take eight rounds from 1 to 2.
-const RISE_LEAST: f64 = 0.5;
-const FIRST_RISE: f64 = 2.0;
-const FALL: f64 = 0.7;
-/// When the limit has fallen to this part of what it was and answers cost as much as before, or nearly,
-/// then it is not our load that makes them so.
-const IN_VAIN: f64 = 0.5;
-const NEARLY: f64 = 0.9;
+/// The largest factors by which the limit changes after a round.
+const RISE_MAX: f64 = 1.1;
+const FALL_MAX: f64 = 0.7;
+/// A rise by `RISE_MAX` is at least this much. Otherwise, it would take eight rounds from 1 to 2.
+const RISE_MIN: f64 = 0.5;
+/// The factor by which the limit rises until it has fallen once.
+const INITIAL_RISE: f64 = 2.0;
+/// If the limit has fallen to this part without effect, the load is not the cause of the latency,
+/// and the current latency becomes the baseline.
+const FUTILE_FALL: f64 = 0.5;
+/// A fall has no effect if the latency is still above this part of the one before the fall.
+const UNCHANGED: f64 = 0.9;
 
-pub(super) struct Adaptive {
+pub(super) struct AdaptiveLimit {
     limit: f64,
     max: f64,
     round: Round,
-    /// What an answer costs, in seconds, when the API is at ease.
-    at_ease: Option<f64>,
-    /// The rounds since that was found out, from when the limit fell first.
-    rounds: u32,
+    /// In seconds.
+    baseline_latency: Option<f64>,
+    /// The rounds since the last baseline round; not counted before the limit has fallen once.
+    rounds_since_baseline: u32,
     has_fallen: bool,
-    /// The limit and the cost of an answer when it began to fall.
+    /// The limit and the latency when the limit began to fall, while it falls.
     fell_from: Option<(f64, f64)>,
 }
 
 /// Lookups that are judged together.
 #[derive(Default)]
 struct Round {
-    /// The number of the first, and how many there are.
+    /// The number of the first lookup.
     first: u64,
     size: u64,
-    /// How many of them have come to an end.
     ended: u64,
     answered: f64,
     failed: f64,
-    /// Of the answers together.
+    /// The latencies of all answers together.
     seconds: f64,
-    /// Whether there were once as many in flight as may be.
+    /// Whether the limit was reached during the round.
     was_full: bool,
 }
 
-impl Adaptive {
+impl AdaptiveLimit {
     pub(super) fn new(max: usize) -> Self {
         let max = gauge(max);
         let mut adaptive = Self {
-            limit: FIRST.min(max),
+            limit: INITIAL_LIMIT.min(max),
             max,
             round: Round::default(),
-            at_ease: None,
-            rounds: 0,
+            baseline_latency: None,
+            rounds_since_baseline: 0,
             has_fallen: false,
             fell_from: None,
         };
@@ -89,18 +94,18 @@ impl Adaptive {
         adaptive
     }
 
-    /// Changes the most that is allowed; a limit above it falls to it.
-    pub(super) fn set_max(&mut self, max: usize, next: u64) {
+    /// Changes the maximum. A limit above it falls to it.
+    pub(super) fn set_max(&mut self, max: usize, next_number: u64) {
         self.max = gauge(max);
         if self.limit > self.max {
             self.limit = self.max;
-            self.begin_round(next);
+            self.begin_round(next_number);
         }
     }
 
-    /// From 1 to the most that was allowed.
+    /// The limit that applies to this round, from 1 to the highest maximum so far.
     pub(super) fn limit(&self) -> usize {
-        let limit = if self.is_at_ease() { self.limit * EASE_PART } else { self.limit };
+        let limit = if self.is_baseline_round() { self.limit * BASELINE_SHARE } else { self.limit };
         #[expect(
             clippy::cast_possible_truncation,
             clippy::cast_sign_loss,
@@ -110,115 +115,117 @@ impl Adaptive {
         limit
     }
 
-    /// Whether this round is to tell what an answer costs at ease. While the limit falls none is: the API
-    /// is not.
-    fn is_at_ease(&self) -> bool {
-        self.rounds >= EASE_EVERY && self.fell_from.is_none()
+    /// Whether this round measures the baseline latency. No round does while the limit falls,
+    /// because the API is overloaded then.
+    fn is_baseline_round(&self) -> bool {
+        self.rounds_since_baseline >= BASELINE_EVERY && self.fell_from.is_none()
     }
 
-    /// The lookups from `next` on make the next round. What the others come to is of no interest: they
-    /// began under another limit, or when the API was away.
-    pub(super) fn begin_round(&mut self, next: u64) {
+    /// Begins a round with lookup `next_number`. Earlier lookups are ignored: they started under
+    /// another limit, or when the API was away.
+    pub(super) fn begin_round(&mut self, next_number: u64) {
         let limit = self.limit() as u64;
-        let size = limit.saturating_mul(ROUND_PER_LOOKUP).clamp(ROUND_LEAST, ROUND).max(limit);
-        self.round = Round { first: next, size, ..Round::default() };
+        let size =
+            limit.saturating_mul(ROUND_SIZE_PER_LIMIT).clamp(ROUND_SIZE_MIN, ROUND_SIZE).max(limit);
+        self.round = Round { first: next_number, size, ..Round::default() };
     }
 
-    /// A lookup begins, and with it there are so many.
-    pub(super) fn begins(&mut self, in_flight: usize) {
+    /// Notes that a lookup has started. `in_flight` includes it.
+    pub(super) fn note_start(&mut self, in_flight: usize) {
         self.round.was_full |= in_flight >= self.limit();
     }
 
-    /// Lookup `number` has come to that. `next` is the number of the next one. Returns whether the limit
-    /// may have changed.
-    pub(super) fn ended(&mut self, number: u64, came_to: CameTo, next: u64) -> bool {
+    /// Notes that lookup `number` has ended. If this ends the round, the next one begins with
+    /// lookup `next_number`. Returns whether the limit may have changed.
+    pub(super) fn note_end(&mut self, number: u64, sample: Sample, next_number: u64) -> bool {
         let round = &mut self.round;
         if !(round.first..round.first + round.size).contains(&number) {
             return false;
         }
         round.ended += 1;
-        match came_to {
-            CameTo::Answer(after) => {
+        match sample {
+            Sample::Answer(latency) => {
                 round.answered += 1.0;
-                round.seconds += after.as_secs_f64();
+                round.seconds += latency.as_secs_f64();
             }
-            CameTo::Failure => round.failed += 1.0,
-            CameTo::Nothing => {}
+            Sample::Failure => round.failed += 1.0,
+            Sample::Ignored => {}
         }
         if round.ended < round.size {
             return false;
         }
-        self.judge();
-        self.begin_round(next);
+        self.judge_round();
+        self.begin_round(next_number);
         true
     }
 
-    fn judge(&mut self) {
+    fn judge_round(&mut self) {
         let Round { answered, failed, seconds, was_full, size, .. } = self.round;
-        // Chance is as the square root of how few there were.
-        let bearable = 1.0 + BEARABLE_EXCESS * (share(ROUND, size)).sqrt().max(1.0);
-        // With lookups to spare, the limit had no part in it.
+        // The influence of chance grows with the inverse square root of the size.
+        let tolerated = 1.0 + TOLERATED_EXCESS * ratio(ROUND_SIZE, size).sqrt().max(1.0);
+        // If the limit was not reached, it did not affect the latency.
         if !was_full {
             return;
         }
         if answered == 0.0 {
-            self.limit = (self.limit * FALL).max(1.0);
+            self.limit = (self.limit * FALL_MAX).max(1.0);
             return;
         }
-        // A failure is a lookup for nothing, so the others have to pay for it.
-        let cost = seconds / answered * ((answered + failed) / answered);
-        let mut at_ease = *self.at_ease.get_or_insert(cost);
-        if self.is_at_ease() {
-            self.at_ease = Some(at_ease + (cost - at_ease) * EASE_STEP);
-            self.rounds = 0;
+        // A failure takes a lookup and gives no answer, so it adds to the latency of the answers.
+        let latency = seconds / answered * ((answered + failed) / answered);
+        let mut baseline = *self.baseline_latency.get_or_insert(latency);
+        if self.is_baseline_round() {
+            self.baseline_latency = Some(baseline + (latency - baseline) * BASELINE_WEIGHT);
+            self.rounds_since_baseline = 0;
             return;
         }
-        if cost < at_ease * FASTER {
-            at_ease = cost;
-        } else if !self.has_fallen && cost < at_ease * bearable {
-            // It was of one round, and then of few.
-            at_ease += (cost - at_ease) * EASE_STEP;
+        if latency < baseline * FASTER {
+            baseline = latency;
+        } else if !self.has_fallen && latency < baseline * tolerated {
+            // The baseline is still that of one round, or of a few.
+            baseline += (latency - baseline) * BASELINE_WEIGHT;
         }
-        if let Some((limit, before)) = self.fell_from
-            && self.limit <= limit * IN_VAIN
+        if let Some((limit, latency_before)) = self.fell_from
+            && self.limit <= limit * FUTILE_FALL
         {
-            if cost > before * NEARLY {
-                at_ease = cost;
+            if latency > latency_before * UNCHANGED {
+                baseline = latency;
             }
             self.fell_from = None;
         }
-        self.at_ease = Some(at_ease);
-        let bears = bearable * at_ease / cost;
-        if bears < 1.0 {
+        self.baseline_latency = Some(baseline);
+        let gradient = tolerated * baseline / latency;
+        if gradient < 1.0 {
             if !self.has_fallen {
-                self.rounds = EASE_EVERY - 2;
+                self.rounds_since_baseline = BASELINE_EVERY - 2;
             }
             self.has_fallen = true;
-            self.fell_from.get_or_insert((self.limit, cost));
+            self.fell_from.get_or_insert((self.limit, latency));
         } else {
             self.fell_from = None;
         }
-        self.rounds += u32::from(self.has_fallen);
-        let factor = if self.has_fallen { bears.clamp(FALL, RISE) } else { FIRST_RISE };
-        let least = if factor >= RISE { self.limit + RISE_LEAST } else { 0.0 };
+        self.rounds_since_baseline += u32::from(self.has_fallen);
+        let factor =
+            if self.has_fallen { gradient.clamp(FALL_MAX, RISE_MAX) } else { INITIAL_RISE };
+        let least = if factor >= RISE_MAX { self.limit + RISE_MIN } else { 0.0 };
         self.limit = (self.limit * factor).max(least).clamp(1.0, self.max);
     }
 }
 
 #[expect(clippy::cast_precision_loss, reason = "a round has at most 50,000 lookups")]
-fn share(a: u64, b: u64) -> f64 {
+fn ratio(a: u64, b: u64) -> f64 {
     a as f64 / b.max(1) as f64
 }
 
-/// What a lookup came to, as far as the limit is concerned.
+/// How a lookup ended, as far as it concerns the limit.
 #[derive(Clone, Copy, Debug)]
-pub(super) enum CameTo {
-    /// After so long.
+pub(super) enum Sample {
+    /// With an answer after this time.
     Answer(Duration),
-    /// Which may be the API's.
+    /// With a failure that may be the API's.
     Failure,
-    /// It failed by its object, or never began.
-    Nothing,
+    /// With a failure that is the object's, or the lookup never started.
+    Ignored,
 }
 
 #[cfg(test)]

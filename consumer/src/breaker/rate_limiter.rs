@@ -1,4 +1,4 @@
-//! How many lookups may begin in a second.
+//! Limits the number of lookups that start per second.
 //!
 //! Decision: docs/decisions/0032-how-is-the-lookup-rate-limited.md
 
@@ -8,57 +8,57 @@ use std::time::Duration;
 use tokio::sync::{Mutex, MutexGuard, watch};
 use tokio::time::{Instant, timeout_at};
 
-/// What was missed, of the last so long, may be made up for: the runtime's clock counts milliseconds, and a
-/// busy machine is late. So a second has at most a hundredth more than it should, and one.
-const MADE_UP: Duration = Duration::from_millis(10);
+/// A start that is late by up to this time does not delay the next ones, because the runtime's
+/// clock counts milliseconds and a busy machine is late. So a second has at most 1% and one more
+/// starts than the limit.
+const CATCH_UP: Duration = Duration::from_millis(10);
 
-pub(super) struct Pace {
-    /// The time from one beginning to the next; zero while there is no limit.
-    between: watch::Sender<Duration>,
-    /// When the last one was due.
-    last: Mutex<Instant>,
+pub(super) struct RateLimiter {
+    /// The time between two starts; zero without a limit.
+    interval: watch::Sender<Duration>,
+    /// When the last start was due.
+    last_due: Mutex<Instant>,
 }
 
-/// Whoever may begin now; the others wait behind it, in order.
-pub(super) struct Turn<'a> {
+/// The right to start a lookup now. Others wait, in order, until it is consumed or dropped.
+pub(super) struct StartSlot<'a> {
     due: Instant,
-    last: MutexGuard<'a, Instant>,
+    last_due: MutexGuard<'a, Instant>,
 }
 
-impl Pace {
+impl RateLimiter {
     pub(super) fn new(per_second: Option<NonZeroU32>) -> Self {
-        let last = Mutex::new(Instant::now());
-        Self { between: watch::Sender::new(between(per_second)), last }
+        let interval = watch::Sender::new(interval(per_second));
+        Self { interval, last_due: Mutex::new(Instant::now()) }
     }
 
-    /// Also whoever waits already goes by it.
-    pub(super) fn change(&self, per_second: Option<NonZeroU32>) {
-        self.between.send_replace(between(per_second));
+    /// Changes the limit. It applies to lookups that already wait, too.
+    pub(super) fn set_rate(&self, per_second: Option<NonZeroU32>) {
+        self.interval.send_replace(interval(per_second));
     }
 
-    /// Waits for its turn, which is over when it is [taken](Turn::taken) or dropped.
-    pub(super) async fn turn(&self) -> Turn<'_> {
-        let last = self.last.lock().await;
-        let mut changes = self.between.subscribe();
+    pub(super) async fn wait(&self) -> StartSlot<'_> {
+        let last_due = self.last_due.lock().await;
+        let mut changes = self.interval.subscribe();
         loop {
-            let due = *last + *changes.borrow_and_update();
+            let due = *last_due + *changes.borrow_and_update();
             if due <= Instant::now() || timeout_at(due, changes.changed()).await.is_err() {
-                return Turn { due, last };
+                return StartSlot { due, last_due };
             }
         }
     }
 }
 
-impl Turn<'_> {
-    /// It begins.
-    pub(super) fn taken(mut self) {
+impl StartSlot<'_> {
+    /// The lookup starts.
+    pub(super) fn consume(mut self) {
         let now = Instant::now();
-        *self.last = self.due.max(now.checked_sub(MADE_UP).unwrap_or(now));
+        *self.last_due = self.due.max(now.checked_sub(CATCH_UP).unwrap_or(now));
     }
 }
 
-/// The time from one beginning to the next.
-pub(super) fn between(per_second: Option<NonZeroU32>) -> Duration {
+/// The time between two starts.
+pub(super) fn interval(per_second: Option<NonZeroU32>) -> Duration {
     per_second.map_or(Duration::ZERO, |per_second| Duration::from_secs(1) / per_second.get())
 }
 
@@ -70,58 +70,59 @@ mod tests {
 
     use super::*;
 
-    async fn begin(pace: &Pace) {
-        pace.turn().await.taken();
+    async fn start(limiter: &RateLimiter) {
+        limiter.wait().await.consume();
     }
 
     #[tokio::test]
-    async fn without_a_limit_nobody_waits() {
-        let pace = Pace::new(None);
-        // Or the runtime would have it wait for its sake, once in a while.
-        let at_once = || tokio::task::unconstrained(begin(&pace)).now_or_never();
+    async fn without_a_limit_no_start_waits() {
+        let limiter = RateLimiter::new(None);
+        // Unconstrained, because tokio's budget would make a poll return pending now and then.
+        let at_once = || tokio::task::unconstrained(start(&limiter)).now_or_never();
         assert!((0..1_000).all(|_| at_once().is_some()));
     }
 
     #[tokio::test]
-    async fn in_a_second_no_more_begin_than_may_also_after_a_lull() {
-        let pace = Pace::new(NonZeroU32::new(1_000));
-        tokio::time::sleep(MADE_UP * 5).await;
-        let began = Instant::now();
+    async fn the_rate_is_never_exceeded_even_after_a_pause() {
+        let limiter = RateLimiter::new(NonZeroU32::new(1_000));
+        tokio::time::sleep(CATCH_UP * 5).await;
+        let started = Instant::now();
         for _ in 0..300 {
-            begin(&pace).await;
+            start(&limiter).await;
         }
-        // The first of them made up for what was missed.
-        assert!(began.elapsed() + MADE_UP >= Duration::from_millis(299), "{:?}", began.elapsed());
+        // The first ones caught up on the pause.
+        let elapsed = started.elapsed();
+        assert!(elapsed + CATCH_UP >= Duration::from_millis(299), "{elapsed:?}");
     }
 
     #[tokio::test]
-    async fn a_limit_that_is_raised_or_taken_away_lets_those_begin_who_wait() {
-        let pace = Pace::new(NonZeroU32::new(1));
-        begin(&pace).await;
-        let mut begun = pin!(begin(&pace));
-        assert!(begun.as_mut().now_or_never().is_none());
-        pace.change(None);
-        assert!(begun.now_or_never().is_some());
+    async fn removing_the_limit_lets_a_waiter_start() {
+        let limiter = RateLimiter::new(NonZeroU32::new(1));
+        start(&limiter).await;
+        let mut waiter = pin!(start(&limiter));
+        assert!(waiter.as_mut().now_or_never().is_none());
+        limiter.set_rate(None);
+        assert!(waiter.now_or_never().is_some());
     }
 
     #[tokio::test]
-    async fn a_limit_that_is_lowered_holds_for_whoever_waits_already() {
-        let pace = Pace::new(NonZeroU32::new(50));
-        begin(&pace).await;
-        let mut begun = pin!(begin(&pace));
-        assert!(begun.as_mut().now_or_never().is_none());
-        pace.change(NonZeroU32::new(1));
+    async fn a_lowered_limit_applies_to_a_waiter() {
+        let limiter = RateLimiter::new(NonZeroU32::new(50));
+        start(&limiter).await;
+        let mut waiter = pin!(start(&limiter));
+        assert!(waiter.as_mut().now_or_never().is_none());
+        limiter.set_rate(NonZeroU32::new(1));
         tokio::time::sleep(Duration::from_millis(100)).await;
-        assert!(begun.now_or_never().is_none());
+        assert!(waiter.now_or_never().is_none());
     }
 
     #[tokio::test]
-    async fn who_gives_up_its_turn_leaves_it_to_the_next() {
-        let pace = Pace::new(None);
-        let turn = pace.turn().await;
-        let mut next = pin!(begin(&pace));
+    async fn a_dropped_slot_goes_to_the_next_waiter() {
+        let limiter = RateLimiter::new(None);
+        let slot = limiter.wait().await;
+        let mut next = pin!(start(&limiter));
         assert!(next.as_mut().now_or_never().is_none());
-        drop(turn);
+        drop(slot);
         assert!(next.now_or_never().is_some());
     }
 }

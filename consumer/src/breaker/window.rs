@@ -1,24 +1,24 @@
-//! The last outcomes, and whether they are those of an API that is away.
+//! The latest outcomes, and whether they show that the API is away.
 
 use std::collections::VecDeque;
 
 use crate::config::Lookups;
 
-/// Fewer outcomes say nothing.
-const LEAST: usize = 20;
+/// Fewer outcomes say nothing about the API.
+const OUTCOMES_MIN: usize = 20;
 
-/// Counts outcomes, not time: it sees an outage within one round of lookups, however many or few there
-/// are in a second.
+/// Counts outcomes instead of time, and so notices an outage within one round of lookups at any
+/// rate.
 pub(super) struct Window {
     answered: VecDeque<bool>,
     failures: usize,
+    /// `BREAKER_WINDOW`.
     length: usize,
-    /// How many of a hundred have to fail.
+    /// `BREAKER_FAILURE_PERCENT`.
     failure_percent: usize,
 }
 
 impl Window {
-    /// Of `BREAKER_WINDOW` and `BREAKER_FAILURE_PERCENT`.
     pub(super) fn new(lookups: &Lookups) -> Self {
         Self {
             answered: VecDeque::new(),
@@ -28,8 +28,8 @@ impl Window {
         }
     }
 
-    /// Goes by the settings as they are now, with the outcomes that it has.
-    pub(super) fn change(&mut self, lookups: &Lookups) {
+    /// Applies changed settings, and keeps the latest outcomes.
+    pub(super) fn apply_settings(&mut self, lookups: &Lookups) {
         let before = std::mem::replace(self, Self::new(lookups));
         before.answered.into_iter().for_each(|answered| self.push(answered));
     }
@@ -47,9 +47,9 @@ impl Window {
         self.failures += usize::from(!answered);
     }
 
-    /// Whether nearly all have failed, also if `pending` more are answered.
-    pub(super) fn trip(&self, pending: usize) -> bool {
-        let all = self.answered.len() + pending;
-        all >= LEAST && self.failures * 100 >= all * self.failure_percent
+    /// Whether nearly all lookups have failed, even if `in_flight` more are answered.
+    pub(super) fn should_open(&self, in_flight: usize) -> bool {
+        let all = self.answered.len() + in_flight;
+        all >= OUTCOMES_MIN && self.failures * 100 >= all * self.failure_percent
     }
 }

@@ -1,4 +1,4 @@
-//! What is said of lookups that fail.
+//! The log lines about failed lookups.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -6,15 +6,15 @@ use tokio::time::{Duration, Instant};
 
 use crate::status_api::LookupError;
 
-/// Tells of failed lookups in at most one line every few seconds: when the API is down, each of
-/// hundreds per second fails, and they all say the same.
+/// Logs failed lookups, at most one line every few seconds: during an outage of the API, hundreds
+/// of lookups per second fail for the same reason.
 #[derive(Default)]
 pub(super) struct FailureLog(Mutex<Failures>);
 
 #[derive(Default)]
 struct Failures {
-    untold: u32,
-    told_at: Option<Instant>,
+    unlogged: u32,
+    logged_at: Option<Instant>,
 }
 
 impl FailureLog {
@@ -23,18 +23,18 @@ impl FailureLog {
     pub(super) fn note(&self, id: i64, callback_id: &str, error: &LookupError) {
         let reason = error.to_string();
         let mut failures = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        failures.untold += 1;
-        if failures.told_at.is_some_and(|told_at| told_at.elapsed() < Self::INTERVAL) {
+        failures.unlogged += 1;
+        if failures.logged_at.is_some_and(|logged_at| logged_at.elapsed() < Self::INTERVAL) {
             return;
         }
-        let count = std::mem::take(&mut failures.untold);
-        failures.told_at = Some(Instant::now());
+        let count = std::mem::take(&mut failures.unlogged);
+        failures.logged_at = Some(Instant::now());
         tracing::warn!(
             count,
             id,
             callback_id,
             reason,
-            "lookups failed, this one the latest; they will be tried again"
+            "lookups failed and will be retried; this line shows the latest one"
         );
     }
 }

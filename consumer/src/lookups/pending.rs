@@ -1,4 +1,4 @@
-//! Deliveries that wait for a lookup. Those of one object share the next one.
+//! Deliveries that wait for a lookup. All deliveries of one object that wait share the next lookup.
 //!
 //! Decision: docs/decisions/0023-how-do-deliveries-of-one-object-share-a-lookup.md
 
@@ -9,137 +9,142 @@ use broker::{Consumer, Delivery};
 use service::traces::Span;
 use tokio::time::Instant;
 
-use crate::resizable_semaphore::{Permit, Room};
+use crate::resizable_semaphore::{Permit, ResizableSemaphore};
 
-/// A delivery, and the room that it takes up until it is settled.
-pub(super) struct Taken {
+/// A delivery that is not settled, with its permit.
+pub(super) struct PendingDelivery {
     pub(super) delivery: Delivery,
-    pub(super) since: Instant,
-    pub(super) room: Permit,
-    /// Ends when it is settled.
+    pub(super) received_at: Instant,
+    pub(super) permit: Permit,
+    /// Ends when the delivery is settled.
     pub(super) span: Span,
 }
 
-impl Taken {
-    /// The next delivery for which there is room.
-    pub(super) async fn next(deliveries: &mut Consumer, unsettled: &Arc<Room>) -> Self {
-        let room = unsettled.enter().await;
+impl PendingDelivery {
+    /// Waits for a permit, then for the next delivery.
+    pub(super) async fn receive(
+        deliveries: &mut Consumer,
+        unsettled: &Arc<ResizableSemaphore>,
+    ) -> Self {
+        let permit = unsettled.acquire().await;
         let delivery = deliveries.next().await;
-        Self { delivery, since: Instant::now(), room, span: Span::default() }
+        Self { delivery, received_at: Instant::now(), permit, span: Span::default() }
     }
 }
 
-/// The deliveries that wait, by what they wait for.
-pub(super) struct Waiting {
+/// The deliveries that wait, grouped by the lookup that they wait for.
+pub(super) struct PendingDeliveries {
     coalesce: bool,
-    turns: Mutex<Turns>,
+    groups: Mutex<Groups>,
 }
 
 #[derive(Default)]
-struct Turns {
-    /// Those whose turn has come or is to come.
-    waiting: HashMap<Turn, Vec<Taken>>,
-    /// Those whose turn is to come, in order.
-    queue: VecDeque<Turn>,
-    /// How many deliveries there have been.
-    count: u64,
+struct Groups {
+    /// An entry exists while deliveries wait for its lookup, and while its lookup is in flight.
+    by_key: HashMap<LookupKey, Vec<PendingDelivery>>,
+    /// The lookups that have not started, in order.
+    queue: VecDeque<LookupKey>,
+    deliveries_added: u64,
 }
 
-/// An object's turn to be looked up, for those that wait for it.
+/// Identifies the lookup that a delivery waits for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Turn {
+pub(super) struct LookupKey {
     pub(super) id: i64,
-    /// 0 if all deliveries of an object share lookups, else different for each.
+    /// 0 if all deliveries of an object share lookups, otherwise unique for each delivery.
     number: u64,
 }
 
-impl Waiting {
+impl PendingDeliveries {
     pub(super) fn new(coalesce: bool) -> Self {
         metrics::describe_counter!(
             "lastseen_coalesced_total",
-            "Deliveries that shared the lookup of another of the same object."
+            "Deliveries that shared the lookup of another delivery of the same object."
         );
         metrics::counter!("lastseen_coalesced_total").increment(0);
-        Self { coalesce, turns: Mutex::default() }
+        Self { coalesce, groups: Mutex::default() }
     }
 
     /// Adds a delivery of object `id`.
-    pub(super) fn add(&self, id: i64, taken: Taken) {
-        let turns = &mut *self.turns();
-        turns.count += 1;
-        let turn = Turn { id, number: if self.coalesce { 0 } else { turns.count } };
-        turns
-            .waiting
-            .entry(turn)
+    pub(super) fn add(&self, id: i64, pending: PendingDelivery) {
+        let groups = &mut *self.groups();
+        groups.deliveries_added += 1;
+        let number = if self.coalesce { 0 } else { groups.deliveries_added };
+        let key = LookupKey { id, number };
+        groups
+            .by_key
+            .entry(key)
             .or_insert_with(|| {
-                turns.queue.push_back(turn);
-                // Most are alone; it would begin with room for four.
+                groups.queue.push_back(key);
+                // Most groups have one delivery; a default Vec would allocate space for four.
                 Vec::with_capacity(1)
             })
-            .push(taken);
+            .push(pending);
     }
 
-    pub(super) fn has_turns(&self) -> bool {
-        !self.turns().queue.is_empty()
+    /// Whether a lookup waits for its start.
+    pub(super) fn has_next(&self) -> bool {
+        !self.groups().queue.is_empty()
     }
 
-    /// Whose turn it is, and what waits for it. Whoever asks has to [end](Self::end) it. Deliveries that
-    /// are lost meanwhile are dropped: they are delivered again, and a lookup now would be one more.
-    pub(super) fn next_turn(&self) -> Option<(Turn, Vec<Taken>)> {
-        let turns = &mut *self.turns();
-        while let Some(turn) = turns.queue.pop_front() {
-            let waiting = turns.waiting.entry(turn).or_default();
-            waiting.retain(|taken| !taken.delivery.is_lost());
+    /// Takes the next lookup and its deliveries. The caller must [finish](Self::finish) it. Drops
+    /// deliveries that were lost with their broker session: the broker delivers them again, so a
+    /// lookup for them now would be a second one.
+    pub(super) fn take_next(&self) -> Option<(LookupKey, Vec<PendingDelivery>)> {
+        let groups = &mut *self.groups();
+        while let Some(key) = groups.queue.pop_front() {
+            let waiting = groups.by_key.entry(key).or_default();
+            waiting.retain(|pending| !pending.delivery.is_lost());
             if !waiting.is_empty() {
                 let group = std::mem::take(waiting);
-                count_shared(group.len() - 1);
-                return Some((turn, group));
+                count_coalesced(group.len() - 1);
+                return Some((key, group));
             }
-            turns.waiting.remove(&turn);
+            groups.by_key.remove(&key);
         }
         None
     }
 
-    /// Moves all that waits for `turn` to `group`. What comes later waits for the next lookup.
-    pub(super) fn join(&self, turn: &Turn, group: &mut Vec<Taken>) {
-        if let Some(waiting) = self.turns().waiting.get_mut(turn) {
-            count_shared(waiting.len());
+    /// Moves the deliveries that wait for `key` to `group`. Later ones wait for the next lookup.
+    pub(super) fn join(&self, key: LookupKey, group: &mut Vec<PendingDelivery>) {
+        if let Some(waiting) = self.groups().by_key.get_mut(&key) {
+            count_coalesced(waiting.len());
             group.append(waiting);
         }
     }
 
-    /// The turn is over. What has come for its object meanwhile gets another one.
-    pub(super) fn end(&self, turn: Turn) {
-        let turns = &mut *self.turns();
-        if turns.waiting.get(&turn).is_some_and(|waiting| !waiting.is_empty()) {
-            turns.queue.push_back(turn);
+    /// Ends the lookup. If deliveries have arrived for its object meanwhile, queues another one.
+    pub(super) fn finish(&self, key: LookupKey) {
+        let groups = &mut *self.groups();
+        if groups.by_key.get(&key).is_some_and(|waiting| !waiting.is_empty()) {
+            groups.queue.push_back(key);
         } else {
-            turns.waiting.remove(&turn);
+            groups.by_key.remove(&key);
         }
     }
 
-    /// Takes what waits since before that moment.
-    pub(super) fn take_older_than(&self, moment: Instant) -> Vec<Taken> {
-        let Turns { waiting, queue, .. } = &mut *self.turns();
-        let older = |taken: &mut Taken| taken.since < moment;
+    /// Removes and returns the deliveries that were received before `moment`.
+    pub(super) fn take_older_than(&self, moment: Instant) -> Vec<PendingDelivery> {
+        let Groups { by_key, queue, .. } = &mut *self.groups();
+        let is_older = |pending: &mut PendingDelivery| pending.received_at < moment;
         let taken =
-            waiting.values_mut().flat_map(|waiting| waiting.extract_if(.., older)).collect();
-        queue.retain(|turn| {
-            let is_wanted = waiting.get(turn).is_some_and(|waiting| !waiting.is_empty());
-            if !is_wanted {
-                waiting.remove(turn);
+            by_key.values_mut().flat_map(|waiting| waiting.extract_if(.., is_older)).collect();
+        queue.retain(|key| {
+            let has_deliveries = by_key.get(key).is_some_and(|waiting| !waiting.is_empty());
+            if !has_deliveries {
+                by_key.remove(key);
             }
-            is_wanted
+            has_deliveries
         });
         taken
     }
 
-    fn turns(&self) -> MutexGuard<'_, Turns> {
-        self.turns.lock().unwrap_or_else(PoisonError::into_inner)
+    fn groups(&self) -> MutexGuard<'_, Groups> {
+        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-fn count_shared(deliveries: usize) {
+fn count_coalesced(deliveries: usize) {
     if deliveries > 0 {
         metrics::counter!("lastseen_coalesced_total").increment(deliveries as u64);
     }

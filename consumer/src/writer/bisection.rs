@@ -1,4 +1,4 @@
-//! Writing a batch by parts, so that a row that cannot be written takes no other with it.
+//! Splits a batch in halves to write all rows but those that cannot be written.
 //!
 //! Decision: docs/decisions/0036-how-are-database-errors-classified.md
 
@@ -9,30 +9,30 @@ use store::{Failure, Recorded, Sighting, StoreError};
 
 use super::Table;
 
-/// How often a single row fails with what may concern the whole database before it counts as the
-/// row's own fault.
-const ATTEMPTS_OF_ONE_ROW: u32 = 3;
+/// After this many failures of a single row with an error that may concern the whole database, the
+/// row itself is considered the cause.
+const SINGLE_ROW_ATTEMPTS: u32 = 3;
 
 /// Why a row is not committed.
 pub(super) enum NotWritten {
-    /// The database will never take it.
+    /// The database permanently refuses it.
     Refused(String),
-    /// Something is in its way now.
+    /// It cannot be written now.
     HeldUp(String),
 }
 
-/// Objects and when they were seen, in ascending order of the ids: the order in which every process
-/// locks rows, so that none waits for another in a circle.
+/// Objects and the times of their sightings, in ascending order of the ids. Every process locks
+/// rows in this order, so that there is no deadlock.
 pub(super) type Rows = [(i64, Instant)];
 
-/// Commits all rows of the batch but those that it returns. While the database is away it tries
-/// again: results wait, unacked, and the limit on begun lookups stops the next ones.
+/// Commits all rows of the batch but those that it returns. While the database is away, it retries:
+/// the results wait, unacked, and the limit on unsettled lookups stops further lookups.
 ///
-/// A part that fails is halved: each half is committed or halved on, so one bad row among 1,000 costs
-/// some twenty statements. Rows that are locked are found by one statement.
+/// A part of the batch that fails is halved, and the halves are committed or halved again. So one
+/// bad row among 1,000 costs about twenty statements. One statement finds the rows that are locked.
 ///
-/// `may_set_aside` says whether there is room for a row that fails for reasons which may concern all
-/// rows; without it, such a row is tried again here.
+/// `may_set_aside` returns whether a row that fails with an error that may concern all rows can be
+/// set aside. If not, the row is retried here.
 pub(super) async fn write(
     table: &Table,
     batch: &Rows,
@@ -42,10 +42,10 @@ pub(super) async fn write(
     let mut failures = 0_u32;
     let mut not_written = HashMap::new();
     let mut parts = vec![(batch.to_vec(), 0)];
-    let mut record = Record::Usually;
+    let mut lock_wait = LockWait::Usual;
     while let Some((rows, failed)) = parts.pop() {
-        let Err(error) = record.record(table, &rows).await else {
-            table.writes_work();
+        let Err(error) = lock_wait.record(table, &rows).await else {
+            table.note_success();
             waits = broker::backoff();
             continue;
         };
@@ -57,18 +57,20 @@ pub(super) async fn write(
                 tracing::warn!(
                     id,
                     reason,
-                    "the database refuses a row; its messages become dead letters"
+                    "the database refused a row; its messages become dead letters"
                 );
                 not_written.insert(id, NotWritten::Refused(reason));
             }
             Failure::BusyRow => {
-                record = Record::Briefly;
-                let free = set_locked_aside(table, rows, &error, &mut not_written).await;
+                lock_wait = LockWait::Brief;
+                let reason = error.to_string();
+                let free = without_locked(table, rows, &reason, &mut not_written).await;
                 match free.as_slice() {
                     [] => {}
-                    // Not locked, and still held up, as by a trigger or a row that is being inserted.
+                    // The row is not locked, but held up by a trigger or a concurrent insert, for
+                    // example.
                     &[(id, _)] if is_single => {
-                        not_written.insert(id, NotWritten::HeldUp(error.to_string()));
+                        not_written.insert(id, NotWritten::HeldUp(reason));
                     }
                     _ => push_halves(&mut parts, &free),
                 }
@@ -76,13 +78,13 @@ pub(super) async fn write(
             Failure::RefusedRow => push_halves(&mut parts, &rows),
             Failure::Connection | Failure::Database => {
                 failures += 1;
-                table.writes_fail(&error, failures, rows.len());
+                table.note_failure(&error, failures, rows.len());
                 tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(1))).await;
                 if failure == Failure::Connection {
                     parts.push((rows, failed));
                 } else if !is_single {
                     push_halves(&mut parts, &rows);
-                } else if failed + 1 >= ATTEMPTS_OF_ONE_ROW && may_set_aside() {
+                } else if failed + 1 >= SINGLE_ROW_ATTEMPTS && may_set_aside() {
                     not_written.insert(rows[0].0, NotWritten::HeldUp(error.to_string()));
                 } else {
                     parts.push((rows, failed + 1));
@@ -90,23 +92,23 @@ pub(super) async fn write(
             }
         }
     }
-    // What could not be written is no longer the batch's concern.
-    table.writes_work();
+    // Rows that could not be written are handled elsewhere from here on.
+    table.note_success();
     if failures > 0 {
-        tracing::info!(rows = batch.len(), failures, "a batch that had failed is written");
+        tracing::info!(rows = batch.len(), failures, "wrote a batch that had failed before");
     }
     not_written
 }
 
-/// Tries rows that were set aside, without waiting for the database: they are tried again later.
+/// Tries to write rows that were set aside, once: the caller retries them later.
 pub(super) async fn write_set_aside(table: &Table, batch: &Rows) -> HashMap<i64, NotWritten> {
     let mut not_written = HashMap::new();
     let free =
         without_locked(table, batch.to_vec(), "locked by another session", &mut not_written).await;
     let mut parts = vec![free];
     while let Some(rows) = parts.pop().filter(|rows| !rows.is_empty()) {
-        let record = if rows.len() == 1 { Record::Usually } else { Record::Briefly };
-        let Err(error) = record.record(table, &rows).await else { continue };
+        let lock_wait = if rows.len() == 1 { LockWait::Usual } else { LockWait::Brief };
+        let Err(error) = lock_wait.record(table, &rows).await else { continue };
         match error.failure() {
             Failure::RefusedRow | Failure::BusyRow | Failure::Database if rows.len() > 1 => {
                 let (first, second) = rows.split_at(rows.len() / 2);
@@ -127,7 +129,7 @@ pub(super) async fn write_set_aside(table: &Table, batch: &Rows) -> HashMap<i64,
     not_written
 }
 
-/// Finds which of a batch are locked before it waits for one of them.
+/// Removes and returns the rows that are not locked; adds the others to `not_written`.
 pub(super) async fn without_locked(
     table: &Table,
     mut rows: Vec<(i64, Instant)>,
@@ -135,44 +137,35 @@ pub(super) async fn without_locked(
     not_written: &mut HashMap<i64, NotWritten>,
 ) -> Vec<(i64, Instant)> {
     let ids: Vec<i64> = rows.iter().map(|(id, _)| *id).collect();
-    // Without an answer, the next statement finds out.
+    // If this fails, the next statement reports the locked rows.
     let locked = table.store.locked(&ids).await.unwrap_or_default();
     rows.retain(|(id, _)| !locked.contains(id));
     not_written.extend(locked.into_iter().map(|id| (id, NotWritten::HeldUp(reason.to_owned()))));
     rows
 }
 
-async fn set_locked_aside(
-    table: &Table,
-    rows: Vec<(i64, Instant)>,
-    error: &StoreError,
-    not_written: &mut HashMap<i64, NotWritten>,
-) -> Vec<(i64, Instant)> {
-    without_locked(table, rows, &error.to_string(), not_written).await
-}
-
-/// Pushes both halves, the first on top. A single row, of which others were taken away, stays whole.
+/// Pushes both halves, the first one on top. Of a single row, one half is empty and not pushed.
 fn push_halves(parts: &mut Vec<(Vec<(i64, Instant)>, u32)>, rows: &Rows) {
     let (first, second) = rows.split_at(rows.len() / 2);
     let halves = [second, first].into_iter().filter(|half| !half.is_empty());
     parts.extend(halves.map(|half| (half.to_vec(), 0)));
 }
 
-/// How long a statement may be held up.
+/// How long a statement may wait for locks.
 #[derive(Clone, Copy)]
-enum Record {
-    Usually,
-    Briefly,
+enum LockWait {
+    Usual,
+    Brief,
 }
 
-impl Record {
+impl LockWait {
     async fn record(self, table: &Table, rows: &Rows) -> Result<Recorded, StoreError> {
-        // The age is taken anew for each attempt: it counts from now back to the answer.
+        // The age is computed for each attempt, because it is the time from the answer to now.
         let sightings: Vec<Sighting> =
             rows.iter().map(|&(id, at)| Sighting { id, age: at.elapsed() }).collect();
         let recorded = match self {
-            Self::Usually => table.store.record_seen(&sightings).await,
-            Self::Briefly => table.store.record_seen_briefly(&sightings).await,
+            Self::Usual => table.store.record_seen(&sightings).await,
+            Self::Brief => table.store.record_seen_briefly(&sightings).await,
         };
         match &recorded {
             Ok(recorded) => table.announce(recorded),

@@ -1,4 +1,5 @@
-//! Rows that something holds up: kept unacked and tried again beside the batches.
+//! Rows that are held up: their deliveries stay unacked, and the rows are retried apart from the
+//! batches.
 //!
 //! Decision: docs/decisions/0037-how-is-a-blocked-row-written.md
 
@@ -12,58 +13,58 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::bisection::{self, NotWritten};
-use super::{Seen, Table, Written};
+use super::{QueuedSighting, Table, WriteOutcome};
 
-/// How long a row is held before its messages go back to the broker. Until then, every further
-/// message of its object is held as well, and RabbitMQ ends the session of a consumer that holds one
-/// for 30 minutes.
+/// How long a row is retried before its messages go back to the queue. Until then, all further
+/// deliveries of its object are held as well, and RabbitMQ ends the session of a consumer that
+/// holds one for 30 minutes.
 const HELD_MAX: Duration = Duration::from_mins(2);
-const FIRST_WAIT: Duration = Duration::from_millis(100);
-const LONGEST_WAIT: Duration = Duration::from_secs(2);
+const WAIT_MIN: Duration = Duration::from_millis(100);
+const WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// The rows that are set aside, by object.
 pub(super) struct SetAside {
-    /// How many results may be held.
-    room: usize,
+    /// How many sightings may wait.
+    capacity: usize,
     rows: Mutex<HashMap<i64, Row>>,
     added: Notify,
 }
 
 struct Row {
-    waiting: Vec<Seen>,
+    waiting: Vec<QueuedSighting>,
     since: Instant,
     next_attempt: Instant,
     waits: ExponentialBackoff,
 }
 
 impl Row {
-    fn wait_again(&mut self) {
-        self.next_attempt = Instant::now() + self.waits.next().unwrap_or(LONGEST_WAIT);
+    fn schedule_retry(&mut self) {
+        self.next_attempt = Instant::now() + self.waits.next().unwrap_or(WAIT_MAX);
     }
 }
 
 fn waits() -> ExponentialBackoff {
     ExponentialBuilder::new()
-        .with_min_delay(FIRST_WAIT)
-        .with_max_delay(LONGEST_WAIT)
+        .with_min_delay(WAIT_MIN)
+        .with_max_delay(WAIT_MAX)
         .with_jitter()
         .without_max_times()
         .build()
 }
 
 impl SetAside {
-    pub(super) fn new(room: usize) -> Self {
+    pub(super) fn new(capacity: usize) -> Self {
         metrics::describe_gauge!(
             "lastseen_rows_set_aside",
-            "Objects whose rows are held up, as by another session's lock, and tried again by themselves."
+            "Objects whose rows are held up, for example by a lock, and are retried."
         );
         metrics::gauge!("lastseen_rows_set_aside").set(0);
-        Self { room, rows: Mutex::default(), added: Notify::new() }
+        Self { capacity, rows: Mutex::default(), added: Notify::new() }
     }
 
-    /// Whether a result can be added.
-    pub(super) fn has_room(&self) -> bool {
-        self.rows().values().map(|row| row.waiting.len()).sum::<usize>() < self.room
+    /// Whether a sighting can be added.
+    pub(super) fn has_capacity(&self) -> bool {
+        self.rows().values().map(|row| row.waiting.len()).sum::<usize>() < self.capacity
     }
 
     pub(super) fn is_empty(&self) -> bool {
@@ -74,38 +75,39 @@ impl SetAside {
         self.rows().contains_key(&id)
     }
 
-    /// Holds a result until its row is written. Without room, its message goes back to the broker.
-    pub(super) fn add(&self, mut seen: Seen, reason: &str) {
-        if !self.has_room() {
-            return seen.answer(Written::Postponed);
+    /// Holds a sighting until its row is written. Without capacity, its message goes back to the
+    /// queue.
+    pub(super) fn add(&self, mut sighting: QueuedSighting, reason: &str) {
+        if !self.has_capacity() {
+            return sighting.report(WriteOutcome::Postponed);
         }
-        seen.set_aside();
-        let (id, now) = (seen.id, Instant::now());
+        sighting.report_set_aside();
+        let (id, now) = (sighting.id, Instant::now());
         let rows = &mut *self.rows();
         let is_first = rows.is_empty();
         match rows.entry(id) {
-            Entry::Occupied(row) => row.into_mut().waiting.push(seen),
-            Entry::Vacant(place) => {
+            Entry::Occupied(row) => row.into_mut().waiting.push(sighting),
+            Entry::Vacant(entry) => {
                 if is_first {
                     tracing::warn!(
                         id,
                         reason,
-                        "a row cannot be written now; others go on without it"
+                        "a row cannot be written now; trying again, without delay for others"
                     );
                 } else {
-                    tracing::debug!(id, reason, "one more row cannot be written now");
+                    tracing::debug!(id, reason, "another row cannot be written now");
                 }
                 let mut row =
-                    Row { waiting: vec![seen], since: now, next_attempt: now, waits: waits() };
-                row.wait_again();
-                place.insert(row);
+                    Row { waiting: vec![sighting], since: now, next_attempt: now, waits: waits() };
+                row.schedule_retry();
+                entry.insert(row);
             }
         }
         set_gauge(rows);
         self.added.notify_one();
     }
 
-    /// Writes the rows when nothing holds them up any more. Never returns.
+    /// Retries the rows until they are written. Never returns.
     pub(super) async fn write(&self, table: &Table, batch_max: usize) {
         loop {
             let next = self.rows().values().map(|row| row.next_attempt).min();
@@ -123,13 +125,15 @@ impl SetAside {
         }
     }
 
-    /// Each object that is due, in ascending order, with its newest sighting.
+    /// The newest sighting of each object whose next attempt is due, in ascending order of the ids.
     fn due(&self, batch_max: usize) -> Vec<(i64, std::time::Instant)> {
         let now = Instant::now();
         let rows = self.rows();
         let due = rows.iter().filter(|(_, row)| row.next_attempt <= now);
         let mut due: Vec<_> = due
-            .filter_map(|(&id, row)| Some((id, row.waiting.iter().map(|seen| seen.at).max()?)))
+            .filter_map(|(&id, row)| {
+                Some((id, row.waiting.iter().map(|sighting| sighting.at).max()?))
+            })
             .take(batch_max)
             .collect();
         due.sort_unstable();
@@ -140,36 +144,36 @@ impl SetAside {
         let now = Instant::now();
         let rows = &mut *self.rows();
         for (id, written_until) in due {
-            let Entry::Occupied(mut place) = rows.entry(*id) else { continue };
-            let row = place.get_mut();
+            let Entry::Occupied(mut entry) = rows.entry(*id) else { continue };
+            let row = entry.get_mut();
             match not_written.get(id) {
                 Some(NotWritten::HeldUp(reason)) if row.since + HELD_MAX <= now => {
                     tracing::warn!(
                         id,
                         reason,
-                        "a row could not be written; its messages go back to the queue"
+                        "a row could not be written for too long; its messages go back to the queue"
                     );
-                    for seen in place.remove().waiting {
-                        seen.answer(Written::Postponed);
+                    for sighting in entry.remove().waiting {
+                        sighting.report(WriteOutcome::Postponed);
                     }
                 }
                 Some(NotWritten::HeldUp(reason)) => {
                     tracing::debug!(id, reason, "a row still cannot be written");
-                    row.wait_again();
+                    row.schedule_retry();
                 }
                 Some(NotWritten::Refused(reason)) => {
-                    for seen in place.remove().waiting {
-                        seen.answer(Written::Refused(reason.clone()));
+                    for sighting in entry.remove().waiting {
+                        sighting.report(WriteOutcome::Refused(reason.clone()));
                     }
                 }
                 None => {
-                    // Newer ones have come while it was written.
-                    let done = row.waiting.extract_if(.., |seen| seen.at <= *written_until);
-                    for seen in done {
-                        seen.answer(Written::Committed);
+                    // Newer sightings may have arrived during the write.
+                    let done = row.waiting.extract_if(.., |sighting| sighting.at <= *written_until);
+                    for sighting in done {
+                        sighting.report(WriteOutcome::Committed);
                     }
                     if row.waiting.is_empty() {
-                        place.remove();
+                        entry.remove();
                     } else {
                         row.waits = waits();
                         row.next_attempt = now;
@@ -178,7 +182,7 @@ impl SetAside {
             }
         }
         if rows.is_empty() {
-            tracing::info!("no row is held up any more");
+            tracing::info!("all rows that were held up are written or given back");
         }
         set_gauge(rows);
     }
@@ -188,7 +192,7 @@ impl SetAside {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "their number is bounded")]
+#[expect(clippy::cast_precision_loss, reason = "the number of rows is limited")]
 fn set_gauge(rows: &HashMap<i64, Row>) {
     metrics::gauge!("lastseen_rows_set_aside").set(rows.len() as f64);
 }

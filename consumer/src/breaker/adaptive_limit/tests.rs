@@ -1,11 +1,11 @@
-//! The limit against APIs that are computed and not waited for: each lookup takes what the API's load at
-//! its beginning makes it take.
+//! Tests the limit with simulated APIs. The API's load at the start of a lookup determines how long
+//! the lookup takes, on a simulated clock.
 
 #![expect(
     clippy::cast_possible_truncation,
     clippy::cast_precision_loss,
     clippy::cast_sign_loss,
-    reason = "a simulation's counts and seconds are small, and never below zero"
+    reason = "a simulation's counts and seconds are small and not negative"
 )]
 
 use std::cmp::Reverse;
@@ -17,25 +17,25 @@ use rand::{RngExt as _, SeedableRng as _};
 use super::*;
 
 const MAX: usize = 2_000;
-/// In seconds, at ease.
+/// In seconds, without load.
 const LATENCY: std::ops::Range<f64> = 0.3..4.3;
 const TIMEOUT_SECONDS: f64 = 5.0;
 
-/// An API in the midst of its work.
+/// A simulated API with its lookups in flight.
 struct Simulation {
-    /// How many lookups it takes at once without becoming slower, and the power by which it becomes slower
-    /// beyond.
+    /// The number of concurrent lookups above which the API becomes slower, and the power of the
+    /// load by which it does.
     knee: f64,
     power: i32,
-    /// How much longer everything takes, whatever the load.
+    /// The factor by which every lookup is slower, regardless of the load.
     slowness: f64,
-    /// Whether it refuses what is more than it takes, at once.
-    refuses: bool,
-    chance: StdRng,
+    /// Whether it rejects the lookups above the knee at once.
+    rejects_excess: bool,
+    random: StdRng,
     now: f64,
-    next: u64,
-    /// When each ends, in microseconds, its number, and how long it took; an answer or not.
-    running: BinaryHeap<Reverse<(u64, u64, u64, bool)>>,
+    next_number: u64,
+    /// For each lookup: its end in microseconds, its number, its duration, whether it is answered.
+    in_flight: BinaryHeap<Reverse<(u64, u64, u64, bool)>>,
 }
 
 impl Simulation {
@@ -44,84 +44,84 @@ impl Simulation {
             knee,
             power,
             slowness: 1.0,
-            refuses: false,
-            chance: StdRng::seed_from_u64(7),
+            rejects_excess: false,
+            random: StdRng::seed_from_u64(7),
             now: 0.0,
-            next: 0,
-            running: BinaryHeap::new(),
+            next_number: 0,
+            in_flight: BinaryHeap::new(),
         }
     }
 
-    /// Lets lookups run for so many seconds, and gives how many were answered in a second.
+    /// Runs lookups for `seconds`, and returns the answers per second.
     fn run(&mut self, seconds: f64, limit: &mut impl Limit) -> f64 {
         let (until, mut answers) = (self.now + seconds, 0_u32);
         while self.now < until {
-            while self.running.len() < limit.now() {
-                self.begin();
-                limit.begins(self.running.len());
+            while self.in_flight.len() < limit.current() {
+                self.start_lookup();
+                limit.note_start(self.in_flight.len());
             }
-            let Some(Reverse((end, number, took, is_answer))) = self.running.pop() else { break };
+            let Some(Reverse((end, number, took, is_answer))) = self.in_flight.pop() else { break };
             self.now = end as f64 / 1e6;
             answers += u32::from(is_answer);
-            let came_to = if is_answer {
-                CameTo::Answer(Duration::from_micros(took))
+            let sample = if is_answer {
+                Sample::Answer(Duration::from_micros(took))
             } else {
-                CameTo::Failure
+                Sample::Failure
             };
-            limit.ended(number, came_to, self.next);
+            limit.note_end(number, sample, self.next_number);
         }
         f64::from(answers) / seconds
     }
 
-    fn begin(&mut self) {
-        let load = (self.running.len() + 1) as f64 / self.knee;
+    fn start_lookup(&mut self) {
+        let load = (self.in_flight.len() + 1) as f64 / self.knee;
         let slower = self.slowness * load.max(1.0).powi(self.power);
-        let seconds = self.chance.random_range(LATENCY) * slower;
-        let (seconds, is_answer) = if self.refuses && load > 1.0 {
+        let seconds = self.random.random_range(LATENCY) * slower;
+        let (seconds, is_answer) = if self.rejects_excess && load > 1.0 {
             (0.1, false)
         } else {
             (seconds.min(TIMEOUT_SECONDS), seconds < TIMEOUT_SECONDS)
         };
         let took = (seconds * 1e6) as u64;
         let end = (self.now * 1e6) as u64 + took;
-        self.running.push(Reverse((end, self.next, took, is_answer)));
-        self.next += 1;
+        self.in_flight.push(Reverse((end, self.next_number, took, is_answer)));
+        self.next_number += 1;
     }
 }
 
 trait Limit {
-    fn now(&self) -> usize;
-    fn begins(&mut self, in_flight: usize);
-    fn ended(&mut self, number: u64, came_to: CameTo, next: u64);
+    fn current(&self) -> usize;
+    fn note_start(&mut self, in_flight: usize);
+    fn note_end(&mut self, number: u64, sample: Sample, next_number: u64);
 }
 
-impl Limit for Adaptive {
-    fn now(&self) -> usize {
+impl Limit for AdaptiveLimit {
+    fn current(&self) -> usize {
         self.limit()
     }
 
-    fn begins(&mut self, in_flight: usize) {
-        Self::begins(self, in_flight);
+    fn note_start(&mut self, in_flight: usize) {
+        Self::note_start(self, in_flight);
     }
 
-    fn ended(&mut self, number: u64, came_to: CameTo, next: u64) {
-        Self::ended(self, number, came_to, next);
+    fn note_end(&mut self, number: u64, sample: Sample, next_number: u64) {
+        Self::note_end(self, number, sample, next_number);
     }
 }
 
-/// One that stays as it is.
+/// A fixed limit.
 impl Limit for usize {
-    fn now(&self) -> usize {
+    fn current(&self) -> usize {
         *self
     }
 
-    fn begins(&mut self, _: usize) {}
+    fn note_start(&mut self, _: usize) {}
 
-    fn ended(&mut self, _: u64, _: CameTo, _: u64) {}
+    fn note_end(&mut self, _: u64, _: Sample, _: u64) {}
 }
 
-/// What the best of many fixed limits gets.
-fn best(api: impl Fn() -> Simulation) -> f64 {
+/// The highest rate that a fixed limit reaches.
+fn best_fixed_rate(api: impl Fn() -> Simulation) -> f64 {
     let limits = (0..).map(|step| (20.0 * 1.1_f64.powi(step)) as usize);
     limits
         .take_while(|limit| *limit <= MAX)
@@ -134,22 +134,22 @@ fn best(api: impl Fn() -> Simulation) -> f64 {
 }
 
 #[test]
-fn nine_tenths_of_the_best_are_kept_with_apis_that_slow_down_beyond_a_knee() {
+fn limit_keeps_nine_tenths_of_the_best_fixed_rate() {
     for knee in [50.0, 200.0, 700.0] {
         for power in [1, 2] {
-            let (mut api, mut limit) = (Simulation::new(knee, power), Adaptive::new(MAX));
+            let (mut api, mut limit) = (Simulation::new(knee, power), AdaptiveLimit::new(MAX));
             api.run(120.0, &mut limit);
-            let ours = api.run(600.0, &mut limit);
-            let best = best(|| Simulation::new(knee, power));
-            assert!(ours >= 0.9 * best, "{ours} of {best}/s: knee {knee}, power {power}");
+            let rate = api.run(600.0, &mut limit);
+            let best = best_fixed_rate(|| Simulation::new(knee, power));
+            assert!(rate >= 0.9 * best, "{rate} of {best}/s: knee {knee}, power {power}");
         }
     }
 }
 
 #[test]
-fn an_api_that_refuses_what_is_too_much_is_asked_for_little_more_than_it_takes() {
-    let mut api = Simulation { refuses: true, ..Simulation::new(300.0, 0) };
-    let mut limit = Adaptive::new(MAX);
+fn limit_stays_close_to_what_a_rejecting_api_accepts() {
+    let mut api = Simulation { rejects_excess: true, ..Simulation::new(300.0, 0) };
+    let mut limit = AdaptiveLimit::new(MAX);
     api.run(120.0, &mut limit);
     let rate = api.run(600.0, &mut limit);
     assert!(rate > 0.75 * 300.0 / 2.3, "{rate}/s");
@@ -157,8 +157,8 @@ fn an_api_that_refuses_what_is_too_much_is_asked_for_little_more_than_it_takes()
 }
 
 #[test]
-fn an_api_that_bears_all_that_may_be_asked_is_asked_that_within_a_minute() {
-    let (mut api, mut limit) = (Simulation::new(1e9, 1), Adaptive::new(MAX));
+fn limit_reaches_the_maximum_of_a_strong_api_in_a_minute() {
+    let (mut api, mut limit) = (Simulation::new(1e9, 1), AdaptiveLimit::new(MAX));
     api.run(60.0, &mut limit);
     let least = (0..600).map(|_| {
         api.run(1.0, &mut limit);
@@ -168,8 +168,8 @@ fn an_api_that_bears_all_that_may_be_asked_is_asked_that_within_a_minute() {
 }
 
 #[test]
-fn an_api_that_becomes_slower_for_another_reason_is_asked_as_before() {
-    let (mut api, mut limit) = (Simulation::new(500.0, 2), Adaptive::new(MAX));
+fn latency_that_is_not_caused_by_load_does_not_lower_the_rate() {
+    let (mut api, mut limit) = (Simulation::new(500.0, 2), AdaptiveLimit::new(MAX));
     for slowness in [0.25, 1.0, 0.25] {
         api.slowness = slowness;
         api.run(300.0, &mut limit);
@@ -180,8 +180,8 @@ fn an_api_that_becomes_slower_for_another_reason_is_asked_as_before() {
 }
 
 #[test]
-fn a_knee_that_moves_is_followed() {
-    let (mut api, mut limit) = (Simulation::new(500.0, 2), Adaptive::new(MAX));
+fn limit_follows_a_knee_that_moves() {
+    let (mut api, mut limit) = (Simulation::new(500.0, 2), AdaptiveLimit::new(MAX));
     for knee in [500.0, 100.0, 1_000.0] {
         api.knee = knee;
         api.run(300.0, &mut limit);
@@ -191,8 +191,8 @@ fn a_knee_that_moves_is_followed() {
 }
 
 #[test]
-fn an_api_that_has_answered_nothing_yet_is_asked_more_once_it_does() {
-    let (mut api, mut limit) = (Simulation::new(500.0, 1), Adaptive::new(MAX));
+fn limit_recovers_after_an_api_that_answered_nothing() {
+    let (mut api, mut limit) = (Simulation::new(500.0, 1), AdaptiveLimit::new(MAX));
     api.slowness = 100.0;
     api.run(60.0, &mut limit);
     assert!(limit.limit() < 50, "{}", limit.limit());
@@ -205,8 +205,8 @@ fn an_api_that_has_answered_nothing_yet_is_asked_more_once_it_does() {
 // Field case 5.6.
 #[test]
 fn a_limit_of_one_doubles_within_minutes() {
-    let (mut api, mut limit) = (Simulation::new(1e9, 1), Adaptive::new(MAX));
-    (limit.limit, limit.has_fallen, limit.at_ease) = (1.0, true, Some(2.3));
+    let (mut api, mut limit) = (Simulation::new(1e9, 1), AdaptiveLimit::new(MAX));
+    (limit.limit, limit.has_fallen, limit.baseline_latency) = (1.0, true, Some(2.3));
     limit.begin_round(0);
     api.run(180.0, &mut limit);
     assert!(limit.limit >= 2.0, "{}", limit.limit);
@@ -215,26 +215,26 @@ fn a_limit_of_one_doubles_within_minutes() {
 }
 
 #[test]
-fn a_limit_that_is_not_reached_stays() {
-    let (mut api, mut limit) = (Simulation::new(1e9, 1), Adaptive::new(MAX));
-    let mut few = FewOf(&mut limit, 10);
+fn a_limit_that_is_not_reached_does_not_change() {
+    let (mut api, mut limit) = (Simulation::new(1e9, 1), AdaptiveLimit::new(MAX));
+    let mut few = Below(&mut limit, 10);
     api.run(300.0, &mut few);
-    assert_eq!(limit.limit(), FIRST as usize);
+    assert_eq!(limit.limit(), INITIAL_LIMIT as usize);
 }
 
-/// Fewer lookups than may run: there is no more to look up.
-struct FewOf<'a>(&'a mut Adaptive, usize);
+/// Runs fewer lookups than the limit allows.
+struct Below<'a>(&'a mut AdaptiveLimit, usize);
 
-impl Limit for FewOf<'_> {
-    fn now(&self) -> usize {
+impl Limit for Below<'_> {
+    fn current(&self) -> usize {
         self.1
     }
 
-    fn begins(&mut self, in_flight: usize) {
-        self.0.begins(in_flight);
+    fn note_start(&mut self, in_flight: usize) {
+        self.0.note_start(in_flight);
     }
 
-    fn ended(&mut self, number: u64, came_to: CameTo, next: u64) {
-        self.0.ended(number, came_to, next);
+    fn note_end(&mut self, number: u64, sample: Sample, next_number: u64) {
+        self.0.note_end(number, sample, next_number);
     }
 }
