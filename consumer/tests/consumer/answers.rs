@@ -1,9 +1,9 @@
-//! Which answers say "offline", and which are failed lookups.
+//! Which answers mean offline, and which are failed lookups.
 
 use testbed::{Answer, StatusApi, eventually};
 
 use crate::failures::header;
-use crate::{PATIENCE, Surroundings, looked_up};
+use crate::{PATIENCE, TestEnv, looked_up};
 
 const HTML: &str = "<html><body><h1>404 Not Found</h1></body></html>";
 
@@ -13,8 +13,8 @@ fn page(status: u16, content_type: &'static str, body: &str) -> Answer {
 
 // Field case 5.1.
 #[tokio::test]
-async fn a_404_that_is_not_the_apis_own_is_looked_up_again() {
-    let around = Surroundings::new().await;
+async fn a_404_of_a_gateway_is_a_failed_lookup() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|id, lookup| match (id, lookup) {
         (1, 1) => page(404, "text/html", HTML),
         (2, 1) => page(404, "application/json", HTML),
@@ -29,20 +29,20 @@ async fn a_404_that_is_not_the_apis_own_is_looked_up_again() {
         (9, 1) => page(404, "application/json", "404"),
         _ => Answer::Online,
     });
-    around.publish(1..=9).await;
-    let consumer = around.start(&api.endpoint(), &[]);
-    around.recorded(1..=9).await;
+    env.publish(1..=9).await;
+    let consumer = env.start(&api.endpoint(), &[]);
+    env.wait_until_recorded(1..=9).await;
     for id in 1..=9 {
         assert_eq!(api.lookups_of(id), 2, "lookups of {id}");
     }
     consumer.stop().await;
-    around.assert_all_settled().await;
+    env.assert_all_settled().await;
 }
 
 // Field case 5.1.
 #[tokio::test]
-async fn a_404_that_can_be_the_apis_own_says_offline() {
-    let around = Surroundings::new().await;
+async fn a_404_of_the_api_means_offline() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|id, _| match id {
         1 => Answer::Status(404),
         2 => page(404, "text/html", ""),
@@ -51,63 +51,63 @@ async fn a_404_that_can_be_the_apis_own_says_offline() {
         5 => page(404, "text/plain", "\u{feff}{\"id\":5,\"online\":false}"),
         _ => Answer::Online,
     });
-    around.publish(1..=6).await;
-    let consumer = around.start(&api.endpoint(), &["--max-consumers=1"]);
-    around.recorded([6]).await;
+    env.publish(1..=6).await;
+    let consumer = env.start(&api.endpoint(), &["--max-consumers=1"]);
+    env.wait_until_recorded([6]).await;
     consumer.stop().await;
     assert_eq!(looked_up(&[&api]), [1, 2, 3, 4, 5, 6]);
-    around.assert_all_settled().await;
+    env.assert_all_settled().await;
 }
 
 #[tokio::test]
-async fn no_404_says_offline_where_the_operator_says_so() {
-    let around = Surroundings::new().await;
+async fn with_status_404_failed_every_404_is_a_failed_lookup() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, lookup| match lookup {
         1 => Answer::Status(404),
         _ => Answer::Online,
     });
-    around.publish([1]).await;
-    let consumer = around.start(&api.endpoint(), &["--status-404=failed"]);
-    around.recorded([1]).await;
+    env.publish([1]).await;
+    let consumer = env.start(&api.endpoint(), &["--status-404=failed"]);
+    env.wait_until_recorded([1]).await;
     consumer.stop().await;
-    around.assert_all_settled().await;
+    env.assert_all_settled().await;
 }
 
 // Field case 1.3.
 #[tokio::test]
 async fn a_byte_order_mark_before_the_answer_is_ignored() {
-    let around = Surroundings::new().await;
+    let env = TestEnv::new().await;
     let api =
         StatusApi::start(|id, _| Answer::Body(format!("\u{feff}{{\"id\":{id},\"online\":true}}")));
-    around.publish([1]).await;
-    let consumer = around.start(&api.endpoint(), &[]);
-    around.recorded([1]).await;
+    env.publish([1]).await;
+    let consumer = env.start(&api.endpoint(), &[]);
+    env.wait_until_recorded([1]).await;
     consumer.stop().await;
     assert_eq!(looked_up(&[&api]), [1]);
 }
 
 // Field case 5.5.
 #[tokio::test]
-async fn a_dead_letter_quotes_the_answer_that_was_not_understood() {
-    let around = Surroundings::new().await;
+async fn a_dead_letter_quotes_an_answer_that_is_not_understood() {
+    let env = TestEnv::new().await;
     let long = format!("<html>\u{1b}[31m{}</html>", "x".repeat(5_000));
     let api = StatusApi::start(move |id, _| match id {
         42 => page(200, "text/html", &long),
         _ => Answer::Offline,
     });
-    let consumer = around.start(&api.endpoint(), &["--max-attempts=1"]);
+    let consumer = env.start(&api.endpoint(), &["--max-attempts=1"]);
     let mut other = 1_000;
     eventually("a dead letter", PATIENCE, async || {
         other += 1;
-        around.publish([other]).await;
+        env.publish([other]).await;
         if other == 1_010 {
-            around.publish([42]).await;
+            env.publish([42]).await;
         }
-        (around.dead().await == 1).then_some(())
+        (env.dead_letters().await == 1).then_some(())
     })
     .await;
     consumer.stop().await;
-    let letter = around.queue.get(&around.queue.dead()).await.unwrap().delivery;
+    let letter = env.queue.get(&env.queue.dead()).await.unwrap().delivery;
     let reason = header(&letter.properties, "lastseen-reason");
     for part in ["200 OK", "text/html", r"<html>\u{1b}[31mxxx"] {
         assert!(reason.contains(part), "{part} is missing in {reason}");
@@ -117,20 +117,20 @@ async fn a_dead_letter_quotes_the_answer_that_was_not_understood() {
 
 // Field case 3.7.
 #[tokio::test]
-async fn no_retry_after_however_long_ends_the_consumer() {
-    let around = Surroundings::new().await;
+async fn a_huge_retry_after_does_not_stop_the_consumer() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|id, lookup| match (id, lookup) {
         (1, 1) => Answer::StatusWithHeader(500, "retry-after", u64::MAX.to_string()),
         (2, 1) => Answer::StatusWithHeader(500, "retry-after", "9".repeat(40)),
         (3, 1) => Answer::StatusWithHeader(429, "retry-after", u64::MAX.to_string()),
         _ => Answer::Online,
     });
-    around.publish(1..=3).await;
-    let consumer = around.start(&api.endpoint(), &[]);
+    env.publish(1..=3).await;
+    let consumer = env.start(&api.endpoint(), &[]);
     eventually("each is looked up", PATIENCE, async || {
         (looked_up(&[&api]).len() >= 3).then_some(())
     })
     .await;
-    // It pauses for a minute.
+    // The 429 pauses the lookups for a minute, so no further lookup is waited for.
     consumer.stop().await;
 }

@@ -1,4 +1,4 @@
-//! Status APIs that close connections which the consumer keeps open.
+//! Status APIs that close connections that the consumer keeps open.
 
 use std::net::{Ipv4Addr, SocketAddr};
 use std::sync::Arc;
@@ -11,20 +11,20 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 use tokio_util::task::AbortOnDropHandle;
 
-use crate::{PATIENCE, SECOND, Surroundings};
+use crate::{PATIENCE, SECOND, TestEnv};
 
-/// What becomes of a connection after its first response.
+/// What the server does with a connection after the first response.
 #[derive(Clone, Copy, Debug)]
 enum AfterResponse {
-    /// It stays open.
+    /// Keeps it open.
     KeepOpen,
-    /// It is closed when the next request has come in, without a response.
+    /// Closes it when the next request has arrived, without a response.
     CloseAtNextRequest,
-    /// It is closed at once, though the response does not say so.
+    /// Closes it at once, although the response does not announce this.
     Close,
 }
 
-/// A server that answers "online" and treats its connections like that.
+/// A server that answers "online" and then treats the connection as set.
 struct Server {
     address: SocketAddr,
     counts: Arc<Counts>,
@@ -100,81 +100,80 @@ async fn request(stream: &mut BufReader<TcpStream>) -> Option<i64> {
     Some(path.strip_prefix("/objects/").unwrap().parse().unwrap())
 }
 
-/// With one of them at a time, each lookup comes right after the one before, on the same connection if that is
-/// still open.
-async fn no_lookup_fails(after: AfterResponse, at_once: u32) {
-    let around = Surroundings::new().await;
+/// Publishes 20 ids and runs `max_lookups` lookups at once: with one, all on one connection if that stays open.
+async fn assert_no_lookup_fails(after: AfterResponse, max_lookups: u32) {
+    let env = TestEnv::new().await;
     let server = Server::start(after).await;
-    around.publish(1..=20).await;
+    env.publish(1..=20).await;
     let environment = [
         ("AMQP_URI", testbed::amqp_uri()),
-        ("QUEUE_NAME", around.queue.name.clone()),
-        ("DATABASE_URL", around.database.url().to_owned()),
+        ("QUEUE_NAME", env.queue.name.clone()),
+        ("DATABASE_URL", env.database.url().to_owned()),
         ("STATUS_API", server.endpoint()),
-        ("MAX_CONSUMERS", at_once.to_string()),
+        ("MAX_CONSUMERS", max_lookups.to_string()),
     ];
     let consumer = Process::spawn("consumer", &environment, &[]);
-    around.recorded(1..=20).await;
+    env.wait_until_recorded(1..=20).await;
     let failed = consumer.metric("lastseen_lookups_total{outcome=\"transport\"}").await;
     consumer.terminate();
     assert_eq!(consumer.wait().await.code(), Some(0));
-    around.assert_all_settled().await;
+    env.assert_all_settled().await;
     assert!(failed < 0.5, "{failed} lookups failed");
-    // Each but the first meets at most one connection that has ended.
+    // Each lookup but the first may meet one connection that was closed.
     assert!((20..40).contains(&server.requests()), "{} requests", server.requests());
 }
 
 // Field case 3.9.
 #[tokio::test]
 async fn a_lookup_on_a_connection_that_just_ended_is_sent_again() {
-    no_lookup_fails(AfterResponse::CloseAtNextRequest, 1).await;
-    // Other connections that are idle by then have ended as well.
-    no_lookup_fails(AfterResponse::CloseAtNextRequest, 8).await;
+    assert_no_lookup_fails(AfterResponse::CloseAtNextRequest, 1).await;
+    // The other idle connections have ended as well.
+    assert_no_lookup_fails(AfterResponse::CloseAtNextRequest, 8).await;
 }
 
 // Field case 3.9.
 #[tokio::test]
 async fn an_api_that_closes_after_each_response_fails_no_lookup() {
-    no_lookup_fails(AfterResponse::Close, 1).await;
+    assert_no_lookup_fails(AfterResponse::Close, 1).await;
 }
 
 // Field case 3.9.
 #[tokio::test]
 async fn a_connection_is_idle_for_less_than_a_second() {
-    let around = Surroundings::new().await;
+    let env = TestEnv::new().await;
     let server = Server::start(AfterResponse::KeepOpen).await;
-    let consumer = around.start(&server.endpoint(), &[]);
-    around.publish([1]).await;
-    around.recorded([1]).await;
-    // Less than the second, because what lies in between takes time as well.
+    let consumer = env.start(&server.endpoint(), &[]);
+    env.publish([1]).await;
+    env.wait_until_recorded([1]).await;
+    // Only a little longer than connections stay idle, because the rest takes time as well.
     sleep(SECOND * 6 / 10).await;
-    around.publish([2]).await;
-    around.recorded([1, 2]).await;
+    env.publish([2]).await;
+    env.wait_until_recorded([1, 2]).await;
     assert_eq!(server.connections(), 2);
     consumer.stop().await;
 }
 
-/// One that is fresh has not ended because it was idle: the API is at fault.
+/// A fresh connection was not closed for being idle, so the API is at fault.
 #[tokio::test]
 async fn a_fresh_connection_that_ends_is_a_failed_lookup() {
-    let around = Surroundings::new().await;
+    let env = TestEnv::new().await;
     let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).await.unwrap();
     let endpoint = format!("http://{}", listener.local_addr().unwrap());
     let requests = Arc::new(AtomicUsize::new(0));
     let counted = Arc::clone(&requests);
     let _serving = AbortOnDropHandle::new(tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
-            // The probe connects too, and sends nothing.
+            // The reachability check connects too, and sends nothing.
             if request(&mut BufReader::new(stream)).await.is_some() {
                 counted.fetch_add(1, Ordering::SeqCst);
             }
         }
     }));
-    around.publish([1]).await;
-    let consumer = around.start(&endpoint, &[]);
+    env.publish([1]).await;
+    let consumer = env.start(&endpoint, &[]);
     eventually("a lookup", PATIENCE, async || (requests.load(Ordering::SeqCst) > 0).then_some(()))
         .await;
-    // A lookup that is sent again would come at once; the next attempt takes a second.
+    // A lookup that is sent again would arrive at once; the next attempt comes after a second.
     sleep(SECOND / 2).await;
     assert_eq!(requests.load(Ordering::SeqCst), 1);
     consumer.stop().await;

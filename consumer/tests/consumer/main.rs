@@ -1,10 +1,10 @@
-//! The consumer against a real broker, a real database and a status API that behaves as told. One
-//! binary, because each takes seconds to link.
+//! Tests the consumer with a real broker, a real database and a simulated status API. All tests are
+//! in one binary, because each binary takes seconds to link.
 
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
-    reason = "the helpers of tests are tests as well"
+    reason = "a helper of a test may panic as a test may"
 )]
 
 mod answers;
@@ -31,11 +31,11 @@ use tokio::time::timeout;
 use url::Url;
 
 const SECOND: Duration = Duration::from_secs(1);
-/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+/// Far longer than any step needs, because the machine is slow while all tests run.
 const PATIENCE: Duration = Duration::from_secs(40);
-/// Long enough for what must not happen to have happened, if it could.
-const A_WHILE: Duration = Duration::from_millis(500);
-/// The callback that names the ids of a test.
+/// How long a test waits to see that something does not happen.
+const SETTLE_TIME: Duration = Duration::from_millis(500);
+/// The callback id of the messages that a test publishes.
 const CALLBACK_ID: &str = "callback-1";
 
 #[derive(clap::Parser)]
@@ -50,17 +50,17 @@ fn config(settings: &[String]) -> consumer::Config {
     Cli::parse_from(program.chain(settings.iter().map(String::as_str))).config
 }
 
-/// What stands around the consumers of one test: a queue and a database that are nobody else's.
-struct Surroundings {
+/// The queue and the database of one test.
+struct TestEnv {
     publisher: Publisher,
     queue: Queue,
     database: Database,
 }
 
-impl Surroundings {
-    /// With the queues declared, and no table yet.
+impl TestEnv {
+    /// Declares the queues. The table does not exist yet.
     async fn new() -> Self {
-        // A second test in this process finds it installed.
+        // Fails in the second test of this process, because it is already installed.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let queue = Queue::new();
         let database = Database::new().await;
@@ -72,9 +72,9 @@ impl Surroundings {
         Self { publisher, queue, database }
     }
 
-    /// Starts a consumer that asks `status_api`, with further settings such as `--max-consumers=3`,
-    /// which win over what it would be given.
-    fn start(&self, status_api: &str, further: &[&str]) -> Running {
+    /// Starts a consumer that uses `status_api`. The further settings, such as `--max-consumers=3`,
+    /// override the others.
+    fn start(&self, status_api: &str, further: &[&str]) -> RunningConsumer {
         let mut settings = vec![
             format!("--amqp-uri={}", testbed::amqp_uri()),
             format!("--queue-name={}", self.queue.name),
@@ -85,7 +85,7 @@ impl Surroundings {
         let (health, shutdown) = (Health::default(), CancellationToken::new());
         let (changer, config) = Live::changeable(config(&settings));
         let run = consumer::run(config, health.clone(), shutdown.clone());
-        Running { health, shutdown, changer, settings, run: tokio::spawn(run) }
+        RunningConsumer { health, shutdown, changer, settings, run: tokio::spawn(run) }
     }
 
     async fn publish(&self, ids: impl IntoIterator<Item = i64>) {
@@ -93,14 +93,14 @@ impl Surroundings {
         self.publisher.publish_ids(CALLBACK_ID, &ids, PATIENCE).await.unwrap();
     }
 
-    /// The ids in the table, in ascending order; none while there is no table.
+    /// The ids in the table, in ascending order; none before the table exists.
     async fn rows(&self) -> Vec<i64> {
         let query = sqlx::query_scalar("SELECT id FROM object ORDER BY id");
         query.fetch_all(self.database.pool()).await.unwrap_or_default()
     }
 
     /// Waits until exactly these ids, given in ascending order, are in the table.
-    async fn recorded(&self, ids: impl IntoIterator<Item = i64>) {
+    async fn wait_until_recorded(&self, ids: impl IntoIterator<Item = i64>) {
         let ids: Vec<i64> = ids.into_iter().collect();
         eventually("exactly the expected ids are recorded", PATIENCE, async || {
             (self.rows().await == ids).then_some(())
@@ -108,15 +108,15 @@ impl Surroundings {
         .await;
     }
 
-    /// Waits until a consumer has brought the table into being.
-    async fn migrated(&self) {
-        eventually("the table is there", PATIENCE, async || {
+    /// Waits until a consumer has created the table.
+    async fn wait_until_migrated(&self) {
+        eventually("the table exists", PATIENCE, async || {
             sqlx::query("SELECT FROM object").execute(self.database.pool()).await.ok()
         })
         .await;
     }
 
-    /// When an object was last seen, in seconds.
+    /// The `last_seen` of an object, in seconds.
     async fn last_seen(&self, id: i64) -> f64 {
         let sql = "SELECT extract(epoch FROM last_seen)::float8 FROM object WHERE id = $1";
         sqlx::query_scalar(sql).bind(id).fetch_one(self.database.pool()).await.unwrap()
@@ -128,32 +128,36 @@ impl Surroundings {
         sqlx::query_scalar(sql).fetch_one(self.database.pool()).await.unwrap()
     }
 
-    /// How many messages wait in the queue itself, neither taken nor unacked.
-    async fn waiting(&self) -> u32 {
-        self.queue.depth(&self.queue.name).await.expect("the queue should be there")
+    /// The number of messages that are ready in the queue, without the unacked ones.
+    async fn ready(&self) -> u32 {
+        self.queue.depth(&self.queue.name).await.expect("the queue should exist")
     }
 
-    async fn dead(&self) -> u32 {
-        self.queue.depth(&self.queue.dead()).await.expect("the dead letters should be there")
+    async fn dead_letters(&self) -> u32 {
+        self.queue.depth(&self.queue.dead()).await.expect("the dead-letter queue should exist")
     }
 
-    async fn in_retry_queues(&self) -> u32 {
+    async fn in_delay_queues(&self) -> u32 {
         let mut all = 0;
         for level in RETRY_LEVELS {
             let name = format!("{}.retry.{level}", self.queue.name);
-            all += self.queue.depth(&name).await.expect("the delay queues should be there");
+            all += self.queue.depth(&name).await.expect("the delay queues should exist");
         }
         all
     }
 
-    /// Fails unless nothing is left of what was published. What an ended consumer has not acked is
-    /// back in the queue, so this is for after its end.
+    /// Asserts that no message is left. Call it after the end of the consumers, because unacked
+    /// messages are counted only when they are back in the queue.
     async fn assert_all_settled(&self) {
-        let left = (self.waiting().await, self.in_retry_queues().await, self.dead().await);
-        assert_eq!(left, (0, 0, 0), "messages left: in the queue, to be tried again, dead");
+        let left = (self.ready().await, self.in_delay_queues().await, self.dead_letters().await);
+        assert_eq!(
+            left,
+            (0, 0, 0),
+            "messages left in the queue, the delay queues, the dead letters"
+        );
     }
 
-    /// A way to the database that can be cut, and the setting that makes a consumer take it.
+    /// A proxy to the database that can be cut, and the setting that makes a consumer use it.
     async fn database_proxy(&self) -> (Proxy, String) {
         let (proxy, url) = proxied(self.database.url(), 5432).await;
         (proxy, format!("--database-url={url}"))
@@ -171,7 +175,7 @@ async fn proxied(url: &str, default_port: u16) -> (Proxy, Url) {
 }
 
 /// A consumer that runs in this process.
-struct Running {
+struct RunningConsumer {
     health: Health,
     shutdown: CancellationToken,
     changer: Changer<consumer::Config>,
@@ -179,42 +183,44 @@ struct Running {
     run: JoinHandle<anyhow::Result<()>>,
 }
 
-impl Running {
-    /// Changes its settings by flags such as `--max-consumers=3`.
+impl RunningConsumer {
+    /// Changes settings, given as flags such as `--max-consumers=3`.
     fn change(&self, further: &[&str]) {
         let further = further.iter().map(|&setting| setting.to_owned());
         let settings: Vec<_> = self.settings.iter().cloned().chain(further).collect();
         self.changer.set(config(&settings));
     }
 
-    /// Lets it drain; it has to end well.
+    /// Drains the consumer, and asserts that it ends without an error.
     async fn stop(self) {
         self.shutdown.cancel();
         let ended = timeout(PATIENCE, self.run).await.expect("the consumer should drain");
-        ended.expect("the consumer should not panic").expect("the consumer should end well");
+        ended
+            .expect("the consumer should not panic")
+            .expect("the consumer should end without an error");
     }
 
-    /// The peers that it misses now.
+    /// The dependencies that are away according to the consumer.
     fn missing(&self) -> Vec<&'static str> {
-        self.health.missing().into_iter().map(|(peer, _)| peer).collect()
+        self.health.missing().into_iter().map(|(dependency, _)| dependency).collect()
     }
 
-    /// Waits until it misses exactly these peers.
-    async fn misses(&self, peers: &[&str]) {
-        eventually(&format!("the consumer misses {peers:?}"), PATIENCE, async || {
-            (self.missing() == peers).then_some(())
+    /// Waits until exactly these dependencies are away according to the consumer.
+    async fn wait_until_missing(&self, dependencies: &[&str]) {
+        eventually(&format!("the consumer misses {dependencies:?}"), PATIENCE, async || {
+            (self.missing() == dependencies).then_some(())
         })
         .await;
     }
 }
 
-/// When `id` was looked up, the first time first.
-fn times_of(api: &StatusApi, id: i64) -> Vec<Instant> {
+/// The times of the lookups of `id`, in order.
+fn lookup_times(api: &StatusApi, id: i64) -> Vec<Instant> {
     let lookups = api.lookups().into_iter();
     lookups.filter_map(|(looked_up, at)| (looked_up == id).then_some(at)).collect()
 }
 
-/// Which ids were looked up, each as often as it was, in ascending order.
+/// The ids of all lookups, in ascending order, with repetitions.
 fn looked_up(apis: &[&StatusApi]) -> Vec<i64> {
     let mut ids: Vec<i64> = apis.iter().flat_map(|api| api.lookups()).map(|(id, _)| id).collect();
     ids.sort_unstable();

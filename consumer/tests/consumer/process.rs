@@ -3,43 +3,35 @@ use std::time::{Duration, Instant};
 
 use testbed::{Answer, Process, StatusApi, eventually, free_port, http_get};
 
-use crate::{CALLBACK_ID, PATIENCE, SECOND, Surroundings};
+use crate::{CALLBACK_ID, PATIENCE, SECOND, TestEnv};
 
-/// The exit codes of a service that was given a bad setting, or that did not finish its work.
+/// The exit codes for a bad setting, and for a process that did not finish its work.
 const BAD_SETTING: i32 = 78;
 const FAILURE: i32 = 70;
 
-pub(crate) fn spawn(
-    around: &Surroundings,
-    api: &StatusApi,
-    further: &[(&'static str, &str)],
-) -> Process {
+pub(crate) fn spawn(env: &TestEnv, api: &StatusApi, further: &[(&'static str, &str)]) -> Process {
     let mut environment = vec![
         ("AMQP_URI", testbed::amqp_uri()),
-        ("QUEUE_NAME", around.queue.name.clone()),
-        ("DATABASE_URL", around.database.url().to_owned()),
+        ("QUEUE_NAME", env.queue.name.clone()),
+        ("DATABASE_URL", env.database.url().to_owned()),
         ("TESTER_ENDPOINT", api.endpoint()),
     ];
     environment.extend(further.iter().map(|&(name, value)| (name, value.to_owned())));
     Process::spawn("consumer", &environment, &[])
 }
 
-/// A consumer whose one lookup will not end for a minute.
-async fn with_a_hanging_lookup(
-    around: &Surroundings,
-    api: &StatusApi,
-    drain_timeout: &str,
-) -> Process {
+/// A consumer with one lookup in flight, which ends after a minute.
+async fn with_a_hanging_lookup(env: &TestEnv, api: &StatusApi, drain_timeout: &str) -> Process {
     let settings = [("STATUS_TIMEOUT", "60s"), ("DRAIN_TIMEOUT", drain_timeout)];
-    let consumer = spawn(around, api, &settings);
-    around.publish([42]).await;
+    let consumer = spawn(env, api, &settings);
+    env.publish([42]).await;
     eventually("the lookup is in flight", PATIENCE, async || (api.in_flight() == 1).then_some(()))
         .await;
     consumer
 }
 
 #[tokio::test]
-async fn a_bad_setting_ends_the_start_with_its_name_its_value_and_what_is_allowed() {
+async fn a_bad_setting_is_rejected_with_what_is_allowed() {
     let consumer = Process::spawn("consumer", &[("MAX_CONSUMERS", "0".to_owned())], &[]);
     assert_eq!(consumer.wait().await.code(), Some(BAD_SETTING));
     let log = consumer.log().join("\n");
@@ -47,7 +39,7 @@ async fn a_bad_setting_ends_the_start_with_its_name_its_value_and_what_is_allowe
 }
 
 #[tokio::test]
-async fn a_malformed_uri_is_refused_without_showing_its_password() {
+async fn a_malformed_uri_is_rejected_without_showing_its_password() {
     for (name, value) in [
         ("AMQP_URI", "amqp://me:s3cret@host:port/x"),
         ("AMQP_URI", "me:s3cret@host"),
@@ -64,7 +56,7 @@ async fn a_malformed_uri_is_refused_without_showing_its_password() {
 
 // Field case 5.2.
 #[tokio::test]
-async fn an_endpoint_with_a_query_is_refused_without_showing_it() {
+async fn an_endpoint_with_a_query_is_rejected_without_showing_it() {
     let first = ("TESTER_ENDPOINT", "http://api");
     for (name, value) in [
         ("TESTER_ENDPOINT", "http://api/v1?key=s3cret"),
@@ -81,26 +73,26 @@ async fn an_endpoint_with_a_query_is_refused_without_showing_it() {
 }
 
 #[tokio::test]
-async fn an_idle_consumer_ends_well_on_sigterm() {
-    let around = Surroundings::new().await;
+async fn an_idle_consumer_exits_with_0_on_sigterm() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
-    let consumer = spawn(&around, &api, &[]);
-    around.publish([42]).await;
-    around.recorded([42]).await;
+    let consumer = spawn(&env, &api, &[]);
+    env.publish([42]).await;
+    env.wait_until_recorded([42]).await;
     consumer.terminate();
     assert_eq!(consumer.wait().await.code(), Some(0));
-    around.assert_all_settled().await;
+    env.assert_all_settled().await;
 }
 
 #[tokio::test]
-async fn a_consumer_whose_peers_are_away_is_not_ready_from_the_first_moment_on() {
-    let nobody = free_port();
+async fn a_consumer_without_dependencies_is_never_ready() {
+    let unused = free_port();
     let admin = SocketAddr::from(([127, 0, 0, 1], free_port()));
     let settings = [
         ("ADMIN_ADDR", admin.to_string()),
-        ("AMQP_URI", format!("amqp://guest:guest@127.0.0.1:{nobody}/%2f")),
-        ("DATABASE_URL", format!("postgres://nobody@127.0.0.1:{nobody}/x")),
-        ("TESTER_ENDPOINT", format!("http://127.0.0.1:{nobody}")),
+        ("AMQP_URI", format!("amqp://guest:guest@127.0.0.1:{unused}/%2f")),
+        ("DATABASE_URL", format!("postgres://nobody@127.0.0.1:{unused}/x")),
+        ("TESTER_ENDPOINT", format!("http://127.0.0.1:{unused}")),
     ];
     let consumer = Process::spawn("consumer", &settings, &[]);
     let first = eventually("the admin address answers", PATIENCE, async || {
@@ -110,43 +102,43 @@ async fn a_consumer_whose_peers_are_away_is_not_ready_from_the_first_moment_on()
     assert_eq!(first.status, 503, "{}", first.body);
     let metrics = http_get(admin, "/metrics").await.unwrap().body;
     assert!(metrics.contains("\nlastseen_ready{role=\"consumer\"} 0\n"), "{metrics}");
-    // At first it may say no more than that it starts.
-    eventually("the healthcheck says what is away", PATIENCE, async || {
+    // At first, it may only report that the process is starting.
+    eventually("the healthcheck names the database", PATIENCE, async || {
         let healthcheck = Process::spawn("consumer", &settings, &["healthcheck"]);
         assert_eq!(healthcheck.wait().await.code(), Some(1));
         healthcheck.log().join("\n").contains("database: ").then_some(())
     })
     .await;
-    for peer in ["no broker", "no database", "no status API"] {
-        consumer.wait_for_log(peer).await;
+    for line in ["no broker", "no database", "no status API"] {
+        consumer.wait_for_log(line).await;
     }
 }
 
 #[tokio::test]
-async fn a_second_sigterm_ends_a_consumer_at_once_that_waits_for_a_lookup() {
-    let around = Surroundings::new().await;
+async fn a_second_sigterm_ends_the_drain_at_once() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Hang);
-    let consumer = with_a_hanging_lookup(&around, &api, "60s").await;
+    let consumer = with_a_hanging_lookup(&env, &api, "60s").await;
     consumer.terminate();
     consumer.wait_for_log("draining").await;
     assert!(consumer.is_running());
-    // Signals within 200 ms of the first count as one.
+    // Signals within 200 ms of the first one count as the same.
     tokio::time::sleep(Duration::from_millis(300)).await;
     let second_signal = Instant::now();
     consumer.terminate();
     assert_eq!(consumer.wait().await.code(), Some(FAILURE));
     assert!(second_signal.elapsed() < Duration::from_secs(10), "{:?}", second_signal.elapsed());
     eventually("the message is in the queue again", PATIENCE, async || {
-        (around.waiting().await == 1).then_some(())
+        (env.ready().await == 1).then_some(())
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_drain_that_takes_too_long_is_given_up_and_its_message_delivered_again() {
-    let around = Surroundings::new().await;
+async fn a_drain_ends_at_its_timeout_and_messages_are_redelivered() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Hang);
-    let consumer = with_a_hanging_lookup(&around, &api, "1s").await;
+    let consumer = with_a_hanging_lookup(&env, &api, "1s").await;
     let signalled = Instant::now();
     consumer.terminate();
     assert_eq!(consumer.wait().await.code(), Some(FAILURE));
@@ -154,18 +146,18 @@ async fn a_drain_that_takes_too_long_is_given_up_and_its_message_delivered_again
     let log = consumer.log().join("\n");
     assert!(log.contains("the drain took longer than DRAIN_TIMEOUT=1s"), "{log}");
     eventually("the message is in the queue again", PATIENCE, async || {
-        (around.waiting().await == 1).then_some(())
+        (env.ready().await == 1).then_some(())
     })
     .await;
 }
 
 #[tokio::test]
-async fn an_ids_way_can_be_followed_by_its_callback_id_in_the_log() {
-    let around = Surroundings::new().await;
+async fn the_log_of_a_lookup_has_the_callback_id() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
-    let consumer = spawn(&around, &api, &[("RUST_LOG", "info,consumer=debug")]);
-    around.publish([42]).await;
+    let consumer = spawn(&env, &api, &[("RUST_LOG", "info,consumer=debug")]);
+    env.publish([42]).await;
     let line = consumer.wait_for_log(CALLBACK_ID).await;
     assert!(line.contains("looked up") && line.contains("id=42"), "{line}");
-    around.recorded([42]).await;
+    env.wait_until_recorded([42]).await;
 }

@@ -2,139 +2,139 @@ use service::CancellationToken;
 use testbed::{Answer, StatusApi, eventually};
 
 use crate::failures::header;
-use crate::{PATIENCE, SECOND, Surroundings};
+use crate::{PATIENCE, SECOND, TestEnv};
 
 #[tokio::test]
-async fn last_seen_is_the_moment_of_the_answer_by_the_databases_clock() {
-    let around = Surroundings::new().await;
+async fn last_seen_is_the_time_of_the_answer_by_the_databases_clock() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::After(SECOND, Box::new(Answer::Online)));
-    // The write is due 3 s after the answer, so that the two cannot be mistaken for each other.
-    let consumer = around.start(&api.endpoint(), &["--write-batch-linger=3s"]);
-    around.migrated().await;
-    let asked = around.clock().await;
-    around.publish([42]).await;
-    eventually("the answer has come", PATIENCE, async || {
+    // The write is due 3 s after the answer, so that their times differ clearly.
+    let consumer = env.start(&api.endpoint(), &["--write-batch-linger=3s"]);
+    env.wait_until_migrated().await;
+    let started = env.clock().await;
+    env.publish([42]).await;
+    eventually("the lookup is answered", PATIENCE, async || {
         (api.lookups_of(42) == 1 && api.in_flight() == 0).then_some(())
     })
     .await;
-    let answered = around.clock().await;
-    around.recorded([42]).await;
-    let written = around.clock().await;
-    let last_seen = around.last_seen(42).await;
-    assert!(last_seen >= asked + 1.0, "asked at {asked}, last seen at {last_seen}");
-    // The status API has sent its answer slightly before the consumer has it.
+    let answered = env.clock().await;
+    env.wait_until_recorded([42]).await;
+    let written = env.clock().await;
+    let last_seen = env.last_seen(42).await;
+    assert!(last_seen >= started + 1.0, "started at {started}, last seen at {last_seen}");
+    // The consumer receives the answer slightly after the status API has sent it.
     assert!(last_seen <= answered + 1.0, "answered at {answered}, last seen at {last_seen}");
     assert!(written >= last_seen + 2.5, "written at {written}, last seen at {last_seen}");
     consumer.stop().await;
 }
 
 #[tokio::test]
-async fn rows_move_forward_and_those_in_the_future_to_now() {
-    let around = Surroundings::new().await;
+async fn last_seen_moves_forward_and_from_the_future_to_now() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
-    let consumer = around.start(&api.endpoint(), &[]);
-    around.migrated().await;
+    let consumer = env.start(&api.endpoint(), &[]);
+    env.wait_until_migrated().await;
     let insert = "INSERT INTO object VALUES (1, now() + interval '1 hour'),
                                             (2, now() - interval '1 hour')";
-    sqlx::query(insert).execute(around.database.pool()).await.unwrap();
-    let (future, older) = (around.last_seen(1).await, around.last_seen(2).await);
-    around.publish([1, 2, 3]).await;
-    around.recorded([1, 2, 3]).await;
-    eventually("both are looked up", PATIENCE, async || {
+    sqlx::query(insert).execute(env.database.pool()).await.unwrap();
+    let (future, older) = (env.last_seen(1).await, env.last_seen(2).await);
+    env.publish([1, 2, 3]).await;
+    env.wait_until_recorded([1, 2, 3]).await;
+    eventually("both objects are looked up", PATIENCE, async || {
         (api.lookups_of(1) == 1 && api.lookups_of(2) == 1).then_some(())
     })
     .await;
     consumer.stop().await;
-    around.assert_all_settled().await;
+    env.assert_all_settled().await;
     // Field case 4.4.
-    assert!(around.last_seen(1).await < future - 3_000.0);
-    assert!(around.last_seen(2).await > older + 3_599.0);
+    assert!(env.last_seen(1).await < future - 3_000.0);
+    assert!(env.last_seen(2).await > older + 3_599.0);
 }
 
 #[tokio::test]
-async fn repeated_messages_of_an_object_give_one_row() {
-    let around = Surroundings::new().await;
+async fn repeated_messages_of_an_object_make_one_row() {
+    let env = TestEnv::new().await;
     let answer = CancellationToken::new();
     let answered = answer.clone();
     let api =
         StatusApi::start(move |_, _| Answer::Once(answered.clone(), Box::new(Answer::Online)));
-    around.publish([7; 20]).await;
-    around.publish([8, 7, 9]).await;
+    env.publish([7; 20]).await;
+    env.publish([8, 7, 9]).await;
     let settings = ["--coalesce=off", "--status-timeout=1m", "--write-batch-linger=500ms"];
-    let consumer = around.start(&api.endpoint(), &settings);
+    let consumer = env.start(&api.endpoint(), &settings);
     eventually("all are being looked up", PATIENCE, async || (api.in_flight() == 23).then_some(()))
         .await;
-    // So that one batch has all of them.
+    // All results arrive at once, so that one batch has all of them.
     answer.cancel();
-    around.recorded([7, 8, 9]).await;
+    env.wait_until_recorded([7, 8, 9]).await;
     consumer.stop().await;
-    around.assert_all_settled().await;
+    env.assert_all_settled().await;
 }
 
 #[tokio::test]
 async fn rows_are_written_in_batches() {
-    let around = Surroundings::new().await;
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
-    around.publish(1..=500).await;
-    let consumer = around.start(&api.endpoint(), &["--write-batch-linger=50ms"]);
-    around.recorded(1..=500).await;
+    env.publish(1..=500).await;
+    let consumer = env.start(&api.endpoint(), &["--write-batch-linger=50ms"]);
+    env.wait_until_recorded(1..=500).await;
     let sql = "SELECT count(DISTINCT xmin::text) FROM object";
-    let statements: i64 = sqlx::query_scalar(sql).fetch_one(around.database.pool()).await.unwrap();
+    let statements: i64 = sqlx::query_scalar(sql).fetch_one(env.database.pool()).await.unwrap();
     assert!(statements < 100, "{statements} statements for 500 rows");
     consumer.stop().await;
 }
 
 #[tokio::test]
 async fn a_full_batch_does_not_wait_for_the_linger_and_none_is_larger() {
-    let around = Surroundings::new().await;
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
-    around.publish(1..=100).await;
+    env.publish(1..=100).await;
     let settings = ["--write-batch-max=10", "--write-batch-linger=1m"];
-    let consumer = around.start(&api.endpoint(), &settings);
-    around.recorded(1..=100).await;
+    let consumer = env.start(&api.endpoint(), &settings);
+    env.wait_until_recorded(1..=100).await;
     let sql = "SELECT max(rows) FROM (SELECT count(*) AS rows FROM object GROUP BY xmin::text) _";
-    let largest: i64 = sqlx::query_scalar(sql).fetch_one(around.database.pool()).await.unwrap();
+    let largest: i64 = sqlx::query_scalar(sql).fetch_one(env.database.pool()).await.unwrap();
     assert_eq!(largest, 10);
     consumer.stop().await;
 }
 
 #[tokio::test]
-async fn a_row_that_the_database_refuses_is_a_dead_letter_and_the_others_of_its_batch_are_written()
-{
-    let around = Surroundings::new().await;
+async fn a_refused_row_is_a_dead_letter_and_its_batch_is_written() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
-    // All in one batch.
-    let consumer = around.start(&api.endpoint(), &["--write-batch-linger=1s"]);
-    around.migrated().await;
+    // The linger is long enough for one batch.
+    let consumer = env.start(&api.endpoint(), &["--write-batch-linger=1s"]);
+    env.wait_until_migrated().await;
     let never = "ALTER TABLE object ADD CONSTRAINT never_these CHECK (id NOT IN (3, 77))";
-    sqlx::query(never).execute(around.database.pool()).await.unwrap();
-    around.publish((1..=100).chain([3])).await;
-    around.recorded((1..=100).filter(|id| ![3, 77].contains(id))).await;
-    eventually("the dead letters", PATIENCE, async || (around.dead().await == 3).then_some(()))
-        .await;
+    sqlx::query(never).execute(env.database.pool()).await.unwrap();
+    env.publish((1..=100).chain([3])).await;
+    env.wait_until_recorded((1..=100).filter(|id| ![3, 77].contains(id))).await;
+    eventually("the dead letters", PATIENCE, async || {
+        (env.dead_letters().await == 3).then_some(())
+    })
+    .await;
     consumer.stop().await;
-    let mut given_up = Vec::new();
-    while let Some(letter) = around.queue.get(&around.queue.dead()).await {
+    let mut letters = Vec::new();
+    while let Some(letter) = env.queue.get(&env.queue.dead()).await {
         let reason = header(&letter.delivery.properties, "lastseen-reason");
         assert!(reason.contains("never_these"), "{reason}");
-        given_up.push(String::from_utf8(letter.delivery.data).unwrap());
+        letters.push(String::from_utf8(letter.delivery.data).unwrap());
     }
-    given_up.sort_unstable();
-    assert_eq!(given_up, [r#"{"id":3}"#, r#"{"id":3}"#, r#"{"id":77}"#]);
-    around.assert_all_settled().await;
+    letters.sort_unstable();
+    assert_eq!(letters, [r#"{"id":3}"#, r#"{"id":3}"#, r#"{"id":77}"#]);
+    env.assert_all_settled().await;
 }
 
 // Field case 4.2
 #[tokio::test]
-async fn rows_that_are_held_up_take_no_others_with_them() {
+async fn held_up_rows_do_not_delay_other_rows() {
     const HELD_UP: [i64; 3] = [3, 5, 8];
-    let around = Surroundings::new().await;
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
-    let consumer =
-        around.start(&api.endpoint(), &["--write-batch-linger=1s", "--max-consumers=40"]);
-    around.migrated().await;
-    let pool = around.database.pool();
-    // A row that is locked, one whose trigger waits for a lock, and one whose trigger is broken.
+    let consumer = env.start(&api.endpoint(), &["--write-batch-linger=1s", "--max-consumers=40"]);
+    env.wait_until_migrated().await;
+    let pool = env.database.pool();
+    // Row 3 is locked, the trigger of row 5 waits for a lock, and the trigger of row 8 fails.
     let obstacles = "
         INSERT INTO object VALUES (3, now() - interval '1 hour');
         CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
@@ -150,11 +150,11 @@ async fn rows_that_are_held_up_take_no_others_with_them() {
     let lock = "SELECT pg_advisory_xact_lock(5) FROM object WHERE id = 3 FOR UPDATE";
     sqlx::query(lock).execute(&mut *other).await.unwrap();
 
-    around.publish(1..=50).await;
+    env.publish(1..=50).await;
     let not_written = "SELECT count(*) FROM generate_series(1, 50) AS id WHERE id <> ALL ($1)
                        AND NOT EXISTS (SELECT FROM object WHERE object.id = id.id
                                        AND last_seen > now() - interval '5 min')";
-    let are_written = async |except: &[i64]| {
+    let wait_until_written = async |except: &[i64]| {
         eventually("the rows are written", PATIENCE, async || {
             let left = sqlx::query_scalar(not_written).bind(except).fetch_one(pool);
             let left: i64 = left.await.unwrap();
@@ -162,11 +162,11 @@ async fn rows_that_are_held_up_take_no_others_with_them() {
         })
         .await;
     };
-    are_written(&HELD_UP).await;
-    // Others come through after them, too.
-    around.publish((51..=90).chain(HELD_UP)).await;
-    eventually("later rows are written", PATIENCE, async || {
-        around.rows().await.contains(&90).then_some(())
+    wait_until_written(&HELD_UP).await;
+    // Later rows are written, too.
+    env.publish((51..=90).chain(HELD_UP)).await;
+    eventually("the later rows are written", PATIENCE, async || {
+        env.rows().await.contains(&90).then_some(())
     })
     .await;
     eventually("the consumer is ready", PATIENCE, async || {
@@ -175,23 +175,24 @@ async fn rows_that_are_held_up_take_no_others_with_them() {
     .await;
     sqlx::query("CREATE TABLE missing (id bigint)").execute(pool).await.unwrap();
     other.rollback().await.unwrap();
-    are_written(&[]).await;
+    wait_until_written(&[]).await;
     consumer.stop().await;
-    around.assert_all_settled().await;
+    env.assert_all_settled().await;
 }
 
 #[tokio::test]
-async fn a_consumer_that_stops_gives_back_what_is_held_up() {
-    let around = Surroundings::new().await;
+async fn a_consumer_that_stops_gives_back_held_up_rows() {
+    let env = TestEnv::new().await;
     let api = StatusApi::start(|_, _| Answer::Online);
-    let consumer = around.start(&api.endpoint(), &[]);
-    around.migrated().await;
-    let mut other = around.database.pool().begin().await.unwrap();
-    // A row that is not there for others yet.
+    let consumer = env.start(&api.endpoint(), &[]);
+    env.wait_until_migrated().await;
+    let mut other = env.database.pool().begin().await.unwrap();
+    // A row that is not committed yet.
     sqlx::query("INSERT INTO object VALUES (1, now())").execute(&mut *other).await.unwrap();
-    around.publish(1..=2).await;
-    around.recorded([2]).await;
-    eventually("row 1 was tried", PATIENCE, async || (api.lookups_of(1) == 1).then_some(())).await;
+    env.publish(1..=2).await;
+    env.wait_until_recorded([2]).await;
+    eventually("object 1 was looked up", PATIENCE, async || (api.lookups_of(1) == 1).then_some(()))
+        .await;
     consumer.stop().await;
-    assert_eq!(around.waiting().await, 1);
+    assert_eq!(env.ready().await, 1);
 }
