@@ -68,7 +68,7 @@ struct LookupContext {
     failure_log: FailureLog,
 }
 
-/// What the scheduler handles with the consumer of the queue in its hands.
+/// What [`LookupScheduler::run`] handles. Everything else needs no access to the queue.
 enum Event {
     Delivery(PendingDelivery),
     SettingsChanged(Lookups),
@@ -152,8 +152,8 @@ impl LookupScheduler {
         self.drain(deliveries).await
     }
 
-    /// Starts and finishes lookups until something happens that `deliveries` is needed for. Within
-    /// one call, it waits for the same future of the next delivery, which may be connecting.
+    /// Starts and finishes lookups until the next event. Keeps one future for the next delivery
+    /// until then, because a new one would start the connection to the broker from the beginning.
     async fn next_event(&mut self, deliveries: &mut Consumer) -> anyhow::Result<Event> {
         let unsettled = Arc::clone(&self.unsettled_deliveries);
         let mut delivery = pin!(PendingDelivery::receive(deliveries, &unsettled));
@@ -183,8 +183,9 @@ impl LookupScheduler {
         }
     }
 
-    /// Acquires the next permits anew. Without a lookup to start, the scheduler must hold no permit
-    /// and no position in a queue for one: lookups that are repeated wait for the same permits.
+    /// Releases the permits for the next lookup, to acquire them again later. Without a lookup to
+    /// start, the scheduler must not keep permits or its position in the line for them, because
+    /// repeated lookups wait for the same permits.
     fn release_permits(&mut self) {
         self.next_permits.set(acquire_permits(Arc::clone(&self.context)));
     }
@@ -200,7 +201,8 @@ impl LookupScheduler {
     /// Queues the delivery for a lookup.
     fn accept(&mut self, mut pending: PendingDelivery) {
         let delivery = &pending.delivery;
-        pending.span = Span::begin(|| delivery.traceparent(), || self.context.processing(delivery));
+        pending.span =
+            Span::begin(|| delivery.traceparent(), || self.context.delivery_step(delivery));
         match pending.delivery.id() {
             Ok(id) => self.context.pending.add(id, pending),
             Err(error) => {
@@ -436,7 +438,7 @@ impl LookupContext {
     }
 
     /// The span of a delivery, from its arrival to its settlement.
-    fn processing(&self, delivery: &Delivery) -> Step {
+    fn delivery_step(&self, delivery: &Delivery) -> Step {
         let Destination { system, name } = &self.destination;
         let mut attributes = vec![
             KeyValue::new("messaging.system", *system),

@@ -109,7 +109,7 @@ impl Writer {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
         let linger = config.write_batch_linger;
-        // A part of the permits for unsettled lookups, so that lookups continue with the rest.
+        // A quarter of the unsettled lookups, so that the other lookups continue.
         let set_aside = SetAside::new(usize::from(config.unsettled_lookups_max() / 4).max(1));
         let (writes, status) = watch::channel(Ok(()));
         let table = Table { store, events, writes };

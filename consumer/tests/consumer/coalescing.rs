@@ -77,7 +77,7 @@ async fn deliveries_that_wait_for_a_permit_share_a_lookup() {
 }
 
 #[tokio::test]
-async fn a_failed_lookup_is_an_attempt_at_each_delivery_that_shared_it() {
+async fn a_failed_lookup_counts_for_each_delivery_that_shared_it() {
     let env = TestEnv::new().await;
     let (api, go) = blocked(Answer::Status(500));
     let consumer = env.start(&api.endpoint(), &["--max-attempts=1"]);
