@@ -26,9 +26,9 @@ use crate::body::Bodies;
 use crate::callback::Callback;
 use crate::config::{Callbacks, Config};
 use crate::deadline::Deadline;
-use crate::places::{Places, Unavailable};
+use crate::duplicate_filter::Turn;
+use crate::durable_sink::{Places, Unavailable};
 use crate::rejections::{Rejection, Rejections};
-use crate::repeats::Turn;
 use crate::signature::Signatures;
 
 /// Who sends callbacks all the time brings the next one within this time, and then moves on.

@@ -6,12 +6,12 @@ mod body;
 mod callback;
 mod config;
 mod deadline;
+mod duplicate_filter;
+mod durable_sink;
 mod front_door;
-mod places;
 mod rejections;
-mod repeats;
+mod relay;
 mod signature;
-mod spool;
 
 use service::{CancellationToken, Description, Health};
 

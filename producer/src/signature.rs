@@ -10,7 +10,7 @@ use service::problem::Problem;
 use tokio::time::timeout_at;
 
 use crate::deadline::Deadline;
-use crate::repeats::{Repeats, Turn};
+use crate::duplicate_filter::{Repeats, Turn};
 
 /// Checks signatures, if callbacks must be signed.
 pub(crate) struct Signatures {

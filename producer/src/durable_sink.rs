@@ -14,7 +14,7 @@ use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::config::Config;
 use crate::deadline::Deadline;
-use crate::spool::Outage;
+use crate::relay::Outage;
 
 /// How long the spool may take to store a callback. With `PUBLISH_TIMEOUT` before it, the answer is
 /// there within the client's second.
