@@ -1,4 +1,4 @@
-//! The headers of a signed callback, and their verification.
+//! Reads and verifies the headers of a signed callback.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,74 +8,75 @@ use http::HeaderMap;
 use sha2::{Digest as _, Sha256};
 
 use crate::keys::{Keys, unix_seconds};
-use crate::{Names, STANDARD, SVIX, VERSION};
+use crate::{HeaderNames, STANDARD, SVIX, VERSION};
 
-/// How far the sender's clock may be from ours, either way. A callback that was recorded by somebody
-/// else can be sent again for as long.
+/// The allowed difference between the sender's clock and ours, either way. For that time, an
+/// attacker can also replay a recorded callback.
 const TOLERANCE: Duration = Duration::from_mins(5);
 
-/// What tells one callback from all others: made of its id and its body.
+/// Identifies a callback by its id and its body.
 ///
-/// The body is in it so that a sender that uses an id twice loses nothing. Its 128 bits are of a
+/// It includes the body, so that a sender that uses an id twice loses nothing. It has 128 bits of a
 /// cryptographic hash, so that two callbacks never share one by chance.
 pub type Fingerprint = [u8; 16];
 
-/// Seconds since 1970 stay below this until the year 5138, and milliseconds have been above it since 1973.
+/// Seconds since 1970 stay below this until the year 5138, and milliseconds have been above it
+/// since 1973.
 const MILLISECONDS_FROM: u64 = 100_000_000_000;
 
-/// Why a callback's signature is not accepted, in words for the sender.
+/// The reason why a callback's signature is not accepted, worded for the sender.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Refusal {
-    /// Not signed at all, or not in full.
+    /// A header is missing.
     #[error("the header {0} is missing: callbacks must be signed here, by Standard Webhooks")]
     Missing(&'static str),
-    /// It would not be clear which one was signed.
-    #[error("the header {0} is there more than once")]
+    /// A header is repeated, so it is not clear which value was signed.
+    #[error("the header {0} must not be repeated")]
     Repeated(&'static str),
-    /// Not as the specification has it.
+    /// A header breaks the specification.
     #[error("the header {0} must be {1}")]
     Malformed(&'static str, &'static str),
-    /// In milliseconds, or an even smaller unit.
+    /// The timestamp is in milliseconds, or an even smaller unit.
     #[error("the header {0} must be in seconds since 1970; its value looks like milliseconds")]
     Milliseconds(&'static str),
-    /// Sent too long ago, or a clock is wrong.
+    /// The callback was sent too long ago, or a clock is wrong.
     #[error("the header {0} is {1} s before this server's clock; at most 300 s are allowed")]
     TooOld(&'static str, u64),
-    /// A clock is wrong.
+    /// The timestamp is in the future: a clock is wrong.
     #[error("the header {0} is {1} s ahead of this server's clock; at most 300 s are allowed")]
     TooNew(&'static str, u64),
-    /// Signed with other keys, or changed on the way.
+    /// The callback was signed with other keys, or changed on the way.
     #[error(
         "no v1 signature in the header {0} was made with a key of this server for this id, timestamp and body"
     )]
-    NotOurs(&'static str),
+    NoMatch(&'static str),
 }
 
-/// The values of the headers, which are not verified yet.
+/// The values of the headers, not verified yet.
 #[derive(Debug)]
 pub struct Claim<'a> {
-    names: Names,
+    names: HeaderNames,
     id: &'a str,
     timestamp: &'a str,
     signatures: Vec<[u8; 32]>,
 }
 
 impl<'a> Claim<'a> {
-    /// Reads the headers. It costs next to nothing, so that a client which does not sign need not
-    /// even be listened to further.
+    /// Reads the headers. This is cheap, so that a client that does not sign can be rejected before
+    /// its body is read.
     ///
     /// # Errors
-    /// [`Refusal`] for whatever can be seen without the body.
+    /// [`Refusal`] for any fault that shows without the body.
     pub fn read(headers: &'a HeaderMap, now: SystemTime) -> Result<Self, Refusal> {
-        let names = names(headers);
-        let id = only(headers, names.id)?;
-        // With a full stop in it, one signature would stand for several splits of the signed text.
+        let names = header_names(headers);
+        let id = single(headers, names.id)?;
+        // A full stop separates the signed parts: an id with one could be split in several ways.
         if id.is_empty() || id.contains('.') {
             return Err(Refusal::Malformed(names.id, "a text without full stops"));
         }
-        let timestamp = only(headers, names.timestamp)?;
-        let digits = timestamp.bytes().all(|letter| letter.is_ascii_digit());
-        let sent_at = timestamp.parse::<u64>().ok().filter(|_| digits);
+        let timestamp = single(headers, names.timestamp)?;
+        let is_digits = timestamp.bytes().all(|letter| letter.is_ascii_digit());
+        let sent_at = timestamp.parse::<u64>().ok().filter(|_| is_digits);
         let sent_at = sent_at
             .ok_or(Refusal::Malformed(names.timestamp, "whole seconds since 1970, in digits"))?;
         if sent_at >= MILLISECONDS_FROM {
@@ -88,24 +89,25 @@ impl<'a> Claim<'a> {
         if sent_at.saturating_sub(now) > TOLERANCE.as_secs() {
             return Err(Refusal::TooNew(names.timestamp, sent_at - now));
         }
-        let signatures = only(headers, names.signature)?.split(' ').filter_map(signature).collect();
+        let signatures =
+            single(headers, names.signature)?.split(' ').filter_map(signature).collect();
         Ok(Self { names, id, timestamp, signatures })
     }
 
-    /// That the sender has one of the `keys`, and signed this very body.
+    /// Verifies that the sender has one of the `keys` and signed this body.
     ///
     /// # Errors
-    /// [`Refusal::NotOurs`].
+    /// [`Refusal::NoMatch`] if no signature matches.
     pub fn verify(&self, keys: &Keys, body: &[u8]) -> Result<Fingerprint, Refusal> {
-        // Without a signature to compare with, the body need not be hashed.
+        // Without a signature to compare, the body need not be hashed.
         if self.signatures.is_empty()
-            || !keys.any_made(&self.signatures, self.id, self.timestamp, body)
+            || !keys.made_any_of(&self.signatures, self.id, self.timestamp, body)
         {
-            return Err(Refusal::NotOurs(self.names.signature));
+            return Err(Refusal::NoMatch(self.names.signature));
         }
         let mut hash = Sha256::new();
         hash.update(self.id);
-        // No id has one, so this ends it.
+        // No id contains a full stop, so this marks its end.
         hash.update(".");
         hash.update(body);
         let mut fingerprint = Fingerprint::default();
@@ -114,17 +116,17 @@ impl<'a> Claim<'a> {
     }
 }
 
-/// The set of headers that the callback uses. The two sets are never mixed: a callback with any header of Standard Webhooks must have all of
-/// them.
-fn names(headers: &HeaderMap) -> Names {
-    let has_any = |names: Names| {
+/// The set of headers that the callback uses. The two sets are never mixed: a callback with any
+/// header of Standard Webhooks must have all of them.
+fn header_names(headers: &HeaderMap) -> HeaderNames {
+    let has_any = |names: HeaderNames| {
         [names.id, names.timestamp, names.signature].iter().any(|&name| headers.contains_key(name))
     };
     if !has_any(STANDARD) && has_any(SVIX) { SVIX } else { STANDARD }
 }
 
-/// The text of a header that must be there once.
-fn only<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<&'a str, Refusal> {
+/// The text of a header that must occur once.
+fn single<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<&'a str, Refusal> {
     let mut values = headers.get_all(name).iter();
     let value = values.next().ok_or(Refusal::Missing(name))?;
     if values.next().is_some() {
@@ -133,7 +135,7 @@ fn only<'a>(headers: &'a HeaderMap, name: &'static str) -> Result<&'a str, Refus
     value.to_str().map_err(|_| Refusal::Malformed(name, "printable ASCII"))
 }
 
-/// One of the list's signatures, if it is of our version and right in form.
+/// Decodes one item of the list, if it is a well-formed signature of our version.
 fn signature(text: &str) -> Option<[u8; 32]> {
     let (version, encoded) = text.split_once(',')?;
     let bytes = (version == VERSION).then(|| BASE64_STANDARD.decode(encoded).ok())??;

@@ -1,4 +1,4 @@
-//! The keys that the two sides share, and signing.
+//! The keys that sender and receiver share, and signing with them.
 
 use std::fmt::{self, Debug, Formatter};
 use std::ops::RangeInclusive;
@@ -15,27 +15,27 @@ use sha2::Sha256;
 use crate::VERSION;
 
 const PREFIX: &str = "whsec_";
-/// As the specification has it: a shorter one could be guessed.
+/// As the specification requires: a shorter key could be guessed.
 const KEY_BYTES: RangeInclusive<usize> = 24..=64;
-/// Keys are written with their padding or without.
+/// Accepts keys with and without padding.
 const KEY_ENCODING: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// One key or several. They are in no log: their `Debug` tells how many they are.
+/// One or more keys. `Debug` prints only their number, so that no log contains a key.
 #[derive(Clone)]
 pub struct Keys {
-    /// To sign with.
+    /// The key that signs; it also verifies.
     first: Hmac<Sha256>,
-    /// To verify with as well.
+    /// The other keys that verify.
     others: Vec<Hmac<Sha256>>,
 }
 
-/// Why a text does not hold keys: which rule is broken, and by which key. It never quotes a key.
+/// The reason why a text is not a list of keys. It never quotes a key.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeysError {
-    /// Nothing but separators.
+    /// The text has nothing but separators.
     #[error("there is no key: expected whsec_ and 24 to 64 bytes as base64")]
     Empty,
     /// One of the keys breaks a rule.
@@ -53,29 +53,29 @@ pub enum KeysError {
 /// The rule that a key breaks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum KeyProblem {
-    /// Copied together with the version of the signatures: `v1,whsec_…`.
+    /// The key was copied together with the version of signatures: `v1,whsec_…`.
     #[error("is the version of a signature: remove \"v1,\" or \"v1a,\" before whsec_")]
     Version,
-    /// In quotes that belong to the file it was copied from.
+    /// The key was copied from a file together with its quotation marks.
     #[error("contains a quotation mark: write the key without quotes")]
     Quoted,
-    /// Without `whsec_`.
+    /// The key does not begin with `whsec_`.
     #[error("does not begin with whsec_")]
     NoPrefix,
-    /// Hexadecimal digits would also decode as base64, to another key.
+    /// The key is in hexadecimal digits, which would also decode as base64, but to another key.
     #[error("is hexadecimal: write its bytes as base64 after whsec_")]
     Hexadecimal,
-    /// Not base64 in the standard alphabet.
+    /// The key is not base64 in the standard alphabet.
     #[error("is not base64 after whsec_: letters, digits, + and / are allowed, and = at the end")]
     NotBase64,
-    /// Too short or too long.
+    /// The key is too short or too long.
     #[error("has {0} bytes after whsec_: 24 to 64 are allowed")]
     Length(usize),
 }
 
-/// What makes a callback a signed one: the values of its headers.
+/// The values of the headers that sign a callback.
 #[derive(Clone, Debug)]
-pub struct Signed {
+pub struct SignatureHeaders {
     /// The value of [`crate::TIMESTAMP`].
     pub timestamp: String,
     /// The value of [`crate::SIGNATURE`].
@@ -83,18 +83,18 @@ pub struct Signed {
 }
 
 impl Keys {
-    /// Signs a callback of this id and body, sent now, with the first key.
+    /// Signs a callback that is sent `now` with the first key.
     #[must_use]
-    pub fn sign(&self, id: &str, now: SystemTime, body: &[u8]) -> Signed {
+    pub fn sign(&self, id: &str, now: SystemTime, body: &[u8]) -> SignatureHeaders {
         let timestamp = unix_seconds(now).to_string();
-        let tag = signing(&self.first, id, &timestamp, body).finalize().into_bytes();
+        let tag = mac(&self.first, id, &timestamp, body).finalize().into_bytes();
         let signature = format!("{VERSION},{}", BASE64_STANDARD.encode(tag));
-        Signed { timestamp, signature }
+        SignatureHeaders { timestamp, signature }
     }
 
-    /// Whether one of the `signatures` is by one of the keys. It takes as long for a signature that
-    /// is nearly right as for one that is not at all.
-    pub(crate) fn any_made(
+    /// Whether one of the keys made one of the `signatures`. The comparison takes constant time, so
+    /// that an attacker cannot guess a signature byte by byte.
+    pub(crate) fn made_any_of(
         &self,
         signatures: &[[u8; 32]],
         id: &str,
@@ -102,8 +102,8 @@ impl Keys {
         body: &[u8],
     ) -> bool {
         std::iter::once(&self.first).chain(&self.others).any(|key| {
-            let signing = signing(key, id, timestamp, body);
-            signatures.iter().any(|signature| signing.clone().verify_slice(signature).is_ok())
+            let mac = mac(key, id, timestamp, body);
+            signatures.iter().any(|signature| mac.clone().verify_slice(signature).is_ok())
         })
     }
 }
@@ -116,7 +116,7 @@ impl FromStr for Keys {
         let texts: Vec<&str> = text.split(separators).filter(|key| !key.is_empty()).collect();
         let total = texts.len();
         let at = |position| move |problem| KeysError::Key { position, total, problem };
-        let keys = texts.into_iter().zip(1..).map(|(text, n)| key(text).map_err(at(n)));
+        let keys = texts.into_iter().zip(1..).map(|(text, n)| parse_key(text).map_err(at(n)));
         let mut keys = keys.collect::<Result<Vec<_>, _>>()?.into_iter();
         let first = keys.next().ok_or(KeysError::Empty)?;
         Ok(Self { first, others: keys.collect() })
@@ -129,7 +129,7 @@ impl Debug for Keys {
     }
 }
 
-fn key(text: &str) -> Result<Hmac<Sha256>, KeyProblem> {
+fn parse_key(text: &str) -> Result<Hmac<Sha256>, KeyProblem> {
     if ["v1", "v1a"].contains(&text) {
         return Err(KeyProblem::Version);
     }
@@ -144,27 +144,28 @@ fn key(text: &str) -> Result<Hmac<Sha256>, KeyProblem> {
     if !KEY_BYTES.contains(&bytes.len()) {
         return Err(KeyProblem::Length(bytes.len()));
     }
-    // HMAC takes keys of any length.
+    // It cannot fail, because HMAC accepts keys of any length.
     Hmac::new_from_slice(&bytes).map_err(|_| KeyProblem::Length(bytes.len()))
 }
 
-/// Whether the text is hexadecimal rather than base64. Chance makes 32 letters of base64 all hexadecimal once in 10^14 keys.
+/// Whether the text is hexadecimal rather than base64. Of 10^14 random keys in base64, about one
+/// consists of hexadecimal digits.
 fn is_hexadecimal(text: &str) -> bool {
     text.len() >= 32
         && text.bytes().all(|letter| letter.is_ascii_hexdigit())
         && text.bytes().any(|letter| letter.is_ascii_digit())
 }
 
-/// The signature of this content, all but finished.
-fn signing(key: &Hmac<Sha256>, id: &str, timestamp: &str, body: &[u8]) -> Hmac<Sha256> {
-    let mut signing = key.clone();
+/// The MAC of the signed content, not finalised yet.
+fn mac(key: &Hmac<Sha256>, id: &str, timestamp: &str, body: &[u8]) -> Hmac<Sha256> {
+    let mut mac = key.clone();
     for part in [id.as_bytes(), b".", timestamp.as_bytes(), b".", body] {
-        signing.update(part);
+        mac.update(part);
     }
-    signing
+    mac
 }
 
-/// A clock that is set before 1970 counts as at 1970.
+/// Seconds since 1970; 0 for an earlier time.
 pub(crate) fn unix_seconds(time: SystemTime) -> u64 {
     time.duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs())
 }
@@ -182,7 +183,7 @@ mod tests {
     }
 
     #[test]
-    fn the_published_vectors_are_signed_as_published() {
+    fn published_test_vectors_are_signed_as_published() {
         let body = r#"{"test": 2432232314}"#;
         let signed = signature(KEY, "msg_p5jXN8AQM9LWM0D4loKWxJek", 1_614_265_330, body);
         assert_eq!(signed, "v1,g0hM9SsE+OTPJTGt/tmIKtSyZlE3uFJELVlNIOLJ1OE=");
@@ -194,7 +195,7 @@ mod tests {
     }
 
     #[test]
-    fn several_keys_are_separated_by_spaces_or_commas_and_the_first_signs() {
+    fn first_of_several_keys_signs() {
         let second = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
         for both in [format!("{KEY} {second}"), format!(" {KEY},\n{second} ,")] {
             assert_eq!(format!("{:?}", both.parse::<Keys>().unwrap()), "Keys(2)");
@@ -229,7 +230,7 @@ mod tests {
         for (text, problem) in mistakes {
             let Err(KeysError::Key { position: 1, problem: found, .. }) = text.parse::<Keys>()
             else {
-                panic!("{text} should be refused for its first key");
+                panic!("{text} should be rejected because of its first key");
             };
             assert_eq!(found, problem, "{text}");
         }
@@ -239,7 +240,7 @@ mod tests {
     }
 
     #[test]
-    fn error_names_the_position_of_the_key_and_not_the_key() {
+    fn error_has_the_position_of_the_key_and_not_the_key() {
         let error = format!("{KEY} nonsense").parse::<Keys>().unwrap_err().to_string();
         assert_eq!(error, "key 2 of 2 does not begin with whsec_");
     }

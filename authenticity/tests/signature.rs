@@ -1,6 +1,6 @@
-//! What holds for every signature header. Inputs that once failed are kept in `signature.regressions`
-//! beside this file, others worth keeping in `corpus/signature`: a header per file, whose name says
-//! whether it is valid.
+//! Properties of every signature header. Inputs that once failed are kept in
+//! `signature.regressions` beside this file. Each file in `corpus/signature` holds one header; its
+//! name says whether it is valid.
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
 
@@ -13,7 +13,7 @@ use proptest::prelude::*;
 use proptest::sample::Index;
 use proptest::test_runner::FileFailurePersistence;
 
-/// The published vector.
+/// The published test vector.
 const KEY: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 const MESSAGE: &str = "msg_p5jXN8AQM9LWM0D4loKWxJek";
 const SECONDS: u64 = 1_614_265_330;
@@ -41,38 +41,38 @@ fn verified(headers: &HeaderMap, keys: &Keys, body: &[u8]) -> Result<Fingerprint
     Claim::read(headers, time())?.verify(keys, body)
 }
 
-/// Whether the published message is taken with this header.
-fn is_taken(signature: &[u8]) -> bool {
+/// Whether the published message is accepted with this header.
+fn is_accepted(signature: &[u8]) -> bool {
     verified(&headers(MESSAGE, &SECONDS.to_string(), signature), &keys(), BODY).is_ok()
 }
 
-/// By the text alone: one of the list is the valid one, letter by letter.
+/// Whether the valid signature is in the list, letter by letter.
 fn lists_the_valid_one(signature: &[u8]) -> bool {
     signature.split(|&byte| byte == b' ').any(|item| item == VALID.as_bytes())
 }
 
 fn config() -> ProptestConfig {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/signature.regressions");
-    let kept = FileFailurePersistence::Direct(path);
-    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::default() }
+    let regressions = FileFailurePersistence::Direct(path);
+    ProptestConfig { failure_persistence: Some(Box::new(regressions)), ..ProptestConfig::default() }
 }
 
 #[test]
-fn what_is_in_the_corpus_is_told_valid_by_its_name_alone() {
+fn only_corpus_files_named_valid_are_valid() {
     let corpus = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/signature"));
     let mut valid = 0;
     for entry in corpus.unwrap() {
         let path = entry.unwrap().path();
         let expected = path.file_name().unwrap().to_str().unwrap().starts_with("valid");
-        assert_eq!(is_taken(&std::fs::read(&path).unwrap()), expected, "{}", path.display());
+        assert_eq!(is_accepted(&std::fs::read(&path).unwrap()), expected, "{}", path.display());
         valid += u32::from(expected);
     }
     assert!(valid > 0);
 }
 
-fn renamed(headers: &HeaderMap, renamed: &[(&'static str, &'static str)]) -> HeaderMap {
+fn renamed(headers: &HeaderMap, names: &[(&'static str, &'static str)]) -> HeaderMap {
     let name = |name: &HeaderName| {
-        let to = renamed.iter().find(|(from, _)| name == from).map(|(_, to)| *to);
+        let to = names.iter().find(|(from, _)| name == from).map(|(_, to)| *to);
         to.map_or_else(|| name.clone(), HeaderName::from_static)
     };
     headers.iter().map(|(key, value)| (name(key), value.clone())).collect()
@@ -94,10 +94,10 @@ fn headers_of_svix_are_accepted_and_never_mixed() {
         let refusal = verified(&renamed(&standard, &TO_SVIX[mixed..=mixed]), &keys(), BODY);
         assert_eq!(refusal, Err(Refusal::Missing(missing)));
     }
-    // With both sets, the standard one counts.
+    // If both sets are present, only the standard one is read.
     let mut both = renamed(&standard, &TO_SVIX);
     both.extend(headers(MESSAGE, &SECONDS.to_string(), b"v1,nonsense"));
-    assert_eq!(verified(&both, &keys(), BODY), Err(Refusal::NotOurs("webhook-signature")));
+    assert_eq!(verified(&both, &keys(), BODY), Err(Refusal::NoMatch("webhook-signature")));
     let unsigned = verified(&HeaderMap::new(), &keys(), BODY);
     assert_eq!(unsigned, Err(Refusal::Missing("webhook-id")));
 }
@@ -115,46 +115,46 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn a_signature_in_which_one_letter_is_another_is_refused(at: Index, letter in 0x20_u8..0x7f) {
+    fn signature_with_a_changed_letter_is_rejected(at: Index, letter in 0x20_u8..0x7f) {
         let mut signature = VALID.as_bytes().to_vec();
         let at = at.index(signature.len());
         signature[at] = letter;
-        prop_assert_eq!(is_taken(&signature), lists_the_valid_one(&signature));
+        prop_assert_eq!(is_accepted(&signature), lists_the_valid_one(&signature));
     }
 
     #[test]
-    fn a_signature_in_which_a_letter_is_missing_or_added_is_refused(
+    fn signature_with_a_missing_or_added_letter_is_rejected(
         at: Index,
         letter in 0x20_u8..0x7f,
     ) {
         let mut shorter = VALID.as_bytes().to_vec();
         shorter.remove(at.index(VALID.len()));
-        prop_assert!(!is_taken(&shorter));
+        prop_assert!(!is_accepted(&shorter));
         let mut longer = VALID.as_bytes().to_vec();
         longer.insert(at.index(VALID.len() + 1), letter);
-        prop_assert_eq!(is_taken(&longer), lists_the_valid_one(&longer));
+        prop_assert_eq!(is_accepted(&longer), lists_the_valid_one(&longer));
     }
 
     #[test]
-    fn a_list_is_taken_if_and_only_if_the_valid_one_is_in_it(
+    fn list_is_accepted_only_if_it_has_the_valid_signature(
         before in vec("v1,[A-Za-z0-9+/]{43}=|v1a,[A-Za-z0-9+/]{8}|v1|[!-~]{0,60}", 0..6),
         with_it: bool,
         after in vec("v1,[A-Za-z0-9+/]{42}==|v2,[A-Za-z0-9+/]{43}=|[!-~]{0,60}", 0..6),
     ) {
         let valid = with_it.then(|| VALID.to_owned());
         let list = [before, valid.into_iter().collect(), after].concat().join(" ");
-        prop_assert_eq!(is_taken(list.as_bytes()), with_it);
+        prop_assert_eq!(is_accepted(list.as_bytes()), with_it);
     }
 
     #[test]
-    fn any_bytes_at_all_are_taken_or_refused_by_the_same_rule(
+    fn any_bytes_are_accepted_only_with_the_valid_signature(
         bytes in vec(prop_oneof![0x20_u8..0x7f, 0x80..=0xff_u8, Just(b'\t')], 0..200),
     ) {
-        prop_assert_eq!(is_taken(&bytes), lists_the_valid_one(&bytes));
+        prop_assert_eq!(is_accepted(&bytes), lists_the_valid_one(&bytes));
     }
 
     #[test]
-    fn what_one_key_signs_is_taken_by_it_among_others_and_holds_for_nothing_else(
+    fn signature_is_valid_only_for_its_key_and_content(
         key: [u8; 24],
         id in "[A-Za-z0-9_-]{1,40}",
         other_id in "[A-Za-z0-9_-]{1,40}",
@@ -167,26 +167,26 @@ proptest! {
         let key = format!("whsec_{}", base64::prelude::BASE64_STANDARD.encode(key));
         let sent_at = UNIX_EPOCH + Duration::from_secs(seconds);
         let signed = key.parse::<Keys>().unwrap().sign(&id, sent_at, &body);
-        let taken = |keys: &str, id: &str, timestamp: &str, body: &[u8]| {
+        let is_accepted = |keys: &str, id: &str, timestamp: &str, body: &[u8]| {
             let headers = headers(id, timestamp, signed.signature.as_bytes());
             verified(&headers, &keys.parse().unwrap(), body).is_ok()
         };
         let at = signed.timestamp.as_str();
-        prop_assert!(taken(&key, &id, at, &body));
+        prop_assert!(is_accepted(&key, &id, at, &body));
         let both = format!("{KEY} {key}");
-        prop_assert!(taken(&both, &id, at, &body));
-        prop_assert!(!taken(KEY, &id, at, &body));
-        prop_assert_eq!(taken(&key, &other_id, at, &body), other_id == id);
-        prop_assert_eq!(taken(&key, &id, at, &other_body), other_body == body);
+        prop_assert!(is_accepted(&both, &id, at, &body));
+        prop_assert!(!is_accepted(KEY, &id, at, &body));
+        prop_assert_eq!(is_accepted(&key, &other_id, at, &body), other_id == id);
+        prop_assert_eq!(is_accepted(&key, &id, at, &other_body), other_body == body);
         let other_at = other_seconds.to_string();
-        prop_assert_eq!(taken(&key, &id, &other_at, &body), other_seconds == seconds);
-        // A full stop or a zero more is another text, though it may mean the same.
+        prop_assert_eq!(is_accepted(&key, &id, &other_at, &body), other_seconds == seconds);
+        // A leading zero makes another text, although the number is the same.
         let longer = format!("0{at}");
-        prop_assert!(!taken(&key, &id, &longer, &body));
+        prop_assert!(!is_accepted(&key, &id, &longer, &body));
     }
 
     #[test]
-    fn a_clock_may_be_five_minutes_off_and_not_a_second_more(ahead in -1_000_i64..1_000) {
+    fn clock_may_differ_by_five_minutes_and_no_more(ahead in -1_000_i64..1_000) {
         let sent_at = SECONDS.checked_add_signed(ahead).unwrap();
         let signed = keys().sign(MESSAGE, UNIX_EPOCH + Duration::from_secs(sent_at), BODY);
         let headers = headers(MESSAGE, &signed.timestamp, signed.signature.as_bytes());

@@ -89,7 +89,7 @@ async fn what_is_not_signed_or_not_rightly_is_answered_401_and_nothing_is_queued
         (without(0), "the header webhook-id is missing"),
         (without(1), "the header webhook-timestamp is missing"),
         (without(2), "the header webhook-signature is missing"),
-        (twice, "the header webhook-id is there more than once"),
+        (twice, "the header webhook-id must not be repeated"),
         (with(0, ""), "the header webhook-id must be"),
         (with(0, "msg.1"), "the header webhook-id must be"),
         (with(0, "msg_2"), "no v1 signature"),
