@@ -1,4 +1,4 @@
-//! The status API: whether an object is online, slowly, and wrongly as often as asked for.
+//! The simulated status API: responds slowly whether an object is online, and injects failures.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -18,8 +18,8 @@ use tokio::net::TcpListener;
 
 use crate::config::{self, Failures};
 
-/// Generous, because the status API is the party that is never at fault in a test: a consumer may
-/// hold thousands of slow lookups open.
+/// Generous, so that the status API never limits a test: a consumer may have thousands of slow
+/// lookups in flight.
 const LIMITS: Limits = Limits {
     max_connections: 20_000,
     header_timeout: Duration::from_secs(30),
@@ -30,38 +30,40 @@ const LIMITS: Limits = Limits {
 const LOOKUPS: &str = "lastseen_tester_lookups_total";
 const IN_FLIGHT: &str = "lastseen_tester_lookups_in_flight";
 
-/// The status API on an address of its own.
+/// The simulated status API.
 pub struct Api {
     listener: TcpListener,
     config: config::Api,
 }
 
 impl Api {
-    /// Takes the address; connections wait in the kernel's backlog until [`Api::serve`].
+    /// Listens on the address. Connections wait in the kernel's backlog until [`Api::serve`].
     ///
     /// # Errors
-    /// When the address cannot be listened on.
+    /// When it cannot listen on the address.
     pub fn bind(config: config::Api) -> std::io::Result<Self> {
         describe_metrics();
         Ok(Self { listener: http::listen(config.tester_addr)?, config })
     }
 
-    /// The address it listens on, with the port that was given for port 0.
+    /// The address that it listens on, with the actual port if the setting has port 0.
     ///
     /// # Errors
-    /// When the operating system cannot tell.
+    /// When the operating system does not report the address.
     pub fn address(&self) -> std::io::Result<SocketAddr> {
         self.listener.local_addr()
     }
 
-    /// Answers until `shutdown`, then lets the lookups in flight finish; those that hang end at once.
+    /// Serves lookups until `shutdown`, then finishes those in flight. Hanging lookups end at once.
     pub async fn serve(self, shutdown: CancellationToken) {
         let state = Arc::new(Behaviour { config: self.config, shutdown: shutdown.clone() });
         let router = Router::new()
             .route("/objects/{id}", get(lookup))
-            .fallback(async || Problem::new(StatusCode::NOT_FOUND, "here is GET /objects/{id}"))
+            .fallback(async || {
+                Problem::new(StatusCode::NOT_FOUND, "not found; use GET /objects/{id}")
+            })
             .method_not_allowed_fallback(async || {
-                Problem::new(StatusCode::METHOD_NOT_ALLOWED, "ask with GET")
+                Problem::new(StatusCode::METHOD_NOT_ALLOWED, "method not allowed; use GET")
             })
             .with_state(state);
         http::serve(self.listener, router, LIMITS, shutdown).await;
@@ -73,7 +75,7 @@ struct Behaviour {
     shutdown: CancellationToken,
 }
 
-/// What a lookup gets.
+/// The response to a lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answer {
     Online,
@@ -96,16 +98,17 @@ async fn lookup(
             .into_response();
     };
     let config = &behaviour.config;
-    // In a block, because the generator belongs to this thread and must not be held across a wait.
+    // In a block, because the generator belongs to this thread and must not be held across an
+    // await.
     let (answer, latency) = {
         let mut random = rand::rng();
         let failure = failure_at(random.random(), &config.failures);
-        let answer = failure.unwrap_or_else(|| truth(id, config.online_share));
+        let answer = failure.unwrap_or_else(|| true_status(id, config.online_share));
         (answer, random.random_range(config.latency_min..=config.latency_max))
     };
     metrics::counter!(LOOKUPS, "answer" => label(answer)).increment(1);
     match answer {
-        // It ends sooner when the client goes away: the server then drops this future.
+        // The server drops this future earlier if the client disconnects.
         Answer::Hang => behaviour.shutdown.cancelled().await,
         _ => tokio::time::sleep(latency).await,
     }
@@ -136,16 +139,16 @@ fn respond(answer: Answer, id: i64, online_share: Option<f64>) -> Response {
             ..Problem::new(StatusCode::TOO_MANY_REQUESTS, "an injected refusal")
         }
         .into_response(),
-        // Nobody gets it before the drain, which would wait for the answer.
+        // Sent only at shutdown, so that the drain does not wait for hanging lookups.
         Answer::Hang => Problem::new(StatusCode::SERVICE_UNAVAILABLE, "draining").into_response(),
-        // Labelled as JSON, so that only reading it shows that it is none.
+        // With the content type of JSON, so that only parsing the body reveals the fault.
         Answer::Garbage => {
             let content_type = [(header::CONTENT_TYPE, "application/json")];
             (content_type, "<html>it works!</html>").into_response()
         }
         Answer::WrongId => {
             let other = id.wrapping_add(1);
-            status(other, truth(other, online_share) == Answer::Online)
+            status(other, true_status(other, online_share) == Answer::Online)
         }
     }
 }
@@ -156,25 +159,26 @@ fn status(id: i64, online: bool) -> Response {
 
 /// Online if `id` is even, or if it is in the given share of the ids.
 ///
-/// The share goes by a hash of the id, so that an id is what it was before.
-fn truth(id: i64, online_share: Option<f64>) -> Answer {
+/// A hash of the id decides whether it is in the share, so that the status of an id never changes.
+fn true_status(id: i64, online_share: Option<f64>) -> Answer {
     let online = match online_share {
         None => id % 2 == 0,
-        Some(share) => point_of(id) < share,
+        Some(share) => hash_point(id) < share,
     };
     if online { Answer::Online } else { Answer::Offline }
 }
 
-/// A number from 0 up to, not including, 1: evenly spread over ids and always the same for an id.
-fn point_of(id: i64) -> f64 {
-    // The output function of SplitMix64; neighbouring ids come out unrelated.
+/// A number from 0 up to, not including, 1: evenly distributed over ids, and always the same for an
+/// id.
+fn hash_point(id: i64) -> f64 {
+    // The output function of SplitMix64, which gives neighbouring ids unrelated numbers.
     let mut hash = id.cast_unsigned().wrapping_add(0x9E37_79B9_7F4A_7C15);
     hash = (hash ^ (hash >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
     hash = (hash ^ (hash >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
     f64::from((hash >> 32) as u32) / 2_f64.powi(32)
 }
 
-/// Which failure the `point`, from 0 up to and not including 1, falls on, if on any: they lie side
+/// The failure to inject for a random `point` from 0 up to, not including, 1. The failures lie side
 /// by side from 0, each as wide as its share.
 fn failure_at(point: f64, failures: &Failures) -> Option<Answer> {
     let mut end = 0.0;
@@ -193,7 +197,7 @@ fn failure_at(point: f64, failures: &Failures) -> Option<Answer> {
     .map(|(_, failure)| failure)
 }
 
-/// Counts a lookup as in flight for as long as it lives, also if the client goes away.
+/// Counts a lookup as in flight until it is dropped, also if the client disconnects.
 struct InFlight;
 
 impl InFlight {
@@ -210,7 +214,7 @@ impl Drop for InFlight {
 }
 
 fn describe_metrics() {
-    metrics::describe_counter!(LOOKUPS, "Lookups received, by the answer that each was to get.");
+    metrics::describe_counter!(LOOKUPS, "Lookups received, by the response chosen for them.");
     metrics::describe_gauge!(IN_FLIGHT, "Lookups received and not answered yet.");
 }
 
@@ -220,14 +224,15 @@ mod tests {
 
     #[test]
     fn without_a_share_the_even_ids_are_online() {
-        let online: Vec<i64> = (-3..=4).filter(|id| truth(*id, None) == Answer::Online).collect();
+        let online: Vec<i64> =
+            (-3..=4).filter(|id| true_status(*id, None) == Answer::Online).collect();
         assert_eq!(online, [-2, 0, 2, 4]);
     }
 
     #[test]
-    fn about_the_share_of_the_ids_is_online_and_it_is_always_the_same_ids() {
+    fn about_the_share_of_ids_is_online_and_always_the_same_ids() {
         let online = |share| -> Vec<i64> {
-            (0..10_000).filter(|id| truth(*id, Some(share)) == Answer::Online).collect()
+            (0..10_000).filter(|id| true_status(*id, Some(share)) == Answer::Online).collect()
         };
         assert_eq!(online(0.0).len(), 0);
         assert_eq!(online(1.0).len(), 10_000);
@@ -235,7 +240,7 @@ mod tests {
         assert!((2_300..=2_700).contains(&quarter.len()), "{} of 10000", quarter.len());
         assert_eq!(quarter, online(0.25));
         let half = online(0.5);
-        assert!(quarter.iter().all(|id| half.contains(id)), "a larger share takes ids away");
+        assert!(quarter.iter().all(|id| half.contains(id)), "a larger share turns ids offline");
     }
 
     #[test]

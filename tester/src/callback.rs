@@ -1,4 +1,4 @@
-//! One callback: its body, its one and only request, and what came of it.
+//! Sends one callback once, and reports its outcome.
 
 use std::time::{Duration, SystemTime};
 
@@ -9,13 +9,14 @@ use uuid::Uuid;
 
 use crate::config::Callbacks;
 
-/// How long an idle connection is used again. It must be shorter than any server keeps one, or a
-/// callback could go out on a connection that is just being closed, and would be lost.
+/// An idle connection is reused for this time. It must be shorter than the server's idle timeout.
+/// Otherwise a callback could be sent on a connection that the server is closing, and would be
+/// lost.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 const CALLBACKS: &str = "lastseen_tester_callbacks_total";
 
-/// What came of a callback.
+/// The outcome of a callback.
 #[derive(Debug)]
 pub enum Outcome {
     /// Answered 2xx.
@@ -24,7 +25,7 @@ pub enum Outcome {
     Refused(StatusCode),
     /// Not answered within `CALLBACK_TIMEOUT`.
     Unanswered,
-    /// The connection could not be made, or ended before the answer.
+    /// The connection could not be made, or ended before the response.
     Failed(reqwest::Error),
 }
 
@@ -33,7 +34,7 @@ impl Outcome {
         match self {
             Self::Accepted(_) => "accepted",
             Self::Refused(_) => "refused",
-            // Either way no answer came.
+            // In both cases no response arrived.
             Self::Unanswered | Self::Failed(_) => "unanswered",
         }
     }
@@ -49,9 +50,9 @@ pub(crate) struct Sender {
 
 impl Sender {
     /// # Errors
-    /// When the client cannot be built, most likely for want of a TLS provider.
+    /// When the client cannot be built, most likely because no TLS provider is installed.
     pub(crate) fn new(callbacks: &Callbacks, keys: Option<Keys>) -> Result<Self, reqwest::Error> {
-        metrics::describe_counter!(CALLBACKS, "Callbacks sent, by what came of them.");
+        metrics::describe_counter!(CALLBACKS, "Callbacks sent, by outcome.");
         let client = Client::builder()
             .no_proxy()
             .redirect(redirect::Policy::none())
@@ -63,7 +64,7 @@ impl Sender {
         Ok(Self { client, endpoint: callbacks.callback_endpoint.clone(), keys })
     }
 
-    /// Sends one callback with this body, and waits for the answer no longer than the timeout.
+    /// Sends one callback with this body, and waits for the response up to the timeout.
     pub(crate) async fn send(&self, body: String) -> Outcome {
         let mut request = self
             .client
@@ -78,13 +79,13 @@ impl Sender {
                 .header(authenticity::SIGNATURE, signed.signature);
         }
         let request = request.body(body);
-        let answer = async {
+        let response = async {
             let mut response = request.send().await?;
-            // Read to its end and thrown away, so that the connection can be used again.
+            // The body is read to its end, so that the connection can be reused.
             while response.chunk().await?.is_some() {}
             Ok::<_, reqwest::Error>(response.status())
         };
-        let outcome = match answer.await {
+        let outcome = match response.await {
             Ok(status) if status.is_success() => Outcome::Accepted(status),
             Ok(status) => Outcome::Refused(status),
             Err(error) if error.is_timeout() => Outcome::Unanswered,
@@ -95,7 +96,7 @@ impl Sender {
     }
 }
 
-/// The body of a callback with these ids. Written by hand, because under load it is built tens of
+/// The body of a callback with these ids. Built without serde, because under load this runs tens of
 /// thousands of times a second.
 pub(crate) fn body(ids: impl ExactSizeIterator<Item = i64>) -> String {
     const ID_BYTES: usize = 8;
@@ -117,11 +118,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_body_is_json_with_the_ids_in_their_order() {
+    fn body_is_json_with_the_ids_in_order() {
         assert_eq!(body([].into_iter()), r#"{"object_ids":[]}"#);
         assert_eq!(body([7].into_iter()), r#"{"object_ids":[7]}"#);
         let ids = [i64::MIN, -1, 0, 5, 5, i64::MAX];
-        let read: serde_json::Value = serde_json::from_str(&body(ids.into_iter())).unwrap();
-        assert_eq!(read, serde_json::json!({ "object_ids": ids }));
+        let parsed: serde_json::Value = serde_json::from_str(&body(ids.into_iter())).unwrap();
+        assert_eq!(parsed, serde_json::json!({ "object_ids": ids }));
     }
 }

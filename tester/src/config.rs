@@ -1,4 +1,4 @@
-//! What can be set: one struct per concern, and what must hold between their values.
+//! The tester's settings: one struct per concern, with checks across their values.
 
 use std::net::SocketAddr;
 use std::ops::{Deref, RangeInclusive};
@@ -11,9 +11,10 @@ use clap::{ArgMatches, Args, FromArgMatches, Subcommand};
 use service::settings;
 use url::Url;
 
-/// Where the original system's partner posts to.
+/// The path to which the original system's partner posts.
 const CALLBACK_PATH: &str = "/callback";
-/// By how much shares may add up to more than 1: `0.1` and its like have no exact sum.
+/// The amount by which shares may exceed 1 together, because floats such as `0.1` have no exact
+/// sum.
 const SHARE_TOLERANCE: f64 = 1e-9;
 
 const CALLBACK_TIMEOUT: RangeInclusive<Duration> =
@@ -26,42 +27,42 @@ const LOAD_DURATION: RangeInclusive<Duration> =
 
 /// All settings of the tester.
 ///
-/// Groups are skipped here and below: clap names them after the struct, and other crates of the same
-/// command line have structs of the same names.
+/// Groups are skipped here and below, because clap names them after the struct, and other crates on
+/// the same command line have structs of the same names.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 pub struct Config {
-    /// Where callbacks go, and what they may hold.
+    /// The endpoint and the ids of callbacks.
     #[command(flatten)]
     pub callbacks: Checked<Callbacks>,
     /// Whether callbacks are signed.
     #[command(flatten)]
     pub authenticity: Authenticity,
-    /// How the partner posts.
+    /// The simulated partner.
     #[command(flatten)]
     pub partner: Checked<Partner>,
-    /// How the status API answers.
+    /// The simulated status API.
     #[command(flatten)]
     pub api: Checked<Api>,
-    /// Do not play the partner: post no callbacks
+    /// Do not simulate the partner: post no callbacks
     #[arg(long, conflicts_with = "no_api", help_heading = "Partner")]
     pub no_partner: bool,
-    /// Do not play the status API: listen on no address but the admin one
+    /// Do not simulate the status API: listen on no address but the admin one
     #[arg(long, help_heading = "Status API")]
     pub no_api: bool,
-    /// What to do instead of playing both parts.
+    /// The command to run instead of the simulation.
     #[command(subcommand)]
     pub command: Option<Command>,
 }
 
-/// What the tester can do instead of playing its parts.
+/// The commands that the tester runs instead of the simulation.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// Drive callbacks at a rate, or as fast as it can, and report what came of them
+    /// Send callbacks at a rate, or as fast as possible, and report their outcomes and latencies
     Load(Load),
 }
 
-/// Where callbacks go, how long an answer may take, and which ids they hold.
+/// The endpoint, the timeout and the ids of callbacks.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 #[command(next_help_heading = "Callbacks")]
@@ -69,7 +70,7 @@ pub struct Callbacks {
     /// URL to post callbacks to; the path is /callback if it has none
     #[arg(long, global = true, default_value = "http://localhost:9090/callback", value_parser = endpoint)]
     pub callback_endpoint: Url,
-    /// How long to wait for the answer to a callback, which is then given up and never sent again
+    /// Time to wait for the response to a callback, which is then given up and never sent again
     #[arg(long, global = true, default_value = "1s", value_parser = settings::duration(CALLBACK_TIMEOUT))]
     pub callback_timeout: Duration,
     /// Smallest object id in callbacks
@@ -80,7 +81,7 @@ pub struct Callbacks {
     pub object_id_max: i64,
 }
 
-/// How the partner posts.
+/// The settings of the simulated partner.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 #[command(next_help_heading = "Partner")]
@@ -96,29 +97,30 @@ pub struct Partner {
     pub callback_ids_max: usize,
 }
 
-/// How the status API answers.
+/// The settings of the simulated status API.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 #[command(next_help_heading = "Status API")]
 pub struct Api {
-    /// Where the status API listens; port 0 takes any free one and logs it
+    /// Address of the status API; with port 0, any free port, which is logged
     #[arg(long, default_value = ":9010", value_parser = settings::listen_address)]
     pub tester_addr: SocketAddr,
-    /// Shortest time to an answer
+    /// Shortest response time
     #[arg(long, default_value = "300ms", value_parser = settings::duration(LATENCY))]
     pub latency_min: Duration,
-    /// Longest time to an answer
+    /// Longest response time
     #[arg(long, default_value = "4300ms", value_parser = settings::duration(LATENCY))]
     pub latency_max: Duration,
-    /// Share of the ids that are online, from 0 to 1, always the same ones; if not set, the even ids are
+    /// Share of the ids that are online, from 0 to 1, always the same ids; if not set, the even ids
+    /// are online
     #[arg(long, value_parser = share())]
     pub online_share: Option<f64>,
-    /// Which lookups go wrong.
+    /// The failures to inject.
     #[command(flatten)]
     pub failures: Failures,
 }
 
-/// The share of lookups that go wrong, by the way they do; their sum is at most 1.
+/// The share of lookups that fail in each way; their sum is at most 1.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 #[command(next_help_heading = "Status API: failures to inject")]
@@ -132,7 +134,7 @@ pub struct Failures {
     /// Share of lookups never answered
     #[arg(long, default_value = "0", value_parser = share())]
     pub fail_hang_share: f64,
-    /// Share of lookups answered 200 with a body that is no JSON
+    /// Share of lookups answered 200 with a body that is not JSON
     #[arg(long, default_value = "0", value_parser = share())]
     pub fail_garbage_share: f64,
     /// Share of lookups answered with the status of another id
@@ -140,55 +142,58 @@ pub struct Failures {
     pub fail_wrong_id_share: f64,
 }
 
-/// How to load the callback endpoint. Not from the environment: the flags' names are too common.
+/// The settings of a load run. They are flags only, because their names are too common for
+/// variables.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 #[command(next_help_heading = "Load (flags only, no variables)")]
 pub struct Load {
-    /// Callbacks per second, sent when they are due whatever became of those before; as fast as it can if not given
+    /// Callbacks per second, each sent when it is due regardless of earlier ones; if not given, as
+    /// fast as possible
     #[arg(long, value_parser = settings::number(0.001..=1_000_000.0_f64))]
     pub rate: Option<f64>,
-    /// How long to send; 10s if not given, without end if --total is
+    /// Time to send for; if not given, 10s, or without end if --total is given
     #[arg(long, value_parser = settings::duration(LOAD_DURATION))]
     pub duration: Option<Duration>,
-    /// Stop after so many callbacks
+    /// Number of callbacks after which to stop
     #[arg(long, value_parser = settings::number(1..=1_000_000_000_000_u64))]
     pub total: Option<u64>,
     /// Ids per callback
     #[arg(long, default_value = "1", value_parser = settings::number(0..=1_000_000_u32))]
     pub ids: u32,
-    /// Callbacks under way at a time, each on a connection of its own
+    /// Maximum number of callbacks in flight, each on its own connection
     #[arg(long, default_value = "64", value_parser = settings::number(1..=2_000_usize))]
     pub connections: usize,
-    /// Use each id once, counting up from `OBJECT_ID_MIN` without regard to `OBJECT_ID_MAX`
+    /// Use each id once, counting up from `OBJECT_ID_MIN`; `OBJECT_ID_MAX` is ignored
     #[arg(long)]
     pub unique: bool,
-    /// Report as one JSON object
+    /// Print the report as one JSON object
     #[arg(long)]
     pub json: bool,
-    /// Write what came of each callback to this new file, one JSON object per line, as it happens
+    /// Write the outcome of each callback to this new file, one JSON object per line, as it happens
     #[arg(long, value_name = "FILE")]
     pub ledger: Option<PathBuf>,
 }
 
-/// Settings of one concern that must also fit one another.
+/// Settings whose values must also be consistent with one another.
 pub trait Check {
-    /// Says what does not fit, by the variables' names, with their values and what is allowed.
+    /// Checks that the values are consistent.
     ///
     /// # Errors
-    /// When something does not fit.
+    /// The variables that are inconsistent, with their values and what is allowed.
     fn check(&self) -> Result<(), String>;
 
-    /// Whether what the command line asks for uses these settings at all.
+    /// Whether the command on the command line uses these settings.
     #[must_use]
     fn is_used(_: &ArgMatches) -> bool {
         true
     }
 }
 
-/// Settings that were read from a command line and fit one another.
+/// Settings that were parsed and are consistent.
 ///
-/// clap looks at one value at a time; this makes what only shows in several a settings error too.
+/// clap validates one value at a time. This type reports an inconsistency between several values as
+/// a settings error too.
 #[derive(Clone, Debug)]
 pub struct Checked<T>(T);
 
@@ -296,7 +301,7 @@ fn endpoint(text: &str) -> Result<Url, String> {
         .ok()
         .filter(|url| matches!(url.scheme(), "http" | "https"))
         .ok_or_else(|| "expected a URL such as http://localhost:9090/callback".to_owned())?;
-    // A URL parser reads "no path" as "/".
+    // The URL parser turns an empty path into "/".
     if url.path() == "/" {
         url.set_path(CALLBACK_PATH);
     }
@@ -311,7 +316,7 @@ fn share() -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync + 'stat
 mod tests {
     use super::*;
 
-    fn read(arguments: &[&str]) -> Result<Config, String> {
+    fn parse(arguments: &[&str]) -> Result<Config, String> {
         let command = Config::augment_args(clap::Command::new("tester"));
         let arguments = std::iter::once("tester").chain(arguments.iter().copied());
         command
@@ -321,8 +326,8 @@ mod tests {
     }
 
     #[test]
-    fn the_defaults_are_those_of_the_original_tester() {
-        let config = read(&[]).unwrap();
+    fn defaults_are_those_of_the_original_tester() {
+        let config = parse(&[]).unwrap();
         assert_eq!(config.callbacks.callback_endpoint.as_str(), "http://localhost:9090/callback");
         assert_eq!(config.callbacks.callback_timeout, Duration::from_secs(1));
         assert_eq!((config.callbacks.object_id_min, config.callbacks.object_id_max), (0, 99));
@@ -335,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn an_endpoint_without_a_path_gets_that_of_the_callback() {
+    fn endpoint_without_a_path_gets_the_callback_path() {
         let of = |text| endpoint(text).map(String::from);
         assert_eq!(of("http://producer:9090").unwrap(), "http://producer:9090/callback");
         assert_eq!(of("http://producer:9090/").unwrap(), "http://producer:9090/callback");
@@ -345,21 +350,21 @@ mod tests {
     }
 
     #[test]
-    fn a_maximum_below_its_minimum_is_refused_by_name() {
-        let error = read(&["--latency-max=100ms"]).unwrap_err();
+    fn maximum_below_its_minimum_is_rejected_by_name() {
+        let error = parse(&["--latency-max=100ms"]).unwrap_err();
         assert!(
             error.contains("LATENCY_MAX=100ms: must not be below LATENCY_MIN=300ms"),
             "{error}"
         );
-        let error = read(&["--object-id-min=100"]).unwrap_err();
+        let error = parse(&["--object-id-min=100"]).unwrap_err();
         assert!(error.contains("OBJECT_ID_MAX=99: must not be below OBJECT_ID_MIN=100"), "{error}");
-        let error = read(&["--callback-ids-min=200"]).unwrap_err();
+        let error = parse(&["--callback-ids-min=200"]).unwrap_err();
         assert!(error.contains("CALLBACK_IDS_MAX=199: must not be below"), "{error}");
     }
 
     #[test]
-    fn a_latency_of_zero_is_allowed() {
-        let config = read(&["--latency-min=0s", "--latency-max=0s"]).unwrap();
+    fn latency_of_zero_is_allowed() {
+        let config = parse(&["--latency-min=0s", "--latency-max=0s"]).unwrap();
         assert_eq!(config.api.latency_max, Duration::ZERO);
     }
 
@@ -367,20 +372,20 @@ mod tests {
     fn failures_may_add_up_to_one_but_not_to_more() {
         // Summed as floats, these three are 1.0000000000000002.
         let all = ["--fail-500-share=0.34", "--fail-429-share=0.56", "--fail-hang-share=0.1"];
-        read(&all).unwrap();
-        let error = read(&["--fail-500-share=0.6", "--fail-garbage-share=0.5"]).unwrap_err();
+        parse(&all).unwrap();
+        let error = parse(&["--fail-500-share=0.6", "--fail-garbage-share=0.5"]).unwrap_err();
         assert!(error.contains("FAIL_500_SHARE=0.6"), "{error}");
         assert!(error.contains("must not be above 1 together"), "{error}");
-        assert!(read(&["--fail-hang-share=1.1"]).is_err());
+        assert!(parse(&["--fail-hang-share=1.1"]).is_err());
     }
 
     #[test]
-    fn load_takes_the_callback_settings_before_and_after_its_name() {
+    fn load_accepts_callback_settings_before_and_after_its_name() {
         for arguments in [
             ["--object-id-max=7", "load", "--callback-endpoint=http://a:1"],
             ["--callback-endpoint=http://a:1", "load", "--object-id-max=7"],
         ] {
-            let config = read(&arguments).unwrap();
+            let config = parse(&arguments).unwrap();
             assert_eq!(config.callbacks.object_id_max, 7);
             assert_eq!(config.callbacks.callback_endpoint.as_str(), "http://a:1/callback");
             assert!(matches!(config.command, Some(Command::Load(_))));
@@ -394,13 +399,13 @@ mod tests {
             &["load", "--unique", "--object-id-min=1000"][..],
             &["--object-id-max=99", "--object-id-min=1000", "load", "--unique"],
         ] {
-            assert_eq!(read(arguments).unwrap().callbacks.object_id_min, 1_000);
+            assert_eq!(parse(arguments).unwrap().callbacks.object_id_min, 1_000);
         }
-        assert!(read(&["load", "--object-id-min=1000"]).is_err());
+        assert!(parse(&["load", "--object-id-min=1000"]).is_err());
     }
 
     #[test]
-    fn playing_neither_part_is_refused() {
-        assert!(read(&["--no-api", "--no-partner"]).is_err());
+    fn disabling_both_simulations_is_rejected() {
+        assert!(parse(&["--no-api", "--no-partner"]).is_err());
     }
 }

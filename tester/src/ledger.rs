@@ -1,4 +1,4 @@
-//! The ledger of a load run: what came of each callback, one JSON object per line.
+//! The ledger of a load run: the outcome of each callback, one JSON object per line.
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -10,43 +10,44 @@ use tokio::time::Instant;
 
 use crate::callback::Outcome;
 
-/// One callback, as a line of the ledger has it.
+/// A line of the ledger: one callback.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
     /// When it was due, by this machine's clock, in microseconds since 1970.
     pub due_unix_us: u64,
-    /// How much later it went out, because the load generator had no time or no free connection.
+    /// The delay after which it was sent, because the load generator had no time or no free
+    /// connection.
     pub late_us: u64,
-    /// From when it was due to the end of its answer, or until it was given up or failed.
+    /// Time from when it was due to the end of its response, or until it was given up or failed.
     pub latency_us: u64,
-    /// What came back.
+    /// The response.
     pub answer: Answer,
     /// The ids in it.
     pub ids: Vec<i64>,
 }
 
-/// What came back for a callback.
+/// The response to a callback, or its absence.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Answer {
-    /// A complete answer with this status.
+    /// A complete response with this status.
     Status(u16),
-    /// Nothing within `CALLBACK_TIMEOUT`.
+    /// No response within `CALLBACK_TIMEOUT`.
     Timeout,
-    /// The connection could not be made, or ended before the answer; with the reason.
+    /// The connection could not be made, or ended before the response; with the reason.
     Failed(String),
 }
 
-/// A file of [`Entry`] lines. Each is written by itself as soon as it is known, so that the file is
-/// true up to the moment at which the process is killed.
+/// A file of [`Entry`] lines. Each outcome is written as soon as it is known, so that the file is
+/// complete up to the moment at which the process is killed.
 pub(crate) struct Ledger {
     file: File,
-    /// The same moment by both clocks.
+    /// The same moment by the monotonic clock and since 1970.
     start: (Instant, Duration),
 }
 
 impl Ledger {
-    /// Makes the file, which must not exist: a ledger is not to be overwritten by the next run.
+    /// Creates the file. It must not exist, so that no run overwrites the ledger of another one.
     pub(crate) fn create(path: &Path, start: Instant) -> io::Result<Self> {
         let file = File::options().append(true).create_new(true).open(path)?;
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_err(io::Error::other)?;
@@ -56,7 +57,7 @@ impl Ledger {
     pub(crate) fn write(&self, entry: &Entry) -> io::Result<()> {
         let mut line = serde_json::to_vec(entry)?;
         line.push(b'\n');
-        // One write per line to a file opened for appending, so that those of several workers do
+        // One write per line to a file opened for appending, so that lines of several workers do
         // not mix.
         (&self.file).write_all(&line)
     }
@@ -79,7 +80,7 @@ impl Entry {
         let answer = match outcome {
             Outcome::Accepted(status) | Outcome::Refused(status) => Answer::Status(status.as_u16()),
             Outcome::Unanswered => Answer::Timeout,
-            Outcome::Failed(error) => Answer::Failed(innermost(error)),
+            Outcome::Failed(error) => Answer::Failed(root_cause(error)),
         };
         Self {
             due_unix_us: microseconds(ledger.unix_time(due_at)),
@@ -91,8 +92,9 @@ impl Entry {
     }
 }
 
-/// What reqwest wraps: "connection refused" instead of "error sending request".
-fn innermost(error: &reqwest::Error) -> String {
+/// The root cause, such as "connection refused"; reqwest's own text is only "error sending
+/// request".
+fn root_cause(error: &reqwest::Error) -> String {
     let mut cause: &dyn std::error::Error = error;
     while let Some(source) = cause.source() {
         cause = source;

@@ -1,5 +1,5 @@
-//! The outside world of Lastseen, simulated: the partner, who posts callbacks, and the status API,
-//! which says slowly whether an object is online. `tester load` measures the callback endpoint.
+//! Simulates the systems around Lastseen: the partner, which posts callbacks, and the slow status
+//! API. `tester load` measures the callback endpoint.
 
 pub mod api;
 mod callback;
@@ -22,18 +22,18 @@ use api::Api;
 use config::{Callbacks, Command, Config, Load};
 use partner::Partner;
 
-/// What the process is called and where its admin address is.
+/// The name and the admin address of the process.
 pub const DESCRIPTION: Description = Description {
     name: "tester",
-    about: "Plays the partner and the status API of Lastseen, and loads its callback endpoint",
+    about: "Simulates the partner and the status API, and generates load for the callback endpoint",
     admin_address: ":9094",
     drain_delay: "0s",
     live: &[],
 };
 
-/// What the settings ask for: both parts to be played, or what their subcommand does.
+/// The simulation, or the command that the settings name.
 ///
-/// It reports no peer to the [`Health`]: a partner does not stop being one because nobody answers.
+/// It reports no dependency to `health`: a partner keeps posting even if the producer is down.
 #[must_use]
 pub fn plan(
     mut config: Config,
@@ -44,19 +44,23 @@ pub fn plan(
     impl Future<Output = anyhow::Result<()>> + Send + 'static,
 > {
     match config.command.take() {
-        None => Invocation::Service(play(config, health, shutdown)),
+        None => Invocation::Service(simulate(config, health, shutdown)),
         Some(Command::Load(load)) => {
             let callbacks = config.callbacks.into_inner();
-            Invocation::Command(print_load(load, callbacks, config.authenticity, shutdown))
+            Invocation::Command(run_load(load, callbacks, config.authenticity, shutdown))
         }
     }
 }
 
-/// Plays the partner and the status API until `shutdown`.
+/// Simulates the partner and the status API until `shutdown`.
 ///
 /// # Errors
-/// When the status API's address cannot be listened on, or no HTTP client can be built.
-async fn play(config: Config, health: Health, shutdown: CancellationToken) -> anyhow::Result<()> {
+/// When it cannot listen on the status API's address or build an HTTP client.
+async fn simulate(
+    config: Config,
+    health: Health,
+    shutdown: CancellationToken,
+) -> anyhow::Result<()> {
     health.all_told();
     let api = if config.no_api {
         None
@@ -73,28 +77,28 @@ async fn play(config: Config, health: Health, shutdown: CancellationToken) -> an
         let partner = Partner::new(callbacks, config.authenticity, config.partner.into_inner());
         Some(partner.context("cannot build the HTTP client")?)
     };
-    let answering = async {
+    let serve_api = async {
         if let Some(api) = api {
             tracing::info!(addr = %api.address()?, "status API is listening");
             api.serve(shutdown.clone()).await;
         }
         anyhow::Ok(())
     };
-    let posting = async {
+    let post_callbacks = async {
         if let Some(partner) = partner {
             partner.post_until(shutdown.clone()).await;
         }
         anyhow::Ok(())
     };
-    tokio::try_join!(answering, posting)?;
+    tokio::try_join!(serve_api, post_callbacks)?;
     Ok(())
 }
 
-/// Loads the callback endpoint until the run is over or `shutdown`, and prints the report.
+/// Generates load until the run is over or `shutdown`, and prints the report.
 ///
 /// # Errors
 /// When the run fails, or its report cannot be written.
-pub async fn print_load(
+pub async fn run_load(
     load: Load,
     callbacks: Callbacks,
     authenticity: Authenticity,
@@ -102,6 +106,6 @@ pub async fn print_load(
 ) -> anyhow::Result<()> {
     let report = load::run(&load, &callbacks, &authenticity, shutdown).await?;
     let text = if load.json { serde_json::to_string(&report)? } else { report.to_string() };
-    // Not `println!`, which panics when the reader of a pipe has gone.
+    // Not `println!`, which panics when the reader of a pipe has closed it.
     writeln!(std::io::stdout(), "{text}").context("cannot write the report")
 }

@@ -1,9 +1,9 @@
-//! The load generator: callbacks at a rate, or as fast as they are answered.
+//! The load generator sends callbacks at a rate, or as fast as they are answered.
 //!
-//! At a rate it is an open loop. Callback `k` is due at `k / rate` whatever became of those before,
-//! and its latency counts from then, also if every connection was waiting and it went out late.
-//! Counting from the sending would leave out just the time in which the endpoint was at its worst
-//! ("coordinated omission").
+//! With a rate, it is an open loop. Callback `k` is due at `k / rate` regardless of earlier
+//! callbacks, and its latency counts from then, even if it was sent late because all connections
+//! were busy. Latency counted from sending would leave out the time in which the endpoint was
+//! slowest ("coordinated omission").
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -23,24 +23,24 @@ use crate::config::{self, Callbacks};
 use crate::ledger::{Entry, Ledger};
 use crate::report::{Report, Tally};
 
-/// How long to send if neither a duration nor a total is given.
+/// The duration of a run if neither a duration nor a total is given.
 const DEFAULT_DURATION: Duration = Duration::from_secs(10);
-/// How long after the end a callback that was due before it may still go out. Less than what a busy
-/// machine may be late would leave the last ones unsent by chance.
+/// The time after the end in which a callback that was due before may still be sent. A busy machine
+/// may send the last ones somewhat late.
 const END_GRACE: Duration = Duration::from_millis(100);
-/// A callback that is due after this time, or later, is never due.
-const FAR_AWAY: Duration = Duration::from_hours(10 * 365 * 24);
-/// How long the pacer may go without looking whether it should stop.
-const PACER_STEP: Duration = Duration::from_millis(100);
-/// How often the progress bar moves.
+/// The latest time at which a callback can be due: never, in practice.
+const FAR_FUTURE: Duration = Duration::from_hours(10 * 365 * 24);
+/// The pacer checks at least this often whether it must stop.
+const PACER_CHECK_INTERVAL: Duration = Duration::from_millis(100);
+/// The interval at which the progress bar is redrawn.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
 
-/// Sends callbacks until the duration or the total is reached, or until `shutdown`; those under way
-/// then still get the time they may take.
+/// Sends callbacks until the duration or the total is reached, or until `shutdown`. Callbacks in
+/// flight then still wait for their responses.
 ///
 /// # Errors
-/// When the HTTP client or a histogram cannot be made, the ledger cannot be written, or a worker
-/// panicked.
+/// When the HTTP client or a histogram cannot be created, the ledger cannot be written, or a worker
+/// panics.
 pub async fn run(
     config: &config::Load,
     callbacks: &Callbacks,
@@ -49,9 +49,9 @@ pub async fn run(
 ) -> anyhow::Result<Report> {
     let sender = Sender::new(callbacks, authenticity.callback_secret.clone())
         .context("cannot build the HTTP client")?;
-    // The pacer has a thread to itself, and must not outlive this function however it ends.
+    // The pacer runs on its own thread, which must stop however this function ends.
     let stop = shutdown.child_token();
-    let _stop_at_the_end = stop.clone().drop_guard();
+    let _stop_on_return = stop.clone().drop_guard();
     let start = Instant::now();
     let ledger = match &config.ledger {
         Some(path) => Some(
@@ -71,8 +71,8 @@ pub async fn run(
         sent: AtomicU64::new(0),
         stop,
     });
-    let pacing = Arc::clone(&run);
-    tokio::task::spawn_blocking(move || pacing.pace());
+    let pacer = Arc::clone(&run);
+    tokio::task::spawn_blocking(move || pacer.pace());
     let mut workers = JoinSet::new();
     for _ in 0..run.workers {
         workers.spawn(Arc::clone(&run).work());
@@ -81,48 +81,48 @@ pub async fn run(
     let mut redraw = tokio::time::interval(REDRAW_INTERVAL);
     redraw.set_missed_tick_behavior(MissedTickBehavior::Skip);
     let mut tally = Tally::new()?;
-    let mut stop_asked_at = None;
+    let mut shutdown_at = None;
     loop {
         tokio::select! {
-            // In this order, so that a stop is seen before the end that it brings about.
+            // In this order, so that a shutdown is noticed before the end of the workers that it
+            // causes.
             biased;
-            () = shutdown.cancelled(), if stop_asked_at.is_none() => {
-                stop_asked_at = Some(Instant::now());
+            () = shutdown.cancelled(), if shutdown_at.is_none() => {
+                shutdown_at = Some(Instant::now());
             }
             worker = workers.join_next() => match worker {
-                Some(worker) => tally.add(&worker.context("a worker died")??)?,
+                Some(worker) => tally.add(&worker.context("a worker panicked")??)?,
                 None => break,
             },
             _ = redraw.tick() => run.draw(&bar),
         }
     }
     bar.finish_and_clear();
-    let unsent = run.plan.due_by(stop_asked_at).saturating_sub(tally.sent());
+    let unsent = run.plan.due_by(shutdown_at).saturating_sub(tally.sent());
     Ok(tally.report(run.plan.start.elapsed(), config.ids, unsent))
 }
 
-/// What the workers share.
+/// The state that all workers share.
 struct Run {
     workers: usize,
     plan: Plan,
     ids: Ids,
     sender: Sender,
     ledger: Option<Ledger>,
-    /// One permit for each callback that is due and that no worker has taken yet.
+    /// One permit for each callback that is due and not taken by a worker yet.
     due: Semaphore,
-    /// The next callback's number.
+    /// The number of the next callback.
     next: AtomicU64,
     sent: AtomicU64,
     stop: CancellationToken,
 }
 
 impl Run {
-    /// Takes the next callback and sends it, again and again: one at a time, so that it needs no
-    /// more than one connection.
+    /// Sends one callback after another, so that each worker needs only one connection.
     async fn work(self: Arc<Self>) -> anyhow::Result<Tally> {
         let mut tally = Tally::new()?;
         while let Some((number, counts_from)) = self.next_due().await {
-            let ids = self.ids.of(number);
+            let ids = self.ids.of_callback(number);
             let body = callback::body(ids.iter().copied());
             self.sent.fetch_add(1, Ordering::Relaxed);
             let sent_at = Instant::now();
@@ -137,8 +137,8 @@ impl Run {
         Ok(tally)
     }
 
-    /// The number of the callback to send now, and the moment from which its latency counts, or
-    /// `None` at the end.
+    /// Waits until a callback is due. Returns its number and the moment from which its latency
+    /// counts, or `None` at the end.
     async fn next_due(&self) -> Option<(u64, Instant)> {
         if self.plan.rate.is_some() {
             tokio::select! {
@@ -154,16 +154,16 @@ impl Run {
             return None;
         }
         let now = Instant::now();
-        if self.plan.last_sending.is_some_and(|last| now >= last) {
+        if self.plan.send_until.is_some_and(|until| now >= until) {
             return None;
         }
         Some((number, self.plan.due(number).unwrap_or(now)))
     }
 
-    /// Gives out a permit whenever a callback is due.
+    /// Adds a permit whenever a callback is due.
     ///
-    /// It blocks a thread, because the runtime's timer counts in milliseconds: callbacks would go out
-    /// in bunches, and each would seem to have taken a millisecond longer than it has.
+    /// It blocks a thread, because the runtime's timer has a resolution of a millisecond: callbacks
+    /// would be sent in bunches, and each latency would be up to a millisecond too high.
     fn pace(&self) {
         let Some(count) = self.plan.count else { return };
         for number in 0..count {
@@ -176,11 +176,11 @@ impl Run {
                 if wait.is_zero() {
                     break;
                 }
-                std::thread::park_timeout(wait.min(PACER_STEP));
+                std::thread::park_timeout(wait.min(PACER_CHECK_INTERVAL));
             }
             self.due.add_permits(1);
         }
-        // All are out: now each worker may find that there is no further one.
+        // All callbacks are due: wake each worker, so that it ends when none is left.
         self.due.add_permits(self.workers);
     }
 
@@ -192,15 +192,15 @@ impl Run {
     }
 }
 
-/// When callbacks are due and when it ends.
+/// The schedule of a run.
 struct Plan {
     start: Instant,
     rate: Option<f64>,
-    /// How many callbacks there are; with a rate there always is such a number.
+    /// The number of callbacks; always known if there is a rate.
     count: Option<u64>,
     end: Option<Instant>,
-    /// Nothing goes out from here on, although it may have been due.
-    last_sending: Option<Instant>,
+    /// From this moment on no callback is sent, even if it was due.
+    send_until: Option<Instant>,
 }
 
 impl Plan {
@@ -210,37 +210,37 @@ impl Plan {
             (duration, _) => duration,
         };
         let fitting = match (config.rate, duration) {
-            (Some(rate), Some(duration)) => Some(whole(duration.as_secs_f64() * rate).max(1)),
+            (Some(rate), Some(duration)) => Some(round(duration.as_secs_f64() * rate).max(1)),
             _ => None,
         };
         let count = match (config.total, fitting) {
             (Some(total), Some(fitting)) => Some(total.min(fitting)),
             (total, fitting) => total.or(fitting),
         };
-        // An end that no clock can hold is none.
+        // An end that the clock cannot represent counts as no end.
         let end = duration.and_then(|duration| start.checked_add(duration));
-        let last_sending = match config.rate {
+        let send_until = match config.rate {
             Some(_) => end.and_then(|end| end.checked_add(END_GRACE)),
             None => end,
         };
-        Self { start, rate: config.rate, count, end, last_sending }
+        Self { start, rate: config.rate, count, end, send_until }
     }
 
     /// When callback `number` is due; `None` if there is no rate.
     fn due(&self, number: u64) -> Option<Instant> {
         let rate = self.rate?;
-        let wait = Duration::try_from_secs_f64(approximate(number) / rate).ok();
-        // What no clock can hold is not due within anybody's lifetime.
-        Some(wait.and_then(|wait| self.start.checked_add(wait)).unwrap_or(self.start + FAR_AWAY))
+        let wait = Duration::try_from_secs_f64(to_f64(number) / rate).ok();
+        // A time that the clock cannot represent is far in the future.
+        Some(wait.and_then(|wait| self.start.checked_add(wait)).unwrap_or(self.start + FAR_FUTURE))
     }
 
-    /// How many callbacks were due when it was told to stop, or until its own end.
-    fn due_by(&self, stopped_at: Option<Instant>) -> u64 {
+    /// The number of callbacks that were due by the shutdown, or else by the end of the run.
+    fn due_by(&self, shutdown_at: Option<Instant>) -> u64 {
         let (Some(rate), Some(count)) = (self.rate, self.count) else { return 0 };
-        match stopped_at {
-            // The first is due at once, hence one more than the intervals that have passed.
+        match shutdown_at {
+            // The first callback is due at once, so one more is due than intervals have passed.
             Some(at) => {
-                let intervals = whole(((at - self.start).as_secs_f64() * rate).floor());
+                let intervals = round(((at - self.start).as_secs_f64() * rate).floor());
                 count.min(intervals.saturating_add(1))
             }
             None => count,
@@ -248,19 +248,19 @@ impl Plan {
     }
 
     fn percent(&self, sent: u64, now: Instant) -> u64 {
-        let of_count = self.count.map_or(0.0, |count| approximate(sent) / approximate(count));
+        let of_count = self.count.map_or(0.0, |count| to_f64(sent) / to_f64(count));
         let of_time = self
             .end
             .map_or(0.0, |end| (now - self.start).as_secs_f64() / (end - self.start).as_secs_f64());
-        whole(of_count.max(of_time) * 100.0).min(100)
+        round(of_count.max(of_time) * 100.0).min(100)
     }
 }
 
-/// Which ids a callback holds.
+/// Chooses the ids of a callback.
 enum Ids {
-    /// Any of the range, repeats allowed.
+    /// Random ids of the range, which may repeat.
     Random { count: u32, min: i64, max: i64 },
-    /// Counting up, so that each is in one callback only.
+    /// Counts up, so that each id is in one callback only.
     Unique { count: u32, first: i64 },
 }
 
@@ -274,7 +274,7 @@ impl Ids {
         }
     }
 
-    fn of(&self, number: u64) -> Vec<i64> {
+    fn of_callback(&self, number: u64) -> Vec<i64> {
         match *self {
             Self::Random { count, min, max } => {
                 let mut random = rand::rng();
@@ -288,7 +288,7 @@ impl Ids {
     }
 }
 
-/// A bar on standard error; it stays hidden if that is no terminal.
+/// A progress bar on standard error; hidden if that is not a terminal.
 fn progress_bar() -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:40} {percent:>3}%  {elapsed}  {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
@@ -296,16 +296,16 @@ fn progress_bar() -> ProgressBar {
 }
 
 #[expect(clippy::cast_precision_loss, reason = "2^53 callbacks are out of reach")]
-fn approximate(number: u64) -> f64 {
+fn to_f64(number: u64) -> f64 {
     number as f64
 }
 
 #[expect(
     clippy::cast_possible_truncation,
     clippy::cast_sign_loss,
-    reason = "it is rounded before and never negative; what is above 2^64 becomes the largest"
+    reason = "the number is rounded and never negative; one above 2^64 becomes the maximum"
 )]
-fn whole(number: f64) -> u64 {
+fn round(number: f64) -> u64 {
     number.round() as u64
 }
 
@@ -328,30 +328,30 @@ mod tests {
     }
 
     #[test]
-    fn callbacks_are_due_at_equal_distances_from_the_start() {
+    fn callbacks_are_due_at_equal_intervals() {
         let plan = plan(Some(4.0), Some(2), None);
         let due: Vec<_> = (0..3).map(|number| plan.due(number).unwrap() - plan.start).collect();
         assert_eq!(due, [0, 250, 500].map(Duration::from_millis));
     }
 
     #[test]
-    fn it_ends_at_the_duration_or_the_total_whichever_comes_first() {
+    fn run_ends_at_its_duration_or_total_whichever_is_first() {
         assert_eq!(plan(Some(4.0), Some(2), None).count, Some(8));
         assert_eq!(plan(Some(4.0), Some(2), Some(5)).count, Some(5));
         assert_eq!(plan(Some(4.0), Some(2), Some(9)).count, Some(8));
-        // Ten seconds, if nothing else is said.
+        // Without duration and total, a run lasts ten seconds.
         assert_eq!(plan(Some(4.0), None, None).count, Some(40));
         let fast = plan(None, None, None);
         assert_eq!((fast.count, fast.end), (None, Some(fast.start + DEFAULT_DURATION)));
-        // A total is not cut short by a duration that nobody asked for.
+        // The default duration does not end a run with a total.
         let total = plan(Some(0.5), None, Some(100));
         assert_eq!((total.count, total.end), (Some(100), None));
-        // Too slow for even one in the time: one.
+        // Even a rate that is too slow for one callback in the duration sends one.
         assert_eq!(plan(Some(0.1), Some(1), None).count, Some(1));
     }
 
     #[test]
-    fn what_was_due_when_it_was_stopped_includes_the_first_and_not_the_next() {
+    fn callbacks_due_at_shutdown_exclude_the_next_one() {
         let plan = plan(Some(4.0), Some(2), None);
         let after = |millis| plan.due_by(Some(plan.start + Duration::from_millis(millis)));
         assert_eq!([after(0), after(249), after(250), after(9_000)], [1, 1, 2, 8]);
@@ -360,8 +360,8 @@ mod tests {
 
     // Field case 3.7.
     #[test]
-    fn no_rate_however_low_is_too_long_for_the_clock() {
+    fn lowest_rate_does_not_overflow_the_clock() {
         let plan = plan(Some(f64::MIN_POSITIVE), None, Some(2));
-        assert_eq!(plan.due(1), Some(plan.start + FAR_AWAY));
+        assert_eq!(plan.due(1), Some(plan.start + FAR_FUTURE));
     }
 }

@@ -1,4 +1,4 @@
-//! The partner: posts a callback of random ids now and then, and never one twice.
+//! The simulated partner posts callbacks with random ids at an interval, each callback once.
 
 use authenticity::Authenticity;
 use rand::RngExt as _;
@@ -8,7 +8,7 @@ use tokio::time::{Instant, MissedTickBehavior};
 use crate::callback::{self, Outcome, Sender};
 use crate::config::{self, Callbacks};
 
-/// A client of the callback endpoint that behaves as the partners do.
+/// A client of the callback endpoint that behaves like the partners.
 pub struct Partner {
     sender: Sender,
     callbacks: Callbacks,
@@ -16,10 +16,10 @@ pub struct Partner {
 }
 
 impl Partner {
-    /// A partner that has not posted yet.
+    /// Creates the partner without posting yet.
     ///
     /// # Errors
-    /// When its HTTP client cannot be built, most likely for want of a TLS provider.
+    /// When its HTTP client cannot be built, most likely because no TLS provider is installed.
     pub fn new(
         callbacks: Callbacks,
         authenticity: Authenticity,
@@ -29,11 +29,11 @@ impl Partner {
         Ok(Self { sender, callbacks, config })
     }
 
-    /// Posts the first callback now and one per interval, until `shutdown`. The one under way then
-    /// still gets the time it may take.
+    /// Posts the first callback now and then one per interval until `shutdown`. A callback in
+    /// flight still waits for its response.
     pub async fn post_until(self, shutdown: CancellationToken) {
         let mut interval = tokio::time::interval(self.config.callback_interval);
-        // After a slow answer the partner goes on at its pace; it has nothing to catch up on.
+        // After a slow response, the partner resumes its interval and does not catch up.
         interval.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
@@ -71,14 +71,15 @@ impl Partner {
                 tracing::warn!(ids = count, elapsed_ms, "callback not answered in time");
             }
             Outcome::Failed(error) => {
-                // reqwest says only "error sending request"; the cause is further down.
+                // The text of reqwest's error is only "error sending request"; `{:#}` prints the
+                // causes.
                 let error = anyhow::Error::new(error.without_url());
                 tracing::warn!(ids = count, elapsed_ms, "callback not answered: {error:#}");
             }
         }
     }
 
-    /// As many ids as the settings allow, each on its own, so that some repeat.
+    /// Random ids, each drawn independently, so that some repeat.
     fn draw_ids(&self) -> Vec<i64> {
         let mut random = rand::rng();
         let count =

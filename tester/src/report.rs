@@ -1,4 +1,4 @@
-//! What a load run measured.
+//! The results of a load run.
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -10,10 +10,10 @@ use serde::Serialize;
 
 use crate::callback::Outcome;
 
-/// Latencies are kept to three digits, from a microsecond up.
+/// Latencies are recorded with three significant digits, from one microsecond up.
 const SIGNIFICANT_DIGITS: u8 = 3;
 
-/// What one worker has seen so far; those of all workers add up.
+/// The counts and latencies of one worker. The tallies of all workers are added up.
 pub(crate) struct Tally {
     sent: u64,
     accepted: u64,
@@ -37,9 +37,9 @@ impl Tally {
         })
     }
 
-    /// Counts one callback. An unanswered one counts among the latencies with the time until it was
-    /// given up: without it, the slowest would be missing. One that failed does not, because a
-    /// refused connection is quick and would better them.
+    /// Counts one callback. The latencies include an unanswered callback with the time until it was
+    /// given up, because otherwise the slowest ones would be missing. They exclude a failed one,
+    /// because a connection that is refused quickly would lower them.
     pub(crate) fn record(
         &mut self,
         outcome: &Outcome,
@@ -81,8 +81,8 @@ impl Tally {
         self.sent
     }
 
-    /// The report of a run that took `elapsed`, sent `ids` per callback and left `unsent` callbacks
-    /// that were due.
+    /// The report of a run that took `elapsed`, had `ids` ids in each callback and left `unsent`
+    /// callbacks that were due.
     pub(crate) fn report(self, elapsed: Duration, ids: u32, unsent: u64) -> Report {
         let seconds = elapsed.as_secs_f64();
         let callbacks_per_second =
@@ -122,7 +122,7 @@ fn milliseconds(microseconds: u64) -> f64 {
     approximate(microseconds) / 1_000.0
 }
 
-/// What came of a load run. As text it is for people, as JSON for machines.
+/// The results of a load run, as text for people or as JSON for programs.
 #[derive(Clone, Debug, Serialize)]
 pub struct Report {
     /// Callbacks sent: the sum of the next four.
@@ -133,35 +133,36 @@ pub struct Report {
     pub other: u64,
     /// Not answered within the client's timeout.
     pub unanswered: u64,
-    /// Without an answer because the connection was refused, or ended before it came.
+    /// Not answered because the connection was refused, or ended before the response.
     pub failed: u64,
-    /// Due and never sent, because all connections were waiting for answers until the end. Unless it
-    /// is 0, the latencies are better than what callbacks at this rate would have met.
+    /// Due but never sent, because all connections waited for responses until the end. Unless this
+    /// is 0, the true latencies at this rate are higher than those reported.
     pub unsent: u64,
-    /// From the first callback to the last answer.
+    /// Seconds from the first callback to the last response.
     pub seconds: f64,
     /// Callbacks answered 2xx, per second.
     pub callbacks_per_second: f64,
     /// Ids in them, per second.
     pub ids_per_second: f64,
-    /// How long the answers took, unanswered callbacks included.
+    /// Response times, unanswered callbacks included.
     pub latency_ms: Latency,
-    /// How often each status was answered.
+    /// The number of responses with each status.
     pub statuses: BTreeMap<u16, u64>,
 }
 
-/// Latencies in milliseconds: at a rate from when each callback was due, otherwise from its sending.
+/// Latencies in milliseconds. With a rate, they count from when a callback was due, otherwise from
+/// when it was sent.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub struct Latency {
-    /// Half took no longer.
+    /// The median.
     pub p50: f64,
-    /// 90% took no longer.
+    /// The 90th percentile.
     pub p90: f64,
-    /// 99% took no longer.
+    /// The 99th percentile.
     pub p99: f64,
-    /// 99.9% took no longer.
+    /// The 99.9th percentile.
     pub p999: f64,
-    /// The longest.
+    /// The maximum.
     pub max: f64,
 }
 

@@ -55,7 +55,7 @@ async fn problem(response: Response) -> (u16, Value) {
 }
 
 #[tokio::test]
-async fn even_ids_are_online_and_odd_ones_are_not() {
+async fn even_ids_are_online_and_odd_ids_are_not() {
     let api = Running::start(&[]);
     for (id, online) in [(0, true), (42, true), (7, false), (-3, false), (i64::MAX, false)] {
         assert_eq!(api.status_of(id).await, json!({ "id": id, "online": online }));
@@ -63,7 +63,7 @@ async fn even_ids_are_online_and_odd_ones_are_not() {
 }
 
 #[tokio::test]
-async fn a_share_of_online_replaces_even_and_odd() {
+async fn online_share_replaces_even_and_odd() {
     let api = Running::start(&["--online-share=1"]);
     assert_eq!(api.status_of(7).await, json!({ "id": 7, "online": true }));
     let api = Running::start(&["--online-share=0"]);
@@ -71,7 +71,7 @@ async fn a_share_of_online_replaces_even_and_odd() {
 }
 
 #[tokio::test]
-async fn what_is_no_integer_gets_400_and_another_path_404() {
+async fn non_integer_id_is_answered_400_and_another_path_404() {
     let api = Running::start(&[]);
     for id in ["abc", "1.5", "9223372036854775808", "%FF"] {
         let (status, body) = problem(api.get(&format!("/objects/{id}")).await).await;
@@ -85,7 +85,7 @@ async fn what_is_no_integer_gets_400_and_another_path_404() {
 }
 
 #[tokio::test]
-async fn an_answer_takes_a_time_within_the_latency_bounds() {
+async fn response_time_is_within_the_latency_bounds() {
     let api = Running::start(&["--latency-min=100ms", "--latency-max=200ms"]);
     let mut times = Vec::new();
     for id in 0..8 {
@@ -101,13 +101,13 @@ async fn an_answer_takes_a_time_within_the_latency_bounds() {
 }
 
 #[tokio::test]
-async fn an_injected_500_is_a_problem() {
+async fn injected_500_is_a_problem() {
     let api = Running::start(&["--fail-500-share=1"]);
     assert_eq!(problem(api.get("/objects/2").await).await.0, 500);
 }
 
 #[tokio::test]
-async fn an_injected_429_says_when_to_come_back() {
+async fn injected_429_has_retry_after() {
     let api = Running::start(&["--fail-429-share=1"]);
     let response = api.get("/objects/2").await;
     assert_eq!(response.headers()["retry-after"], "1");
@@ -115,7 +115,7 @@ async fn an_injected_429_says_when_to_come_back() {
 }
 
 #[tokio::test]
-async fn injected_garbage_is_a_200_that_is_no_json() {
+async fn injected_garbage_is_a_200_that_is_not_json() {
     let api = Running::start(&["--fail-garbage-share=1"]);
     let response = api.get("/objects/2").await;
     assert_eq!(response.status(), 200);
@@ -123,14 +123,14 @@ async fn injected_garbage_is_a_200_that_is_no_json() {
 }
 
 #[tokio::test]
-async fn an_injected_wrong_id_is_a_well_formed_answer_about_another_object() {
+async fn injected_wrong_id_is_a_valid_response_about_another_id() {
     let api = Running::start(&["--fail-wrong-id-share=1"]);
     assert_eq!(api.status_of(2).await, json!({ "id": 3, "online": false }));
     assert_eq!(api.status_of(i64::MAX).await["id"], i64::MIN);
 }
 
 #[tokio::test]
-async fn an_injected_hang_lasts_until_the_drain_and_does_not_hold_it_up() {
+async fn injected_hang_lasts_until_the_drain_and_does_not_delay_it() {
     let api = Running::start(&["--fail-hang-share=1"]);
     let url = format!("{}/objects/2", api.url);
     let patience = Duration::from_millis(300);
@@ -146,7 +146,7 @@ async fn an_injected_hang_lasts_until_the_drain_and_does_not_hold_it_up() {
 }
 
 #[tokio::test]
-async fn a_drain_lets_a_slow_lookup_finish() {
+async fn drain_finishes_a_slow_lookup() {
     let api = Running::start(&["--latency-min=700ms", "--latency-max=700ms"]);
     let mut asked = tokio::spawn(api.client.get(format!("{}/objects/2", api.url)).send());
     let under_way = Duration::from_millis(300);

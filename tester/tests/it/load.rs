@@ -25,7 +25,7 @@ async fn load(endpoint: &Endpoint, flags: &[&str]) -> Report {
 }
 
 #[tokio::test]
-async fn at_a_rate_it_sends_what_is_due_and_reports_it() {
+async fn at_a_rate_all_due_callbacks_are_sent_and_reported() {
     let mut endpoint = Endpoint::answering(200).await;
     let flags = ["--rate=100", "--duration=500ms", "--ids=3", "--connections=4"];
     let report = load(&endpoint, &flags).await;
@@ -48,7 +48,7 @@ async fn at_a_rate_it_sends_what_is_due_and_reports_it() {
 }
 
 #[tokio::test]
-async fn without_a_rate_it_sends_the_total_as_fast_as_it_is_answered() {
+async fn without_a_rate_the_total_is_sent() {
     let mut endpoint = Endpoint::answering(202).await;
     let report = load(&endpoint, &["--total=500", "--connections=8"]).await;
     assert_eq!((report.sent, report.accepted, report.unsent), (500, 500, 0), "{report:?}");
@@ -56,7 +56,7 @@ async fn without_a_rate_it_sends_the_total_as_fast_as_it_is_answered() {
 }
 
 #[tokio::test]
-async fn unique_ids_count_up_and_none_comes_twice() {
+async fn unique_ids_count_up_without_repeats() {
     let mut endpoint = Endpoint::answering(200).await;
     let flags =
         ["--total=40", "--ids=5", "--unique", "--object-id-min=1000", "--object-id-max=1000"];
@@ -67,7 +67,7 @@ async fn unique_ids_count_up_and_none_comes_twice() {
 }
 
 #[tokio::test]
-async fn an_answer_after_more_than_a_second_counts_as_unanswered() {
+async fn response_after_more_than_a_second_counts_as_unanswered() {
     let endpoint = Endpoint::slow(Duration::from_millis(1_500), u64::MAX).await;
     let report = load(&endpoint, &["--total=3", "--connections=3"]).await;
     assert_eq!((report.sent, report.unanswered), (3, 3), "{report:?}");
@@ -77,7 +77,7 @@ async fn an_answer_after_more_than_a_second_counts_as_unanswered() {
 }
 
 #[tokio::test]
-async fn an_answer_that_is_not_2xx_counts_as_other() {
+async fn response_other_than_2xx_counts_as_other() {
     let endpoint = Endpoint::answering(503).await;
     let report = load(&endpoint, &["--total=5"]).await;
     assert_eq!((report.sent, report.accepted, report.other), (5, 0, 5), "{report:?}");
@@ -85,7 +85,7 @@ async fn an_answer_that_is_not_2xx_counts_as_other() {
 }
 
 #[tokio::test]
-async fn a_refused_connection_counts_as_failed_and_not_among_the_latencies() {
+async fn refused_connection_counts_as_failed_and_has_no_latency() {
     // Bound and dropped: nobody listens there.
     let address = {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
@@ -97,7 +97,7 @@ async fn a_refused_connection_counts_as_failed_and_not_among_the_latencies() {
 }
 
 #[tokio::test]
-async fn latency_counts_from_when_a_callback_was_due_although_it_went_out_late() {
+async fn latency_of_a_late_callback_counts_from_when_it_was_due() {
     // One connection, held up by the first answer: the others are answered at once, but late.
     let endpoint = Endpoint::slow(Duration::from_millis(900), 1).await;
     let flags = ["--rate=20", "--total=18", "--connections=1"];
@@ -108,7 +108,7 @@ async fn latency_counts_from_when_a_callback_was_due_although_it_went_out_late()
 }
 
 #[tokio::test]
-async fn what_was_due_and_found_no_free_connection_is_reported_as_unsent() {
+async fn due_callback_without_a_free_connection_is_unsent() {
     let endpoint = Endpoint::slow(Duration::from_millis(700), u64::MAX).await;
     let flags = ["--rate=100", "--duration=500ms", "--connections=2"];
     let report = load(&endpoint, &flags).await;
@@ -116,7 +116,7 @@ async fn what_was_due_and_found_no_free_connection_is_reported_as_unsent() {
 }
 
 #[tokio::test]
-async fn when_told_to_stop_it_finishes_what_is_under_way_and_still_reports() {
+async fn stopped_run_finishes_callbacks_in_flight_and_reports() {
     let mut endpoint = Endpoint::slow(Duration::from_millis(200), u64::MAX).await;
     let stop = CancellationToken::new();
     let target = endpoint.address.to_string();
@@ -132,7 +132,7 @@ async fn when_told_to_stop_it_finishes_what_is_under_way_and_still_reports() {
 }
 
 #[tokio::test]
-async fn the_ledger_says_what_came_of_each_callback_and_is_never_overwritten() {
+async fn ledger_has_every_outcome_and_is_never_overwritten() {
     // The first two are held up for longer than a partner waits.
     let mut endpoint = Endpoint::slow(Duration::from_millis(1_300), 2).await;
     let folder = testbed::Scratch::new("ledger");
@@ -176,7 +176,7 @@ async fn the_ledger_says_what_came_of_each_callback_and_is_never_overwritten() {
 }
 
 #[tokio::test]
-async fn the_ledger_tells_a_refused_connection_from_no_answer() {
+async fn ledger_distinguishes_refused_connection_and_timeout() {
     let address = testbed::free_port();
     let folder = testbed::Scratch::new("ledger");
     let path = folder.path().join("ledger.jsonl");

@@ -21,7 +21,7 @@ fn start(endpoint: &Endpoint, flags: &[&str]) -> (CancellationToken, tokio::task
 }
 
 #[tokio::test]
-async fn the_partner_posts_as_many_ids_as_it_may_and_only_those_of_the_range() {
+async fn partner_posts_ids_within_the_configured_limits() {
     let mut endpoint = Endpoint::answering(200).await;
     let flags = [
         "--callback-interval=5ms",
@@ -50,7 +50,7 @@ async fn the_partner_posts_as_many_ids_as_it_may_and_only_those_of_the_range() {
 }
 
 #[tokio::test]
-async fn the_first_callback_goes_out_at_once_and_the_next_after_the_interval() {
+async fn first_callback_is_sent_at_once_next_after_the_interval() {
     let mut endpoint = Endpoint::answering(200).await;
     let started_at = Instant::now();
     let (stop, posting) = start(&endpoint, &["--callback-interval=400ms"]);
@@ -63,7 +63,7 @@ async fn the_first_callback_goes_out_at_once_and_the_next_after_the_interval() {
 }
 
 #[tokio::test]
-async fn a_callback_that_is_refused_or_not_answered_is_never_sent_again() {
+async fn refused_or_unanswered_callback_is_never_sent_again() {
     // The ids are drawn from all there are, so that a repeated body is the same callback.
     let wide = ["--object-id-max=9223372036854775807", "--callback-ids-min=1"];
     for mut endpoint in
@@ -85,7 +85,7 @@ async fn a_callback_that_is_refused_or_not_answered_is_never_sent_again() {
 }
 
 #[tokio::test]
-async fn the_callback_under_way_is_finished_before_the_partner_stops() {
+async fn partner_finishes_the_callback_in_flight_before_it_stops() {
     let mut endpoint = Endpoint::slow(Duration::from_millis(400), u64::MAX).await;
     let (stop, mut posting) = start(&endpoint, &[]);
     endpoint.next_ids().await;
@@ -96,7 +96,7 @@ async fn the_callback_under_way_is_finished_before_the_partner_stops() {
 }
 
 #[tokio::test]
-async fn with_a_secret_every_callback_is_signed_with_the_first_key_under_an_id_of_its_own() {
+async fn with_a_secret_each_callback_is_signed_under_its_own_id() {
     let first = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
     let flag = format!("--callback-secret={first} whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD");
     let mut endpoint = Endpoint::answering(200).await;
@@ -116,7 +116,7 @@ async fn with_a_secret_every_callback_is_signed_with_the_first_key_under_an_id_o
 }
 
 #[tokio::test]
-async fn without_a_secret_a_callback_has_no_headers_of_a_signature() {
+async fn without_a_secret_a_callback_has_no_signature_headers() {
     let mut endpoint = Endpoint::answering(200).await;
     let (stop, posting) = start(&endpoint, &[]);
     let (headers, _) = endpoint.next_request().await;

@@ -28,7 +28,7 @@ async fn finished(arguments: &[&str]) -> (Output, String) {
 }
 
 #[tokio::test]
-async fn settings_that_do_not_fit_one_another_end_it_with_78_and_the_reason() {
+async fn inconsistent_settings_end_the_process_with_78() {
     let (output, errors) = finished(&["--fail-500-share=0.6", "--fail-429-share=0.6"]).await;
     assert_eq!(output.status.code(), Some(78));
     assert!(errors.starts_with("tester: FAIL_500_SHARE=0.6, FAIL_429_SHARE=0.6"), "{errors}");
@@ -38,7 +38,7 @@ async fn settings_that_do_not_fit_one_another_end_it_with_78_and_the_reason() {
 }
 
 #[tokio::test]
-async fn an_address_that_is_taken_ends_it_with_the_variable_that_says_so() {
+async fn error_for_an_address_in_use_names_the_variable() {
     let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = taken.local_addr().unwrap();
     let flag = format!("--tester-addr={address}");
@@ -48,7 +48,7 @@ async fn an_address_that_is_taken_ends_it_with_the_variable_that_says_so() {
 }
 
 #[tokio::test]
-async fn load_prints_one_json_object_for_machines_or_lines_for_people() {
+async fn load_prints_a_json_object_or_lines_of_text() {
     let endpoint = Endpoint::answering(200).await;
     let url = format!("--callback-endpoint=http://{}", endpoint.address);
     let (output, errors) = finished(&["load", &url, "--total=5", "--json"]).await;
@@ -70,7 +70,7 @@ async fn load_prints_one_json_object_for_machines_or_lines_for_people() {
 }
 
 #[tokio::test]
-async fn load_that_is_interrupted_finishes_what_is_under_way_and_still_prints_its_report() {
+async fn interrupted_load_finishes_callbacks_in_flight_and_reports() {
     let mut endpoint = Endpoint::slow(Duration::from_millis(200), u64::MAX).await;
     let url = format!("--callback-endpoint=http://{}", endpoint.address);
     let mut load = tester(&["load", &url, "--rate=5", "--duration=1h", "--json"]);
@@ -86,7 +86,7 @@ async fn load_that_is_interrupted_finishes_what_is_under_way_and_still_prints_it
 }
 
 #[tokio::test]
-async fn load_that_fails_says_so_in_one_line_and_ends_with_70() {
+async fn failed_load_logs_one_line_and_ends_with_70() {
     let endpoint = Endpoint::answering(200).await;
     let url = format!("--callback-endpoint=http://{}", endpoint.address);
     let mut load = tester(&["load", &url, "--total=1"]);
@@ -168,7 +168,7 @@ async fn described(admin: &str, names: &[&str]) {
 }
 
 #[tokio::test]
-async fn the_metrics_tell_lookups_by_their_answer_and_how_many_are_in_flight() {
+async fn metrics_count_lookups_by_response_and_in_flight() {
     let flags = ["--tester-addr=127.0.0.1:0", "--latency-min=0s", "--latency-max=0s"];
     let mut tester = Running::start(&[&flags[..], &["--no-partner"]].concat());
     let admin = tester.logged("starting").await["admin"].as_str().unwrap().to_owned();
@@ -186,7 +186,7 @@ async fn the_metrics_tell_lookups_by_their_answer_and_how_many_are_in_flight() {
 }
 
 #[tokio::test]
-async fn a_lookup_that_hangs_is_in_flight_until_its_client_goes_away_or_the_drain_ends_it() {
+async fn hanging_lookup_is_in_flight_until_disconnect_or_drain() {
     let flags = ["--tester-addr=127.0.0.1:0", "--no-partner", "--fail-hang-share=1"];
     let mut tester = Running::start(&flags);
     let admin = tester.logged("starting").await["admin"].as_str().unwrap().to_owned();
@@ -203,7 +203,7 @@ async fn a_lookup_that_hangs_is_in_flight_until_its_client_goes_away_or_the_drai
 }
 
 #[tokio::test]
-async fn the_partner_logs_and_counts_what_came_of_each_callback() {
+async fn partner_logs_and_counts_each_outcome() {
     let accepting = Endpoint::answering(200).await;
     let refusing = Endpoint::answering(503).await;
     let slow = Endpoint::slow(Duration::from_secs(5), u64::MAX).await;
