@@ -37,7 +37,7 @@ pub(crate) struct Verdict {
 /// ends by itself are excused by nothing.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Allowed {
-    /// Answers that are not 2xx, because no durable place is left.
+    /// Answers that are not 2xx, because no durable store is left.
     pub(crate) not_2xx: bool,
     /// Ids that are looked up again, because who had them is gone, or because the broker confirmed
     /// them after they had gone to the spool. A busy machine alone can bring about the latter.

@@ -334,7 +334,7 @@ impl World {
     /// Starts another producer on the spool of the last, and waits until it takes callbacks.
     pub(crate) async fn producer_is_back(&mut self) {
         let producer = self.producer.insert(self.spawn_producer());
-        producer.wait_for_log("taking callbacks").await;
+        producer.wait_for_log("accepting callbacks").await;
         if let Some((_, until @ None)) = self.nobody_listened.last_mut() {
             *until = Some(SystemTime::now() + CUTTING_OFF);
         }

@@ -71,7 +71,7 @@ impl Surroundings {
 
 /// Where a producer takes callbacks, as it says in its log.
 pub async fn callback_endpoint(producer: &Process) -> String {
-    let line = producer.wait_for_log("taking callbacks").await;
+    let line = producer.wait_for_log("accepting callbacks").await;
     let address = line.split("address=").nth(1).expect("the line should end in the address");
     format!("http://{}/callback", address.trim())
 }

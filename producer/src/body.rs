@@ -14,59 +14,58 @@ use tokio::time::{Instant, timeout_at};
 use crate::config::Callbacks;
 use crate::deadline::Deadline;
 
-/// What a body may take without asking for room. A callback of 200 ids has 4 KiB at most, so the
-/// callbacks of every day never wait for the large ones.
+/// A body up to this size needs no permits. A callback with 200 ids has at most 4 KiB, so ordinary
+/// callbacks never wait for large ones.
 const SMALL_BYTES: usize = 8 << 10;
-/// What the large bodies may take together. Without this bound, clients who send all of a large body
-/// but its end could have `MAX_BODY_BYTES` of memory for each connection.
+/// The memory for all large bodies together. Without this bound, clients that withhold the end of a
+/// large body could occupy `MAX_BODY_BYTES` of memory for each connection.
 const LARGE_BYTES_TOTAL: usize = 16 << 20;
-/// What one read from a connection brings at most.
+/// The most bytes that one read from a connection returns.
 const READ_BYTES: usize = 16 << 10;
 /// After [`GRACE`], a body must have arrived at this rate on average.
 const BYTES_PER_SECOND_MIN: u32 = 16 << 10;
-/// Ample for a packet that is lost several times.
+/// Enough for a packet that is lost several times.
 const GRACE: Duration = Duration::from_secs(2);
 
-/// Reads bodies.
-pub(crate) struct Bodies {
+pub(crate) struct BodyReader {
     max_bytes: usize,
-    within: Duration,
+    timeout: Duration,
     grace: Duration,
-    /// One permit for each byte that large bodies may hold.
-    room: Arc<Semaphore>,
+    /// One permit for each byte of memory for large bodies.
+    memory: Arc<Semaphore>,
 }
 
-/// A body, with the room that it takes up until it is dropped.
+/// A body, which holds its memory permits until it is dropped.
 #[derive(Default)]
 pub(crate) struct BufferedBody {
     small: Vec<u8>,
     large: Option<LargeBody>,
-    /// A permit for each byte of a body that is not small, and for the next read of it.
-    room: Option<OwnedSemaphorePermit>,
+    /// One permit for each byte of a large body, and of its next read.
+    permits: Option<OwnedSemaphorePermit>,
 }
 
-/// A body of more than [`SMALL_BYTES`], in pages of its own: the system has them back when it is dropped. The allocator
-/// would keep most of the memory of a thousand large bodies for itself.
+/// A body of more than [`SMALL_BYTES`]. It has its own pages, which are returned to the system on
+/// drop; the allocator would keep most of the memory of a thousand large bodies.
 struct LargeBody {
-    /// For the largest body that is allowed. A page takes memory once it is written to.
+    /// Mapped for the largest allowed body. A page takes memory once it is written to.
     pages: MmapMut,
     length: usize,
 }
 
-impl Bodies {
+impl BodyReader {
     pub(crate) fn new(config: &Callbacks) -> Self {
-        Self::with_room(config.max_body_bytes, config.body_timeout, LARGE_BYTES_TOTAL)
+        Self::with_memory(config.max_body_bytes, config.body_timeout, LARGE_BYTES_TOTAL)
     }
 
-    fn with_room(max_bytes: usize, within: Duration, total: usize) -> Self {
+    fn with_memory(max_bytes: usize, timeout: Duration, total: usize) -> Self {
         let total = total.max(max_bytes).min(Semaphore::MAX_PERMITS);
-        Self { max_bytes, within, grace: GRACE, room: Arc::new(Semaphore::new(total)) }
+        Self { max_bytes, timeout, grace: GRACE, memory: Arc::new(Semaphore::new(total)) }
     }
 
     /// Reads the body to its end.
     ///
     /// # Errors
-    /// A 408, 413 or 415, a 400 for a body that breaks off or is in no right form, or a 503 if there is no
+    /// A 408, 413 or 415, a 400 for a body that breaks off or is malformed, or a 503 if there is no
     /// memory for it by the deadline.
     pub(crate) async fn read(
         &self,
@@ -75,17 +74,18 @@ impl Bodies {
         deadline: Deadline,
     ) -> Result<BufferedBody, Problem> {
         reject_by_headers(headers)?;
-        // What says itself that it is too large is not read at all.
+        // A body that is announced as too large is not read at all.
         if body.size_hint().lower() > self.max_bytes as u64 {
             return Err(self.too_large());
         }
         let started = Instant::now();
         let mut buffered = BufferedBody::default();
         loop {
-            // Before the next part is read: a thousand bodies that wait must not hold one each.
+            // Before the next part is read, because a thousand waiting bodies must not hold one
+            // part each.
             let expected = buffered.bytes().len() + next_read(&body, &buffered);
-            self.make_room(&mut buffered, expected, deadline).await?;
-            let allowed = self.allowed_for(buffered.bytes().len());
+            self.reserve(&mut buffered, expected, deadline).await?;
+            let allowed = self.time_allowed(buffered.bytes().len());
             let frame = match timeout_at(started + allowed, body.frame()).await {
                 Ok(None) => return Ok(buffered),
                 Ok(Some(frame)) => frame,
@@ -95,44 +95,46 @@ impl Bodies {
                 let detail = format!("the body could not be read: {error}");
                 Problem::new(StatusCode::BAD_REQUEST, detail)
             })?;
-            // What is no data is a trailer, which says nothing to us.
+            // A frame without data is a trailer, which is ignored.
             let Ok(data) = frame.into_data() else { continue };
             let length = buffered.bytes().len() + data.len();
             if length > self.max_bytes {
                 return Err(self.too_large());
             }
-            self.make_room(&mut buffered, length, deadline).await?;
+            self.reserve(&mut buffered, length, deadline).await?;
             buffered.append(&data, self.max_bytes).map_err(|_| no_memory())?;
         }
     }
 
-    /// How long after its beginning a body of which so much has arrived must go on.
-    fn allowed_for(&self, received: usize) -> Duration {
-        let seconds = u32::try_from(received).unwrap_or(u32::MAX);
-        let at_least = Duration::from_secs(seconds.into()) / BYTES_PER_SECOND_MIN;
-        self.within.min(self.grace.saturating_add(at_least))
+    /// The time from the start of a body to its next part, if `received` bytes have arrived.
+    fn time_allowed(&self, received: usize) -> Duration {
+        let bytes = u32::try_from(received).unwrap_or(u32::MAX);
+        let at_minimum_rate = Duration::from_secs(bytes.into()) / BYTES_PER_SECOND_MIN;
+        self.timeout.min(self.grace.saturating_add(at_minimum_rate))
     }
 
-    /// Waits for the room that a body needs to grow to `length` bytes; a small body needs none. While this waits, the
-    /// client has to wait as well.
-    async fn make_room(
+    /// Waits for the permits that a body needs to grow to `length` bytes; a small body needs none.
+    /// Meanwhile nothing is read from the client.
+    async fn reserve(
         &self,
         body: &mut BufferedBody,
         length: usize,
         deadline: Deadline,
     ) -> Result<(), Problem> {
         let length = length.min(self.max_bytes);
-        let held = body.room.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
+        let held = body.permits.as_ref().map_or(0, OwnedSemaphorePermit::num_permits);
         if length <= SMALL_BYTES || length <= held {
             return Ok(());
         }
         let wanted = u32::try_from(length - held).unwrap_or(u32::MAX);
-        let room = Arc::clone(&self.room).acquire_many_owned(wanted);
-        // Nothing closes the semaphore.
-        let Ok(Ok(room)) = timeout_at(deadline.at(), room).await else { return Err(no_memory()) };
-        match &mut body.room {
-            Some(held) => held.merge(room),
-            none => *none = Some(room),
+        let acquired = Arc::clone(&self.memory).acquire_many_owned(wanted);
+        // The semaphore is never closed, so the only error is a timeout.
+        let Ok(Ok(permits)) = timeout_at(deadline.at(), acquired).await else {
+            return Err(no_memory());
+        };
+        match &mut body.permits {
+            Some(held) => held.merge(permits),
+            none => *none = Some(permits),
         }
         Ok(())
     }
@@ -151,7 +153,7 @@ impl BufferedBody {
         }
     }
 
-    /// Appends to a body that is never longer than `max_bytes`.
+    /// Appends to a body that never exceeds `max_bytes`.
     ///
     /// # Errors
     /// When the system has no memory.
@@ -165,8 +167,8 @@ impl BufferedBody {
             large
         } else {
             let mut pages = MmapMut::map_anon(max_bytes)?;
-            // Without this, the kernel may back neighbouring bodies with pages of 2 MiB. The call fails only on kernels
-            // that have no such pages.
+            // Otherwise the kernel may back neighbouring bodies with pages of 2 MiB. The call fails
+            // only on kernels without such pages.
             #[cfg(target_os = "linux")]
             let _ = pages.advise(memmap2::Advice::NoHugePage);
             pages[..length].copy_from_slice(&self.small);
@@ -180,8 +182,8 @@ impl BufferedBody {
     }
 }
 
-/// How much the next read may add to a body. The first read counts as nothing, so that a client that sends only the head of a
-/// request holds no room.
+/// The number of bytes that the next read may add to a body. The first read counts as none, so that
+/// a client that sends only the head of a request holds no permits.
 fn next_read(body: &Body, buffered: &BufferedBody) -> usize {
     if buffered.bytes().is_empty() {
         return 0;
@@ -193,18 +195,19 @@ fn next_read(body: &Body, buffered: &BufferedBody) -> usize {
 fn no_memory() -> Problem {
     Problem {
         status: StatusCode::SERVICE_UNAVAILABLE,
-        detail: "there are too many large bodies at once: send it again".to_owned(),
+        detail: "no memory for another large body now: send the callback again".to_owned(),
         retry_after_seconds: Some(1),
     }
 }
 
 fn too_slow(received: usize, allowed: Duration) -> Problem {
-    let detail = format!("the body did not arrive within {allowed:?}: {received} bytes have come");
+    let detail =
+        format!("the body did not arrive within {allowed:?}: {received} bytes were received");
     Problem::new(StatusCode::REQUEST_TIMEOUT, detail)
 }
 
-/// Rejects what cannot be a callback, whatever its bytes say. The type and the charset are not looked at: many clients send a wrong one, or
-/// none, with JSON in UTF-8.
+/// Rejects an encoded or multipart body. Any other media type and charset is accepted, because many
+/// clients send a wrong one or none with JSON in UTF-8.
 fn reject_by_headers(headers: &HeaderMap) -> Result<(), Problem> {
     if texts(headers, header::CONTENT_ENCODING).any(|encoding| !is_identity(encoding)) {
         return Err(unsupported("the content-encoding must be identity: send the JSON as it is"));
@@ -225,7 +228,7 @@ fn is_multipart(content_type: &str) -> bool {
     kind.eq_ignore_ascii_case("multipart")
 }
 
-/// The values of a header; one that is no text counts as something that nobody knows.
+/// The values of a header. A value that is not text becomes `?`, which matches nothing.
 fn texts(headers: &HeaderMap, name: HeaderName) -> impl Iterator<Item = &str> {
     headers.get_all(name).into_iter().map(|value| value.to_str().unwrap_or("?"))
 }
@@ -241,21 +244,21 @@ mod tests {
     const BUDGET: Duration = Duration::from_millis(300);
     const MIB: usize = 1 << 20;
 
-    /// A body that does not go on after its first bytes.
+    /// A body that stalls after its first bytes.
     fn stalled(bytes: usize) -> Body {
         let first = futures_util::stream::iter([Ok::<_, std::io::Error>(vec![b' '; bytes])]);
         Body::from_stream(futures_util::StreamExt::chain(first, futures_util::stream::pending()))
     }
 
-    async fn read(bodies: &Bodies, body: Body) -> Result<usize, Problem> {
+    async fn read(bodies: &BodyReader, body: Body) -> Result<usize, Problem> {
         let deadline = Deadline::new(Instant::now(), BUDGET);
         let read = bodies.read(&HeaderMap::new(), body, deadline).await;
         read.map(|body| body.bytes().len())
     }
 
     #[tokio::test]
-    async fn body_is_what_arrived_whatever_the_sizes_of_its_parts() {
-        let bodies = Bodies::with_room(MIB, BUDGET * 30, MIB);
+    async fn body_is_complete_for_any_sizes_of_its_parts() {
+        let bodies = BodyReader::with_memory(MIB, BUDGET * 30, MIB);
         for sizes in [vec![], vec![SMALL_BYTES], vec![SMALL_BYTES - 1, 1, 1, 300_000], vec![MIB]] {
             let parts = sizes.iter().zip(1..).map(|(size, value)| vec![value; *size]);
             let parts: Vec<Vec<u8>> = parts.collect();
@@ -265,13 +268,13 @@ mod tests {
             let body = bodies.read(&HeaderMap::new(), Body::from_stream(stream), deadline).await;
             assert!(body.unwrap().bytes() == parts.concat(), "{sizes:?}");
         }
-        assert_eq!(bodies.room.available_permits(), MIB, "all of the room is free again");
+        assert_eq!(bodies.memory.available_permits(), MIB, "all permits are returned");
     }
 
     /// Field case 1.12.
     #[tokio::test]
     async fn stalled_bodies_hold_only_what_has_arrived() {
-        let bodies = Bodies::with_room(MIB, BUDGET * 3, 64 * MIB);
+        let bodies = BodyReader::with_memory(MIB, BUDGET * 3, 64 * MIB);
         let stalled = (0..160).map(|_| read(&bodies, stalled(17 << 10)));
         let stalled = futures_util::future::join_all(stalled);
         let other = read(&bodies, Body::from(vec![b' '; 24 << 10]));
@@ -280,12 +283,12 @@ mod tests {
         for problem in stalled {
             assert_eq!(problem.unwrap_err().status, StatusCode::REQUEST_TIMEOUT);
         }
-        assert_eq!(bodies.room.available_permits(), 64 * MIB, "all of the room is free again");
+        assert_eq!(bodies.memory.available_permits(), 64 * MIB, "all permits are returned");
     }
 
     #[tokio::test]
-    async fn bodies_without_a_first_byte_hold_no_room() {
-        let bodies = Bodies::with_room(MIB, BUDGET * 3, MIB);
+    async fn bodies_without_a_first_byte_hold_no_permits() {
+        let bodies = BodyReader::with_memory(MIB, BUDGET * 3, MIB);
         let silent =
             || Body::from_stream(futures_util::stream::pending::<std::io::Result<Vec<u8>>>());
         let silent = futures_util::future::join_all((0..64).map(|_| read(&bodies, silent())));
@@ -298,7 +301,7 @@ mod tests {
 
     #[tokio::test]
     async fn body_without_room_is_answered_503_at_its_deadline() {
-        let bodies = Bodies::with_room(MIB, BUDGET * 3, MIB);
+        let bodies = BodyReader::with_memory(MIB, BUDGET * 3, MIB);
         let (stalled, other) = tokio::join!(
             read(&bodies, stalled(MIB)),
             read(&bodies, Body::from(vec![b' '; MIB / 2])),
@@ -311,8 +314,8 @@ mod tests {
 
     #[tokio::test]
     async fn body_below_the_minimum_rate_is_answered_408() {
-        let bodies = Bodies::with_room(MIB, Duration::from_mins(1), 64 * MIB);
-        let bodies = Bodies { grace: BUDGET, ..bodies };
+        let bodies = BodyReader::with_memory(MIB, Duration::from_mins(1), 64 * MIB);
+        let bodies = BodyReader { grace: BUDGET, ..bodies };
         let trickle = futures_util::stream::unfold((), |()| async {
             tokio::time::sleep(Duration::from_millis(100)).await;
             Some((Ok::<_, std::io::Error>(vec![b' '; 100]), ()))

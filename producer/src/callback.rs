@@ -1,4 +1,4 @@
-//! The body of a callback: a list of object ids.
+//! Parses the body of a callback: a list of object ids.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -9,7 +9,7 @@ use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
 use service::problem::Problem;
 
-/// Some clients write it before the text. A JSON parser may ignore it (RFC 8259, section 8.1).
+/// Some clients write this before the text. A JSON parser may ignore it (RFC 8259, section 8.1).
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Above this, a floating-point number does not distinguish neighbouring integers.
 const FLOATS_EXACT_UP_TO: u64 = 1 << 53;
@@ -19,7 +19,7 @@ const FLOATS_EXACT_UP_TO: u64 = 1 << 53;
 pub(crate) struct Callback {
     /// The number of ids that the callback lists, repeats included.
     pub(crate) listed: usize,
-    /// Each of them once, in ascending order.
+    /// Each id once, in ascending order.
     pub(crate) ids: Vec<i64>,
 }
 
@@ -33,15 +33,15 @@ struct Ids(Vec<i64>);
 
 struct Id(i64);
 
-/// The same with the text of the list, for senders that write an integer in another way.
+/// The same with the text of the list, for senders that write integers in another form.
 #[derive(Deserialize)]
 struct BodyAsText<'a> {
     #[serde(borrow)]
     object_ids: &'a RawValue,
 }
 
-// These visitors are called for values of any type, and reject text themselves: the errors of serde quote it, escaped, which
-// takes several times the memory of the body.
+// These visitors accept values of any type and reject text themselves, because serde's errors quote
+// and escape the text, which takes several times the memory of the body.
 impl<'de> Deserialize<'de> for Ids {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         struct List;
@@ -95,14 +95,14 @@ impl<'de> Deserialize<'de> for Id {
 }
 
 impl Callback {
-    /// Reads a body of the form `{"object_ids":[1,2,3]}`. An id may also be a decimal string (`"2"`), or a number with a fraction of zero or
-    /// an exponent (`4.0`) up to 2^53.
+    /// Parses a body of the form `{"object_ids":[1,2,3]}`. An id may also be a decimal string
+    /// (`"2"`), or a number with a fraction of zero or an exponent (`4.0`) up to 2^53.
     ///
     /// # Errors
-    /// A 400 that says what is wrong and where, or a 422 for more than `max_ids`.
+    /// A 400 with the fault and its position, or a 422 for more than `max_ids` ids.
     pub(crate) fn parse(body: &[u8], max_ids: usize) -> Result<Self, Problem> {
         let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
-        // Without this, serde would take the bare list `[[1,2,3]]` for the object's fields in order.
+        // Otherwise serde would read the bare list `[[1,2,3]]` as the object's fields in order.
         if body.trim_ascii_start().first() != Some(&b'{') {
             return Err(bad_request(match other_encoding(body) {
                 Some(encoding) => format!("the body is in {encoding}: send it in UTF-8"),
@@ -118,7 +118,10 @@ impl Callback {
         if listed > max_ids {
             return Err(Problem::new(
                 StatusCode::UNPROCESSABLE_ENTITY,
-                format!("{listed} ids are more than the {max_ids} of one callback: send several"),
+                format!(
+                    "{listed} ids are more than the {max_ids} of one callback: \
+                     send several callbacks"
+                ),
             ));
         }
         ids.sort_unstable();
@@ -155,7 +158,8 @@ fn parse_texts(body: &[u8]) -> Result<Vec<i64>, Problem> {
     ids.collect()
 }
 
-/// UTF-16 or UTF-32, by the zero bytes around the opening brace or by the byte order mark.
+/// Recognises UTF-16 and UTF-32 by the zero bytes around the opening brace, or by the byte order
+/// mark.
 fn other_encoding(body: &[u8]) -> Option<&'static str> {
     match body {
         [0xff, 0xfe, 0, 0, ..]
@@ -167,19 +171,19 @@ fn other_encoding(body: &[u8]) -> Option<&'static str> {
     }
 }
 
-/// The integer that a JSON number or string stands for, if there is exactly one.
+/// The integer that a JSON number or string represents, if it is unambiguous.
 fn integer(json: &str) -> Option<i64> {
     if json.starts_with('"') {
         let text: Cow<str> = serde_json::from_str(json).ok()?;
-        // No blanks, plus sign or leading zeros.
+        // Rejects blanks, plus signs and leading zeros.
         let is_decimal = |id: &i64| id.to_string() == *text;
         return text.parse().ok().filter(is_decimal);
     }
     json.parse().ok().or_else(|| whole_float(json))
 }
 
-/// The value of a JSON number such as `4.0` or `4e2`, if it is whole and at most 2^53 either way. It is calculated from the digits, because a
-/// floating-point number would round first.
+/// The value of a JSON number such as `4.0` or `4e2`, if it is whole and between -2^53 and 2^53. It
+/// is calculated from the digits, because a floating-point number would be rounded first.
 fn whole_float(json: &str) -> Option<i64> {
     let (mantissa, exponent) = json.split_once(['e', 'E']).unwrap_or((json, "0"));
     let (whole, fraction) = mantissa.split_once('.').unwrap_or((mantissa, ""));
@@ -214,13 +218,13 @@ mod tests {
     }
 
     #[test]
-    fn repeats_are_listed_but_looked_up_once() {
+    fn repeated_ids_are_counted_as_listed_and_kept_once() {
         let callback = Callback::parse(br#" {"object_ids":[3,1,3,-2]} "#, 10).unwrap();
         assert_eq!(callback, Callback { listed: 4, ids: vec![-2, 1, 3] });
     }
 
     #[test]
-    fn the_ends_of_64_bits_and_unknown_fields_are_taken() {
+    fn extreme_ids_and_unknown_fields_are_accepted() {
         let body = format!(r#"{{"at":1,"object_ids":[{},{}],"x":{{}}}}"#, i64::MIN, i64::MAX);
         assert_eq!(Callback::parse(body.as_bytes(), 10).unwrap().ids, [i64::MIN, i64::MAX]);
         assert_eq!(Callback::parse(br#"{"object_ids":[]}"#, 10).unwrap().listed, 0);
@@ -291,7 +295,7 @@ mod tests {
         }
     }
 
-    /// Field case 2.1: what serde says of a text has all of the text in it.
+    /// Field case 2.1: serde's error about a text quotes all of it.
     #[test]
     fn error_does_not_quote_a_long_text() {
         let text = "\u{301}".repeat(10_000);
@@ -305,16 +309,17 @@ mod tests {
             let detail = detail(&body);
             assert!(detail.len() < 200, "{} bytes: {detail:.300}", detail.len());
         }
-        let fast = |body: String| serde_json::from_slice::<Body>(body.as_bytes()).err().unwrap();
+        let first_error =
+            |body: String| serde_json::from_slice::<Body>(body.as_bytes()).err().unwrap();
         for body in
             [format!(r#"{{"object_ids":"{text}"}}"#), format!(r#"{{"object_ids":["{text}"]}}"#)]
         {
-            assert!(fast(body).to_string().len() < 200);
+            assert!(first_error(body).to_string().len() < 200);
         }
     }
 
     #[test]
-    fn what_is_no_json_is_told_apart_from_what_has_another_shape() {
+    fn invalid_json_and_json_of_another_shape_have_own_errors() {
         for body in ["{", r#"{"object_ids":[1,}"#, r#"{"object_ids":[1"#, "{]"] {
             assert!(detail(body).starts_with("the body is not JSON"), "{body}");
         }
@@ -326,13 +331,13 @@ mod tests {
     }
 
     #[test]
-    fn a_body_of_brackets_ends_in_an_error_and_not_in_a_stack_overflow() {
+    fn body_of_brackets_is_an_error_and_no_stack_overflow() {
         let body = format!(r#"{{"x":{}"#, "[".repeat(1 << 20));
         assert!(detail(&body).starts_with("the body is not JSON"));
     }
 
     #[test]
-    fn more_ids_than_allowed_are_refused_as_unprocessable() {
+    fn more_ids_than_allowed_are_rejected_as_unprocessable() {
         let problem = Callback::parse(br#"{"object_ids":[1,1,1]}"#, 2).unwrap_err();
         assert_eq!(problem.status, StatusCode::UNPROCESSABLE_ENTITY);
     }

@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// One deadline for all waits of a request, set on its arrival: waits with a timeout each would add up to more
-/// than the client's patience.
+/// One deadline for all waits of a request, set on its arrival. Separate timeouts could add up to
+/// more than the second that the client waits.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Deadline {
     at: Instant,
@@ -25,15 +25,15 @@ impl Deadline {
         self.at.saturating_duration_since(Instant::now())
     }
 
-    /// The deadline once the body has arrived. A client that needs longer than the budget to send its body does
-    /// not give up after a second, and has the budget from then on.
+    /// The deadline after the body has arrived. A client that needs longer than the budget to send
+    /// its body does not give up after a second, so the budget starts again.
     #[must_use]
     pub(crate) fn after_body(self) -> Self {
         let now = Instant::now();
         if now < self.at { self } else { Self::new(now, self.budget) }
     }
 
-    /// Half of the remaining time from now, for a wait that something else must follow.
+    /// Half of the remaining time from now, for a wait that must leave time for another one.
     pub(crate) fn halfway(self) -> Instant {
         Instant::now() + self.remaining() / 2
     }
@@ -54,7 +54,7 @@ mod tests {
     }
 
     #[test]
-    fn client_that_sends_its_body_slowly_has_the_budget_from_then_on() {
+    fn budget_restarts_after_a_body_that_took_longer() {
         let now = Instant::now();
         let deadline = Deadline::new(now - BUDGET * 2, BUDGET);
         assert_eq!(deadline.remaining(), Duration::ZERO);

@@ -1,7 +1,7 @@
-//! Signed callbacks that come again: each is published once.
+//! Recognises repeats of signed callbacks, so that each callback is published once.
 //!
-//! Which ones are under way and which are done is known to this process alone, and not after its
-//! end: publishing is at-least-once all the same, and this spares repeats, it does not rule them out.
+//! It saves work but guarantees nothing: other producers do not know these callbacks, and a restart
+//! forgets them. Consumers must expect that a message is published more than once.
 //!
 //! Decision: docs/decisions/0012-when-are-two-callbacks-the-same.md
 
@@ -13,65 +13,68 @@ use authenticity::Fingerprint;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// A signature holds from five minutes before its time to five minutes after, so who sends the same
-/// again can do so for ten minutes.
+/// A signature is accepted from five minutes before its timestamp to five minutes after, so a
+/// callback can be repeated for ten minutes.
 const REMEMBERED_FOR: Duration = Duration::from_mins(10);
-/// How long what is done is gathered before the next bucket begins.
+/// The time after which a new bucket begins.
 const BUCKET_SPAN: Duration = Duration::from_mins(1);
-/// Where the next one begins before its time: a table of 4.5 MB, which would double to hold one more.
+/// A full bucket, after which a new one begins at once: a table of 4.5 MB, which would double to
+/// hold one more fingerprint.
 const BUCKET_MAX: usize = 229_376;
-/// As many as begin within [`REMEMBERED_FOR`], and the one that ends in it. All of them full, it is
-/// 49 MB for 2.5 million callbacks, which is 4,200 per second; beyond that the oldest go earlier.
+/// The buckets that begin within [`REMEMBERED_FOR`], and the one that ends in it. When all are
+/// full, they hold 2.5 million callbacks (4,200 per second) in 49 MB. At a higher rate, the oldest
+/// are forgotten earlier.
 const BUCKETS_MAX: usize = 11;
 
-/// The signed callbacks of the last ten minutes.
+/// The signed callbacks of the last ten minutes, published and in flight.
 #[derive(Default)]
-pub(crate) struct Repeats {
+pub(crate) struct DuplicateFilter {
     state: Mutex<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// Each is closed when the callback's outcome is known.
-    under_way: HashMap<Fingerprint, watch::Receiver<()>>,
-    published: Memory,
+    /// The channel of a callback closes when its outcome is known.
+    in_flight: HashMap<Fingerprint, watch::Receiver<()>>,
+    published: RecentFingerprints,
 }
 
-/// Whose turn it is to publish a callback.
-pub(crate) enum Turn<'a> {
-    /// The caller's.
-    Ours(UnderWay<'a>),
-    /// Nobody's: it has been published.
-    Published,
+/// Whether to publish a callback.
+pub(crate) enum Admission<'a> {
+    /// The caller publishes the callback.
+    Publish(InFlightGuard<'a>),
+    /// The callback is already published.
+    AlreadyPublished,
 }
 
-/// A callback that is being published by the holder. If it is dropped before it is published, the
-/// next repeat gets its turn.
-pub(crate) struct UnderWay<'a> {
-    repeats: &'a Repeats,
+/// Marks a callback as in flight. If the guard is dropped before the callback is published, a
+/// waiting repeat is admitted.
+pub(crate) struct InFlightGuard<'a> {
+    filter: &'a DuplicateFilter,
     fingerprint: Fingerprint,
     _outcome: watch::Sender<()>,
 }
 
-impl Repeats {
-    /// Finds out whose turn it is. While somebody else has it, this waits for the outcome, which is
-    /// why the caller needs a deadline.
-    pub(crate) async fn turn(&self, fingerprint: Fingerprint) -> Turn<'_> {
+impl DuplicateFilter {
+    /// Admits the callback unless it is already published. While another request publishes it, this
+    /// waits for the outcome, so the caller needs a deadline.
+    pub(crate) async fn admit(&self, fingerprint: Fingerprint) -> Admission<'_> {
         loop {
             let mut outcome = {
                 let mut state = self.lock();
-                if state.published.has(&fingerprint, Instant::now()) {
-                    return Turn::Published;
+                if state.published.contains(&fingerprint, Instant::now()) {
+                    return Admission::AlreadyPublished;
                 }
-                if let Some(outcome) = state.under_way.get(&fingerprint) {
+                if let Some(outcome) = state.in_flight.get(&fingerprint) {
                     outcome.clone()
                 } else {
                     let (sender, receiver) = watch::channel(());
-                    state.under_way.insert(fingerprint, receiver);
-                    return Turn::Ours(UnderWay { repeats: self, fingerprint, _outcome: sender });
+                    state.in_flight.insert(fingerprint, receiver);
+                    let guard = InFlightGuard { filter: self, fingerprint, _outcome: sender };
+                    return Admission::Publish(guard);
                 }
             };
-            // Nothing is ever sent, so this ends when the sender is dropped.
+            // No value is ever sent, so this ends when the sender is dropped.
             while outcome.changed().await.is_ok() {}
         }
     }
@@ -81,26 +84,27 @@ impl Repeats {
     }
 }
 
-impl UnderWay<'_> {
-    /// It is durable: whoever repeats it can be told so.
-    pub(crate) fn published(self) {
-        let mut state = self.repeats.lock();
+impl InFlightGuard<'_> {
+    /// Records that the callback is durable: its repeats need not be published.
+    pub(crate) fn mark_published(self) {
+        let mut state = self.filter.lock();
         state.published.add(self.fingerprint, Instant::now());
     }
 }
 
-impl Drop for UnderWay<'_> {
+impl Drop for InFlightGuard<'_> {
     fn drop(&mut self) {
-        // Before the sender is dropped, so that whoever waits finds nothing in the way.
-        self.repeats.lock().under_way.remove(&self.fingerprint);
+        // Before the sender is dropped: a waiting repeat must not find this callback still in
+        // flight.
+        self.filter.lock().in_flight.remove(&self.fingerprint);
     }
 }
 
-/// Fingerprints for a while, a bounded number of them, without a moment at which many of them have
-/// to be moved or forgotten one by one.
+/// A bounded set of recent fingerprints. It forgets a bucket at a time, so that no request pays for
+/// moving or removing many fingerprints one by one.
 #[derive(Default)]
-struct Memory {
-    /// The newest is at the front, where most repeats are found.
+struct RecentFingerprints {
+    /// The newest is at the front, because most repeats arrive soon.
     buckets: VecDeque<Bucket>,
 }
 
@@ -109,8 +113,8 @@ struct Bucket {
     fingerprints: HashSet<Fingerprint>,
 }
 
-impl Memory {
-    fn has(&mut self, fingerprint: &Fingerprint, now: Instant) -> bool {
+impl RecentFingerprints {
+    fn contains(&mut self, fingerprint: &Fingerprint, now: Instant) -> bool {
         let outdated = |bucket: &Bucket| now - bucket.since > REMEMBERED_FOR + BUCKET_SPAN;
         while self.buckets.back().is_some_and(outdated) {
             self.buckets.pop_back();
@@ -139,78 +143,79 @@ mod tests {
         (number as u128).to_le_bytes()
     }
 
-    async fn is_ours(repeats: &Repeats, number: usize) -> bool {
-        matches!(repeats.turn(fingerprint(number)).await, Turn::Ours(_))
+    async fn is_admitted(filter: &DuplicateFilter, number: usize) -> bool {
+        matches!(filter.admit(fingerprint(number)).await, Admission::Publish(_))
     }
 
-    async fn publish(repeats: &Repeats, number: usize) {
-        match repeats.turn(fingerprint(number)).await {
-            Turn::Ours(turn) => turn.published(),
-            Turn::Published => panic!("{number} is published already"),
+    async fn publish(filter: &DuplicateFilter, number: usize) {
+        match filter.admit(fingerprint(number)).await {
+            Admission::Publish(guard) => guard.mark_published(),
+            Admission::AlreadyPublished => panic!("callback {number} is already published"),
         }
     }
 
     #[tokio::test]
-    async fn what_is_published_is_nobodys_turn_and_what_failed_is_the_next_ones() {
-        let repeats = Repeats::default();
-        assert!(is_ours(&repeats, 1).await);
-        assert!(is_ours(&repeats, 1).await);
-        publish(&repeats, 1).await;
-        assert!(!is_ours(&repeats, 1).await);
-        assert!(is_ours(&repeats, 2).await);
+    async fn published_duplicate_is_skipped_failed_one_is_retried() {
+        let filter = DuplicateFilter::default();
+        assert!(is_admitted(&filter, 1).await);
+        assert!(is_admitted(&filter, 1).await);
+        publish(&filter, 1).await;
+        assert!(!is_admitted(&filter, 1).await);
+        assert!(is_admitted(&filter, 2).await);
     }
 
     #[tokio::test]
-    async fn of_those_who_wait_one_gets_the_turn_that_failed_and_the_others_wait_on() {
-        let repeats = Repeats::default();
-        let Turn::Ours(first) = repeats.turn(fingerprint(1)).await else { panic!() };
-        let waiting = async || match repeats.turn(fingerprint(1)).await {
-            Turn::Published => false,
-            Turn::Ours(turn) => {
-                // The other one is still waiting while this one has the turn.
+    async fn after_a_failure_one_waiting_duplicate_is_published() {
+        let filter = DuplicateFilter::default();
+        let Admission::Publish(first) = filter.admit(fingerprint(1)).await else { panic!() };
+        let duplicate = async || match filter.admit(fingerprint(1)).await {
+            Admission::AlreadyPublished => false,
+            Admission::Publish(guard) => {
+                // The other duplicate waits while this one is in flight.
                 tokio::task::yield_now().await;
-                turn.published();
+                guard.mark_published();
                 true
             }
         };
         let failing = async { drop(first) };
-        let (second, third, ()) = tokio::join!(waiting(), waiting(), failing);
+        let (second, third, ()) = tokio::join!(duplicate(), duplicate(), failing);
         assert!(second != third);
-        assert!(repeats.lock().under_way.is_empty());
+        assert!(filter.lock().in_flight.is_empty());
     }
 
     #[test]
-    fn a_callback_is_remembered_for_ten_minutes_and_not_for_much_longer() {
-        let mut memory = Memory::default();
+    fn callback_is_remembered_for_ten_minutes_and_then_forgotten() {
+        let mut recent = RecentFingerprints::default();
         let start = Instant::now();
-        memory.add(fingerprint(0), start);
+        recent.add(fingerprint(0), start);
         for second in 1..=600 {
             let now = start + Duration::from_secs(second);
-            memory.add(fingerprint(second.try_into().unwrap()), now);
-            assert!(memory.has(&fingerprint(0), now), "after {second} s");
+            recent.add(fingerprint(second.try_into().unwrap()), now);
+            assert!(recent.contains(&fingerprint(0), now), "after {second} s");
         }
         let later = start + Duration::from_mins(12);
-        assert!(!memory.has(&fingerprint(0), later));
-        assert!(memory.has(&fingerprint(600), later));
+        assert!(!recent.contains(&fingerprint(0), later));
+        assert!(recent.contains(&fingerprint(600), later));
     }
 
     #[test]
-    fn the_memory_is_bounded_and_the_oldest_go_first() {
-        let mut memory = Memory::default();
+    fn memory_is_bounded_and_the_oldest_are_forgotten_first() {
+        let mut recent = RecentFingerprints::default();
         let start = Instant::now();
         for number in 0..=BUCKET_MAX {
-            memory.add(fingerprint(number), start);
+            recent.add(fingerprint(number), start);
         }
-        assert!(memory.has(&fingerprint(0), start));
-        // The last one has a bucket of its own, and the first has not grown beyond what is said of it.
+        assert!(recent.contains(&fingerprint(0), start));
+        // The last fingerprint began a new bucket, and the first bucket has not grown beyond its
+        // bound.
         let capacities: Vec<usize> =
-            memory.buckets.iter().map(|bucket| bucket.fingerprints.capacity()).collect();
+            recent.buckets.iter().map(|bucket| bucket.fingerprints.capacity()).collect();
         assert!(capacities.len() == 2 && capacities[1] <= BUCKET_MAX, "{capacities:?}");
         for minute in 1..20 {
             let now = start + BUCKET_SPAN * minute;
-            memory.add(fingerprint(BUCKET_MAX + minute as usize), now);
-            assert!(memory.buckets.len() <= BUCKETS_MAX);
+            recent.add(fingerprint(BUCKET_MAX + minute as usize), now);
+            assert!(recent.buckets.len() <= BUCKETS_MAX);
         }
-        assert!(!memory.has(&fingerprint(0), start));
+        assert!(!recent.contains(&fingerprint(0), start));
     }
 }

@@ -1,9 +1,9 @@
-//! The durable places of a callback: the broker, and while that takes nothing, the spool.
+//! Stores a callback's messages durably: in the broker or, while that does not confirm, in the
+//! spool.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
-use std::pin::pin;
-use std::sync::Arc;
+use std::pin::{Pin, pin};
 use std::time::Duration;
 
 use broker::{Destination, LinkStatus, Origin, PublishError, Publisher, SpoolError};
@@ -12,152 +12,180 @@ use service::traces::{KeyValue, Span, SpanKind, Step};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
+use crate::broker_availability::{BrokerAvailability, BrokerOutcome};
 use crate::config::Config;
 use crate::deadline::Deadline;
-use crate::relay::Outage;
+use crate::relay::Relay;
+use crate::spool_handle::SpoolHandle;
 
-/// How long the spool may take to store a callback. With `PUBLISH_TIMEOUT` before it, the answer is
-/// there within the client's second.
+/// The time that the spool has to store a callback. Together with `PUBLISH_TIMEOUT`, it is less
+/// than the second that the client waits.
 const SPOOL_TIMEOUT: Duration = Duration::from_millis(500);
-/// Where the spool is unless `SPOOL_DIR` says otherwise.
+/// The default of `SPOOL_DIR`.
 const SPOOL_DIR: &str = "./spool";
 
-/// Why no place has taken a callback, or not all of it.
+/// Some messages of a callback may not be durable: the errors of the broker and, if there is one,
+/// the spool.
 #[derive(Debug, thiserror::Error)]
 #[error("{broker}{}", spool.as_ref().map(|error| format!("; {error}")).unwrap_or_default())]
-pub(crate) struct Unavailable {
-    pub(crate) broker: PublishError,
+pub(crate) struct NotStored {
+    broker: PublishError,
     spool: Option<SpoolError>,
 }
 
-pub(crate) struct Places {
+pub(crate) struct DurableSink {
     publisher: Publisher,
     destination: Destination,
     publish_timeout: Duration,
-    /// None if the broker is itself a file on this disk.
-    outage: Option<Arc<Outage>>,
+    /// `None` if the queue is itself a file on this disk.
+    fallback: Option<Fallback>,
 }
 
-impl Places {
-    /// Starts to look for the broker, and opens the spool if it can be opened.
+/// Stores messages while the broker does not.
+struct Fallback {
+    spool: SpoolHandle,
+    broker: BrokerAvailability,
+    relay: Relay,
+}
+
+impl DurableSink {
+    /// Starts to connect to the broker, and opens the spool if that is possible.
     ///
     /// # Errors
-    /// When the broker is a file that cannot be opened.
+    /// When the queue is a file that cannot be opened.
     pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
         let Config { callbacks, broker, .. } = config;
+        let publish_timeout = callbacks.publish_timeout;
         let publisher = Publisher::start(broker, "producer")?;
-        let outage = if broker.amqp_uri.is_file() {
+        let fallback = if broker.amqp_uri.is_file() {
             None
         } else {
-            // On a connection of its own: what waits must not come between a callback and its confirm.
+            // On its own connection, because relayed messages would delay the confirms of
+            // callbacks.
             let relay = Publisher::start(broker, "producer: relay")?;
             let directory = callbacks.spool_dir.clone().unwrap_or_else(|| PathBuf::from(SPOOL_DIR));
-            let path = directory.join("spool.db");
-            Some(Arc::new(
-                Outage::begin(path, callbacks.spool_max_bytes, callbacks.publish_timeout, relay)
+            Some(Fallback {
+                spool: SpoolHandle::open(directory.join("spool.db"), callbacks.spool_max_bytes)
                     .await,
-            ))
+                broker: BrokerAvailability::new(),
+                relay: Relay::new(relay, publish_timeout),
+            })
         };
-        let destination = broker.destination();
-        Ok(Self { publisher, destination, publish_timeout: callbacks.publish_timeout, outage })
+        Ok(Self { publisher, destination: broker.destination(), publish_timeout, fallback })
     }
 
-    /// The deadline of a request: it leaves something of the client's second for the way back.
+    /// The deadline of a request. It leaves part of the client's second for the response to travel.
     pub(crate) fn deadline(&self, arrived: Instant) -> Deadline {
         Deadline::new(arrived, self.publish_timeout.saturating_add(SPOOL_TIMEOUT))
     }
 
-    /// Makes a durable message of each of `ids` before the deadline.
+    /// Stores a durable message for each of `ids` before the deadline.
     ///
     /// # Errors
-    /// [`Unavailable`]: some of them may be durable all the same.
-    pub(crate) async fn take(
+    /// [`NotStored`]; some of the messages may be durable all the same.
+    pub(crate) async fn store(
         &self,
         callback: &Span,
         callback_id: &str,
         ids: &[i64],
         deadline: Deadline,
-    ) -> Result<(), Unavailable> {
-        let mut span = callback.child(|| self.publishing(callback_id, ids));
+    ) -> Result<(), NotStored> {
+        let mut span = callback.child(|| self.publish_step(callback_id, ids));
         let traceparent = span.traceparent();
         let origin = Origin { callback_id, traceparent: traceparent.as_deref() };
-        let taken = self.publish_or_spool(&mut span, origin, ids, deadline).await;
-        if let Err(error) = &taken {
+        let stored = self.publish_or_spool(&mut span, origin, ids, deadline).await;
+        if let Err(error) = &stored {
             span.fail(error);
         }
-        taken
+        stored
     }
 
+    /// Keeps the central promise: returns `Ok` only once the broker has confirmed the messages or
+    /// the spool has them on disk.
+    ///
+    /// 1. Try the broker, unless it is known to be unavailable and there is a spool.
+    /// 2. Add the ids that the broker has not confirmed to the spool.
+    /// 3. If the spool does not store them, await the broker's late confirm until the deadline.
     async fn publish_or_spool(
         &self,
         span: &mut Span,
         origin: Origin<'_>,
         ids: &[i64],
         deadline: Deadline,
-    ) -> Result<(), Unavailable> {
-        let within = deadline.remaining();
-        let mut publishing = pin!(self.publisher.publish_ids(origin, ids, within));
-        let Some(outage) = &self.outage else {
-            return publishing.await.map_err(|broker| Unavailable { broker, spool: None });
+    ) -> Result<(), NotStored> {
+        let time_left = deadline.remaining();
+        // The broker gets the messages when this is first polled.
+        let mut publishing = pin!(self.publisher.publish_ids(origin, ids, time_left));
+        let Some(Fallback { spool, broker, .. }) = &self.fallback else {
+            return publishing.await.map_err(|broker| NotStored { broker, spool: None });
         };
-        let mut refused = None;
-        let is_asked_first = outage.broker_takes() || outage.spool().is_none();
-        if is_asked_first {
-            let another_place = async {
-                sleep(self.share_of_the_broker(within)).await;
-                outage.opened().await;
-            };
-            tokio::select! {
-                // In this order: what is confirmed must not be spooled because this was not polled for a while.
-                biased;
-                published = publishing.as_mut() => match published {
-                    Ok(()) => return Ok(()),
-                    Err(error) => refused = Some(error),
-                },
-                // Its confirm may still come, should the spool not take it.
-                () = another_place => {}
-            }
+
+        let outcome = if broker.is_available() || spool.get().is_none() {
+            self.try_broker(publishing.as_mut(), spool, time_left).await
+        } else {
+            BrokerOutcome::NotTried
+        };
+        if let BrokerOutcome::Confirmed = outcome {
+            return Ok(());
         }
-        let mut unspooled = None;
-        // It may have been opened since the callback came.
-        if let Some(spool) = outage.spool() {
-            if is_asked_first && !is_full(refused.as_ref()) {
-                outage.set_broker_takes(false);
-            }
-            let unconfirmed = refused.as_ref().map_or(Cow::Borrowed(ids), |error| left(ids, error));
+
+        let mut spool_error = None;
+        // Checked again, because the spool may have been opened since the callback arrived.
+        if let Some(open_spool) = spool.get() {
+            // The next callbacks must not try the broker while this one is being spooled.
+            broker.update(&outcome);
             span.set("lastseen.spooled", true);
-            let left = deadline.remaining().min(SPOOL_TIMEOUT);
-            let added = spool.add(origin, &unconfirmed, left).await;
-            outage.note(&spool, &added, unconfirmed.len());
-            match added {
+            let unconfirmed = unconfirmed_ids(ids, &outcome);
+            let within = deadline.remaining().min(SPOOL_TIMEOUT);
+            match spool.add(&open_spool, origin, &unconfirmed, within).await {
                 Ok(()) => return Ok(()),
-                Err(error) => unspooled = Some(error),
+                Err(error) => spool_error = Some(error),
             }
         }
-        let published = match refused {
-            Some(error) => Err(error),
-            // Now it is the only place, and has what is left of the time.
-            None => match timeout_at(deadline.at(), publishing).await {
-                Ok(published) => published,
-                Err(_) => Err(PublishError::Timeout(within)),
+
+        let outcome = match outcome {
+            BrokerOutcome::Failed(_) => outcome,
+            _ => match timeout_at(deadline.at(), publishing).await {
+                Ok(published) => published.into(),
+                Err(_) => BrokerOutcome::Failed(PublishError::Timeout(time_left)),
             },
         };
-        // One that has more to confirm than it may have takes messages all the same.
-        if !is_full(published.as_ref().err()) {
-            outage.set_broker_takes(published.is_ok());
+        broker.update(&outcome);
+        match outcome {
+            BrokerOutcome::Failed(error) => Err(NotStored { broker: error, spool: spool_error }),
+            _ => Ok(()),
         }
-        published.map_err(|broker| Unavailable { broker, spool: unspooled })
     }
 
-    /// Of the time that is left, what the broker has before the spool is asked: `PUBLISH_TIMEOUT`, or its share
-    /// if the request has waited for something else before.
-    fn share_of_the_broker(&self, left: Duration) -> Duration {
-        let all = self.publish_timeout.saturating_add(SPOOL_TIMEOUT);
-        let share = self.publish_timeout.as_secs_f64() / all.as_secs_f64();
-        left.mul_f64(share).min(self.publish_timeout)
+    /// Waits for the broker's confirm: for its share of the time, and after that until a spool is
+    /// open.
+    async fn try_broker(
+        &self,
+        publishing: Pin<&mut impl Future<Output = Result<(), PublishError>>>,
+        spool: &SpoolHandle,
+        time_left: Duration,
+    ) -> BrokerOutcome {
+        let spool_is_next = async {
+            sleep(self.share_of_the_broker(time_left)).await;
+            spool.opened().await;
+        };
+        tokio::select! {
+            // In this order, so that a task that is polled late does not spool confirmed messages.
+            biased;
+            published = publishing => published.into(),
+            () = spool_is_next => BrokerOutcome::Late,
+        }
     }
 
-    fn publishing(&self, callback_id: &str, ids: &[i64]) -> Step {
+    /// The time that the broker has before the spool is tried: `PUBLISH_TIMEOUT`, or the same share
+    /// of `time_left` if the request has waited for something else before.
+    fn share_of_the_broker(&self, time_left: Duration) -> Duration {
+        let budget = self.publish_timeout.saturating_add(SPOOL_TIMEOUT);
+        let share = self.publish_timeout.as_secs_f64() / budget.as_secs_f64();
+        time_left.mul_f64(share).min(self.publish_timeout)
+    }
+
+    fn publish_step(&self, callback_id: &str, ids: &[i64]) -> Step {
         let Destination { system, name } = &self.destination;
         Step {
             name: format!("publish {name}").into(),
@@ -176,65 +204,64 @@ impl Places {
         }
     }
 
-    /// Tells what it needs: one of the two.
-    pub(crate) fn tell(&self, health: &Health) {
+    /// Reports the dependencies to `health`. The producer needs the broker or the spool, not both.
+    pub(crate) fn report_to(&self, health: &Health) {
         let broker = self.publisher.status();
-        let Some(outage) = &self.outage else { return health.needs("broker", broker) };
-        health.needs("a durable place", either(broker.clone(), outage.status()));
+        let Some(Fallback { spool, relay, .. }) = &self.fallback else {
+            return health.needs("broker", broker);
+        };
+        health.needs("durable store", either(broker.clone(), spool.status()));
         health.wants("broker", broker);
-        health.wants("broker for the spool", outage.relay_status());
-        health.wants("spool", outage.status());
-        health.wants("intact spool", outage.kept());
+        health.wants("broker for the relay", relay.status());
+        health.wants("spool", spool.status());
+        health.wants("intact spool", spool.integrity());
     }
 
-    /// Relays what is in the spool to the broker, for as long as this is polled.
+    /// Runs the relay.
     ///
     /// # Errors
-    /// When a part has died without which nothing could be accepted any more.
-    pub(crate) async fn serve(&self) -> anyhow::Result<()> {
+    /// When a publisher has stopped, without which the producer cannot work.
+    pub(crate) async fn run(&self) -> anyhow::Result<()> {
         let relay = async {
-            match &self.outage {
+            match &self.fallback {
                 None => std::future::pending().await,
-                Some(outage) => outage.relay().await,
+                Some(Fallback { spool, broker, relay }) => relay.run(spool, broker).await,
             }
         };
         tokio::select! {
             relayed = relay => relayed,
-            () = self.publisher.died() => anyhow::bail!("the publisher has died"),
+            () = self.publisher.died() => anyhow::bail!("the publisher stopped"),
         }
     }
 
-    /// Says goodbye to the broker and closes the spool; what is in it stays for the next start.
+    /// Closes the broker connections and the spool, whose messages stay for the next start.
     pub(crate) async fn close(self) {
-        let spool = async {
-            if let Some(outage) = self.outage.and_then(Arc::into_inner) {
-                outage.close().await;
+        let close_fallback = async {
+            if let Some(Fallback { spool, relay, .. }) = self.fallback {
+                spool.close().await;
+                relay.close().await;
             }
         };
-        tokio::join!(self.publisher.close(), spool);
+        tokio::join!(self.publisher.close(), close_fallback);
     }
 }
 
-fn is_full(error: Option<&PublishError>) -> bool {
-    matches!(error, Some(PublishError::Full(_)))
-}
-
-/// What the broker has not confirmed of `ids`.
-fn left<'ids>(ids: &'ids [i64], error: &PublishError) -> Cow<'ids, [i64]> {
-    match error {
-        PublishError::Refused { which } => {
+/// The ids of a callback whose messages the broker has not confirmed.
+fn unconfirmed_ids<'ids>(ids: &'ids [i64], outcome: &BrokerOutcome) -> Cow<'ids, [i64]> {
+    match outcome {
+        BrokerOutcome::Failed(PublishError::Refused { which }) => {
             which.iter().filter_map(|position| ids.get(*position).copied()).collect()
         }
         _ => Cow::Borrowed(ids),
     }
 }
 
-/// `Ok` while one of the two is.
+/// A status that is `Ok` while at least one of the two is `Ok`.
 fn either(
     mut broker: watch::Receiver<LinkStatus>,
     mut spool: watch::Receiver<LinkStatus>,
 ) -> watch::Receiver<LinkStatus> {
-    let (status, watched) = watch::channel(joined(&mut broker, &mut spool));
+    let (status, receiver) = watch::channel(combined(&mut broker, &mut spool));
     tokio::spawn(async move {
         loop {
             let changed = tokio::select! {
@@ -245,13 +272,13 @@ fn either(
             if changed.is_err() {
                 return;
             }
-            _ = status.send_replace(joined(&mut broker, &mut spool));
+            _ = status.send_replace(combined(&mut broker, &mut spool));
         }
     });
-    watched
+    receiver
 }
 
-fn joined(
+fn combined(
     broker: &mut watch::Receiver<LinkStatus>,
     spool: &mut watch::Receiver<LinkStatus>,
 ) -> LinkStatus {

@@ -1,4 +1,4 @@
-//! The HTTP side: from a request to its answer.
+//! The HTTP server: handles callbacks from the request to the response.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -22,23 +22,24 @@ use tokio::net::TcpListener;
 use tokio::time::Instant;
 use uuid::Uuid;
 
-use crate::body::Bodies;
+use crate::body::BodyReader;
 use crate::callback::Callback;
 use crate::config::{Callbacks, Config};
 use crate::deadline::Deadline;
-use crate::duplicate_filter::Turn;
-use crate::durable_sink::{Places, Unavailable};
+use crate::duplicate_filter::Admission;
+use crate::durable_sink::{DurableSink, NotStored};
 use crate::rejections::{Rejection, Rejections};
 use crate::signature::Signatures;
 
-/// Who sends callbacks all the time brings the next one within this time, and then moves on.
+/// After the stop signal, a client that sends callbacks continuously sends its next one within this
+/// time. The response then closes the connection, and the client connects to another producer.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// Names the callback in our logs and in the messages that it becomes.
+/// Identifies the callback in logs and in its messages.
 const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
-/// By which a browser says where the page is from that has it send a request.
+/// A browser uses this header to report which site's page makes it send a request.
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
-/// The producer, listening and not yet serving.
+/// The producer's HTTP server, which listens but does not serve yet.
 pub struct FrontDoor {
     listener: TcpListener,
     limits: http::Limits,
@@ -46,30 +47,31 @@ pub struct FrontDoor {
     health: Health,
 }
 
-/// What the requests share.
+/// The state that all requests share.
 struct Shared {
-    places: Places,
-    bodies: Bodies,
+    sink: DurableSink,
+    bodies: BodyReader,
     signatures: Signatures,
     rejections: Arc<Rejections>,
     config: Callbacks,
 }
 
 impl FrontDoor {
-    /// Opens the spool, starts to look for the broker, and listens on `PRODUCER_ADDR`.
+    /// Opens the spool, starts to connect to the broker, and listens on `PRODUCER_ADDR`.
     ///
     /// # Errors
-    /// When the address cannot be listened on, or the queue's file not be opened. A spool that cannot be
-    /// opened is none: while the broker is there, callbacks can do without.
+    /// When it cannot listen on the address, or cannot open a queue in a file. A spool that cannot
+    /// be opened is no error, because callbacks need none while the broker is there.
     pub async fn open(config: &Config, health: &Health) -> anyhow::Result<Self> {
         describe_metrics();
         let callbacks = &config.callbacks;
         let address = callbacks.producer_addr;
-        let places = Places::open(config).await?;
-        // Last: a client that can connect waits for an answer, and the spool takes a while to open.
+        let sink = DurableSink::open(config).await?;
+        // Last, because the spool takes a while to open, and a client that is connected would wait
+        // for it.
         let listener = http::listen(address)
             .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
-        places.tell(health);
+        sink.report_to(health);
         health.all_told();
         let limits = http::Limits {
             max_connections: callbacks.max_connections,
@@ -78,8 +80,8 @@ impl FrontDoor {
             farewell: FAREWELL,
         };
         let shared = Arc::new(Shared {
-            places,
-            bodies: Bodies::new(callbacks),
+            sink,
+            bodies: BodyReader::new(callbacks),
             signatures: Signatures::new(config.authenticity.callback_secret.clone()),
             rejections: Arc::default(),
             config: callbacks.clone(),
@@ -87,10 +89,10 @@ impl FrontDoor {
         Ok(Self { listener, limits, shared, health: health.clone() })
     }
 
-    /// The address that it listens on, with the port that was free if any was asked for.
+    /// The address that it listens on, with the actual port if the setting has port 0.
     ///
     /// # Errors
-    /// When the operating system does not say.
+    /// When the operating system does not report the address.
     pub fn address(&self) -> std::io::Result<SocketAddr> {
         self.listener.local_addr()
     }
@@ -98,44 +100,44 @@ impl FrontDoor {
     /// Answers callbacks until `shutdown`, then finishes those in flight.
     ///
     /// # Errors
-    /// When the publisher or the spool has died: not everything could be accepted any more.
+    /// When a publisher has stopped.
     pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
-        tracing::info!(address = %self.address()?, "taking callbacks on POST /callback");
+        tracing::info!(address = %self.address()?, "accepting callbacks on POST /callback");
         let shared = Arc::clone(&self.shared);
         let router = Router::new()
-            .route("/callback", post(take))
+            .route("/callback", post(respond))
             .merge(probes(self.health))
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
-            .layer(middleware::from_fn(last_if_chunked))
+            .layer(middleware::from_fn(close_after_chunked))
             .with_state(self.shared);
         tokio::select! {
             () = http::serve(self.listener, router, self.limits, shutdown) => {}
-            served = shared.places.serve() => served?,
+            stopped = shared.sink.run() => stopped?,
         }
         if let Some(shared) = Arc::into_inner(shared) {
-            shared.places.close().await;
+            shared.sink.close().await;
         }
         Ok(())
     }
 }
 
-/// The answer to a callback that is safe.
+/// The response to a callback whose messages are all durable.
 #[derive(Serialize)]
 struct Accepted {
-    /// How many ids it listed.
+    /// The number of ids that the callback lists, repeats included.
     accepted: usize,
-    /// How many of them are distinct, each now a message.
+    /// The number of distinct ids, each of which has a message.
     queued: usize,
 }
 
-async fn take(State(shared): State<Arc<Shared>>, request: Request) -> Response {
+async fn respond(State(shared): State<Arc<Shared>>, request: Request) -> Response {
     let started = Instant::now();
     let callback_id = Uuid::now_v7().to_string();
     let (head, body) = request.into_parts();
-    let partners_span = || head.headers.get(TRACEPARENT)?.to_str().ok();
-    let mut span = Span::begin(partners_span, step);
-    let deadline = shared.places.deadline(started);
+    let remote_parent = || head.headers.get(TRACEPARENT)?.to_str().ok();
+    let mut span = Span::begin(remote_parent, callback_step);
+    let deadline = shared.sink.deadline(started);
     let outcome = shared.accept(&span, &callback_id, &head.headers, body, deadline).await;
     let response = match outcome {
         Ok(accepted) => {
@@ -159,7 +161,8 @@ async fn method_not_allowed(State(shared): State<Arc<Shared>>, request: Request)
 }
 
 async fn not_found(State(shared): State<Arc<Shared>>, request: Request) -> Response {
-    let detail = format!("there is nothing at {}: POST to /callback", request.uri().path());
+    let detail =
+        format!("there is nothing at {}: POST callbacks to /callback", request.uri().path());
     shared.reject_unread(request, Problem::new(StatusCode::NOT_FOUND, detail))
 }
 
@@ -174,7 +177,7 @@ fn count(outcome: &'static str) {
     metrics::counter!("lastseen_callbacks_total", "outcome" => outcome).increment(1);
 }
 
-/// The label in metrics of a request that is answered with this status.
+/// The `outcome` label of metrics for a response with this status.
 fn outcome_label(status: StatusCode) -> &'static str {
     match status {
         StatusCode::OK => "accepted",
@@ -187,8 +190,8 @@ fn outcome_label(status: StatusCode) -> &'static str {
     }
 }
 
-/// A callback, as traces have it.
-fn step() -> Step {
+/// The span of a callback.
+fn callback_step() -> Step {
     Step {
         name: "POST /callback".into(),
         kind: SpanKind::Server,
@@ -202,13 +205,14 @@ fn step() -> Step {
 }
 
 impl Shared {
-    /// Counts a rejected request, logs it, and answers it. Every rejection goes through here: its sender does not repeat the callback.
+    /// Counts and logs a rejected request, and makes its response. Every rejection passes here,
+    /// because the ids of a rejected callback are lost: partners do not send a callback twice.
     fn reject(&self, callback_id: String, head: &Parts, problem: Problem) -> Response {
         count(outcome_label(problem.status));
         let peer = head.extensions.get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0);
         let (status, reason) = (problem.status.as_u16(), problem.detail.clone());
         let response = with_id(&callback_id, problem.into_response());
-        self.rejections.note(Rejection { callback_id, status, reason, peer });
+        self.rejections.log(Rejection { callback_id, status, reason, peer });
         response
     }
 
@@ -216,7 +220,7 @@ impl Shared {
         self.reject(Uuid::now_v7().to_string(), &request.into_parts().0, problem)
     }
 
-    /// Makes every distinct id of the body a message, and returns once all of them are durable.
+    /// Makes a message for each distinct id of the body, and returns once all of them are durable.
     async fn accept(
         &self,
         span: &Span,
@@ -225,26 +229,26 @@ impl Shared {
         body: Body,
         deadline: Deadline,
     ) -> Result<Accepted, Problem> {
-        refuse_cross_site(headers)?;
-        let unverified = self.signatures.claimed(headers)?;
+        reject_cross_site(headers)?;
+        let signature = self.signatures.read_headers(headers)?;
         let body = self.bodies.read(headers, body, deadline).await?;
         let deadline = deadline.after_body();
-        let fingerprint = unverified.verify(body.bytes())?;
+        let fingerprint = signature.verify(body.bytes())?;
         let Callback { listed, ids } =
             Callback::parse(body.bytes(), self.config.max_ids_per_callback)?;
         drop(body);
         let accepted = Accepted { accepted: listed, queued: ids.len() };
-        let turn = match fingerprint {
+        let in_flight = match fingerprint {
             None => None,
-            Some(fingerprint) => match self.signatures.turn(fingerprint, deadline).await? {
-                Turn::Ours(turn) => Some(turn),
-                Turn::Published => return Ok(accepted),
+            Some(fingerprint) => match self.signatures.admit(fingerprint, deadline).await? {
+                Admission::Publish(guard) => Some(guard),
+                Admission::AlreadyPublished => return Ok(accepted),
             },
         };
-        let taken = self.places.take(span, callback_id, &ids, deadline).await;
-        taken.map_err(|error| unavailable(&error))?;
-        if let Some(turn) = turn {
-            turn.published();
+        let stored = self.sink.store(span, callback_id, &ids, deadline).await;
+        stored.map_err(|error| unavailable(&error))?;
+        if let Some(guard) = in_flight {
+            guard.mark_published();
         }
         tracing::debug!(callback_id, accepted = listed, queued = ids.len(), "callback accepted");
         metrics::counter!("lastseen_callback_ids_total").increment(listed as u64);
@@ -252,18 +256,19 @@ impl Shared {
     }
 }
 
-/// Refuses what a web page of another site has a browser send: it could make up callbacks in the name of
-/// anybody who can reach this address. Partners send from servers, and those send no such header.
-fn refuse_cross_site(headers: &HeaderMap) -> Result<(), Problem> {
+/// Rejects a request that a web page of another site makes a browser send. Otherwise any page could
+/// forge callbacks through a visitor that can reach this address. Partners' servers do not send
+/// this header.
+fn reject_cross_site(headers: &HeaderMap) -> Result<(), Problem> {
     if headers.get_all(SEC_FETCH_SITE).iter().any(|site| site == "cross-site") {
         let detail =
-            "a web page of another site must not send callbacks (Sec-Fetch-Site: cross-site)";
+            "callbacks from web pages of other sites are not allowed (Sec-Fetch-Site: cross-site)";
         return Err(Problem::new(StatusCode::FORBIDDEN, detail));
     }
     Ok(())
 }
 
-fn unavailable(error: &Unavailable) -> Problem {
+fn unavailable(error: &NotStored) -> Problem {
     Problem {
         status: StatusCode::SERVICE_UNAVAILABLE,
         detail: format!("{error}: send the callback again"),
@@ -271,13 +276,13 @@ fn unavailable(error: &Unavailable) -> Problem {
     }
 }
 
-/// Closes the connection behind a request that is chunked. It may have had a `Content-Length` too,
-/// by which somebody in front of us found another end of it; what follows is then a part of a body,
-/// and must not be read as a request (RFC 9112, 6.1).
-async fn last_if_chunked(request: Request, next: Next) -> Response {
-    let chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
+/// Closes the connection after a chunked request. If the request also had a `Content-Length`, a
+/// proxy may have found another end of it. The following bytes are then part of a body, and must
+/// not be read as a request (RFC 9112, 6.1).
+async fn close_after_chunked(request: Request, next: Next) -> Response {
+    let is_chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
     let mut response = next.run(request).await;
-    if chunked {
+    if is_chunked {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     response
@@ -291,7 +296,7 @@ fn describe_metrics() {
     }
     metrics::describe_counter!(
         "lastseen_callback_repeats_total",
-        "Signed callbacks that came again and were published before."
+        "Repeats of signed callbacks that were already published."
     );
     metrics::describe_counter!("lastseen_callback_ids_total", "Ids listed in accepted callbacks.");
     metrics::counter!("lastseen_callback_repeats_total").increment(0);
@@ -299,6 +304,6 @@ fn describe_metrics() {
     metrics::describe_histogram!(
         "lastseen_callback_seconds",
         metrics::Unit::Seconds,
-        "Time from the head of a callback to its answer."
+        "Time from the head of a callback to its response."
     );
 }

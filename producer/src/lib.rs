@@ -1,8 +1,8 @@
-//! The front door. It answers a callback only once every id in it is durable, in the broker or in the
-//! spool on this disk: never a 2xx for what could still be lost, and never a wait beyond the client's
-//! patience of one second.
+//! The producer. It answers 2xx to a callback only once a message for every id is durable, in the
+//! broker or in the spool on this disk. It answers within the second that the client waits.
 
 mod body;
+mod broker_availability;
 mod callback;
 mod config;
 mod deadline;
@@ -12,16 +12,17 @@ mod front_door;
 mod rejections;
 mod relay;
 mod signature;
+mod spool_handle;
 
 use service::{CancellationToken, Description, Health};
 
 pub use config::{Callbacks, Config};
 pub use front_door::FrontDoor;
 
-/// What the process is called and where its admin address is.
+/// The name and the admin address of the process.
 pub const DESCRIPTION: Description = Description {
     name: "producer",
-    about: "Takes callbacks on POST /callback and makes a durable message of every object id",
+    about: "Accepts callbacks on POST /callback and queues a durable message for each object id",
     admin_address: ":9091",
     drain_delay: "8s",
     live: &[],
@@ -30,7 +31,7 @@ pub const DESCRIPTION: Description = Description {
 /// Serves callbacks until `shutdown`, then answers those in flight and returns.
 ///
 /// # Errors
-/// When it cannot listen, or its publisher or its spool has died.
+/// When it cannot listen, or a publisher stops.
 pub async fn run(
     config: Config,
     health: Health,

@@ -1,4 +1,4 @@
-//! Rejected requests, logged at most once per interval.
+//! Logs rejected requests, at most once per interval.
 
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,12 +6,12 @@ use std::time::Duration;
 
 use tokio::time::sleep;
 
-/// A client that is set up wrongly may send hundreds of requests per second.
+/// A misconfigured client may send hundreds of requests per second.
 const LOG_INTERVAL: Duration = Duration::from_secs(10);
-/// A reason may quote what the client sent.
+/// A reason may quote the client's input.
 const MAX_REASON_CHARS: usize = 200;
 
-/// Logs rejections: the first one at once, and those that follow as one line per interval.
+/// Logs the first rejection at once, and later ones as one line per interval.
 pub(crate) struct Rejections {
     state: Mutex<State>,
     interval: Duration,
@@ -25,7 +25,7 @@ struct State {
     is_scheduled: bool,
 }
 
-/// Why a request was rejected.
+/// One rejected request.
 pub(crate) struct Rejection {
     pub(crate) callback_id: String,
     pub(crate) status: u16,
@@ -40,7 +40,7 @@ impl Default for Rejections {
 }
 
 impl Rejections {
-    pub(crate) fn note(self: &Arc<Self>, rejection: Rejection) {
+    pub(crate) fn log(self: &Arc<Self>, rejection: Rejection) {
         let mut state = self.lock();
         state.count += 1;
         state.latest = Some(rejection);
@@ -49,8 +49,8 @@ impl Rejections {
         }
         state.is_scheduled = true;
         state.log();
-        let this = Arc::clone(self);
-        tokio::spawn(async move { this.log_until_none().await });
+        let rejections = Arc::clone(self);
+        tokio::spawn(async move { rejections.log_until_none().await });
     }
 
     async fn log_until_none(&self) {
@@ -84,7 +84,8 @@ impl State {
             reason,
             peer,
             callback_id,
-            "requests rejected, the latest one for this reason; their ids are not accepted"
+            "requests rejected, the latest one for this reason; \
+             their ids are lost unless the client sends them again"
         );
     }
 }
@@ -126,17 +127,17 @@ mod tests {
         let _guard = tracing::subscriber::set_default(subscriber);
         let interval = Duration::from_secs(1);
         let rejections = Arc::new(Rejections { interval, ..Rejections::default() });
-        let note = |reason: &str| {
+        let reject = |reason: &str| {
             let (callback_id, reason) = ("id".to_owned(), reason.to_owned());
-            rejections.note(Rejection { callback_id, status: 404, reason, peer: None });
+            rejections.log(Rejection { callback_id, status: 404, reason, peer: None });
         };
-        note("first");
+        reject("first");
         assert_eq!(log.lines().len(), 1);
-        note("second");
-        note(&"x".repeat(1 << 20));
+        reject("second");
+        reject(&"x".repeat(1 << 20));
         assert_eq!(log.lines().len(), 1);
         let deadline = Duration::from_secs(30);
-        testbed::eventually("the others are logged", deadline, async || {
+        testbed::eventually("the later rejections are logged", deadline, async || {
             (log.lines().len() > 1).then_some(())
         })
         .await;

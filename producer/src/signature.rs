@@ -1,4 +1,4 @@
-//! Who may post callbacks: anybody, or, with `CALLBACK_SECRET`, whoever signs them.
+//! With `CALLBACK_SECRET`, accepts only signed callbacks.
 //!
 //! Decision: docs/decisions/0011-how-are-signatures-verified.md
 
@@ -10,68 +10,72 @@ use service::problem::Problem;
 use tokio::time::timeout_at;
 
 use crate::deadline::Deadline;
-use crate::duplicate_filter::{Repeats, Turn};
+use crate::duplicate_filter::{Admission, DuplicateFilter};
 
-/// Checks signatures, if callbacks must be signed.
+/// Verifies signatures if callbacks must be signed.
 pub(crate) struct Signatures {
     keys: Option<Keys>,
-    repeats: Repeats,
+    duplicates: DuplicateFilter,
 }
 
-/// A callback whose body is still to be verified.
-pub(crate) struct Unverified<'a>(Option<(&'a Keys, Claim<'a>)>);
+/// The signature of a callback whose body is not verified yet. Empty if callbacks need no
+/// signature.
+pub(crate) struct UnverifiedSignature<'a>(Option<(&'a Keys, Claim<'a>)>);
 
 impl Signatures {
     pub(crate) fn new(keys: Option<Keys>) -> Self {
-        Self { keys, repeats: Repeats::default() }
+        Self { keys, duplicates: DuplicateFilter::default() }
     }
 
-    /// Looks at the headers. A client that does not sign ends here, before its body is read.
+    /// Reads the headers, so that a client that does not sign is rejected before its body is read.
     ///
     /// # Errors
-    /// A 401 that says what is missing or wrong.
-    pub(crate) fn claimed<'a>(&'a self, headers: &'a HeaderMap) -> Result<Unverified<'a>, Problem> {
-        let Some(keys) = &self.keys else { return Ok(Unverified(None)) };
+    /// A 401 that names the header and what is wrong with it.
+    pub(crate) fn read_headers<'a>(
+        &'a self,
+        headers: &'a HeaderMap,
+    ) -> Result<UnverifiedSignature<'a>, Problem> {
+        let Some(keys) = &self.keys else { return Ok(UnverifiedSignature(None)) };
         let claim = Claim::read(headers, SystemTime::now()).map_err(unauthorized)?;
-        Ok(Unverified(Some((keys, claim))))
+        Ok(UnverifiedSignature(Some((keys, claim))))
     }
 
-    /// Finds out whether the callback is still to be published, and waits while another request publishes
-    /// the same callback. It leaves time to publish it if the other request fails.
+    /// Admits a callback that is not published yet. Waits while another request publishes the same
+    /// callback, and leaves time to publish it if the other request fails.
     ///
     /// # Errors
-    /// A 503 when the other takes too long.
-    pub(crate) async fn turn(
+    /// A 503 when the other request takes too long.
+    pub(crate) async fn admit(
         &self,
         fingerprint: Fingerprint,
         deadline: Deadline,
-    ) -> Result<Turn<'_>, Problem> {
-        let turn = timeout_at(deadline.halfway(), self.repeats.turn(fingerprint)).await;
-        let turn = turn.map_err(|_| Problem {
+    ) -> Result<Admission<'_>, Problem> {
+        let admission = timeout_at(deadline.halfway(), self.duplicates.admit(fingerprint)).await;
+        let admission = admission.map_err(|_| Problem {
             status: StatusCode::SERVICE_UNAVAILABLE,
-            detail: "the same callback came before and is not durable yet: send it again"
-                .to_owned(),
+            detail: "another request with this callback is not finished: send it again".to_owned(),
             retry_after_seconds: Some(1),
         })?;
-        if let Turn::Published = turn {
+        if let Admission::AlreadyPublished = admission {
             metrics::counter!("lastseen_callback_repeats_total").increment(1);
         }
-        Ok(turn)
+        Ok(admission)
     }
 }
 
-impl Unverified<'_> {
-    /// That the body is the one that was signed; tells the callback from others then, if it is signed.
+impl UnverifiedSignature<'_> {
+    /// Verifies that this body was signed. Returns the callback's fingerprint, or `None` if
+    /// callbacks need no signature.
     ///
     /// # Errors
-    /// A 401.
+    /// A 401 when no signature matches.
     pub(crate) fn verify(&self, body: &[u8]) -> Result<Option<Fingerprint>, Problem> {
         let verified = self.0.as_ref().map(|(keys, claim)| claim.verify(keys, body));
         verified.transpose().map_err(unauthorized)
     }
 }
 
-#[expect(clippy::needless_pass_by_value, reason = "map_err passes it so")]
+#[expect(clippy::needless_pass_by_value, reason = "map_err passes it by value")]
 fn unauthorized(refusal: Refusal) -> Problem {
     Problem::new(StatusCode::UNAUTHORIZED, refusal.to_string())
 }

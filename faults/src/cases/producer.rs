@@ -130,7 +130,7 @@ async fn disk_full_without_broker() -> Verdict {
     world.recovers().await;
     world.relays_all().await;
     fs::remove_file(filling).expect("the filling should be there");
-    // While the broker is away and the disk is full, no durable place is left.
+    // While the broker is away and the disk is full, no durable store is left.
     world.settles(Allowed { not_2xx: true, ..Allowed::REPEATS }).await
 }
 

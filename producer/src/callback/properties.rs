@@ -1,5 +1,6 @@
-//! What holds for every body. Inputs that once failed are kept in `tests/callback.regressions`, others
-//! worth keeping in `tests/corpus/callback`, under names that say whether they are callbacks.
+//! Properties of every body. Inputs that once failed are kept in `tests/callback.regressions`. The
+//! corpus in `tests/corpus/callback` holds more inputs; the name of each says whether it is a
+//! callback.
 //!
 //! Decision: docs/decisions/0073-how-are-parsers-tested.md
 
@@ -13,7 +14,7 @@ use super::Callback;
 
 const MAX_IDS: usize = 1_000;
 
-/// The ids that a body lists, in order and without repeats, as another parser reads it.
+/// The distinct ids of a body in ascending order, as another parser reads them.
 fn ids_by_value(body: &[u8]) -> Option<Vec<i64>> {
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let value: Value = serde_json::from_slice(body).ok()?;
@@ -42,8 +43,8 @@ fn ids(body: &[u8]) -> Option<Vec<i64>> {
 
 fn config() -> ProptestConfig {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/callback.regressions");
-    let kept = FileFailurePersistence::Direct(path);
-    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::default() }
+    let regressions = FileFailurePersistence::Direct(path);
+    ProptestConfig { failure_persistence: Some(Box::new(regressions)), ..ProptestConfig::default() }
 }
 
 fn number() -> impl Strategy<Value = Value> {
@@ -72,7 +73,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// Most often a callback, or all but one.
+/// In most cases a callback, or nearly one.
 fn body() -> impl Strategy<Value = Value> {
     let listed = prop_oneof![
         4 => vec(number(), 0..8).prop_map(Value::from),
@@ -88,7 +89,7 @@ fn body() -> impl Strategy<Value = Value> {
 }
 
 #[test]
-fn what_is_in_the_corpus_is_a_callback_by_its_name_alone() {
+fn only_corpus_files_named_callback_are_callbacks() {
     let corpus = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/callback"));
     let mut callbacks = 0;
     for entry in corpus.unwrap() {
@@ -105,7 +106,7 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn any_list_of_ids_is_read_back(mut listed in vec(any::<i64>(), 0..MAX_IDS)) {
+    fn any_list_of_ids_is_parsed(mut listed in vec(any::<i64>(), 0..MAX_IDS)) {
         let body = format!(r#"{{"object_ids":{listed:?}}}"#);
         let callback = Callback::parse(body.as_bytes(), MAX_IDS).unwrap();
         prop_assert_eq!(callback.listed, listed.len());
@@ -115,13 +116,13 @@ proptest! {
     }
 
     #[test]
-    fn of_json_exactly_what_another_parser_finds_to_be_a_callback_is_one(body in body(), pretty: bool) {
+    fn any_json_is_parsed_as_by_another_parser(body in body(), pretty: bool) {
         let body = if pretty { format!("\n{body:#}\n") } else { body.to_string() };
         prop_assert_eq!(ids(body.as_bytes()), ids_by_value(body.as_bytes()));
     }
 
     #[test]
-    fn of_json_with_a_few_wrong_bytes_nothing_is_read_that_another_parser_does_not_find(
+    fn json_with_wrong_bytes_is_parsed_as_by_another_parser(
         body in body(),
         changes in vec((any::<Index>(), any::<u8>()), 1..4),
     ) {
@@ -130,14 +131,15 @@ proptest! {
             let at = at.index(body.len());
             body[at] = byte;
         }
-        // Where the other one finds no JSON, it is a field that is ignored here, unless it is ours.
+        // If the other parser finds no JSON, the wrong bytes may be in a field that is ignored
+        // here.
         if let (Some(ids), Ok(_)) = (ids(&body), serde_json::from_slice::<Value>(&body)) {
             prop_assert_eq!(Some(ids), ids_by_value(&body));
         }
     }
 
     #[test]
-    fn any_bytes_at_all_get_an_answer(body: Vec<u8>) {
+    fn any_bytes_are_parsed_or_rejected_without_a_panic(body: Vec<u8>) {
         if let Some(ids) = ids(&body) {
             prop_assert_eq!(Some(ids), ids_by_value(&body));
         }

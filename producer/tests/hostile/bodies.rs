@@ -60,7 +60,7 @@ fn refused() -> Vec<(&'static str, Vec<u8>, u16)> {
 }
 
 #[tokio::test]
-async fn bodies_that_are_no_callback_are_answered_4xx() {
+async fn invalid_bodies_are_answered_4xx() {
     let siege = Siege::begin(&[]).await;
     for (what, bytes, expected) in refused() {
         let mut clients = JoinSet::new();
@@ -76,7 +76,7 @@ async fn bodies_that_are_no_callback_are_answered_4xx() {
 }
 
 #[tokio::test]
-async fn a_callback_is_accepted_with_any_content_type() {
+async fn callback_is_accepted_with_any_content_type() {
     // Field case 1.2.
     let siege = Siege::begin(&[]).await;
     let kinds = [
@@ -100,7 +100,7 @@ async fn a_callback_is_accepted_with_any_content_type() {
 }
 
 #[tokio::test]
-async fn a_body_that_breaks_off_is_no_callback() {
+async fn truncated_body_is_rejected() {
     let siege = Siege::begin(&[]).await;
     let whole = request("", br#"{"object_ids":[666]}  "#);
     let chunked = b"POST /callback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n14\r\n{\"object_ids\":[666]}\r\n";
@@ -117,7 +117,7 @@ async fn a_body_that_breaks_off_is_no_callback() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn large_bodies_that_are_held_back_take_no_more_memory_than_is_set_aside_for_them() {
+async fn unfinished_large_bodies_stay_within_their_memory_limit() {
     super::allow_files(4_000);
     let siege = Siege::begin(&[("BODY_TIMEOUT", "4s")]).await;
     let body = vec![b' '; MIB];

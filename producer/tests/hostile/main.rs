@@ -60,7 +60,7 @@ impl Siege {
         environment.extend(settings.iter().map(|(name, value)| (*name, (*value).to_owned())));
         let producer = Arc::new(Process::spawn("producer", &environment, &[]));
         producer.ready().await;
-        let line = producer.wait_for_log("taking callbacks").await;
+        let line = producer.wait_for_log("accepting callbacks").await;
         let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
         // The first one warms up what is made once.
         let mut wire = Wire::connect(address).await;

@@ -82,7 +82,7 @@ fn shapes() -> Vec<(&'static str, Vec<u8>)> {
 }
 
 #[tokio::test]
-async fn what_could_be_read_in_two_ways_is_refused_and_nothing_after_it_is_read() {
+async fn ambiguous_request_is_rejected_and_ends_the_connection() {
     let siege = Siege::begin(&[]).await;
     for (what, bytes) in shapes() {
         let answer = exchange(siege.address, &bytes).await;
@@ -99,7 +99,7 @@ async fn what_could_be_read_in_two_ways_is_refused_and_nothing_after_it_is_read(
 
 /// RFC 9112 has the second of two ends hold (6.3), and forbids to go on with the connection then.
 #[tokio::test]
-async fn a_chunked_request_is_the_last_on_its_connection_so_that_a_second_length_hides_nothing() {
+async fn chunked_request_is_the_last_on_its_connection() {
     let siege = Siege::begin(&[]).await;
     let one_chunk = "12\r\n{\"object_ids\":[1]}\r\n0\r\n\r\n";
     let headers = [
@@ -122,7 +122,7 @@ async fn a_chunked_request_is_the_last_on_its_connection_so_that_a_second_length
 
 /// A server has to understand the first (RFC 9112, 3.2.2), and may the others (2.2, 6.3).
 #[tokio::test]
-async fn unusual_shapes_that_have_one_reading_only_are_read_so() {
+async fn unusual_but_unambiguous_requests_are_accepted() {
     let siege = Siege::begin(&[]).await;
     let rest = format!("Connection: close\r\nContent-Length: 18\r\n\r\n{BODY}");
     let requests = [

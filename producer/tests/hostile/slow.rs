@@ -12,7 +12,7 @@ use super::{Siege, allow_files, statuses};
 use crate::wire::{DEADLINE, Wire};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn five_thousand_connections_that_send_a_byte_a_second_are_ended_and_hold_up_nobody() {
+async fn trickling_connections_are_closed_and_delay_no_callback() {
     allow_files(12_000);
     let siege = Siege::begin(&[("HEADER_TIMEOUT", "6s"), ("BODY_TIMEOUT", "4s")]).await;
     let mut clients = JoinSet::new();
@@ -56,7 +56,7 @@ async fn trickle(stream: TcpStream) -> String {
 }
 
 #[tokio::test]
-async fn clients_that_never_read_an_answer_lose_their_places() {
+async fn clients_that_never_read_are_disconnected() {
     let queue = Queue::new();
     let environment = [
         ("AMQP_URI", amqp_uri()),
@@ -67,7 +67,7 @@ async fn clients_that_never_read_an_answer_lose_their_places() {
     ];
     let producer = Process::spawn("producer", &environment, &[]);
     producer.ready().await;
-    let line = producer.wait_for_log("taking callbacks").await;
+    let line = producer.wait_for_log("accepting callbacks").await;
     let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
     // Its answer repeats the path.
     let request = format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "a".repeat(8_000));

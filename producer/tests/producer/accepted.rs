@@ -6,7 +6,7 @@ use tokio::task::JoinSet;
 use crate::front_door::{Producer, id_in};
 
 #[tokio::test]
-async fn a_callback_becomes_one_persistent_message_for_each_distinct_id() {
+async fn each_distinct_id_becomes_one_persistent_message() {
     let producer = Producer::start(&[]).await;
     let answer = producer.post(r#"{"object_ids":[7,-1,7,9223372036854775807]}"#).await;
     assert_eq!((answer.status, &answer.body), (200, &json!({"accepted": 4, "queued": 3})));
@@ -29,7 +29,7 @@ async fn a_callback_becomes_one_persistent_message_for_each_distinct_id() {
 }
 
 #[tokio::test]
-async fn an_empty_list_is_accepted_and_queues_nothing() {
+async fn empty_list_is_accepted_and_queues_nothing() {
     let producer = Producer::start(&[]).await;
     let answer = producer.post_ids(&[]).await;
     assert_eq!((answer.status, &answer.body), (200, &json!({"accepted": 0, "queued": 0})));
@@ -37,7 +37,7 @@ async fn an_empty_list_is_accepted_and_queues_nothing() {
 }
 
 #[tokio::test]
-async fn unknown_fields_and_what_clients_call_a_text_unasked_are_taken() {
+async fn unknown_fields_and_default_content_types_are_accepted() {
     let producer = Producer::start(&[]).await;
     let answer = producer.post(r#"{"at":"now","object_ids":[1],"more":{"object_ids":[9]}}"#).await;
     assert_eq!(answer.status, 200, "{answer:?}");
@@ -51,7 +51,7 @@ async fn unknown_fields_and_what_clients_call_a_text_unasked_are_taken() {
 }
 
 #[tokio::test]
-async fn many_callbacks_at_once_are_all_accepted_and_every_id_is_queued_once() {
+async fn concurrent_callbacks_are_accepted_and_queued_once() {
     let producer = Arc::new(Producer::start(&[]).await);
     let mut clients = JoinSet::new();
     for client in 0..64 {

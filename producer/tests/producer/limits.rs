@@ -7,7 +7,7 @@ use crate::wire::Wire;
 
 // Field case 1.6
 #[tokio::test]
-async fn a_connection_may_idle_for_longer_than_a_head_may_take() {
+async fn connection_may_idle_for_longer_than_the_header_timeout() {
     let producer = Producer::start(&["--header-timeout=300ms"]).await;
     let mut idle = Wire::connect(producer.address).await;
     idle.send_callback(1).await;
@@ -20,7 +20,7 @@ async fn a_connection_may_idle_for_longer_than_a_head_may_take() {
 }
 
 #[tokio::test]
-async fn a_connection_that_idles_is_closed_after_the_idle_timeout() {
+async fn idle_connection_is_closed_after_the_idle_timeout() {
     let producer = Producer::start(&["--idle-timeout=300ms"]).await;
     let mut idle = Wire::connect(producer.address).await;
     idle.send_callback(1).await;
@@ -29,7 +29,7 @@ async fn a_connection_that_idles_is_closed_after_the_idle_timeout() {
 }
 
 #[tokio::test]
-async fn a_body_that_stalls_is_answered_408() {
+async fn stalled_body_is_answered_408() {
     let producer = Producer::start(&["--body-timeout=300ms"]).await;
     let mut wire = Wire::connect(producer.address).await;
     wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 18\r\n\r\n{\"object_ids\"")
@@ -43,7 +43,7 @@ async fn a_body_that_stalls_is_answered_408() {
 
 // Field case 2.3
 #[tokio::test]
-async fn idle_connections_at_the_limit_do_not_keep_a_callback_waiting() {
+async fn idle_connections_at_the_limit_do_not_delay_a_callback() {
     let producer = Producer::start(&["--max-connections=2"]).await;
     let mut idle = Vec::new();
     for _ in 0..5 {
@@ -55,7 +55,7 @@ async fn idle_connections_at_the_limit_do_not_keep_a_callback_waiting() {
 }
 
 #[tokio::test]
-async fn a_request_in_flight_at_the_shutdown_is_still_answered() {
+async fn request_in_flight_at_shutdown_is_answered() {
     let mut producer = Producer::start(&[]).await;
     let mut in_flight = Wire::connect(producer.address).await;
     let head =
@@ -79,7 +79,7 @@ async fn a_request_in_flight_at_the_shutdown_is_still_answered() {
 
 // Field case 1.8
 #[tokio::test]
-async fn a_balancer_can_check_the_port_to_which_it_sends_callbacks() {
+async fn load_balancer_can_check_health_on_the_callback_port() {
     let producer = Producer::start(&[]).await;
     for path in ["/livez", "/readyz"] {
         for method in ["GET", "HEAD"] {
@@ -97,7 +97,7 @@ async fn a_balancer_can_check_the_port_to_which_it_sends_callbacks() {
 
 // Field case 1.7
 #[tokio::test]
-async fn producer_with_sigterm_is_not_ready_and_takes_callbacks() {
+async fn after_sigterm_producer_is_not_ready_but_accepts_callbacks() {
     let queue = Queue::new();
     let environment = [
         ("AMQP_URI", amqp_uri()),
@@ -107,7 +107,7 @@ async fn producer_with_sigterm_is_not_ready_and_takes_callbacks() {
     ];
     let producer = Process::spawn("producer", &environment, &[]);
     producer.ready().await;
-    let line = producer.wait_for_log("taking callbacks").await;
+    let line = producer.wait_for_log("accepting callbacks").await;
     let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
     let readyz = async || {
         let mut wire = Wire::connect(address).await;

@@ -25,12 +25,12 @@ fn assert_accepted(answer: &Answer) {
 }
 
 #[test]
-fn by_default_the_brokers_time_ends_before_the_clients() {
+fn default_publish_timeout_is_below_half_of_the_clients() {
     assert!(config(&[]).callbacks.publish_timeout < CLIENT_PATIENCE / 2);
 }
 
 #[tokio::test]
-async fn without_a_broker_callbacks_are_accepted_and_relayed_when_it_comes() {
+async fn without_a_broker_callbacks_are_accepted_and_relayed_later() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let producer = Producer::start_at(&uri, &[]).await;
@@ -51,7 +51,7 @@ async fn without_a_broker_callbacks_are_accepted_and_relayed_when_it_comes() {
 }
 
 #[tokio::test]
-async fn what_is_relayed_goes_out_oldest_first_with_the_id_of_its_callback() {
+async fn messages_are_relayed_oldest_first_with_their_callback_id() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let producer = Producer::start_at(&uri, &[]).await;
@@ -76,7 +76,7 @@ async fn what_is_relayed_goes_out_oldest_first_with_the_id_of_its_callback() {
 }
 
 #[tokio::test]
-async fn a_broker_that_cuts_the_connection_is_found_again() {
+async fn producer_reconnects_to_a_broker_that_cut_the_connection() {
     let (proxy, uri) = proxied_broker().await;
     let producer = Producer::start_at(&uri, &[]).await;
     let mut accepted = BTreeSet::new();
@@ -93,7 +93,7 @@ async fn a_broker_that_cuts_the_connection_is_found_again() {
 }
 
 #[tokio::test]
-async fn while_the_broker_is_silent_every_callback_is_accepted_within_the_clients_patience() {
+async fn callbacks_are_accepted_in_time_while_the_broker_is_silent() {
     let (proxy, uri) = proxied_broker().await;
     let producer = Producer::start_at(&uri, &[]).await;
     assert_accepted(&producer.post_ids(&[1]).await);
@@ -121,7 +121,7 @@ async fn while_the_broker_is_silent_every_callback_is_accepted_within_the_client
 
 /// Posts callbacks of half as many ids as the broker may have to confirm, until one is answered: the first
 /// two wait for it.
-async fn answered_beyond_the_room(producer: &Producer) -> (Vec<i64>, Answer) {
+async fn first_answer_above_publisher_capacity(producer: &Producer) -> (Vec<i64>, Answer) {
     let firsts = AtomicI64::new(0);
     eventually("one is answered", DEADLINE, async || {
         let first = firsts.fetch_add(5_000, Ordering::SeqCst);
@@ -133,34 +133,34 @@ async fn answered_beyond_the_room(producer: &Producer) -> (Vec<i64>, Answer) {
 }
 
 #[tokio::test]
-async fn what_the_broker_has_no_room_for_goes_to_the_spool_and_waits_for_nothing() {
+async fn callback_above_publisher_capacity_is_spooled_at_once() {
     let (proxy, uri) = proxied_broker().await;
     // From a quorum queue, taking thousands of messages one by one would take a minute.
     let settings = ["--publish-timeout=1m", "--queue-type=classic"];
     let producer = Producer::start_at(&uri, &settings).await;
     producer.connected().await;
     proxy.silence();
-    let (ids, answer) = answered_beyond_the_room(&producer).await;
+    let (ids, answer) = first_answer_above_publisher_capacity(&producer).await;
     assert_accepted(&answer);
     proxy.restore();
     producer.all_arrive(&ids.into_iter().collect()).await;
 }
 
 #[tokio::test]
-async fn what_has_no_room_anywhere_is_answered_503_at_once() {
+async fn callback_above_capacity_without_a_spool_is_503_at_once() {
     let (proxy, uri) = proxied_broker().await;
     let settings = ["--publish-timeout=1m", "--spool-dir=/dev/null/spool"];
     let producer = Producer::start_at(&uri, &settings).await;
     producer.connected().await;
     proxy.silence();
-    let (_, answer) = answered_beyond_the_room(&producer).await;
+    let (_, answer) = first_answer_above_publisher_capacity(&producer).await;
     answer.assert_problem(503);
     assert_eq!(answer.header("retry-after"), "1");
     assert!(format!("{answer:?}").contains("to confirm already"), "{answer:?}");
 }
 
 #[tokio::test]
-async fn without_a_broker_and_a_spool_a_callback_is_answered_503_and_readiness_says_why() {
+async fn without_broker_and_spool_503_and_readiness_has_reasons() {
     let nobody = format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port());
     let no_directory = "--spool-dir=/dev/null/spool";
     let producer = Producer::start_at(&nobody, &[no_directory]).await;
@@ -171,7 +171,7 @@ async fn without_a_broker_and_a_spool_a_callback_is_answered_503_and_readiness_s
     eventually("the reasons are known", DEADLINE, async || {
         let (place, reasons) = producer.health.missing().pop()?;
         let both = reasons.contains("cannot reach") && reasons.contains("/dev/null/spool");
-        (place == "a durable place" && both).then_some(())
+        (place == "durable store" && both).then_some(())
     })
     .await;
 }
@@ -205,7 +205,7 @@ async fn send_callbacks(producer: Arc<Producer>, seen: Arc<Seen>) -> BTreeSet<i6
 }
 
 #[tokio::test]
-async fn nothing_is_lost_that_a_deleted_queue_did_not_take_and_the_queue_comes_back() {
+async fn deleted_queue_is_declared_again_without_loss() {
     let producer = Arc::new(Producer::start(&["--publish-timeout=300ms"]).await);
     let broker = Broker::connect().await;
     for _ in 0..3 {

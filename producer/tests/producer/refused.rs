@@ -2,7 +2,7 @@ use crate::front_door::{Producer, assert_problem_body};
 use crate::wire::Wire;
 
 #[tokio::test]
-async fn what_is_no_callback_is_answered_400_with_what_is_wrong_and_where() {
+async fn invalid_body_is_answered_400_with_the_fault_and_position() {
     let producer = Producer::start(&[]).await;
     let bad: &[(&[u8], &str)] = &[
         (b"", "the body must be a JSON object"),
@@ -39,7 +39,7 @@ async fn what_is_no_callback_is_answered_400_with_what_is_wrong_and_where() {
 }
 
 #[tokio::test]
-async fn a_body_that_says_it_is_too_large_is_answered_413_without_being_read() {
+async fn body_announced_as_too_large_is_answered_413_unread() {
     let producer = Producer::start(&["--max-body-bytes=64"]).await;
     let mut wire = Wire::connect(producer.address).await;
     wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 65\r\n\r\n").await;
@@ -51,7 +51,7 @@ async fn a_body_that_says_it_is_too_large_is_answered_413_without_being_read() {
 }
 
 #[tokio::test]
-async fn a_chunked_body_is_answered_413_as_soon_as_it_is_too_large() {
+async fn chunked_body_is_answered_413_as_soon_as_it_is_too_large() {
     let producer = Producer::start(&["--max-body-bytes=64"]).await;
     let mut wire = Wire::connect(producer.address).await;
     wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n").await;
@@ -67,7 +67,7 @@ async fn a_chunked_body_is_answered_413_as_soon_as_it_is_too_large() {
 }
 
 #[tokio::test]
-async fn a_client_that_is_still_sending_a_body_far_too_large_gets_to_see_the_413() {
+async fn client_still_sending_a_large_body_receives_the_413() {
     let producer = Producer::start(&[]).await;
     for _ in 0..10 {
         let answer = producer.post(vec![b' '; 8 << 20]).await;
@@ -77,7 +77,7 @@ async fn a_client_that_is_still_sending_a_body_far_too_large_gets_to_see_the_413
 }
 
 #[tokio::test]
-async fn a_body_of_exactly_the_limit_is_taken_however_it_is_sent() {
+async fn body_of_exactly_the_limit_is_accepted() {
     let producer = Producer::start(&["--max-body-bytes=64"]).await;
     let callback = format!("{:<64}", r#"{"object_ids":[1]}"#);
     assert_eq!(producer.post(callback.clone()).await.status, 200);
@@ -99,7 +99,7 @@ async fn more_ids_than_allowed_are_answered_422() {
 
 /// Field case 1.14: every rejection has an id and is counted.
 #[tokio::test]
-async fn another_method_is_answered_405_with_the_one_that_is_allowed() {
+async fn another_method_is_answered_405_with_the_allowed_one() {
     let producer = Producer::start(&[]).await;
     for method in ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"] {
         let request = producer.request(method, "/callback").body(r#"{"object_ids":[1]}"#);
@@ -126,7 +126,7 @@ async fn another_path_is_answered_404() {
 
 // Field case 7.6
 #[tokio::test]
-async fn a_callback_from_a_web_page_of_another_site_is_answered_403() {
+async fn callback_from_a_web_page_of_another_site_is_answered_403() {
     let producer = Producer::start(&[]).await;
     for (site, status) in [("cross-site", 403), ("same-origin", 200), ("none", 200)] {
         let request = producer.request("POST", "/callback").header("Sec-Fetch-Site", site);
@@ -138,7 +138,7 @@ async fn a_callback_from_a_web_page_of_another_site_is_answered_403() {
 
 // Field case 1.5
 #[tokio::test]
-async fn a_client_that_sends_all_before_it_reads_gets_to_see_why_not() {
+async fn client_that_sends_all_before_it_reads_receives_the_error() {
     let producer = Producer::start(&[]).await;
     for (path, size, status) in
         [("/callback", 20 << 20, 413), ("/elsewhere", 900 << 10, 404), ("/livez", 900 << 10, 405)]
@@ -156,7 +156,7 @@ async fn a_client_that_sends_all_before_it_reads_gets_to_see_why_not() {
 
 /// Field case 1.1.
 #[tokio::test]
-async fn equivalent_paths_take_callbacks() {
+async fn equivalent_paths_accept_callbacks() {
     let producer = Producer::start(&[]).await;
     let paths = ["/callback/", "//callback", "/%63allback", "/./callback", "/x/../callback?a=b"];
     for path in paths {

@@ -46,7 +46,7 @@ async fn assert_only(producer: &Producer, expected: &[i64]) {
 }
 
 #[tokio::test]
-async fn a_callback_that_is_signed_by_any_of_the_keys_is_accepted() {
+async fn callback_signed_with_any_of_the_keys_is_accepted() {
     let producer = started().await;
     for (key, id) in [(OLD, 1), (NEW, 2)] {
         let body = format!(r#"{{"object_ids":[{id}]}}"#);
@@ -58,7 +58,7 @@ async fn a_callback_that_is_signed_by_any_of_the_keys_is_accepted() {
 }
 
 #[tokio::test]
-async fn a_valid_signature_among_those_of_other_keys_and_versions_is_found() {
+async fn valid_signature_among_other_signatures_is_found() {
     let producer = started().await;
     let body = r#"{"object_ids":[1]}"#;
     let mut headers = headers(OLD, "msg_1", SystemTime::now(), body);
@@ -67,7 +67,7 @@ async fn a_valid_signature_among_those_of_other_keys_and_versions_is_found() {
 }
 
 #[tokio::test]
-async fn what_is_not_signed_or_not_rightly_is_answered_401_and_nothing_is_queued() {
+async fn unsigned_or_wrongly_signed_callback_is_401_and_not_queued() {
     let producer = started().await;
     let body = r#"{"object_ids":[1]}"#;
     let now = SystemTime::now();
@@ -124,7 +124,7 @@ async fn what_is_not_signed_or_not_rightly_is_answered_401_and_nothing_is_queued
 }
 
 #[tokio::test]
-async fn a_client_that_does_not_sign_is_answered_before_it_sends_its_body() {
+async fn unsigned_callback_is_answered_before_its_body_is_sent() {
     let producer = started().await;
     let mut wire = Wire::connect(producer.address).await;
     wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n").await;
@@ -134,7 +134,7 @@ async fn a_client_that_does_not_sign_is_answered_before_it_sends_its_body() {
 }
 
 #[tokio::test]
-async fn whether_a_body_is_json_is_told_only_to_who_has_signed_it() {
+async fn body_is_parsed_only_after_its_signature_is_verified() {
     let producer = started().await;
     let headers = headers(OTHER, "msg_1", SystemTime::now(), "{");
     producer.send(request(&producer, &headers, "{")).await.assert_problem(401);
@@ -142,7 +142,7 @@ async fn whether_a_body_is_json_is_told_only_to_who_has_signed_it() {
 }
 
 #[tokio::test]
-async fn a_callback_that_comes_again_is_answered_as_the_first_time_and_published_once() {
+async fn repeat_gets_the_same_answer_and_is_published_once() {
     let producer = started().await;
     let body = r#"{"object_ids":[1,2,2]}"#;
     // All at a time, so that most come while the first is not durable yet.
@@ -160,7 +160,7 @@ async fn a_callback_that_comes_again_is_answered_as_the_first_time_and_published
 }
 
 #[tokio::test]
-async fn two_callbacks_under_one_id_are_both_published() {
+async fn two_callbacks_with_one_id_are_both_published() {
     let producer = started().await;
     for body in [r#"{"object_ids":[1]}"#, r#"{"object_ids":[2]}"#] {
         assert_eq!(post(&producer, "msg_1", body).await.status, 200);
@@ -169,7 +169,7 @@ async fn two_callbacks_under_one_id_are_both_published() {
 }
 
 #[tokio::test]
-async fn a_callback_that_was_refused_is_tried_anew_when_it_comes_again() {
+async fn repeat_of_a_failed_callback_is_published() {
     let (proxy, uri) = proxied_broker().await;
     // A file, and no directory: so that there is no second place.
     let scratch = testbed::Scratch::new("no-spool");
@@ -220,7 +220,7 @@ async fn repeats_are_answered_within_the_clients_patience() {
 }
 
 #[tokio::test]
-async fn a_secret_that_is_none_ends_the_process_with_78_and_is_not_shown() {
+async fn invalid_secret_ends_the_process_with_78_and_is_not_shown() {
     let scratch = testbed::Scratch::new("secret");
     let file = scratch.path().join("secret");
     std::fs::write(&file, "whsec_tooshort\n").unwrap();
@@ -240,7 +240,7 @@ async fn a_secret_that_is_none_ends_the_process_with_78_and_is_not_shown() {
 }
 
 #[tokio::test]
-async fn a_secret_from_a_file_is_in_no_log_at_any_level() {
+async fn secret_from_a_file_is_not_logged_at_any_level() {
     let scratch = testbed::Scratch::new("secret");
     let file = scratch.path().join("secret");
     std::fs::write(&file, format!("{NEW}\n{OLD}\n")).unwrap();
@@ -254,7 +254,7 @@ async fn a_secret_from_a_file_is_in_no_log_at_any_level() {
     ];
     let process = Process::spawn("producer", &environment, &[]);
     process.ready().await;
-    let line = process.wait_for_log("taking callbacks").await;
+    let line = process.wait_for_log("accepting callbacks").await;
     let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
     let mut wire = Wire::connect(address).await;
     wire.send_callback(1).await;

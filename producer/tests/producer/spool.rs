@@ -13,7 +13,7 @@ use crate::front_door::{DEADLINE, Producer, client};
 use crate::outage::proxied_broker;
 
 #[tokio::test]
-async fn a_spool_that_an_earlier_producer_left_is_relayed_by_the_next() {
+async fn spool_of_an_earlier_producer_is_relayed() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let mut producer = Producer::start_at(&uri, &[]).await;
@@ -32,7 +32,7 @@ async fn a_spool_that_an_earlier_producer_left_is_relayed_by_the_next() {
 }
 
 #[tokio::test]
-async fn a_full_spool_refuses_and_with_the_broker_there_callbacks_pass_it_by() {
+async fn full_spool_is_answered_503_until_the_broker_is_back() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let producer = Producer::start_at(&uri, &["--spool-max-bytes=1048576"]).await;
@@ -69,7 +69,7 @@ async fn a_full_spool_refuses_and_with_the_broker_there_callbacks_pass_it_by() {
 }
 
 #[tokio::test]
-async fn with_a_full_spool_a_slow_broker_has_all_of_the_time() {
+async fn with_a_full_spool_a_slow_broker_has_the_whole_deadline() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let settings = ["--spool-max-bytes=1048576", "--publish-timeout=50ms"];
@@ -123,7 +123,7 @@ impl Blocked {
 }
 
 #[tokio::test]
-async fn a_spool_that_cannot_be_opened_is_done_without_until_it_can_be() {
+async fn producer_works_without_a_spool_until_it_can_be_opened() {
     let (proxy, uri) = proxied_broker().await;
     let blocked = Blocked::new();
     let producer = Producer::start_at(&uri, &[&blocked.argument()]).await;
@@ -143,7 +143,7 @@ async fn a_spool_that_cannot_be_opened_is_done_without_until_it_can_be() {
 
 /// Posts a callback while the broker is silent and there is no spool, calls `fails` once there is one,
 /// and sees that it is accepted.
-async fn is_spooled_late(publish_timeout: &str, fails: impl FnOnce(&Proxy)) {
+async fn assert_spooled_late(publish_timeout: &str, fails: impl FnOnce(&Proxy)) {
     let (proxy, uri) = proxied_broker().await;
     // So that nothing but the callback is under way, and the broker is not given up.
     let uri = format!("{uri}?heartbeat=60");
@@ -164,18 +164,18 @@ async fn is_spooled_late(publish_timeout: &str, fails: impl FnOnce(&Proxy)) {
 }
 
 #[tokio::test]
-async fn a_callback_that_the_broker_fails_goes_to_a_spool_that_was_opened_meanwhile() {
-    is_spooled_late("1m", Proxy::cut).await;
+async fn callback_failed_by_the_broker_goes_to_a_spool_opened_since() {
+    assert_spooled_late("1m", Proxy::cut).await;
 }
 
 #[tokio::test]
-async fn a_callback_that_the_broker_keeps_waiting_goes_to_a_spool_that_was_opened_meanwhile() {
+async fn callback_without_a_confirm_goes_to_a_spool_opened_since() {
     // Longer than until the spool is tried again, and too short for the broker to be given up.
-    is_spooled_late("8s", |_| {}).await;
+    assert_spooled_late("8s", |_| {}).await;
 }
 
 #[tokio::test]
-async fn a_spool_that_another_process_has_is_left_to_it() {
+async fn spool_in_use_by_another_process_is_not_opened() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let first = Producer::start_at(&uri, &[]).await;
@@ -190,7 +190,7 @@ async fn a_spool_that_another_process_has_is_left_to_it() {
 
 /// The case in which even deleting fails, were it not for the ballast.
 #[tokio::test]
-async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
+async fn spool_on_a_full_disk_is_relayed_and_emptied() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let (queue, scratch) = (Queue::new(), Scratch::new("small"));
@@ -201,7 +201,7 @@ async fn on_a_full_disk_the_spool_is_still_relayed_and_emptied() {
         ("SPOOL_DIR", scratch.path().display().to_string()),
     ];
     let producer = Process::spawn_through(&ON_A_SMALL_DISK, "producer", &settings, &[]);
-    let address = producer.wait_for_log("taking callbacks").await;
+    let address = producer.wait_for_log("accepting callbacks").await;
     let address = address.split("address=").nth(1).unwrap().trim().to_owned();
     let client = client();
     let post = async |ids: &[i64]| {
@@ -278,7 +278,7 @@ async fn spool_is_relayed_on_a_read_only_root() {
         ("SPOOL_DIR", scratch.path().display().to_string()),
     ];
     let producer = Process::spawn_through(&ON_A_READ_ONLY_ROOT, "producer", &settings, &[]);
-    let address = producer.wait_for_log("taking callbacks").await;
+    let address = producer.wait_for_log("accepting callbacks").await;
     let url = format!("http://{}/callback", address.split("address=").nth(1).unwrap().trim());
     let client = client();
     for callback in 0..10 {

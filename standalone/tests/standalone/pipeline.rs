@@ -96,7 +96,7 @@ async fn a_role_that_is_left_out_is_not_played_and_its_work_waits() {
 
     let others = home.spawn(&["--no-tester", "--no-producer", "--no-routine"]);
     eventually("2 is online", PATIENCE, async || (home.online().await == [2]).then_some(())).await;
-    assert!(others.log().iter().all(|line| !line.contains("taking callbacks")));
+    assert!(others.log().iter().all(|line| !line.contains("accepting callbacks")));
 }
 
 #[tokio::test]
