@@ -2,7 +2,7 @@
 //! `signature.regressions` beside this file. Each file in `corpus/signature` holds one header; its
 //! name says whether it is valid.
 
-#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+#![expect(clippy::unwrap_used, reason = "test helpers may panic, too")]
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 

@@ -1,4 +1,4 @@
-//! Bodies that are no callback, in every way that we could think of.
+//! Invalid bodies of many kinds.
 
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
@@ -9,7 +9,7 @@ use crate::wire::Wire;
 
 const MIB: usize = 1 << 20;
 
-/// A request with these headers and this body, and the last one on its connection.
+/// A request with these headers and this body, which closes its connection.
 fn request(headers: &str, body: &[u8]) -> Vec<u8> {
     let length = body.len();
     let head = format!(
@@ -18,8 +18,8 @@ fn request(headers: &str, body: &[u8]) -> Vec<u8> {
     [head.as_bytes(), body].concat()
 }
 
-/// What must be answered so, by what it is.
-fn refused() -> Vec<(&'static str, Vec<u8>, u16)> {
+/// Invalid requests: a description, the bytes, and the expected status.
+fn invalid_requests() -> Vec<(&'static str, Vec<u8>, u16)> {
     let good = r#"{"object_ids":[666]}"#.as_bytes();
     let ids = |count: usize| format!(r#"{{"object_ids":[{}1]}}"#, "1,".repeat(count - 1));
     let of_id = |id: String| format!(r#"{{"object_ids":[{id}]}}"#);
@@ -36,33 +36,37 @@ fn refused() -> Vec<(&'static str, Vec<u8>, u16)> {
         ("a million ids", request("", ids(1_000_000).as_bytes()), 413),
         ("500,000 ids", request("", ids(500_000).as_bytes()), 422),
         ("an id of 10 KB", request("", of_id("7".repeat(10_000)).as_bytes()), 400),
-        ("a negative one", request("", of_id(format!("-{}", "7".repeat(10_000))).as_bytes()), 400),
+        (
+            "a negative id of 10 KB",
+            request("", of_id(format!("-{}", "7".repeat(10_000))).as_bytes()),
+            400,
+        ),
         (
             "an exponent of 10,000 digits",
             request("", of_id(format!("1e{}", "9".repeat(10_000))).as_bytes()),
             400,
         ),
-        ("an id that is infinite", request("", of_id("1e999999".to_owned()).as_bytes()), 400),
+        ("an infinite id", request("", of_id("1e999999".to_owned()).as_bytes()), 400),
         ("NUL bytes", request("", &vec![0; MIB]), 400),
-        ("no UTF-8", request("", &vec![0xff; MIB]), 400),
+        ("invalid UTF-8", request("", &vec![0xff; MIB]), 400),
         ("UTF-16", request("", &utf16), 400),
         (
-            "UTF-16 that says so",
+            "UTF-16 with its charset",
             request("Content-Type: application/json; charset=utf-16\r\n", &utf16),
             400,
         ),
         ("gzip", encoded("gzip"), 415),
         ("gzip twice", encoded("identity, gzip"), 415),
         ("an unknown encoding", encoded("\u{fc}"), 415),
-        ("a form with parts", typed("multipart/form-data; boundary=x"), 415),
-        ("parts in capitals", typed(" Multipart/Mixed"), 415),
+        ("a multipart form", typed("multipart/form-data; boundary=x"), 415),
+        ("multipart in capitals", typed(" Multipart/Mixed"), 415),
     ]
 }
 
 #[tokio::test]
 async fn invalid_bodies_are_answered_4xx() {
     let siege = Siege::begin(&[]).await;
-    for (what, bytes, expected) in refused() {
+    for (what, bytes, expected) in invalid_requests() {
         let mut clients = JoinSet::new();
         for _ in 0..4 {
             let (address, bytes) = (siege.address, bytes.clone());
@@ -72,7 +76,7 @@ async fn invalid_bodies_are_answered_4xx() {
             assert_eq!(statuses(&answer), [expected], "{what}: {answer}");
         }
     }
-    siege.withstood(0, 120).await;
+    siege.assert_withstood(0, 120).await;
 }
 
 #[tokio::test]
@@ -96,7 +100,7 @@ async fn callback_is_accepted_with_any_content_type() {
         let answer = exchange(siege.address, &bytes).await;
         assert_eq!(statuses(&answer), [200], "{kind}: {answer}");
     }
-    siege.withstood(9, 120).await;
+    siege.assert_withstood(9, 120).await;
 }
 
 #[tokio::test]
@@ -104,7 +108,7 @@ async fn truncated_body_is_rejected() {
     let siege = Siege::begin(&[]).await;
     let whole = request("", br#"{"object_ids":[666]}  "#);
     let chunked = b"POST /callback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n14\r\n{\"object_ids\":[666]}\r\n";
-    // The whole JSON is there in all of them, the end of the body is not.
+    // All of them have the complete JSON, but not the end of the body.
     for bytes in [&whole[..whole.len() - 2], chunked, &chunked[..chunked.len() - 2]] {
         let mut stream = TcpStream::connect(siege.address).await.unwrap();
         stream.write_all(bytes).await.unwrap();
@@ -113,7 +117,7 @@ async fn truncated_body_is_rejected() {
         tokio::io::AsyncReadExt::read_to_string(&mut stream, &mut answer).await.unwrap();
         assert!(matches!(statuses(&answer).as_slice(), [] | [400]), "{answer}");
     }
-    siege.withstood(0, 120).await;
+    siege.assert_withstood(0, 120).await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -122,19 +126,20 @@ async fn unfinished_large_bodies_stay_within_their_memory_limit() {
     let siege = Siege::begin(&[("BODY_TIMEOUT", "4s")]).await;
     let body = vec![b' '; MIB];
     let whole = request("", &body);
-    let all_but_the_end: &'static [u8] = Box::leak(whole[..whole.len() - 1].to_vec().into());
+    let unfinished: &'static [u8] = Box::leak(whole[..whole.len() - 1].to_vec().into());
     let mut clients = JoinSet::new();
     for _ in 0..400 {
         let address = siege.address;
-        clients.spawn(async move { exchange(address, all_but_the_end).await });
+        clients.spawn(async move { exchange(address, unfinished).await });
     }
     for answer in clients.join_all().await {
-        // Those without room are told at their deadline, the others once they are too slow.
+        // Bodies without permits are answered 503 at their deadline, the others 408 once they are
+        // too slow.
         assert!(matches!(statuses(&answer).as_slice(), [] | [408 | 503]), "{answer}");
     }
-    // There is room for large ones again.
+    // Large bodies are accepted again.
     let mut wire = Wire::connect(siege.address).await;
     wire.send(request("", &[&body[20..], br#"{"object_ids":[1]}"#].concat())).await;
     assert_eq!(wire.reply().await.status, 200);
-    siege.withstood(1, 150).await;
+    siege.assert_withstood(1, 150).await;
 }

@@ -1,12 +1,12 @@
-//! Clients that mean ill, against the producer as a process: each is answered 4xx or cut off, the
-//! memory stays flat, and the callbacks of everybody else are answered 200 all the while.
+//! Malicious clients against the producer as a process. Each is answered 4xx or disconnected, the
+//! memory stays flat, and the callbacks of other clients are still answered 200.
 
-#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+#![expect(clippy::unwrap_used, reason = "test helpers may panic, too")]
 
 mod bodies;
 mod shapes;
 mod slow;
-#[expect(dead_code, reason = "the other binary uses all of it")]
+#[expect(dead_code, reason = "the other test binary uses all of it")]
 #[path = "../producer/wire.rs"]
 mod wire;
 
@@ -26,10 +26,10 @@ use tokio::time::timeout;
 
 use wire::{DEADLINE, Wire};
 
-/// The id of a siege's first callback; each accepted one is followed by the next id.
+/// The id in a siege's first callback. The id is incremented after each accepted callback.
 const FIRST_ID: i64 = 1_000_000;
 
-/// A producer to which somebody posts one callback after another, whatever else is done to it.
+/// A producer under attack, to which a regular client posts one callback after another.
 struct Siege {
     address: SocketAddr,
     producer: Arc<Process>,
@@ -39,12 +39,13 @@ struct Siege {
     callbacks: JoinHandle<Callbacks>,
 }
 
-/// What became of those callbacks.
+/// The outcomes of the regular client's callbacks.
 #[derive(Default)]
 struct Callbacks {
     accepted: i64,
-    /// Those for which a busy machine had neither a broker nor a disk in time; their messages may still come through.
-    refused: i64,
+    /// Callbacks that neither broker nor disk of a busy machine stored in time. Their messages may
+    /// still arrive.
+    unavailable: i64,
     peak_memory_kib: u64,
 }
 
@@ -62,7 +63,7 @@ impl Siege {
         producer.ready().await;
         let line = producer.wait_for_log("accepting callbacks").await;
         let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
-        // The first one warms up what is made once.
+        // The first callback makes the producer allocate what it keeps for good.
         let mut wire = Wire::connect(address).await;
         wire.send_callback(0).await;
         assert_eq!(wire.reply().await.status, 200);
@@ -72,18 +73,22 @@ impl Siege {
         Self { address, producer, queue, memory_before_kib, stop, callbacks }
     }
 
-    /// That what was accepted has arrived, and nothing else: the callbacks, and id 1 from `others`; and that the memory
-    /// has not grown by more than that.
-    async fn withstood(self, others: usize, allowed_mib: u64) {
+    /// Asserts that only accepted callbacks have arrived: those of the regular client, and `others`
+    /// with id 1. Asserts that the memory has grown by at most `allowed_mib`.
+    async fn assert_withstood(self, others: usize, allowed_mib: u64) {
         assert!(self.producer.is_running());
-        // One more, behind everything else.
+        // One more callback, behind all others.
         let mut wire = Wire::connect(self.address).await;
         wire.send_callback(0).await;
         assert_eq!(wire.reply().await.status, 200);
         self.stop.cancel();
-        let Callbacks { accepted, refused, peak_memory_kib } = self.callbacks.await.unwrap();
-        assert!(accepted > refused, "{refused} callbacks refused, {accepted} accepted");
-        // Some more than once, if a busy machine's broker confirmed them so late that they were spooled as well.
+        let Callbacks { accepted, unavailable, peak_memory_kib } = self.callbacks.await.unwrap();
+        assert!(
+            accepted > unavailable,
+            "{unavailable} callbacks answered 503, {accepted} accepted"
+        );
+        // Some arrive more than once, if a busy broker confirmed them so late that they were
+        // spooled as well.
         let mut arrived = BTreeMap::new();
         eventually("the callbacks, and nothing else, are queued", DEADLINE, async || {
             while let Some(message) = self.queue.get(&self.queue.name).await {
@@ -110,13 +115,13 @@ async fn post_until(
 ) -> Callbacks {
     let mut callbacks = Callbacks::default();
     while !stop.is_cancelled() {
-        // Each on a connection of its own: they have to get through to it, too.
+        // Each on its own connection, because connecting must work as well.
         let mut wire = Wire::connect(address).await;
         wire.send_callback(FIRST_ID + callbacks.accepted).await;
         let reply = wire.reply().await;
         match reply.status {
             200 => callbacks.accepted += 1,
-            503 => callbacks.refused += 1,
+            503 => callbacks.unavailable += 1,
             _ => panic!("{reply:?}"),
         }
         callbacks.peak_memory_kib = callbacks.peak_memory_kib.max(producer.rss_kib());
@@ -125,28 +130,28 @@ async fn post_until(
     callbacks
 }
 
-/// Sends these bytes and gives all that came back until the server closed the connection, which it
-/// has to do.
+/// Sends these bytes, and returns the response up to the end of the connection, which the server
+/// must close.
 async fn exchange(address: SocketAddr, bytes: &[u8]) -> String {
     let (mut reader, mut writer) = TcpStream::connect(address).await.unwrap().into_split();
-    // The server may have heard enough before all is sent.
+    // The server may close the connection before all bytes are sent.
     let sending = async { drop(writer.write_all(bytes).await) };
     let mut answer = Vec::new();
     let exchanged = async { tokio::join!(sending, reader.read_to_end(&mut answer)) };
-    // A reset is an end as well.
+    // A reset also counts as an end.
     let ended = timeout(DEADLINE, exchanged).await;
     let answer = String::from_utf8_lossy(&answer).into_owned();
     assert!(ended.is_ok(), "not closed after {:.100}: {answer}", String::from_utf8_lossy(bytes));
     answer
 }
 
-/// The status of each answer in what came back.
+/// The status of each response in `answer`.
 fn statuses(answer: &str) -> Vec<u16> {
     let heads = answer.split("HTTP/1.1 ").skip(1);
     heads.map(|head| head[..3].parse().unwrap()).collect()
 }
 
-/// Lets this process, and what it starts from now on, have that many files open.
+/// Allows this process, and the processes that it starts, to have `count` files open.
 fn allow_files(count: u64) {
     let Rlimit { current, maximum } = getrlimit(Resource::Nofile);
     if current.is_some_and(|current| current < count) {

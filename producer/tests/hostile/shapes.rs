@@ -1,14 +1,16 @@
-//! Requests of a shape by which two servers might not agree on where one ends and the next begins.
+//! Ambiguous requests, for which two servers might disagree where one request ends and the next
+//! begins.
 
 use super::{Siege, exchange, statuses};
 
-/// What an attacker hides behind the end of a request: it must never be read as one.
+/// The request that an attacker hides in another request. The producer must never read it as a
+/// request.
 const HIDDEN: &str =
     "POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 20\r\n\r\n{\"object_ids\":[666]}";
 const POST: &str = "POST /callback HTTP/1.1\r\nHost: x\r\n";
 const BODY: &str = r#"{"object_ids":[1]}"#;
 
-/// A request with these headers, this after them, and the hidden one behind.
+/// A request with these headers, `rest` after them, and then the hidden request.
 fn hiding(headers: &str, rest: &str) -> Vec<u8> {
     format!("{POST}{headers}\r\n{rest}{HIDDEN}").into_bytes()
 }
@@ -17,16 +19,16 @@ fn chunked(rest: &str) -> Vec<u8> {
     hiding("Transfer-Encoding: chunked\r\n", rest)
 }
 
-/// A request with a good body whose head has this in it.
+/// A request with a valid body, and `header` in its head.
 fn with(header: &str) -> Vec<u8> {
     hiding(&format!("{header}\r\nContent-Length: 18\r\n"), BODY)
 }
 
-fn shapes() -> Vec<(&'static str, Vec<u8>)> {
+fn ambiguous_requests() -> Vec<(&'static str, Vec<u8>)> {
     let one_chunk = "12\r\n{\"object_ids\":[1]}\r\n0\r\n\r\n";
     let with_te = |value: &str| hiding(&format!("Transfer-Encoding: {value}\r\n"), one_chunk);
     let with_length = |value: &str| hiding(&format!("Content-Length: {value}\r\n"), BODY);
-    let mut shapes = vec![
+    let mut requests = vec![
         ("two lengths", hiding("Content-Length: 18\r\nContent-Length: 0\r\n", BODY)),
         ("a list of lengths", with_length("18, 0")),
         ("a length with a sign", with_length("+18")),
@@ -72,19 +74,20 @@ fn shapes() -> Vec<(&'static str, Vec<u8>)> {
     ];
     let sizes = ["zz", "-1", "0x12", "12 12", "", "fffffffffffffffff", "12\n", "\r12"];
     let sizes = sizes.map(|size| chunked(&format!("{size}\r\n{BODY}\r\n0\r\n\r\n")));
-    shapes.extend(sizes.map(|bytes| ("a bad chunk size", bytes)));
-    shapes.push(("a chunk that ends by a line feed", chunked(&format!("12\n{BODY}\r\n0\r\n\r\n"))));
-    shapes.push((
+    requests.extend(sizes.map(|bytes| ("a bad chunk size", bytes)));
+    requests
+        .push(("a chunk that ends by a line feed", chunked(&format!("12\n{BODY}\r\n0\r\n\r\n"))));
+    requests.push((
         "a chunk that is longer than it says",
         chunked(&format!("2\r\n{BODY}\r\n0\r\n\r\n")),
     ));
-    shapes
+    requests
 }
 
 #[tokio::test]
 async fn ambiguous_request_is_rejected_and_ends_the_connection() {
     let siege = Siege::begin(&[]).await;
-    for (what, bytes) in shapes() {
+    for (what, bytes) in ambiguous_requests() {
         let answer = exchange(siege.address, &bytes).await;
         let statuses = statuses(&answer);
         let refused = match statuses.as_slice() {
@@ -94,10 +97,10 @@ async fn ambiguous_request_is_rejected_and_ends_the_connection() {
         };
         assert!(refused, "{what}: {statuses:?} {answer}");
     }
-    siege.withstood(0, 120).await;
+    siege.assert_withstood(0, 120).await;
 }
 
-/// RFC 9112 has the second of two ends hold (6.3), and forbids to go on with the connection then.
+/// By RFC 9112 (6.3), the chunked encoding overrides a length, and the connection must be closed.
 #[tokio::test]
 async fn chunked_request_is_the_last_on_its_connection() {
     let siege = Siege::begin(&[]).await;
@@ -117,10 +120,10 @@ async fn chunked_request_is_the_last_on_its_connection() {
     let hiding = format!("{elsewhere}{one_chunk}{HIDDEN}");
     let answer = exchange(siege.address, hiding.as_bytes()).await;
     assert_eq!(statuses(&answer), [404], "{answer}");
-    siege.withstood(4, 120).await;
+    siege.assert_withstood(4, 120).await;
 }
 
-/// A server has to understand the first (RFC 9112, 3.2.2), and may the others (2.2, 6.3).
+/// A server must accept the first of these (RFC 9112, 3.2.2), and may accept the others (2.2, 6.3).
 #[tokio::test]
 async fn unusual_but_unambiguous_requests_are_accepted() {
     let siege = Siege::begin(&[]).await;
@@ -135,5 +138,5 @@ async fn unusual_but_unambiguous_requests_are_accepted() {
         let answer = exchange(siege.address, request.as_bytes()).await;
         assert_eq!(statuses(&answer), [200], "{request}: {answer}");
     }
-    siege.withstood(4, 120).await;
+    siege.assert_withstood(4, 120).await;
 }

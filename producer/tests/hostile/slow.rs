@@ -1,4 +1,4 @@
-//! Clients that take their time, or never take an answer.
+//! Clients that send slowly, or never read a response.
 
 use std::time::Duration;
 
@@ -33,12 +33,12 @@ async fn trickling_connections_are_closed_and_delay_no_callback() {
             _ => panic!("{answer}"),
         }
     }
-    // Those who had sent a head are told.
+    // Clients that have sent a head receive a response.
     assert_eq!(timeouts, 2_500);
-    siege.withstood(0, 120).await;
+    siege.assert_withstood(0, 120).await;
 }
 
-/// Sends a byte a second until the server ends it, and gives what the server said.
+/// Sends a byte per second until the server closes the connection, and returns the response.
 async fn trickle(stream: TcpStream) -> String {
     let (mut reader, mut writer) = stream.into_split();
     let mut answer = Vec::new();
@@ -69,12 +69,12 @@ async fn clients_that_never_read_are_disconnected() {
     producer.ready().await;
     let line = producer.wait_for_log("accepting callbacks").await;
     let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
-    // Its answer repeats the path.
+    // The response repeats the path.
     let request = format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "a".repeat(8_000));
     let mut clients = Vec::new();
     for _ in 0..2 {
         let socket = TcpSocket::new_v4().unwrap();
-        // So that little fits between the two.
+        // So that the socket buffers hold little.
         socket.set_recv_buffer_size(4_096).unwrap();
         let mut stream = socket.connect(address).await.unwrap();
         let request = request.clone();
@@ -97,7 +97,7 @@ async fn clients_that_never_read_an_error_response_hold_little_memory() {
     const AT_ONCE: usize = 500;
     allow_files(4_000);
     let siege = Siege::begin(&[]).await;
-    // Of each of these characters, seven are in the error's text.
+    // The error quotes each of these characters as seven.
     let value = "\u{301}".repeat(100 << 10);
     let body = format!(r#"{{"object_ids":"{value}"}}"#);
     let length = body.len();
@@ -114,14 +114,14 @@ async fn clients_that_never_read_an_error_response_hold_little_memory() {
             clients.spawn(async move {
                 let mut stream = socket.connect(address).await.unwrap();
                 timeout(DEADLINE, stream.write_all(request)).await.unwrap().unwrap();
-                // The response has come, and stays unread.
+                // The response has arrived, and stays unread.
                 timeout(DEADLINE, stream.readable()).await.unwrap().unwrap();
                 stream
             });
         }
         silent.extend(clients.join_all().await);
     }
-    // Uncut, the responses would take 800 MiB.
-    siege.withstood(0, 64).await;
+    // If they were not truncated, the responses would take 800 MiB.
+    siege.assert_withstood(0, 64).await;
     drop(silent);
 }

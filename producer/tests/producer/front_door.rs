@@ -1,4 +1,4 @@
-//! A producer in this process, and what lies in its queue.
+//! A producer within the test process, and the messages in its queue.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -16,10 +16,10 @@ use service::{CancellationToken, Health, settings};
 use testbed::{Queue, Scratch, amqp_uri, eventually};
 use tokio::task::JoinHandle;
 
-/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+/// Far longer than any wait here needs, because a machine that runs all tests at once is slow.
 pub(crate) use crate::wire::DEADLINE;
-/// How long the client of a callback waits for its answer.
-pub(crate) const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
+/// The time that the client of a callback waits for its response.
+pub(crate) const CLIENT_TIMEOUT: Duration = Duration::from_secs(1);
 
 #[derive(clap::Parser)]
 struct Cli {
@@ -27,8 +27,8 @@ struct Cli {
     config: producer::Config,
 }
 
-/// The settings that `arguments` make of the defaults. A test may give the broker of a busy machine more time than
-/// an operator may.
+/// The defaults, changed by `arguments`. Tests may set a longer `PUBLISH_TIMEOUT` than operators
+/// may, for the broker of a busy machine.
 pub(crate) fn config(arguments: &[String]) -> producer::Config {
     let timeout =
         |argument: &String| argument.strip_prefix("--publish-timeout=").map(str::to_owned);
@@ -42,7 +42,7 @@ pub(crate) fn config(arguments: &[String]) -> producer::Config {
     config
 }
 
-/// A producer on any free port, with a queue of its own.
+/// A producer on a free port, with its own queue.
 pub(crate) struct Producer {
     pub(crate) address: SocketAddr,
     pub(crate) health: Health,
@@ -68,7 +68,7 @@ impl Drop for Shutdown {
     }
 }
 
-/// The answer to a callback.
+/// The response to a callback.
 #[derive(Debug)]
 pub(crate) struct Answer {
     pub(crate) status: u16,
@@ -78,7 +78,7 @@ pub(crate) struct Answer {
 }
 
 impl Producer {
-    /// One that is connected to the shared broker, and gives it time, also on a busy machine.
+    /// Starts a producer that is connected to the shared broker, with time for a busy machine.
     pub(crate) async fn start(arguments: &[&str]) -> Self {
         let mut all = vec!["--publish-timeout=10s"];
         if arguments.iter().any(|argument| argument.starts_with("--publish-timeout")) {
@@ -87,14 +87,14 @@ impl Producer {
         all.extend(arguments);
         let producer = Self::start_at(&amqp_uri(), &all).await;
         producer.ready().await;
-        eventually("the broker is there", DEADLINE, async || {
+        eventually("the producer is connected to its broker", DEADLINE, async || {
             producer.health.done_without().is_empty().then_some(())
         })
         .await;
         producer
     }
 
-    /// One that looks for its broker at `amqp_uri`.
+    /// Starts a producer whose broker is at `amqp_uri`.
     pub(crate) async fn start_at(amqp_uri: &str, arguments: &[&str]) -> Self {
         Self::start_with(Queue::new(), Scratch::new("spool"), amqp_uri, arguments).await
     }
@@ -122,15 +122,15 @@ impl Producer {
         Self { address, health, shutdown, served, queue, scratch, client: client() }
     }
 
-    /// Stops it, and starts another on the same queue and spool.
-    pub(crate) async fn start_again(self, amqp_uri: &str, arguments: &[&str]) -> Self {
+    /// Stops it, and starts another producer on the same queue and spool.
+    pub(crate) async fn restart(self, amqp_uri: &str, arguments: &[&str]) -> Self {
         let Self { shutdown, served, queue, scratch, .. } = self;
         shutdown.cancel();
         served.await.unwrap().unwrap();
         Self::start_with(queue, scratch, amqp_uri, arguments).await
     }
 
-    /// Its `SPOOL_DIR`, and the directory above.
+    /// The directory that contains its `SPOOL_DIR`.
     pub(crate) fn directory(&self) -> &Path {
         self.scratch.path()
     }
@@ -142,9 +142,9 @@ impl Producer {
         .await;
     }
 
-    /// Waits until it is connected to the broker, which to be ready it need not be.
+    /// Waits until it is connected to the broker. It can be ready without that.
     pub(crate) async fn connected(&self) {
-        eventually("the producer has its broker", DEADLINE, async || {
+        eventually("the producer is connected to its broker", DEADLINE, async || {
             self.health.done_without().iter().all(|(name, _)| *name != "broker").then_some(())
         })
         .await;
@@ -173,7 +173,7 @@ impl Producer {
         Answer { status, headers, body, took }
     }
 
-    /// Takes all messages out of the queue.
+    /// Removes all messages from the queue, and returns them.
     pub(crate) async fn messages(&self) -> Vec<BasicGetMessage> {
         let mut messages = Vec::new();
         if self.queue.depth(&self.queue.name).await.is_none() {
@@ -189,7 +189,7 @@ impl Producer {
         messages
     }
 
-    /// Takes all messages out of the queue and gives their ids in ascending order.
+    /// Removes all messages from the queue, and returns their ids in ascending order.
     pub(crate) async fn ids(&self) -> Vec<i64> {
         let messages = self.messages().await;
         let mut ids: Vec<i64> = messages.iter().map(|m| id_in(&m.delivery.data)).collect();
@@ -197,7 +197,8 @@ impl Producer {
         ids
     }
 
-    /// Takes messages out of the queue until each of `wanted` has come, and tells how often each did.
+    /// Removes messages from the queue until each of `wanted` has arrived. Returns how often each
+    /// arrived.
     pub(crate) async fn all_arrive(&self, wanted: &BTreeSet<i64>) -> BTreeMap<i64, usize> {
         let mut arrived = BTreeMap::new();
         eventually("all that was accepted is in the queue", DEADLINE, async || {
@@ -210,8 +211,8 @@ impl Producer {
         arrived
     }
 
-    /// That nothing was published since the queue was last emptied. A callback of its own goes the
-    /// same way behind everything else, so that what came before it would be in the queue by now.
+    /// Asserts that nothing was published since the queue was last emptied. It posts a callback:
+    /// messages of earlier callbacks would be in the queue before this one's.
     pub(crate) async fn assert_nothing_queued(&self) {
         assert_eq!(self.post_ids(&[4_711]).await.status, 200);
         assert_eq!(self.ids().await, [4_711]);
@@ -223,7 +224,7 @@ impl Answer {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 
-    /// That it is a problem of `status` as RFC 9457 has it; gives its detail.
+    /// Asserts that it is a problem (RFC 9457) with `status`, and returns its detail.
     pub(crate) fn assert_problem(&self, status: u16) -> &str {
         assert_eq!(self.status, status, "{self:?}");
         assert_eq!(self.header("content-type"), "application/problem+json");
@@ -241,7 +242,7 @@ pub(crate) fn assert_problem_body(body: &Value, status: u16) -> &str {
     detail
 }
 
-/// The id in the body of a message, which must be exactly as the contract says.
+/// The id in the body of a message, whose form must be exactly as documented.
 pub(crate) fn id_in(body: &[u8]) -> i64 {
     let text = std::str::from_utf8(body).unwrap();
     let json: Value = serde_json::from_str(text).unwrap();
@@ -251,19 +252,19 @@ pub(crate) fn id_in(body: &[u8]) -> i64 {
 }
 
 pub(crate) fn client() -> reqwest::Client {
-    // Only the first of the tests succeeds in this, and all of them mean the same provider.
+    // Only the first test installs the provider; it is the same one for all tests.
     let _ = rustls::crypto::ring::default_provider().install_default();
     reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap()
 }
 
-/// A connection to the shared broker, past the producer.
+/// A direct connection to the shared broker.
 pub(crate) struct Broker {
     channel: Channel,
     _connection: Connection,
 }
 
 impl Broker {
-    #[expect(clippy::disallowed_methods, reason = "the shared broker is there and answers")]
+    #[expect(clippy::disallowed_methods, reason = "the shared broker always responds")]
     pub(crate) async fn connect() -> Self {
         let properties = ConnectionProperties::default();
         let connection = Connection::connect(&amqp_uri(), properties).await.unwrap();

@@ -61,11 +61,11 @@ async fn request_in_flight_at_shutdown_is_answered() {
     let head =
         "POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 18\r\nExpect: 100-continue\r\n\r\n";
     in_flight.send(head).await;
-    // It says so when it begins to read the body.
+    // The producer sends 100 when it begins to read the body.
     assert_eq!(in_flight.reply().await.status, 100);
 
     producer.shutdown.cancel();
-    eventually("no new connections are taken", DEADLINE, async || {
+    eventually("no new connections are accepted", DEADLINE, async || {
         TcpStream::connect(producer.address).await.err()
     })
     .await;
@@ -87,7 +87,7 @@ async fn load_balancer_can_check_health_on_the_callback_port() {
             assert_eq!(answer.status, 200, "{method} {path}");
         }
     }
-    // Without broker and spool, nothing can be accepted.
+    // Without broker and spool, the producer accepts no callbacks.
     let nowhere = ["--spool-dir=/dev/null/spool"];
     let producer = Producer::start_at("amqp://127.0.0.1:1", &nowhere).await;
     let answer = producer.send(producer.request("GET", "/readyz")).await;

@@ -1,7 +1,7 @@
-//! The front door against a real broker. One binary, because each takes seconds to link; the hostile
-//! clients have another, because they would slow down these tests.
+//! Tests the producer with a real broker. They are one binary, because linking each takes seconds.
+//! Hostile clients have another binary, because they would slow down these tests.
 
-#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+#![expect(clippy::unwrap_used, reason = "test helpers may panic, too")]
 
 mod accepted;
 mod front_door;

@@ -6,9 +6,9 @@ use testbed::{Proxy, amqp_uri, eventually, free_port};
 use tokio::task::JoinSet;
 use url::Url;
 
-use crate::front_door::{Answer, Broker, CLIENT_PATIENCE, DEADLINE, Producer, config};
+use crate::front_door::{Answer, Broker, CLIENT_TIMEOUT, DEADLINE, Producer, config};
 
-/// A proxy in front of the shared broker, and the URI that leads through it.
+/// A proxy in front of the shared broker, and the broker's URI through it.
 pub(crate) async fn proxied_broker() -> (Proxy, String) {
     let mut uri = Url::parse(&amqp_uri()).unwrap();
     let proxy =
@@ -18,15 +18,15 @@ pub(crate) async fn proxied_broker() -> (Proxy, String) {
     (proxy, uri.to_string())
 }
 
-/// That the callback was accepted, in time for its client to hear of it.
+/// Asserts that the callback was accepted before its client gave up.
 fn assert_accepted(answer: &Answer) {
     assert_eq!(answer.status, 200, "{answer:?}");
-    assert!(answer.took < CLIENT_PATIENCE, "{answer:?}");
+    assert!(answer.took < CLIENT_TIMEOUT, "{answer:?}");
 }
 
 #[test]
 fn default_publish_timeout_is_below_half_of_the_clients() {
-    assert!(config(&[]).callbacks.publish_timeout < CLIENT_PATIENCE / 2);
+    assert!(config(&[]).callbacks.publish_timeout < CLIENT_TIMEOUT / 2);
 }
 
 #[tokio::test]
@@ -34,14 +34,14 @@ async fn without_a_broker_callbacks_are_accepted_and_relayed_later() {
     let (proxy, uri) = proxied_broker().await;
     proxy.cut();
     let producer = Producer::start_at(&uri, &[]).await;
-    // It is ready: whoever sends callbacks to ready producers only must not stop sending.
+    // It is ready, so that a load balancer continues to send callbacks to it.
     producer.ready().await;
     let mut accepted = BTreeSet::new();
     for id in (0..100).step_by(2) {
         assert_accepted(&producer.post_ids(&[id, id + 1]).await);
         accepted.extend([id, id + 1]);
     }
-    // A bad callback is told so all the same.
+    // An invalid callback is still rejected.
     producer.post("{").await.assert_problem(400);
     proxy.restore();
     let arrived = producer.all_arrive(&accepted).await;
@@ -70,7 +70,7 @@ async fn messages_are_relayed_oldest_first_with_their_callback_id() {
         (relayed.len() >= callbacks.len()).then_some(())
     })
     .await;
-    assert_eq!(relayed[0], callbacks[0], "the oldest goes alone, to try the broker");
+    assert_eq!(relayed[0], callbacks[0], "the oldest message is the probe");
     relayed.sort();
     assert_eq!(relayed, callbacks);
 }
@@ -100,9 +100,8 @@ async fn callbacks_are_accepted_in_time_while_the_broker_is_silent() {
 
     proxy.silence();
     let mut accepted = BTreeSet::from([1]);
-    let waited = producer.post_ids(&[2, 3]).await;
-    assert_accepted(&waited);
-    // From then on it is known, and nobody waits for a confirm any more.
+    assert_accepted(&producer.post_ids(&[2, 3]).await);
+    // From now on the broker counts as unavailable, and callbacks do not wait for a confirm.
     let publish_timeout = config(&[]).callbacks.publish_timeout;
     let mut at_once = 0;
     for id in 10..30 {
@@ -119,14 +118,14 @@ async fn callbacks_are_accepted_in_time_while_the_broker_is_silent() {
     producer.all_arrive(&accepted).await;
 }
 
-/// Posts callbacks of half as many ids as the broker may have to confirm, until one is answered: the first
-/// two wait for it.
+/// Posts callbacks, each of half as many ids as the broker may have unconfirmed, until one is
+/// answered. The first two wait for their confirms.
 async fn first_answer_above_publisher_capacity(producer: &Producer) -> (Vec<i64>, Answer) {
     let firsts = AtomicI64::new(0);
     eventually("one is answered", DEADLINE, async || {
         let first = firsts.fetch_add(5_000, Ordering::SeqCst);
         let ids: Vec<i64> = (first..first + 5_000).collect();
-        let answer = tokio::time::timeout(CLIENT_PATIENCE, producer.post_ids(&ids)).await;
+        let answer = tokio::time::timeout(CLIENT_TIMEOUT, producer.post_ids(&ids)).await;
         answer.ok().map(|answer| (ids, answer))
     })
     .await
@@ -135,7 +134,8 @@ async fn first_answer_above_publisher_capacity(producer: &Producer) -> (Vec<i64>
 #[tokio::test]
 async fn callback_above_publisher_capacity_is_spooled_at_once() {
     let (proxy, uri) = proxied_broker().await;
-    // From a quorum queue, taking thousands of messages one by one would take a minute.
+    // A classic queue, because removing thousands of messages from a quorum queue one by one takes
+    // a minute.
     let settings = ["--publish-timeout=1m", "--queue-type=classic"];
     let producer = Producer::start_at(&uri, &settings).await;
     producer.connected().await;
@@ -161,24 +161,24 @@ async fn callback_above_capacity_without_a_spool_is_503_at_once() {
 
 #[tokio::test]
 async fn without_broker_and_spool_503_and_readiness_has_reasons() {
-    let nobody = format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port());
+    let unreachable = format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port());
     let no_directory = "--spool-dir=/dev/null/spool";
-    let producer = Producer::start_at(&nobody, &[no_directory]).await;
+    let producer = Producer::start_at(&unreachable, &[no_directory]).await;
     let answer = producer.post_ids(&[1, 2, 3]).await;
     answer.assert_problem(503);
     let seconds: u32 = answer.header("retry-after").parse().unwrap();
-    assert!(seconds >= 1 && answer.took < CLIENT_PATIENCE, "{answer:?}");
+    assert!(seconds >= 1 && answer.took < CLIENT_TIMEOUT, "{answer:?}");
     eventually("the reasons are known", DEADLINE, async || {
-        let (place, reasons) = producer.health.missing().pop()?;
+        let (name, reasons) = producer.health.missing().pop()?;
         let both = reasons.contains("cannot reach") && reasons.contains("/dev/null/spool");
-        (place == "durable store" && both).then_some(())
+        (name == "durable store" && both).then_some(())
     })
     .await;
 }
 
-/// What the clients of the test below saw.
+/// Progress of the clients of the test below.
 #[derive(Default)]
-struct Seen {
+struct Progress {
     next_id: AtomicI64,
     deleted: AtomicBool,
     accepted_before: AtomicUsize,
@@ -186,19 +186,18 @@ struct Seen {
     done: AtomicBool,
 }
 
-/// Sends callback after callback, and gives the ids of those that were begun after the queue had
-/// been deleted.
-async fn send_callbacks(producer: Arc<Producer>, seen: Arc<Seen>) -> BTreeSet<i64> {
+/// Sends callbacks until `done`. Returns the ids of those sent after the queue was deleted.
+async fn send_callbacks(producer: Arc<Producer>, progress: Arc<Progress>) -> BTreeSet<i64> {
     let mut accepted = BTreeSet::new();
-    while !seen.done.load(Ordering::SeqCst) {
-        let ids = [seen.next_id.fetch_add(1, Ordering::SeqCst)];
-        let deleted = seen.deleted.load(Ordering::SeqCst);
+    while !progress.done.load(Ordering::SeqCst) {
+        let ids = [progress.next_id.fetch_add(1, Ordering::SeqCst)];
+        let deleted = progress.deleted.load(Ordering::SeqCst);
         assert_accepted(&producer.post_ids(&ids).await);
         if deleted {
             accepted.extend(ids);
-            seen.accepted_since.fetch_add(1, Ordering::SeqCst);
+            progress.accepted_since.fetch_add(1, Ordering::SeqCst);
         } else {
-            seen.accepted_before.fetch_add(1, Ordering::SeqCst);
+            progress.accepted_before.fetch_add(1, Ordering::SeqCst);
         }
     }
     accepted
@@ -209,20 +208,20 @@ async fn deleted_queue_is_declared_again_without_loss() {
     let producer = Arc::new(Producer::start(&["--publish-timeout=300ms"]).await);
     let broker = Broker::connect().await;
     for _ in 0..3 {
-        let seen = Arc::new(Seen::default());
+        let progress = Arc::new(Progress::default());
         let mut clients = JoinSet::new();
         for _ in 0..8 {
-            clients.spawn(send_callbacks(Arc::clone(&producer), Arc::clone(&seen)));
+            clients.spawn(send_callbacks(Arc::clone(&producer), Arc::clone(&progress)));
         }
         let reaches = async |what: &str, count: &AtomicUsize| {
             eventually(what, DEADLINE, async || (count.load(Ordering::SeqCst) >= 40).then_some(()))
                 .await;
         };
-        reaches("callbacks are accepted", &seen.accepted_before).await;
+        reaches("callbacks are accepted", &progress.accepted_before).await;
         broker.delete_queue(&producer.queue.name).await;
-        seen.deleted.store(true, Ordering::SeqCst);
-        reaches("callbacks are accepted again", &seen.accepted_since).await;
-        seen.done.store(true, Ordering::SeqCst);
+        progress.deleted.store(true, Ordering::SeqCst);
+        reaches("callbacks are accepted again", &progress.accepted_since).await;
+        progress.done.store(true, Ordering::SeqCst);
         let accepted: BTreeSet<i64> = clients.join_all().await.into_iter().flatten().collect();
         producer.all_arrive(&accepted).await;
     }

@@ -1,4 +1,4 @@
-//! With `CALLBACK_SECRET`.
+//! Signed callbacks, with `CALLBACK_SECRET`.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,9 +7,9 @@ use axum::http::HeaderName;
 use reqwest::RequestBuilder;
 use testbed::{Process, Queue, eventually};
 
-use crate::front_door::{Answer, CLIENT_PATIENCE, DEADLINE, Producer, assert_problem_body};
+use crate::front_door::{Answer, CLIENT_TIMEOUT, DEADLINE, Producer, assert_problem_body};
 use crate::outage::proxied_broker;
-use crate::spool::Hanging;
+use crate::spool::HangingDisk;
 use crate::wire::Wire;
 
 const OLD: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
@@ -20,11 +20,11 @@ fn secret() -> String {
     format!("--callback-secret={NEW} {OLD}")
 }
 
-async fn started() -> Producer {
+async fn start_with_secret() -> Producer {
     Producer::start(&[&secret()]).await
 }
 
-/// What a sender with `key` adds to a callback that it sends at `time`.
+/// The headers that a sender with `key` adds to a callback at `time`.
 fn headers(key: &str, id: &str, time: SystemTime, body: &str) -> [(HeaderName, String); 3] {
     let signed = key.parse::<Keys>().unwrap().sign(id, time, body.as_bytes());
     [(ID, id.to_owned()), (TIMESTAMP, signed.timestamp), (SIGNATURE, signed.signature)]
@@ -40,26 +40,26 @@ async fn post(producer: &Producer, id: &str, body: &str) -> Answer {
     producer.send(request(producer, &headers, body)).await
 }
 
-async fn assert_only(producer: &Producer, expected: &[i64]) {
+async fn assert_only_queued(producer: &Producer, expected: &[i64]) {
     assert_eq!(post(producer, "the-last", r#"{"object_ids":[4711]}"#).await.status, 200);
     assert_eq!(producer.ids().await, [expected, &[4_711]].concat());
 }
 
 #[tokio::test]
 async fn callback_signed_with_any_of_the_keys_is_accepted() {
-    let producer = started().await;
+    let producer = start_with_secret().await;
     for (key, id) in [(OLD, 1), (NEW, 2)] {
         let body = format!(r#"{{"object_ids":[{id}]}}"#);
         let headers = headers(key, &format!("msg_{id}"), SystemTime::now(), &body);
         let answer = producer.send(request(&producer, &headers, &body)).await;
         assert_eq!(answer.status, 200, "{answer:?}");
     }
-    assert_only(&producer, &[1, 2]).await;
+    assert_only_queued(&producer, &[1, 2]).await;
 }
 
 #[tokio::test]
 async fn valid_signature_among_other_signatures_is_found() {
-    let producer = started().await;
+    let producer = start_with_secret().await;
     let body = r#"{"object_ids":[1]}"#;
     let mut headers = headers(OLD, "msg_1", SystemTime::now(), body);
     headers[2].1 = format!("v1a,AAAA v2,x nonsense v1,AAAA {} v1,", headers[2].1);
@@ -68,22 +68,22 @@ async fn valid_signature_among_other_signatures_is_found() {
 
 #[tokio::test]
 async fn unsigned_or_wrongly_signed_callback_is_401_and_not_queued() {
-    let producer = started().await;
+    let producer = start_with_secret().await;
     let body = r#"{"object_ids":[1]}"#;
     let now = SystemTime::now();
-    let right = headers(NEW, "msg_1", now, body);
+    let valid = headers(NEW, "msg_1", now, body);
     let six_minutes = Duration::from_mins(6);
     let without = |index: usize| {
-        let mut headers = right.to_vec();
+        let mut headers = valid.to_vec();
         headers.remove(index);
         headers
     };
     let with = |index: usize, value: &str| {
-        let mut headers = right.to_vec();
+        let mut headers = valid.to_vec();
         headers[index].1 = value.to_owned();
         headers
     };
-    let twice = [right.as_slice(), &right[..1]].concat();
+    let twice = [valid.as_slice(), &valid[..1]].concat();
     let cases = [
         (Vec::new(), "the header webhook-id is missing"),
         (without(0), "the header webhook-id is missing"),
@@ -112,20 +112,20 @@ async fn unsigned_or_wrongly_signed_callback_is_401_and_not_queued() {
         let answer = producer.send(request(&producer, &headers, body)).await;
         let detail = answer.assert_problem(401);
         assert!(detail.starts_with(expected), "{headers:?}: {detail}");
-        assert!(!detail.contains(&right[2].1[3..]), "{detail}");
+        assert!(!detail.contains(&valid[2].1[3..]), "{detail}");
     }
-    // Four minutes of difference are allowed.
+    // A difference of four minutes is allowed.
     for time in [now - Duration::from_mins(4), now + Duration::from_mins(4)] {
         let body = r#"{"object_ids":[7]}"#;
         let headers = headers(NEW, "msg_7", time, body);
         assert_eq!(producer.send(request(&producer, &headers, body)).await.status, 200);
     }
-    assert_only(&producer, &[7]).await;
+    assert_only_queued(&producer, &[7]).await;
 }
 
 #[tokio::test]
 async fn unsigned_callback_is_answered_before_its_body_is_sent() {
-    let producer = started().await;
+    let producer = start_with_secret().await;
     let mut wire = Wire::connect(producer.address).await;
     wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n").await;
     let reply = wire.reply().await;
@@ -135,7 +135,7 @@ async fn unsigned_callback_is_answered_before_its_body_is_sent() {
 
 #[tokio::test]
 async fn body_is_parsed_only_after_its_signature_is_verified() {
-    let producer = started().await;
+    let producer = start_with_secret().await;
     let headers = headers(OTHER, "msg_1", SystemTime::now(), "{");
     producer.send(request(&producer, &headers, "{")).await.assert_problem(401);
     post(&producer, "msg_1", "{").await.assert_problem(400);
@@ -143,12 +143,12 @@ async fn body_is_parsed_only_after_its_signature_is_verified() {
 
 #[tokio::test]
 async fn repeat_gets_the_same_answer_and_is_published_once() {
-    let producer = started().await;
+    let producer = start_with_secret().await;
     let body = r#"{"object_ids":[1,2,2]}"#;
-    // All at a time, so that most come while the first is not durable yet.
+    // All at once, so that most arrive while the first is in flight.
     let at_once = (0..20).map(|_| post(&producer, "msg_1", body));
     let mut answers = futures_util::future::join_all(at_once).await;
-    // With a time of its own, as who tries again sends it.
+    // With a new timestamp, as a client sends it that tries again.
     let later = SystemTime::now() + Duration::from_secs(9);
     let later = headers(OLD, "msg_1", later, body);
     answers.push(producer.send(request(&producer, &later, body)).await);
@@ -156,56 +156,56 @@ async fn repeat_gets_the_same_answer_and_is_published_once() {
         assert_eq!(answer.status, 200, "{answer:?}");
         assert_eq!(answer.body, serde_json::json!({ "accepted": 3, "queued": 2 }));
     }
-    assert_only(&producer, &[1, 2]).await;
+    assert_only_queued(&producer, &[1, 2]).await;
 }
 
 #[tokio::test]
 async fn two_callbacks_with_one_id_are_both_published() {
-    let producer = started().await;
+    let producer = start_with_secret().await;
     for body in [r#"{"object_ids":[1]}"#, r#"{"object_ids":[2]}"#] {
         assert_eq!(post(&producer, "msg_1", body).await.status, 200);
     }
-    assert_only(&producer, &[1, 2]).await;
+    assert_only_queued(&producer, &[1, 2]).await;
 }
 
 #[tokio::test]
 async fn repeat_of_a_failed_callback_is_published() {
     let (proxy, uri) = proxied_broker().await;
-    // A file, and no directory: so that there is no second place.
+    // A file instead of a directory, so that there is no spool.
     let scratch = testbed::Scratch::new("no-spool");
     let file = scratch.path().join("file");
     std::fs::write(&file, "").unwrap();
     let no_spool = format!("--spool-dir={}", file.join("spool").display());
     let producer = Producer::start_at(&uri, &[&secret(), &no_spool]).await;
-    eventually("the broker takes it", DEADLINE, async || {
+    eventually("the broker confirms a callback", DEADLINE, async || {
         (post(&producer, "msg_0", "{\"object_ids\":[0]}").await.status == 200).then_some(())
     })
     .await;
     proxy.silence();
     let body = r#"{"object_ids":[1]}"#;
-    // The second one comes while the first is waiting for the broker, and neither waits too long.
+    // The second one arrives while the first waits for the broker. Neither waits too long.
     let both = tokio::join!(post(&producer, "msg_1", body), post(&producer, "msg_1", body));
     for answer in [both.0, both.1] {
         answer.assert_problem(503);
-        assert!(answer.took < CLIENT_PATIENCE, "{answer:?}");
+        assert!(answer.took < CLIENT_TIMEOUT, "{answer:?}");
     }
     proxy.restore();
-    eventually("the broker takes it", DEADLINE, async || {
+    eventually("the broker confirms a callback", DEADLINE, async || {
         (post(&producer, "msg_1", body).await.status == 200).then_some(())
     })
     .await;
     assert!(producer.ids().await.contains(&1));
 }
 
-/// Field case 1.11. The repeats come while the first waits for a broker that is silent, and then for a disk
-/// that hangs.
+/// Field case 1.11. The repeats arrive while the first waits for a silent broker, and then for a
+/// hanging disk.
 #[tokio::test]
 async fn repeats_are_answered_within_the_clients_patience() {
     let (proxy, uri) = proxied_broker().await;
     let producer = Producer::start_at(&uri, &[&secret()]).await;
     producer.connected().await;
     proxy.silence();
-    let _hanging = Hanging::spool_of(&producer);
+    let _hanging = HangingDisk::of_spool(&producer);
     let repeats = (0..6).map(|number| {
         let producer = &producer;
         async move {
@@ -215,7 +215,7 @@ async fn repeats_are_answered_within_the_clients_patience() {
     });
     for answer in futures_util::future::join_all(repeats).await {
         answer.assert_problem(503);
-        assert!(answer.took < CLIENT_PATIENCE, "{answer:?}");
+        assert!(answer.took < CLIENT_TIMEOUT, "{answer:?}");
     }
 }
 

@@ -24,7 +24,7 @@ async fn spool_of_an_earlier_producer_is_relayed() {
             assert_eq!(answer.status, 200, "{answer:?}");
             accepted.insert(id);
         }
-        producer = producer.start_again(&uri, &[]).await;
+        producer = producer.restart(&uri, &[]).await;
     }
     proxy.restore();
     let arrived = producer.all_arrive(&accepted).await;
@@ -52,11 +52,11 @@ async fn full_spool_is_answered_503_until_the_broker_is_back() {
     let reason = refused.assert_problem(503);
     assert!(reason.contains("it holds the 1048576 bytes that it may"), "{reason}");
     assert!(producer.health.missing().iter().any(|(_, reason)| reason.contains("1048576")));
-    // Whatever else is in the file, it holds about as many messages as there is room for.
+    // Despite SQLite's overhead, the file holds about as many messages as fit into its limit.
     assert!((5_000..50_000).contains(&accepted.len()), "{}", accepted.len());
 
     proxy.restore();
-    eventually("a callback passes by", DEADLINE, async || {
+    eventually("a callback bypasses the spool", DEADLINE, async || {
         next += 1;
         (producer.post_ids(&[next]).await.status == 200).then(|| accepted.insert(next))
     })
@@ -83,23 +83,23 @@ async fn with_a_full_spool_a_slow_broker_has_the_whole_deadline() {
     .await;
     proxy.restore();
     proxy.slow_down(Duration::from_millis(60)..Duration::from_millis(70), Duration::ZERO);
-    eventually("the broker is there", DEADLINE, async || {
+    eventually("the producer is connected to its broker", DEADLINE, async || {
         let missed = producer.health.done_without();
         missed.iter().all(|(name, _)| *name != "broker").then_some(())
     })
     .await;
-    // Each way takes longer than PUBLISH_TIMEOUT, and both less than a callback may take.
+    // Each direction takes longer than PUBLISH_TIMEOUT, and both together less than the deadline.
     let answer = producer.post_ids(&[next]).await;
     assert_eq!(answer.status, 200, "{answer:?}");
 }
 
-/// A directory for a spool, in whose place there is a file.
-struct Blocked {
+/// A spool directory that cannot be created, because there is a file at its path.
+struct BlockedDirectory {
     path: PathBuf,
     _scratch: Scratch,
 }
 
-impl Blocked {
+impl BlockedDirectory {
     fn new() -> Self {
         let scratch = Scratch::new("elsewhere");
         let path = scratch.path().join("blocked");
@@ -111,10 +111,10 @@ impl Blocked {
         format!("--spool-dir={}", self.path.display())
     }
 
-    /// Makes way, and waits until the producer has its spool there.
-    async fn yields_to(&self, producer: &Producer) {
+    /// Removes the file, and waits until the producer has opened its spool.
+    async fn unblock(&self, producer: &Producer) {
         fs::remove_file(&self.path).unwrap();
-        eventually("the spool is there", DEADLINE, async || {
+        eventually("the spool is open", DEADLINE, async || {
             let missed = producer.health.done_without();
             missed.iter().all(|(name, _)| *name != "spool").then_some(())
         })
@@ -125,13 +125,13 @@ impl Blocked {
 #[tokio::test]
 async fn producer_works_without_a_spool_until_it_can_be_opened() {
     let (proxy, uri) = proxied_broker().await;
-    let blocked = Blocked::new();
+    let blocked = BlockedDirectory::new();
     let producer = Producer::start_at(&uri, &[&blocked.argument()]).await;
     producer.ready().await;
     assert_eq!(producer.health.done_without()[0].0, "spool");
     assert_eq!(producer.post_ids(&[1]).await.status, 200);
 
-    blocked.yields_to(&producer).await;
+    blocked.unblock(&producer).await;
     proxy.cut();
     eventually("a callback goes to the spool", DEADLINE, async || {
         (producer.post_ids(&[2]).await.status == 200).then_some(())
@@ -141,23 +141,27 @@ async fn producer_works_without_a_spool_until_it_can_be_opened() {
     producer.all_arrive(&[1, 2].into()).await;
 }
 
-/// Posts a callback while the broker is silent and there is no spool, calls `fails` once there is one,
-/// and sees that it is accepted.
-async fn assert_spooled_late(publish_timeout: &str, fails: impl FnOnce(&Proxy)) {
+/// Posts a callback while the broker is silent and there is no spool, then makes the spool
+/// available and calls `fail`. Asserts that the callback is accepted.
+async fn assert_spooled_late(publish_timeout: &str, fail: impl FnOnce(&Proxy)) {
     let (proxy, uri) = proxied_broker().await;
-    // So that nothing but the callback is under way, and the broker is not given up.
+    // A long heartbeat, so that the proxy holds only the callback, and the producer keeps the
+    // connection.
     let uri = format!("{uri}?heartbeat=60");
-    let blocked = Blocked::new();
+    let blocked = BlockedDirectory::new();
     let timeout = format!("--publish-timeout={publish_timeout}");
     let producer = Producer::start_at(&uri, &[&blocked.argument(), &timeout]).await;
     producer.connected().await;
     proxy.silence();
-    let made_way = async {
-        eventually("it is under way", DEADLINE, async || (proxy.held() > 0).then_some(())).await;
-        blocked.yields_to(&producer).await;
-        fails(&proxy);
+    let unblock = async {
+        eventually("the callback is in flight", DEADLINE, async || {
+            (proxy.held() > 0).then_some(())
+        })
+        .await;
+        blocked.unblock(&producer).await;
+        fail(&proxy);
     };
-    let (answer, ()) = tokio::join!(producer.post_ids(&[1]), made_way);
+    let (answer, ()) = tokio::join!(producer.post_ids(&[1]), unblock);
     assert_eq!(answer.status, 200, "{answer:?}");
     proxy.restore();
     producer.all_arrive(&[1].into()).await;
@@ -170,7 +174,8 @@ async fn callback_failed_by_the_broker_goes_to_a_spool_opened_since() {
 
 #[tokio::test]
 async fn callback_without_a_confirm_goes_to_a_spool_opened_since() {
-    // Longer than until the spool is tried again, and too short for the broker to be given up.
+    // Longer than until the spool is reopened, and too short for the broker's connection to be
+    // closed.
     assert_spooled_late("8s", |_| {}).await;
 }
 
@@ -188,7 +193,7 @@ async fn spool_in_use_by_another_process_is_not_opened() {
     assert!(missing.iter().any(|(_, reason)| reason.contains("in use")), "{missing:?}");
 }
 
-/// The case in which even deleting fails, were it not for the ballast.
+/// Without the ballast, even deleting would fail here.
 #[tokio::test]
 async fn spool_on_a_full_disk_is_relayed_and_emptied() {
     let (proxy, uri) = proxied_broker().await;
@@ -230,19 +235,19 @@ async fn spool_on_a_full_disk_is_relayed_and_emptied() {
     })
     .await;
     assert!(reason.contains("disk is full"), "{reason}");
-    eventually("it is not ready, and says why", DEADLINE, async || {
+    eventually("it is not ready, and gives the reason", DEADLINE, async || {
         let (status, ready) = producer.get("/readyz").await;
         (status == 503 && ready.contains("disk is full")).then_some(())
     })
     .await;
 
-    eventually("the gauge tells what waits", DEADLINE, async || {
+    eventually("the gauge counts the waiting messages", DEADLINE, async || {
         (producer.metric("lastseen_spool_messages").await >= f64::from(accepted)).then_some(())
     })
     .await;
     let age = async || producer.metric("lastseen_spool_oldest_age_seconds").await;
     let before = age().await;
-    eventually("it waits for longer and longer", DEADLINE, async || {
+    eventually("the oldest message gets older", DEADLINE, async || {
         (age().await > before.max(0.1)).then_some(())
     })
     .await;
@@ -265,7 +270,8 @@ async fn spool_on_a_full_disk_is_relayed_and_emptied() {
     assert_eq!(producer.wait().await.code(), Some(0));
 }
 
-/// Field case 3.4. The relay removes more in one transaction than SQLite journals in memory by default.
+/// Field case 3.4. The relay removes more in one transaction than SQLite journals in memory by
+/// default.
 #[tokio::test]
 async fn spool_is_relayed_on_a_read_only_root() {
     let (proxy, uri) = proxied_broker().await;
@@ -294,11 +300,11 @@ async fn spool_is_relayed_on_a_read_only_root() {
     assert!(queue.depth(&queue.name).await.unwrap() >= 10_000);
 }
 
-/// Keeps the spool from being written until it is dropped, as a disk that hangs does.
-pub(crate) struct Hanging(#[expect(dead_code, reason = "it holds a lock")] Connection);
+/// Blocks writes to the spool until it is dropped, as a hanging disk does.
+pub(crate) struct HangingDisk(#[expect(dead_code, reason = "it holds a lock")] Connection);
 
-impl Hanging {
-    pub(crate) fn spool_of(producer: &Producer) -> Self {
+impl HangingDisk {
+    pub(crate) fn of_spool(producer: &Producer) -> Self {
         let spool = Connection::open(spool_file(producer)).unwrap();
         spool.busy_timeout(DEADLINE).unwrap();
         spool.execute_batch("BEGIN IMMEDIATE").unwrap();
@@ -317,19 +323,20 @@ async fn spool_that_hung_is_ready_again_without_callbacks() {
     proxy.cut();
     let producer = Producer::start_at(&uri, &[]).await;
     producer.ready().await;
-    let hanging = Hanging::spool_of(&producer);
+    let hanging = HangingDisk::of_spool(&producer);
     producer.post_ids(&[1]).await.assert_problem(503);
     eventually("it is not ready", DEADLINE, async || {
         (!producer.health.missing().is_empty()).then_some(())
     })
     .await;
     drop(hanging);
-    // Whoever balances the load sends no callbacks to a producer that is not ready.
+    // Without a callback, because a load balancer sends none to a producer that is not ready.
     producer.ready().await;
     assert_eq!(producer.post_ids(&[2]).await.status, 200);
 }
 
-/// Field case 3.3. A callback that has given up is committed all the same, and nothing tells the relay.
+/// Field case 3.3. A message is committed although its callback has given up, and the relay is not
+/// woken.
 #[tokio::test]
 async fn message_that_was_committed_late_is_relayed() {
     let producer = Producer::start(&[]).await;
@@ -340,7 +347,7 @@ async fn message_that_was_committed_late_is_relayed() {
     producer.all_arrive(&[1].into()).await;
 }
 
-/// Posts callbacks until one is accepted, and gives its id.
+/// Posts callbacks until one is accepted, and returns its id.
 async fn next_accepted(producer: &Producer, next: &mut i64) -> i64 {
     eventually("a callback is accepted", DEADLINE, async || {
         *next += 1;
@@ -360,14 +367,15 @@ async fn removed_spool_files_cost_no_accepted_callback() {
     let remove = |path: &Path| fs::remove_file(path).unwrap();
     let removals: [&dyn Fn(); 3] =
         [&|| remove(&path.with_extension("db-wal")), &|| remove(&path), &|| {
-            // All at once: file by file, what the producer has just saved would be removed as well.
+            // The whole folder at once: file by file, this would also remove what the producer has
+            // just saved.
             let folder = path.parent().unwrap();
             fs::rename(folder, folder.with_extension("removed")).unwrap();
         }];
     for removal in removals {
         accepted.insert(next_accepted(&producer, &mut next).await);
-        // What was saved from one removal is carried over before the next: a folder takes along what still waits in it.
-        eventually("the spool is whole", DEADLINE, async || {
+        // Messages saved from one removal must be in the new spool before the next one.
+        eventually("the saved messages are in the new spool", DEADLINE, async || {
             let files = fs::read_dir(path.parent().unwrap()).into_iter().flatten().flatten();
             let mut names = files.map(|file| file.file_name().to_string_lossy().into_owned());
             (path.exists() && !names.any(|name| name.contains(".damaged-"))).then_some(())
@@ -381,7 +389,7 @@ async fn removed_spool_files_cost_no_accepted_callback() {
     assert!(!producer.served.is_finished());
 }
 
-/// Field case 3.5. The check at the start has found nothing, and the relay comes to the damage.
+/// Field case 3.5. The check at the start finds nothing, and the relay discovers the damage.
 #[tokio::test]
 async fn spool_damaged_in_the_middle_is_replaced_and_relayed() {
     let (proxy, uri) = proxied_broker().await;
@@ -389,16 +397,17 @@ async fn spool_damaged_in_the_middle_is_replaced_and_relayed() {
     let producer = Producer::start_at(&uri, &[]).await;
     for callback in 0..60 {
         let ids: Vec<i64> = (callback * 1_000..(callback + 1) * 1_000).collect();
-        eventually("it is spooled", DEADLINE, async || {
+        eventually("the callback is spooled", DEADLINE, async || {
             (producer.post_ids(&ids).await.status == 200).then_some(())
         })
         .await;
     }
-    // The end moves what is in the log to the file.
-    let producer = producer.start_again(&uri, &[]).await;
+    // The restart moves all messages from the write-ahead log to the file.
+    let producer = producer.restart(&uri, &[]).await;
     let file = fs::File::options().write(true).open(spool_file(&producer)).unwrap();
     let pages = file.metadata().unwrap().len() / 4_096;
-    // SQLite has read the whole file and keeps the last 2 MB of it in memory: damage there would go unseen.
+    // SQLite has read the whole file and keeps its last 2 MB in memory. Damage there would be
+    // missed.
     assert!(pages * 9 / 10 * 4_096 > 3 << 20, "{pages} pages");
     file.write_all_at(&[0xA5; 8_192], pages / 10 * 4_096).unwrap();
     drop(file);
@@ -413,7 +422,7 @@ async fn spool_damaged_in_the_middle_is_replaced_and_relayed() {
         (producer.queue.depth(&producer.queue.name).await? >= 59_500).then_some(())
     })
     .await;
-    let producer = producer.start_again(&uri, &[]).await;
+    let producer = producer.restart(&uri, &[]).await;
     proxy.cut();
     assert_eq!(next_accepted(&producer, &mut 60_000).await, 60_001);
 }

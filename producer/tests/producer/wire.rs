@@ -1,4 +1,4 @@
-//! HTTP by hand, where the exact bytes and the order of events matter.
+//! Raw HTTP, for tests in which the exact bytes and their timing matter.
 
 use std::net::SocketAddr;
 use std::time::Duration;
@@ -13,7 +13,7 @@ pub(crate) const DEADLINE: Duration = Duration::from_secs(30);
 /// One connection to the producer.
 pub(crate) struct Wire(TcpStream);
 
-/// An answer in its parts.
+/// A parsed response.
 #[derive(Debug)]
 pub(crate) struct Reply {
     pub(crate) status: u16,
@@ -39,7 +39,7 @@ impl Wire {
         self.send(head + &body).await;
     }
 
-    /// Reads one answer and leaves the connection open.
+    /// Reads one response and leaves the connection open.
     pub(crate) async fn reply(&mut self) -> Reply {
         timeout(DEADLINE, async {
             let head = self.head().await;
@@ -65,7 +65,7 @@ impl Wire {
     /// Waits until the producer closes the connection.
     pub(crate) async fn closed(mut self) {
         let read = timeout(DEADLINE, self.0.read_to_end(&mut Vec::new())).await;
-        // An end and a reset are both an end.
+        // A reset also counts as an end.
         assert!(read.is_ok(), "the connection was not closed within {DEADLINE:?}");
     }
 }

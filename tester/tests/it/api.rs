@@ -1,4 +1,4 @@
-//! The status API.
+//! Tests of the simulated status API.
 
 use std::time::{Duration, Instant};
 
@@ -18,11 +18,11 @@ struct Running {
 }
 
 impl Running {
-    /// One that answers at once, except for what `flags` say.
+    /// Starts a status API that responds at once unless `flags` set another latency.
     fn start(flags: &[&str]) -> Self {
-        let quick = ["--tester-addr=127.0.0.1:0", "--latency-min=0s", "--latency-max=0s"];
-        let mut all = Vec::from(quick);
-        // The last of a repeated flag is refused here, so those given replace the quick ones.
+        let defaults = ["--tester-addr=127.0.0.1:0", "--latency-min=0s", "--latency-max=0s"];
+        let mut all = Vec::from(defaults);
+        // A repeated flag is rejected, so the given flags replace the defaults.
         all.retain(|flag| {
             !flags.iter().any(|given| given.split('=').next() == flag.split('=').next())
         });
@@ -89,11 +89,12 @@ async fn response_time_is_within_the_latency_bounds() {
     let api = Running::start(&["--latency-min=100ms", "--latency-max=200ms"]);
     let mut times = Vec::new();
     for id in 0..8 {
-        let asked_at = Instant::now();
+        let sent_at = Instant::now();
         api.status_of(id).await;
-        times.push(asked_at.elapsed());
+        times.push(sent_at.elapsed());
     }
-    // Only the lower bound is exact: a busy machine answers later, but not all eight times.
+    // Only the lower bound is exact, because a busy machine responds later, but not all eight
+    // times.
     assert!(times.iter().all(|time| *time >= Duration::from_millis(100)), "{times:?}");
     assert!(times.iter().any(|time| *time <= Duration::from_millis(220)), "{times:?}");
     let (shortest, longest) = (times.iter().min().unwrap(), times.iter().max().unwrap());
@@ -133,13 +134,13 @@ async fn injected_wrong_id_is_a_valid_response_about_another_id() {
 async fn injected_hang_lasts_until_the_drain_and_does_not_delay_it() {
     let api = Running::start(&["--fail-hang-share=1"]);
     let url = format!("{}/objects/2", api.url);
-    let patience = Duration::from_millis(300);
-    let given_up = api.client.get(&url).timeout(patience).send().await.unwrap_err();
-    assert!(given_up.is_timeout(), "{given_up:?}");
+    let client_timeout = Duration::from_millis(300);
+    let error = api.client.get(&url).timeout(client_timeout).send().await.unwrap_err();
+    assert!(error.is_timeout(), "{error:?}");
 
     let mut hanging = tokio::spawn(api.client.get(&url).send());
-    // Stopped while the lookup is surely under way: it would have been answered in this time.
-    assert!(tokio::time::timeout(patience, &mut hanging).await.is_err());
+    // The lookup is in flight: otherwise it would have been answered within this time.
+    assert!(tokio::time::timeout(client_timeout, &mut hanging).await.is_err());
     api.stop.cancel();
     soon(api.served).await.unwrap();
     assert_eq!(problem(soon(hanging).await.unwrap().unwrap()).await.0, 503);
@@ -148,11 +149,11 @@ async fn injected_hang_lasts_until_the_drain_and_does_not_delay_it() {
 #[tokio::test]
 async fn drain_finishes_a_slow_lookup() {
     let api = Running::start(&["--latency-min=700ms", "--latency-max=700ms"]);
-    let mut asked = tokio::spawn(api.client.get(format!("{}/objects/2", api.url)).send());
-    let under_way = Duration::from_millis(300);
-    assert!(tokio::time::timeout(under_way, &mut asked).await.is_err());
+    let mut lookup = tokio::spawn(api.client.get(format!("{}/objects/2", api.url)).send());
+    let in_flight = Duration::from_millis(300);
+    assert!(tokio::time::timeout(in_flight, &mut lookup).await.is_err());
     api.stop.cancel();
-    let response = soon(asked).await.unwrap().unwrap();
+    let response = soon(lookup).await.unwrap().unwrap();
     assert_eq!(response.status(), 200);
     assert_eq!(response.bytes().await.unwrap(), r#"{"id":2,"online":true}"#);
     soon(api.served).await.unwrap();

@@ -1,4 +1,4 @@
-//! The load generator.
+//! Tests of the load generator.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -32,7 +32,7 @@ async fn at_a_rate_all_due_callbacks_are_sent_and_reported() {
     assert_eq!((report.sent, report.accepted, report.unsent), (50, 50, 0), "{report:?}");
     assert_eq!((report.other, report.unanswered, report.failed), (0, 0, 0), "{report:?}");
     assert_eq!(report.statuses.into_iter().collect::<Vec<_>>(), [(200, 50)]);
-    // The last one is due after 490 ms.
+    // The last callback is due after 490 ms.
     assert!(report.seconds >= 0.49, "{}", report.seconds);
     let per_second = 50.0 / report.seconds;
     assert!((report.callbacks_per_second - per_second).abs() < 0.001);
@@ -72,7 +72,7 @@ async fn response_after_more_than_a_second_counts_as_unanswered() {
     let report = load(&endpoint, &["--total=3", "--connections=3"]).await;
     assert_eq!((report.sent, report.unanswered), (3, 3), "{report:?}");
     assert!(report.statuses.is_empty());
-    // It is among the latencies with the time until it was given up.
+    // The latencies include it with the time until it was given up.
     assert!((1_000.0..1_500.0).contains(&report.latency_ms.p50), "{report:?}");
 }
 
@@ -86,7 +86,7 @@ async fn response_other_than_2xx_counts_as_other() {
 
 #[tokio::test]
 async fn refused_connection_counts_as_failed_and_has_no_latency() {
-    // Bound and dropped: nobody listens there.
+    // The listener is dropped, so connections to its port are refused.
     let address = {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         listener.local_addr().unwrap().to_string()
@@ -98,12 +98,12 @@ async fn refused_connection_counts_as_failed_and_has_no_latency() {
 
 #[tokio::test]
 async fn latency_of_a_late_callback_counts_from_when_it_was_due() {
-    // One connection, held up by the first answer: the others are answered at once, but late.
+    // The first response delays the only connection. The other callbacks are sent late.
     let endpoint = Endpoint::slow(Duration::from_millis(900), 1).await;
     let flags = ["--rate=20", "--total=18", "--connections=1"];
     let report = load(&endpoint, &flags).await;
     assert_eq!((report.sent, report.accepted), (18, 18), "{report:?}");
-    // Due each 50 ms and all sent at 900 ms, the median one was about 450 ms late.
+    // Callbacks are due every 50 ms and sent at 900 ms, so the median one is about 450 ms late.
     assert!(report.latency_ms.p50 >= 400.0, "{report:?}");
 }
 
@@ -133,7 +133,7 @@ async fn stopped_run_finishes_callbacks_in_flight_and_reports() {
 
 #[tokio::test]
 async fn ledger_has_every_outcome_and_is_never_overwritten() {
-    // The first two are held up for longer than a partner waits.
+    // The first two responses take longer than a partner waits.
     let mut endpoint = Endpoint::slow(Duration::from_millis(1_300), 2).await;
     let folder = testbed::Scratch::new("ledger");
     let path = folder.path().join("ledger.jsonl");
@@ -147,18 +147,18 @@ async fn ledger_has_every_outcome_and_is_never_overwritten() {
     assert_eq!((with(Answer::Timeout), with(Answer::Status(200))), (2, 4), "{entries:?}");
     assert_eq!((report.unanswered, report.accepted), (2, 4), "{report:?}");
     let mut sent: Vec<i64> = endpoint.all_ids().concat();
-    let mut noted: Vec<i64> = entries.iter().flat_map(|entry| entry.ids.clone()).collect();
+    let mut recorded: Vec<i64> = entries.iter().flat_map(|entry| entry.ids.clone()).collect();
     sent.sort_unstable();
-    noted.sort_unstable();
-    assert_eq!(noted, sent);
+    recorded.sort_unstable();
+    assert_eq!(recorded, sent);
     let due: Vec<u64> = entries.iter().map(|entry| entry.due_unix_us).collect();
     let (first, last) = (*due.iter().min().unwrap(), *due.iter().max().unwrap());
     assert!(u128::from(first) >= started.as_micros(), "{first}");
     // Five intervals of 50 ms.
     assert_eq!(last - first, 250_000);
     for entry in entries {
-        let given_up = entry.answer == Answer::Timeout;
-        assert_eq!(entry.latency_us >= 1_000_000, given_up, "{entry:?}");
+        let is_timeout = entry.answer == Answer::Timeout;
+        assert_eq!(entry.latency_us >= 1_000_000, is_timeout, "{entry:?}");
         assert!(entry.late_us <= entry.latency_us, "{entry:?}");
     }
 

@@ -1,9 +1,9 @@
-//! The tester as its users meet it: over HTTP, through the library and as a process.
+//! Tests the tester over HTTP, through its library and as a process.
 
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
-    reason = "clippy.toml allows both in tests, but does not see that the helpers here are tests too"
+    reason = "clippy.toml allows both in tests, but not in their helpers"
 )]
 
 mod api;

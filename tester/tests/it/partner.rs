@@ -1,4 +1,4 @@
-//! The partner.
+//! Tests of the simulated partner.
 
 use std::time::{Duration, Instant};
 
@@ -64,7 +64,7 @@ async fn first_callback_is_sent_at_once_next_after_the_interval() {
 
 #[tokio::test]
 async fn refused_or_unanswered_callback_is_never_sent_again() {
-    // The ids are drawn from all there are, so that a repeated body is the same callback.
+    // Ids of the whole range, so that two equal bodies can only be the same callback.
     let wide = ["--object-id-max=9223372036854775807", "--callback-ids-min=1"];
     for mut endpoint in
         [Endpoint::answering(503).await, Endpoint::slow(Duration::from_secs(5), u64::MAX).await]

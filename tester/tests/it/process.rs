@@ -1,4 +1,4 @@
-//! The tester as a process: settings, metrics, exit codes and what it prints.
+//! Tests the tester as a process: settings, metrics, exit codes and output.
 
 use std::process::{Output, Stdio};
 use std::time::Duration;
@@ -9,7 +9,7 @@ use tokio::process::{Child, ChildStderr, Command};
 
 use crate::support::{Endpoint, client, soon};
 
-/// The tester with a free admin port and nothing of this process's environment.
+/// The tester with a free admin port and an empty environment.
 fn tester(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_tester"));
     command
@@ -39,8 +39,8 @@ async fn inconsistent_settings_end_the_process_with_78() {
 
 #[tokio::test]
 async fn error_for_an_address_in_use_names_the_variable() {
-    let taken = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = taken.local_addr().unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
     let flag = format!("--tester-addr={address}");
     let (output, errors) = finished(&[flag.as_str(), "--no-partner"]).await;
     assert_eq!(output.status.code(), Some(70));
@@ -65,7 +65,7 @@ async fn load_prints_a_json_object_or_lines_of_text() {
         text.lines().any(|line| line.starts_with("accepted") && line.contains(" 5 ")),
         "{text}"
     );
-    // Standard error is no terminal here, so there is no progress bar either.
+    // Standard error is not a terminal here, so there is no progress bar.
     assert_eq!(errors, "");
 }
 
@@ -90,7 +90,7 @@ async fn failed_load_logs_one_line_and_ends_with_70() {
     let endpoint = Endpoint::answering(200).await;
     let url = format!("--callback-endpoint=http://{}", endpoint.address);
     let mut load = tester(&["load", &url, "--total=1"]);
-    // It takes no byte: each write to it fails.
+    // Each write to this device fails.
     let full = std::fs::OpenOptions::new().write(true).open("/dev/full").unwrap();
     let load = load.stdout(full).stderr(Stdio::piped()).spawn().unwrap();
     let output = soon(load.wait_with_output()).await.unwrap();
@@ -106,7 +106,7 @@ async fn terminate(child: &Child) {
     assert!(Command::new("kill").arg(id).status().await.unwrap().success());
 }
 
-/// A tester that plays its parts.
+/// A running simulation.
 struct Running {
     child: Child,
     log: Lines<BufReader<ChildStderr>>,
@@ -146,7 +146,7 @@ async fn get(url: &str) -> String {
 async fn metric(admin: &str, expected: &str) {
     let url = format!("http://{admin}/metrics");
     let mut metrics = String::new();
-    let there = async {
+    let found = async {
         loop {
             metrics = get(&url).await;
             if metrics.lines().any(|line| line == expected) {
@@ -155,12 +155,12 @@ async fn metric(admin: &str, expected: &str) {
             tokio::time::sleep(Duration::from_millis(10)).await;
         }
     };
-    let there = tokio::time::timeout(Duration::from_secs(10), there).await;
-    assert!(there.is_ok(), "no line {expected} in\n{metrics}");
+    let found = tokio::time::timeout(Duration::from_secs(10), found).await;
+    assert!(found.is_ok(), "no line {expected} in\n{metrics}");
 }
 
-/// That the metrics say what these are.
-async fn described(admin: &str, names: &[&str]) {
+/// Asserts that the metrics with these names have descriptions.
+async fn assert_described(admin: &str, names: &[&str]) {
     let metrics = get(&format!("http://{admin}/metrics")).await;
     for name in names {
         assert!(metrics.contains(&format!("# HELP {name} ")), "no description of {name}");
@@ -180,8 +180,11 @@ async fn metrics_count_lookups_by_response_and_in_flight() {
     metric(&admin, "lastseen_tester_lookups_total{answer=\"offline\"} 1").await;
     metric(&admin, "lastseen_tester_lookups_total{answer=\"bad_request\"} 1").await;
     metric(&admin, "lastseen_tester_lookups_in_flight 0").await;
-    described(&admin, &["lastseen_tester_lookups_total", "lastseen_tester_lookups_in_flight"])
-        .await;
+    assert_described(
+        &admin,
+        &["lastseen_tester_lookups_total", "lastseen_tester_lookups_in_flight"],
+    )
+    .await;
     assert_eq!(tester.terminate().await, Some(0));
 }
 
@@ -229,7 +232,7 @@ async fn partner_logs_and_counts_each_outcome() {
         assert!(line["elapsed_ms"].is_u64() || line["elapsed_ms"].is_string(), "{line}");
         let counter = format!("lastseen_tester_callbacks_total{{outcome=\"{outcome}\"}} 1");
         metric(&admin, &counter).await;
-        described(&admin, &["lastseen_tester_callbacks_total"]).await;
+        assert_described(&admin, &["lastseen_tester_callbacks_total"]).await;
         assert_eq!(tester.terminate().await, Some(0));
     }
 }

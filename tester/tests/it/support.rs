@@ -1,4 +1,5 @@
-//! What the tests share: settings from flags, a client, and a callback endpoint that remembers.
+//! Shared by the tests: settings from flags, a client, and a callback endpoint that records
+//! requests.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -16,10 +17,10 @@ use tester::config::Config;
 use tokio::net::TcpListener;
 use tokio::sync::mpsc;
 
-/// Longer than anything a test waits for may take; only a failing test gets there.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+/// Longer than any wait of a test needs; only a failing test reaches it.
+pub(crate) const DEADLINE: Duration = Duration::from_secs(20);
 
-/// The settings that these flags lead to.
+/// Parses the settings from `flags`.
 pub(crate) fn settings(flags: &[&str]) -> Config {
     let command = Config::augment_args(clap::Command::new("tester"));
     let arguments = std::iter::once("tester").chain(flags.iter().copied());
@@ -29,21 +30,21 @@ pub(crate) fn settings(flags: &[&str]) -> Config {
 
 /// TLS is not used here, but no client can be built without a provider.
 pub(crate) fn install_tls() {
-    // Whichever test comes first installs it for all.
+    // The first test installs it for all.
     drop(rustls::crypto::ring::default_provider().install_default());
 }
 
 pub(crate) fn client() -> reqwest::Client {
     install_tls();
-    reqwest::Client::builder().no_proxy().timeout(PATIENCE).build().unwrap()
+    reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap()
 }
 
-/// Awaits `future`, but not for ever.
+/// Awaits `future` for at most [`DEADLINE`].
 pub(crate) async fn soon<T>(future: impl Future<Output = T>) -> T {
-    tokio::time::timeout(PATIENCE, future).await.expect("it takes too long")
+    tokio::time::timeout(DEADLINE, future).await.expect("the deadline has passed")
 }
 
-/// A callback endpoint: gives the same answer to all, and hands out the bodies it got.
+/// A callback endpoint that gives each callback the same response and records its headers and body.
 pub(crate) struct Endpoint {
     pub(crate) address: SocketAddr,
     requests: mpsc::UnboundedReceiver<(HeaderMap, String)>,
@@ -51,9 +52,9 @@ pub(crate) struct Endpoint {
 }
 
 #[derive(Clone)]
-struct Conduct {
+struct Behaviour {
     status: StatusCode,
-    /// How long the first `slow_ones` requests wait for their answer.
+    /// The delay of the responses to the first `slow_ones` requests.
     delay: Duration,
     slow_ones: u64,
     seen: Arc<AtomicU64>,
@@ -61,12 +62,13 @@ struct Conduct {
 }
 
 impl Endpoint {
-    /// Answers this status at once.
+    /// Responds with this status at once.
     pub(crate) async fn answering(status: u16) -> Self {
         Self::start(status, Duration::ZERO, 0).await
     }
 
-    /// Answers 200: the first `slow_ones` callbacks after `delay`, the others at once.
+    /// Responds with 200 to the first `slow_ones` callbacks after `delay`, and to the others at
+    /// once.
     pub(crate) async fn slow(delay: Duration, slow_ones: u64) -> Self {
         Self::start(200, delay, slow_ones).await
     }
@@ -76,26 +78,27 @@ impl Endpoint {
         let address = listener.local_addr().unwrap();
         let (sender, requests) = mpsc::unbounded_channel();
         let status = StatusCode::from_u16(status).unwrap();
-        let conduct = Conduct { status, delay, slow_ones, seen: Arc::default(), requests: sender };
-        let router = Router::new().route("/callback", post(callback)).with_state(conduct);
-        let limits = Limits { max_connections: 100, header_timeout: PATIENCE, ..Limits::default() };
+        let behaviour =
+            Behaviour { status, delay, slow_ones, seen: Arc::default(), requests: sender };
+        let router = Router::new().route("/callback", post(callback)).with_state(behaviour);
+        let limits = Limits { max_connections: 100, header_timeout: DEADLINE, ..Limits::default() };
         let stop = CancellationToken::new();
         tokio::spawn(serve(listener, router, limits, stop.clone()));
         Self { address, requests, stop }
     }
 
-    /// The ids of the next callback that came in.
+    /// Waits for the next callback, and returns its ids.
     pub(crate) async fn next_ids(&mut self) -> Vec<i64> {
         let (_, body) = self.next_request().await;
         ids_of(&body)
     }
 
-    /// The headers and the body of the next callback that came in.
+    /// Waits for the next callback, and returns its headers and body.
     pub(crate) async fn next_request(&mut self) -> (HeaderMap, String) {
         soon(self.requests.recv()).await.unwrap()
     }
 
-    /// The ids of all callbacks that came in and were not asked for yet.
+    /// The ids of all callbacks received since the last call.
     pub(crate) fn all_ids(&mut self) -> Vec<Vec<i64>> {
         let requests = std::iter::from_fn(|| self.requests.try_recv().ok());
         requests.map(|(_, body)| ids_of(&body)).collect()
@@ -108,12 +111,16 @@ impl Drop for Endpoint {
     }
 }
 
-async fn callback(State(conduct): State<Conduct>, headers: HeaderMap, body: String) -> StatusCode {
-    conduct.requests.send((headers, body)).ok();
-    if conduct.seen.fetch_add(1, Ordering::Relaxed) < conduct.slow_ones {
-        tokio::time::sleep(conduct.delay).await;
+async fn callback(
+    State(behaviour): State<Behaviour>,
+    headers: HeaderMap,
+    body: String,
+) -> StatusCode {
+    behaviour.requests.send((headers, body)).ok();
+    if behaviour.seen.fetch_add(1, Ordering::Relaxed) < behaviour.slow_ones {
+        tokio::time::sleep(behaviour.delay).await;
     }
-    conduct.status
+    behaviour.status
 }
 
 fn ids_of(body: &str) -> Vec<i64> {
