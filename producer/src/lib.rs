@@ -4,11 +4,11 @@
 mod body;
 mod broker_availability;
 mod callback;
+mod callback_server;
 mod config;
 mod deadline;
 mod duplicate_filter;
 mod durable_sink;
-mod front_door;
 mod rejections;
 mod relay;
 mod signature;
@@ -16,8 +16,8 @@ mod spool_handle;
 
 use service::{CancellationToken, Description, Health};
 
+pub use callback_server::FrontDoor;
 pub use config::{Callbacks, Config};
-pub use front_door::FrontDoor;
 
 /// The name and the admin address of the process.
 pub const DESCRIPTION: Description = Description {

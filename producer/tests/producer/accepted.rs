@@ -3,7 +3,7 @@ use std::sync::Arc;
 use serde_json::json;
 use tokio::task::JoinSet;
 
-use crate::front_door::{Producer, id_in};
+use crate::harness::{Producer, id_in};
 
 #[tokio::test]
 async fn each_distinct_id_becomes_one_persistent_message() {

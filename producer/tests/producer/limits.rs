@@ -2,7 +2,7 @@ use testbed::{Process, Queue, amqp_uri, eventually};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::front_door::{DEADLINE, Producer, assert_problem_body};
+use crate::harness::{DEADLINE, Producer, assert_problem_body};
 use crate::wire::Wire;
 
 // Field case 1.6

@@ -4,7 +4,7 @@
 #![expect(clippy::unwrap_used, reason = "test helpers may panic, too")]
 
 mod accepted;
-mod front_door;
+mod harness;
 mod limits;
 mod outage;
 mod refused;

@@ -6,7 +6,7 @@ use testbed::{Proxy, amqp_uri, eventually, free_port};
 use tokio::task::JoinSet;
 use url::Url;
 
-use crate::front_door::{Answer, Broker, CLIENT_TIMEOUT, DEADLINE, Producer, config};
+use crate::harness::{Answer, Broker, CLIENT_TIMEOUT, DEADLINE, Producer, config};
 
 /// A proxy in front of the shared broker, and the broker's URI through it.
 pub(crate) async fn proxied_broker() -> (Proxy, String) {
@@ -65,7 +65,7 @@ async fn messages_are_relayed_oldest_first_with_their_callback_id() {
     eventually("all are relayed", DEADLINE, async || {
         for message in producer.messages().await {
             let callback = message.delivery.properties.correlation_id().clone().unwrap();
-            relayed.push((crate::front_door::id_in(&message.delivery.data), callback.to_string()));
+            relayed.push((crate::harness::id_in(&message.delivery.data), callback.to_string()));
         }
         (relayed.len() >= callbacks.len()).then_some(())
     })

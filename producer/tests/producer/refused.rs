@@ -1,4 +1,4 @@
-use crate::front_door::{Producer, assert_problem_body};
+use crate::harness::{Producer, assert_problem_body};
 use crate::wire::Wire;
 
 #[tokio::test]

@@ -7,7 +7,7 @@ use axum::http::HeaderName;
 use reqwest::RequestBuilder;
 use testbed::{Process, Queue, eventually};
 
-use crate::front_door::{Answer, CLIENT_TIMEOUT, DEADLINE, Producer, assert_problem_body};
+use crate::harness::{Answer, CLIENT_TIMEOUT, DEADLINE, Producer, assert_problem_body};
 use crate::outage::proxied_broker;
 use crate::spool::HangingDisk;
 use crate::wire::Wire;

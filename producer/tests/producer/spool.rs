@@ -9,7 +9,7 @@ use testbed::{
     ON_A_READ_ONLY_ROOT, ON_A_SMALL_DISK, Process, Proxy, Queue, Scratch, eventually, fill_disk,
 };
 
-use crate::front_door::{DEADLINE, Producer, client};
+use crate::harness::{DEADLINE, Producer, client};
 use crate::outage::proxied_broker;
 
 #[tokio::test]
