@@ -40,7 +40,7 @@ const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// The producer's HTTP server, which listens but does not serve yet.
-pub struct FrontDoor {
+pub struct CallbackServer {
     listener: TcpListener,
     limits: http::Limits,
     shared: Arc<Shared>,
@@ -56,7 +56,7 @@ struct Shared {
     config: Callbacks,
 }
 
-impl FrontDoor {
+impl CallbackServer {
     /// Opens the spool, starts to connect to the broker, and listens on `PRODUCER_ADDR`.
     ///
     /// # Errors

@@ -16,7 +16,7 @@ mod spool_handle;
 
 use service::{CancellationToken, Description, Health};
 
-pub use callback_server::FrontDoor;
+pub use callback_server::CallbackServer;
 pub use config::{Callbacks, Config};
 
 /// The name and the admin address of the process.
@@ -37,5 +37,5 @@ pub async fn run(
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    FrontDoor::open(&config, &health).await?.serve(shutdown).await
+    CallbackServer::open(&config, &health).await?.serve(shutdown).await
 }

@@ -4,7 +4,7 @@ use std::net::SocketAddr;
 
 use anyhow::{Context as _, bail};
 use consumer::Lookups;
-use producer::FrontDoor;
+use producer::CallbackServer;
 use service::http::reachable;
 use service::{CancellationToken, Health, Live};
 use tester::api::Api;
@@ -79,7 +79,7 @@ impl Stage {
             callbacks.spool_dir.get_or_insert_with(|| config.lastseen_dir.join("spool"));
             let authenticity = config.authenticity.clone();
             let door = producer::Config { callbacks, authenticity, broker: broker.clone() };
-            let door = FrontDoor::open(&door, &health.part("producer")).await?;
+            let door = CallbackServer::open(&door, &health.part("producer")).await?;
             let url = url_of(door.address()?, "callback")?;
             partners_callbacks.callback_endpoint = url.clone();
             callbacks_to = Some(url);

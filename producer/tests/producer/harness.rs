@@ -9,7 +9,7 @@ use clap::Parser as _;
 use lapin::message::BasicGetMessage;
 use lapin::options::{BasicGetOptions, QueueDeleteOptions};
 use lapin::{Channel, Connection, ConnectionProperties};
-use producer::FrontDoor;
+use producer::CallbackServer;
 use reqwest::header::HeaderMap;
 use serde_json::Value;
 use service::{CancellationToken, Health, settings};
@@ -115,10 +115,10 @@ impl Producer {
         }
         all.extend(arguments.iter().map(|&argument| argument.to_owned()));
         let health = Health::default();
-        let front_door = FrontDoor::open(&config(&all), &health).await.unwrap();
-        let address = front_door.address().unwrap();
+        let callbacks = CallbackServer::open(&config(&all), &health).await.unwrap();
+        let address = callbacks.address().unwrap();
         let shutdown = Shutdown(CancellationToken::new());
-        let served = tokio::spawn(front_door.serve(shutdown.0.clone()));
+        let served = tokio::spawn(callbacks.serve(shutdown.0.clone()));
         Self { address, health, shutdown, served, queue, scratch, client: client() }
     }
 
