@@ -1,15 +1,15 @@
 //! The queue on a RabbitMQ.
 
-mod acks;
+mod ack_batcher;
 mod consumer;
 mod delivery;
 mod depths;
-mod expired;
+mod expiry_check;
 mod history;
 mod inspector;
 mod link;
-mod look;
 mod publisher;
+mod queue_monitor;
 mod topology;
 mod unsettled;
 

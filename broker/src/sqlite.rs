@@ -8,8 +8,8 @@
 mod consumer;
 mod delivery;
 mod inspector;
-mod look;
 mod queue;
+mod queue_monitor;
 
 use std::sync::Arc;
 use std::time::Duration;

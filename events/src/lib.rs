@@ -7,9 +7,9 @@
 mod config;
 mod emitter;
 mod exchange;
+mod gap_detector;
 mod message;
 mod rabbit;
-mod sources;
 mod subscriber;
 
 use std::time::SystemTime;

@@ -1,6 +1,6 @@
 //! Events on a RabbitMQ.
 
-mod sending;
+mod publisher_task;
 mod subscription;
 
 use amqp::{ConnectError, Link, RPC_TIMEOUT};
@@ -11,7 +11,7 @@ use tokio::time::timeout;
 
 use crate::exchange::Rabbit;
 
-pub(crate) use sending::{Numbers, Outbound, Outgoing, count, send};
+pub(crate) use publisher_task::{Numbers, Outbound, Outgoing, count, send};
 pub(crate) use subscription::Subscription;
 
 /// Why events cannot be told or heard, named after the step that failed.

@@ -13,11 +13,11 @@ use lapin::{Channel, message};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::acks::Acks;
+use super::ack_batcher::Acks;
 use super::delivery::{Delivery, Outward, REQUEUE};
 use super::link::{self, Link, LinkError, OutageLog, RPC_TIMEOUT};
-use super::look::Look;
 use super::publisher::Publisher;
+use super::queue_monitor::Look;
 use super::topology::Topology;
 use super::unsettled::Unsettled;
 use crate::{LinkStatus, backoff};

@@ -8,7 +8,7 @@ use lapin::types::ShortString;
 use lapin::{Acker, BasicProperties, Channel, message};
 use tokio::time::timeout;
 
-use super::acks::Acks;
+use super::ack_batcher::Acks;
 use super::history;
 use super::link::Link;
 use super::publisher::{Outgoing, Publisher};

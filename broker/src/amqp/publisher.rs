@@ -3,10 +3,10 @@
 //! Callers hand in batches; one task owns the connection and publishes them in rounds, each with
 //! whatever has come in meanwhile, several rounds at a time.
 
-mod driver;
+mod publisher_task;
 mod refusals;
 mod round;
-mod standing;
+mod status_reporter;
 
 use std::sync::Arc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -17,14 +17,14 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, TryAcquireError, mpsc, onesho
 use tokio::time::timeout;
 
 use super::Config;
-use super::expired::ExpiryCheck;
+use super::expiry_check::ExpiryCheck;
 use super::history;
 use super::link::RPC_TIMEOUT;
 use super::topology::Topology;
 use crate::{LinkStatus, Origin, PublishError, message};
 
-use driver::Driver;
-use standing::Standing;
+use publisher_task::Driver;
+use status_reporter::Standing;
 
 // Decision: docs/decisions/0002-does-a-callback-wait-for-publisher-capacity.md
 /// Messages that are waiting to be published or confirmed, over all callers; what RabbitMQ takes in a

@@ -8,8 +8,8 @@ use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
 use super::delivery::Delivery;
-use super::look::Look;
 use super::queue::{Message, Queue};
+use super::queue_monitor::Look;
 use crate::LinkStatus;
 
 /// How often an idle consumer looks without having been told: for delayed messages that are due, and

@@ -20,7 +20,7 @@ use tokio::runtime::Handle;
 use tokio::task::block_in_place;
 use tokio::time::timeout;
 
-use crate::place::{
+use crate::test_queue::{
     PATIENCE, SECOND, amqp_config, connected, consumer, dead, drain, for_steps, ids, next, retry,
     treat,
 };

@@ -3,7 +3,7 @@
 use broker::{Config, QueueConfig, QueueType};
 use testbed::{RabbitNode, eventually};
 
-use crate::place::{PATIENCE, connected};
+use crate::test_queue::{PATIENCE, connected};
 
 fn config(node: &RabbitNode) -> Config {
     let (queue_name, queue_type) = ("objects".to_owned(), QueueType::Quorum);

@@ -10,7 +10,7 @@ use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
-use crate::place::{
+use crate::test_queue::{
     A_WHILE, Backend, PATIENCE, Place, SECOND, consumer, dead, drain, for_steps, ids, next, retry,
 };
 
@@ -23,7 +23,7 @@ macro_rules! on_every_backend {
     };
     ($module:ident, $backend:ident, $($case:ident)*) => {
         mod $module {
-            use crate::place::Backend;
+            use crate::test_queue::Backend;
 
             $(
                 #[tokio::test]

@@ -9,7 +9,9 @@ use broker::{
 };
 use testbed::{Scratch, eventually};
 
-use crate::place::{Backend, PATIENCE, Place, connected, consumer, dead, drain, file_config, next};
+use crate::test_queue::{
+    Backend, PATIENCE, Place, connected, consumer, dead, drain, file_config, next,
+};
 
 #[tokio::test]
 async fn a_file_that_is_in_use_is_refused_to_a_second_owner() {

@@ -13,7 +13,7 @@ use tokio::time::timeout;
 use tracing::Level;
 use tracing::field::{Field, Visit};
 
-use crate::place::{PATIENCE, connected, consumer, next};
+use crate::test_queue::{PATIENCE, connected, consumer, next};
 
 const QUEUE: &str = "objects";
 

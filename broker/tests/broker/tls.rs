@@ -4,7 +4,7 @@ use broker::{Config, Publisher, QueueConfig, QueueType};
 use testbed::{Authority, RabbitNode};
 use tokio::time::timeout;
 
-use crate::place::{PATIENCE, SECOND, connected, consumer, drain};
+use crate::test_queue::{PATIENCE, SECOND, connected, consumer, drain};
 
 fn config(uri: &str, authority: Option<&Authority>) -> Config {
     let amqp_ca = authority.map(|authority| authority.pem().to_owned());

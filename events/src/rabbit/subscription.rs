@@ -16,8 +16,8 @@ use tokio::time::timeout;
 
 use super::{SessionError, declare, open};
 use crate::exchange::Rabbit;
+use crate::gap_detector::Sources;
 use crate::message::Message;
-use crate::sources::Sources;
 use crate::{Kind, LinkStatus, Notice};
 
 /// Messages that wait at the broker for a subscriber that is slow; then the oldest are dropped, which

@@ -11,7 +11,7 @@ use tokio::task::JoinHandle;
 use tokio::time::{MissedTickBehavior, interval, timeout};
 
 use super::depths;
-use super::expired::ExpiryCheck;
+use super::expiry_check::ExpiryCheck;
 use super::link::{Link, RPC_TIMEOUT};
 use super::topology::Topology;
 use super::unsettled::Unsettled;

@@ -7,7 +7,7 @@ use testbed::RabbitNode;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
-use crate::place::{PATIENCE, connected, consumer};
+use crate::test_queue::{PATIENCE, connected, consumer};
 
 const QUEUE: &str = "objects";
 

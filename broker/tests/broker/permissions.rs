@@ -8,7 +8,7 @@ use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use testbed::RabbitNode;
 
-use crate::place::{PATIENCE, SECOND, connected, consumer, dead, drain, next, retry, treat};
+use crate::test_queue::{PATIENCE, SECOND, connected, consumer, dead, drain, next, retry, treat};
 
 const PASSWORD: &str = "p/w \"of\" services";
 

@@ -14,7 +14,7 @@ use tokio::time::timeout;
 use super::Batch;
 use super::refusals::{Refusal, Refusals};
 use super::round::{self, Broken, Tally};
-use super::standing::Standing;
+use super::status_reporter::Standing;
 use crate::amqp::Config;
 use crate::amqp::link::{self, Link, LinkError, RPC_TIMEOUT};
 use crate::amqp::topology::Topology;
