@@ -50,9 +50,9 @@ impl Config {
     pub(crate) fn exchange(&self) -> Exchange {
         let on_broker = || {
             let access = self.broker.access();
-            access.map(|access| Exchange::on(access, &self.broker.queue.queue_name))
+            access.map(|access| Exchange::on_rabbitmq(access, &self.broker.queue.queue_name))
         };
-        self.events.clone().or_else(on_broker).unwrap_or_else(Exchange::nowhere)
+        self.events.clone().or_else(on_broker).unwrap_or_else(Exchange::disabled)
     }
 }
 

@@ -274,8 +274,8 @@ impl Table {
     /// Publishes the committed changes as events. Never waits.
     fn announce(&self, recorded: &Recorded) {
         let object = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
-        self.events.tell(Kind::Online, recorded.inserted.iter().map(object));
-        self.events.tell(Kind::Seen, recorded.updated.iter().map(object));
+        self.events.publish(Kind::Online, recorded.inserted.iter().map(object));
+        self.events.publish(Kind::Seen, recorded.updated.iter().map(object));
     }
 
     fn note_success(&self) {

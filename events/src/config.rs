@@ -1,4 +1,4 @@
-//! Where events are told, for services that have no use for the queue itself.
+//! Settings of the events, for services that do not use the queue itself.
 
 use std::fmt;
 use std::str::FromStr;
@@ -7,53 +7,53 @@ use amqp::{Access, AmqpUri, settings};
 
 use crate::Exchange;
 
-/// Where events are told.
+/// Settings of the exchange that carries the events.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Events")]
 #[group(skip)]
 pub struct Config {
-    /// The RabbitMQ on which events are told, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…; without it, or with a file, they are not
+    /// RabbitMQ that carries the events, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…; without it, or with a file, there are no events
     #[arg(long)]
     pub amqp_uri: Option<EventsUrl>,
-    /// The queue whose events they are: the exchange is called so, with `.events` added
+    /// Name of the queue; the exchange of its events has the same name with `.events` appended
     #[arg(long, default_value = "objects", value_parser = settings::queue_name)]
     pub queue_name: String,
-    /// Certificates, as PEM, of authorities to trust for amqps:// besides the system's; mostly by `AMQP_CA_FILE`, a file with them
+    /// PEM certificates of authorities to trust for amqps://, in addition to the system's; usually set by `AMQP_CA_FILE`, which names a file
     #[arg(long, value_parser = settings::certificates)]
     pub amqp_ca: Option<String>,
-    /// One that was made before, instead of all these; no setting can name it.
+    /// An existing exchange, which takes precedence over the settings above. It is not a setting.
     #[arg(skip)]
-    pub made: Option<Exchange>,
+    pub existing: Option<Exchange>,
 }
 
 impl Config {
-    /// That exchange, and no settings.
+    /// Uses `exchange` and ignores the settings.
     #[must_use]
-    pub fn made(exchange: Exchange) -> Self {
+    pub fn with_exchange(exchange: Exchange) -> Self {
         Self {
             amqp_uri: None,
             queue_name: "objects".to_owned(),
             amqp_ca: None,
-            made: Some(exchange),
+            existing: Some(exchange),
         }
     }
 
-    /// What the settings lead to.
+    /// The exchange that the settings describe.
     #[must_use]
     pub fn exchange(&self) -> Exchange {
-        match (&self.made, &self.amqp_uri) {
+        match (&self.existing, &self.amqp_uri) {
             (Some(exchange), _) => exchange.clone(),
             (None, Some(EventsUrl(Some(uri)))) => {
                 let access = Access { uri: uri.clone(), authorities: self.amqp_ca.clone() };
-                Exchange::on(access, &self.queue_name)
+                Exchange::on_rabbitmq(access, &self.queue_name)
             }
-            (None, Some(EventsUrl(None)) | None) => Exchange::nowhere(),
+            (None, Some(EventsUrl(None)) | None) => Exchange::disabled(),
         }
     }
 }
 
-/// The URL of a queue, by which events go over a RabbitMQ, or, if it is in a file, nowhere. Its `Debug`
-/// and its errors leave out the user and the password.
+/// The URL of the queue. Events use the same RabbitMQ; a queue in a file has no events. `Debug` and
+/// the errors leave out the user and the password.
 #[derive(Clone)]
 pub struct EventsUrl(Option<AmqpUri>);
 
@@ -85,7 +85,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_text_shows_the_password() {
+    fn debug_text_and_error_hide_the_password() {
         let url: EventsUrl = "amqp://me:s3cret@host:5671/x".parse().unwrap();
         assert_eq!(format!("{url:?}"), "amqp://***@host:5671/x");
         assert!(!"http://me:s3cret@host".parse::<EventsUrl>().unwrap_err().contains("s3cret"));

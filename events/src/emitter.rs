@@ -1,4 +1,4 @@
-//! Telling what was committed.
+//! Publishes events about committed changes.
 //!
 //! Decision: docs/decisions/0049-why-are-events-published-without-confirms.md
 
@@ -8,73 +8,79 @@ use std::time::Duration;
 use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 
-use crate::exchange::{Exchange, Place, Sender};
-use crate::rabbit::{self, Numbers, Outgoing};
-use crate::{Kind, LinkStatus, Notice, Object};
+use crate::exchange::{Exchange, Sender, Transport};
+use crate::rabbit::{self, Outgoing, SequenceCounter};
+use crate::{Kind, LinkStatus, Notification, Object};
 
-/// Objects in one message; it has some 60 bytes for each.
+/// Objects in one message, which takes about 60 bytes for each.
 const OBJECTS_MAX: usize = 1_000;
-/// Messages that wait to be sent: with all of their objects, 6 MB.
+/// Messages that wait to be published: 6 MB if each is full.
 const WAITING_MAX: usize = 256;
-/// How long what waits may take to go out at the end.
+/// How long [`Emitter::close`] waits for the remaining messages to be published.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Tells what was committed, and never waits: what cannot be told at once is dropped, which
-/// subscribers notice by a number that is missing. Clones of one are one source.
+/// Publishes events without ever waiting. It drops an event that cannot be published at once;
+/// subscribers notice the missing sequence number. Clones share one sequence.
 #[derive(Clone)]
-pub struct Emitter(Told);
+pub struct Emitter(Outlet);
 
+/// The sending side of a [`Transport`].
 #[derive(Clone)]
-enum Told {
-    Nowhere,
+enum Outlet {
+    Disabled,
     InProcess(Sender),
-    Rabbit { outbox: mpsc::Sender<Outgoing>, numbers: Numbers, status: watch::Receiver<LinkStatus> },
+    Rabbit {
+        outbox: mpsc::Sender<Outgoing>,
+        sequence: SequenceCounter,
+        status: watch::Receiver<LinkStatus>,
+    },
 }
 
 impl Emitter {
-    /// Begins to look after the connection, if it takes one, which a RabbitMQ's management page shows
-    /// as `name`.
+    /// On RabbitMQ, starts the task that connects and publishes. RabbitMQ's management page shows the
+    /// connection as `name`.
     #[must_use]
     pub fn start(exchange: &Exchange, name: &str) -> Self {
         metrics::describe_counter!(
             "lastseen_event_messages_total",
-            "Messages about what was committed, by whether they were sent or dropped."
+            "Messages about committed changes, by whether they were sent or dropped."
         );
         for outcome in ["sent", "dropped"] {
             metrics::counter!("lastseen_event_messages_total", "outcome" => outcome).increment(0);
         }
         Self(match &exchange.0 {
-            Place::Nowhere => Told::Nowhere,
-            Place::InProcess(sender) => Told::InProcess(sender.clone()),
-            Place::Rabbit(rabbit) => {
-                let (outbox, waiting) = mpsc::channel(WAITING_MAX);
+            Transport::Disabled => Outlet::Disabled,
+            Transport::InProcess(sender) => Outlet::InProcess(sender.clone()),
+            Transport::Rabbit(rabbit) => {
+                let (outbox, messages) = mpsc::channel(WAITING_MAX);
                 let (status, watched) = watch::channel(Err("not connected yet".to_owned()));
-                let numbers = Numbers::default();
-                let outbound = rabbit::Outbound { waiting, numbers: numbers.clone() };
-                let send = rabbit::send(Arc::clone(rabbit), name.to_owned(), outbound, status);
-                tokio::spawn(send);
-                Told::Rabbit { outbox, numbers, status: watched }
+                let sequence = SequenceCounter::default();
+                let outbound = rabbit::Outbound { messages, sequence: sequence.clone() };
+                let publish =
+                    rabbit::publish_all(Arc::clone(rabbit), name.to_owned(), outbound, status);
+                tokio::spawn(publish);
+                Outlet::Rabbit { outbox, sequence, status: watched }
             }
         })
     }
 
-    /// Tells it, or drops it; either at once.
-    pub fn tell(&self, kind: Kind, objects: impl ExactSizeIterator<Item = Object>) {
+    /// Publishes events about `objects`, or drops them. Returns at once in either case.
+    pub fn publish(&self, kind: Kind, objects: impl ExactSizeIterator<Item = Object>) {
         if objects.len() == 0 {
             return;
         }
         match &self.0 {
-            Told::Nowhere => {}
-            Told::InProcess(sender) => {
+            Outlet::Disabled => {}
+            Outlet::InProcess(sender) => {
                 if sender.receiver_count() > 0 {
-                    // Without a receiver by now, there is nobody to tell.
-                    let _ = sender.send(Arc::new(Notice::Committed(kind, objects.collect())));
+                    // An error means that the last subscriber has just been dropped.
+                    let _ = sender.send(Arc::new(Notification::Committed(kind, objects.collect())));
                 }
             }
-            Told::Rabbit { outbox, numbers, .. } => {
+            Outlet::Rabbit { outbox, sequence, .. } => {
                 let objects: Vec<Object> = objects.collect();
-                // Held for all of them, so that what goes out is in the order of its numbers.
-                let mut last = numbers.lock();
+                // Locked until all are queued, so that messages are sent in the order of their numbers.
+                let mut last = sequence.lock();
                 for objects in objects.chunks(OBJECTS_MAX) {
                     *last += 1;
                     let objects = objects.to_vec();
@@ -87,44 +93,45 @@ impl Emitter {
         }
     }
 
-    /// Leaves a gap in the sequence numbers, because something may have been committed that cannot be
-    /// announced, for this reason: subscribers check the table within seconds.
+    /// Leaves a gap in the sequence numbers, because a change may have been committed that cannot be
+    /// published, for this reason. Subscribers then read the table within seconds.
     pub fn leave_gap(&self, reason: &str) {
         match &self.0 {
-            Told::Nowhere => {}
-            Told::InProcess(sender) => {
-                // Without a receiver, nobody has to check.
-                let _ = sender.send(Arc::new(Notice::Missed(reason.to_owned())));
+            Outlet::Disabled => {}
+            Outlet::InProcess(sender) => {
+                // An error means that there is no subscriber.
+                let _ = sender.send(Arc::new(Notification::Missed(reason.to_owned())));
             }
-            // The sender announces a gap that no message follows.
-            Told::Rabbit { numbers, .. } => *numbers.lock() += 1,
+            // If no event follows, the publisher task publishes a message that shows the gap.
+            Outlet::Rabbit { sequence, .. } => *sequence.lock() += 1,
         }
     }
 
-    /// Whether what is told goes out; `None` if nothing stands in between.
+    /// Whether events reach the broker; `None` if there is no connection involved.
     #[must_use]
     pub fn status(&self) -> Option<watch::Receiver<LinkStatus>> {
         match &self.0 {
-            Told::Rabbit { status, .. } => Some(status.clone()),
-            Told::Nowhere | Told::InProcess(_) => None,
+            Outlet::Rabbit { status, .. } => Some(status.clone()),
+            Outlet::Disabled | Outlet::InProcess(_) => None,
         }
     }
 
-    /// Returns only if what sends has died: nothing would be told any more, and nobody would know.
+    /// Returns only if the publisher task has died. All events would be dropped from then on.
     pub async fn died(&self) {
         match &self.0 {
-            Told::Rabbit { outbox, .. } => outbox.closed().await,
-            Told::Nowhere | Told::InProcess(_) => std::future::pending().await,
+            Outlet::Rabbit { outbox, .. } => outbox.closed().await,
+            Outlet::Disabled | Outlet::InProcess(_) => std::future::pending().await,
         }
     }
 
-    /// Lets what waits go out, for a moment, if it can and every other clone is dropped.
+    /// Waits up to 2 s until the remaining messages are published, which happens only if every other
+    /// clone has been dropped.
     pub async fn close(self) {
-        let Told::Rabbit { outbox, mut status, .. } = self.0 else { return };
+        let Outlet::Rabbit { outbox, mut status, .. } = self.0 else { return };
         drop(outbox);
         let ended = async { while status.changed().await.is_ok() {} };
         if timeout(CLOSE_TIMEOUT, ended).await.is_err() {
-            tracing::debug!("the broker does not take the last events");
+            tracing::debug!("the broker did not accept the last events in time; dropping them");
         }
     }
 }
@@ -136,14 +143,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_death_of_what_sends_is_noticed_and_while_it_lives_there_is_none() {
-        let (outbox, waiting) = mpsc::channel(1);
+    fn death_of_the_publisher_task_is_noticed() {
+        let (outbox, messages) = mpsc::channel(1);
         let (_, status) = watch::channel(Ok(()));
-        let emitter = Emitter(Told::Rabbit { outbox, numbers: Numbers::default(), status });
+        let sequence = SequenceCounter::default();
+        let emitter = Emitter(Outlet::Rabbit { outbox, sequence, status });
         assert!(emitter.died().now_or_never().is_none());
-        drop(waiting);
+        drop(messages);
         assert!(emitter.died().now_or_never().is_some());
-        let nowhere = Emitter::start(&Exchange::nowhere(), "test");
-        assert!(nowhere.died().now_or_never().is_none());
+        let disabled = Emitter::start(&Exchange::disabled(), "test");
+        assert!(disabled.died().now_or_never().is_none());
     }
 }

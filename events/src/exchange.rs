@@ -1,4 +1,4 @@
-//! Where events are told and heard.
+//! The exchange, on which events are published and received.
 
 use std::fmt;
 use std::sync::Arc;
@@ -7,66 +7,65 @@ use amqp::Access;
 use lapin::types::ShortString;
 use tokio::sync::broadcast;
 
-use crate::Notice;
+use crate::Notification;
 
-/// Batches that a subscriber of this process may be behind before it misses some.
-const BEHIND_MAX: usize = 1_024;
+/// How many notifications an in-process subscriber may lag behind before it misses some.
+const LAG_MAX: usize = 1_024;
 
-/// Where events are told and heard: on a RabbitMQ, within this process, or nowhere. Clones of one are
-/// the same place.
+/// Carries events on RabbitMQ or within this process, or is disabled. Clones are the same exchange.
 #[derive(Clone)]
-pub struct Exchange(pub(crate) Place);
+pub struct Exchange(pub(crate) Transport);
 
-/// Shared by all who hear it.
-pub(crate) type Sender = broadcast::Sender<Arc<Notice>>;
+/// Shared by all subscribers of this process.
+pub(crate) type Sender = broadcast::Sender<Arc<Notification>>;
 
 #[derive(Clone)]
-pub(crate) enum Place {
-    Nowhere,
+pub(crate) enum Transport {
+    Disabled,
     InProcess(Sender),
-    Rabbit(Arc<Rabbit>),
+    Rabbit(Arc<TopicExchange>),
 }
 
-/// A topic exchange.
-pub(crate) struct Rabbit {
+/// A topic exchange on RabbitMQ.
+pub(crate) struct TopicExchange {
     pub(crate) access: Access,
     pub(crate) name: ShortString,
 }
 
 impl Exchange {
-    /// Nobody hears anything.
+    /// Drops all events.
     #[must_use]
-    pub fn nowhere() -> Self {
-        Self(Place::Nowhere)
+    pub fn disabled() -> Self {
+        Self(Transport::Disabled)
     }
 
-    /// A new one of this process.
+    /// Creates an exchange within this process.
     #[must_use]
     pub fn in_process() -> Self {
-        Self(Place::InProcess(broadcast::Sender::new(BEHIND_MAX)))
+        Self(Transport::InProcess(broadcast::Sender::new(LAG_MAX)))
     }
 
-    /// The durable topic exchange that belongs to a queue of a RabbitMQ.
+    /// The durable topic exchange that belongs to a queue on RabbitMQ.
     #[must_use]
-    pub fn on(access: Access, queue_name: &str) -> Self {
+    pub fn on_rabbitmq(access: Access, queue_name: &str) -> Self {
         let name = format!("{queue_name}.events").into();
-        Self(Place::Rabbit(Arc::new(Rabbit { access, name })))
+        Self(Transport::Rabbit(Arc::new(TopicExchange { access, name })))
     }
 
-    /// Whether anything that is told can be heard here.
+    /// Whether all events are dropped.
     #[must_use]
-    pub fn is_nowhere(&self) -> bool {
-        matches!(self.0, Place::Nowhere)
+    pub fn is_disabled(&self) -> bool {
+        matches!(self.0, Transport::Disabled)
     }
 }
 
 impl fmt::Debug for Exchange {
     fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            Place::Nowhere => formatter.write_str("nowhere"),
-            Place::InProcess(_) => formatter.write_str("this process"),
-            Place::Rabbit(rabbit) => {
-                write!(formatter, "{} at {:?}", rabbit.name, rabbit.access.uri)
+            Transport::Disabled => formatter.write_str("disabled"),
+            Transport::InProcess(_) => formatter.write_str("this process"),
+            Transport::Rabbit(exchange) => {
+                write!(formatter, "{} at {:?}", exchange.name, exchange.access.uri)
             }
         }
     }

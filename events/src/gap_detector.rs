@@ -1,22 +1,22 @@
-//! Noticing that a message is missing.
+//! Detects missing messages by their sequence numbers.
 
 use std::collections::HashMap;
 
 use uuid::Uuid;
 
-/// Each start of a process is a source more; beyond these, all are forgotten.
+/// Each start of a process adds a source. When there would be more, all are forgotten.
 const SOURCES_MAX: usize = 1_000;
 
-/// The number of the last message of each source.
+/// The number of the last message from each source.
 #[derive(Default)]
-pub(crate) struct Sources(HashMap<Uuid, u64>);
+pub(crate) struct GapDetector(HashMap<Uuid, u64>);
 
-impl Sources {
-    /// Notes a message, and says whether none of its source is missing before it.
+impl GapDetector {
+    /// Records a message. Returns false if messages of its source are missing before it.
     ///
-    /// Of a source that was not heard of, all but the first of its messages have been missed: maybe
-    /// before there was anybody to hear them, but that cannot be told from here.
-    pub(crate) fn follows(&mut self, source: Uuid, sequence: u64) -> bool {
+    /// If the first message from a source does not have number 1, earlier ones count as missing: they
+    /// may have been published before the subscription began, but that cannot be known here.
+    pub(crate) fn record(&mut self, source: Uuid, sequence: u64) -> bool {
         if self.0.len() >= SOURCES_MAX && !self.0.contains_key(&source) {
             self.0.clear();
         }
@@ -34,28 +34,28 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_number_that_is_missing_is_noticed_once_and_for_each_source() {
+    fn missing_number_is_detected_once_for_each_source() {
         let (one, other) = (Uuid::from_u128(1), Uuid::from_u128(2));
-        let mut sources = Sources::default();
-        assert!(sources.follows(one, 1) && sources.follows(other, 1));
-        assert!(sources.follows(one, 2));
-        assert!(!sources.follows(one, 4));
-        assert!(sources.follows(one, 5) && sources.follows(other, 2));
+        let mut gaps = GapDetector::default();
+        assert!(gaps.record(one, 1) && gaps.record(other, 1));
+        assert!(gaps.record(one, 2));
+        assert!(!gaps.record(one, 4));
+        assert!(gaps.record(one, 5) && gaps.record(other, 2));
     }
 
     #[test]
-    fn a_source_that_begins_in_the_middle_has_told_what_nobody_heard() {
-        let mut sources = Sources::default();
-        assert!(!sources.follows(Uuid::from_u128(1), 3));
-        assert!(sources.follows(Uuid::from_u128(1), 4));
+    fn source_that_begins_after_1_has_a_gap() {
+        let mut gaps = GapDetector::default();
+        assert!(!gaps.record(Uuid::from_u128(1), 3));
+        assert!(gaps.record(Uuid::from_u128(1), 4));
     }
 
     #[test]
-    fn there_are_never_more_than_a_bounded_number_of_them() {
-        let mut sources = Sources::default();
+    fn number_of_sources_is_bounded() {
+        let mut gaps = GapDetector::default();
         for source in 0..5_000 {
-            assert!(sources.follows(Uuid::from_u128(source), 1));
-            assert!(sources.0.len() <= SOURCES_MAX);
+            assert!(gaps.record(Uuid::from_u128(source), 1));
+            assert!(gaps.0.len() <= SOURCES_MAX);
         }
     }
 }

@@ -1,8 +1,8 @@
-//! What was committed, told to whoever asks: who came online, who was seen, who is gone.
+//! Events about committed changes: objects that came online, were seen again, or are gone.
 //!
-//! An [`Emitter`] tells it on an [`Exchange`] and never makes who tells wait; a [`Subscriber`] hears
-//! it. What is told may be lost, and the table is what counts: a subscriber is told when it may have
-//! missed something, and then looks there. `docs/events.md` is the format for everybody else.
+//! An [`Emitter`] publishes events on an [`Exchange`] without ever waiting; a [`Subscriber`] receives
+//! them. Events may be lost, and the table is authoritative: a subscriber is notified when it may have
+//! missed events, and then reads the table. `docs/events.md` documents the format for other programs.
 
 mod config;
 mod emitter;
@@ -17,28 +17,28 @@ use std::time::SystemTime;
 pub use config::{Config, EventsUrl};
 pub use emitter::Emitter;
 pub use exchange::Exchange;
-pub use message::text_of;
-pub use subscriber::{Notice, Subscriber};
+pub use message::format_time;
+pub use subscriber::{Notification, Subscriber};
 
-/// Whether events go out or come in: `Ok`, or why not, in words for an operator.
+/// Whether events can be published or received: `Ok`, or the reason why not, worded for an operator.
 pub type LinkStatus = Result<(), String>;
 
-/// What has become of some objects.
+/// The kind of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Kind {
-    /// They were not in the table before.
+    /// The objects were not in the table before.
     Online,
-    /// They were in the table, and were seen again.
+    /// The objects were in the table, and were seen again.
     Seen,
-    /// They have left the table.
+    /// The objects were deleted from the table.
     Gone,
 }
 
 impl Kind {
-    /// All there are.
+    /// All kinds.
     pub const ALL: [Self; 3] = [Self::Online, Self::Seen, Self::Gone];
 
-    /// Its name, which is also the routing key.
+    /// The name, which is also the routing key.
     #[must_use]
     pub fn name(self) -> &'static str {
         match self {
@@ -49,11 +49,11 @@ impl Kind {
     }
 }
 
-/// An object as it was committed, or, if it is gone, as it was last.
+/// An object as it was committed; for one that is gone, its last row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Object {
-    /// The object.
+    /// The object's id.
     pub id: i64,
-    /// When it was last seen by the database's clock, to the microsecond.
+    /// When the object was last seen, by the database's clock, to the microsecond.
     pub last_seen: SystemTime,
 }

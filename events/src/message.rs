@@ -1,4 +1,4 @@
-//! The format on a RabbitMQ, version 2; `docs/events.md` documents it.
+//! The format of events on RabbitMQ, version 2, as documented in `docs/events.md`.
 
 use std::time::{Duration, SystemTime};
 
@@ -7,26 +7,27 @@ use uuid::Uuid;
 
 use crate::Object;
 
-/// The version that is written. A field that is added does not change it: readers ignore unknown fields.
+/// The version that is written. An added field does not change it: readers ignore unknown fields.
 const VERSION: u32 = 2;
-/// The first version that is still read. It has ids as numbers, of which many JSON parsers keep only 53 bits.
+/// The oldest version that is still read. Its ids are numbers, of which many JSON parsers keep only
+/// 53 bits.
 const VERSION_MIN: u32 = 1;
 /// A byte order mark, which RFC 8259 allows readers to ignore.
 const BOM: &[u8] = "\u{feff}".as_bytes();
-/// The last moment that has four digits for its year, in seconds since 1970.
+/// The last second of the year 9999, in seconds since 1970: the format has four digits for the year.
 const LAST_SECOND: u64 = 253_402_300_799;
 
-/// One message. Its routing key is the kind of change.
+/// One message. Its routing key is the name of the change's [`crate::Kind`].
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Message {
-    /// The process that published it, since its start.
+    /// Identifies the emitter that published it. Each start of a process is a new source.
     pub(crate) source: Uuid,
-    /// Counts the messages of the source, of all kinds, from 1 on.
+    /// The number of the message among all messages of the source, from 1.
     pub(crate) sequence: u64,
     pub(crate) objects: Vec<Object>,
 }
 
-/// Why a message cannot be read.
+/// Why a message cannot be decoded.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum DecodeError {
     #[error("cannot parse the event: {0}")]
@@ -52,12 +53,12 @@ struct BodyObject {
     last_seen: String,
 }
 
-#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde calls it so")]
+#[expect(clippy::trivially_copy_pass_by_ref, reason = "serde requires this signature")]
 fn as_text<S: serde::Serializer>(id: &i64, serializer: S) -> Result<S::Ok, S::Error> {
     serializer.collect_str(id)
 }
 
-/// An id as version 2 has it, or version 1.
+/// Reads an id as text (version 2) or as a number (version 1).
 fn text_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::Error> {
     #[derive(Deserialize)]
     #[serde(untagged)]
@@ -71,10 +72,10 @@ fn text_or_number<'de, D: Deserializer<'de>>(deserializer: D) -> Result<i64, D::
     }
 }
 
-/// A time as it is in events, such as `2026-11-21T22:00:00.123456Z`: RFC 3339 in UTC, to the
-/// microsecond. What lies beyond the years 1970 to 9999 is the nearest within.
+/// Formats a time as events have it, such as `2026-11-21T22:00:00.123456Z`: RFC 3339 in UTC, to the
+/// microsecond. A time outside the years 1970 to 9999 becomes the nearest one inside.
 #[must_use]
-pub fn text_of(time: SystemTime) -> String {
+pub fn format_time(time: SystemTime) -> String {
     let last = SystemTime::UNIX_EPOCH + Duration::from_micros(LAST_SECOND * 1_000_000 + 999_999);
     let time = time.clamp(SystemTime::UNIX_EPOCH, last);
     humantime::format_rfc3339_micros(time).to_string()
@@ -82,8 +83,10 @@ pub fn text_of(time: SystemTime) -> String {
 
 impl Message {
     pub(crate) fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
-        let object =
-            |object: &Object| BodyObject { id: object.id, last_seen: text_of(object.last_seen) };
+        let object = |object: &Object| BodyObject {
+            id: object.id,
+            last_seen: format_time(object.last_seen),
+        };
         serde_json::to_vec(&Body {
             version: VERSION,
             source: self.source.to_string(),
@@ -98,7 +101,7 @@ impl Message {
             version: u32,
         }
         let bytes = bytes.strip_prefix(BOM).unwrap_or(bytes);
-        // By itself and first: in another version, anything else may be different.
+        // Parsed separately and first, because in another version all other fields may differ.
         let Versioned { version } = serde_json::from_slice(bytes)?;
         if !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(DecodeError::Version(version));
@@ -125,20 +128,20 @@ mod tests {
 
     use super::*;
 
-    /// As it is in `docs/events.md`.
+    /// The example in `docs/events.md`.
     const EXAMPLE: &str = r#"{"version":2,"source":"019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11","sequence":7,"objects":[{"id":"2","last_seen":"2026-11-21T22:00:00.123456Z"}]}"#;
 
     #[test]
-    fn the_documented_example_is_written_and_read() {
+    fn documented_example_is_written_and_read() {
         let message = Message::decode(EXAMPLE.as_bytes()).unwrap();
         assert_eq!((message.sequence, message.objects[0].id), (7, 2));
         assert_eq!(String::from_utf8(message.encode().unwrap()).unwrap(), EXAMPLE);
         let page = include_str!("../../docs/events.md");
-        assert!(page.contains(EXAMPLE), "the page has another example");
+        assert!(page.contains(EXAMPLE), "docs/events.md has another example");
     }
 
     #[test]
-    fn unknown_fields_are_ignored_and_an_unknown_version_is_refused() {
+    fn unknown_fields_are_ignored_unknown_versions_refused() {
         let more = EXAMPLE.replacen('{', r#"{"trace":[1],"#, 1);
         assert!(Message::decode(more.as_bytes()).is_ok());
         for version in [0, 3] {
@@ -166,22 +169,22 @@ mod tests {
 
     // Field case 1.3
     #[test]
-    fn a_byte_order_mark_before_an_event_is_ignored() {
+    fn byte_order_mark_before_an_event_is_ignored() {
         let marked = format!("\u{feff}{EXAMPLE}");
         assert_eq!(Message::decode(marked.as_bytes()).unwrap().sequence, 7);
     }
 
     #[test]
-    fn a_time_beyond_what_can_be_written_is_the_nearest_that_can() {
+    fn unrepresentable_time_becomes_the_nearest_one() {
         let far = SystemTime::UNIX_EPOCH + Duration::from_secs(1 << 40);
-        assert_eq!(text_of(far), "9999-12-31T23:59:59.999999Z");
+        assert_eq!(format_time(far), "9999-12-31T23:59:59.999999Z");
         let before = SystemTime::UNIX_EPOCH - Duration::from_secs(1);
-        assert_eq!(text_of(before), "1970-01-01T00:00:00.000000Z");
+        assert_eq!(format_time(before), "1970-01-01T00:00:00.000000Z");
     }
 
     proptest! {
         #[test]
-        fn what_is_written_is_read_as_it_was(
+        fn encoded_message_is_decoded_unchanged(
             objects in prop::collection::vec((any::<i64>(), 0..LAST_SECOND * 1_000_000), 0..5),
             sequence: u64,
         ) {

@@ -1,76 +1,78 @@
-//! Hearing what was committed.
+//! Receives events about committed changes.
 
 use std::sync::Arc;
 
 use tokio::sync::{broadcast, watch};
 
-use crate::exchange::{Exchange, Place};
+use crate::exchange::{Exchange, Transport};
 use crate::rabbit;
 use crate::{Kind, LinkStatus, Object};
 
-/// What a subscriber hears.
+/// What a subscriber receives.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Notice {
-    /// It was committed.
+pub enum Notification {
+    /// These objects have changed.
     Committed(Kind, Vec<Object>),
-    /// Something may have been committed before that is not told any more, for this reason: what
-    /// counts is in the table. With it begins each subscription.
+    /// Changes may have been committed of which no event will arrive, for this reason: the subscriber
+    /// has to read the table. Each subscription begins with this.
     Missed(String),
 }
 
-/// Hears what is told on an exchange from the first [`Subscriber::next`] on.
+/// Receives the events of an exchange, from the first call of [`Subscriber::next`] on.
 pub struct Subscriber {
-    heard: Heard,
+    source: Source,
     status: watch::Sender<LinkStatus>,
 }
 
-enum Heard {
-    Nothing,
-    InProcess { told: broadcast::Receiver<Arc<Notice>>, begun: bool },
+/// The receiving side of a [`Transport`].
+enum Source {
+    Disabled,
+    InProcess { receiver: broadcast::Receiver<Arc<Notification>>, has_begun: bool },
     Rabbit(Box<rabbit::Subscription>),
 }
 
 impl Subscriber {
-    /// One whose connection, if it takes one, a RabbitMQ's management page shows as `name`.
+    /// RabbitMQ's management page shows the connection as `name`.
     #[must_use]
     pub fn new(exchange: &Exchange, name: &str) -> Self {
-        let not_yet = Err("not connected yet".to_owned());
-        let (heard, status) = match &exchange.0 {
-            Place::Nowhere => (Heard::Nothing, Err("AMQP_URI names no RabbitMQ".to_owned())),
-            Place::InProcess(sender) => {
-                (Heard::InProcess { told: sender.subscribe(), begun: false }, Ok(()))
+        let (source, status) = match &exchange.0 {
+            Transport::Disabled => {
+                (Source::Disabled, Err("AMQP_URI does not name a RabbitMQ".to_owned()))
             }
-            Place::Rabbit(rabbit) => {
-                let subscription = rabbit::Subscription::new(Arc::clone(rabbit), name);
-                (Heard::Rabbit(Box::new(subscription)), not_yet)
+            Transport::InProcess(sender) => {
+                (Source::InProcess { receiver: sender.subscribe(), has_begun: false }, Ok(()))
+            }
+            Transport::Rabbit(exchange) => {
+                let subscription = rabbit::Subscription::new(Arc::clone(exchange), name);
+                (Source::Rabbit(Box::new(subscription)), Err("not connected yet".to_owned()))
             }
         };
-        Self { heard, status: watch::Sender::new(status) }
+        Self { source, status: watch::Sender::new(status) }
     }
 
-    /// Whether events come in.
+    /// Whether events can be received.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<LinkStatus> {
         self.status.subscribe()
     }
 
-    /// The next notice, however long the broker is away. One may be lost when this is dropped before
-    /// it has returned.
-    pub async fn next(&mut self) -> Notice {
-        match &mut self.heard {
-            Heard::Nothing => std::future::pending().await,
-            Heard::InProcess { begun, .. } if !*begun => {
-                *begun = true;
-                Notice::Missed("the subscription begins".to_owned())
+    /// Waits for the next notification, and reconnects until it succeeds. A notification may be lost if
+    /// the future is dropped.
+    pub async fn next(&mut self) -> Notification {
+        match &mut self.source {
+            Source::Disabled => std::future::pending().await,
+            Source::InProcess { has_begun, .. } if !*has_begun => {
+                *has_begun = true;
+                Notification::Missed("the subscription begins".to_owned())
             }
-            Heard::InProcess { told, .. } => match told.recv().await {
-                Ok(told) => Notice::clone(&told),
+            Source::InProcess { receiver, .. } => match receiver.recv().await {
+                Ok(notification) => Notification::clone(&notification),
                 Err(broadcast::error::RecvError::Lagged(count)) => {
-                    Notice::Missed(format!("{count} batches came too fast"))
+                    Notification::Missed(format!("the subscriber was too slow for {count} events"))
                 }
                 Err(broadcast::error::RecvError::Closed) => std::future::pending().await,
             },
-            Heard::Rabbit(subscription) => subscription.next(&self.status).await,
+            Source::Rabbit(subscription) => subscription.next(&self.status).await,
         }
     }
 }

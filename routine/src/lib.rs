@@ -369,7 +369,7 @@ impl Table {
     /// Announces deleted rows, and says how many there are.
     fn announce(&self, rows: &[Row]) -> u64 {
         let gone = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
-        self.events.tell(Kind::Gone, rows.iter().map(gone));
+        self.events.publish(Kind::Gone, rows.iter().map(gone));
         rows.len() as u64
     }
 

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use amqp::Access;
 use clap::Parser as _;
-use events::{Exchange, Kind, Notice, Subscriber};
+use events::{Exchange, Kind, Notification, Subscriber};
 use service::{CancellationToken, Changer, Health, Live};
 use sqlx::PgPool;
 use testbed::{Database, DatabaseClock, Process, Proxy, Queue, eventually};
@@ -358,8 +358,8 @@ async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
     let (queue, database) = (Queue::new(), database().await);
     let (proxy, url) = proxied(&database).await;
     let access = Access { uri: testbed::amqp_uri().parse().unwrap(), authorities: None };
-    let mut subscriber = Subscriber::new(&Exchange::on(access, &queue.name), "test");
-    assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notice::Missed(_)));
+    let mut subscriber = Subscriber::new(&Exchange::on_rabbitmq(access, &queue.name), "test");
+    assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notification::Missed(_)));
     let uri = format!("--amqp-uri={}", testbed::amqp_uri());
     let routine = Routine::start(&url, &[&uri, &format!("--queue-name={}", queue.name)]);
     eventually("the routine can announce", DEADLINE, async || {
@@ -386,8 +386,8 @@ async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
     proxy.restore();
     loop {
         match timeout(DEADLINE, subscriber.next()).await.unwrap() {
-            Notice::Missed(why) => break assert!(why.contains("are missing"), "{why}"),
-            Notice::Committed(_, objects) => assert!(objects[0].id < 0, "{objects:?}"),
+            Notification::Missed(why) => break assert!(why.contains("are missing"), "{why}"),
+            Notification::Committed(_, objects) => assert!(objects[0].id < 0, "{objects:?}"),
         }
     }
     routine.stop().await.unwrap();
@@ -428,8 +428,8 @@ async fn told_to_clean_up_once_it_does_so_and_ends_with_success() {
 async fn what_is_deleted_is_told_if_it_has_a_broker_also_by_one_cleanup_for_cron() {
     let (queue, database) = (Queue::new(), database().await);
     let access = Access { uri: testbed::amqp_uri().parse().unwrap(), authorities: None };
-    let mut subscriber = Subscriber::new(&Exchange::on(access, &queue.name), "test");
-    assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notice::Missed(_)));
+    let mut subscriber = Subscriber::new(&Exchange::on_rabbitmq(access, &queue.name), "test");
+    assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notification::Missed(_)));
     let uri = testbed::amqp_uri();
     let settings = [("AMQP_URI", uri.as_str()), ("QUEUE_NAME", &queue.name)];
     insert(database.pool(), 11..=20, "1 min").await;
@@ -439,7 +439,7 @@ async fn what_is_deleted_is_told_if_it_has_a_broker_also_by_one_cleanup_for_cron
         let (kind, gone) = loop {
             let notice = timeout(DEADLINE, subscriber.next()).await.unwrap();
             // The second one may have deleted it before it had connected.
-            let Notice::Committed(kind, gone) = notice else {
+            let Notification::Committed(kind, gone) = notice else {
                 insert(database.pool(), id..=id, "2 h").await;
                 continue;
             };

@@ -173,7 +173,7 @@ impl Config {
     pub(crate) fn exchange(&self) -> Exchange {
         let access = self.broker().access();
         access.map_or_else(Exchange::in_process, |access| {
-            Exchange::on(access, &self.queue.queue_name)
+            Exchange::on_rabbitmq(access, &self.queue.queue_name)
         })
     }
 

@@ -97,7 +97,7 @@ impl Stage {
             roles.begin("consumer", consumer::run(consumer, health, shutdown.clone()));
         }
         if !without.no_routine {
-            let events = events::Config::made(exchange.clone());
+            let events = events::Config::with_exchange(exchange.clone());
             let store = store.clone();
             let routine = live.part(move |now| routine::Config {
                 cleanup: now.cleanup,
@@ -109,7 +109,7 @@ impl Stage {
         }
         let mut shown_at = None;
         if !without.no_viewer {
-            let events = events::Config::made(exchange.clone());
+            let events = events::Config::with_exchange(exchange.clone());
             let view = config.view.clone();
             let viewer = viewer::Config { view, events, store: store.clone(), is_among_them: true };
             let viewer = Viewer::open(viewer, &health.part("viewer"))?;

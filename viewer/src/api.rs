@@ -193,7 +193,7 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
         status.borrow().clone().err().unwrap_or_else(|| "ok".to_owned())
     };
     Json(Stats {
-        at: events::text_of(shared.view.now()),
+        at: events::format_time(shared.view.now()),
         online: shared.view.len(),
         subscribers: shared.subscribers.count(),
         table: text(&shared.table),

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use events::{Notice, Subscriber};
+use events::{Notification, Subscriber};
 use service::PeerStatus;
 use store::{Objects, StoreError};
 use tokio::sync::{Notify, watch};
@@ -50,7 +50,7 @@ impl TableSync {
         let receive = async {
             loop {
                 match subscriber.next().await {
-                    Notice::Committed(kind, objects) => {
+                    Notification::Committed(kind, objects) => {
                         let sighted = |object: &events::Object| Sighted {
                             id: object.id,
                             last_seen: micros_of(object.last_seen),
@@ -58,7 +58,7 @@ impl TableSync {
                         let changed = self.view.apply(kind, objects.iter().map(sighted));
                         announced.add(kind, changed);
                     }
-                    Notice::Missed(why) => {
+                    Notification::Missed(why) => {
                         tracing::debug!(why, "events may be missing: reading the table");
                         metrics::counter!("lastseen_viewer_events_missed_total").increment(1);
                         missed.notify_one();

@@ -408,7 +408,7 @@ pub(crate) fn encode(
 pub(crate) fn text_of(time: Micros) -> String {
     let since_1970 = Duration::from_micros(time.unsigned_abs());
     let time = if time < 0 { None } else { SystemTime::UNIX_EPOCH.checked_add(since_1970) };
-    events::text_of(time.unwrap_or(SystemTime::UNIX_EPOCH))
+    events::format_time(time.unwrap_or(SystemTime::UNIX_EPOCH))
 }
 
 pub(crate) fn micros_of(time: SystemTime) -> Micros {

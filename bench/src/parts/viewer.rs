@@ -78,7 +78,7 @@ async fn commit(place: &Place, commits: &Mutex<Vec<Instant>>) -> anyhow::Result<
         1,
     )?;
     let uri = place.surroundings.amqp_uri.parse().map_err(|()| anyhow::anyhow!("no AMQP URI"))?;
-    let exchange = Exchange::on(Access { uri, authorities: None }, &place.queue.name);
+    let exchange = Exchange::on_rabbitmq(Access { uri, authorities: None }, &place.queue.name);
     let emitter = Emitter::start(&exchange, "bench");
     timeout(PATIENCE, store.status().wait_for(Result::is_ok)).await??;
     let mut status = emitter.status().context("there is a broker")?;
@@ -94,8 +94,8 @@ async fn commit(place: &Place, commits: &Mutex<Vec<Instant>>) -> anyhow::Result<
         let Recorded { inserted, updated } = recorded.await;
         commits.lock().unwrap_or_else(PoisonError::into_inner).push(Instant::now());
         let object = |row: &Written| Object { id: row.id, last_seen: row.last_seen.time() };
-        emitter.tell(Kind::Online, inserted.iter().map(object));
-        emitter.tell(Kind::Seen, updated.iter().map(object));
+        emitter.publish(Kind::Online, inserted.iter().map(object));
+        emitter.publish(Kind::Seen, updated.iter().map(object));
     }
     Ok(())
 }

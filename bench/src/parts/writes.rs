@@ -41,7 +41,7 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let settings = Settings::try_parse_from(["bench", "--database-url", url])?.consumer;
     let store = Arc::new(Store::start(&settings.store, "bench", 2)?);
     store.status().wait_for(Result::is_ok).await?;
-    let events = Emitter::start(&Exchange::nowhere(), "bench: events");
+    let events = Emitter::start(&Exchange::disabled(), "bench: events");
     let writer = Writer::start(store, events, &settings.lookups);
     let (started, mut waiting) = (Instant::now(), JoinSet::new());
     for first in 0..WAITING {

@@ -1,4 +1,4 @@
-use ::events::{Exchange, Kind, Notice, Subscriber};
+use ::events::{Exchange, Kind, Notification, Subscriber};
 use amqp::Access;
 use lapin::ExchangeKind;
 use lapin::options::ExchangeDeclareOptions;
@@ -11,13 +11,13 @@ use crate::{PATIENCE, TestEnv};
 /// A subscriber of the events of the queue.
 async fn subscriber(env: &TestEnv) -> Subscriber {
     let uri = testbed::amqp_uri().parse().unwrap();
-    let exchange = Exchange::on(Access { uri, authorities: None }, &env.queue.name);
+    let exchange = Exchange::on_rabbitmq(Access { uri, authorities: None }, &env.queue.name);
     let mut subscriber = Subscriber::new(&exchange, "test subscriber");
-    assert!(matches!(next(&mut subscriber).await, Notice::Missed(_)));
+    assert!(matches!(next(&mut subscriber).await, Notification::Missed(_)));
     subscriber
 }
 
-async fn next(subscriber: &mut Subscriber) -> Notice {
+async fn next(subscriber: &mut Subscriber) -> Notification {
     timeout(PATIENCE, subscriber.next()).await.expect("an event should arrive")
 }
 
@@ -25,7 +25,7 @@ async fn next(subscriber: &mut Subscriber) -> Notice {
 async fn next_change(subscriber: &mut Subscriber) -> (Kind, i64, u128) {
     loop {
         // Skips gaps, which the consumer announces if it dropped events before it was connected.
-        let Notice::Committed(kind, objects) = next(subscriber).await else { continue };
+        let Notification::Committed(kind, objects) = next(subscriber).await else { continue };
         let since_1970 = objects[0].last_seen.duration_since(std::time::UNIX_EPOCH).unwrap();
         return (kind, objects[0].id, since_1970.as_micros());
     }
@@ -114,8 +114,8 @@ async fn a_commit_whose_outcome_is_lost_leaves_a_gap() {
     proxy.restore();
     loop {
         match next(&mut subscriber).await {
-            Notice::Missed(reason) => break assert!(reason.contains("are missing"), "{reason}"),
-            Notice::Committed(kind, objects) => {
+            Notification::Missed(reason) => break assert!(reason.contains("are missing"), "{reason}"),
+            Notification::Committed(kind, objects) => {
                 assert_ne!(
                     kind,
                     Kind::Online,

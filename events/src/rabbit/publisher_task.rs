@@ -1,4 +1,4 @@
-//! The task behind an emitter.
+//! The task that publishes an emitter's events.
 
 use std::pin::pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -11,77 +11,81 @@ use tokio::sync::{mpsc, watch};
 use tokio::time::timeout;
 use uuid::Uuid;
 
-use crate::exchange::Rabbit;
+use crate::exchange::TopicExchange;
 use crate::message::Message;
 use crate::{Kind, LinkStatus, Object};
 
-/// How often the connection is looked at while there is nothing to tell.
-const LOOK_INTERVAL: Duration = Duration::from_secs(1);
-/// A session that lasted so long was a good one: the next is tried for without further waiting.
-const SETTLED: Duration = Duration::from_secs(5);
+/// How often an idle task checks the connection.
+const CHECK_INTERVAL: Duration = Duration::from_secs(1);
+/// A session that lasted longer resets the backoff.
+const STABLE_AFTER: Duration = Duration::from_secs(5);
 const TRANSIENT: u8 = 1;
 
-/// A message that has its number, and is not written yet.
+/// A message that has a number and is not encoded yet.
 pub(crate) struct Outgoing {
     pub(crate) kind: Kind,
     pub(crate) sequence: u64,
     pub(crate) objects: Vec<Object>,
 }
 
-/// The last number that was given to a message, whatever has become of that.
+/// The last number that was assigned to a message, whether or not the message was published.
 #[derive(Clone, Default)]
-pub(crate) struct Numbers(Arc<Mutex<u64>>);
+pub(crate) struct SequenceCounter(Arc<Mutex<u64>>);
 
-impl Numbers {
+impl SequenceCounter {
     pub(crate) fn lock(&self) -> MutexGuard<'_, u64> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// What is to be sent.
+/// The messages to publish, and the last number that was assigned to one of them.
 pub(crate) struct Outbound {
-    pub(crate) waiting: mpsc::Receiver<Outgoing>,
-    pub(crate) numbers: Numbers,
+    pub(crate) messages: mpsc::Receiver<Outgoing>,
+    pub(crate) sequence: SequenceCounter,
 }
 
-/// Why a session is over.
-enum Ended {
+/// Why a session ended.
+enum SessionEnd {
     Finished,
     Lost(String),
 }
 
-/// Sends what comes until nobody tells any more. While the broker is away, what comes is dropped.
-pub(crate) async fn send(
-    rabbit: Arc<Rabbit>,
+/// Publishes messages until all emitters are dropped. Drops the messages that arrive while the broker
+/// is away.
+pub(crate) async fn publish_all(
+    exchange: Arc<TopicExchange>,
     name: String,
     mut outbound: Outbound,
     status: watch::Sender<LinkStatus>,
 ) {
     let source = Uuid::now_v7();
     let mut outage = OutageLog::default();
-    let mut waits = backoff();
-    let mut wait = Duration::ZERO;
-    let mut sent = 0;
+    let mut delays = backoff();
+    let mut delay = Duration::ZERO;
+    let mut last_sent = 0;
     loop {
         let opened = async {
-            tokio::time::sleep(wait).await;
-            super::open(&rabbit, &name).await
+            tokio::time::sleep(delay).await;
+            super::open(&exchange, &name).await
         };
-        let Some(opened) = dropping(&mut outbound.waiting, opened).await else { return };
+        let Some(opened) = drop_messages_while(&mut outbound.messages, opened).await else {
+            return;
+        };
         let reason = match opened {
             Err(error) => error.to_string(),
             Ok((connection, channel)) => {
                 outage.up(&name);
                 _ = status.send_replace(Ok(()));
-                let since = Instant::now();
-                let mut session = Session { rabbit: &rabbit, source, connection, channel, sent };
+                let opened_at = Instant::now();
+                let mut session =
+                    Session { exchange: &exchange, source, connection, channel, last_sent };
                 let ended = session.serve(&mut outbound).await;
-                sent = session.sent;
+                last_sent = session.last_sent;
                 match ended {
-                    Ended::Finished => return amqp::close(&session.connection).await,
-                    Ended::Lost(reason) => {
-                        if since.elapsed() > SETTLED {
-                            waits = backoff();
+                    SessionEnd::Finished => return amqp::close(&session.connection).await,
+                    SessionEnd::Lost(reason) => {
+                        if opened_at.elapsed() > STABLE_AFTER {
+                            delays = backoff();
                         }
                         reason
                     }
@@ -90,20 +94,21 @@ pub(crate) async fn send(
         };
         outage.down(&name, &reason);
         _ = status.send_replace(Err(reason));
-        wait = waits.next().unwrap_or(wait);
+        delay = delays.next().unwrap_or(delay);
     }
 }
 
-/// Awaits `opening` and drops what comes meanwhile. `None` when nobody tells any more.
-async fn dropping<T>(
-    waiting: &mut mpsc::Receiver<Outgoing>,
+/// Awaits `opening` and drops the messages that arrive meanwhile. Returns `None` when all emitters are
+/// dropped.
+async fn drop_messages_while<T>(
+    messages: &mut mpsc::Receiver<Outgoing>,
     opening: impl Future<Output = T>,
 ) -> Option<T> {
     let mut opening = pin!(opening);
     loop {
         tokio::select! {
             opened = &mut opening => return Some(opened),
-            message = waiting.recv() => {
+            message = messages.recv() => {
                 drop(message?);
                 count("dropped");
             }
@@ -112,64 +117,67 @@ async fn dropping<T>(
 }
 
 struct Session<'a> {
-    rabbit: &'a Rabbit,
+    exchange: &'a TopicExchange,
     source: Uuid,
     connection: Link,
     channel: Channel,
-    /// The last number that was sent, also by a session before.
-    sent: u64,
+    /// The last number that was published, in this session or an earlier one.
+    last_sent: u64,
 }
 
 impl Session<'_> {
-    async fn serve(&mut self, outbound: &mut Outbound) -> Ended {
-        let Outbound { waiting, numbers } = outbound;
+    async fn serve(&mut self, outbound: &mut Outbound) -> SessionEnd {
+        let Outbound { messages, sequence } = outbound;
         loop {
-            // What waits shows the gap by its numbers. If nothing waits, a message without objects
-            // shows it, so that subscribers check the table now and not at the next event. It gets a
-            // number of its own: with the number that is missing, it would hide the gap.
-            let mark = {
-                let mut last = numbers.lock();
-                (waiting.is_empty() && *last != self.sent).then(|| {
+            // A waiting message shows a gap by its number. If none is waiting, publish a marker
+            // without objects, so that subscribers read the table now and not at the next event. The
+            // marker needs a new number: with the missing number, it would hide the gap.
+            let marker = {
+                let mut last = sequence.lock();
+                (messages.is_empty() && *last != self.last_sent).then(|| {
                     *last += 1;
                     *last
                 })
             };
-            if let Some(sequence) = mark {
-                let mark = Outgoing { kind: Kind::Seen, sequence, objects: Vec::new() };
-                if let Err(reason) = self.publish(mark).await {
-                    return Ended::Lost(reason);
+            if let Some(sequence) = marker {
+                let marker = Outgoing { kind: Kind::Seen, sequence, objects: Vec::new() };
+                if let Err(reason) = self.publish(marker).await {
+                    return SessionEnd::Lost(reason);
                 }
             }
-            if let Some(ended) = self.send_until_idle(waiting).await {
+            if let Some(ended) = self.publish_until_idle(messages).await {
                 return ended;
             }
         }
     }
 
-    /// Sends what comes until there was nothing for a while.
-    async fn send_until_idle(&mut self, waiting: &mut mpsc::Receiver<Outgoing>) -> Option<Ended> {
+    /// Publishes messages until none has arrived for [`CHECK_INTERVAL`].
+    async fn publish_until_idle(
+        &mut self,
+        messages: &mut mpsc::Receiver<Outgoing>,
+    ) -> Option<SessionEnd> {
         loop {
-            match timeout(LOOK_INTERVAL, waiting.recv()).await {
-                Ok(None) => return Some(Ended::Finished),
+            match timeout(CHECK_INTERVAL, messages.recv()).await {
+                Ok(None) => return Some(SessionEnd::Finished),
                 Ok(Some(message)) => match self.publish(message).await {
                     Ok(()) => count("sent"),
                     Err(reason) => {
                         count("dropped");
-                        return Some(Ended::Lost(reason));
+                        return Some(SessionEnd::Lost(reason));
                     }
                 },
                 Err(_) if !self.connection.status().connected() => {
-                    return Some(Ended::Lost("the connection is closed".to_owned()));
+                    return Some(SessionEnd::Lost("the connection is closed".to_owned()));
                 }
                 Err(_) if !self.channel.status().connected() => {
-                    return Some(Ended::Lost("the channel is closed".to_owned()));
+                    return Some(SessionEnd::Lost("the channel is closed".to_owned()));
                 }
                 Err(_) => return None,
             }
         }
     }
 
-    /// Without a confirm: what is lost now is missed by its number.
+    /// Publishes without a confirm: subscribers notice a lost message by its number.
     async fn publish(&mut self, message: Outgoing) -> Result<(), String> {
         let Outgoing { kind, sequence, objects } = message;
         let body = Message { source: self.source, sequence, objects }.encode();
@@ -177,18 +185,18 @@ impl Session<'_> {
         let properties = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_delivery_mode(TRANSIENT);
-        let (exchange, key) = (self.rabbit.name.clone(), kind.name().into());
+        let (exchange, key) = (self.exchange.name.clone(), kind.name().into());
         let options = BasicPublishOptions::default();
         let published = self.channel.basic_publish(exchange, key, options, &body, properties);
         match timeout(RPC_TIMEOUT, published).await {
-            // Its confirm is none, since the channel has no confirms.
+            // There is no confirm to wait for, because the channel is not in confirm mode.
             Ok(Ok(_)) => {
-                self.sent = sequence;
+                self.last_sent = sequence;
                 Ok(())
             }
             Ok(Err(error)) => Err(error.to_string()),
-            // As when the broker has blocked the connection, being short of memory or disk.
-            Err(_) => Err(format!("the broker took nothing for {RPC_TIMEOUT:?}")),
+            // A broker that is short of memory or disk blocks the connection, for example.
+            Err(_) => Err(format!("the broker accepted nothing for {RPC_TIMEOUT:?}")),
         }
     }
 }

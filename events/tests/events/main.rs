@@ -1,17 +1,17 @@
-//! Telling and hearing, within a process and over a real broker. One binary, because each takes seconds
-//! to link.
+//! Publishing and receiving events, within a process and through a real broker. All tests are in one
+//! binary, because each binary takes seconds to link.
 
-#![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of tests are tests as well")]
+#![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of tests fail by panicking")]
 
 mod in_process;
 mod rabbit;
 
 use std::time::{Duration, SystemTime};
 
-use events::{Kind, Notice, Object, Subscriber};
+use events::{Kind, Notification, Object, Subscriber};
 use tokio::time::timeout;
 
-/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+/// Far more than any wait here needs, because a machine that runs all tests at once is slow.
 const PATIENCE: Duration = Duration::from_secs(40);
 
 fn object(id: i64) -> Object {
@@ -22,17 +22,18 @@ fn objects(ids: impl IntoIterator<Item = i64>) -> Vec<Object> {
     ids.into_iter().map(object).collect()
 }
 
-async fn next(subscriber: &mut Subscriber) -> Notice {
+async fn next(subscriber: &mut Subscriber) -> Notification {
     timeout(PATIENCE, subscriber.next()).await.unwrap()
 }
 
-async fn hears(subscriber: &mut Subscriber, kind: Kind, ids: impl IntoIterator<Item = i64>) {
-    assert_eq!(next(subscriber).await, Notice::Committed(kind, objects(ids)));
+async fn expect_event(subscriber: &mut Subscriber, kind: Kind, ids: impl IntoIterator<Item = i64>) {
+    assert_eq!(next(subscriber).await, Notification::Committed(kind, objects(ids)));
 }
 
-async fn is_told_it_missed(subscriber: &mut Subscriber) -> String {
+/// Returns the reason of the notification.
+async fn expect_missed(subscriber: &mut Subscriber) -> String {
     match next(subscriber).await {
-        Notice::Missed(why) => why,
-        heard @ Notice::Committed(..) => panic!("not a word of what was missed, but {heard:?}"),
+        Notification::Missed(reason) => reason,
+        other @ Notification::Committed(..) => panic!("expected Missed, got {other:?}"),
     }
 }

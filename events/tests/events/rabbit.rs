@@ -11,19 +11,19 @@ use lapin::{BasicProperties, Channel, Connection};
 use testbed::{Proxy, Queue, RabbitNode, eventually, free_port};
 use tokio::time::timeout;
 
-use crate::{PATIENCE, hears, is_told_it_missed, objects};
+use crate::{PATIENCE, expect_event, expect_missed, objects};
 
 const EVENTS: &str = ".events";
 
 fn exchange_at(uri: &str, queue: &str) -> Exchange {
-    Exchange::on(Access { uri: uri.parse().unwrap(), authorities: None }, queue)
+    Exchange::on_rabbitmq(Access { uri: uri.parse().unwrap(), authorities: None }, queue)
 }
 
 fn exchange(queue: &Queue) -> Exchange {
     exchange_at(&testbed::amqp_uri(), &queue.name)
 }
 
-/// An emitter that is connected.
+/// Starts an emitter and waits until it is connected.
 async fn emitter(exchange: &Exchange) -> Emitter {
     let emitter = Emitter::start(exchange, "test emitter");
     let mut status = emitter.status().unwrap();
@@ -31,14 +31,14 @@ async fn emitter(exchange: &Exchange) -> Emitter {
     emitter
 }
 
-/// A subscriber that is subscribed.
+/// Creates a subscriber and waits until it is subscribed.
 async fn subscriber(exchange: &Exchange) -> Subscriber {
     let mut subscriber = Subscriber::new(exchange, "test subscriber");
-    is_told_it_missed(&mut subscriber).await;
+    expect_missed(&mut subscriber).await;
     subscriber
 }
 
-/// A way to the shared broker that can be cut.
+/// The shared broker behind a proxy.
 async fn proxied(queue: &Queue) -> (Proxy, Exchange) {
     let uri = testbed::amqp_uri();
     let target = uri.rsplit('@').next().unwrap().split('/').next().unwrap().to_owned();
@@ -55,23 +55,23 @@ async fn channel() -> (Connection, Channel) {
 }
 
 #[tokio::test]
-async fn what_is_told_is_heard_by_each_subscriber_in_its_order() {
+async fn each_subscriber_receives_all_events_in_order() {
     let queue = Queue::new();
     let exchange = exchange(&queue);
     let emitter = emitter(&exchange).await;
     let mut subscribers = [subscriber(&exchange).await, subscriber(&exchange).await];
-    emitter.tell(Kind::Online, objects(1..=3).into_iter());
-    emitter.tell(Kind::Seen, objects([3]).into_iter());
-    emitter.tell(Kind::Gone, objects([i64::MIN, i64::MAX]).into_iter());
+    emitter.publish(Kind::Online, objects(1..=3).into_iter());
+    emitter.publish(Kind::Seen, objects([3]).into_iter());
+    emitter.publish(Kind::Gone, objects([i64::MIN, i64::MAX]).into_iter());
     for subscriber in &mut subscribers {
-        hears(subscriber, Kind::Online, 1..=3).await;
-        hears(subscriber, Kind::Seen, [3]).await;
-        hears(subscriber, Kind::Gone, [i64::MIN, i64::MAX]).await;
+        expect_event(subscriber, Kind::Online, 1..=3).await;
+        expect_event(subscriber, Kind::Seen, [3]).await;
+        expect_event(subscriber, Kind::Gone, [i64::MIN, i64::MAX]).await;
     }
 }
 
 #[tokio::test]
-async fn a_queue_of_ones_own_gets_the_documented_format_in_messages_of_a_bounded_size() {
+async fn bound_queue_gets_documented_messages_of_bounded_size() {
     let queue = Queue::new();
     let emitter = emitter(&exchange(&queue)).await;
     let (_connection, channel) = channel().await;
@@ -83,11 +83,11 @@ async fn a_queue_of_ones_own_gets_the_documented_format_in_messages_of_a_bounded
     let bind = QueueBindOptions::default();
     channel.queue_bind(own, topics, "online".into(), bind, none()).await.unwrap();
 
-    emitter.tell(Kind::Gone, objects([9]).into_iter());
-    emitter.tell(Kind::Online, objects(1..=2_001).into_iter());
+    emitter.publish(Kind::Gone, objects([9]).into_iter());
+    emitter.publish(Kind::Online, objects(1..=2_001).into_iter());
     let mut ids = Vec::new();
     for sequence in 2..=4 {
-        let message = eventually("a message comes", PATIENCE, async || {
+        let message = eventually("a message arrives", PATIENCE, async || {
             let options = BasicGetOptions { no_ack: true };
             channel.basic_get(name.as_str().into(), options).await.unwrap()
         })
@@ -97,74 +97,74 @@ async fn a_queue_of_ones_own_gets_the_documented_format_in_messages_of_a_bounded
         assert_eq!(content_type.as_str(), "application/json");
         let body: serde_json::Value = serde_json::from_slice(&message.data).unwrap();
         assert_eq!((&body["version"], &body["sequence"]), (&2.into(), &sequence.into()));
-        let told = body["objects"].as_array().unwrap();
-        assert!(told.len() <= 1_000);
-        assert_eq!(told[0]["last_seen"], "2023-11-14T22:13:20.123456Z");
+        let objects = body["objects"].as_array().unwrap();
+        assert!(objects.len() <= 1_000);
+        assert_eq!(objects[0]["last_seen"], "2023-11-14T22:13:20.123456Z");
         ids.extend(
-            told.iter().map(|object| object["id"].as_str().unwrap().parse::<i64>().unwrap()),
+            objects.iter().map(|object| object["id"].as_str().unwrap().parse::<i64>().unwrap()),
         );
     }
     assert_eq!(ids, (1..=2_001).collect::<Vec<_>>());
 }
 
 #[tokio::test]
-async fn what_is_told_while_the_broker_is_away_is_dropped_and_known_to_be_as_soon_as_it_is_back() {
+async fn events_dropped_during_an_outage_are_missed_after_it() {
     let queue = Queue::new();
     let mut subscriber = subscriber(&exchange(&queue)).await;
     let (proxy, exchange) = proxied(&queue).await;
     let emitter = emitter(&exchange).await;
-    emitter.tell(Kind::Online, objects([1]).into_iter());
-    hears(&mut subscriber, Kind::Online, [1]).await;
+    emitter.publish(Kind::Online, objects([1]).into_iter());
+    expect_event(&mut subscriber, Kind::Online, [1]).await;
 
     proxy.cut();
     let mut status = emitter.status().unwrap();
     timeout(PATIENCE, status.wait_for(Result::is_err)).await.unwrap().unwrap();
-    // Far more than it keeps; none of this waits.
+    // Far more events than the emitter buffers. No call waits.
     for id in 0..100_000 {
-        emitter.tell(Kind::Seen, objects([id]).into_iter());
+        emitter.publish(Kind::Seen, objects([id]).into_iter());
     }
-    // Told by nothing but the numbers, and nothing more is told.
+    // Only the sequence numbers show the loss: no further event is published.
     proxy.restore();
-    let why = is_told_it_missed(&mut subscriber).await;
-    assert!(why.contains("are missing"), "{why}");
+    let reason = expect_missed(&mut subscriber).await;
+    assert!(reason.contains("are missing"), "{reason}");
 
-    emitter.tell(Kind::Gone, objects([2]).into_iter());
-    hears(&mut subscriber, Kind::Gone, [2]).await;
+    emitter.publish(Kind::Gone, objects([2]).into_iter());
+    expect_event(&mut subscriber, Kind::Gone, [2]).await;
 }
 
 #[tokio::test]
-async fn without_any_broker_telling_and_ending_take_no_time() {
-    let nowhere = format!("amqp://127.0.0.1:{}", free_port());
-    let emitter = Emitter::start(&exchange_at(&nowhere, "objects"), "test");
+async fn publish_and_close_do_not_wait_for_an_absent_broker() {
+    let uri = format!("amqp://127.0.0.1:{}", free_port());
+    let emitter = Emitter::start(&exchange_at(&uri, "objects"), "test");
     for id in 0..100_000 {
-        emitter.tell(Kind::Seen, objects([id]).into_iter());
+        emitter.publish(Kind::Seen, objects([id]).into_iter());
     }
     assert!(emitter.status().unwrap().borrow().is_err());
     timeout(PATIENCE, emitter.close()).await.unwrap();
 }
 
 #[tokio::test]
-async fn both_sides_heal_when_the_broker_was_restarted() {
+async fn emitter_and_subscriber_survive_a_broker_restart() {
     let mut node = RabbitNode::start().await;
     let exchange = exchange_at(&node.amqp_uri(), "objects");
     let emitter = emitter(&exchange).await;
     let mut subscriber = subscriber(&exchange).await;
     node.restart().await;
-    is_told_it_missed(&mut subscriber).await;
+    expect_missed(&mut subscriber).await;
     let mut status = emitter.status().unwrap();
     timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
-    emitter.tell(Kind::Online, objects([1]).into_iter());
-    // The number may tell that something was missed before, and need not.
+    emitter.publish(Kind::Online, objects([1]).into_iter());
+    // Depending on its number, the event may or may not be preceded by Missed.
     match crate::next(&mut subscriber).await {
-        events::Notice::Missed(_) => hears(&mut subscriber, Kind::Online, [1]).await,
-        heard @ events::Notice::Committed(..) => {
-            assert_eq!(heard, events::Notice::Committed(Kind::Online, objects([1])));
+        events::Notification::Missed(_) => expect_event(&mut subscriber, Kind::Online, [1]).await,
+        event @ events::Notification::Committed(..) => {
+            assert_eq!(event, events::Notification::Committed(Kind::Online, objects([1])));
         }
     }
 }
 
 #[tokio::test]
-async fn the_services_user_may_tell_and_hear() {
+async fn services_user_can_publish_and_receive_events() {
     let node = RabbitNode::start().await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/rabbitmq-user");
     let environment = [
@@ -177,9 +177,9 @@ async fn the_services_user_may_tell_and_hear() {
     let exchange = exchange_at(&uri, "team.objects");
     let emitter = emitter(&exchange).await;
     let mut subscriber = subscriber(&exchange).await;
-    emitter.tell(Kind::Online, objects([1]).into_iter());
-    hears(&mut subscriber, Kind::Online, [1]).await;
-    // The dot is no wildcard in the rights.
+    emitter.publish(Kind::Online, objects([1]).into_iter());
+    expect_event(&mut subscriber, Kind::Online, [1]).await;
+    // The dot in the name is not a wildcard in the permissions.
     let others = Emitter::start(&exchange_at(&uri, "teamXobjects"), "test");
     eventually("another exchange is refused", PATIENCE, async || {
         let status = others.status().unwrap().borrow().clone();
@@ -189,7 +189,7 @@ async fn the_services_user_may_tell_and_hear() {
 }
 
 #[tokio::test]
-async fn an_exchange_that_was_deleted_is_made_again_and_heard_again() {
+async fn deleted_exchange_is_declared_and_bound_again() {
     let queue = Queue::new();
     let exchange = exchange(&queue);
     let emitter = emitter(&exchange).await;
@@ -197,19 +197,19 @@ async fn an_exchange_that_was_deleted_is_made_again_and_heard_again() {
     let (_connection, channel) = channel().await;
     let name = format!("{}{EVENTS}", queue.name);
     channel.exchange_delete(name.into(), ExchangeDeleteOptions::default()).await.unwrap();
-    let teller = tokio::spawn(async move {
+    let publishing = tokio::spawn(async move {
         loop {
-            emitter.tell(Kind::Seen, objects([1]).into_iter());
+            emitter.publish(Kind::Seen, objects([1]).into_iter());
             tokio::time::sleep(std::time::Duration::from_millis(50)).await;
         }
     });
-    is_told_it_missed(&mut subscriber).await;
-    hears(&mut subscriber, Kind::Seen, [1]).await;
-    teller.abort();
+    expect_missed(&mut subscriber).await;
+    expect_event(&mut subscriber, Kind::Seen, [1]).await;
+    publishing.abort();
 }
 
 #[tokio::test]
-async fn what_cannot_be_read_counts_as_missed_and_an_unknown_kind_is_passed_over() {
+async fn undecodable_event_is_missed_unknown_kind_is_ignored() {
     let queue = Queue::new();
     let mut subscriber = subscriber(&exchange(&queue)).await;
     let (_connection, channel) = channel().await;
@@ -227,28 +227,28 @@ async fn what_cannot_be_read_counts_as_missed_and_an_unknown_kind_is_passed_over
     publish("seen", "nonsense".to_owned()).await;
     publish("seen", r#"{"version":3}"#.to_owned()).await;
     for _ in 0..2 {
-        let why = is_told_it_missed(&mut subscriber).await;
-        assert!(why.contains("cannot be read"), "{why}");
+        let reason = expect_missed(&mut subscriber).await;
+        assert!(reason.contains("cannot decode"), "{reason}");
     }
     publish("online", body(1)).await;
     publish("renamed", body(2)).await;
     publish("seen", body(3)).await;
-    hears(&mut subscriber, Kind::Online, [1]).await;
-    hears(&mut subscriber, Kind::Seen, [1]).await;
+    expect_event(&mut subscriber, Kind::Online, [1]).await;
+    expect_event(&mut subscriber, Kind::Seen, [1]).await;
 }
 
 // Field case 4.5
 #[tokio::test]
-async fn one_missing_number_is_missed_although_no_message_follows() {
+async fn single_gap_is_noticed_although_no_event_follows() {
     let queue = Queue::new();
     let exchange = exchange(&queue);
     let emitter = emitter(&exchange).await;
     let mut subscriber = subscriber(&exchange).await;
-    emitter.tell(Kind::Online, objects([1]).into_iter());
-    hears(&mut subscriber, Kind::Online, [1]).await;
+    emitter.publish(Kind::Online, objects([1]).into_iter());
+    expect_event(&mut subscriber, Kind::Online, [1]).await;
     emitter.leave_gap("for a test");
-    let why = is_told_it_missed(&mut subscriber).await;
-    assert!(why.contains("are missing"), "{why}");
-    emitter.tell(Kind::Online, objects([2]).into_iter());
-    hears(&mut subscriber, Kind::Online, [2]).await;
+    let reason = expect_missed(&mut subscriber).await;
+    assert!(reason.contains("are missing"), "{reason}");
+    emitter.publish(Kind::Online, objects([2]).into_iter());
+    expect_event(&mut subscriber, Kind::Online, [2]).await;
 }

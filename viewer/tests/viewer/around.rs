@@ -44,7 +44,7 @@ impl Around {
     pub(crate) async fn at(amqp_uri: &str, queue: Queue) -> Self {
         let database = Database::new().await;
         let access = Access { uri: amqp_uri.parse().unwrap(), authorities: None };
-        let exchange = Exchange::on(access, &queue.name);
+        let exchange = Exchange::on_rabbitmq(access, &queue.name);
         let store = Store::start(&Config::at(database.url().parse().unwrap()), "test", 2).unwrap();
         let emitter = Emitter::start(&exchange, "test");
         let around = Self { _queue: queue, database, exchange, store, emitter };
@@ -67,15 +67,15 @@ impl Around {
     pub(crate) async fn see_ago(&self, ids: impl IntoIterator<Item = i64>, age: Duration) {
         let sightings: Vec<Sighting> = ids.into_iter().map(|id| Sighting { id, age }).collect();
         let recorded = self.store.record_seen(&sightings).await.unwrap();
-        self.emitter.tell(Kind::Online, recorded.inserted.iter().map(object));
-        self.emitter.tell(Kind::Seen, recorded.updated.iter().map(object));
+        self.emitter.publish(Kind::Online, recorded.inserted.iter().map(object));
+        self.emitter.publish(Kind::Seen, recorded.updated.iter().map(object));
     }
 
     /// Deletes whoever was seen more than an hour ago, and tells it.
     pub(crate) async fn clean_up(&self) {
         let now = self.store.now().await.unwrap();
         let gone = self.store.delete_stale(now.before(HOUR), 10_000).await.unwrap();
-        self.emitter.tell(Kind::Gone, gone.iter().map(object));
+        self.emitter.publish(Kind::Gone, gone.iter().map(object));
     }
 
     /// Does so, and nobody hears of it.
@@ -103,7 +103,7 @@ impl Around {
         let url = format!("--database-url={}", self.database.url());
         let settings = ["viewer", &url, "--viewer-addr=127.0.0.1:0"];
         let mut config = Cli::parse_from(settings).config;
-        config.events = events::Config::made(exchange);
+        config.events = events::Config::with_exchange(exchange);
         let (health, shutdown) = (Health::default(), CancellationToken::new());
         let viewer = Viewer::open(config, &health).unwrap();
         let url = format!("http://{}", viewer.address().unwrap());

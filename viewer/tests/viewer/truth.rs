@@ -18,7 +18,7 @@ async fn what_was_not_told_is_found_in_the_table_as_soon_as_a_gap_shows() {
     let lost = events::Emitter::start(&around.exchange, "test");
     for id in [10, 11] {
         let last_seen = std::time::SystemTime::UNIX_EPOCH;
-        lost.tell(events::Kind::Gone, std::iter::once(events::Object { id, last_seen }));
+        lost.publish(events::Kind::Gone, std::iter::once(events::Object { id, last_seen }));
     }
     let mut told = Vec::new();
     for _ in 0..2 {
@@ -32,7 +32,7 @@ async fn what_was_not_told_is_found_in_the_table_as_soon_as_a_gap_shows() {
 #[tokio::test]
 async fn a_viewer_without_events_follows_the_table_all_the_same() {
     let around = Around::new().await;
-    let viewer = around.view_with(Exchange::nowhere()).await;
+    let viewer = around.view_with(Exchange::disabled()).await;
     let away = viewer.health.done_without();
     assert!(away.iter().any(|(name, _)| *name == "events"), "{away:?}");
     around.see([1, 2]).await;
