@@ -1,5 +1,5 @@
-//! A connection to a RabbitMQ, and nothing of what goes over it: where the broker is, as whom, whom to
-//! trust; opening a connection with a deadline on every step; the waits between attempts.
+//! Connections to RabbitMQ, but nothing that is sent over them: the URI, trusted authorities, opening a
+//! connection with a deadline for each step, and the backoff between attempts.
 
 mod link;
 pub mod settings;
@@ -12,17 +12,17 @@ use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 pub use link::{ConnectError, Link, OutageLog, RPC_TIMEOUT, close, connect};
 pub use uri::AmqpUri;
 
-/// How to get to a RabbitMQ.
+/// How to connect to a RabbitMQ.
 #[derive(Clone, Debug)]
 pub struct Access {
-    /// Where it is, and as whom.
+    /// The address, virtual host, user and password.
     pub uri: AmqpUri,
-    /// Certificates, as PEM, of authorities to trust besides the system's.
+    /// PEM certificates of authorities to trust in addition to the system's.
     pub authorities: Option<String>,
 }
 
-/// The waits between attempts at what must succeed in the end: from 100 ms, doubling, to about 1 s,
-/// for ever.
+/// The delays between attempts at an operation that must succeed eventually: doubling from 100 ms to
+/// about 1 s, without end.
 #[must_use]
 pub fn backoff() -> ExponentialBackoff {
     ExponentialBuilder::new()

@@ -1,4 +1,4 @@
-//! Connecting to the broker, with a deadline on every step.
+//! Connects to the broker, with a deadline for each step.
 //!
 //! Decision: docs/decisions/0018-how-is-a-rabbitmq-connection-opened-and-closed.md
 
@@ -21,56 +21,57 @@ use crate::Access;
 
 const REACH_TIMEOUT: Duration = Duration::from_secs(2);
 const LOG_IN_TIMEOUT: Duration = Duration::from_secs(5);
-/// Opening a channel, declaring a queue, closing: answered at once or not at all.
+/// Deadline of one request to the broker, such as opening a channel or declaring a queue. A healthy
+/// broker answers at once.
 pub const RPC_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// Why there is no usable connection, named after the step that failed.
+/// Why there is no usable connection. Each variant is named after the step that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum ConnectError {
-    /// Nobody is there, it hangs up, or it is not to be trusted.
+    /// The peer is unreachable, closes the connection, or has an untrusted certificate.
     #[error("cannot reach {address}: {source}")]
     Reach {
         /// Host and port.
         address: String,
-        /// Why not.
+        /// The cause.
         source: io::Error,
     },
-    /// It says nothing, or not what a broker says.
+    /// The peer sends nothing, or something other than AMQP.
     #[error("{address} accepts connections but does not speak AMQP")]
     Silent {
         /// Host and port.
         address: String,
     },
-    /// The broker does not let us in.
+    /// The broker rejects the login.
     #[error("cannot log in at {address}: {source}")]
     LogIn {
         /// Host and port.
         address: String,
-        /// Why not.
+        /// The cause.
         source: lapin::Error,
     },
 }
 
-/// A second handle on the socket of a connection, which is shut down when this is dropped.
+/// A second handle on a connection's socket. Dropping it shuts the socket down.
 ///
-/// lapin reads and writes on a thread of its own, which ends when the peer answers or the socket does.
-/// A peer that hangs would keep both for good.
+/// lapin's I/O thread ends only when the peer answers or the socket is shut down. A peer that hangs would
+/// otherwise leak the thread and the socket.
 struct Socket(TcpStream);
 
 impl Socket {
-    fn of(stream: &impl AsFd) -> io::Result<Self> {
+    fn clone_of(stream: &impl AsFd) -> io::Result<Self> {
         Ok(Self(stream.as_fd().try_clone_to_owned()?.into()))
     }
 }
 
 impl Drop for Socket {
     fn drop(&mut self) {
-        // An error means that it is closed already.
+        // An error means that the socket is already closed.
         let _ = self.0.shutdown(Shutdown::Both);
     }
 }
 
-/// An open connection. When it ends, the broker takes back all deliveries that are not acked.
+/// An open connection. When it ends, the broker requeues all deliveries that are not acked.
 pub struct Link {
     connection: Arc<Connection>,
     socket: Option<Socket>,
@@ -85,13 +86,13 @@ impl Deref for Link {
 }
 
 impl Drop for Link {
-    /// Closes the connection. lapin itself keeps one for as long as it has a consumer that nobody polls any
-    /// more, so that messages would pile up there.
+    /// Closes the connection. lapin alone would keep it open as long as it has a consumer, even one that is
+    /// no longer polled, and messages would pile up there.
     fn drop(&mut self) {
         let (connection, socket) = (Arc::clone(&self.connection), self.socket.take());
         let mut close: Pin<Box<dyn Future<Output = _> + Send>> =
             Box::pin(async move { connection.close(200, "done".into()).await });
-        // The first poll sends the request. An error means that the connection is closed.
+        // The first poll sends the request. An error means that the connection is already closed.
         let is_pending = close.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending();
         if is_pending && let Ok(runtime) = Handle::try_current() {
             runtime.spawn(async move {
@@ -102,25 +103,25 @@ impl Drop for Link {
     }
 }
 
-/// Opens a connection that the management page shows as `name`.
+/// Opens a connection, which RabbitMQ's management page shows as `name`.
 ///
 /// lapin's own recovery stays off: it hangs permanently once it exhausts its retries.
 ///
 /// # Errors
-/// [`ConnectError`], after 9 s at the latest.
+/// [`ConnectError`], within 9 s.
 pub async fn connect(access: &Access, name: &str) -> Result<Link, ConnectError> {
     let uri = &access.uri.0;
     let address = || format!("{}:{}", uri.authority.host, uri.authority.port);
     let reach = |source| ConnectError::Reach { address: address(), source };
     let runtime = runtime::default_runtime().map_err(|error| reach(io::Error::other(error)))?;
     let endpoint = (uri.authority.host.clone(), uri.authority.port);
-    let reached = AsyncTcpStream::connect(&runtime, runtime.to_socket_addrs(endpoint));
-    let stream = match timeout(REACH_TIMEOUT, reached).await {
+    let reaching = AsyncTcpStream::connect(&runtime, runtime.to_socket_addrs(endpoint));
+    let stream = match timeout(REACH_TIMEOUT, reaching).await {
         Ok(reached) => reached.map_err(reach)?,
         Err(_) => return Err(reach(io::ErrorKind::TimedOut.into())),
     };
     let socket = match &stream {
-        AsyncTcpStream::Plain(stream) => Socket::of(stream.get_ref()).map_err(reach)?,
+        AsyncTcpStream::Plain(stream) => Socket::clone_of(stream.get_ref()).map_err(reach)?,
         _ => return Err(reach(io::ErrorKind::Unsupported.into())),
     };
     let silent = || ConnectError::Silent { address: address() };
@@ -128,21 +129,21 @@ pub async fn connect(access: &Access, name: &str) -> Result<Link, ConnectError> 
     let stream = match uri.scheme {
         AMQPScheme::AMQP => stream,
         AMQPScheme::AMQPS => {
-            // The system's own authorities are trusted besides ours. On the heap: it has a state of 20 KiB.
+            // `into_tls` also trusts the system's authorities. Boxed, because the future takes 20 KiB.
             let handshake = Box::pin(stream.into_tls(&uri.authority.host, tls.as_ref()));
             let encrypted = timeout(REACH_TIMEOUT, handshake).await;
             encrypted.map_err(|_| silent())?.map_err(reach)?
         }
     };
-    // lapin asks for the stream once, since its recovery is off.
+    // lapin requests the stream only once, because its recovery is off.
     let stream = Mutex::new(Some(stream));
     let take = async move |_: AMQPUri, _| {
         let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
         taken.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
     };
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let logged_in = Connection::connector(uri.clone(), runtime, take, properties);
-    match timeout(LOG_IN_TIMEOUT, Box::pin(logged_in)).await {
+    let logging_in = Connection::connector(uri.clone(), runtime, take, properties);
+    match timeout(LOG_IN_TIMEOUT, Box::pin(logging_in)).await {
         Ok(Ok(connection)) => Ok(Link { connection: Arc::new(connection), socket: Some(socket) }),
         Ok(Err(source)) => Err(match source.kind() {
             ErrorKind::IOError(error) => reach(io::Error::new(error.kind(), error.to_string())),
@@ -153,32 +154,32 @@ pub async fn connect(access: &Access, name: &str) -> Result<Link, ConnectError> 
     }
 }
 
-/// Logs once that a connection is lost and once that it is back, however many attempts are in between.
+/// Logs one warning when a connection is lost and one line when it is back; attempts in between are DEBUG.
 #[derive(Default)]
 pub struct OutageLog {
-    down: bool,
+    is_down: bool,
 }
 
 impl OutageLog {
-    /// The connection `name` is open.
+    /// Logs that the connection `name` is open.
     pub fn up(&mut self, name: &str) {
-        self.down = false;
+        self.is_down = false;
         tracing::info!(connection = name, "connected to the broker");
     }
 
-    /// There is no connection `name`, or none any more.
+    /// Logs that the connection `name` could not be opened, or was lost.
     pub fn down(&mut self, name: &str, reason: &str) {
-        if std::mem::replace(&mut self.down, true) {
-            tracing::debug!(connection = name, reason, "still no broker");
+        if std::mem::replace(&mut self.is_down, true) {
+            tracing::debug!(connection = name, reason, "the broker is still away");
         } else {
             tracing::warn!(connection = name, reason, "no broker; trying again until it is back");
         }
     }
 }
 
-/// Closes the connection in good order, so that the broker logs no abrupt end.
+/// Closes the connection with a handshake, so that the broker logs no abrupt end.
 pub async fn close(link: &Link) {
     if timeout(RPC_TIMEOUT, link.connection.close(200, "done".into())).await.is_err() {
-        tracing::debug!("the broker did not answer the close");
+        tracing::debug!("the broker did not confirm the close in time");
     }
 }

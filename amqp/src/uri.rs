@@ -1,11 +1,11 @@
-//! Where a RabbitMQ is, and as whom.
+//! The URI of a RabbitMQ.
 
 use std::fmt;
 use std::str::FromStr;
 
 use lapin::uri::AMQPUri;
 
-/// An AMQP URI. Its `Debug` leaves out the user and the password.
+/// An AMQP URI. `Debug` leaves out the user and the password.
 #[derive(Clone)]
 pub struct AmqpUri(pub(crate) AMQPUri);
 
@@ -14,13 +14,14 @@ impl FromStr for AmqpUri {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut uri: AMQPUri = text.parse().map_err(|_| ())?;
-        // Go's client, whose settings we take over, reads a bare trailing slash as the default vhost.
+        // The Go services' client reads a bare trailing slash as the default vhost, and their settings are
+        // reused.
         if uri.vhost.is_empty() {
             "/".clone_into(&mut uri.vhost);
         }
-        // The broker's default notices a dead peer after two minutes.
+        // With the broker's default, a dead peer is noticed only after two minutes.
         uri.query.heartbeat.get_or_insert(5);
-        // Our messages are below 1 KiB; lapin keeps two buffers of 32 frames for each connection.
+        // lapin keeps two buffers of 32 frames for each connection, and messages are below 1 KiB.
         uri.query.frame_max.get_or_insert(16 * 1024);
         Ok(Self(uri))
     }
@@ -38,7 +39,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_trailing_slash_means_the_default_vhost_as_it_does_in_go() {
+    fn trailing_slash_means_the_default_vhost() {
         for text in ["amqp://a:b@host:5672/", "amqp://a:b@host:5672/%2f", "amqp://a:b@host:5672"] {
             assert_eq!(text.parse::<AmqpUri>().unwrap().0.vhost, "/", "{text}");
         }
@@ -46,7 +47,7 @@ mod tests {
     }
 
     #[test]
-    fn a_heartbeat_is_asked_for_unless_the_uri_says_otherwise() {
+    fn heartbeat_defaults_to_five_seconds() {
         assert_eq!("amqp://host".parse::<AmqpUri>().unwrap().0.query.heartbeat, Some(5));
         let own = "amqp://host/x?heartbeat=30".parse::<AmqpUri>().unwrap();
         assert_eq!(own.0.query.heartbeat, Some(30));

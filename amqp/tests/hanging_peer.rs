@@ -1,5 +1,5 @@
-//! What a connection to a peer that hangs leaves behind: nothing. Alone in its process, whose threads and
-//! descriptors it counts.
+//! A connection to a hanging peer leaks nothing. This test has a binary of its own, because it counts the
+//! threads and descriptors of its process.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -22,12 +22,12 @@ fn broker() -> String {
     uri.rsplit('@').next().unwrap().split('/').next().unwrap().to_owned()
 }
 
-fn at(address: &str, query: &str) -> Access {
+fn access(address: &str, query: &str) -> Access {
     let uri = format!("amqp://guest:guest@{address}/%2f{query}");
     Access { uri: uri.parse().unwrap(), authorities: None }
 }
 
-/// What the broker says first, `connection.start`.
+/// The first frame that the broker sends, `connection.start`.
 async fn greeting() -> Vec<u8> {
     let mut stream = TcpStream::connect(broker()).await.unwrap();
     stream.write_all(HEADER).await.unwrap();
@@ -39,8 +39,9 @@ async fn greeting() -> Vec<u8> {
     frame
 }
 
-/// Accepts connections, greets like a broker, and then says nothing more. It holds each connection open.
-async fn hangs_after(greeting: Vec<u8>) -> String {
+/// Starts a peer that accepts connections, sends `greeting` and then nothing more. It keeps each
+/// connection open. Returns its address.
+async fn start_hanging_peer(greeting: Vec<u8>) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     tokio::spawn(async move {
@@ -64,36 +65,36 @@ fn descriptors() -> usize {
     fs::read_dir("/proc/self/fd").unwrap().count()
 }
 
-async fn no_thread_is_left() {
+async fn wait_until_io_threads_end() {
     eventually("lapin's threads end", PATIENCE, async || (io_threads() == 0).then_some(())).await;
 }
 
 // Field case 2.5
 #[tokio::test]
-async fn a_peer_that_hangs_costs_no_thread_and_no_descriptor() {
-    // The first connection of a process has lapin's libraries start a runtime that stays.
-    drop(connect(&at(&broker(), ""), "test").await.unwrap());
-    no_thread_is_left().await;
+async fn hanging_peer_leaks_no_thread_and_no_descriptor() {
+    // The first connection of a process makes lapin's libraries start a runtime that stays.
+    drop(connect(&access(&broker(), ""), "test").await.unwrap());
+    wait_until_io_threads_end().await;
     for greeting in [Vec::new(), greeting().await] {
-        let access = at(&hangs_after(greeting).await, "");
+        let access = access(&start_hanging_peer(greeting).await, "");
         let before = descriptors();
         for attempt in join_all((0..ATTEMPTS).map(|_| connect(&access, "test"))).await {
             let error = attempt.err().unwrap();
             assert!(matches!(error, ConnectError::Silent { .. }), "{error}");
         }
-        no_thread_is_left().await;
-        // The peer's ends are in this process as well, and stay open.
-        eventually("all descriptors but those are closed", PATIENCE, async || {
+        wait_until_io_threads_end().await;
+        // The peer's ends of the connections are also in this process, and stay open.
+        eventually("all other descriptors are closed", PATIENCE, async || {
             (descriptors() <= before + ATTEMPTS).then_some(())
         })
         .await;
     }
 
-    // One that hangs later on, on a connection without heartbeats.
+    // A peer that hangs later, on a connection without heartbeats.
     let proxy = Proxy::start(broker()).await;
-    let link = connect(&at(&proxy.addr().to_string(), "?heartbeat=0"), "test").await.unwrap();
+    let link = connect(&access(&proxy.addr().to_string(), "?heartbeat=0"), "test").await.unwrap();
     assert_eq!(io_threads(), 1);
     proxy.silence();
     drop(link);
-    no_thread_is_left().await;
+    wait_until_io_threads_end().await;
 }
