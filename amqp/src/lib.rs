@@ -1,5 +1,5 @@
-//! Connections to RabbitMQ, but nothing that is sent over them: the URI, trusted authorities, opening a
-//! connection with a deadline for each step, and the backoff between attempts.
+//! Connections to RabbitMQ, but nothing that is sent over them: the URI, trusted authorities,
+//! opening a connection with a deadline for each step, and the backoff between attempts.
 
 mod link;
 pub mod settings;
@@ -21,8 +21,8 @@ pub struct Access {
     pub authorities: Option<String>,
 }
 
-/// The delays between attempts at an operation that must succeed eventually: doubling from 100 ms to
-/// about 1 s, without end.
+/// The delays between attempts at an operation that must succeed eventually: doubling from 100 ms
+/// to about 1 s, without end.
 #[must_use]
 pub fn backoff() -> ExponentialBackoff {
     ExponentialBuilder::new()

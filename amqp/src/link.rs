@@ -54,8 +54,8 @@ pub enum ConnectError {
 
 /// A second handle on a connection's socket. Dropping it shuts the socket down.
 ///
-/// lapin's I/O thread ends only when the peer answers or the socket is shut down. A peer that hangs would
-/// otherwise leak the thread and the socket.
+/// lapin's I/O thread ends only when the peer answers or the socket is shut down. A peer that hangs
+/// would otherwise leak the thread and the socket.
 struct Socket(TcpStream);
 
 impl Socket {
@@ -86,8 +86,8 @@ impl Deref for Link {
 }
 
 impl Drop for Link {
-    /// Closes the connection. lapin alone would keep it open as long as it has a consumer, even one that is
-    /// no longer polled, and messages would pile up there.
+    /// Closes the connection. lapin alone would keep it open as long as it has a consumer, even one
+    /// that is no longer polled, and messages would pile up there.
     fn drop(&mut self) {
         let (connection, socket) = (Arc::clone(&self.connection), self.socket.take());
         let mut close: Pin<Box<dyn Future<Output = _> + Send>> =
@@ -129,7 +129,8 @@ pub async fn connect(access: &Access, name: &str) -> Result<Link, ConnectError> 
     let stream = match uri.scheme {
         AMQPScheme::AMQP => stream,
         AMQPScheme::AMQPS => {
-            // `into_tls` also trusts the system's authorities. Boxed, because the future takes 20 KiB.
+            // `into_tls` also trusts the system's authorities. Boxed, because the future takes 20
+            // KiB.
             let handshake = Box::pin(stream.into_tls(&uri.authority.host, tls.as_ref()));
             let encrypted = timeout(REACH_TIMEOUT, handshake).await;
             encrypted.map_err(|_| silent())?.map_err(reach)?
@@ -154,7 +155,8 @@ pub async fn connect(access: &Access, name: &str) -> Result<Link, ConnectError> 
     }
 }
 
-/// Logs one warning when a connection is lost and one line when it is back; attempts in between are DEBUG.
+/// Logs one warning when a connection is lost and one line when it is back; attempts in between are
+/// DEBUG.
 #[derive(Default)]
 pub struct OutageLog {
     is_down: bool,

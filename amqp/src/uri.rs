@@ -14,8 +14,8 @@ impl FromStr for AmqpUri {
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
         let mut uri: AMQPUri = text.parse().map_err(|_| ())?;
-        // The Go services' client reads a bare trailing slash as the default vhost, and their settings are
-        // reused.
+        // The Go services' client reads a bare trailing slash as the default vhost, and their
+        // settings are reused.
         if uri.vhost.is_empty() {
             "/".clone_into(&mut uri.vhost);
         }

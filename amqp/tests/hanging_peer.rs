@@ -1,5 +1,5 @@
-//! A connection to a hanging peer leaks nothing. This test has a binary of its own, because it counts the
-//! threads and descriptors of its process.
+//! A connection to a hanging peer leaks nothing. This test has a binary of its own, because it
+//! counts the threads and descriptors of its process.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -1,4 +1,4 @@
-//! The queue on a RabbitMQ.
+//! The queue on RabbitMQ.
 
 mod ack_batcher;
 mod consumer;
@@ -22,7 +22,7 @@ use ::amqp::Access;
 
 use crate::config::QueueConfig;
 
-/// Which broker, and which queue on it.
+/// The broker and the queue on it.
 #[derive(Clone, Debug)]
 pub(crate) struct Config {
     pub(crate) access: Access,

@@ -1,4 +1,4 @@
-//! Which broker, and which queue on it.
+//! Settings of the broker and of the queue on it.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -16,37 +16,41 @@ use crate::sqlite::Queue;
 #[command(next_help_heading = "Broker")]
 #[group(skip)]
 pub struct Config {
-    /// The RabbitMQ to use, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…; or sqlite:PATH, a queue in a file for one process
+    /// RabbitMQ, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…; or sqlite:PATH for a queue
+    /// in a file of one process
     #[arg(long, default_value = "amqp://guest:guest@localhost:5672/%2f")]
     pub amqp_uri: BrokerUrl,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
+    #[expect(
+        missing_docs,
+        reason = "documented at its type; text here would replace the help text"
+    )]
     pub queue: QueueConfig,
 }
 
-/// The queue as traces name it.
+/// The queue, as it is named in traces.
 #[derive(Clone, Debug)]
 pub struct Destination {
-    /// What it is on: `rabbitmq` or `sqlite`.
+    /// The messaging system: `rabbitmq` or `sqlite`.
     pub system: &'static str,
-    /// What it is called.
+    /// The name of the queue.
     pub name: String,
 }
 
-/// A file that is open for this process; see [`Config::claim`].
+/// Keeps the queue's file open for this process; see [`Config::claim`].
 pub struct Claim {
     queue: Option<Arc<Queue>>,
 }
 
 impl Claim {
-    /// `Err` while a damaged file is kept beside this one: which, and what is to be done with it. `None` if the
-    /// queue is not in a file.
+    /// `Err` while a damaged file is kept beside this one: its name, and what the operator has to
+    /// do. `None` if the queue is not in a file.
     #[must_use]
     pub fn kept(&self) -> Option<watch::Receiver<LinkStatus>> {
         self.queue.as_ref().map(|queue| queue.kept())
     }
 
-    /// Closes the file, if nobody else of this process has it open.
+    /// Closes the file, unless something else in this process still uses it.
     pub async fn close(self) {
         if let Some(queue) = self.queue {
             queue.close().await;
@@ -55,11 +59,11 @@ impl Claim {
 }
 
 impl Config {
-    /// Opens the queue's file, if it is in one, before anything else is begun: whoever uses a clone of
-    /// these settings while the claim is held has it open already.
+    /// Opens the file of a queue in a file. While the claim is held, all users of clones of these
+    /// settings share the open file.
     ///
     /// # Errors
-    /// [`OpenError`], such as [`OpenError::InUse`].
+    /// [`OpenError`], such as [`OpenError::InUse`] if another process has the file open.
     pub fn claim(&self) -> Result<Claim, OpenError> {
         let queue = match &self.amqp_uri.0 {
             Backend::Amqp(_) => None,
@@ -68,7 +72,7 @@ impl Config {
         Ok(Claim { queue })
     }
 
-    /// How to get to the RabbitMQ, for what else there is on it; `None` if the queue is in a file.
+    /// How to connect to RabbitMQ, for example for events; `None` if the queue is in a file.
     #[must_use]
     pub fn access(&self) -> Option<Access> {
         match &self.amqp_uri.0 {
@@ -77,7 +81,7 @@ impl Config {
         }
     }
 
-    /// The queue as traces name it.
+    /// The queue, as it is named in traces.
     #[must_use]
     pub fn destination(&self) -> Destination {
         let system = if self.amqp_uri.is_file() { "sqlite" } else { "rabbitmq" };
@@ -89,38 +93,41 @@ impl Config {
     }
 }
 
-/// Which queue of a RabbitMQ, and whom to trust about it. A file holds one queue only, and has no use
-/// for these.
+/// The queue on RabbitMQ, and the trusted authorities. A queue in a file does not use these
+/// settings.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Broker")]
 #[group(skip)]
 pub struct QueueConfig {
-    /// RabbitMQ's queue; `.retry.*` and `.dead` are added to its name for retries and dead letters
+    /// Name of the queue on RabbitMQ; the queues for retries and dead letters append `.retry.*` and
+    /// `.dead`
     #[arg(long, global = true, default_value = "objects", value_parser = settings::queue_name)]
     pub queue_name: String,
-    /// How RabbitMQ's queue is declared: quorum, or classic without arguments, as the Go services do
+    /// How the queue on RabbitMQ is declared: quorum, or classic, which is compatible with the Go
+    /// services
     #[arg(long, global = true, value_enum, ignore_case = true, default_value = "quorum")]
     pub queue_type: QueueType,
-    /// Certificates, as PEM, of authorities to trust for amqps:// besides the system's; mostly by `AMQP_CA_FILE`, a file with them
+    /// PEM certificates of authorities to trust for amqps://, in addition to the system's; usually
+    /// set by `AMQP_CA_FILE`, which names a file
     #[arg(long, global = true, value_parser = settings::certificates)]
     pub amqp_ca: Option<String>,
 }
 
-/// How the queue is declared when it does not exist yet.
+/// How the queue is declared if it does not exist.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum QueueType {
-    /// Replicated and always on disk; with a delivery limit that leads to the dead letters.
+    /// Replicated and always on disk. At the delivery limit, a message becomes a dead letter.
     Quorum,
-    /// Durable and without arguments, so that the Go services can share it.
+    /// Durable, and compatible with the declaration of the Go services.
     Classic,
 }
 
-/// Where the queue is: on a RabbitMQ, or in a file. Its `Debug` and its errors leave out the user
-/// and the password. Clones of one that names a file share the opened file.
+/// The location of the queue: on RabbitMQ, or in a file. `Debug` and the errors leave out the user
+/// and the password. Clones share the open file.
 #[derive(Clone)]
 pub struct BrokerUrl(pub(crate) Backend);
 
-/// What a [`BrokerUrl`] leads to.
+/// The backend that a [`BrokerUrl`] selects.
 #[derive(Clone)]
 pub(crate) enum Backend {
     Amqp(AmqpUri),
@@ -128,13 +135,13 @@ pub(crate) enum Backend {
 }
 
 impl BrokerUrl {
-    /// The queue in the file at `path`, which is made when it is first opened.
+    /// The queue in the file at `path`, which is created when it is first opened.
     #[must_use]
     pub fn file(path: PathBuf) -> Self {
         Self(Backend::Sqlite(Location::new(path)))
     }
 
-    /// Whether the queue is in a file, and not on a RabbitMQ.
+    /// Whether the queue is in a file.
     #[must_use]
     pub fn is_file(&self) -> bool {
         matches!(self.0, Backend::Sqlite(_))
@@ -149,7 +156,9 @@ impl FromStr for BrokerUrl {
             return Ok(Self(Backend::Sqlite(location)));
         }
         let uri = text.parse().map_err(|()| {
-            "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, amqps://… or sqlite:PATH, without : or ? in PATH".to_owned()
+            "expected amqp://USER:PASSWORD@HOST:PORT/VHOST, amqps://… or sqlite:PATH, without : \
+             or ? in PATH"
+                .to_owned()
         });
         uri.map(|uri| Self(Backend::Amqp(uri)))
     }
@@ -169,7 +178,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_scheme_says_which_of_the_two_it_is() {
+    fn scheme_selects_the_backend() {
         let is_file = |url: &str| matches!(url.parse::<BrokerUrl>().unwrap().0, Backend::Sqlite(_));
         assert!(is_file("sqlite:data/queue.db"));
         assert!(!is_file("amqp://host"));
@@ -177,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn the_debug_text_and_the_error_do_not_show_the_password() {
+    fn debug_text_and_error_hide_the_password() {
         let uri: BrokerUrl = "amqp://me:s3cret@host:5671/x".parse().unwrap();
         assert_eq!(format!("{uri:?}"), "amqp://***@host:5671/x");
         assert!(!"http://me:s3cret@host".parse::<BrokerUrl>().unwrap_err().contains("s3cret"));

@@ -1,4 +1,4 @@
-//! Taking messages from the queue.
+//! Receives deliveries from the queue.
 
 use tokio::sync::watch;
 
@@ -15,15 +15,16 @@ enum Inner {
 }
 
 impl Consumer {
-    /// A consumer that takes up to `prefetch` unsettled deliveries of the queue that `publisher`
-    /// publishes to, by which its retries and dead letters go out. RabbitMQ's management page shows
-    /// its connection, a second one, as `name`; it is opened with the first [`Consumer::next`].
+    /// Creates a consumer of the queue that `publisher` publishes to, with up to `prefetch`
+    /// unsettled deliveries. It publishes retries and dead letters through `publisher`. The first
+    /// [`Consumer::next`] opens a second connection, which RabbitMQ's management page shows as
+    /// `name`.
     #[must_use]
     pub fn new(publisher: &Publisher, name: &str, prefetch: u16) -> Self {
         metrics::describe_counter!("lastseen_deliveries_total", "Messages taken from the queue.");
         metrics::describe_counter!(
             "lastseen_settled_total",
-            "Deliveries by how they were settled; lost ones are delivered again."
+            "Deliveries by disposition; lost ones are delivered again."
         );
         for redelivered in ["false", "true"] {
             metrics::counter!("lastseen_deliveries_total", "redelivered" => redelivered)
@@ -40,7 +41,7 @@ impl Consumer {
         })
     }
 
-    /// Whether the broker gives messages right now.
+    /// Whether the broker delivers messages now.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<LinkStatus> {
         match &self.0 {
@@ -50,7 +51,8 @@ impl Consumer {
     }
 
     // Decision: docs/decisions/0022-why-are-deliveries-pulled.md
-    /// The next delivery, however long the broker is away. Nothing is lost when this is dropped.
+    /// Waits for the next delivery, and reconnects until it succeeds. Dropping the future loses no
+    /// message.
     pub async fn next(&mut self) -> Delivery {
         let delivery = match &mut self.0 {
             Inner::Amqp(consumer) => {
@@ -63,8 +65,8 @@ impl Consumer {
         delivery
     }
 
-    /// From now on takes up to `prefetch` unsettled deliveries. If that is less than before, what was taken
-    /// ahead and not begun is given back, and those in flight come on top of it on a RabbitMQ.
+    /// Changes the limit on unsettled deliveries. A smaller limit gives prefetched deliveries back
+    /// to the queue; on RabbitMQ, deliveries in flight do not count towards it.
     pub async fn set_prefetch(&mut self, prefetch: u16) {
         match &mut self.0 {
             Inner::Amqp(consumer) => consumer.set_prefetch(prefetch).await,
@@ -72,8 +74,8 @@ impl Consumer {
         }
     }
 
-    /// Takes no more, and gives back at once what was taken ahead and not begun, so that another
-    /// consumer can have it. Deliveries in flight can still be settled until [`Consumer::close`].
+    /// Stops receiving deliveries, and gives prefetched ones back to the queue at once for other
+    /// consumers. Deliveries in flight can still be settled until [`Consumer::close`].
     pub async fn stop(&mut self) {
         match &mut self.0 {
             Inner::Amqp(consumer) => consumer.stop().await,
@@ -81,7 +83,7 @@ impl Consumer {
         }
     }
 
-    /// Ends it. What is not settled by now is delivered again.
+    /// Closes the connection. Unsettled deliveries are delivered again.
     pub async fn close(self) {
         if let Inner::Amqp(consumer) = self.0 {
             consumer.close().await;

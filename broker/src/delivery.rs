@@ -1,4 +1,4 @@
-//! A message as received, and the ways to settle it.
+//! A delivery and the ways to settle it.
 
 use std::time::{Duration, SystemTime};
 
@@ -8,36 +8,38 @@ use crate::{amqp, sqlite};
 /// How a delivery is settled.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Disposition {
-    /// It has had its effect.
+    /// The delivery has had its effect.
     Ack,
-    /// The attempt failed; it comes back after a wait that grows with the attempts.
+    /// The attempt failed. The message is delivered again after a delay that grows with the
+    /// attempts.
     Retry {
-        /// Why, for the logs and for the person who may find it among the dead letters.
+        /// Why the attempt failed, for logs and dead letters.
         reason: String,
-        /// The least wait that the peer asked for.
+        /// The shortest delay that the status API requested.
         after: Option<Duration>,
     },
-    /// No attempt was made, or it says nothing about the message: it goes to the end of the queue as it
-    /// is, and counts neither as an attempt nor as a redelivery, of which the broker allows only some.
+    /// No attempt was made, or its failure does not concern this message. The message goes to the
+    /// end of the queue unchanged. This counts neither as an attempt nor towards the broker's
+    /// delivery limit.
     Requeue,
-    /// Given up, kept for a person among the dead letters.
+    /// The message is given up and becomes a dead letter.
     DeadLetter {
-        /// Why, as above.
+        /// Why the attempt failed, for logs and dead letters.
         reason: String,
     },
 }
 
-/// Whether the settlement reached the broker.
+/// The outcome of settling a delivery.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Settled {
     /// The broker will not deliver the message again.
     Done,
-    /// The channel it came by is gone: the broker delivers the message again.
+    /// The delivery's channel is closed, so the broker delivers the message again.
     Lost,
 }
 
-/// A message in flight: taken from the queue and not settled. Dropping it settles nothing; the
-/// broker redelivers it when its consumer is closed.
+/// A message that was received from the queue and is not settled. Dropping it does not settle it:
+/// the broker redelivers the message when the consumer is closed.
 pub struct Delivery(pub(crate) Inner);
 
 pub(crate) enum Inner {
@@ -49,7 +51,7 @@ impl Delivery {
     /// The object to look up.
     ///
     /// # Errors
-    /// [`DecodeError`] when the message names none; it belongs among the dead letters.
+    /// [`DecodeError`] if the message contains no id. Such a message must become a dead letter.
     pub fn id(&self) -> Result<i64, &DecodeError> {
         match &self.0 {
             Inner::Amqp(delivery) => delivery.id(),
@@ -66,7 +68,7 @@ impl Delivery {
         }
     }
 
-    /// The span that it was published in (W3C Trace Context), if the message tells.
+    /// The span that published the message (W3C Trace Context), if the message contains it.
     #[must_use]
     pub fn traceparent(&self) -> Option<&str> {
         match &self.0 {
@@ -75,8 +77,8 @@ impl Delivery {
         }
     }
 
-    /// When the callback came in, by the clock of the producer that took it; `None` for a message that
-    /// does not tell.
+    /// When the callback arrived, by the producer's clock; `None` if the message does not contain
+    /// it.
     #[must_use]
     pub fn accepted_at(&self) -> Option<SystemTime> {
         match &self.0 {
@@ -85,7 +87,7 @@ impl Delivery {
         }
     }
 
-    /// How many attempts at this message have failed before.
+    /// The number of failed attempts at this message.
     #[must_use]
     pub fn failed_attempts(&self) -> u32 {
         match &self.0 {
@@ -94,7 +96,7 @@ impl Delivery {
         }
     }
 
-    /// Whether it may have been delivered before, to a consumer that went away with it.
+    /// Whether the message may have been delivered before, to a consumer that did not settle it.
     #[must_use]
     pub fn redelivered(&self) -> bool {
         match &self.0 {
@@ -103,20 +105,22 @@ impl Delivery {
         }
     }
 
-    /// Whether the channel that it came by is gone: then it cannot be settled, and is delivered again.
+    /// Whether the delivery's channel is closed: then it cannot be settled, and the message is
+    /// delivered again.
     #[must_use]
     pub fn is_lost(&self) -> bool {
         match &self.0 {
             Inner::Amqp(delivery) => delivery.is_lost(),
-            // A file is not lost without its process.
+            // A file has no channel that could be lost.
             Inner::Sqlite(_) => false,
         }
     }
 
-    /// Settles it. A requeued one, a retry or a dead letter is durable before the original is gone: between the two
-    /// there may be two of them, never none. While the broker does not confirm, it is tried again
-    /// for as long as the delivery's own channel lasts. If this is dropped, the message is settled all
-    /// the same, or delivered again when its consumer is closed.
+    /// Settles the delivery. The copy of a requeue, retry or dead letter is durable before the
+    /// original is removed: for a moment there may be two messages, never none. If the broker does
+    /// not confirm the copy, it is published again for as long as the delivery's channel is open.
+    /// If this future is dropped, the delivery may be settled, or the message is delivered again
+    /// when the consumer is closed.
     pub async fn settle(self, disposition: Disposition) -> Settled {
         let kind = match &disposition {
             Disposition::Ack => "ack",
@@ -133,7 +137,8 @@ impl Delivery {
         settled
     }
 
-    /// Gives it back at once, as if it had not been delivered, so that another consumer can have it.
+    /// Gives the message back to the queue at once, as if it had not been delivered, for other
+    /// consumers.
     pub async fn give_back(self) {
         match self.0 {
             Inner::Amqp(delivery) => delivery.give_back().await,

@@ -1,4 +1,4 @@
-//! The queue in metrics: how much lies there, and for how long.
+//! Metrics of the queue: its depths, and the age of its oldest message.
 
 use std::time::SystemTime;
 
@@ -6,7 +6,8 @@ use metrics::Gauge;
 
 use crate::Depths;
 
-/// What a consumer tells of the queue. Several tell the same, up to the moment of their look.
+/// The gauges that a consumer sets. All consumers of a queue report the same depths, except for the
+/// time of their inspections.
 pub(crate) struct Gauges {
     ready: Gauge,
     unsettled: Gauge,
@@ -19,22 +20,25 @@ impl Gauges {
     pub(crate) fn new() -> Self {
         metrics::describe_gauge!(
             "lastseen_queue_messages",
-            "Messages that are ready and that no consumer has taken."
+            "Messages that are ready and have not been delivered to a consumer."
         );
         metrics::describe_gauge!(
             "lastseen_unsettled_messages",
-            "Messages that this consumer has taken and not settled."
+            "Messages that were delivered to this consumer and are not settled."
         );
         metrics::describe_gauge!(
             "lastseen_delayed_messages",
-            "Messages that have failed and wait to be tried again."
+            "Messages that wait in a delay queue for their next attempt."
         );
-        metrics::describe_gauge!("lastseen_dead_letters", "Messages that were given up.");
+        metrics::describe_gauge!(
+            "lastseen_dead_letters",
+            "Messages that were given up and are kept for a person."
+        );
         metrics::describe_gauge!(
             "lastseen_oldest_message_age_seconds",
             metrics::Unit::Seconds,
-            "Time since the callback of the oldest message that is ready or that this consumer has \
-             taken; 0 if there is none."
+            "Age of the oldest callback whose message is ready or unsettled at this consumer; 0 if \
+             there is none."
         );
         Self {
             ready: metrics::gauge!("lastseen_queue_messages"),
@@ -45,19 +49,19 @@ impl Gauges {
         }
     }
 
-    /// Tells what a look has found, with the moment of the callback of the oldest message.
+    /// Sets all gauges. `oldest` is when the callback of the oldest message arrived.
     pub(crate) fn set(&self, depths: Depths, unsettled: usize, oldest: Option<SystemTime>) {
         self.ready.set(as_float(depths.ready));
         self.unsettled.set(as_float(unsettled as u64));
         self.delayed.set(as_float(depths.delayed));
         self.dead.set(as_float(depths.dead));
-        // The producer's clock may be ahead of ours.
+        // The producer's clock may be ahead of this one.
         let age = oldest.and_then(|since| since.elapsed().ok()).unwrap_or_default();
         self.oldest_age.set(age.as_secs_f64());
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "nobody counts beyond 2^52 messages")]
+#[expect(clippy::cast_precision_loss, reason = "a queue never holds 2^52 messages")]
 fn as_float(count: u64) -> f64 {
     count as f64
 }

@@ -1,4 +1,4 @@
-//! Looking at a queue from outside, and treating its dead letters.
+//! Inspects a queue and its dead letters, for operators.
 
 use std::time::SystemTime;
 
@@ -7,12 +7,12 @@ use embedded::OpenError;
 use crate::config::{Backend, Config};
 use crate::{amqp, sqlite};
 
-/// How many messages a queue holds.
+/// The number of messages in the queues.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Depths {
-    /// Ready to be delivered; in a file, those in flight as well.
+    /// Ready to be delivered. For a queue in a file, this includes messages in flight.
     pub ready: u64,
-    /// Failed and waiting to be tried again.
+    /// Waiting for the next attempt.
     pub delayed: u64,
     /// Dead letters.
     pub dead: u64,
@@ -21,45 +21,45 @@ pub struct Depths {
 /// A message that was given up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct DeadLetter {
-    /// The object it names; `None` if it cannot be read.
+    /// The object; `None` if the body cannot be decoded.
     pub id: Option<i64>,
     /// The message as it was published.
     pub body: Vec<u8>,
     /// The callback that named the object; empty for a message of the Go producer.
     pub callback_id: String,
-    /// Why it was given up.
+    /// Why the message was given up.
     pub reason: String,
-    /// How many attempts have failed.
+    /// The number of failed attempts.
     pub attempts: u32,
-    /// When it was published, to the second.
+    /// When the message was published, to the second.
     pub published_at: Option<SystemTime>,
-    /// When an attempt first failed.
+    /// When the first attempt failed.
     pub first_failed_at: Option<SystemTime>,
     /// When the last attempt failed.
     pub last_failed_at: Option<SystemTime>,
 }
 
-/// Which dead letters are meant: those that fit all that is given, so by default all.
+/// Selects the dead letters that match all criteria; by default, all.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Selection {
-    /// Of one of these objects; of any, if empty.
+    /// Ids of objects; empty selects all.
     pub ids: Vec<i64>,
-    /// With this text in the reason.
+    /// A text that the reason contains.
     pub reason: Option<String>,
 }
 
 /// What to do with dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Treatment {
-    /// Nothing; they stay.
-    Look,
-    /// Make them messages again, as if they had just been published, at the end of the queue.
+pub enum DeadLetterAction {
+    /// List them and leave them as they are.
+    List,
+    /// Send them back to the end of the queue, as if they had just been published.
     Redrive,
     /// Delete them.
     Purge,
 }
 
-/// Why a look at the queue ended early.
+/// Why an operation of the inspector failed.
 #[derive(Debug, thiserror::Error)]
 pub enum InspectError {
     /// The file cannot be opened.
@@ -70,15 +70,15 @@ pub enum InspectError {
     File {
         /// The file.
         path: std::path::PathBuf,
-        /// SQLite's answer.
+        /// SQLite's error.
         source: Box<dyn std::error::Error + Send + Sync>,
     },
-    /// The broker is away, has gone away, or refuses.
+    /// The broker is away, the connection was lost, or the broker refused the operation.
     #[error("the broker is away: {0}")]
     Away(String),
 }
 
-/// A look at a queue, beside the processes that use it.
+/// Inspects a queue while other processes use it.
 pub struct Inspector(Inner);
 
 enum Inner {
@@ -87,11 +87,11 @@ enum Inner {
 }
 
 impl Selection {
-    /// Whether `letter` is meant.
+    /// Whether `letter` matches all criteria.
     #[must_use]
-    pub fn fits(&self, letter: &DeadLetter) -> bool {
-        let by_id = self.ids.is_empty() || letter.id.is_some_and(|id| self.ids.contains(&id));
-        by_id && self.reason.as_ref().is_none_or(|reason| letter.reason.contains(reason))
+    pub fn matches(&self, letter: &DeadLetter) -> bool {
+        let matches_id = self.ids.is_empty() || letter.id.is_some_and(|id| self.ids.contains(&id));
+        matches_id && self.reason.as_ref().is_none_or(|reason| letter.reason.contains(reason))
     }
 }
 
@@ -113,7 +113,7 @@ impl Inspector {
         }))
     }
 
-    /// How many messages there are right now.
+    /// Counts the messages in the queues now.
     ///
     /// # Errors
     /// [`InspectError`].
@@ -124,29 +124,28 @@ impl Inspector {
         }
     }
 
-    /// Goes once through the dead letters that are there now, treats those that `selection` means,
-    /// and passes each to `treated` when that is durable. If it is dropped or killed midway, none is
-    /// lost; by RabbitMQ, some may have been redriven and still lie there.
+    /// Applies `action` once to all current dead letters that `selection` selects, and passes each
+    /// letter to `on_done` when its action is durable. If the future is dropped or the process is
+    /// killed, no letter is lost, but on RabbitMQ a redriven letter may also remain a dead letter.
     ///
-    /// Meanwhile RabbitMQ's other letters are taken too, and go back in their order in the end;
-    /// another look finds none of them before.
+    /// On RabbitMQ, the other letters are held meanwhile and go back in order at the end. Until
+    /// then, another inspector does not find them.
     ///
     /// # Errors
-    /// [`InspectError`]; what was passed to `treated` before stays done.
+    /// [`InspectError`]; the actions on letters that were passed to `on_done` remain in effect.
     pub async fn dead_letters(
         &mut self,
         selection: &Selection,
-        treatment: Treatment,
-        treated: impl FnMut(DeadLetter) + Send,
+        action: DeadLetterAction,
+        on_done: impl FnMut(DeadLetter) + Send,
     ) -> Result<(), InspectError> {
         match &mut self.0 {
-            Inner::Amqp(inspector) => inspector.dead_letters(selection, treatment, treated).await,
-            Inner::Sqlite(inspector) => inspector.dead_letters(selection, treatment, treated).await,
+            Inner::Amqp(inspector) => inspector.dead_letters(selection, action, on_done).await,
+            Inner::Sqlite(inspector) => inspector.dead_letters(selection, action, on_done).await,
         }
     }
 
-    /// Says goodbye to the broker. Dropping it does no harm either, but leaves a warning in the
-    /// broker's log.
+    /// Closes the connection. Without this, the broker logs a warning about the abrupt end.
     pub async fn close(self) {
         if let Inner::Amqp(inspector) = self.0 {
             inspector.close().await;

@@ -1,4 +1,4 @@
-//! What is published: one object id.
+//! The body of a message: one object id.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -6,36 +6,38 @@ use serde::Deserialize;
 use serde::de::Error as _;
 use uuid::Uuid;
 
-/// A body that holds no object id. The message goes to the dead letters as it is.
+/// The body contains no object id. The message becomes a dead letter unchanged.
 #[derive(Debug, thiserror::Error)]
 #[error("the body is not {{\"id\":<64-bit integer>}}: {0}")]
 pub struct DecodeError(#[from] serde_json::Error);
 
-/// The body as the Go services write it (`ID`) and as we do (`id`); other fields are not ours.
+/// The body as the Go services (`ID`) and Lastseen (`id`) write it. Other fields are ignored.
 #[derive(Deserialize)]
 struct Body {
     #[serde(alias = "ID", alias = "Id", alias = "iD")]
     id: i64,
 }
 
-/// The body of a message: JSON with the id under `id`, which Go's decoder takes in any case.
+/// Encodes the body: JSON with the id under `id`. Go's decoder ignores the case of the name.
 pub(crate) fn encode(id: i64) -> Vec<u8> {
     format!("{{\"id\":{id}}}").into_bytes()
 }
 
-/// The object id in a body.
+/// Decodes the object id in a body.
 ///
 /// # Errors
-/// [`DecodeError`] when the body is no JSON object, has no id, two, or one beyond 64 bits.
+/// [`DecodeError`] if the body is not a JSON object, or has no id, two ids, or an id beyond 64
+/// bits.
 pub(crate) fn decode(body: &[u8]) -> Result<i64, DecodeError> {
-    // Without this, serde would take the bare list `[42]` for the object's fields in order.
+    // Without this check, serde would accept the list `[42]` as the fields in order.
     if body.trim_ascii_start().first() != Some(&b'{') {
-        return Err(serde_json::Error::custom("it is no JSON object").into());
+        return Err(serde_json::Error::custom("not a JSON object").into());
     }
     Ok(serde_json::from_slice::<Body>(body)?.id)
 }
 
-/// When the callback came in, to the millisecond, if its id tells: those of our producer do (UUID v7).
+/// When the callback arrived, to the millisecond, if its id is a UUID v7, as the producer generates
+/// them.
 pub(crate) fn accepted_at(callback_id: &str) -> Option<SystemTime> {
     let id = Uuid::try_parse(callback_id).ok().filter(|id| id.get_version_num() == 7)?;
     let (seconds, nanoseconds) = id.get_timestamp()?.to_unix();
@@ -50,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_encoded_is_decoded() {
+    fn encoded_id_is_decoded() {
         for id in [0, 42, -1, i64::MAX, i64::MIN] {
             assert_eq!(decode(&encode(id)).unwrap(), id);
         }
@@ -58,24 +60,24 @@ mod tests {
     }
 
     #[test]
-    fn a_message_of_the_go_producer_is_read() {
+    fn message_of_the_go_producer_is_decoded() {
         assert_eq!(decode(br#"{"ID":42}"#).unwrap(), 42);
         assert_eq!(decode(br#"{"Id":42,"Seen":"never"}"#).unwrap(), 42);
     }
 
     #[test]
-    fn the_id_of_a_callback_tells_to_the_millisecond_when_it_came_in() {
+    fn callback_id_contains_the_time_of_arrival() {
         let before = SystemTime::now() - Duration::from_millis(1);
-        let told = accepted_at(&Uuid::now_v7().to_string()).unwrap();
-        assert!(before <= told && told <= SystemTime::now());
-        let of_a_partner = "67e55044-10b1-426f-9247-bb680e5fe0c8";
-        for id in ["", "callback-1", of_a_partner] {
+        let accepted_at_from_id = accepted_at(&Uuid::now_v7().to_string()).unwrap();
+        assert!(before <= accepted_at_from_id && accepted_at_from_id <= SystemTime::now());
+        let uuid_v4 = "67e55044-10b1-426f-9247-bb680e5fe0c8";
+        for id in ["", "callback-1", uuid_v4] {
             assert_eq!(accepted_at(id), None, "{id:?}");
         }
     }
 
     #[test]
-    fn what_names_no_single_64_bit_id_is_refused() {
+    fn body_without_a_single_64_bit_id_is_refused() {
         let bodies: [&[u8]; 8] = [
             b"",
             b"42",

@@ -1,24 +1,25 @@
-//! What a message carries along from where it comes from.
+//! The origin of a message: its callback and the span that published it.
 
-/// Where messages come from.
+/// The callback and the span that messages come from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin<'a> {
-    /// The callback that names the objects.
+    /// The id of the callback.
     pub callback_id: &'a str,
-    /// The span in which they are published (W3C Trace Context), if traces are taken.
+    /// The span that publishes the messages (W3C Trace Context), if traces are enabled.
     pub traceparent: Option<&'a str>,
 }
 
 impl<'a> From<&'a str> for Origin<'a> {
-    /// A callback of which no trace is taken.
+    /// A callback without a trace.
     fn from(callback_id: &'a str) -> Self {
         Self { callback_id, traceparent: None }
     }
 }
 
 impl<'a> Origin<'a> {
-    /// The form that it has in a file: the id, and behind a space the span, if there is one. Both in one
-    /// column, because those who know of no spans have no other.
+    /// Encodes the origin for a queue in a file: the id, followed by a space and the span, if there
+    /// is one. Both are in one column, because older versions of the file have no column for the
+    /// span.
     pub(crate) fn to_text(self) -> String {
         match self.traceparent {
             None => self.callback_id.to_owned(),
@@ -26,6 +27,7 @@ impl<'a> Origin<'a> {
         }
     }
 
+    /// Decodes the result of [`Origin::to_text`].
     pub(crate) fn from_text(text: &'a str) -> Self {
         match text.split_once(' ') {
             None => text.into(),
@@ -41,7 +43,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_stands_in_a_file_is_read_back_also_from_before_there_were_spans() {
+    fn origin_in_a_file_is_decoded_with_or_without_a_span() {
         let traced = Origin { callback_id: "callback-1", traceparent: Some("00-1-2-01") };
         for origin in [traced, "callback-1".into(), "".into()] {
             assert_eq!(Origin::from_text(&origin.to_text()), origin);

@@ -1,4 +1,4 @@
-//! Making callbacks durable.
+//! Publishes messages to the queue.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -11,30 +11,31 @@ use crate::config::{Backend, Config};
 use crate::sqlite::{self, Queue};
 use crate::{LinkStatus, Origin, amqp};
 
-/// Why a batch is not known to be durable. Some of its messages may be in the queue all the same.
+/// Why a batch was not confirmed. Some of its messages may be in the queue nevertheless.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum PublishError {
     /// There is no usable connection, or the file cannot be written.
     #[error("the broker is away: {0}")]
     Away(String),
-    /// The broker has as many messages to confirm as it may have: it is given more than it takes.
-    #[error("the broker has {0} messages to confirm already")]
+    /// The number of unconfirmed messages is at its limit: the broker confirms too slowly.
+    #[error("{0} messages are unconfirmed already")]
     Full(usize),
     /// The broker did not confirm in time.
     #[error("the broker did not confirm within {0:?}")]
     Timeout(Duration),
-    /// The broker refused messages (`basic.nack`), as it does when a queue is full.
-    #[error("the broker refused {} of the messages", which.len())]
+    /// The broker refused messages (`basic.nack`), for example because a queue is full.
+    #[error("the broker refused {} of the messages", positions.len())]
     Refused {
-        /// Their positions in the batch; all others are confirmed.
-        which: Vec<usize>,
+        /// The positions of the refused messages in the batch; all others are confirmed.
+        positions: Vec<usize>,
     },
-    /// The queue is gone; it is being declared again.
+    /// The queue does not exist; the publisher declares it again.
     #[error("the queue does not exist")]
     Unroutable,
 }
 
-/// Publishes to the broker; cheap to clone. The connection closes when the last clone is dropped.
+/// Publishes messages to the broker. It is cheap to clone; dropping the last clone closes the
+/// connection.
 #[derive(Clone)]
 pub struct Publisher {
     pub(crate) kind: Kind,
@@ -49,20 +50,20 @@ pub(crate) enum Kind {
 }
 
 impl Publisher {
-    /// Starts the task that connects to RabbitMQ, whose management page shows the connection as
-    /// `name`, and reconnects for as long as it takes; or opens the file.
+    /// For RabbitMQ, starts the task that connects, and reconnects until it succeeds; the
+    /// management page shows the connection as `name`. For a queue in a file, opens the file.
     ///
     /// # Errors
-    /// [`OpenError`], of a file only.
+    /// [`OpenError`], only for a file.
     pub fn start(config: &Config, name: &str) -> Result<Self, OpenError> {
         metrics::describe_histogram!(
             "lastseen_publish_seconds",
             metrics::Unit::Seconds,
-            "Time from a batch of messages to its last confirm, or to its failure."
+            "Time until a batch of messages was confirmed or failed."
         );
         metrics::describe_counter!(
             "lastseen_published_total",
-            "Messages by the broker's verdict; retries and dead letters included."
+            "Messages by the broker's response, including retries and dead letters."
         );
         for outcome in ["confirmed", "refused", "unroutable"] {
             metrics::counter!("lastseen_published_total", "outcome" => outcome).increment(0);
@@ -78,11 +79,12 @@ impl Publisher {
         Ok(Self { kind, latency: metrics::histogram!("lastseen_publish_seconds") })
     }
 
-    /// Publishes one persistent message for each of `ids` and waits until all are confirmed.
-    /// `origin` travels along; a callback's id alone will do. On RabbitMQ it does not wait until there is room for them.
+    /// Publishes one persistent message with this `origin` for each of `ids`, and waits until all
+    /// are confirmed. On RabbitMQ, it does not wait for capacity: see [`PublishError::Full`].
     ///
     /// # Errors
-    /// [`PublishError`], at the latest after `within`; then none, some or all are in the queue.
+    /// [`PublishError`], within `within`; none, some or all of the messages may be in the queue
+    /// then.
     pub async fn publish_ids<'a>(
         &self,
         origin: impl Into<Origin<'a>>,
@@ -102,8 +104,9 @@ impl Publisher {
         confirmed
     }
 
-    /// Whether the broker takes messages right now, for health checks. While a queue refuses everything it is
-    /// an error, although messages can be handed over to be tried: see [`Publisher::opened`].
+    /// Whether the broker accepts messages now, for health checks. It is an error while a queue
+    /// refuses all messages, although the publisher may have a connection: see
+    /// [`Publisher::wait_until_open`].
     #[must_use]
     pub fn status(&self) -> watch::Receiver<LinkStatus> {
         match &self.kind {
@@ -112,16 +115,16 @@ impl Publisher {
         }
     }
 
-    /// Returns once messages can be handed over: there is a connection, and the broker has not blocked it. If
-    /// what publishes has died, it returns at once.
-    pub async fn opened(&self) {
+    /// Waits until there is a connection that the broker has not blocked. Returns at once if the
+    /// publisher task has died.
+    pub async fn wait_until_open(&self) {
         match &self.kind {
-            Kind::Amqp(publisher) => publisher.opened().await,
+            Kind::Amqp(publisher) => publisher.wait_until_open().await,
             Kind::Sqlite(queue) => _ = queue.status().wait_for(Result::is_ok).await,
         }
     }
 
-    /// Returns only if what publishes has died; a service must not outlive it.
+    /// Returns only if the publisher task has died. The process must end then.
     pub async fn died(&self) {
         match &self.kind {
             Kind::Amqp(publisher) => publisher.died().await,
@@ -129,7 +132,7 @@ impl Publisher {
         }
     }
 
-    /// Says goodbye to the broker, or closes the file, once every other clone is dropped too.
+    /// Closes the connection or the file, if all other clones have been dropped.
     pub async fn close(self) {
         match self.kind {
             Kind::Amqp(publisher) => publisher.close().await,

@@ -1,4 +1,4 @@
-//! The queue in a file as a second place, for what a broker does not take.
+//! The spool: a queue in a file, which stores messages while the broker is away.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -11,36 +11,36 @@ use tokio::time::timeout;
 use crate::sqlite::{Queue, SPOOL};
 use crate::{LinkStatus, Origin};
 
-/// Messages that wait on this disk for a broker. One process has it, and in it one reader: that takes
-/// the oldest, publishes them, and removes them only when they are confirmed.
+/// Messages on the local disk that wait for the broker. One process owns the file. Its relay, the
+/// only reader, publishes the oldest messages and removes them when they are confirmed.
 pub struct Spool {
     queue: Arc<Queue>,
 }
 
-/// Why messages are not known to be in the spool. Some of them may be all the same.
+/// Why messages could not be added to the spool. Some may be in it nevertheless.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum SpoolError {
-    /// It is full, or its file cannot be written.
+    /// The spool is full, or its file cannot be written.
     #[error(transparent)]
     Write(#[from] WriteError),
-    /// The disk did not have them in time.
-    #[error("the spool did not take them within {0:?}")]
+    /// The messages were not on disk in time.
+    #[error("the spool did not store the messages within {0:?}")]
     Timeout(Duration),
 }
 
-/// A message that waits.
+/// A message in the spool.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Spooled {
-    /// Its number: the oldest has the lowest.
+    /// The number of the message; the oldest has the lowest.
     pub number: i64,
-    /// The object.
+    /// The object's id.
     pub id: i64,
-    /// Where it comes from, as the file has it.
+    /// See [`Origin::to_text`].
     origin: String,
 }
 
 impl Spooled {
-    /// Where it comes from.
+    /// The callback and the span that the message comes from.
     #[must_use]
     pub fn origin(&self) -> Origin<'_> {
         Origin::from_text(&self.origin)
@@ -48,20 +48,20 @@ impl Spooled {
 }
 
 impl Spool {
-    /// Opens the spool in the file at `path`, with what an earlier process has left in it, or makes
-    /// an empty one. It holds up to `max_bytes`, and somewhat more in its log and its ballast.
+    /// Opens the spool in the file at `path` with its messages, or creates an empty one. The file
+    /// holds up to `max_bytes`; its log and ballast take some more space.
     ///
     /// # Errors
-    /// [`OpenError`]; then the file is as it was.
+    /// [`OpenError`]; the file is unchanged then.
     pub fn open(path: &Path, max_bytes: u64) -> Result<Self, OpenError> {
         let queue = Arc::new(Queue::open_as(path, Format { max_bytes, ..SPOOL })?);
         Ok(Self { queue })
     }
 
-    /// Adds a message for each of `ids`; they are on disk on return.
+    /// Adds a message for each of `ids`, and returns when they are on disk.
     ///
     /// # Errors
-    /// [`SpoolError`], at the latest after `within`.
+    /// [`SpoolError`], within `within`.
     pub async fn add(
         &self,
         origin: Origin<'_>,
@@ -74,55 +74,58 @@ impl Spool {
         }
     }
 
-    /// Up to `limit` messages, the oldest first. They stay until they are removed.
+    /// Returns up to `limit` messages, oldest first. They stay in the spool until they are removed.
     ///
     /// # Errors
-    /// [`WriteError`] when the file cannot be read.
+    /// [`WriteError`] if the file cannot be read.
     pub async fn oldest(&self, limit: usize) -> Result<Vec<Spooled>, WriteError> {
         let messages = self.queue.oldest(limit).await?;
         let spooled = |(number, id, origin)| Spooled { number, id, origin };
         Ok(messages.into_iter().map(spooled).collect())
     }
 
-    /// Removes the messages of these numbers for good. It goes on a full disk too, if only when it is
-    /// tried again.
+    /// Removes the messages with these numbers. This also works on a full disk, although it may
+    /// need a second attempt.
     ///
     /// # Errors
-    /// [`WriteError`] when the file could not be written for now: they are still there.
+    /// [`WriteError`] if the file cannot be written now; the messages are still in the spool.
     pub async fn remove(&self, numbers: Vec<i64>) -> Result<(), WriteError> {
         self.queue.remove(numbers).await
     }
 
-    /// How many messages wait; of a batch that was removed in part, all from the first that was left.
+    /// The number of messages. If later messages were removed before earlier ones, it is too high
+    /// until those are removed as well.
     ///
     /// # Errors
-    /// [`WriteError`] when the file cannot be read.
+    /// [`WriteError`] if the file cannot be read.
     pub async fn count(&self) -> Result<u64, WriteError> {
         self.queue.count().await
     }
 
-    /// When the oldest message came; `None` if there is none.
+    /// When the oldest message was added; `None` if the spool is empty.
     ///
     /// # Errors
-    /// [`WriteError`] when the file cannot be read.
+    /// [`WriteError`] if the file cannot be read.
     pub async fn oldest_at(&self) -> Result<Option<SystemTime>, WriteError> {
         self.queue.oldest_at().await
     }
 
-    /// Whether the spool takes messages. While it does not, a write is tried each second.
+    /// Whether the spool accepts messages. While it does not, it tests each second whether it can
+    /// write.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<LinkStatus> {
         self.queue.status()
     }
 
-    /// `Err` while a damaged spool is kept beside this one: which, and what is to be done with it.
+    /// `Err` while a damaged spool is kept beside this one: its name, and what the operator has to
+    /// do.
     #[must_use]
     pub fn kept(&self) -> watch::Receiver<LinkStatus> {
         self.queue.kept()
     }
 
-    /// Returns only if nothing writes the file any more, because it is damaged or no longer at its place.
-    /// Opened again, the same path leads to a spool that works.
+    /// Returns only if the writing thread has died, because the file is damaged or was moved away.
+    /// Opening the same path again results in a working spool.
     pub async fn died(&self) {
         self.queue.died().await;
     }

@@ -1,7 +1,7 @@
-//! The queue in a file of one process.
+//! The queue in a file that one process owns.
 //!
-//! A message is a row of `message` until it is acked. What is in flight is known in memory only:
-//! after a crash, every row is delivered again.
+//! A message is a row of `message` until it is acked. Only the process's memory says which messages
+//! are in flight: after a crash, every row is delivered again.
 //!
 //! Decision: docs/decisions/0063-how-does-the-queue-in-a-file-deliver.md
 

@@ -12,13 +12,15 @@ use crate::Exchange;
 #[command(next_help_heading = "Events")]
 #[group(skip)]
 pub struct Config {
-    /// RabbitMQ that carries the events, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…; without it, or with a file, there are no events
+    /// RabbitMQ that carries the events, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…;
+    /// without it, or with a file, there are no events
     #[arg(long)]
     pub amqp_uri: Option<EventsUrl>,
     /// Name of the queue; the exchange of its events has the same name with `.events` appended
     #[arg(long, default_value = "objects", value_parser = settings::queue_name)]
     pub queue_name: String,
-    /// PEM certificates of authorities to trust for amqps://, in addition to the system's; usually set by `AMQP_CA_FILE`, which names a file
+    /// PEM certificates of authorities to trust for amqps://, in addition to the system's; usually
+    /// set by `AMQP_CA_FILE`, which names a file
     #[arg(long, value_parser = settings::certificates)]
     pub amqp_ca: Option<String>,
     /// An existing exchange, which takes precedence over the settings above. It is not a setting.

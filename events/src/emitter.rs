@@ -37,8 +37,8 @@ enum Outlet {
 }
 
 impl Emitter {
-    /// On RabbitMQ, starts the task that connects and publishes. RabbitMQ's management page shows the
-    /// connection as `name`.
+    /// On RabbitMQ, starts the task that connects and publishes. RabbitMQ's management page shows
+    /// the connection as `name`.
     #[must_use]
     pub fn start(exchange: &Exchange, name: &str) -> Self {
         metrics::describe_counter!(
@@ -79,7 +79,8 @@ impl Emitter {
             }
             Outlet::Rabbit { outbox, sequence, .. } => {
                 let objects: Vec<Object> = objects.collect();
-                // Locked until all are queued, so that messages are sent in the order of their numbers.
+                // Locked until all are queued, so that messages are sent in the order of their
+                // numbers.
                 let mut last = sequence.lock();
                 for objects in objects.chunks(OBJECTS_MAX) {
                     *last += 1;
@@ -93,8 +94,8 @@ impl Emitter {
         }
     }
 
-    /// Leaves a gap in the sequence numbers, because a change may have been committed that cannot be
-    /// published, for this reason. Subscribers then read the table within seconds.
+    /// Leaves a gap in the sequence numbers, because a change may have been committed that cannot
+    /// be published, for this reason. Subscribers then read the table within seconds.
     pub fn leave_gap(&self, reason: &str) {
         match &self.0 {
             Outlet::Disabled => {}
@@ -124,8 +125,8 @@ impl Emitter {
         }
     }
 
-    /// Waits up to 2 s until the remaining messages are published, which happens only if every other
-    /// clone has been dropped.
+    /// Waits up to 2 s until the remaining messages are published, which happens only if every
+    /// other clone has been dropped.
     pub async fn close(self) {
         let Outlet::Rabbit { outbox, mut status, .. } = self.0 else { return };
         drop(outbox);

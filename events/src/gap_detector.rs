@@ -14,8 +14,8 @@ pub(crate) struct GapDetector(HashMap<Uuid, u64>);
 impl GapDetector {
     /// Records a message. Returns false if messages of its source are missing before it.
     ///
-    /// If the first message from a source does not have number 1, earlier ones count as missing: they
-    /// may have been published before the subscription began, but that cannot be known here.
+    /// If the first message from a source does not have number 1, earlier ones count as missing:
+    /// they may have been published before the subscription began, but that cannot be known here.
     pub(crate) fn record(&mut self, source: Uuid, sequence: u64) -> bool {
         if self.0.len() >= SOURCES_MAX && !self.0.contains_key(&source) {
             self.0.clear();

@@ -1,8 +1,9 @@
 //! Events about committed changes: objects that came online, were seen again, or are gone.
 //!
-//! An [`Emitter`] publishes events on an [`Exchange`] without ever waiting; a [`Subscriber`] receives
-//! them. Events may be lost, and the table is authoritative: a subscriber is notified when it may have
-//! missed events, and then reads the table. `docs/events.md` documents the format for other programs.
+//! An [`Emitter`] publishes events on an [`Exchange`] without ever waiting; a [`Subscriber`]
+//! receives them. Events may be lost, and the table is authoritative: a subscriber is notified when
+//! it may have missed events, and then reads the table. `docs/events.md` documents the format for
+//! other programs.
 
 mod config;
 mod emitter;
@@ -20,7 +21,8 @@ pub use exchange::Exchange;
 pub use message::format_time;
 pub use subscriber::{Notification, Subscriber};
 
-/// Whether events can be published or received: `Ok`, or the reason why not, worded for an operator.
+/// Whether events can be published or received: `Ok`, or the reason why not, worded for an
+/// operator.
 pub type LinkStatus = Result<(), String>;
 
 /// The kind of a change.

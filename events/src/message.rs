@@ -14,7 +14,8 @@ const VERSION: u32 = 2;
 const VERSION_MIN: u32 = 1;
 /// A byte order mark, which RFC 8259 allows readers to ignore.
 const BOM: &[u8] = "\u{feff}".as_bytes();
-/// The last second of the year 9999, in seconds since 1970: the format has four digits for the year.
+/// The last second of the year 9999, in seconds since 1970: the format has four digits for the
+/// year.
 const LAST_SECOND: u64 = 253_402_300_799;
 
 /// One message. Its routing key is the name of the change's [`crate::Kind`].

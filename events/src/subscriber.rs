@@ -13,8 +13,8 @@ use crate::{Kind, LinkStatus, Object};
 pub enum Notification {
     /// These objects have changed.
     Committed(Kind, Vec<Object>),
-    /// Changes may have been committed of which no event will arrive, for this reason: the subscriber
-    /// has to read the table. Each subscription begins with this.
+    /// Changes may have been committed of which no event will arrive, for this reason: the
+    /// subscriber has to read the table. Each subscription begins with this.
     Missed(String),
 }
 
@@ -56,8 +56,8 @@ impl Subscriber {
         self.status.subscribe()
     }
 
-    /// Waits for the next notification, and reconnects until it succeeds. A notification may be lost if
-    /// the future is dropped.
+    /// Waits for the next notification, and reconnects until it succeeds. A notification may be
+    /// lost if the future is dropped.
     pub async fn next(&mut self) -> Notification {
         match &mut self.source {
             Source::Disabled => std::future::pending().await,

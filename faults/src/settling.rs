@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use broker::{DeadLetter, Inspector, Selection, Treatment};
+use broker::{DeadLetter, DeadLetterAction, Inspector, Selection};
 use sqlx::PgPool;
 use tester::ledger::{Answer, Entry};
 
@@ -118,7 +118,7 @@ impl Books<'_> {
                 (fewest, moved) = (missing.len(), Instant::now());
             }
             // Looked at in any case, for a dead letter may be of an id that was settled before.
-            let letters = treat_dead_letters(self.broker_uri, Treatment::Look).await;
+            let letters = treat_dead_letters(self.broker_uri, DeadLetterAction::List).await;
             // `None` is one whose id cannot be read.
             dead_letters = letters.iter().map(|letter| letter.id).collect();
             let dead: HashSet<i64> = dead_letters.iter().copied().flatten().collect();
@@ -220,7 +220,10 @@ pub(crate) fn broker_config(uri: &str) -> broker::Config {
 }
 
 /// The dead letters, when that has been done to all of them.
-pub(crate) async fn treat_dead_letters(broker_uri: &str, treatment: Treatment) -> Vec<DeadLetter> {
+pub(crate) async fn treat_dead_letters(
+    broker_uri: &str,
+    treatment: DeadLetterAction,
+) -> Vec<DeadLetter> {
     let config = broker_config(broker_uri);
     let mut letters = Vec::new();
     let look = async {

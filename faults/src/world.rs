@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
-use broker::{DeadLetter, Publisher, Treatment};
+use broker::{DeadLetter, DeadLetterAction, Publisher};
 use pipeline::Surroundings;
 use testbed::{
     ON_A_READ_ONLY_ROOT, ON_A_SMALL_DISK, PostgresCluster, Process, Proxy, RabbitNode, Scratch,
@@ -342,7 +342,7 @@ impl World {
 
     /// Sends all dead letters back to the queue, and says which they were.
     pub(crate) async fn redrives(&self) -> Vec<DeadLetter> {
-        treat_dead_letters(&self.broker_uri(), Treatment::Redrive).await
+        treat_dead_letters(&self.broker_uri(), DeadLetterAction::Redrive).await
     }
 
     /// Deletes the queue, as only an operator can. What is on its way into it at that moment is lost by
@@ -460,6 +460,6 @@ impl World {
 async fn declare_queues(uri: &str) {
     let publisher = Publisher::start(&broker_config(uri), "faults: first leader");
     let publisher = publisher.expect("a publisher opens no file");
-    publisher.opened().await;
+    publisher.wait_until_open().await;
     publisher.close().await;
 }

@@ -169,7 +169,8 @@ async fn nothing_is_lost_when_broker_database_and_consumer_are_killed() {
     load.await.unwrap();
     let ledger = partner.ledger();
     // While the broker is away, a disk that is slow for a moment is a reason to refuse a callback. There is no other.
-    let slow_disk = |refusal: &String| refusal.contains("the spool did not take them within");
+    let slow_disk =
+        |refusal: &String| refusal.contains("the spool did not store the messages within");
     assert!(ledger.refused.iter().all(slow_disk), "{:?}", ledger.refused);
     all_arrive(&ledger.accepted, &status_api, database.pool()).await;
     assert!(producer.is_running() && consumer.is_running(), "they heal without a restart");

@@ -250,7 +250,7 @@ impl DurableSink {
 fn unconfirmed_ids<'ids>(ids: &'ids [i64], outcome: &BrokerOutcome) -> Cow<'ids, [i64]> {
     match outcome {
         BrokerOutcome::Failed(PublishError::Refused { which }) => {
-            which.iter().filter_map(|position| ids.get(*position).copied()).collect()
+            positions.iter().filter_map(|position| ids.get(*position).copied()).collect()
         }
         _ => Cow::Borrowed(ids),
     }

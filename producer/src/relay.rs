@@ -101,7 +101,7 @@ impl Relay {
                 continue;
             }
             // It also returns if the publisher has stopped; `run` then ends the process.
-            self.publisher.opened().await;
+            self.publisher.wait_until_open().await;
             let started = Instant::now();
             let confirmed = self.publish(&messages).await;
             let took = started.elapsed();
@@ -136,7 +136,7 @@ impl Relay {
             let ids: Vec<i64> = messages.iter().map(|message| message.id).collect();
             let refused = match self.publisher.publish_ids(origin, &ids, PUBLISH_TIMEOUT).await {
                 Ok(()) => Vec::new(),
-                Err(PublishError::Refused { which }) => which,
+                Err(PublishError::Refused { positions }) => positions,
                 Err(error) => {
                     let callback_id = origin.callback_id;
                     tracing::debug!(%error, callback_id, "messages not relayed; trying again");

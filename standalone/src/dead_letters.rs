@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use anyhow::Context as _;
-use broker::{DeadLetter, Inspector, Selection, Treatment};
+use broker::{DeadLetter, DeadLetterAction, Inspector, Selection};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use service::CancellationToken;
@@ -96,19 +96,27 @@ pub(crate) async fn run(
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
     let (which, treatment, done, form): (_, _, _, fn(&DeadLetter) -> String) = match command {
-        Command::List(Look { which, json: false }) => (which, Treatment::Look, "found", line),
-        Command::Show(Look { which, json: false }) => (which, Treatment::Look, "found", card),
+        Command::List(Look { which, json: false }) => {
+            (which, DeadLetterAction::List, "found", line)
+        }
+        Command::Show(Look { which, json: false }) => {
+            (which, DeadLetterAction::List, "found", card)
+        }
         Command::List(Look { which, json: true }) | Command::Show(Look { which, json: true }) => {
-            (which, Treatment::Look, "found", json_line)
+            (which, DeadLetterAction::List, "found", json_line)
         }
         Command::Redrive(treat) if treat.dry_run => {
-            (treat.into_inner().which, Treatment::Look, "would be redriven", line)
+            (treat.into_inner().which, DeadLetterAction::List, "would be redriven", line)
         }
         Command::Purge(treat) if treat.dry_run => {
-            (treat.into_inner().which, Treatment::Look, "would be purged", line)
+            (treat.into_inner().which, DeadLetterAction::List, "would be purged", line)
         }
-        Command::Redrive(treat) => (treat.into_inner().which, Treatment::Redrive, "redriven", line),
-        Command::Purge(treat) => (treat.into_inner().which, Treatment::Purge, "purged", line),
+        Command::Redrive(treat) => {
+            (treat.into_inner().which, DeadLetterAction::Redrive, "redriven", line)
+        }
+        Command::Purge(treat) => {
+            (treat.into_inner().which, DeadLetterAction::Purge, "purged", line)
+        }
     };
     let mut count = 0_u64;
     let mut printed = Ok(true);

@@ -1,4 +1,5 @@
-//! The acks of one session: those of a prefix of its deliveries share one frame.
+//! Sends the acks of one broker session. Acks that complete a prefix of the session's deliveries
+//! share one frame.
 //!
 //! Decision: docs/decisions/0034-how-are-acks-batched.md
 
@@ -9,80 +10,83 @@ use lapin::Acker;
 use lapin::options::BasicAckOptions;
 use tokio::sync::{mpsc, oneshot};
 
-/// The most that are sent before the first of them is told.
-const TOGETHER: usize = 1_000;
+/// How many acks one pass of the task takes at most. Their callers get their replies after all of
+/// them.
+const BATCH_MAX: usize = 1_000;
 
 /// Sends acks until it is dropped.
-pub(super) struct Acks {
-    /// Unbounded, because there are no more than unsettled deliveries.
-    wanted: mpsc::UnboundedSender<Wanted>,
+pub(super) struct AckBatcher {
+    /// Unbounded, because it never holds more requests than there are unsettled deliveries.
+    requests: mpsc::UnboundedSender<AckRequest>,
 }
 
-struct Wanted {
+struct AckRequest {
     tag: u64,
     acker: Acker,
-    sent: oneshot::Sender<bool>,
+    /// Gets whether the ack was sent.
+    reply: oneshot::Sender<bool>,
 }
 
-impl Acks {
-    /// For the deliveries of a channel that has delivered nothing yet.
+impl AckBatcher {
+    /// Starts the task. The channel must not have delivered anything yet, so that tags begin at 1.
     pub(super) fn start() -> Self {
-        let (wanted, incoming) = mpsc::unbounded_channel();
-        tokio::spawn(send(incoming));
-        Self { wanted }
+        let (requests, incoming) = mpsc::unbounded_channel();
+        tokio::spawn(send_batches(incoming));
+        Self { requests }
     }
 
-    /// Whether nothing can be acked any more.
-    pub(super) fn have_died(&self) -> bool {
-        self.wanted.is_closed()
+    /// Whether the task has died, so that no delivery can be acked any more.
+    pub(super) fn has_died(&self) -> bool {
+        self.requests.is_closed()
     }
 
-    /// Whether the ack of that delivery is sent.
+    /// Sends the ack of a delivery. Returns whether it was sent.
     pub(super) async fn send(&self, tag: u64, acker: Acker) -> bool {
-        let (sent, answer) = oneshot::channel();
-        let handed_over = self.wanted.send(Wanted { tag, acker, sent });
-        handed_over.is_ok() && answer.await.unwrap_or(false)
+        let (reply, sent) = oneshot::channel();
+        let requested = self.requests.send(AckRequest { tag, acker, reply });
+        requested.is_ok() && sent.await.unwrap_or(false)
     }
 }
 
-/// While some acks are written, the next ones gather: under load most of them are of a prefix, for the
-/// results of a batch are committed together.
-async fn send(mut incoming: mpsc::UnboundedReceiver<Wanted>) {
+/// Collects the next acks while some are being written. Under load most of them belong to a prefix,
+/// because the results of a batch are committed together.
+async fn send_batches(mut incoming: mpsc::UnboundedReceiver<AckRequest>) {
     let mut acked = Acked::default();
-    let mut wanted = Vec::new();
-    while incoming.recv_many(&mut wanted, TOGETHER).await > 0 {
-        wanted.sort_unstable_by_key(|wanted| wanted.tag);
-        acked.extend(wanted.iter().map(|wanted| wanted.tag));
+    let mut requests = Vec::new();
+    while incoming.recv_many(&mut requests, BATCH_MAX).await > 0 {
+        requests.sort_unstable_by_key(|request| request.tag);
+        acked.extend(requests.iter().map(|request| request.tag));
         let mut singles =
-            wanted.split_off(wanted.partition_point(|wanted| acked.has_all_to(wanted.tag)));
+            requests.split_off(requests.partition_point(|request| acked.has_all_to(request.tag)));
         let prefix = async {
-            // The last of these, and not the end of the prefix: a tag that was acked before is unknown
-            // to the broker, which would close the channel.
-            let sent = match wanted.last() {
+            // Ack up to the last of these requests, not up to the end of the prefix: that tag may
+            // have been acked before, and the broker closes the channel for a tag that it does not
+            // know.
+            let sent = match requests.last() {
                 Some(last) => is_sent(&last.acker, true).await,
                 None => return,
             };
-            for wanted in wanted.drain(..) {
-                // Who has given up waiting counts the delivery as lost, and may see it again.
-                let _ = wanted.sent.send(sent);
+            for request in requests.drain(..) {
+                // A caller that has stopped waiting treats the delivery as lost.
+                let _ = request.reply.send(sent);
             }
         };
-        let singles = singles.drain(..).map(async |wanted| {
-            let _ = wanted.sent.send(is_sent(&wanted.acker, false).await);
+        let singles = singles.drain(..).map(async |request| {
+            let _ = request.reply.send(is_sent(&request.acker, false).await);
         });
         tokio::join!(prefix, join_all(singles));
     }
 }
 
 async fn is_sent(acker: &Acker, multiple: bool) -> bool {
-    // `Ok(false)` is lapin's word for an ack that was never sent.
+    // lapin returns `Ok(false)` for an ack that was never sent.
     acker.ack(BasicAckOptions { multiple }).await.unwrap_or(false)
 }
 
-/// Which delivery tags have been acked, or are about to be.
+/// The delivery tags that have been acked, or are about to be.
 #[derive(Debug, Default)]
 struct Acked {
-    /// All up to this one.
+    /// All tags up to this one.
     upto: u64,
     beyond: BTreeSet<u64>,
 }
@@ -105,17 +109,17 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn acks_that_have_died_are_known_to_have() {
-        let acks = Acks::start();
+    async fn death_of_the_task_is_noticed() {
+        let batcher = AckBatcher::start();
         tokio::task::yield_now().await;
-        assert!(!acks.have_died());
-        let (wanted, incoming) = mpsc::unbounded_channel();
+        assert!(!batcher.has_died());
+        let (requests, incoming) = mpsc::unbounded_channel();
         drop(incoming);
-        assert!(Acks { wanted }.have_died());
+        assert!(AckBatcher { requests }.has_died());
     }
 
     #[test]
-    fn a_prefix_ends_before_the_first_tag_that_is_missing() {
+    fn prefix_ends_before_the_first_missing_tag() {
         let mut acked = Acked::default();
         acked.extend([2, 4].into_iter());
         assert!(!acked.has_all_to(2));

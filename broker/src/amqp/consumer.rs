@@ -1,4 +1,4 @@
-//! Taking messages from a RabbitMQ.
+//! Receives deliveries from RabbitMQ.
 
 use std::pin::Pin;
 use std::sync::{Arc, OnceLock};
@@ -13,17 +13,17 @@ use lapin::{Channel, message};
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use super::ack_batcher::Acks;
-use super::delivery::{Delivery, Outward, REQUEUE};
+use super::ack_batcher::AckBatcher;
+use super::delivery::{Delivery, REQUEUE, SettlementContext};
 use super::link::{self, Link, LinkError, OutageLog, RPC_TIMEOUT};
 use super::publisher::Publisher;
-use super::queue_monitor::Look;
+use super::queue_monitor::QueueMonitor;
 use super::topology::Topology;
 use super::unsettled::Unsettled;
 use crate::{LinkStatus, backoff};
 
-/// A consumer of the queue, on a connection of its own: a publishing connection that the broker has
-/// blocked would hold back its acks too.
+/// A consumer of the queue. It has its own connection, because the broker does not read acks from a
+/// publishing connection that it has blocked.
 pub(crate) struct Consumer {
     name: String,
     prefetch: u16,
@@ -31,33 +31,33 @@ pub(crate) struct Consumer {
     status: watch::Sender<LinkStatus>,
     session: Option<Session>,
     outage: OutageLog,
-    waits: ExponentialBackoff,
+    delays: ExponentialBackoff,
     connected_at: Instant,
-    /// Whether a session was given nothing although there was something, and none since has shown that
-    /// it is better.
-    in_vain: bool,
+    /// Whether a session got no delivery although the queue was not empty, and no session since
+    /// then has been healthy.
+    is_starving: bool,
 }
 
 struct Session {
-    // Before the connection, which it looks by.
-    look: Look,
+    // Dropped before the connection, which it uses.
+    monitor: QueueMonitor,
     connection: Arc<Link>,
     channel: Channel,
-    /// Of one consumer or more, which together have the prefetch.
+    /// The deliveries of one or more consumers, whose prefetches add up to `prefetch`.
     deliveries: SelectAll<Events>,
     tags: Vec<ShortString>,
     prefetch: u16,
-    outward: Arc<Outward>,
+    settlement: Arc<SettlementContext>,
     status: watch::Sender<LinkStatus>,
-    /// Whether the status says so.
-    is_sound: bool,
+    /// Whether `status` is `Ok`.
+    is_healthy: bool,
 }
 
-/// What comes of one consumer of the channel.
+/// What one consumer of the channel yields.
 enum Event {
-    // Boxed, because it is much larger than the other.
+    // Boxed, because it is much larger than the other variant.
     Delivery(lapin::Result<Box<message::Delivery>>),
-    /// The consumer of this tag has ended, which among several would go unnoticed otherwise.
+    /// The consumer with this tag has ended, which `SelectAll` alone would not show.
     Ended(ShortString),
 }
 
@@ -73,9 +73,9 @@ impl Consumer {
             status,
             session: None,
             outage: OutageLog::default(),
-            waits: backoff(),
+            delays: backoff(),
             connected_at: Instant::now(),
-            in_vain: false,
+            is_starving: false,
         }
     }
 
@@ -87,7 +87,9 @@ impl Consumer {
         loop {
             let reason = match &mut self.session {
                 Some(session) => match session.next().await {
-                    Ok(received) => return Delivery::new(received, Arc::clone(&session.outward)),
+                    Ok(received) => {
+                        return Delivery::new(received, Arc::clone(&session.settlement));
+                    }
                     Err(reason) => reason,
                 },
                 None => match self.open().await {
@@ -95,25 +97,25 @@ impl Consumer {
                         let session = self.session.insert(session);
                         self.connected_at = Instant::now();
                         self.outage.up(&self.name);
-                        if !self.in_vain {
-                            session.tell_that_it_is_sound();
+                        if !self.is_starving {
+                            session.mark_healthy();
                         }
                         continue;
                     }
                     Err(error) => error.to_string(),
                 },
             };
-            self.lose(reason);
-            tokio::time::sleep(self.waits.next().unwrap_or(Duration::from_secs(1))).await;
+            self.end_session(reason);
+            tokio::time::sleep(self.delays.next().unwrap_or(Duration::from_secs(1))).await;
         }
     }
 
-    /// The broker takes back all that came by this session as soon as it is closed.
-    fn lose(&mut self, reason: String) {
+    /// Drops the session. The broker then requeues its unsettled deliveries.
+    fn end_session(&mut self, reason: String) {
         if let Some(session) = self.session.take() {
-            self.in_vain = session.look.is_in_vain() || !session.is_sound;
+            self.is_starving = session.monitor.is_starving() || !session.is_healthy;
             if self.connected_at.elapsed() > Duration::from_secs(5) {
-                self.waits = backoff();
+                self.delays = backoff();
             }
         }
         self.outage.down(&self.name, &reason);
@@ -126,8 +128,8 @@ impl Consumer {
         let Some(session) = &mut self.session else { return };
         match timeout(RPC_TIMEOUT, session.set_prefetch(queue, prefetch)).await {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => self.lose(error.to_string()),
-            Err(late) => self.lose(late.to_string()),
+            Ok(Err(error)) => self.end_session(error.to_string()),
+            Err(late) => self.end_session(late.to_string()),
         }
     }
 
@@ -135,24 +137,24 @@ impl Consumer {
         let Some(session) = &mut self.session else { return };
         match timeout(RPC_TIMEOUT, session.give_back()).await {
             Ok(Ok(())) => {}
-            // The session is broken, and with its end the broker takes everything back by itself.
+            // The session is broken. When it ends, the broker requeues the deliveries.
             Ok(Err(error)) => tracing::debug!(%error, "cannot cancel the consumer"),
-            Err(_) => tracing::debug!("the broker did not answer the cancel"),
+            Err(_) => tracing::debug!("the broker did not confirm the cancel in time"),
         }
         _ = self.status.send_replace(Err("stopped".to_owned()));
     }
 
     pub(crate) async fn close(self) {
         let Some(session) = self.session else { return };
-        let applied = session.have_acks_applied(&self.publisher.topology().queue);
-        let in_doubt = match timeout(RPC_TIMEOUT, applied).await {
-            Ok(applied) => applied.err().map(|error| error.to_string()),
+        let flushed = session.flush_acks(&self.publisher.topology().queue);
+        let in_doubt = match timeout(RPC_TIMEOUT, flushed).await {
+            Ok(flushed) => flushed.err().map(|error| error.to_string()),
             Err(late) => Some(late.to_string()),
         };
         if let Some(error) = in_doubt {
             tracing::warn!(
                 error,
-                "no word that the last acks are applied; their messages may come again"
+                "the broker may not have applied the last acks; it may deliver their messages again"
             );
         }
         link::close(&session.connection).await;
@@ -168,35 +170,35 @@ impl Consumer {
         let consumer = timeout(RPC_TIMEOUT, consuming).await?.map_err(LinkError::Consume)?;
         let connection = Arc::new(connection);
         let unsettled = Arc::new(Unsettled::default());
-        let look = Look::start(
+        let monitor = QueueMonitor::start(
             &connection,
             topology.clone(),
             Arc::clone(&unsettled),
             Arc::clone(self.publisher.expiry()),
             self.prefetch,
         );
-        let outward = Arc::new(Outward {
+        let settlement = Arc::new(SettlementContext {
             publisher: self.publisher.clone(),
-            acks: Acks::start(),
+            acks: AckBatcher::start(),
             unsettled,
-            kept: OnceLock::new(),
+            kept_channel: OnceLock::new(),
         });
         let status = self.status.clone();
         Ok(Session {
-            look,
+            monitor,
             connection,
             channel,
             tags: vec![consumer.tag()],
-            deliveries: SelectAll::from_iter([with_end(consumer)]),
+            deliveries: SelectAll::from_iter([with_end_event(consumer)]),
             prefetch: self.prefetch,
-            outward,
+            settlement,
             status,
-            is_sound: false,
+            is_healthy: false,
         })
     }
 }
 
-/// Begins to take up to `prefetch` deliveries on `channel`, whatever is taken there already.
+/// Adds a consumer with its own `prefetch` to the channel.
 async fn consume(
     channel: &Channel,
     queue: ShortString,
@@ -207,7 +209,7 @@ async fn consume(
     channel.basic_consume(queue, "".into(), options, FieldTable::default()).await
 }
 
-fn with_end(consumer: lapin::Consumer) -> Events {
+fn with_end_event(consumer: lapin::Consumer) -> Events {
     let tag = consumer.tag();
     Box::pin(
         consumer
@@ -218,29 +220,32 @@ fn with_end(consumer: lapin::Consumer) -> Events {
 
 impl Session {
     // Decision: docs/decisions/0025-how-does-max-consumers-change-at-run-time.md
-    /// RabbitMQ has no prefetch that changes: it is a consumer's from its beginning. So another one takes
-    /// what is to be more. When it is to be less, another one takes the place of all of them.
+    /// Changes the prefetch. RabbitMQ cannot change the prefetch of an existing consumer, so a
+    /// larger prefetch adds a consumer for the difference, and a smaller one replaces all
+    /// consumers.
     async fn set_prefetch(&mut self, queue: ShortString, prefetch: u16) -> lapin::Result<()> {
-        let more = match prefetch.checked_sub(self.prefetch) {
+        let added = match prefetch.checked_sub(self.prefetch) {
             Some(0) => return Ok(()),
-            Some(more) => more,
+            Some(added) => added,
             None => {
                 self.give_back().await?;
                 prefetch
             }
         };
-        let consumer = consume(&self.channel, queue, more).await?;
+        let consumer = consume(&self.channel, queue, added).await?;
         self.tags.push(consumer.tag());
-        self.deliveries.push(with_end(consumer));
+        self.deliveries.push(with_end_event(consumer));
         self.prefetch = prefetch;
-        self.look.set_prefetch(prefetch);
+        self.monitor.set_prefetch(prefetch);
         Ok(())
     }
 
-    /// Takes no more, and gives back what was not handed out. What was can be settled all the same.
+    /// Cancels all consumers and requeues the deliveries that the caller has not received yet.
+    /// Deliveries in flight can still be settled.
     async fn give_back(&mut self) -> lapin::Result<()> {
-        // A tag is kept until it is cancelled, for this may be dropped midway and begun again; and what is not
-        // cancelled would be given back and delivered again without end.
+        // Keep each tag until its consumer is cancelled, because this future may be dropped and
+        // started again. A consumer that is not cancelled would receive the requeued deliveries
+        // again without end.
         while let Some(tag) = self.tags.last().cloned() {
             self.channel.basic_cancel(tag, BasicCancelOptions::default()).await?;
             self.tags.pop();
@@ -254,15 +259,16 @@ impl Session {
     }
 
     // Decision: docs/decisions/0035-how-are-acks-flushed-before-a-close.md
-    /// Sees that every ack that was sent reaches the queue, also if the channel is closed right after.
+    /// Makes sure that every ack that was sent reaches the queue, even if the channel is closed
+    /// right after.
     ///
-    /// RabbitMQ's channel has at most 33 commands under way to a quorum queue. The acks beyond that it
-    /// keeps to itself until those are applied, and forgets them when it is closed. A `basic.get` goes to
-    /// the queue by the same way, behind the acks under way, and its answer comes back behind the
-    /// news that they are applied, upon which the channel sends the rest. The queue gets that before it
-    /// hears of the close, since the channel is the sender of both. A passive declaration would not
-    /// do: it is answered without regard to what is under way.
-    async fn have_acks_applied(&self, queue: &ShortString) -> lapin::Result<()> {
+    /// RabbitMQ's channel process has at most 33 commands pending at a quorum queue. It buffers
+    /// further acks until those are applied, and discards them when the channel is closed. A
+    /// `basic.get` follows the pending acks to the queue, and its response follows the notice that
+    /// they are applied, upon which the channel sends the buffered acks. The queue receives these
+    /// before the close, because the same process sends both. A passive declaration does not
+    /// suffice: its response does not wait for pending commands.
+    async fn flush_acks(&self, queue: &ShortString) -> lapin::Result<()> {
         let got = self.channel.basic_get(queue.clone(), BasicGetOptions::default()).await?;
         if let Some(message) = got {
             message.nack(REQUEUE).await?;
@@ -271,39 +277,39 @@ impl Session {
     }
 
     // Decision: docs/decisions/0005-what-happens-to-deliveries-of-a-deleted-queue.md
-    /// Lets what was handed out be settled as before, for as long as its channel lasts: if the queue was
-    /// deleted, it may be all that there is of these messages.
+    /// Keeps the channel open for deliveries in flight, so that they can be settled after this
+    /// session has ended. If the queue was deleted, they may be the only copies of their messages.
     async fn keep_channel(&mut self) {
-        // A consumer that is left on it would be given messages that nobody polls for.
-        let given_back = self.tags.is_empty()
+        // A consumer that stayed on the channel would receive messages that are never polled.
+        let is_cancelled = self.tags.is_empty()
             || matches!(timeout(RPC_TIMEOUT, self.give_back()).await, Ok(Ok(())));
-        if given_back {
+        if is_cancelled {
             let kept = (self.channel.clone(), Arc::clone(&self.connection));
-            _ = self.outward.kept.set(kept);
+            _ = self.settlement.kept_channel.set(kept);
         }
     }
 
-    fn tell_that_it_is_sound(&mut self) {
-        if !std::mem::replace(&mut self.is_sound, true) {
+    fn mark_healthy(&mut self) {
+        if !std::mem::replace(&mut self.is_healthy, true) {
             _ = self.status.send_replace(Ok(()));
         }
     }
 
-    /// The next message, or why there will be none by this session.
+    /// Returns the next delivery, or the reason why the session has ended.
     async fn next(&mut self) -> Result<lapin::message::Delivery, String> {
-        let _waiting = self.look.waiting();
+        let _wait = self.monitor.start_wait();
         loop {
-            // Without them each delivery would be lost, and the session would look sound.
-            if self.outward.acks.have_died() {
-                return Err("what sends the acks has died".to_owned());
+            // Otherwise no delivery could be settled, and the session would seem healthy.
+            if self.settlement.acks.has_died() {
+                return Err("the task that sends acks has died".to_owned());
             }
-            // The stream can fall silent without an end, so the connection is looked at as well.
+            // The stream can stop without ending, so check the connection each second as well.
             match timeout(Duration::from_secs(1), self.deliveries.next()).await {
                 Ok(Some(Event::Delivery(Ok(delivery)))) if delivery.acker.usable() => {
-                    self.tell_that_it_is_sound();
+                    self.mark_healthy();
                     return Ok(*delivery);
                 }
-                // What lapin had buffered when the channel was lost; it will be delivered again.
+                // lapin had buffered it when the channel was lost. The broker delivers it again.
                 Ok(Some(Event::Delivery(Ok(_)))) => return Err("the channel is lost".to_owned()),
                 Ok(Some(Event::Delivery(Err(error)))) => return Err(error.to_string()),
                 Ok(Some(Event::Ended(tag))) => {
@@ -314,7 +320,7 @@ impl Session {
                         .to_owned());
                 }
                 Ok(None) => return Err("no consumer is left".to_owned()),
-                Err(_) if self.look.is_gone() => {
+                Err(_) if self.monitor.queue_is_missing() => {
                     self.keep_channel().await;
                     return Err("the queue is gone".to_owned());
                 }
@@ -324,16 +330,16 @@ impl Session {
                 Err(_) if !self.channel.status().connected() => {
                     return Err("the channel is closed".to_owned());
                 }
-                // Another session may be given what this one is not.
-                Err(_) if self.look.is_in_vain() => {
+                // A new session may get deliveries.
+                Err(_) if self.monitor.is_starving() => {
                     return Err(
                         "the broker gives nothing although the queue is not empty".to_owned()
                     );
                 }
-                Err(_) if self.look.has_ended() => {
-                    return Err("nobody looks at the queues any more".to_owned());
+                Err(_) if self.monitor.has_ended() => {
+                    return Err("the queue monitor has stopped".to_owned());
                 }
-                Err(_) if self.look.is_empty() => self.tell_that_it_is_sound(),
+                Err(_) if self.monitor.queue_is_empty() => self.mark_healthy(),
                 Err(_) => {}
             }
         }

@@ -1,4 +1,4 @@
-//! A message as received from a RabbitMQ, and how it is settled there.
+//! A delivery from RabbitMQ and its settlement.
 
 use std::sync::{Arc, OnceLock};
 use std::time::{Duration, SystemTime};
@@ -8,7 +8,7 @@ use lapin::types::ShortString;
 use lapin::{Acker, BasicProperties, Channel, message};
 use tokio::time::timeout;
 
-use super::ack_batcher::Acks;
+use super::ack_batcher::AckBatcher;
 use super::history;
 use super::link::Link;
 use super::publisher::{Outgoing, Publisher};
@@ -16,18 +16,18 @@ use super::unsettled::{Held, Unsettled};
 use crate::message::{DecodeError, decode};
 use crate::{Disposition, Settled, backoff, retry};
 
-/// A copy that is not confirmed in this time is published again.
+/// A copy that is not confirmed within this time is published again.
 const COPY_TIMEOUT: Duration = Duration::from_secs(5);
 const ACK_TIMEOUT: Duration = Duration::from_secs(15);
 pub(super) const REQUEUE: BasicNackOptions = BasicNackOptions { requeue: true, multiple: false };
 
-/// What the deliveries of one session are settled by.
-pub(super) struct Outward {
+/// What the deliveries of one session need to be settled.
+pub(super) struct SettlementContext {
     pub(super) publisher: Publisher,
-    pub(super) acks: Acks,
+    pub(super) acks: AckBatcher,
     pub(super) unsettled: Arc<Unsettled>,
-    /// The channel that they came by, and its connection, if they are to outlive their session.
-    pub(super) kept: OnceLock<(Channel, Arc<Link>)>,
+    /// The channel that delivered them, and its connection, if both must outlive the session.
+    pub(super) kept_channel: OnceLock<(Channel, Arc<Link>)>,
 }
 
 /// See [`crate::Delivery`].
@@ -40,19 +40,19 @@ pub(crate) struct Delivery {
     redelivered: bool,
     tag: u64,
     acker: Acker,
-    outward: Arc<Outward>,
-    /// Counts it until it is settled or dropped.
+    settlement: Arc<SettlementContext>,
+    /// Counts the delivery as unsettled until it is settled or dropped.
     _held: Held,
 }
 
 impl Delivery {
-    pub(super) fn new(received: message::Delivery, outward: Arc<Outward>) -> Self {
+    pub(super) fn new(received: message::Delivery, settlement: Arc<SettlementContext>) -> Self {
         let message::Delivery { data: body, properties, redelivered, delivery_tag, acker, .. } =
             received;
         let id = decode(&body);
         let accepted_at = history::accepted_at(&properties);
         let attempts = history::failed_attempts(&properties);
-        let held = outward.unsettled.hold(delivery_tag, accepted_at);
+        let held = settlement.unsettled.hold(delivery_tag, accepted_at);
         Self {
             id,
             body,
@@ -62,7 +62,7 @@ impl Delivery {
             redelivered,
             tag: delivery_tag,
             acker,
-            outward,
+            settlement,
             _held: held,
         }
     }
@@ -95,22 +95,23 @@ impl Delivery {
         !self.acker.usable()
     }
 
-    /// For all but an ack that means a copy, confirmed before the original is acked.
+    /// Every disposition but an ack publishes a copy, which is confirmed before the original is
+    /// acked.
     pub(crate) async fn settle(self, disposition: Disposition) -> Settled {
-        let topology = self.outward.publisher.topology();
+        let topology = self.settlement.publisher.topology();
         if matches!(disposition, Disposition::DeadLetter { .. }) {
-            // Before it can be counted in the queue.
-            self.outward.publisher.expiry().note_own();
+            // Before the letter can be counted in its queue.
+            self.settlement.publisher.expiry().note_own();
         }
         let copy = match disposition {
             Disposition::Ack => None,
             Disposition::Retry { reason, after } => {
-                let wait = retry::wait(self.attempts.saturating_add(1), after, rand::random());
-                let expiration = wait.length.as_millis().to_string();
+                let delay = retry::delay(self.attempts.saturating_add(1), after, rand::random());
+                let expiration = delay.length.as_millis().to_string();
                 let properties = history::after_failure(&self.properties, &reason);
-                Some((&topology.delays[wait.level], properties.with_expiration(expiration.into())))
+                Some((&topology.delays[delay.level], properties.with_expiration(expiration.into())))
             }
-            Disposition::Requeue => Some((&topology.queue, history::kept(&self.properties))),
+            Disposition::Requeue => Some((&topology.queue, history::requeued(&self.properties))),
             Disposition::DeadLetter { reason } => {
                 Some((&topology.dead, history::after_failure(&self.properties, &reason)))
             }
@@ -120,34 +121,39 @@ impl Delivery {
         {
             return Settled::Lost;
         }
-        match timeout(ACK_TIMEOUT, self.outward.acks.send(self.tag, self.acker)).await {
+        match timeout(ACK_TIMEOUT, self.settlement.acks.send(self.tag, self.acker)).await {
             Ok(true) => Settled::Done,
             Ok(false) | Err(_) => Settled::Lost,
         }
     }
 
     pub(crate) async fn give_back(self) {
-        // Else it goes back with its channel.
+        // If this fails, the broker requeues the delivery when the channel is closed.
         if !matches!(timeout(ACK_TIMEOUT, self.acker.nack(REQUEUE)).await, Ok(Ok(true))) {
-            tracing::debug!("not given back");
+            tracing::debug!(
+                "cannot requeue a delivery now; the broker requeues it when the channel is closed"
+            );
         }
     }
 
     async fn publish_copy(&self, queue: &ShortString, properties: BasicProperties) -> Settled {
         let copy = Outgoing { body: self.body.clone(), properties };
         for wait in backoff() {
-            // First, or each message of a lost channel would be there twice: its copy and itself.
+            // Check first: the broker redelivers each message of a lost channel, so a copy would
+            // duplicate it.
             if self.is_lost() {
                 return Settled::Lost;
             }
             match self
-                .outward
+                .settlement
                 .publisher
                 .publish(queue, std::iter::once(copy.clone()), COPY_TIMEOUT)
                 .await
             {
                 Ok(()) => return Settled::Done,
-                Err(error) => tracing::debug!(%error, "the copy is not confirmed; trying again"),
+                Err(error) => {
+                    tracing::debug!(%error, "cannot publish the copy; trying again");
+                }
             }
             tokio::time::sleep(wait).await;
         }

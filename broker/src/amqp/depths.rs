@@ -1,4 +1,4 @@
-//! How many messages lie in the queues.
+//! Counts the messages in the queues.
 
 use lapin::options::QueueDeclareOptions;
 use lapin::types::{FieldTable, ShortString};
@@ -9,19 +9,22 @@ use crate::Depths;
 
 const NOT_FOUND: u16 = 404;
 
-/// What a look at all queues has found.
-pub(super) struct Found {
+/// The result of [`inspect`].
+pub(super) struct QueueState {
     pub(super) depths: Depths,
     /// The queues that do not exist.
     pub(super) missing: Vec<ShortString>,
 }
 
-/// The queues are counted one after the other: a message that moves meanwhile may be counted twice or
-/// not at all.
-pub(super) async fn look(connection: &Connection, topology: &Topology) -> lapin::Result<Found> {
+/// Counts the messages in all queues. It counts one queue after the other, so a message that moves
+/// meanwhile may be counted twice or not at all.
+pub(super) async fn inspect(
+    connection: &Connection,
+    topology: &Topology,
+) -> lapin::Result<QueueState> {
     let (mut channel, mut missing) = (None, Vec::new());
     let mut depth = async |queue: &ShortString| {
-        let depth = depth_by(&mut channel, connection, queue).await?;
+        let depth = depth_on(&mut channel, connection, queue).await?;
         if depth.is_none() {
             missing.push(queue.clone());
         }
@@ -32,7 +35,7 @@ pub(super) async fn look(connection: &Connection, topology: &Topology) -> lapin:
         delayed += depth(delay).await?;
     }
     let (ready, dead) = (depth(&topology.queue).await?, depth(&topology.dead).await?);
-    Ok(Found { depths: Depths { ready, delayed, dead }, missing })
+    Ok(QueueState { depths: Depths { ready, delayed, dead }, missing })
 }
 
 /// The queues that do not exist.
@@ -40,16 +43,17 @@ pub(super) async fn missing(
     connection: &Connection,
     topology: &Topology,
 ) -> lapin::Result<Vec<ShortString>> {
-    Ok(look(connection, topology).await?.missing)
+    Ok(inspect(connection, topology).await?.missing)
 }
 
-/// How many messages of `queue` are ready; 0 if there is no such queue.
+/// The number of ready messages in `queue`; 0 if it does not exist.
 pub(super) async fn depth(connection: &Connection, queue: &ShortString) -> lapin::Result<u64> {
-    Ok(depth_by(&mut None, connection, queue).await?.unwrap_or(0))
+    Ok(depth_on(&mut None, connection, queue).await?.unwrap_or(0))
 }
 
-/// How many messages are ready; `None` if there is no such queue.
-async fn depth_by(
+/// The number of ready messages; `None` if the queue does not exist. Opens a channel if there is
+/// none.
+async fn depth_on(
     channel: &mut Option<Channel>,
     connection: &Connection,
     queue: &ShortString,
@@ -64,14 +68,14 @@ async fn depth_by(
             *channel = Some(open);
             Ok(Some(queue.message_count().into()))
         }
-        // The broker closes the channel along with its answer that there is none.
+        // The broker has closed the channel with the error.
         Err(error) if is_missing(&error) => Ok(None),
         Err(error) => Err(error),
     }
 }
 
 fn is_missing(error: &lapin::Error) -> bool {
-    // A queue whose node is down is NOT_FOUND as well, and not empty.
+    // The broker also answers NOT_FOUND if the queue's node is down, but that queue is not empty.
     matches!(error.kind(), ErrorKind::ProtocolError(error)
         if error.get_id() == NOT_FOUND && error.get_message().as_str().contains("no queue"))
 }

@@ -1,4 +1,5 @@
-//! Notices messages that expired in the main queue, which has no time to live of its own: a policy gave it one.
+//! Detects messages that expired in the main queue. It has no message TTL, so a policy must have
+//! added one.
 //!
 //! Decision: docs/decisions/0004-how-are-expired-messages-detected.md
 
@@ -14,40 +15,42 @@ use super::history;
 use super::link::{Link, RPC_TIMEOUT};
 use super::topology::Topology;
 
-/// The least time between two looks at the dead letters, which hide them from others for a moment.
+/// Shortest time between two checks. Each check hides the dead letters from other clients for a
+/// moment.
 const INTERVAL: Duration = Duration::from_mins(1);
-/// Dead letters that are looked at, the oldest first.
+/// How many dead letters are checked at most, oldest first.
 const LETTERS: u16 = 1_000;
-/// When no letter has come for this time, there are no more.
+/// If no letter arrives for this time, there are no more.
 const IDLE: Duration = Duration::from_millis(500);
 
-/// Looks at the dead letters whenever their number has grown for another reason than this process's own
-/// dead letters. One for all sessions of a process.
+/// Checks the dead letters when their number has grown by more than this process has added. All
+/// sessions of a process share one.
 #[derive(Default)]
 pub(super) struct ExpiryCheck {
+    /// How many dead letters this process has added.
     own: AtomicU64,
-    // Held while the letters are looked at.
+    // Locked during a check.
     known: tokio::sync::Mutex<Known>,
 }
 
 #[derive(Default)]
 struct Known {
-    /// How many there were, and how many of this process, when they were last counted.
+    /// Dead letters at the last count, and how many of them this process had added.
     dead: u64,
     own: u64,
     is_due: bool,
     checked_at: Option<Instant>,
-    /// How many had expired at the last check.
+    /// Expired messages among them at the last check.
     expired: usize,
 }
 
 impl ExpiryCheck {
-    /// This process is about to make a dead letter.
+    /// Records that this process is about to add a dead letter.
     pub(super) fn note_own(&self) {
         self.own.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// Notes that there are `dead` letters.
+    /// Records that there are `dead` letters, and checks them if necessary.
     pub(super) async fn note(&self, link: &Link, topology: &Topology, dead: u64) {
         let mut known = self.known.lock().await;
         let own = self.own.load(Ordering::Relaxed);
@@ -64,35 +67,39 @@ impl ExpiryCheck {
                     tracing::error!(
                         messages = expired,
                         queue = %topology.queue,
-                        "messages expired in the queue before any lookup: a policy with `message-ttl` matches \
-                         it. They are dead letters; remove the policy, then redrive them"
+                        "messages expired in the queue before any lookup, because a policy with \
+                         `message-ttl` matches it. They are dead letters now; remove the policy, \
+                         then redrive them"
                     );
                 }
                 known.expired = expired;
             }
-            Ok(Err(error)) => tracing::debug!(%error, "cannot look at the dead letters"),
-            Err(_) => tracing::debug!("cannot look at the dead letters in time"),
+            Ok(Err(error)) => {
+                tracing::debug!(%error, "cannot check the dead letters for expired messages");
+            }
+            Err(_) => tracing::debug!("checking the dead letters for expired messages timed out"),
         }
     }
 }
 
-/// How many of the oldest `letters` dead letters expired in the main queue. All go back where they were.
+/// Counts how many of the oldest `letters` dead letters expired in the main queue. It leaves all
+/// letters in their places.
 async fn count_expired(link: &Link, topology: &Topology, letters: u64) -> lapin::Result<usize> {
     let channel = link.create_channel().await?;
     channel.basic_qos(LETTERS, BasicQosOptions::default()).await?;
     let (options, none) = (BasicConsumeOptions::default(), FieldTable::default());
     let mut deliveries =
         channel.basic_consume(topology.dead.clone(), "".into(), options, none).await?;
-    let (mut looked_at, mut expired) = (0, 0);
-    while looked_at < letters {
+    let (mut checked, mut expired) = (0, 0);
+    while checked < letters {
         let Ok(Some(letter)) = timeout(IDLE, deliveries.next()).await else { break };
-        looked_at += 1;
+        checked += 1;
         if history::expired_in(&letter?.properties).is_some_and(|it| it == topology.queue.as_str())
         {
             expired += 1;
         }
     }
-    // A closed channel's letters go back in their order.
+    // The broker requeues the letters of a closed channel in order.
     channel.close(200, "done".into()).await?;
     Ok(expired)
 }

@@ -1,4 +1,4 @@
-//! What a message carries along: the span it comes from, and the history of its failures, in headers of ours.
+//! Headers of a message: the span that published it, and the history of its failed attempts.
 
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
@@ -8,28 +8,30 @@ use lapin::types::{AMQPValue, FieldTable};
 use crate::inspector::DeadLetter;
 use crate::message::{self, decode};
 
-/// What the names of all of our headers begin with, and of the broker's own: its record of the
-/// dead-lettering, that by our delay queues included.
-const OURS: &str = "lastseen-";
-const BROKERS: &str = "x-";
-/// The span that it comes from. Copies keep it, redriven ones too.
+/// Prefix of all headers that Lastseen sets, except for [`TRACEPARENT`].
+const OWN_PREFIX: &str = "lastseen-";
+/// Prefix of the broker's headers, such as its record of dead-lettering, which delay queues also
+/// cause.
+const BROKER_PREFIX: &str = "x-";
+/// The span that published the message. All copies keep it, including redriven ones.
 const TRACEPARENT: &str = "traceparent";
-/// How many attempts have failed so far.
+/// Number of failed attempts so far.
 const ATTEMPTS: &str = "lastseen-attempts";
-/// Why the last of them failed.
+/// Why the last attempt failed.
 const REASON: &str = "lastseen-reason";
-/// When the first and the last failed, in RFC 3339, for the person who reads the dead letters.
+/// When the first and the last attempt failed, in RFC 3339, for the person who reads the dead
+/// letters.
 const FIRST_FAILED_AT: &str = "lastseen-first-failed-at";
 const LAST_FAILED_AT: &str = "lastseen-last-failed-at";
 
-/// The headers of a message that comes from that span.
-pub(super) fn begun_by(traceparent: &str) -> FieldTable {
+/// The headers of a message that is published in this span.
+pub(super) fn with_traceparent(traceparent: &str) -> FieldTable {
     let mut headers = FieldTable::default();
     headers.insert(TRACEPARENT.into(), AMQPValue::LongString(traceparent.into()));
     headers
 }
 
-/// The span that the message comes from.
+/// The span that published the message.
 pub(super) fn traceparent(properties: &BasicProperties) -> Option<&str> {
     match header(properties, TRACEPARENT)? {
         AMQPValue::LongString(text) => std::str::from_utf8(text.as_bytes()).ok(),
@@ -38,9 +40,9 @@ pub(super) fn traceparent(properties: &BasicProperties) -> Option<&str> {
     }
 }
 
-/// How many attempts at the message have failed.
+/// The number of failed attempts at the message.
 pub(super) fn failed_attempts(properties: &BasicProperties) -> u32 {
-    // We write 64 bits; a broker or a tool on the way may have made it another size.
+    // Lastseen writes 64 bits, but another tool may have converted the number to another size.
     let attempts = match header(properties, ATTEMPTS) {
         Some(AMQPValue::ShortShortInt(attempts)) => i64::from(*attempts),
         Some(AMQPValue::ShortShortUInt(attempts)) => i64::from(*attempts),
@@ -54,20 +56,21 @@ pub(super) fn failed_attempts(properties: &BasicProperties) -> u32 {
     u32::try_from(attempts).unwrap_or(0)
 }
 
-/// When the callback came in: to the millisecond by its id, or else to the second.
+/// When the callback arrived: to the millisecond if its id contains the time, otherwise to the
+/// second.
 pub(super) fn accepted_at(properties: &BasicProperties) -> Option<SystemTime> {
     let by_id =
         properties.correlation_id().as_ref().and_then(|id| message::accepted_at(id.as_str()));
     by_id.or_else(|| published_at(properties))
 }
 
-/// The properties of the copy that is made when another attempt has failed.
+/// The properties of the copy that is published after a failed attempt.
 pub(super) fn after_failure(properties: &BasicProperties, reason: &str) -> BasicProperties {
     let now = humantime::format_rfc3339_millis(SystemTime::now()).to_string();
     let text = |value: &str| AMQPValue::LongString(value.into());
     let attempts = i64::from(failed_attempts(properties)) + 1;
     let first = header(properties, FIRST_FAILED_AT).cloned().unwrap_or_else(|| text(&now));
-    let mut headers = headers_without(properties, &[BROKERS]);
+    let mut headers = headers_without(properties, &[BROKER_PREFIX]);
     headers.insert(ATTEMPTS.into(), AMQPValue::LongLongInt(attempts));
     headers.insert(REASON.into(), text(reason));
     headers.insert(FIRST_FAILED_AT.into(), first);
@@ -76,16 +79,16 @@ pub(super) fn after_failure(properties: &BasicProperties, reason: &str) -> Basic
 }
 
 /// The properties of the copy that goes to the end of the queue.
-pub(super) fn kept(properties: &BasicProperties) -> BasicProperties {
-    copied(properties, headers_without(properties, &[BROKERS]))
+pub(super) fn requeued(properties: &BasicProperties) -> BasicProperties {
+    copied(properties, headers_without(properties, &[BROKER_PREFIX]))
 }
 
-/// The properties of the copy by which a dead letter begins anew.
-pub(super) fn forgotten(properties: &BasicProperties) -> BasicProperties {
-    copied(properties, headers_without(properties, &[BROKERS, OURS]))
+/// The properties of a redriven dead letter: without the history of its failures.
+pub(super) fn redriven(properties: &BasicProperties) -> BasicProperties {
+    copied(properties, headers_without(properties, &[BROKER_PREFIX, OWN_PREFIX]))
 }
 
-/// What a person is told of a message among the dead letters.
+/// What an operator sees of a dead letter.
 pub(super) fn dead_letter(body: Vec<u8>, properties: &BasicProperties) -> DeadLetter {
     let time = |name| humantime::parse_rfc3339(&text(header(properties, name)?)?).ok();
     DeadLetter {
@@ -103,29 +106,30 @@ pub(super) fn dead_letter(body: Vec<u8>, properties: &BasicProperties) -> DeadLe
     }
 }
 
-/// Our reason; or RabbitMQ's, if it has given up the message by itself, as it does when the delivery
-/// limit is reached. Then ours is that of an earlier attempt.
+/// The reason that Lastseen recorded; or RabbitMQ's, if RabbitMQ gave up the message, for example
+/// at the delivery limit. In that case, Lastseen's reason is that of an earlier attempt.
 fn reason(properties: &BasicProperties) -> String {
-    let ours = header(properties, REASON).and_then(text);
-    let brokers = match newest_death(properties) {
+    let own = header(properties, REASON).and_then(text);
+    let broker = match newest_death(properties) {
         Some(death) => death.inner().get("reason"),
         None => header(properties, "x-first-death-reason"),
     };
-    match (brokers.and_then(text), ours) {
-        (Some(brokers), Some(ours)) => format!("{brokers} (by RabbitMQ), after: {ours}"),
-        (Some(brokers), None) => format!("{brokers} (by RabbitMQ)"),
-        (None, Some(ours)) => ours,
+    match (broker.and_then(text), own) {
+        (Some(broker), Some(own)) => format!("{broker} (by RabbitMQ), after: {own}"),
+        (Some(broker), None) => format!("{broker} (by RabbitMQ)"),
+        (None, Some(own)) => own,
         (None, None) => "unknown".to_owned(),
     }
 }
 
-/// The queue in which the message expired, if that made it a dead letter.
+/// The queue in which the message expired, if the broker dead-lettered it for that reason.
 pub(super) fn expired_in(properties: &BasicProperties) -> Option<String> {
     let death = newest_death(properties)?.inner();
     (death.get("reason").and_then(text)? == "expired").then(|| death.get("queue").and_then(text))?
 }
 
-/// The broker's record of why it dead-lettered the message. Our own copies have none.
+/// The broker's newest record of dead-lettering the message. Copies that Lastseen publishes have
+/// none.
 fn newest_death(properties: &BasicProperties) -> Option<&FieldTable> {
     // The newest entry of x-death comes first.
     let AMQPValue::FieldArray(deaths) = header(properties, "x-death")? else { return None };
@@ -161,9 +165,9 @@ fn headers_without(properties: &BasicProperties, prefixes: &[&str]) -> FieldTabl
     headers
 }
 
-/// The message's own properties with other headers.
+/// Copies the properties of a message, with other headers.
 fn copied(properties: &BasicProperties, headers: FieldTable) -> BasicProperties {
-    // The broker dates the copy by its own delay queue; an expiration would follow it for ever.
+    // Without the expiration: it belongs to one delay queue, and every later copy would inherit it.
     let mut copied = BasicProperties::default().with_headers(headers);
     if let Some(content_type) = properties.content_type() {
         copied = copied.with_content_type(content_type.clone());

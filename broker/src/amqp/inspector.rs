@@ -1,4 +1,4 @@
-//! Looking at the queues of a RabbitMQ, and treating the dead letters.
+//! Inspects the queues on RabbitMQ; lists, redrives and purges dead letters.
 
 use std::time::Duration;
 
@@ -15,14 +15,14 @@ use super::publisher::{Outgoing, Publisher};
 use super::topology::Topology;
 use super::{Config, depths, history};
 use crate::PublishError;
-use crate::inspector::{DeadLetter, Depths, InspectError, Selection, Treatment};
+use crate::inspector::{DeadLetter, DeadLetterAction, Depths, InspectError, Selection};
 
-/// When no letter has come for so long, there are no more: somebody else has taken some meanwhile.
+/// If no letter arrives for this time, there are no more: another client has taken some meanwhile.
 const IDLE: Duration = Duration::from_secs(2);
-/// Letters that one consumer may hold. Without a number, a quorum queue would give out 2,000 and
-/// then no more. It bounds what lies in our memory; for more letters there are more consumers.
+/// Letters that one consumer may hold, which bounds the memory. More letters get more consumers.
+/// Without a prefetch, a quorum queue would deliver 2,000 and then no more.
 const PREFETCH: u16 = 5_000;
-/// Letters that are redriven or deleted together. After a loss of the connection, so many are there
+/// Letters that are redriven or deleted together. If the connection is lost, up to this many exist
 /// twice.
 const BATCH: usize = 500;
 const CONFIRM_TIMEOUT: Duration = Duration::from_secs(10);
@@ -37,10 +37,10 @@ pub(crate) struct Inspector {
 }
 
 /// A consumer of the dead letters, on a channel of its own.
-struct Intake {
+struct LetterConsumer {
     channel: Channel,
     letters: lapin::Consumer,
-    /// Letters that were taken and stay unacked, so that they go back with the channel's end.
+    /// Letters that stay unacked, so that the broker requeues them when the channel is closed.
     held: usize,
 }
 
@@ -51,30 +51,31 @@ impl Inspector {
     }
 
     pub(crate) async fn depths(&self) -> Result<Depths, InspectError> {
-        let found = answered(depths::look(&self.connection, &self.topology)).await?;
-        Ok(found.depths)
+        let state = within_deadline(depths::inspect(&self.connection, &self.topology)).await?;
+        Ok(state.depths)
     }
 
-    /// What another look holds at this moment is not among the letters that are there.
+    /// Letters that another inspector holds at this moment are not included.
     pub(crate) async fn dead_letters(
         &self,
         selection: &Selection,
-        treatment: Treatment,
-        treated: impl FnMut(DeadLetter) + Send,
+        action: DeadLetterAction,
+        on_done: impl FnMut(DeadLetter) + Send,
     ) -> Result<(), InspectError> {
         let count = depth(&self.connection, &self.topology.dead).await?;
         if count == 0 {
             return Ok(());
         }
-        let publisher = match treatment {
-            Treatment::Redrive => Some(self.publisher().await?),
-            Treatment::Look | Treatment::Purge => None,
+        let publisher = match action {
+            DeadLetterAction::Redrive => Some(self.publisher().await?),
+            DeadLetterAction::List | DeadLetterAction::Purge => None,
         };
-        // With its end, all that was taken goes back, also when this is dropped midway.
+        // When this connection ends, the broker requeues all unacked letters, even if this future
+        // is dropped.
         let connection = connect(&self.config).await?;
         let dead = &self.topology.dead;
-        let mut pass = Pass { connection, dead, treatment, publisher, intakes: Vec::new() };
-        let outcome = pass.over(count, selection, treated).await;
+        let mut pass = Pass { connection, dead, action, publisher, consumers: Vec::new() };
+        let outcome = pass.run(count, selection, on_done).await;
         let ended = pass.end().await;
         outcome.and(ended)
     }
@@ -83,12 +84,12 @@ impl Inspector {
         link::close(&self.connection).await;
     }
 
-    /// A publisher that is connected; the main queue is there then.
+    /// Starts a publisher and waits until it is connected, and thus has declared the main queue.
     async fn publisher(&self) -> Result<Publisher, InspectError> {
         let publisher = Publisher::start(self.config.clone(), "lastseen redrive");
         let mut status = publisher.status();
-        // The first that is heard: an operator is told rather than kept waiting. If nothing is, it is
-        // what the status begins with.
+        // Report the first status instead of retrying, so that the operator does not have to wait.
+        // If there is no status within the timeout, report the initial one.
         _ = timeout(START_TIMEOUT, status.changed()).await;
         status.borrow().clone().map_err(InspectError::Away)?;
         Ok(publisher)
@@ -99,39 +100,39 @@ impl Inspector {
 struct Pass<'a> {
     connection: Link,
     dead: &'a ShortString,
-    treatment: Treatment,
+    action: DeadLetterAction,
     publisher: Option<Publisher>,
-    /// All but the last hold as many letters as they may.
-    intakes: Vec<Intake>,
+    /// All but the last are full.
+    consumers: Vec<LetterConsumer>,
 }
 
 impl Pass<'_> {
-    /// Goes over the next `count` letters, or fewer when no more come.
-    async fn over(
+    /// Processes the next `count` letters, or fewer if no more arrive.
+    async fn run(
         &mut self,
         count: u64,
         selection: &Selection,
-        mut treated: impl FnMut(DeadLetter) + Send,
+        mut on_done: impl FnMut(DeadLetter) + Send,
     ) -> Result<(), InspectError> {
         let mut left = count;
         while left > 0 {
-            if self.intakes.last().is_none_or(Intake::is_full) {
-                self.intakes.push(Intake::open(&self.connection, self.dead).await?);
+            if self.consumers.last().is_none_or(LetterConsumer::is_full) {
+                self.consumers.push(LetterConsumer::open(&self.connection, self.dead).await?);
             }
-            let Some(intake) = self.intakes.last_mut() else { continue };
+            let Some(consumer) = self.consumers.last_mut() else { continue };
             let mut batch = Vec::new();
-            while left > 0 && batch.len() < BATCH && intake.held + batch.len() < PREFETCH.into() {
-                let Some(delivery) = intake.next().await? else {
+            while left > 0 && batch.len() < BATCH && consumer.held + batch.len() < PREFETCH.into() {
+                let Some(delivery) = consumer.next().await? else {
                     left = 0;
                     break;
                 };
                 left -= 1;
                 let letter = history::dead_letter(delivery.data.clone(), &delivery.properties);
-                if !selection.fits(&letter) {
-                    intake.held += 1;
-                } else if self.treatment == Treatment::Look {
-                    intake.held += 1;
-                    treated(letter);
+                if !selection.matches(&letter) {
+                    consumer.held += 1;
+                } else if self.action == DeadLetterAction::List {
+                    consumer.held += 1;
+                    on_done(letter);
                 } else {
                     batch.push((letter, delivery));
                 }
@@ -141,17 +142,17 @@ impl Pass<'_> {
             }
             ack(batch.iter().map(|(_, delivery)| delivery)).await?;
             for (letter, _) in batch {
-                treated(letter);
+                on_done(letter);
             }
         }
         Ok(())
     }
 
-    /// Sees that the acks are applied and that what was held is back where it was, so that whoever
-    /// looks next finds it.
+    /// Makes sure that the acks are applied and that held letters are back in their places, so that
+    /// the next inspector finds them.
     async fn end(self) -> Result<(), InspectError> {
-        let Self { connection, dead, publisher, intakes, .. } = self;
-        let given_back = give_back(&connection, dead, intakes).await;
+        let Self { connection, dead, publisher, consumers, .. } = self;
+        let given_back = give_back(&connection, dead, consumers).await;
         link::close(&connection).await;
         if let Some(publisher) = publisher {
             publisher.close().await;
@@ -163,40 +164,42 @@ impl Pass<'_> {
 async fn give_back(
     connection: &Link,
     dead: &ShortString,
-    intakes: Vec<Intake>,
+    consumers: Vec<LetterConsumer>,
 ) -> Result<(), InspectError> {
-    // All of them first, or the last would be given what the others give back. Besides, a channel
-    // keeps acks to itself while many are under way to a quorum queue, and forgets them when it is
-    // closed. The cancel goes the same way and is answered, so that by then those before it are
-    // applied; the look at the depth gives the channel the time to send the rest.
-    for Intake { channel, letters, .. } in &intakes {
-        answered(channel.basic_cancel(letters.tag(), BasicCancelOptions::default())).await?;
+    // Cancel all consumers first, or the last would receive the letters that the others give back.
+    // Besides, the broker's channel process buffers acks while many are pending at a quorum queue,
+    // and discards them when the channel is closed. The response to the cancel shows that the
+    // pending acks are applied, and querying the depth gives the channel process time to send the
+    // buffered ones.
+    for LetterConsumer { channel, letters, .. } in &consumers {
+        within_deadline(channel.basic_cancel(letters.tag(), BasicCancelOptions::default())).await?;
     }
-    for Intake { channel, held, .. } in intakes {
+    for LetterConsumer { channel, held, .. } in consumers {
         let before = depth(connection, dead).await?;
-        // A closed channel's letters go back in their order, which a nack of many does not keep.
-        answered(channel.close(200, "done".into())).await?;
+        // The broker requeues the letters of a closed channel in order, unlike those of one
+        // multiple nack.
+        within_deadline(channel.close(200, "done".into())).await?;
         let back = async {
             while depth(connection, dead).await? < before + held as u64 {
                 tokio::time::sleep(Duration::from_millis(10)).await;
             }
             Ok::<_, InspectError>(())
         };
-        // If somebody else takes them at once, they are never seen there.
+        // If another client takes them at once, they never appear in the depth.
         timeout(IDLE, back).await.unwrap_or(Ok(()))?;
     }
     Ok(())
 }
 
-impl Intake {
+impl LetterConsumer {
     async fn open(connection: &Link, dead: &ShortString) -> Result<Self, InspectError> {
-        let channel = answered(connection.create_channel()).await?;
+        let channel = within_deadline(connection.create_channel()).await?;
         let consuming = async {
             channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
             let options = BasicConsumeOptions::default();
             channel.basic_consume(dead.clone(), "".into(), options, FieldTable::default()).await
         };
-        let letters = answered(consuming).await?;
+        let letters = within_deadline(consuming).await?;
         Ok(Self { channel, letters, held: 0 })
     }
 
@@ -204,13 +207,13 @@ impl Intake {
         self.held == usize::from(PREFETCH)
     }
 
-    /// The next letter; `None` when none comes any more.
+    /// The next letter; `None` if no more arrives.
     async fn next(&mut self) -> Result<Option<Delivery>, InspectError> {
         match timeout(IDLE, self.letters.next()).await {
             Ok(Some(Ok(delivery))) => Ok(Some(delivery)),
             Ok(Some(Err(error))) => Err(InspectError::Away(error.to_string())),
-            Ok(None) => Err(InspectError::Away("it has cancelled the consumer".to_owned())),
-            // The stream can fall silent without an end.
+            Ok(None) => Err(InspectError::Away("the broker cancelled the consumer".to_owned())),
+            // The stream can stop without ending.
             Err(_) if !self.channel.status().connected() => {
                 Err(InspectError::Away("the channel is closed".to_owned()))
             }
@@ -219,28 +222,28 @@ impl Intake {
     }
 }
 
-/// Publishes copies of `letters` to the main queue, all of them confirmed on return.
+/// Publishes copies of `letters` to the main queue, and waits until all are confirmed.
 async fn redrive(
     publisher: &Publisher,
     letters: impl ExactSizeIterator<Item = &Delivery>,
 ) -> Result<(), InspectError> {
     let copy = |letter: &Delivery| Outgoing {
         body: letter.data.clone(),
-        properties: history::forgotten(&letter.properties),
+        properties: history::redriven(&letter.properties),
     };
     publisher
         .publish(&publisher.topology().queue, letters.map(copy), CONFIRM_TIMEOUT)
         .await
         .map_err(|error| match error {
             PublishError::Away(reason) => InspectError::Away(reason),
-            refused => InspectError::Away(refused.to_string()),
+            other => InspectError::Away(other.to_string()),
         })
 }
 
 async fn ack(letters: impl Iterator<Item = &Delivery>) -> Result<(), InspectError> {
     let acks = letters.map(|letter| letter.acker.ack(BasicAckOptions::default()));
-    let sent = answered(try_join_all(acks)).await?;
-    // `false` is lapin's word for an ack that was never sent.
+    let sent = within_deadline(try_join_all(acks)).await?;
+    // lapin returns `false` for an ack that was never sent.
     if sent.contains(&false) {
         return Err(InspectError::Away("the channel is lost".to_owned()));
     }
@@ -253,15 +256,15 @@ async fn connect(config: &Config) -> Result<Link, InspectError> {
 }
 
 async fn depth(connection: &Link, queue: &ShortString) -> Result<u64, InspectError> {
-    answered(depths::depth(connection, queue)).await
+    within_deadline(depths::depth(connection, queue)).await
 }
 
-/// The answer of the broker, which gives it at once or not at all.
-async fn answered<T, E: ToString>(
+/// Awaits the broker's response. A healthy broker responds at once.
+async fn within_deadline<T, E: ToString>(
     request: impl Future<Output = Result<T, E>>,
 ) -> Result<T, InspectError> {
     match timeout(RPC_TIMEOUT, request).await {
-        Ok(answer) => answer.map_err(|error| InspectError::Away(error.to_string())),
-        Err(_) => Err(InspectError::Away(format!("no answer within {RPC_TIMEOUT:?}"))),
+        Ok(response) => response.map_err(|error| InspectError::Away(error.to_string())),
+        Err(_) => Err(InspectError::Away(format!("no response within {RPC_TIMEOUT:?}"))),
     }
 }

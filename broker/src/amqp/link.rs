@@ -1,4 +1,4 @@
-//! Why there is no session with the broker.
+//! The errors of opening a broker session.
 
 use ::amqp::ConnectError;
 
@@ -6,7 +6,7 @@ use super::topology::TopologyError;
 
 pub(super) use ::amqp::{Link, OutageLog, RPC_TIMEOUT, close, connect};
 
-/// Why there is no usable connection, named after the step that failed.
+/// Why there is no broker session. Each variant is named after the step that failed.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum LinkError {
     #[error(transparent)]
@@ -17,6 +17,6 @@ pub(super) enum LinkError {
     OpenChannel(#[source] lapin::Error),
     #[error("cannot consume: {0}")]
     Consume(#[source] lapin::Error),
-    #[error("no answer within {RPC_TIMEOUT:?}")]
+    #[error("no response from the broker within {RPC_TIMEOUT:?}")]
     Timeout(#[from] tokio::time::error::Elapsed),
 }

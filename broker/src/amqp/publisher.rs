@@ -1,7 +1,7 @@
-//! Publishing with confirms, pipelined over all callers.
+//! Publishes messages with confirms, pipelined across all callers.
 //!
-//! Callers hand in batches; one task owns the connection and publishes them in rounds, each with
-//! whatever has come in meanwhile, several rounds at a time.
+//! Callers submit batches. One task owns the connection and publishes all waiting batches together
+//! as a round, several rounds at a time.
 
 mod publisher_task;
 mod refusals;
@@ -23,26 +23,26 @@ use super::link::RPC_TIMEOUT;
 use super::topology::Topology;
 use crate::{LinkStatus, Origin, PublishError, message};
 
-use publisher_task::Driver;
-use status_reporter::Standing;
+use publisher_task::PublisherTask;
+use status_reporter::StatusReporter;
 
 // Decision: docs/decisions/0002-does-a-callback-wait-for-publisher-capacity.md
-/// Messages that are waiting to be published or confirmed, over all callers; what RabbitMQ takes in a
-/// fifth of a second when it is quick. With more of them, callbacks would wait for a confirm that comes too
-/// late. At about 1 KiB each it also bounds the memory that a broker which stops confirming can make us
-/// hold.
+/// Messages of all callers that wait to be published or confirmed: what a fast RabbitMQ confirms in
+/// a fifth of a second. With more, callbacks would wait for confirms that arrive too late. At about
+/// 1 KiB each, this also bounds the memory if the broker stops confirming.
 const MAX_OUTSTANDING: u32 = 10_000;
-/// What one batch counts for at most, so that the largest callback leaves room for others, and does not
-/// need all of it for itself. So a second large batch at the same time can exceed [`MAX_OUTSTANDING`].
+/// The most permits that one batch takes, so that the largest callback leaves some for others and
+/// does not need all of them. Two large batches together can therefore exceed [`MAX_OUTSTANDING`]
+/// messages.
 const MAX_OUTSTANDING_PER_BATCH: u32 = MAX_OUTSTANDING / 2;
 
 /// See [`crate::Publisher`].
 #[derive(Clone)]
 pub(crate) struct Publisher {
-    /// Unbounded, because what it holds is bounded by `places`.
+    /// Unbounded, because `permits` bounds its content.
     batches: mpsc::UnboundedSender<Batch>,
-    places: Arc<Semaphore>,
-    /// Whether there is a session that batches can be handed to.
+    permits: Arc<Semaphore>,
+    /// Whether there is a session that accepts batches.
     open: watch::Receiver<LinkStatus>,
     status: watch::Receiver<LinkStatus>,
     config: Arc<Config>,
@@ -50,37 +50,42 @@ pub(crate) struct Publisher {
     expiry: Arc<ExpiryCheck>,
 }
 
-/// One message on its way out.
+/// A message to publish.
 #[derive(Clone, Debug)]
 pub(super) struct Outgoing {
     pub(super) body: Vec<u8>,
     pub(super) properties: BasicProperties,
 }
 
-/// What one caller wants to have published, all of it or an error.
+/// The messages of one caller, which are all confirmed or answered with an error.
 struct Batch {
-    /// The queue that all of them go to.
+    /// The queue of all messages.
     queue: ShortString,
     messages: Vec<Outgoing>,
     reply: oneshot::Sender<Result<(), PublishError>>,
     /// Held until the batch is answered.
-    _places: OwnedSemaphorePermit,
+    _permits: OwnedSemaphorePermit,
 }
 
 impl Publisher {
     pub(crate) fn start(config: Config, name: &str) -> Self {
         let (batches, incoming) = mpsc::unbounded_channel();
-        let not_yet = || watch::channel(Err("not connected yet".to_owned()));
-        let ((is_open, open), (is_sound, status)) = (not_yet(), not_yet());
-        let standing = Standing::new(name, is_open, is_sound);
+        let not_connected = || watch::channel(Err("not connected yet".to_owned()));
+        let ((open_sender, open), (status_sender, status)) = (not_connected(), not_connected());
+        let reporter = StatusReporter::new(name, open_sender, status_sender);
         let topology = Arc::new(Topology::new(&config));
         let config = Arc::new(config);
-        let driver =
-            Driver::new(Arc::clone(&config), Arc::clone(&topology), name, incoming, standing);
-        tokio::spawn(driver.run());
+        let task = PublisherTask::new(
+            Arc::clone(&config),
+            Arc::clone(&topology),
+            name,
+            incoming,
+            reporter,
+        );
+        tokio::spawn(task.run());
         Self {
             batches,
-            places: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
+            permits: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
             open,
             status,
             config,
@@ -101,36 +106,36 @@ impl Publisher {
             .with_correlation_id(origin.callback_id.into())
             .with_timestamp(seconds);
         if let Some(traceparent) = origin.traceparent {
-            properties = properties.with_headers(history::begun_by(traceparent));
+            properties = properties.with_headers(history::with_traceparent(traceparent));
         }
         let message =
             |id: &i64| Outgoing { body: message::encode(*id), properties: properties.clone() };
-        let places = Arc::clone(&self.places).try_acquire_many_owned(places_for(ids.len()));
-        let places = async {
-            places.map_err(|error| match error {
+        let permits = Arc::clone(&self.permits).try_acquire_many_owned(permits_for(ids.len()));
+        let permits = async {
+            permits.map_err(|error| match error {
                 TryAcquireError::NoPermits => PublishError::Full(MAX_OUTSTANDING as usize),
                 TryAcquireError::Closed => stopped(),
             })
         };
-        self.publish_in(places, &self.topology.queue, ids.iter().map(message), within).await
+        self.publish_with(permits, &self.topology.queue, ids.iter().map(message), within).await
     }
 
-    /// Publishes `messages` to one queue, and waits until there is room for them.
+    /// Publishes `messages` to one queue, after waiting for permits.
     pub(super) async fn publish(
         &self,
         queue: &ShortString,
         messages: impl ExactSizeIterator<Item = Outgoing>,
         within: Duration,
     ) -> Result<(), PublishError> {
-        let places = Arc::clone(&self.places).acquire_many_owned(places_for(messages.len()));
-        let places = async { places.await.map_err(|_| stopped()) };
-        self.publish_in(places, queue, messages, within).await
+        let permits = Arc::clone(&self.permits).acquire_many_owned(permits_for(messages.len()));
+        let permits = async { permits.await.map_err(|_| stopped()) };
+        self.publish_with(permits, queue, messages, within).await
     }
 
-    /// The messages are not built before there is room for them.
-    async fn publish_in(
+    /// Publishes `messages` to one queue. It encodes them only after it has the permits.
+    async fn publish_with(
         &self,
-        places: impl Future<Output = Result<OwnedSemaphorePermit, PublishError>>,
+        permits: impl Future<Output = Result<OwnedSemaphorePermit, PublishError>>,
         queue: &ShortString,
         messages: impl ExactSizeIterator<Item = Outgoing>,
         within: Duration,
@@ -139,13 +144,13 @@ impl Publisher {
             return Err(PublishError::Away(reason.clone()));
         }
         let confirmed = async {
-            let places = places.await?;
-            let (reply, answer) = oneshot::channel();
+            let permits = permits.await?;
+            let (reply, outcome) = oneshot::channel();
             let messages = messages.collect();
-            let batch = Batch { queue: queue.clone(), messages, reply, _places: places };
+            let batch = Batch { queue: queue.clone(), messages, reply, _permits: permits };
             self.batches.send(batch).map_err(|_| stopped())?;
-            // Its round ended with the connection.
-            answer
+            // Without an answer, the batch was lost with the connection.
+            outcome
                 .await
                 .unwrap_or_else(|_| Err(PublishError::Away("the connection was lost".to_owned())))
         };
@@ -156,8 +161,8 @@ impl Publisher {
         self.status.clone()
     }
 
-    /// Returns at once if the publisher has died.
-    pub(crate) async fn opened(&self) {
+    /// Returns at once if the publisher task has died.
+    pub(crate) async fn wait_until_open(&self) {
         let _ = self.open.clone().wait_for(Result::is_ok).await;
     }
 
@@ -165,13 +170,15 @@ impl Publisher {
         self.batches.closed().await;
     }
 
-    /// Waits until it is said, or a while for other clones that are not dropped.
+    /// Waits until the connection is closed, or until the timeout if other clones are not dropped.
     pub(crate) async fn close(self) {
         let Self { batches, mut status, .. } = self;
         drop(batches);
         let ended = async { while status.changed().await.is_ok() {} };
         if timeout(RPC_TIMEOUT, ended).await.is_err() {
-            tracing::debug!("the publisher is still in use, or the broker does not answer");
+            tracing::debug!(
+                "the publisher was not closed in time: it is in use, or the broker does not respond"
+            );
         }
     }
 
@@ -188,7 +195,7 @@ impl Publisher {
     }
 }
 
-fn places_for(messages: usize) -> u32 {
+fn permits_for(messages: usize) -> u32 {
     u32::try_from(messages).unwrap_or(u32::MAX).min(MAX_OUTSTANDING_PER_BATCH)
 }
 

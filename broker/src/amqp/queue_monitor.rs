@@ -1,5 +1,5 @@
-//! A look at the queues every few seconds, by a consumer's own connection: for the metrics, and to
-//! notice that the broker gives nothing although there is something.
+//! Inspects the queues every few seconds on a consumer's connection: for the metrics, and to detect
+//! that the broker delivers nothing although the queue is not empty.
 //!
 //! Decision: docs/decisions/0016-how-is-the-age-of-the-oldest-message-measured.md
 
@@ -19,35 +19,36 @@ use crate::gauges::Gauges;
 
 const INTERVAL: Duration = Duration::from_secs(2);
 // Decision: docs/decisions/0017-how-does-a-consumer-detect-starvation.md
-/// After so many looks in a row that find messages, while the consumer waits for one and may have more,
-/// something is wrong: RabbitMQ gives what is ready at once.
-const IN_VAIN: u32 = 5;
+/// A consumer is starving after this many inspections in a row that found ready messages while it
+/// waited for one with free prefetch. RabbitMQ normally delivers a ready message at once.
+const STARVING_AFTER: u32 = 5;
 
-/// Looks until it is dropped, which ends with the session.
-pub(super) struct Look {
-    found: Arc<Found>,
+/// Inspects the queues until it is dropped at the end of the session.
+pub(super) struct QueueMonitor {
+    shared: Arc<Shared>,
     task: JoinHandle<()>,
 }
 
-/// What the consumer and its look tell each other.
+/// What the consumer and its monitor share.
 #[derive(Default)]
-struct Found {
-    /// Odd while the consumer waits for a delivery, and another number with each wait.
+struct Shared {
+    /// Incremented at the start and at the end of each wait, so it is odd while the consumer waits
+    /// for a delivery.
     waits: AtomicU64,
-    in_vain: AtomicU32,
-    empty: AtomicBool,
-    /// Whether the queue did not exist at the last look.
-    gone: AtomicBool,
-    /// How many deliveries the consumer may have.
+    /// Inspections in a row that suggest starvation.
+    starved_inspections: AtomicU32,
+    queue_is_empty: AtomicBool,
+    queue_is_missing: AtomicBool,
+    /// The consumer's limit on unsettled deliveries.
     prefetch: AtomicUsize,
 }
 
 /// The consumer waits for a delivery until this is dropped.
-pub(super) struct Wait(Arc<Found>);
+pub(super) struct Wait(Arc<Shared>);
 
-impl Look {
-    /// At the queues of `topology`, for a consumer of so many deliveries at most. It does not keep the
-    /// connection.
+impl QueueMonitor {
+    /// Starts inspecting the queues of `topology`, for a consumer with this prefetch. It does not
+    /// keep the connection open.
     pub(super) fn start(
         connection: &Arc<Link>,
         topology: Topology,
@@ -55,45 +56,45 @@ impl Look {
         expiry: Arc<ExpiryCheck>,
         prefetch: u16,
     ) -> Self {
-        let found = Arc::new(Found::default());
-        found.prefetch.store(prefetch.into(), Ordering::Relaxed);
+        let shared = Arc::new(Shared::default());
+        shared.prefetch.store(prefetch.into(), Ordering::Relaxed);
         let connection = Arc::downgrade(connection);
-        let looking = look(connection, topology, unsettled, expiry, Arc::clone(&found));
-        Self { found, task: tokio::spawn(looking) }
+        let monitor = monitor(connection, topology, unsettled, expiry, Arc::clone(&shared));
+        Self { shared, task: tokio::spawn(monitor) }
     }
 
     pub(super) fn set_prefetch(&self, prefetch: u16) {
-        self.found.prefetch.store(prefetch.into(), Ordering::Relaxed);
+        self.shared.prefetch.store(prefetch.into(), Ordering::Relaxed);
     }
 
-    /// To be held while the consumer waits for a delivery.
-    pub(super) fn waiting(&self) -> Wait {
-        self.found.waits.fetch_add(1, Ordering::Relaxed);
-        Wait(Arc::clone(&self.found))
+    /// Begins a wait for a delivery. The consumer holds the result until it has one.
+    pub(super) fn start_wait(&self) -> Wait {
+        self.shared.waits.fetch_add(1, Ordering::Relaxed);
+        Wait(Arc::clone(&self.shared))
     }
 
-    /// Whether the consumer has waited in vain for long, with messages in the queue all the time.
-    pub(super) fn is_in_vain(&self) -> bool {
-        self.found.in_vain.load(Ordering::Relaxed) >= IN_VAIN
+    /// Whether the consumer has been waiting for long although the queue was never empty.
+    pub(super) fn is_starving(&self) -> bool {
+        self.shared.starved_inspections.load(Ordering::Relaxed) >= STARVING_AFTER
     }
 
-    /// Whether nobody looks any more.
+    /// Whether the task has ended.
     pub(super) fn has_ended(&self) -> bool {
         self.task.is_finished()
     }
 
-    /// Whether the queue did not exist at the last look.
-    pub(super) fn is_gone(&self) -> bool {
-        self.found.gone.load(Ordering::Relaxed)
+    /// Whether the main queue did not exist at the last inspection.
+    pub(super) fn queue_is_missing(&self) -> bool {
+        self.shared.queue_is_missing.load(Ordering::Relaxed)
     }
 
-    /// Whether the queue was empty at the last look.
-    pub(super) fn is_empty(&self) -> bool {
-        self.found.empty.load(Ordering::Relaxed)
+    /// Whether the main queue was empty at the last inspection.
+    pub(super) fn queue_is_empty(&self) -> bool {
+        self.shared.queue_is_empty.load(Ordering::Relaxed)
     }
 }
 
-impl Drop for Look {
+impl Drop for QueueMonitor {
     fn drop(&mut self) {
         self.task.abort();
     }
@@ -105,39 +106,40 @@ impl Drop for Wait {
     }
 }
 
-async fn look(
+async fn monitor(
     connection: Weak<Link>,
     topology: Topology,
     unsettled: Arc<Unsettled>,
     expiry: Arc<ExpiryCheck>,
-    found: Arc<Found>,
+    shared: Arc<Shared>,
 ) {
     let gauges = Gauges::new();
-    let mut vain = Vain::default();
-    // What is ready now has come after it.
+    let mut starvation = StarvationDetector::default();
+    // All ready messages have arrived after this time.
     let mut was_empty_at = None;
     let mut ticks = interval(INTERVAL);
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         ticks.tick().await;
         let Some(connection) = connection.upgrade() else { return };
-        let (at, wait) = (SystemTime::now(), found.waits.load(Ordering::Relaxed));
-        let looked = timeout(RPC_TIMEOUT, depths::look(&connection, &topology)).await;
-        let looked = looked.map_err(|late| late.to_string());
-        let looked = match looked.and_then(|looked| looked.map_err(|error| error.to_string())) {
-            Ok(looked) => looked,
-            // Whether the session is over is seen elsewhere. A broker that does not say how much there is
-            // can be excused for not giving it either.
+        let (at, wait) = (SystemTime::now(), shared.waits.load(Ordering::Relaxed));
+        let state = timeout(RPC_TIMEOUT, depths::inspect(&connection, &topology)).await;
+        let state = state.map_err(|late| late.to_string());
+        let state = match state.and_then(|state| state.map_err(|error| error.to_string())) {
+            Ok(state) => state,
+            // The consumer itself notices that the session is over. Without a count, there is no
+            // evidence of starvation.
             Err(error) => {
-                tracing::debug!(error, "cannot look at the queues");
-                found.in_vain.store(vain.note(wait, false), Ordering::Relaxed);
+                tracing::debug!(error, "cannot inspect the queues");
+                let count = starvation.record(wait, false);
+                shared.starved_inspections.store(count, Ordering::Relaxed);
                 continue;
             }
         };
-        let depths = looked.depths;
-        let is_gone = looked.missing.contains(&topology.queue);
-        found.gone.store(is_gone, Ordering::Relaxed);
-        if !is_gone && !looked.missing.is_empty() {
+        let depths = state.depths;
+        let queue_is_missing = state.missing.contains(&topology.queue);
+        shared.queue_is_missing.store(queue_is_missing, Ordering::Relaxed);
+        if !queue_is_missing && !state.missing.is_empty() {
             declare_again(&connection, &topology).await;
         }
         if depths.ready == 0 {
@@ -148,44 +150,46 @@ async fn look(
             if depths.ready > 0 { unsettled.newest().max(was_empty_at) } else { None };
         let oldest = [unsettled.oldest(), ready_since].into_iter().flatten().min();
         gauges.set(depths, count, oldest);
-        found.empty.store(depths.ready == 0, Ordering::Relaxed);
-        let looks =
-            vain.note(wait, depths.ready > 0 && count < found.prefetch.load(Ordering::Relaxed));
-        found.in_vain.store(looks, Ordering::Relaxed);
+        shared.queue_is_empty.store(depths.ready == 0, Ordering::Relaxed);
+        let could_deliver = depths.ready > 0 && count < shared.prefetch.load(Ordering::Relaxed);
+        let starved_inspections = starvation.record(wait, could_deliver);
+        shared.starved_inspections.store(starved_inspections, Ordering::Relaxed);
         expiry.note(&connection, &topology, depths.dead).await;
     }
 }
 
 // Decision: docs/decisions/0003-when-is-a-vanished-queue-declared-again.md
-/// Declares the delay queues and the dead-letter queue if one is missing; they have no consumers. Only the next session
-/// declares a missing main queue.
+/// Declares the delay queues and the dead-letter queue if one is missing, since no session consumes
+/// them. A missing main queue is declared only by the next session.
 async fn declare_again(connection: &Link, topology: &Topology) {
     match timeout(RPC_TIMEOUT, topology.declare(connection)).await {
         Ok(Ok(())) => {}
         Ok(Err(error)) => tracing::debug!(%error, "cannot declare the queues again"),
-        Err(_) => tracing::debug!("cannot declare the queues again in time"),
+        Err(_) => tracing::debug!("declaring the queues again timed out"),
     }
 }
 
-/// Counts the looks by which a consumer should have had something.
+/// Counts the inspections in a row that found a message which the waiting consumer should have
+/// received.
 #[derive(Default)]
-struct Vain {
+struct StarvationDetector {
     wait: u64,
-    looks: u32,
+    inspections: u32,
 }
 
-impl Vain {
-    /// Notes that during that wait there was something that the consumer could have had, or was not.
-    fn note(&mut self, wait: u64, could_have: bool) -> u32 {
+impl StarvationDetector {
+    /// Records an inspection during `wait`: whether the broker could have delivered a message.
+    /// Returns the count.
+    fn record(&mut self, wait: u64, could_deliver: bool) -> u32 {
         let same_wait = std::mem::replace(&mut self.wait, wait) == wait;
-        let waits = wait % 2 == 1;
-        self.looks = match (waits && could_have, same_wait) {
+        let is_waiting = wait % 2 == 1;
+        self.inspections = match (is_waiting && could_deliver, same_wait) {
             (false, _) => 0,
-            // It may have begun just now.
+            // The wait may have begun just now.
             (true, false) => 1,
-            (true, true) => self.looks + 1,
+            (true, true) => self.inspections + 1,
         };
-        self.looks
+        self.inspections
     }
 }
 
@@ -194,19 +198,19 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_looks_during_one_wait_with_something_to_have_are_in_vain() {
-        let mut vain = Vain::default();
-        let waited: Vec<u32> = (0..3).map(|_| vain.note(1, true)).collect();
-        assert_eq!(waited, [1, 2, 3]);
-        // It has had one meanwhile and waits for the next.
-        assert_eq!(vain.note(3, true), 1);
-        assert_eq!(vain.note(3, true), 2);
-        // It has all that it may have, or there is nothing.
-        assert_eq!(vain.note(3, false), 0);
-        assert_eq!(vain.note(3, true), 1);
-        // It does not ask, as when nothing can be written.
+    fn starvation_counts_inspections_of_one_wait_with_messages() {
+        let mut starvation = StarvationDetector::default();
+        let counts: Vec<u32> = (0..3).map(|_| starvation.record(1, true)).collect();
+        assert_eq!(counts, [1, 2, 3]);
+        // The consumer has received a delivery and waits for the next.
+        assert_eq!(starvation.record(3, true), 1);
+        assert_eq!(starvation.record(3, true), 2);
+        // The prefetch is used up, or the queue is empty.
+        assert_eq!(starvation.record(3, false), 0);
+        assert_eq!(starvation.record(3, true), 1);
+        // The consumer does not wait, for example because the database is away.
         for _ in 0..3 {
-            assert_eq!(vain.note(4, true), 0);
+            assert_eq!(starvation.record(4, true), 0);
         }
     }
 }

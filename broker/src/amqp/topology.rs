@@ -1,4 +1,4 @@
-//! The queues: the one of the contract, its delay queues, and its dead letters.
+//! The queues: the main queue, its delay queues, and its dead-letter queue.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,20 +16,20 @@ use crate::config::QueueType;
 use crate::retry::LEVELS_SECONDS;
 
 // Decision: docs/decisions/0013-why-is-the-delivery-limit-100.md
-/// How often the broker may redeliver a message whose consumer died with it before it becomes a
-/// dead letter. It guards against a message that kills consumers. RabbitMQ 3.10 has no limit by
-/// default, 4.x has 20 and drops without a dead-letter exchange; this is far above what restarts
-/// during a backlog add up to, and -1 would destroy messages on 3.10.
+/// How often the broker redelivers a message whose consumer died, before it makes the message a
+/// dead letter. It guards against a message that kills consumers, and is far above the number of
+/// restarts during a backlog. RabbitMQ 3.10 has no limit by default; 4.x has 20. -1 would destroy
+/// messages on 3.10.
 const DELIVERY_LIMIT: i32 = 100;
-/// Each look at the dead letters takes them all and gives them back, which counts as a delivery; the
-/// broker drops what is beyond the limit. So it is out of reach, and set at all because of the default
-/// of 20 that 4.x has.
+/// Out of reach: each inspection takes all dead letters and gives them back, which counts as a
+/// delivery, and the broker drops letters beyond the limit. Without a value, RabbitMQ 4.x would use
+/// 20.
 const DEAD_DELIVERY_LIMIT: i32 = 1_000_000;
 
-/// How long a session may take to find out which queues have vanished.
+/// Deadline for finding out which queues have vanished.
 const INSPECT_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// The names of the queues, each on the default exchange, so each is its own routing key.
+/// The names of the queues. With the default exchange, each name is also the routing key.
 #[derive(Clone, Debug)]
 pub(super) struct Topology {
     pub(super) queue: ShortString,
@@ -37,19 +37,19 @@ pub(super) struct Topology {
     /// One for each level of [`LEVELS_SECONDS`], in the same order.
     pub(super) delays: Vec<ShortString>,
     queue_type: QueueType,
-    /// Whether this process has declared them before, so that a queue that is missing has vanished. Shared by
-    /// all clones.
-    declared: Arc<AtomicBool>,
+    /// Whether this process has declared the queues before, so that a missing queue has vanished.
+    /// All clones share it.
+    has_declared: Arc<AtomicBool>,
 }
 
-/// Why the queues are not as they have to be.
+/// Why the queues cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub(super) enum TopologyError {
-    #[error("queue {queue}: {source}")]
+    #[error("cannot declare queue {queue}: {source}")]
     Declare { queue: String, source: lapin::Error },
     #[error(
-        "queue {queue} exists with other arguments, by which it might lose messages ({text}); \
-         move it away or set another QUEUE_NAME"
+        "queue {queue} exists with other arguments, so it might lose messages ({text}); \
+         move its messages and delete it, or set another QUEUE_NAME"
     )]
     OtherArguments { queue: String, text: String },
     #[error("cannot open a channel: {0}")]
@@ -64,21 +64,22 @@ impl Topology {
             dead: format!("{queue}.dead").into(),
             delays: LEVELS_SECONDS.iter().map(|s| format!("{queue}.retry.{s}s").into()).collect(),
             queue_type: config.queue.queue_type,
-            declared: Arc::default(),
+            has_declared: Arc::default(),
         }
     }
 
     /// Declares every queue, and reports those that have vanished since they were declared before.
     ///
-    /// A main queue of the other type is used as it is, with a warning: that is how it looks while
-    /// we share it with the Go services, and refusing would only add an outage. Any other
-    /// difference is an error, for it could mean that the queue drops what it has confirmed.
+    /// A main queue of the other type is used as it is, with a warning: the queue may be shared
+    /// with the Go services, and an error would only cause an outage. Any other difference is an
+    /// error, because the queue might drop confirmed messages.
     pub(super) async fn declare(&self, connection: &Connection) -> Result<(), TopologyError> {
-        if self.declared.load(Ordering::Relaxed) {
+        if self.has_declared.load(Ordering::Relaxed) {
             self.report_vanished(connection).await;
         }
         let mut channel = open(connection).await?;
-        // The dead letters first: the main queue must never be able to give up a message to nowhere.
+        // The dead-letter queue first: without it, the main queue would drop messages that it gives
+        // up.
         let mut queues = vec![(&self.dead, dead_arguments())];
         queues.push((&self.queue, self.main_arguments(self.queue_type)));
         for (delay, seconds) in self.delays.iter().zip(LEVELS_SECONDS) {
@@ -86,23 +87,23 @@ impl Topology {
         }
         for (queue, arguments) in queues {
             if let Err(source) = declare(&channel, queue, arguments).await {
-                // The broker has closed the channel along with the refusal.
+                // The broker has closed the channel with the error.
                 channel = open(connection).await?;
                 self.adopt(&channel, queue, source).await?;
             }
         }
-        self.declared.store(true, Ordering::Relaxed);
+        self.has_declared.store(true, Ordering::Relaxed);
         Ok(())
     }
 
-    /// If that cannot be found out, declaring them is more important.
+    /// Ignores failures, because declaring the queues is more important.
     async fn report_vanished(&self, connection: &Connection) {
         let missing = timeout(INSPECT_TIMEOUT, depths::missing(connection, self)).await;
         for queue in missing.ok().and_then(Result::ok).unwrap_or_default() {
             tracing::error!(
                 %queue,
-                "a queue has vanished, and all messages in it are lost; declaring it again. Someone deleted \
-                 it, a policy with `expires` matches it, or the broker lost its files"
+                "a queue has vanished, and all messages in it are lost; declaring it again. It was \
+                 deleted, a policy with `expires` matches it, or the broker lost its files"
             );
         }
     }
@@ -127,7 +128,7 @@ impl Topology {
             QueueType::Classic => QueueType::Quorum,
         };
         let arguments = self.main_arguments(other_type);
-        // The broker names one difference only; that there is no other, only a declaration tells.
+        // The broker names only one difference. Only a declaration shows that there is no other.
         if *queue != self.queue || declare(channel, queue, arguments).await.is_err() {
             return Err(TopologyError::OtherArguments { queue: queue.to_string(), text });
         }
@@ -135,9 +136,9 @@ impl Topology {
         Ok(())
     }
 
-    /// Classic is equivalent to what the Go services declare, durable and without arguments: RabbitMQ treats
-    /// `x-queue-type: classic` and no type as the same. Without the type, a virtual host whose default type is
-    /// quorum would create a quorum queue, or accept one, that has no dead-letter exchange.
+    /// The Go services declare a durable queue without arguments. RabbitMQ treats that and
+    /// `x-queue-type: classic` as the same. Without the type, a virtual host whose default type is
+    /// quorum would create or accept a quorum queue without a dead-letter exchange.
     fn main_arguments(&self, queue_type: QueueType) -> FieldTable {
         match queue_type {
             QueueType::Classic => typed("classic"),
@@ -149,8 +150,8 @@ impl Topology {
         }
     }
 
-    /// Delay queues are always quorum: a message must survive the broker while it waits, and the
-    /// move back must be confirmed (`at-least-once`), which classic queues do not offer.
+    /// Delay queues are always quorum queues: a delayed message must survive a restart of the
+    /// broker, and only quorum queues move it back with confirms (`at-least-once`).
     fn delay_arguments(&self, seconds: u64) -> FieldTable {
         let milliseconds = i64::try_from(seconds * 1_000).unwrap_or(i64::MAX);
         let mut arguments = dead_lettering_to(&self.queue);
@@ -176,7 +177,7 @@ fn dead_lettering_to(queue: &ShortString) -> FieldTable {
     insert(&mut arguments, "x-dead-letter-exchange", text(""));
     insert(&mut arguments, "x-dead-letter-routing-key", text(queue.as_str()));
     insert(&mut arguments, "x-dead-letter-strategy", text("at-least-once"));
-    // At-least-once dead lettering is only offered together with it. There is no length limit.
+    // Required by at-least-once dead-lettering. It has no effect, because there is no length limit.
     insert(&mut arguments, "x-overflow", text("reject-publish"));
     arguments
 }

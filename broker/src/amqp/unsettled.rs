@@ -1,22 +1,22 @@
-//! What a session has handed out and what is not settled yet.
+//! Tracks the unsettled deliveries of a session.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-/// The deliveries of a session that are not settled.
+/// The unsettled deliveries of a session.
 #[derive(Default)]
 pub(super) struct Unsettled(Mutex<Deliveries>);
 
 #[derive(Default)]
 struct Deliveries {
-    /// When their callbacks came in, by their tags.
+    /// By delivery tag: when the callback arrived, if known.
     accepted_at: HashMap<u64, Option<SystemTime>>,
-    /// The newest that has ever been handed out.
+    /// The newest callback among all deliveries of the session, including settled ones.
     newest: Option<SystemTime>,
 }
 
-/// A delivery that is counted until this is dropped.
+/// Counts a delivery as unsettled until this is dropped.
 pub(super) struct Held {
     unsettled: Arc<Unsettled>,
     tag: u64,
@@ -34,12 +34,13 @@ impl Unsettled {
         self.deliveries().accepted_at.len()
     }
 
-    /// The callback of the oldest of them.
+    /// When the oldest callback of an unsettled delivery arrived.
     pub(super) fn oldest(&self) -> Option<SystemTime> {
         self.deliveries().accepted_at.values().flatten().min().copied()
     }
 
-    /// The callback of the newest that was ever handed out. In a queue, what is ready comes after it.
+    /// When the newest callback of any delivery arrived, settled or not. Ready messages are newer,
+    /// because the queue is ordered.
     pub(super) fn newest(&self) -> Option<SystemTime> {
         self.deliveries().newest
     }
@@ -62,13 +63,13 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_oldest_is_among_those_that_are_held_and_the_newest_among_all() {
+    fn oldest_is_of_unsettled_newest_of_all_deliveries() {
         let at = |seconds| Some(SystemTime::UNIX_EPOCH + Duration::from_secs(seconds));
         let unsettled = Arc::new(Unsettled::default());
         assert_eq!((unsettled.count(), unsettled.oldest(), unsettled.newest()), (0, None, None));
         let first = unsettled.hold(1, at(10));
         let second = unsettled.hold(2, at(30));
-        let _silent = unsettled.hold(3, None);
+        let _without_time = unsettled.hold(3, None);
         let _third = unsettled.hold(4, at(20));
         assert_eq!((unsettled.count(), unsettled.oldest()), (4, at(10)));
         drop((first, second));

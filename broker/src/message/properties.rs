@@ -1,5 +1,6 @@
-//! What holds for every body. Inputs that once failed are kept in `tests/message.regressions`, others
-//! worth keeping in `tests/corpus/message`, under names that begin with the id, or with `none`.
+//! Property tests of message bodies. Inputs that once failed are in `tests/message.regressions`.
+//! Other useful inputs are in `tests/corpus/message`, in files whose names begin with the expected
+//! id, or with `none`.
 
 use proptest::collection::{hash_map, vec};
 use proptest::prelude::*;
@@ -11,8 +12,8 @@ use super::{decode, encode};
 
 const NAMES: [&str; 4] = ["id", "ID", "Id", "iD"];
 
-/// The id in a body as another parser reads it.
-fn id_by_value(body: &[u8]) -> Option<i64> {
+/// The id in a body according to another parser.
+fn reference_decode(body: &[u8]) -> Option<i64> {
     let value: Value = serde_json::from_slice(body).ok()?;
     let fields = value.as_object()?;
     let mut named = NAMES.iter().filter_map(|name| fields.get(*name));
@@ -22,8 +23,8 @@ fn id_by_value(body: &[u8]) -> Option<i64> {
 
 fn config() -> ProptestConfig {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/message.regressions");
-    let kept = FileFailurePersistence::Direct(path);
-    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::default() }
+    let regressions = FileFailurePersistence::Direct(path);
+    ProptestConfig { failure_persistence: Some(Box::new(regressions)), ..ProptestConfig::default() }
 }
 
 fn leaf() -> impl Strategy<Value = Value> {
@@ -47,7 +48,7 @@ fn body() -> impl Strategy<Value = Value> {
 }
 
 #[test]
-fn what_is_in_the_corpus_has_the_id_of_its_name() {
+fn corpus_files_decode_to_the_id_in_their_name() {
     let corpus = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/message"));
     let mut messages = 0;
     for entry in corpus.unwrap() {
@@ -64,13 +65,13 @@ proptest! {
     #![proptest_config(config())]
 
     #[test]
-    fn any_id_is_read_back_from_our_form_and_from_that_of_the_go_services(id: i64) {
+    fn any_id_is_decoded_in_both_formats(id: i64) {
         prop_assert_eq!(decode(&encode(id)).unwrap(), id);
         prop_assert_eq!(decode(format!(r#"{{"ID":{id}}}"#).as_bytes()).unwrap(), id);
     }
 
     #[test]
-    fn fields_of_others_change_nothing(
+    fn other_fields_are_ignored(
         id: i64,
         name in select(NAMES.as_slice()),
         others in hash_map("[a-z_]{3,8}", leaf(), 0..4),
@@ -81,13 +82,13 @@ proptest! {
     }
 
     #[test]
-    fn of_json_exactly_the_id_that_another_parser_finds_is_read(body in body()) {
+    fn json_is_decoded_as_by_the_reference_parser(body in body()) {
         let body = body.to_string();
-        prop_assert_eq!(decode(body.as_bytes()).ok(), id_by_value(body.as_bytes()));
+        prop_assert_eq!(decode(body.as_bytes()).ok(), reference_decode(body.as_bytes()));
     }
 
     #[test]
-    fn of_a_message_with_a_few_wrong_bytes_no_id_is_read_that_another_parser_does_not_find(
+    fn corrupted_body_is_decoded_as_by_the_reference_parser(
         id: i64,
         changes in vec((any::<Index>(), any::<u8>()), 1..4),
     ) {
@@ -96,11 +97,11 @@ proptest! {
             let at = at.index(body.len());
             body[at] = byte;
         }
-        prop_assert_eq!(decode(&body).ok(), id_by_value(&body));
+        prop_assert_eq!(decode(&body).ok(), reference_decode(&body));
     }
 
     #[test]
-    fn any_bytes_at_all_are_an_id_or_a_dead_letter(body: Vec<u8>) {
-        prop_assert_eq!(decode(&body).ok(), id_by_value(&body));
+    fn any_bytes_are_decoded_as_by_the_reference_parser(body: Vec<u8>) {
+        prop_assert_eq!(decode(&body).ok(), reference_decode(&body));
     }
 }

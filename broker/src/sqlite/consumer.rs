@@ -1,4 +1,4 @@
-//! Taking messages from a file.
+//! Receives deliveries from a queue in a file.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -9,28 +9,28 @@ use tokio::time::timeout;
 
 use super::delivery::Delivery;
 use super::queue::{Message, Queue};
-use super::queue_monitor::Look;
+use super::queue_monitor::QueueMonitor;
 use crate::LinkStatus;
 
-/// How often an idle consumer looks without having been told: for delayed messages that are due, and
-/// for dead letters that another process has sent back.
+/// How often an idle consumer polls the file, for delayed messages that are due and for dead
+/// letters that another process has redriven.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// How many messages are taken ahead at most.
-const AHEAD_MAX: u16 = 256;
+/// How many messages are prefetched into memory at most.
+const BUFFER_MAX: u16 = 256;
 
 /// See [`crate::Consumer`].
 pub(crate) struct Consumer {
     queue: Arc<Queue>,
     prefetch: usize,
-    /// Taken and not handed out.
-    ahead: VecDeque<Message>,
+    /// Taken from the file and not returned to the caller yet.
+    buffer: VecDeque<Message>,
     unsettled: Arc<Unsettled>,
-    /// Whether messages could not be taken the last time, which is said once.
-    failing: bool,
-    _look: Look,
+    /// Whether the last read of the file failed, which is logged once.
+    is_failing: bool,
+    _monitor: QueueMonitor,
 }
 
-/// What a consumer has handed out and what has not been settled yet.
+/// The unsettled deliveries of a consumer.
 #[derive(Default)]
 pub(super) struct Unsettled {
     messages: Mutex<Messages>,
@@ -39,35 +39,35 @@ pub(super) struct Unsettled {
 
 #[derive(Default)]
 struct Messages {
-    /// By their numbers; `None` while one is being settled, when it is no longer given back.
+    /// By sequence number; `None` while a message is being settled, and therefore not given back.
     in_flight: BTreeMap<i64, Option<Message>>,
-    closed: bool,
+    is_closed: bool,
 }
 
 impl Unsettled {
-    /// Takes the message to settle it; `None` if it has been given back.
-    pub(super) fn begin_to_settle(&self, seq: i64) -> Option<Message> {
+    /// Takes the message in order to settle it; `None` if it has been given back.
+    pub(super) fn start_settling(&self, seq: i64) -> Option<Message> {
         self.messages().in_flight.get_mut(&seq)?.take()
     }
 
-    /// Settling it was broken off: it is in flight as before, or given back like all of a consumer
-    /// that was closed meanwhile.
-    pub(super) fn break_off(&self, message: Message, queue: &Queue) {
+    /// Cancels settling a message: it is in flight again, or given back to the queue if the
+    /// consumer was closed meanwhile.
+    pub(super) fn cancel_settling(&self, message: Message, queue: &Queue) {
         let mut messages = self.messages();
-        if messages.closed {
+        if messages.is_closed {
             queue.give_back([message]);
         } else {
             messages.in_flight.insert(message.seq, Some(message));
         }
     }
 
-    /// The message is settled: there is room for another.
-    pub(super) fn settled(&self, seq: i64) {
+    /// Records that the message is settled, so that another one can be delivered.
+    pub(super) fn finish_settling(&self, seq: i64) {
         self.messages().in_flight.remove(&seq);
         self.settled.notify_one();
     }
 
-    /// How many there are.
+    /// The number of unsettled deliveries.
     pub(super) fn count(&self) -> usize {
         self.messages().in_flight.len()
     }
@@ -81,12 +81,12 @@ impl Consumer {
     pub(crate) fn new(queue: &Arc<Queue>, prefetch: u16) -> Self {
         let unsettled = Arc::default();
         Self {
-            _look: Look::start(queue, &unsettled),
+            _monitor: QueueMonitor::start(queue, &unsettled),
             queue: Arc::clone(queue),
-            prefetch: least(prefetch),
-            ahead: VecDeque::new(),
+            prefetch: at_least_one(prefetch),
+            buffer: VecDeque::new(),
             unsettled,
-            failing: false,
+            is_failing: false,
         }
     }
 
@@ -96,28 +96,28 @@ impl Consumer {
 
     pub(crate) async fn next(&mut self) -> Delivery {
         loop {
-            if let Some(message) = self.ahead.pop_front() {
+            if let Some(message) = self.buffer.pop_front() {
                 self.unsettled.messages().in_flight.insert(message.seq, Some(message.clone()));
                 return Delivery::new(message, &self.queue, &self.unsettled);
             }
             let in_flight = self.unsettled.count();
-            let room = u16::try_from(self.prefetch.saturating_sub(in_flight)).unwrap_or(AHEAD_MAX);
-            if room == 0 {
+            let free = u16::try_from(self.prefetch.saturating_sub(in_flight)).unwrap_or(BUFFER_MAX);
+            if free == 0 {
                 self.unsettled.settled.notified().await;
                 continue;
             }
-            // Before looking, so that what arrives in between is not missed.
+            // Enable the notification before reading, so that no message in between is missed.
             let queue = Arc::clone(&self.queue);
             let mut arrived = std::pin::pin!(queue.arrived.notified());
             arrived.as_mut().enable();
-            let taken = self.queue.take(room.min(AHEAD_MAX)).await;
-            let was_failing = std::mem::replace(&mut self.failing, taken.is_err());
+            let taken = self.queue.take(free.min(BUFFER_MAX)).await;
+            let was_failing = std::mem::replace(&mut self.is_failing, taken.is_err());
             match taken {
-                Ok(messages) if !messages.is_empty() => self.ahead = messages,
+                Ok(messages) if !messages.is_empty() => self.buffer = messages,
                 Ok(_) => _ = timeout(POLL_INTERVAL, arrived).await,
                 Err(error) => {
                     if !was_failing {
-                        tracing::warn!(%error, "cannot take messages; trying again");
+                        tracing::warn!(%error, "cannot read the queue; trying again");
                     }
                     tokio::time::sleep(POLL_INTERVAL).await;
                 }
@@ -126,19 +126,19 @@ impl Consumer {
     }
 
     pub(crate) fn set_prefetch(&mut self, prefetch: u16) {
-        if least(prefetch) < std::mem::replace(&mut self.prefetch, least(prefetch)) {
+        if at_least_one(prefetch) < std::mem::replace(&mut self.prefetch, at_least_one(prefetch)) {
             self.stop();
         }
     }
 
-    /// Gives back what was taken ahead.
+    /// Gives the buffered messages back to the queue.
     pub(crate) fn stop(&mut self) {
-        self.queue.give_back(std::mem::take(&mut self.ahead));
+        self.queue.give_back(std::mem::take(&mut self.buffer));
     }
 }
 
-/// Without any, nothing would ever be taken.
-fn least(prefetch: u16) -> usize {
+/// With a prefetch of 0, no message would ever be delivered.
+fn at_least_one(prefetch: u16) -> usize {
     prefetch.max(1).into()
 }
 
@@ -146,7 +146,7 @@ impl Drop for Consumer {
     fn drop(&mut self) {
         self.stop();
         let mut messages = self.unsettled.messages();
-        messages.closed = true;
+        messages.is_closed = true;
         self.queue.give_back(std::mem::take(&mut messages.in_flight).into_values().flatten());
     }
 }

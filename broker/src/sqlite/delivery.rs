@@ -1,10 +1,10 @@
-//! A message as taken from a file, and how it is settled there.
+//! A delivery from a queue in a file and its settlement.
 
 use std::sync::Arc;
 use std::time::SystemTime;
 
 use super::consumer::Unsettled;
-use super::queue::{Message, Queue, moment};
+use super::queue::{Message, Queue, time_from_milliseconds};
 use crate::{Disposition, Origin, Settled, backoff, message};
 
 /// See [`crate::Delivery`].
@@ -32,8 +32,8 @@ impl Delivery {
     }
 
     pub(crate) fn accepted_at(&self) -> Option<SystemTime> {
-        let by_id = message::accepted_at(self.callback_id());
-        by_id.or_else(|| moment(self.message.published_at))
+        let from_id = message::accepted_at(self.callback_id());
+        from_id.or_else(|| time_from_milliseconds(self.message.published_at))
     }
 
     fn origin(&self) -> Origin<'_> {
@@ -48,36 +48,37 @@ impl Delivery {
         self.message.redelivered
     }
 
-    /// While the file cannot be written, as when the disk is full, it is tried again: the message
-    /// has had its effect, and keeps its place in the prefetch meanwhile.
+    /// Retries while the file cannot be written, for example because the disk is full. Meanwhile
+    /// the message counts towards the prefetch.
     pub(crate) async fn settle(self, disposition: Disposition) -> Settled {
         let Self { message: Message { seq, attempts, .. }, queue, unsettled } = self;
-        let Some(message) = unsettled.begin_to_settle(seq) else { return Settled::Lost };
+        let Some(message) = unsettled.start_settling(seq) else { return Settled::Lost };
         let mut settling = Settling { message: Some(message), queue, unsettled };
-        for wait in backoff() {
+        for delay in backoff() {
             match settling.queue.settle(seq, attempts, disposition.clone()).await {
                 Ok(()) => {
                     settling.message = None;
-                    settling.unsettled.settled(seq);
+                    settling.unsettled.finish_settling(seq);
                     return Settled::Done;
                 }
-                Err(error) => tracing::debug!(%error, "not settled; trying again"),
+                Err(error) => tracing::debug!(%error, "cannot settle a delivery; trying again"),
             }
-            tokio::time::sleep(wait).await;
+            tokio::time::sleep(delay).await;
         }
         Settled::Lost
     }
 
     pub(crate) fn give_back(self) {
         let seq = self.message.seq;
-        if let Some(message) = self.unsettled.begin_to_settle(seq) {
+        if let Some(message) = self.unsettled.start_settling(seq) {
             self.queue.give_back([message]);
-            self.unsettled.settled(seq);
+            self.unsettled.finish_settling(seq);
         }
     }
 }
 
-/// A message that is being settled. When that is broken off, the message stays in flight.
+/// A message that is being settled. Dropping this cancels the settlement, and the message stays in
+/// flight.
 struct Settling {
     message: Option<Message>,
     queue: Arc<Queue>,
@@ -87,7 +88,7 @@ struct Settling {
 impl Drop for Settling {
     fn drop(&mut self) {
         if let Some(message) = self.message.take() {
-            self.unsettled.break_off(message, &self.queue);
+            self.unsettled.cancel_settling(message, &self.queue);
         }
     }
 }

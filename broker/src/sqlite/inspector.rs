@@ -1,4 +1,4 @@
-//! Looking into the file, beside the process that owns it.
+//! Inspects the file while another process owns it.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -8,14 +8,14 @@ use std::time::{Duration, Instant, SystemTime};
 use rusqlite::{Connection, Row, TransactionBehavior, params};
 use tokio::task::spawn_blocking;
 
-use super::queue::{FORMAT, moment, oldest_at};
-use crate::inspector::{DeadLetter, Depths, InspectError, Selection, Treatment};
+use super::queue::{FORMAT, oldest_at, time_from_milliseconds};
+use crate::inspector::{DeadLetter, DeadLetterAction, Depths, InspectError, Selection};
 use crate::{Origin, message};
 
-/// Dead letters that are treated in one transaction, for which the queue's owner has to wait.
+/// Dead letters that one transaction processes. The owner of the queue has to wait for it.
 const PAGE: u32 = 500;
-/// Between two of them the owner must get its turn: SQLite lets it wait by sleeping and looking again,
-/// for up to 25 ms at first, and knows no queue.
+/// Pause between two transactions, in which the owner can write. SQLite has no queue of waiting
+/// writers: the owner sleeps and retries, at first for up to 25 ms.
 const PAUSE_MIN: Duration = Duration::from_millis(30);
 
 /// See [`crate::Inspector`].
@@ -50,7 +50,7 @@ impl Inspector {
         .await
     }
 
-    /// When the oldest message was published, taken or not.
+    /// When the oldest message was published, in flight or not.
     pub(super) async fn oldest_at(&self) -> Result<Option<SystemTime>, InspectError> {
         self.with_connection(|connection| oldest_at(connection)).await
     }
@@ -58,10 +58,10 @@ impl Inspector {
     pub(crate) async fn dead_letters(
         &self,
         selection: &Selection,
-        treatment: Treatment,
-        mut treated: impl FnMut(DeadLetter) + Send,
+        action: DeadLetterAction,
+        mut on_done: impl FnMut(DeadLetter) + Send,
     ) -> Result<(), InspectError> {
-        // What is given up while this goes on, maybe for the second time, is not meant.
+        // Messages that become dead letters meanwhile are not included, not even redriven ones.
         let last = "SELECT coalesce(max(seq), 0) FROM dead_letter";
         let last: i64 = self
             .with_connection(move |connection| connection.query_row(last, [], |row| row.get(0)))
@@ -71,27 +71,27 @@ impl Inspector {
             let selection = selection.clone();
             let started = Instant::now();
             let page = self.with_connection(move |connection| {
-                treat_page(connection, after, last, &selection, treatment)
+                process_page(connection, after, last, &selection, action)
             });
             let (letters, end) = page.await?;
-            letters.into_iter().for_each(&mut treated);
+            letters.into_iter().for_each(&mut on_done);
             after = end;
-            if treatment != Treatment::Look && after < last {
+            if action != DeadLetterAction::List && after < last {
                 tokio::time::sleep(PAUSE_MIN.max(started.elapsed() * 4)).await;
             }
         }
         Ok(())
     }
 
-    /// Runs `look` on a thread that may block.
+    /// Runs `operation` on a thread that may block.
     async fn with_connection<T: Send + 'static>(
         &self,
-        look: impl FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
+        operation: impl FnOnce(&mut Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, InspectError> {
         let connection = Arc::clone(&self.connection);
-        let look = move || look(&mut connection.lock().unwrap_or_else(PoisonError::into_inner));
-        let looked = spawn_blocking(look).await.map_err(|error| failed(&self.path, error))?;
-        looked.map_err(|error| failed(&self.path, error))
+        let run = move || operation(&mut connection.lock().unwrap_or_else(PoisonError::into_inner));
+        let result = spawn_blocking(run).await.map_err(|error| failed(&self.path, error))?;
+        result.map_err(|error| failed(&self.path, error))
     }
 }
 
@@ -99,17 +99,18 @@ fn failed(path: &Path, source: impl Into<Box<dyn Error + Send + Sync>>) -> Inspe
     InspectError::File { path: path.to_owned(), source: source.into() }
 }
 
-/// Treats a page of the letters after number `after`, up to `last`. Says which, and the page's end.
-fn treat_page(
+/// Processes a page of the letters after number `after`, up to `last`. Returns the selected letters
+/// and the last number of the page.
+fn process_page(
     connection: &mut Connection,
     after: i64,
     last: i64,
     selection: &Selection,
-    treatment: Treatment,
+    action: DeadLetterAction,
 ) -> rusqlite::Result<(Vec<DeadLetter>, i64)> {
-    let behavior = match treatment {
-        Treatment::Look => TransactionBehavior::Deferred,
-        Treatment::Redrive | Treatment::Purge => TransactionBehavior::Immediate,
+    let behavior = match action {
+        DeadLetterAction::List => TransactionBehavior::Deferred,
+        DeadLetterAction::Redrive | DeadLetterAction::Purge => TransactionBehavior::Immediate,
     };
     let transaction = connection.transaction_with_behavior(behavior)?;
     let page = transaction
@@ -118,14 +119,14 @@ fn treat_page(
         .collect::<rusqlite::Result<Vec<(i64, DeadLetter)>>>()?;
     let end = page.last().map_or(last, |(seq, _)| *seq);
     let mut letters = Vec::new();
-    for (seq, letter) in page.into_iter().filter(|(_, letter)| selection.fits(letter)) {
-        if treatment == Treatment::Redrive {
+    for (seq, letter) in page.into_iter().filter(|(_, letter)| selection.matches(letter)) {
+        if action == DeadLetterAction::Redrive {
             let redrive = "INSERT INTO message (object_id, callback_id, published_at)
                            SELECT object_id, callback_id, published_at
                            FROM dead_letter WHERE seq = ?1";
             transaction.prepare_cached(redrive)?.execute([seq])?;
         }
-        if treatment != Treatment::Look {
+        if action != DeadLetterAction::List {
             let purge = "DELETE FROM dead_letter WHERE seq = ?1";
             transaction.prepare_cached(purge)?.execute([seq])?;
         }
@@ -136,7 +137,7 @@ fn treat_page(
 }
 
 fn letter(row: &Row) -> rusqlite::Result<DeadLetter> {
-    let time = |column| Ok::<_, rusqlite::Error>(moment(row.get(column)?));
+    let time = |column| Ok::<_, rusqlite::Error>(time_from_milliseconds(row.get(column)?));
     let id = row.get("object_id")?;
     let origin: String = row.get("callback_id")?;
     Ok(DeadLetter {

@@ -1,4 +1,4 @@
-//! The file, what is in it, and the statements.
+//! The file: its schema and its statements.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -11,13 +11,14 @@ use tokio::sync::{Notify, Semaphore, watch};
 
 use crate::{Disposition, LinkStatus, Origin, retry};
 
-/// Times are in milliseconds since 1970. In a `callback_id` there may be more of an [`Origin`].
+/// Times are in milliseconds since 1970. A `callback_id` may also contain a span: see
+/// [`Origin::to_text`].
 pub(crate) const FORMAT: Format = Format {
     name: "queue",
     application_id: u32::from_be_bytes(*b"LSQu"),
     version: 1,
     schema: "
-        -- Ready or in flight. A consumer asks for what comes after the last that it was given, so a
+        -- Ready or in flight. A consumer reads the messages after the last one that it took, so a
         -- number is never used twice (AUTOINCREMENT).
         CREATE TABLE message (
             seq INTEGER PRIMARY KEY AUTOINCREMENT,
@@ -29,7 +30,7 @@ pub(crate) const FORMAT: Format = Format {
             first_failed_at INTEGER,
             last_failed_at INTEGER
         ) STRICT;
-        -- Failed, and a new message from due_at on.
+        -- Failed. At due_at, each becomes a new message.
         CREATE TABLE delayed (
             seq INTEGER PRIMARY KEY,
             due_at INTEGER NOT NULL,
@@ -42,7 +43,7 @@ pub(crate) const FORMAT: Format = Format {
             last_failed_at INTEGER NOT NULL
         ) STRICT;
         CREATE INDEX delayed_due_at ON delayed (due_at);
-        -- Given up, for a person, in that order.
+        -- Given up, in order, kept for a person.
         CREATE TABLE dead_letter (
             seq INTEGER PRIMARY KEY AUTOINCREMENT,
             object_id INTEGER NOT NULL,
@@ -55,27 +56,27 @@ pub(crate) const FORMAT: Format = Format {
         ) STRICT;",
     ballast_bytes: 0,
     max_bytes: u64::MAX,
-    // The delayed become ready: their numbers would be taken by others in the new file.
+    // Delayed messages become ready, because other messages have their numbers in the new file.
     tables: &[
-        Table { from: "message", into: "message", columns: MOVED },
-        Table { from: "delayed", into: "message", columns: MOVED },
-        Table { from: "dead_letter", into: "dead_letter", columns: MOVED },
+        Table { from: "message", into: "message", columns: COPIED_COLUMNS },
+        Table { from: "delayed", into: "message", columns: COPIED_COLUMNS },
+        Table { from: "dead_letter", into: "dead_letter", columns: COPIED_COLUMNS },
     ],
 };
-const MOVED: &str =
+const COPIED_COLUMNS: &str =
     "object_id, callback_id, published_at, attempts, reason, first_failed_at, last_failed_at";
 
-/// A queue that is an outage's second place. It can be emptied on a full disk: its ballast has room
-/// for the log to grow and for the file to take in what is in the log.
+/// The spool of an outage. It can be emptied on a full disk: the ballast has space for the log to
+/// grow and to be checkpointed.
 pub(crate) const SPOOL: Format = Format { name: "spool", ballast_bytes: 16 << 20, ..FORMAT };
 
-/// Messages that are waiting to be committed, over all callers; beyond it callers wait, and their
-/// deadlines run. A larger batch is taken when nothing else is there.
+/// Messages of all callers that wait to be committed. Beyond this limit, callers wait until their
+/// deadlines. A larger batch is accepted when no other message waits.
 const MAX_OUTSTANDING: u32 = 20_000;
-/// How many of the delayed become ready at a time.
+/// How many delayed messages become ready at a time.
 const DUE_MAX: u32 = 1_000;
 
-/// A message as it is delivered.
+/// A message that was taken from the file.
 #[derive(Clone, Debug)]
 pub(super) struct Message {
     pub(super) seq: i64,
@@ -87,52 +88,52 @@ pub(super) struct Message {
     pub(super) redelivered: bool,
 }
 
-/// A queue in a file, open for its one process.
+/// A queue in a file, open in the process that owns it.
 pub(crate) struct Queue {
     path: PathBuf,
     file: File,
-    places: Arc<Semaphore>,
-    /// The last message there when the file was opened: up to it, any may have been delivered before.
-    found_upto: i64,
+    permits: Arc<Semaphore>,
+    /// The last message when the file was opened. All up to it may have been delivered before.
+    last_seq_at_open: i64,
     delivered: Mutex<Delivered>,
-    /// Held while messages are taken, so that none is given to two.
-    taking: tokio::sync::Mutex<()>,
-    /// Tells those who wait that there may be messages.
+    /// Locked while messages are taken, so that no message is taken twice.
+    take_lock: tokio::sync::Mutex<()>,
+    /// Notifies waiting consumers that there may be messages.
     pub(super) arrived: Notify,
 }
 
 struct Delivered {
-    /// The last message that was handed out.
-    upto: i64,
-    /// What was handed out and given back, by its number.
+    /// The last message that was taken.
+    last_seq: i64,
+    /// Messages that were taken and given back, by sequence number.
     returned: BTreeMap<i64, Message>,
 }
 
 impl Queue {
-    /// Opens the queue, and makes it first if there is none.
+    /// Opens the queue. Creates it if it does not exist.
     pub(crate) fn open(path: &Path) -> Result<Self, OpenError> {
         Self::open_as(path, FORMAT)
     }
 
-    /// Opens it as [`FORMAT`] or [`SPOOL`].
+    /// Opens the file with [`FORMAT`] or [`SPOOL`].
     pub(crate) fn open_as(path: &Path, format: Format) -> Result<Self, OpenError> {
         let last = |connection: &Connection| {
             let sql = "SELECT coalesce(max(seq), 0) FROM message";
             connection.query_row(sql, [], |row| row.get(0))
         };
-        let (file, found_upto) = File::open_and_read(path, format, last)?;
+        let (file, last_seq_at_open) = File::open_and_read(path, format, last)?;
         Ok(Self {
             path: path.to_owned(),
             file,
-            places: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
-            found_upto,
-            delivered: Mutex::new(Delivered { upto: 0, returned: BTreeMap::new() }),
-            taking: tokio::sync::Mutex::default(),
+            permits: Arc::new(Semaphore::new(MAX_OUTSTANDING as usize)),
+            last_seq_at_open,
+            delivered: Mutex::new(Delivered { last_seq: 0, returned: BTreeMap::new() }),
+            take_lock: tokio::sync::Mutex::default(),
             arrived: Notify::new(),
         })
     }
 
-    /// Where the file is.
+    /// The path of the file.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
@@ -150,18 +151,18 @@ impl Queue {
         self.file.died().await;
     }
 
-    /// Closes the file if nobody else has it.
+    /// Closes the file, unless there are other references to the queue.
     pub(crate) async fn close(self: Arc<Self>) {
         if let Some(queue) = Arc::into_inner(self) {
             queue.file.close().await;
         }
     }
 
-    /// Adds a message for each of `ids`; they are on disk on return.
+    /// Adds a message for each of `ids`, and returns when they are on disk.
     pub(crate) async fn publish(&self, origin: Origin<'_>, ids: &[i64]) -> Result<(), WriteError> {
         let wanted = u32::try_from(ids.len()).unwrap_or(u32::MAX).min(MAX_OUTSTANDING);
-        // It is never closed; and if it were, there would only be no bound.
-        let places = Arc::clone(&self.places).acquire_many_owned(wanted).await;
+        // The semaphore is never closed. If it were, only the bound would be missing.
+        let permits = Arc::clone(&self.permits).acquire_many_owned(wanted).await;
         let (origin, ids) = (origin.to_text(), ids.to_vec());
         let published_at = now();
         let insert = move |connection: &Connection| {
@@ -171,27 +172,27 @@ impl Queue {
             for id in ids {
                 insert.execute(params![id, origin, published_at])?;
             }
-            // Held until it is committed.
-            Ok(places)
+            // The permits are held until the transaction is committed.
+            Ok(permits)
         };
         drop(self.file.transact(insert).await?);
         self.arrived.notify_waiters();
         Ok(())
     }
 
-    /// Up to `limit` messages that nobody else has, oldest first. Nothing is lost when this is
-    /// dropped.
+    /// Takes up to `limit` messages that are not in flight, oldest first. Dropping the future loses
+    /// no message.
     pub(super) async fn take(&self, limit: u16) -> Result<VecDeque<Message>, WriteError> {
-        let _turn = self.taking.lock().await;
+        let _guard = self.take_lock.lock().await;
         let after = {
             let mut delivered = self.delivered();
             if !delivered.returned.is_empty() {
                 let oldest = std::iter::from_fn(|| delivered.returned.pop_first());
                 return Ok(oldest.map(|(_, message)| message).take(limit.into()).collect());
             }
-            delivered.upto
+            delivered.last_seq
         };
-        let found_upto = self.found_upto;
+        let last_seq_at_open = self.last_seq_at_open;
         let take = move |connection: &Connection| {
             make_due_ready(connection)?;
             let mut select = connection.prepare_cached(
@@ -206,7 +207,7 @@ impl Queue {
                     origin: row.get("callback_id")?,
                     published_at: row.get("published_at")?,
                     attempts: row.get("attempts")?,
-                    redelivered: seq <= found_upto,
+                    redelivered: seq <= last_seq_at_open,
                 })
             };
             let rows = select.query_map(params![after, limit], message)?;
@@ -214,12 +215,13 @@ impl Queue {
         };
         let messages = self.file.transact(take).await?;
         if let Some(last) = messages.back() {
-            self.delivered().upto = last.seq;
+            self.delivered().last_seq = last.seq;
         }
         Ok(messages)
     }
 
-    /// Number, object and origin of up to `limit` messages, the oldest first, taken or not.
+    /// Sequence number, object and origin of up to `limit` messages, oldest first, in flight or
+    /// not.
     pub(crate) async fn oldest(&self, limit: usize) -> Result<Vec<(i64, i64, String)>, WriteError> {
         let select = move |connection: &Connection| {
             connection
@@ -232,7 +234,7 @@ impl Queue {
         self.file.transact_on_ballast(select).await
     }
 
-    /// Removes the messages of these numbers, however they stand.
+    /// Removes the messages with these sequence numbers, in flight or not.
     pub(crate) async fn remove(&self, seqs: Vec<i64>) -> Result<(), WriteError> {
         let delete = move |connection: &Connection| {
             let mut delete = connection.prepare_cached("DELETE FROM message WHERE seq = ?1")?;
@@ -244,10 +246,10 @@ impl Queue {
         self.file.transact_on_ballast(delete).await
     }
 
-    /// How many messages there are, if they are removed in the order in which they came.
+    /// The number of messages, provided that they are removed in order.
     pub(crate) async fn count(&self) -> Result<u64, WriteError> {
         let count = |connection: &Connection| {
-            // One by one, each is found by the index; together they would be found by a scan.
+            // As separate queries, each uses the index. Together they would scan the table.
             let sql = "SELECT coalesce((SELECT max(seq) FROM message)
                                      - (SELECT min(seq) FROM message) + 1, 0)";
             connection.prepare_cached(sql)?.query_row([], |row| row.get(0))
@@ -255,48 +257,49 @@ impl Queue {
         self.file.transact_on_ballast(count).await
     }
 
-    /// When the oldest message was published, taken or not.
+    /// When the oldest message was published, in flight or not.
     pub(crate) async fn oldest_at(&self) -> Result<Option<SystemTime>, WriteError> {
         self.file.transact_on_ballast(oldest_at).await
     }
 
-    /// Has `messages`, which were taken, delivered again.
+    /// Gives taken messages back, so that they are delivered again.
     pub(super) fn give_back(&self, messages: impl IntoIterator<Item = Message>) {
-        let again = |message: Message| (message.seq, Message { redelivered: true, ..message });
-        self.delivered().returned.extend(messages.into_iter().map(again));
+        let redelivered =
+            |message: Message| (message.seq, Message { redelivered: true, ..message });
+        self.delivered().returned.extend(messages.into_iter().map(redelivered));
         self.arrived.notify_waiters();
     }
 
-    /// Settles a message that was taken, in one transaction.
+    /// Settles a taken message in one transaction.
     pub(super) async fn settle(
         &self,
         seq: i64,
         attempts: u32,
         disposition: Disposition,
     ) -> Result<(), WriteError> {
-        let requeued = disposition == Disposition::Requeue;
+        let is_requeued = disposition == Disposition::Requeue;
         let settle = move |connection: &Connection| {
             match disposition {
                 Disposition::Ack => {}
                 Disposition::Retry { reason, after } => {
-                    let wait =
-                        retry::wait(attempts.saturating_add(1), after, rand::random()).length;
-                    let due_at = now().saturating_add(milliseconds(wait));
-                    let mut delay = connection.prepare_cached(DELAY)?;
-                    delay.execute(params![seq, reason, now(), due_at])?;
+                    let delay =
+                        retry::delay(attempts.saturating_add(1), after, rand::random()).length;
+                    let due_at = now().saturating_add(milliseconds(delay));
+                    let mut insert = connection.prepare_cached(DELAY)?;
+                    insert.execute(params![seq, reason, now(), due_at])?;
                 }
                 Disposition::Requeue => {
                     connection.prepare_cached(MOVE_TO_END)?.execute([seq])?;
                 }
                 Disposition::DeadLetter { reason } => {
-                    connection.prepare_cached(BURY)?.execute(params![seq, reason, now()])?;
+                    connection.prepare_cached(DEAD_LETTER)?.execute(params![seq, reason, now()])?;
                 }
             }
             connection.prepare_cached("DELETE FROM message WHERE seq = ?1")?.execute([seq])?;
             Ok(())
         };
         self.file.transact(settle).await?;
-        if requeued {
+        if is_requeued {
             self.arrived.notify_waiters();
         }
         Ok(())
@@ -318,16 +321,17 @@ const MOVE_TO_END: &str = "
                          last_failed_at)
     SELECT object_id, callback_id, published_at, attempts, reason, first_failed_at, last_failed_at
     FROM message WHERE seq = ?1";
-const BURY: &str = "
+const DEAD_LETTER: &str = "
     INSERT INTO dead_letter (object_id, callback_id, published_at, attempts, reason,
                              first_failed_at, last_failed_at)
     SELECT object_id, callback_id, published_at, attempts + 1, ?2,
            coalesce(first_failed_at, ?3), ?3
     FROM message WHERE seq = ?1";
 
-/// Turns delayed messages whose wait is over into new ones, at the end of the queue.
+/// Moves delayed messages that are due to the end of the queue, as new messages.
 fn make_due_ready(connection: &Connection) -> rusqlite::Result<()> {
-    // A wait beyond the longest there is means that the clock has been set back since.
+    // A message that is due later than the longest delay from now means that the clock was set
+    // back.
     let (now, too_far) = (now(), now().saturating_add(milliseconds(retry::LONGEST)));
     let due =
         "SELECT seq FROM delayed WHERE due_at <= ?1 OR due_at > ?2 ORDER BY due_at, seq LIMIT ?3";
@@ -350,15 +354,15 @@ fn make_due_ready(connection: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-/// When the message at the head was published.
+/// When the oldest message was published.
 pub(super) fn oldest_at(connection: &Connection) -> rusqlite::Result<Option<SystemTime>> {
     let sql = "SELECT published_at FROM message ORDER BY seq LIMIT 1";
     let head = connection.prepare_cached(sql)?.query_row([], |row| row.get(0)).optional()?;
-    Ok(head.and_then(moment))
+    Ok(head.and_then(time_from_milliseconds))
 }
 
-/// A moment as it stands in the file.
-pub(super) fn moment(milliseconds: i64) -> Option<SystemTime> {
+/// Decodes a time in the file.
+pub(super) fn time_from_milliseconds(milliseconds: i64) -> Option<SystemTime> {
     UNIX_EPOCH.checked_add(Duration::from_millis(u64::try_from(milliseconds).ok()?))
 }
 

@@ -1,5 +1,5 @@
-//! A look at the file every few seconds, for the metrics, by a connection of its own: counting reads
-//! all of a long queue, and must not hold up those who write.
+//! Inspects the file every few seconds, for the metrics. It uses its own connection, because
+//! counting reads the whole queue and must not hold up writes.
 
 use std::sync::{Arc, Weak};
 use std::time::Duration;
@@ -14,31 +14,32 @@ use crate::gauges::Gauges;
 use crate::{Depths, InspectError};
 
 const INTERVAL: Duration = Duration::from_secs(2);
-/// Counting takes at most this share of the time: a long queue is counted less often.
-const SHARE: u32 = 20;
+/// The pause is at least this multiple of the time that counting took: a long queue is counted less
+/// often.
+const PAUSE_FACTOR: u32 = 20;
 
-/// Looks until it is dropped.
-pub(super) struct Look(JoinHandle<()>);
+/// Inspects the file until it is dropped.
+pub(super) struct QueueMonitor(JoinHandle<()>);
 
-impl Look {
+impl QueueMonitor {
     pub(super) fn start(queue: &Arc<Queue>, unsettled: &Arc<Unsettled>) -> Self {
-        Self(tokio::spawn(look(Arc::downgrade(queue), Arc::clone(unsettled))))
+        Self(tokio::spawn(monitor(Arc::downgrade(queue), Arc::clone(unsettled))))
     }
 }
 
-impl Drop for Look {
+impl Drop for QueueMonitor {
     fn drop(&mut self) {
         self.0.abort();
     }
 }
 
-async fn look(queue: Weak<Queue>, unsettled: Arc<Unsettled>) {
+async fn monitor(queue: Weak<Queue>, unsettled: Arc<Unsettled>) {
     let gauges = Gauges::new();
     let mut inspector = None;
     loop {
         let Some(path) = queue.upgrade().map(|queue| queue.path().to_owned()) else { return };
-        let began = Instant::now();
-        let looked = async {
+        let started = Instant::now();
+        let inspected = async {
             let inspector = match inspector.take() {
                 Some(inspector) => inspector,
                 None => Inspector::open(&path).await?,
@@ -46,16 +47,18 @@ async fn look(queue: Weak<Queue>, unsettled: Arc<Unsettled>) {
             let (depths, oldest) = (inspector.depths().await?, inspector.oldest_at().await?);
             Ok::<_, InspectError>((inspector, depths, oldest))
         };
-        match looked.await {
+        match inspected.await {
             Ok((opened, depths, oldest)) => {
                 inspector = Some(opened);
-                // Those in flight are in the file as well.
+                // The file's count of ready messages includes those in flight.
                 let count = unsettled.count();
                 let ready = depths.ready.saturating_sub(count as u64);
                 gauges.set(Depths { ready, ..depths }, count, oldest);
             }
-            Err(error) => tracing::debug!(%error, "cannot look at the queue"),
+            Err(error) => {
+                tracing::debug!(%error, "cannot inspect the queue; its metrics are out of date");
+            }
         }
-        sleep(INTERVAL.max(began.elapsed() * SHARE)).await;
+        sleep(INTERVAL.max(started.elapsed() * PAUSE_FACTOR)).await;
     }
 }

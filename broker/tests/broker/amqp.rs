@@ -1,11 +1,11 @@
-//! What is RabbitMQ's alone.
+//! Tests of the queue on RabbitMQ only.
 
 use std::pin::pin;
 use std::time::Instant;
 
 use broker::{
-    Config, Depths, Disposition, InspectError, Inspector, PublishError, Publisher, QueueType,
-    Selection, Settled, Treatment,
+    Config, DeadLetterAction, Depths, Disposition, InspectError, Inspector, PublishError,
+    Publisher, QueueType, Selection, Settled,
 };
 use futures_util::FutureExt as _;
 use lapin::options::{
@@ -21,8 +21,8 @@ use tokio::task::block_in_place;
 use tokio::time::timeout;
 
 use crate::test_queue::{
-    PATIENCE, SECOND, amqp_config, connected, consumer, dead, drain, for_steps, ids, next, retry,
-    treat,
+    PATIENCE, SECOND, ack_next, amqp_config, connected, consumer, dead, ids, next, poll_times,
+    process_dead_letters, retry,
 };
 
 async fn raw_channel() -> (Connection, Channel) {
@@ -33,8 +33,7 @@ async fn raw_channel() -> (Connection, Channel) {
     (connection, channel)
 }
 
-/// Publishes messages with any bodies and properties to any queue, and waits until the broker has
-/// them.
+/// Publishes messages with any body and properties to any queue, and waits for their confirms.
 async fn publish_raw(queue: &str, messages: impl IntoIterator<Item = (Vec<u8>, BasicProperties)>) {
     let (_connection, channel) = raw_channel().await;
     channel.confirm_select(ConfirmSelectOptions::default()).await.unwrap();
@@ -80,7 +79,7 @@ fn arguments(list: &[(&str, AMQPValue)]) -> FieldTable {
 }
 
 #[tokio::test]
-async fn messages_are_persistent_and_carry_when_they_were_published() {
+async fn messages_are_persistent_and_have_a_timestamp() {
     let queue = Queue::new();
     let publisher = connected(&amqp_config(&queue, QueueType::Quorum)).await;
     publisher.publish_ids("c", &[42], SECOND * 5).await.unwrap();
@@ -91,12 +90,12 @@ async fn messages_are_persistent_and_carry_when_they_were_published() {
 }
 
 #[tokio::test]
-async fn a_classic_queue_is_declared_as_the_go_services_declare_it() {
+async fn classic_queue_is_compatible_with_the_go_services() {
     let queue = Queue::new();
-    // Ours first: theirs must not be refused.
+    // Lastseen's declaration first: that of the Go services must not be refused.
     let publisher = connected(&amqp_config(&queue, QueueType::Classic)).await;
     declare(&queue.name, true, FieldTable::default()).await.unwrap();
-    // Theirs first: ours takes it as its own, with nothing to warn of.
+    // The Go services' declaration first: Lastseen must accept the queue without a warning.
     drop(publisher);
     delete(&queue.name).await;
     declare(&queue.name, true, FieldTable::default()).await.unwrap();
@@ -106,7 +105,7 @@ async fn a_classic_queue_is_declared_as_the_go_services_declare_it() {
 }
 
 #[tokio::test]
-async fn a_queue_of_another_type_is_used_as_it_is() {
+async fn queue_of_another_type_is_used() {
     let queue = Queue::new();
     declare(&queue.name, true, FieldTable::default()).await.unwrap();
     let publisher = connected(&amqp_config(&queue, QueueType::Quorum)).await;
@@ -115,7 +114,7 @@ async fn a_queue_of_another_type_is_used_as_it_is() {
 }
 
 #[tokio::test]
-async fn a_queue_that_would_lose_its_messages_is_refused() {
+async fn transient_queue_is_refused() {
     let queue = Queue::new();
     declare(&queue.name, false, FieldTable::default()).await.unwrap();
     let publisher = Publisher::start(&amqp_config(&queue, QueueType::Classic), "test").unwrap();
@@ -128,7 +127,7 @@ async fn a_queue_that_would_lose_its_messages_is_refused() {
 }
 
 #[tokio::test]
-async fn a_queue_that_would_drop_messages_is_refused_whichever_of_ours_it_is() {
+async fn each_queue_that_would_drop_messages_is_refused() {
     let expiring = arguments(&[
         ("x-queue-type", AMQPValue::LongString("quorum".into())),
         ("x-message-ttl", AMQPValue::LongLongInt(2_000)),
@@ -146,7 +145,7 @@ async fn a_queue_that_would_drop_messages_is_refused_whichever_of_ours_it_is() {
 }
 
 #[tokio::test]
-async fn a_message_of_the_go_producer_is_delivered() {
+async fn message_of_the_go_producer_is_delivered() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Classic);
     let publisher = connected(&config).await;
@@ -158,7 +157,7 @@ async fn a_message_of_the_go_producer_is_delivered() {
 }
 
 #[tokio::test]
-async fn a_body_without_an_id_is_delivered_as_an_error_and_kept_whole() {
+async fn undecodable_body_is_dead_lettered_unchanged() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
     let publisher = connected(&config).await;
@@ -172,7 +171,7 @@ async fn a_body_without_an_id_is_delivered_as_an_error_and_kept_whole() {
 }
 
 #[tokio::test]
-async fn a_deleted_queue_is_never_confirmed_and_soon_there_again() {
+async fn deleted_queue_is_never_confirmed_and_declared_again() {
     let queue = Queue::new();
     let publisher = connected(&amqp_config(&queue, QueueType::Quorum)).await;
     delete(&queue.name).await;
@@ -186,7 +185,7 @@ async fn a_deleted_queue_is_never_confirmed_and_soon_there_again() {
 }
 
 #[tokio::test]
-async fn a_deleted_queue_is_declared_and_consumed_again() {
+async fn deleted_queue_is_declared_and_consumed_again() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
     let publisher = connected(&config).await;
@@ -203,7 +202,7 @@ async fn a_deleted_queue_is_declared_and_consumed_again() {
 }
 
 #[tokio::test]
-async fn what_was_delivered_before_its_queue_was_deleted_is_settled_all_the_same() {
+async fn delivery_from_a_deleted_queue_can_still_be_settled() {
     for queue_type in [QueueType::Quorum, QueueType::Classic] {
         let queue = Queue::new();
         let publisher = connected(&amqp_config(&queue, queue_type)).await;
@@ -219,7 +218,7 @@ async fn what_was_delivered_before_its_queue_was_deleted_is_settled_all_the_same
         delete(&queue.name).await;
         timeout(PATIENCE, status.wait_for(Result::is_err)).await.unwrap().unwrap();
         timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
-        // They are all that there is of these messages.
+        // These deliveries are the only copies of their messages.
         for (delivery, disposition) in
             delivered.into_iter().zip([Disposition::Ack, retry("x"), dead("x")])
         {
@@ -227,16 +226,16 @@ async fn what_was_delivered_before_its_queue_was_deleted_is_settled_all_the_same
             assert_eq!(delivery.settle(disposition).await, Settled::Done, "{queue_type:?}");
         }
         assert_eq!(queue.depth(&queue.dead()).await, Some(1));
-        // The one to be tried again, on the way by its delay queue.
+        // The retry is delivered by way of its delay queue.
         assert_eq!(timeout(PATIENCE, after).await.unwrap().unwrap(), 2);
     }
 }
 
 #[tokio::test]
-async fn without_a_broker_a_publish_fails_at_once_and_says_why() {
+async fn publish_without_a_broker_fails_at_once_with_the_reason() {
     let queue = Queue::new();
-    let nowhere = format!("amqp://guest:guest@127.0.0.1:{}/%2f", testbed::free_port());
-    let amqp_uri = nowhere.parse().unwrap();
+    let unreachable = format!("amqp://guest:guest@127.0.0.1:{}/%2f", testbed::free_port());
+    let amqp_uri = unreachable.parse().unwrap();
     let config = Config { amqp_uri, ..amqp_config(&queue, QueueType::Quorum) };
     let publisher = Publisher::start(&config, "test").unwrap();
     let mut status = publisher.status();
@@ -244,14 +243,17 @@ async fn without_a_broker_a_publish_fails_at_once_and_says_why() {
     timeout(PATIENCE, refused).await.unwrap().unwrap();
     let started = Instant::now();
     let error = publisher.publish_ids("c", &[1], PATIENCE).await.unwrap_err();
-    assert!(matches!(&error, PublishError::Away(why) if why.contains("cannot reach")), "{error}");
+    assert!(
+        matches!(&error, PublishError::Away(reason) if reason.contains("cannot reach")),
+        "{error}"
+    );
     assert!(started.elapsed() < SECOND);
-    // And with nothing to publish there is nothing that could fail.
+    // An empty batch cannot fail.
     publisher.publish_ids("c", &[], SECOND).await.unwrap();
 }
 
 #[tokio::test]
-async fn a_peer_that_accepts_and_never_speaks_is_told_apart_from_one_that_refuses() {
+async fn silent_peer_is_reported_as_not_speaking_amqp() {
     let silent = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = silent.local_addr().unwrap();
     let queue = Queue::new();
@@ -264,24 +266,24 @@ async fn a_peer_that_accepts_and_never_speaks_is_told_apart_from_one_that_refuse
 }
 
 #[tokio::test]
-async fn a_broker_that_hangs_up_is_tried_again_after_pauses_and_not_at_once() {
-    let rude = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = rude.local_addr().unwrap();
+async fn broker_that_hangs_up_is_retried_with_backoff() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
     let amqp_uri = format!("amqp://guest:guest@{address}/%2f").parse().unwrap();
     let config = Config { amqp_uri, ..amqp_config(&Queue::new(), QueueType::Quorum) };
     let _publisher = Publisher::start(&config, "test").unwrap();
-    let (first, _) = timeout(PATIENCE, rude.accept()).await.unwrap().unwrap();
+    let (first, _) = timeout(PATIENCE, listener.accept()).await.unwrap().unwrap();
     drop(first);
     let started = Instant::now();
     for _ in 0..8 {
-        drop(timeout(PATIENCE, rude.accept()).await.unwrap().unwrap());
+        drop(timeout(PATIENCE, listener.accept()).await.unwrap().unwrap());
     }
-    // 100, 200 and 400 ms, then 700 each, and up to as much again.
+    // 100, 200 and 400 ms, then 700 ms each, plus jitter of up to the same length.
     assert!(started.elapsed() > SECOND * 2, "eight more attempts in {:?}", started.elapsed());
 }
 
 #[tokio::test]
-async fn a_broker_that_falls_silent_is_noticed_and_found_again() {
+async fn silent_broker_is_noticed_and_reconnected() {
     let queue = Queue::new();
     let (proxy, config) = through_a_proxy(&queue).await;
     let publisher = connected(&config).await;
@@ -298,8 +300,8 @@ async fn a_broker_that_falls_silent_is_noticed_and_found_again() {
     proxy.restore();
     timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
     publisher.publish_ids("c", &[3], SECOND * 5).await.unwrap();
-    // The consumer's own connection may have outlived the silence; if not, what was in flight by it
-    // comes again by a new one.
+    // The consumer's connection may have survived the silence. If not, its delivery in flight is
+    // redelivered on a new one.
     let lost = held.settle(Disposition::Ack).await == Settled::Lost;
     let mut ids = Vec::new();
     while !ids.contains(&3) || (lost && !ids.contains(&1)) {
@@ -310,7 +312,7 @@ async fn a_broker_that_falls_silent_is_noticed_and_found_again() {
 }
 
 #[tokio::test]
-async fn what_is_more_than_the_broker_may_have_to_confirm_is_turned_away_at_once() {
+async fn batch_beyond_the_outstanding_limit_fails_at_once() {
     let queue = Queue::new();
     let (proxy, config) = through_a_proxy(&queue).await;
     let publisher = connected(&config).await;
@@ -323,28 +325,28 @@ async fn what_is_more_than_the_broker_may_have_to_confirm_is_turned_away_at_once
     let more = publisher.publish_ids("more", &[2], PATIENCE).now_or_never();
     assert!(matches!(more, Some(Err(PublishError::Full(10_000)))), "{more:?}");
     proxy.restore();
-    // The silence may have ended the session; then they are told so.
-    for told in [first.await, second.await] {
-        assert!(matches!(told, Ok(()) | Err(PublishError::Away(_))), "{told:?}");
+    // The silence may have ended the session, and with it the batches.
+    for outcome in [first.await, second.await] {
+        assert!(matches!(outcome, Ok(()) | Err(PublishError::Away(_))), "{outcome:?}");
     }
-    eventually("there is room again", PATIENCE, async || {
+    eventually("a batch is accepted again", PATIENCE, async || {
         publisher.publish_ids("more", &[3], PATIENCE).await.ok()
     })
     .await;
 }
 
 #[tokio::test]
-async fn a_cancelled_consumer_is_not_mistaken_for_an_idle_one() {
+async fn cancelled_consumer_is_not_mistaken_for_an_idle_one() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
     let publisher = connected(&config).await;
     let (_connection, channel) = raw_channel().await;
-    let mut ours = consumer(&publisher, 1);
+    let mut consumer = consumer(&publisher, 1);
     publisher.publish_ids("c", &[1], SECOND * 5).await.unwrap();
-    next(&mut ours).await.settle(Disposition::Ack).await;
-    let mut status = ours.status();
+    next(&mut consumer).await.settle(Disposition::Ack).await;
+    let mut status = consumer.status();
     assert!(status.borrow_and_update().is_ok());
-    let waiting = tokio::spawn(async move { next(&mut ours).await.id().unwrap() });
+    let waiting = tokio::spawn(async move { next(&mut consumer).await.id().unwrap() });
     channel.queue_delete(queue.name.as_str().into(), QueueDeleteOptions::default()).await.unwrap();
     timeout(PATIENCE, status.wait_for(Result::is_err)).await.unwrap().unwrap();
     timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
@@ -352,7 +354,7 @@ async fn a_cancelled_consumer_is_not_mistaken_for_an_idle_one() {
     assert_eq!(waiting.await.unwrap(), 5);
 }
 
-/// A header as the text that a person would see.
+/// A header as text.
 fn header(properties: &BasicProperties, name: &str) -> Option<String> {
     match properties.headers().as_ref()?.inner().get(name)? {
         AMQPValue::LongString(text) => Some(text.to_string()),
@@ -361,14 +363,14 @@ fn header(properties: &BasicProperties, name: &str) -> Option<String> {
     }
 }
 
-/// The names of the headers, but for the one that a quorum queue adds to each delivery.
+/// The names of the headers, without the one that a quorum queue adds to each delivery.
 fn header_names(properties: &BasicProperties) -> Vec<&str> {
     let headers = properties.headers().iter().flat_map(FieldTable::inner);
     headers.map(|(name, _)| name.as_str()).filter(|name| *name != "x-delivery-count").collect()
 }
 
 #[tokio::test]
-async fn a_dead_letter_is_persistent_and_tells_its_history_in_headers() {
+async fn dead_letter_is_persistent_and_has_its_history_in_headers() {
     let queue = Queue::new();
     let publisher = connected(&amqp_config(&queue, QueueType::Quorum)).await;
     publisher.publish_ids("callback-5", &[7], PATIENCE).await.unwrap();
@@ -376,7 +378,7 @@ async fn a_dead_letter_is_persistent_and_tells_its_history_in_headers() {
     next(&mut consumer).await.settle(retry("no answer")).await;
     next(&mut consumer).await.settle(dead("answered 500")).await;
 
-    let letter = queue.get(&queue.dead()).await.expect("it should be among the dead letters");
+    let letter = queue.get(&queue.dead()).await.expect("the message should be a dead letter");
     let properties = &letter.delivery.properties;
     assert_eq!(*properties.delivery_mode(), Some(2));
     assert_eq!(properties.correlation_id().as_ref().unwrap().as_str(), "callback-5");
@@ -388,11 +390,11 @@ async fn a_dead_letter_is_persistent_and_tells_its_history_in_headers() {
     assert!(first < last, "{first} {last}");
 }
 
-/// Has the first message of `queue` delivered and lost until the broker gives it up. Each time its channel
-/// ends with it: to RabbitMQ 4.3 a `nack` is no delivery.
+/// Takes and loses the first message of `queue` until the broker gives it up. It closes the channel
+/// each time, because RabbitMQ 4.3 does not count a `nack` as a delivery.
 async fn exhaust(queue: &Queue) {
     let (connection, _channel) = raw_channel().await;
-    eventually("the broker gives it up", PATIENCE, async || {
+    eventually("the broker gives up the message", PATIENCE, async || {
         let channel = connection.create_channel().await.unwrap();
         let got = channel.basic_get(queue.name.as_str().into(), BasicGetOptions::default());
         let _ = got.await.unwrap();
@@ -404,23 +406,25 @@ async fn exhaust(queue: &Queue) {
 
 // Field case 9.1
 #[tokio::test]
-async fn a_message_that_the_broker_gives_up_by_itself_says_so_and_can_be_redriven() {
+async fn message_given_up_by_the_broker_can_be_redriven() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
     let publisher = connected(&config).await;
     publisher.publish_ids("c", &[1], PATIENCE).await.unwrap();
     exhaust(&queue).await;
-    let letters = treat(&config, &Selection::default(), Treatment::Look).await;
+    let letters =
+        process_dead_letters(&config, &Selection::default(), DeadLetterAction::List).await;
     assert_eq!(letters[0].reason, "delivery_limit (by RabbitMQ)");
     assert_eq!((letters[0].id, letters[0].attempts), (Some(1), 0));
 
-    // With an attempt of ours that had failed before.
-    treat(&config, &Selection::default(), Treatment::Redrive).await;
+    // Now with an earlier failed attempt of Lastseen.
+    process_dead_letters(&config, &Selection::default(), DeadLetterAction::Redrive).await;
     let mut failing = consumer(&publisher, 1);
     next(&mut failing).await.settle(retry("answered 500")).await;
     failing.close().await;
     exhaust(&queue).await;
-    let letters = treat(&config, &Selection::default(), Treatment::Redrive).await;
+    let letters =
+        process_dead_letters(&config, &Selection::default(), DeadLetterAction::Redrive).await;
     assert_eq!(letters[0].reason, "delivery_limit (by RabbitMQ), after: answered 500");
     assert_eq!((letters[0].id, letters[0].attempts), (Some(1), 1));
     let message = queue.get(&queue.name).await.unwrap().delivery;
@@ -428,7 +432,7 @@ async fn a_message_that_the_broker_gives_up_by_itself_says_so_and_can_be_redrive
 }
 
 #[tokio::test]
-async fn a_redriven_copy_is_persistent_and_keeps_all_but_its_history() {
+async fn redriven_copy_is_persistent_and_loses_only_its_history() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
     connected(&config).await.close().await;
@@ -445,7 +449,7 @@ async fn a_redriven_copy_is_persistent_and_keeps_all_but_its_history() {
         .with_timestamp(1_700_000_000);
     let body = br#"{"ID":42,"Seen":"never"}"#.to_vec();
     publish_raw(&queue.dead(), [(body.clone(), properties.clone())]).await;
-    treat(&config, &Selection::default(), Treatment::Redrive).await;
+    process_dead_letters(&config, &Selection::default(), DeadLetterAction::Redrive).await;
     let message = queue.get(&queue.name).await.unwrap().delivery;
     assert_eq!(message.data, body);
     assert_eq!(*message.properties.delivery_mode(), Some(2));
@@ -456,29 +460,30 @@ async fn a_redriven_copy_is_persistent_and_keeps_all_but_its_history() {
 }
 
 #[tokio::test]
-async fn a_letter_that_names_no_object_is_shown_and_redriven_as_it_is() {
+async fn undecodable_letter_is_listed_and_redriven_unchanged() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
     connected(&config).await.close().await;
     publish_raw(&queue.dead(), [(b"\xff{not json".to_vec(), BasicProperties::default())]).await;
     let by_object = Selection { ids: vec![1], reason: None };
-    assert_eq!(treat(&config, &by_object, Treatment::Redrive).await, []);
-    let letters = treat(&config, &Selection::default(), Treatment::Redrive).await;
+    assert_eq!(process_dead_letters(&config, &by_object, DeadLetterAction::Redrive).await, []);
+    let letters =
+        process_dead_letters(&config, &Selection::default(), DeadLetterAction::Redrive).await;
     assert_eq!((letters[0].id, letters[0].reason.as_str()), (None, "unknown"));
     assert_eq!(letters[0].body, b"\xff{not json");
     assert_eq!(queue.get(&queue.name).await.unwrap().delivery.data, b"\xff{not json");
 }
 
 #[tokio::test]
-async fn a_look_at_what_does_not_exist_finds_nothing_and_declares_nothing() {
+async fn inspector_declares_no_missing_queue() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
     let mut inspector = Inspector::open(&config).await.unwrap();
     let nothing = Depths { ready: 0, delayed: 0, dead: 0 };
     assert_eq!(inspector.depths().await.unwrap(), nothing);
-    for treatment in [Treatment::Look, Treatment::Redrive, Treatment::Purge] {
+    for action in [DeadLetterAction::List, DeadLetterAction::Redrive, DeadLetterAction::Purge] {
         let found = |letter| panic!("{letter:?}");
-        inspector.dead_letters(&Selection::default(), treatment, found).await.unwrap();
+        inspector.dead_letters(&Selection::default(), action, found).await.unwrap();
     }
     inspector.close().await;
     for name in [queue.name.clone(), queue.dead(), format!("{}.retry.2s", queue.name)] {
@@ -486,9 +491,10 @@ async fn a_look_at_what_does_not_exist_finds_nothing_and_declares_nothing() {
     }
 }
 
-/// A quorum queue gives one consumer 2,000 unacked messages by default, ours allow it 5,000.
+/// By default, a quorum queue delivers up to 2,000 unacked messages to one consumer; here it is
+/// 5,000.
 #[tokio::test]
-async fn more_letters_than_a_consumer_may_hold_are_treated_one_by_one_and_keep_their_order() {
+async fn letters_beyond_one_prefetch_are_processed_in_order() {
     const LETTERS: i64 = 5_300;
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
@@ -498,22 +504,26 @@ async fn more_letters_than_a_consumer_may_hold_are_treated_one_by_one_and_keep_t
     let all: Vec<i64> = (0..LETTERS).collect();
     let (even, odd): (Vec<i64>, Vec<i64>) = all.iter().partition(|id| *id % 2 == 0);
     for _ in 0..2 {
-        let letters = treat(&config, &Selection::default(), Treatment::Look).await;
-        assert!(ids(&letters) == all, "a look keeps the order");
+        let letters =
+            process_dead_letters(&config, &Selection::default(), DeadLetterAction::List).await;
+        assert!(ids(&letters) == all, "listing should keep the order");
     }
     let selection = Selection { ids: even.clone(), reason: None };
-    assert!(ids(&treat(&config, &selection, Treatment::Purge).await) == even);
+    assert!(ids(&process_dead_letters(&config, &selection, DeadLetterAction::Purge).await) == even);
     assert_eq!(queue.depth(&queue.dead()).await, u32::try_from(odd.len()).ok());
-    assert!(ids(&treat(&config, &Selection::default(), Treatment::Redrive).await) == odd);
+    assert!(
+        ids(&process_dead_letters(&config, &Selection::default(), DeadLetterAction::Redrive).await)
+            == odd
+    );
     assert_eq!(queue.depth(&queue.dead()).await, Some(0));
     let publisher = connected(&config).await;
     let mut consumer = consumer(&publisher, 500);
-    assert!(drain(&mut consumer, odd.len()).await == odd);
+    assert!(ack_next(&mut consumer, odd.len()).await == odd);
     assert_eq!(queue.depth(&queue.name).await, Some(0));
 }
 
 #[tokio::test]
-async fn a_redrive_to_a_queue_that_is_refused_leaves_the_letters_where_they_are() {
+async fn redrive_to_a_refused_queue_leaves_the_letters() {
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
     connected(&config).await.close().await;
@@ -523,18 +533,18 @@ async fn a_redrive_to_a_queue_that_is_refused_leaves_the_letters_where_they_are(
     let mut inspector = Inspector::open(&config).await.unwrap();
     let redriven = |letter| panic!("{letter:?}");
     let error = inspector
-        .dead_letters(&Selection::default(), Treatment::Redrive, redriven)
+        .dead_letters(&Selection::default(), DeadLetterAction::Redrive, redriven)
         .await
         .unwrap_err();
     assert!(
-        matches!(&error, InspectError::Away(why) if why.contains("other arguments")),
+        matches!(&error, InspectError::Away(reason) if reason.contains("other arguments")),
         "{error}"
     );
     assert_eq!(queue.depth(&queue.dead()).await, Some(1));
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn letters_whose_copies_the_broker_does_not_take_stay_where_they_are() {
+async fn letters_without_a_confirmed_copy_stay() {
     const LETTERS: u32 = 700;
     let queue = Queue::new();
     let config = amqp_config(&queue, QueueType::Quorum);
@@ -543,25 +553,26 @@ async fn letters_whose_copies_the_broker_does_not_take_stay_where_they_are() {
     publish_raw(&queue.dead(), (0..LETTERS).map(letter)).await;
     let mut inspector = Inspector::open(&config).await.unwrap();
     let mut redriven = 0;
-    // The main queue goes away after the first batch.
-    let treated = |_| {
+    // Delete the main queue after the first batch.
+    let on_done = |_| {
         redriven += 1;
         if redriven == 1 {
             block_in_place(|| Handle::current().block_on(delete(&queue.name)));
         }
     };
     let all = Selection::default();
-    let error = inspector.dead_letters(&all, Treatment::Redrive, treated).await.unwrap_err();
+    let error = inspector.dead_letters(&all, DeadLetterAction::Redrive, on_done).await.unwrap_err();
     assert!(matches!(error, InspectError::Away(_)), "{error}");
     assert!((1..LETTERS).contains(&redriven), "{redriven}");
     assert_eq!(queue.depth(&queue.dead()).await, Some(LETTERS - redriven));
 }
 
 #[tokio::test]
-async fn looks_do_not_use_up_the_dead_letters() {
+async fn dead_letters_have_a_high_delivery_limit() {
     let queue = Queue::new();
     connected(&amqp_config(&queue, QueueType::Quorum)).await.close().await;
-    // RabbitMQ 4 would drop a letter after 20 looks; only a declaration tells whether it would.
+    // With its default limit, RabbitMQ 4 drops a letter that was listed 20 times. Only a
+    // declaration can show the limit.
     let arguments = arguments(&[
         ("x-queue-type", AMQPValue::LongString("quorum".into())),
         ("x-delivery-limit", AMQPValue::LongInt(1_000_000)),
@@ -570,13 +581,15 @@ async fn looks_do_not_use_up_the_dead_letters() {
 }
 
 #[tokio::test]
-async fn an_inspector_is_told_of_a_broker_that_is_away_and_does_not_wait_for_one_that_falls_silent()
-{
+async fn inspector_fails_on_an_absent_or_silent_broker() {
     let queue = Queue::new();
     let amqp_uri = format!("amqp://127.0.0.1:{}", testbed::free_port()).parse().unwrap();
     let config = Config { amqp_uri, ..amqp_config(&queue, QueueType::Quorum) };
     let error = Inspector::open(&config).await.err().unwrap();
-    assert!(matches!(&error, InspectError::Away(why) if why.contains("cannot reach")), "{error}");
+    assert!(
+        matches!(&error, InspectError::Away(reason) if reason.contains("cannot reach")),
+        "{error}"
+    );
 
     let (proxy, config) = through_a_proxy(&queue).await;
     let mut inspector = Inspector::open(&config).await.unwrap();
@@ -585,25 +598,26 @@ async fn an_inspector_is_told_of_a_broker_that_is_away_and_does_not_wait_for_one
     assert!(matches!(error, InspectError::Away(_)), "{error}");
     let ignored = |letter| panic!("{letter:?}");
     let all = Selection::default();
-    let looked = inspector.dead_letters(&all, Treatment::Look, ignored);
-    let error = timeout(PATIENCE, looked).await.unwrap().unwrap_err();
+    let listed = inspector.dead_letters(&all, DeadLetterAction::List, ignored);
+    let error = timeout(PATIENCE, listed).await.unwrap().unwrap_err();
     assert!(matches!(error, InspectError::Away(_)), "{error}");
 }
 
 #[tokio::test]
-async fn a_consumer_that_is_dropped_while_it_connects_takes_nothing_with_it() {
+async fn consumer_dropped_while_connecting_loses_no_message() {
     let queue = Queue::new();
     let publisher = connected(&amqp_config(&queue, QueueType::Quorum)).await;
     publisher.publish_ids("c", &[1], PATIENCE).await.unwrap();
-    // It takes about as many steps each time, so that it is dropped once or more at each of them.
+    // A connection takes about the same number of polls each time, so each point of interruption is
+    // covered.
     for _ in 0..10 {
-        let mut steps = 1;
+        let mut polls = 1;
         let taken = async {
-            while for_steps(steps, consumer(&publisher, 1).next()).await.is_none() {
-                steps += 1;
+            while poll_times(polls, consumer(&publisher, 1).next()).await.is_none() {
+                polls += 1;
             }
         };
-        timeout(PATIENCE, taken).await.expect("one of those that were dropped has it");
+        timeout(PATIENCE, taken).await.expect("a dropped consumer should not keep the message");
     }
-    assert_eq!(drain(&mut consumer(&publisher, 1), 1).await, [1]);
+    assert_eq!(ack_next(&mut consumer(&publisher, 1), 1).await, [1]);
 }

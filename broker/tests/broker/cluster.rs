@@ -1,4 +1,4 @@
-//! A RabbitMQ of three nodes.
+//! Tests on a RabbitMQ cluster of three nodes.
 
 use broker::{Config, QueueConfig, QueueType};
 use testbed::{RabbitNode, eventually};
@@ -11,11 +11,13 @@ fn config(node: &RabbitNode) -> Config {
     Config { amqp_uri: node.amqp_uri().parse().unwrap(), queue }
 }
 
-// Field case 3.1: RabbitMQ 3.10 refuses what comes by the channels of that session while the dead node is away.
+// Field case 3.1: while the node is down, RabbitMQ 3.10 refuses the messages of channels that have
+// published to
+// its leader.
 #[tokio::test]
 async fn publisher_survives_the_death_of_the_leaders_node() {
     let mut nodes = RabbitNode::start_cluster().await;
-    // The node by which a queue is declared has its first leader.
+    // The leader of a queue is on the node that the queue was declared on.
     connected(&config(&nodes[0])).await.close().await;
     let publisher = connected(&config(&nodes[1])).await;
     assert!(nodes[0].leads("objects").await);

@@ -1,20 +1,21 @@
-//! What holds wherever the queue lies. Each case runs on each backend, and is looked at from outside
-//! only.
+//! Tests that hold for all backends. Each case runs on each backend and uses only the public
+//! interface.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Instant, SystemTime};
 
-use broker::{Disposition, Inspector, Origin, Selection, Settled, Treatment};
+use broker::{DeadLetterAction, Disposition, Inspector, Origin, Selection, Settled};
 use testbed::eventually;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
 use tokio::time::timeout;
 
 use crate::test_queue::{
-    A_WHILE, Backend, PATIENCE, Place, SECOND, consumer, dead, drain, for_steps, ids, next, retry,
+    Backend, PATIENCE, QUIET_TIME, SECOND, TestQueue, ack_next, consumer, dead, ids, next,
+    poll_times, retry,
 };
 
-/// Makes a test of each case for each backend.
+/// Generates a test of each case for each backend.
 macro_rules! on_every_backend {
     ($($case:ident)*) => {
         on_every_backend!(quorum, Quorum, $($case)*);
@@ -36,42 +37,42 @@ macro_rules! on_every_backend {
 }
 
 on_every_backend! {
-    a_confirmed_batch_is_delivered_id_by_id_with_its_callback_id
-    a_message_comes_from_the_same_span_whatever_is_done_with_it
-    with_nothing_to_publish_nothing_is_published
-    what_was_published_first_is_delivered_first
-    many_callers_at_once_are_all_confirmed
-    no_more_than_the_prefetch_is_delivered_until_something_is_settled
-    a_prefetch_that_grows_is_heeded_and_nothing_is_delivered_twice
-    a_prefetch_that_shrinks_gives_back_what_was_not_begun
-    a_stopped_consumer_gives_back_what_it_had_not_begun_and_settles_the_rest
-    a_closed_consumer_gives_back_what_it_had_not_settled
-    deliveries_may_be_settled_in_any_order_and_many_at_once
-    what_is_given_back_can_be_had_by_another_at_once
-    what_was_settled_before_the_close_is_not_delivered_again
-    what_a_lost_consumer_had_taken_is_delivered_again
-    two_consumers_share_the_queue_and_no_message_goes_to_both
-    an_ack_is_final_also_when_everything_is_opened_again
-    what_was_confirmed_is_there_when_everything_is_opened_again
-    a_retry_comes_back_after_its_wait_and_counts_the_attempt
-    what_is_requeued_comes_last_as_it_was_and_as_if_for_the_first_time
-    a_wait_that_the_peer_asked_for_is_kept
-    a_delayed_message_is_there_when_everything_is_opened_again
-    a_dead_letter_keeps_its_body_and_tells_its_history
-    dead_letters_are_there_when_everything_is_opened_again
-    the_depths_tell_what_is_ready_delayed_and_dead
-    dead_letters_are_listed_by_object_by_reason_by_both_and_all
-    a_look_changes_nothing
-    a_redrive_sends_back_what_is_selected_as_if_it_were_new
-    a_purge_deletes_what_is_selected_and_nothing_else
-    a_redrive_reaches_a_consumer_that_waits
-    what_is_redriven_and_given_up_again_is_not_treated_twice
-    a_redrive_that_is_dropped_midway_loses_no_letter
+    confirmed_batch_is_delivered_with_its_callback_id
+    message_keeps_its_span_in_all_dispositions
+    empty_batch_publishes_nothing
+    messages_are_delivered_in_order
+    concurrent_callers_are_all_confirmed
+    deliveries_in_flight_never_exceed_the_prefetch
+    larger_prefetch_applies_without_duplicates
+    smaller_prefetch_gives_back_prefetched_messages
+    stopped_consumer_gives_back_and_can_settle_the_rest
+    closed_consumer_gives_back_unsettled_messages
+    deliveries_can_be_settled_in_any_order
+    given_back_message_goes_to_another_consumer
+    message_settled_before_the_close_is_not_redelivered
+    delivery_of_a_lost_consumer_is_redelivered
+    two_consumers_share_the_queue_without_duplicates
+    ack_survives_a_reopen
+    confirmed_messages_survive_a_reopen
+    retry_is_delivered_after_its_delay_and_counted
+    requeued_message_is_last_and_otherwise_unchanged
+    requested_delay_of_a_retry_is_kept
+    delayed_message_survives_a_reopen
+    dead_letter_keeps_its_body_and_history
+    dead_letters_survive_a_reopen
+    depths_count_ready_delayed_and_dead_messages
+    dead_letters_are_selected_by_id_and_reason
+    listing_changes_nothing
+    redrive_sends_selected_letters_back_as_new
+    purge_deletes_only_selected_letters
+    redrive_reaches_a_waiting_consumer
+    letter_given_up_again_is_not_redriven_twice
+    interrupted_redrive_loses_no_letter
 }
 
-async fn a_confirmed_batch_is_delivered_id_by_id_with_its_callback_id(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn confirmed_batch_is_delivered_with_its_callback_id(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("callback-1", &[3, -7, i64::MAX], PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 10);
     let mut ids = Vec::new();
@@ -85,12 +86,12 @@ async fn a_confirmed_batch_is_delivered_id_by_id_with_its_callback_id(backend: B
     }
     assert_eq!(ids, [3, -7, i64::MAX]);
     consumer.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn a_message_comes_from_the_same_span_whatever_is_done_with_it(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn message_keeps_its_span_in_all_dispositions(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     let traceparent = Some("00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01");
     let origin = Origin { callback_id: "callback-1", traceparent };
     publisher.publish_ids(origin, &[7], PATIENCE).await.unwrap();
@@ -100,8 +101,9 @@ async fn a_message_comes_from_the_same_span_whatever_is_done_with_it(backend: Ba
         assert_eq!((delivery.callback_id(), delivery.traceparent()), ("callback-1", traceparent));
         assert_eq!(delivery.settle(disposition).await, Settled::Done);
     }
-    place.holds(0, 0, 1).await;
-    let redriven = place.treat(&Selection::default(), Treatment::Redrive).await;
+    queue.wait_for_depths(0, 0, 1).await;
+    let redriven =
+        queue.process_dead_letters(&Selection::default(), DeadLetterAction::Redrive).await;
     assert_eq!(redriven[0].callback_id, "callback-1");
     let delivery = next(&mut consumer).await;
     assert_eq!((delivery.callback_id(), delivery.traceparent()), ("callback-1", traceparent));
@@ -111,28 +113,28 @@ async fn a_message_comes_from_the_same_span_whatever_is_done_with_it(backend: Ba
     assert_eq!((delivery.callback_id(), delivery.traceparent()), ("callback-2", None));
 }
 
-async fn with_nothing_to_publish_nothing_is_published(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn empty_batch_publishes_nothing(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[], SECOND).await.unwrap();
     publisher.publish_ids("c", &[1], PATIENCE).await.unwrap();
-    assert_eq!(place.depths().await.ready, 1);
+    assert_eq!(queue.depths().await.ready, 1);
 }
 
-async fn what_was_published_first_is_delivered_first(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn messages_are_delivered_in_order(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     let sent: Vec<i64> = (0..600).map(|n| n * 7_919 % 600).collect();
     for batch in sent.chunks(150) {
         publisher.publish_ids("c", batch, PATIENCE).await.unwrap();
     }
     let mut consumer = consumer(&publisher, 40);
-    assert_eq!(drain(&mut consumer, sent.len()).await, sent);
+    assert_eq!(ack_next(&mut consumer, sent.len()).await, sent);
 }
 
-async fn many_callers_at_once_are_all_confirmed(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn concurrent_callers_are_all_confirmed(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     let mut callers = JoinSet::new();
     for caller in 0..50 {
         let publisher = publisher.clone();
@@ -144,18 +146,18 @@ async fn many_callers_at_once_are_all_confirmed(backend: Backend) {
     while let Some(published) = callers.join_next().await {
         published.unwrap().unwrap();
     }
-    assert_eq!(place.depths().await.ready, 2_000);
+    assert_eq!(queue.depths().await.ready, 2_000);
 }
 
-async fn no_more_than_the_prefetch_is_delivered_until_something_is_settled(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn deliveries_in_flight_never_exceed_the_prefetch(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[1, 2], PATIENCE).await.unwrap();
     let mut full = consumer(&publisher, 2);
     let first = next(&mut full).await;
     let _second = next(&mut full).await;
     let mut other = consumer(&publisher, 1);
-    // All of these go to the other one, although the full one has asked first.
+    // All of these go to the other consumer, although the full one has waited longer.
     for id in 3..10 {
         publisher.publish_ids("c", &[id], PATIENCE).await.unwrap();
         let delivery = tokio::select! {
@@ -172,18 +174,18 @@ async fn no_more_than_the_prefetch_is_delivered_until_something_is_settled(backe
     assert_eq!(next(&mut full).await.id().unwrap(), 10);
 }
 
-async fn a_prefetch_that_grows_is_heeded_and_nothing_is_delivered_twice(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn larger_prefetch_applies_without_duplicates(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &(1..=30).collect::<Vec<_>>(), PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 10);
     let mut in_flight = vec![next(&mut consumer).await];
-    // Nine more have been sent to it by now, or are on their way.
+    // Nine more have been prefetched by now, or are on their way.
     consumer.set_prefetch(20).await;
     for _ in 1..20 {
         in_flight.push(next(&mut consumer).await);
     }
-    assert!(timeout(A_WHILE, consumer.next()).await.is_err(), "one beyond the prefetch");
+    assert!(timeout(QUIET_TIME, consumer.next()).await.is_err(), "a delivery beyond the prefetch");
     for taken in 1..=30 {
         let delivery = in_flight.pop().unwrap();
         assert!(!delivery.redelivered());
@@ -193,12 +195,12 @@ async fn a_prefetch_that_grows_is_heeded_and_nothing_is_delivered_twice(backend:
         }
     }
     consumer.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn a_prefetch_that_shrinks_gives_back_what_was_not_begun(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn smaller_prefetch_gives_back_prefetched_messages(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &(1..=30).collect::<Vec<_>>(), PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 20);
     let mut ids = BTreeSet::new();
@@ -207,44 +209,42 @@ async fn a_prefetch_that_shrinks_gives_back_what_was_not_begun(backend: Backend)
         in_flight.push(next(&mut consumer).await);
     }
     consumer.set_prefetch(2).await;
-    // They were taken before, and can be settled all the same.
+    // Deliveries from before the change can still be settled.
     for delivery in in_flight {
         ids.insert(delivery.id().unwrap());
         assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
     }
     let two = [next(&mut consumer).await, next(&mut consumer).await];
-    assert!(timeout(A_WHILE, consumer.next()).await.is_err(), "one beyond the prefetch");
+    assert!(timeout(QUIET_TIME, consumer.next()).await.is_err(), "a delivery beyond the prefetch");
     for delivery in two {
         ids.insert(delivery.id().unwrap());
         assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
     }
-    ids.extend(drain(&mut consumer, 23).await);
+    ids.extend(ack_next(&mut consumer, 23).await);
     assert_eq!(ids, (1..=30).collect());
     consumer.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn a_stopped_consumer_gives_back_what_it_had_not_begun_and_settles_the_rest(
-    backend: Backend,
-) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn stopped_consumer_gives_back_and_can_settle_the_rest(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[1, 2, 3, 4], PATIENCE).await.unwrap();
     let mut stopping = consumer(&publisher, 4);
     let in_flight = next(&mut stopping).await;
     stopping.stop().await;
     let mut other = consumer(&publisher, 10);
-    let mut ids = drain(&mut other, 3).await;
+    let mut ids = ack_next(&mut other, 3).await;
     ids.sort_unstable();
     assert_eq!(ids, [2, 3, 4]);
     assert_eq!(in_flight.settle(Disposition::Ack).await, Settled::Done);
     stopping.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn a_closed_consumer_gives_back_what_it_had_not_settled(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn closed_consumer_gives_back_unsettled_messages(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[1, 2, 3, 4, 5, 6], PATIENCE).await.unwrap();
     let mut closing = consumer(&publisher, 4);
     let settled = next(&mut closing).await;
@@ -261,14 +261,14 @@ async fn a_closed_consumer_gives_back_what_it_had_not_settled(backend: Backend) 
     assert_eq!(again.keys().copied().collect::<Vec<i64>>(), [2, 3, 4, 5, 6]);
     assert!(again[&2], "{again:?}");
     other.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-/// The acks of a prefix go out as one; a broker would close the channel for a wrong one.
-async fn deliveries_may_be_settled_in_any_order_and_many_at_once(backend: Backend) {
+/// The acks of a prefix share one frame. The broker would close the channel for a wrong tag.
+async fn deliveries_can_be_settled_in_any_order(backend: Backend) {
     const COUNT: usize = 500;
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     let ids: Vec<i64> = (0..500).collect();
     publisher.publish_ids("c", &ids, PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 500);
@@ -280,19 +280,19 @@ async fn deliveries_may_be_settled_in_any_order_and_many_at_once(backend: Backen
     for (number, delivery) in deliveries {
         settling.spawn(delivery.settle(Disposition::Ack));
         if number % 100 == 99 {
-            // Those so far, and nothing beyond, so that a later prefix includes what was acked before.
+            // Wait until all of these are acked, so that later prefixes include acked tags.
             while let Some(settled) = settling.join_next().await {
                 assert_eq!(settled.unwrap(), Settled::Done);
             }
         }
     }
     consumer.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn what_is_given_back_can_be_had_by_another_at_once(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn given_back_message_goes_to_another_consumer(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[1, 2, 3], PATIENCE).await.unwrap();
     let mut first = consumer(&publisher, 3);
     let [one, two, three] =
@@ -307,42 +307,42 @@ async fn what_is_given_back_can_be_had_by_another_at_once(backend: Backend) {
     }
     first.close().await;
     other.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn what_was_settled_before_the_close_is_not_delivered_again(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
-    // Now and then a broker that forgets what it was not given the time for is quick enough.
+async fn message_settled_before_the_close_is_not_redelivered(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
+    // Three times, because a broker that discards buffered acks is sometimes fast enough.
     for _ in 0..3 {
         publisher.publish_ids("c", &(0..300).collect::<Vec<i64>>(), PATIENCE).await.unwrap();
         let mut closing = consumer(&publisher, 200);
         let mut deliveries = Vec::new();
-        // Far more than what RabbitMQ has under way to a quorum queue at once.
+        // Far more acks than RabbitMQ has pending at a quorum queue.
         for id in 0..100 {
             let delivery = next(&mut closing).await;
             assert_eq!(delivery.id().unwrap(), id);
             deliveries.push(delivery);
         }
         closing.stop().await;
-        // All together, as after a commit.
+        // All at once, as after a commit.
         let acks = deliveries.into_iter().map(|delivery| delivery.settle(Disposition::Ack));
         let settled = acks.collect::<JoinSet<Settled>>().join_all().await;
         assert_eq!(settled, [Settled::Done; 100]);
         closing.close().await;
 
         let mut other = consumer(&publisher, 1);
-        let mut ids = drain(&mut other, 200).await;
+        let mut ids = ack_next(&mut other, 200).await;
         ids.sort_unstable();
         assert_eq!(ids, (100..300).collect::<Vec<i64>>());
         other.close().await;
-        place.holds(0, 0, 0).await;
+        queue.wait_for_depths(0, 0, 0).await;
     }
 }
 
-async fn what_a_lost_consumer_had_taken_is_delivered_again(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn delivery_of_a_lost_consumer_is_redelivered(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[7], PATIENCE).await.unwrap();
     let mut lost = consumer(&publisher, 1);
     let delivery = next(&mut lost).await;
@@ -350,16 +350,16 @@ async fn what_a_lost_consumer_had_taken_is_delivered_again(backend: Backend) {
     let mut other = consumer(&publisher, 1);
     let again = next(&mut other).await;
     assert_eq!((again.id().unwrap(), again.redelivered()), (7, true));
-    // The first one can no longer be settled, and says so.
+    // The first delivery can no longer be settled.
     assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Lost);
     assert_eq!(again.settle(Disposition::Ack).await, Settled::Done);
     other.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn two_consumers_share_the_queue_and_no_message_goes_to_both(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn two_consumers_share_the_queue_without_duplicates(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     let (delivered, mut deliveries) = mpsc::unbounded_channel();
     let mut consumers = JoinSet::new();
     for name in ["one", "other"] {
@@ -375,80 +375,83 @@ async fn two_consumers_share_the_queue_and_no_message_goes_to_both(backend: Back
     }
     let mut seen = Vec::new();
     let sent: Vec<i64> = (0..300).collect();
-    // When it comes, both are mostly waiting for it.
+    // Most of the time, both consumers wait when a batch arrives.
     for batch in sent.chunks(6) {
         publisher.publish_ids("c", batch, PATIENCE).await.unwrap();
         for _ in batch {
             seen.push(timeout(PATIENCE, deliveries.recv()).await.unwrap().unwrap());
         }
     }
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
     while let Ok(more) = deliveries.try_recv() {
         seen.push(more);
     }
-    assert!(seen.iter().any(|(name, _)| *name != seen[0].0), "both have their share");
+    assert!(
+        seen.iter().any(|(name, _)| *name != seen[0].0),
+        "both consumers should have deliveries"
+    );
     let mut ids: Vec<i64> = seen.iter().map(|(_, id)| *id).collect();
     ids.sort_unstable();
     assert_eq!(ids, sent);
 }
 
-async fn an_ack_is_final_also_when_everything_is_opened_again(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn ack_survives_a_reopen(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[1, 2], PATIENCE).await.unwrap();
     let mut before = consumer(&publisher, 1);
-    assert_eq!(drain(&mut before, 1).await, [1]);
+    assert_eq!(ack_next(&mut before, 1).await, [1]);
     before.close().await;
     publisher.close().await;
 
-    let publisher = place.open().await;
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[3], PATIENCE).await.unwrap();
     let mut after = consumer(&publisher, 10);
-    assert_eq!(drain(&mut after, 2).await, [2, 3]);
+    assert_eq!(ack_next(&mut after, 2).await, [2, 3]);
     after.close().await;
     publisher.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn what_was_confirmed_is_there_when_everything_is_opened_again(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn confirmed_messages_survive_a_reopen(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("callback-3", &[1, 2, 3], PATIENCE).await.unwrap();
     publisher.close().await;
-    assert_eq!(place.depths().await.ready, 3);
+    assert_eq!(queue.depths().await.ready, 3);
 
-    let publisher = place.open().await;
+    let publisher = queue.open().await;
     let mut consumer = consumer(&publisher, 10);
     let delivery = next(&mut consumer).await;
     assert_eq!((delivery.id().unwrap(), delivery.callback_id()), (1, "callback-3"));
     delivery.settle(Disposition::Ack).await;
-    assert_eq!(drain(&mut consumer, 2).await, [2, 3]);
+    assert_eq!(ack_next(&mut consumer, 2).await, [2, 3]);
 }
 
-async fn a_retry_comes_back_after_its_wait_and_counts_the_attempt(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn retry_is_delivered_after_its_delay_and_counted(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("callback-9", &[7], PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 1);
     let delivery = next(&mut consumer).await;
     let failed_at = Instant::now();
     assert_eq!(delivery.settle(retry("answered 500")).await, Settled::Done);
-    // It does not hold up what comes after it.
+    // The retry does not hold up later messages.
     publisher.publish_ids("callback-10", &[8], PATIENCE).await.unwrap();
-    assert_eq!(drain(&mut consumer, 1).await, [8]);
+    assert_eq!(ack_next(&mut consumer, 1).await, [8]);
     let again = next(&mut consumer).await;
-    assert!(failed_at.elapsed() >= SECOND, "back after {:?}", failed_at.elapsed());
+    assert!(failed_at.elapsed() >= SECOND, "delivered again after {:?}", failed_at.elapsed());
     assert_eq!((again.id().unwrap(), again.callback_id()), (7, "callback-9"));
     assert_eq!(again.failed_attempts(), 1);
-    assert!(!again.redelivered(), "it is a new message, not the old one again");
+    assert!(!again.redelivered(), "a retry is a new message, not a redelivery");
     assert_eq!(again.settle(Disposition::Ack).await, Settled::Done);
     consumer.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn what_is_requeued_comes_last_as_it_was_and_as_if_for_the_first_time(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn requeued_message_is_last_and_otherwise_unchanged(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("callback-1", &[1], PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 1);
     next(&mut consumer).await.settle(retry("answered 500")).await;
@@ -459,16 +462,17 @@ async fn what_is_requeued_comes_last_as_it_was_and_as_if_for_the_first_time(back
     assert_eq!(other.id().unwrap(), 2);
     other.settle(Disposition::Ack).await;
     let last = next(&mut consumer).await;
-    let told = (last.id().unwrap(), last.callback_id(), last.failed_attempts(), last.redelivered());
-    assert_eq!(told, (1, "callback-1", 1, false));
+    let properties =
+        (last.id().unwrap(), last.callback_id(), last.failed_attempts(), last.redelivered());
+    assert_eq!(properties, (1, "callback-1", 1, false));
     assert_eq!(last.settle(Disposition::Ack).await, Settled::Done);
     consumer.close().await;
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn a_wait_that_the_peer_asked_for_is_kept(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn requested_delay_of_a_retry_is_kept(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[7], PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 1);
     let delivery = next(&mut consumer).await;
@@ -477,12 +481,12 @@ async fn a_wait_that_the_peer_asked_for_is_kept(backend: Backend) {
     let retry = Disposition::Retry { reason: "answered 429".to_owned(), after };
     assert_eq!(delivery.settle(retry).await, Settled::Done);
     next(&mut consumer).await;
-    assert!(failed_at.elapsed() >= SECOND * 3, "back after {:?}", failed_at.elapsed());
+    assert!(failed_at.elapsed() >= SECOND * 3, "delivered again after {:?}", failed_at.elapsed());
 }
 
-async fn a_delayed_message_is_there_when_everything_is_opened_again(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn delayed_message_survives_a_reopen(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("callback-4", &[7], PATIENCE).await.unwrap();
     let mut before = consumer(&publisher, 1);
     let failed_at = Instant::now();
@@ -490,28 +494,28 @@ async fn a_delayed_message_is_there_when_everything_is_opened_again(backend: Bac
     before.close().await;
     publisher.close().await;
 
-    let publisher = place.open().await;
+    let publisher = queue.open().await;
     let mut after = consumer(&publisher, 1);
     let again = next(&mut after).await;
-    assert!(failed_at.elapsed() >= SECOND, "back after {:?}", failed_at.elapsed());
+    assert!(failed_at.elapsed() >= SECOND, "delivered again after {:?}", failed_at.elapsed());
     assert_eq!((again.id().unwrap(), again.callback_id()), (7, "callback-4"));
     assert_eq!((again.failed_attempts(), again.redelivered()), (1, false));
 }
 
-async fn a_dead_letter_keeps_its_body_and_tells_its_history(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
-    // RabbitMQ knows it to the second.
-    let began_at = SystemTime::now() - SECOND;
+async fn dead_letter_keeps_its_body_and_history(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
+    // RabbitMQ stores the time to the second.
+    let started_at = SystemTime::now() - SECOND;
     publisher.publish_ids("callback-5", &[7], PATIENCE).await.unwrap();
-    let published_by = SystemTime::now();
+    let published_before = SystemTime::now();
     let mut consumer = consumer(&publisher, 1);
     next(&mut consumer).await.settle(retry("no answer")).await;
     assert_eq!(next(&mut consumer).await.settle(dead("answered 500")).await, Settled::Done);
     consumer.close().await;
-    place.holds(0, 0, 1).await;
+    queue.wait_for_depths(0, 0, 1).await;
 
-    let letters = place.letters().await;
+    let letters = queue.letters().await;
     let [letter] = letters.as_slice() else { panic!("{letters:?}") };
     assert_eq!(letter.id, Some(7));
     assert_eq!(letter.body, br#"{"id":7}"#);
@@ -519,26 +523,29 @@ async fn a_dead_letter_keeps_its_body_and_tells_its_history(backend: Backend) {
     assert_eq!(letter.reason, "answered 500");
     assert_eq!(letter.attempts, 2);
     let published_at = letter.published_at.unwrap();
-    assert!(began_at < published_at && published_at <= published_by, "{letter:?}");
+    assert!(started_at < published_at && published_at <= published_before, "{letter:?}");
     let (first, last) = (letter.first_failed_at.unwrap(), letter.last_failed_at.unwrap());
-    assert!(began_at < first && first + SECOND <= last && last <= SystemTime::now(), "{letter:?}");
+    assert!(
+        started_at < first && first + SECOND <= last && last <= SystemTime::now(),
+        "{letter:?}"
+    );
 }
 
-async fn dead_letters_are_there_when_everything_is_opened_again(backend: Backend) {
-    let place = Place::new(backend);
-    place.bury(&[(1, "answered 404"), (2, "answered 500")]).await;
-    let before = place.letters().await;
-    place.open().await.close().await;
-    assert_eq!(place.letters().await, before);
+async fn dead_letters_survive_a_reopen(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    queue.add_dead_letters(&[(1, "answered 404"), (2, "answered 500")]).await;
+    let before = queue.letters().await;
+    queue.open().await.close().await;
+    assert_eq!(queue.letters().await, before);
     assert_eq!(ids(&before), [1, 2]);
 }
 
-async fn the_depths_tell_what_is_ready_delayed_and_dead(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn depths_count_ready_delayed_and_dead_messages(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[1, 2, 3, 4, 5, 6], PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 1);
-    // Two levels of delay, each long enough for a look.
+    // Two delay queues, each long enough for an inspection.
     for seconds in [16, 32] {
         let after = Some(SECOND * seconds);
         let retry = Disposition::Retry { reason: "answered 503".to_owned(), after };
@@ -546,23 +553,23 @@ async fn the_depths_tell_what_is_ready_delayed_and_dead(backend: Backend) {
     }
     next(&mut consumer).await.settle(dead("answered 404")).await;
     consumer.close().await;
-    place.holds(3, 2, 1).await;
+    queue.wait_for_depths(3, 2, 1).await;
 }
 
-/// Four letters: odd objects for one reason, even ones for another.
-async fn four_letters(backend: Backend) -> Place {
-    let place = Place::new(backend);
+/// Four dead letters: odd ids with one reason, even ids with another.
+async fn queue_with_four_letters(backend: Backend) -> TestQueue {
+    let queue = TestQueue::new(backend);
     let (odd, even) = ("answered 500: oops", "answered 404");
-    place.bury(&[(1, odd), (2, even), (3, odd), (4, even)]).await;
-    place
+    queue.add_dead_letters(&[(1, odd), (2, even), (3, odd), (4, even)]).await;
+    queue
 }
 
 fn selection(ids: &[i64], reason: Option<&str>) -> Selection {
     Selection { ids: ids.to_vec(), reason: reason.map(str::to_owned) }
 }
 
-async fn dead_letters_are_listed_by_object_by_reason_by_both_and_all(backend: Backend) {
-    let place = four_letters(backend).await;
+async fn dead_letters_are_selected_by_id_and_reason(backend: Backend) {
+    let queue = queue_with_four_letters(backend).await;
     let cases = [
         (selection(&[], None), vec![1, 2, 3, 4]),
         (selection(&[4, 1, 9], None), vec![1, 4]),
@@ -572,31 +579,32 @@ async fn dead_letters_are_listed_by_object_by_reason_by_both_and_all(backend: Ba
         (selection(&[9], None), vec![]),
     ];
     for (selection, expected) in cases {
-        let letters = place.treat(&selection, Treatment::Look).await;
+        let letters = queue.process_dead_letters(&selection, DeadLetterAction::List).await;
         assert_eq!(ids(&letters), expected, "{selection:?}");
     }
 }
 
-async fn a_look_changes_nothing(backend: Backend) {
-    let place = four_letters(backend).await;
-    let before = (place.depths().await, place.letters().await);
-    place.treat(&selection(&[2], None), Treatment::Look).await;
+async fn listing_changes_nothing(backend: Backend) {
+    let queue = queue_with_four_letters(backend).await;
+    let before = (queue.depths().await, queue.letters().await);
+    queue.process_dead_letters(&selection(&[2], None), DeadLetterAction::List).await;
     for _ in 0..5 {
-        assert_eq!((place.depths().await, place.letters().await), before);
+        assert_eq!((queue.depths().await, queue.letters().await), before);
     }
     assert_eq!(before.1.len(), 4);
 }
 
-async fn a_redrive_sends_back_what_is_selected_as_if_it_were_new(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn redrive_sends_selected_letters_back_as_new(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("callback-6", &[1, 2, 3], PATIENCE).await.unwrap();
     let mut consumer = consumer(&publisher, 1);
     for _ in 0..3 {
         next(&mut consumer).await.settle(dead("answered 500")).await;
     }
-    let before = place.letters().await;
-    let redriven = place.treat(&selection(&[1, 3], None), Treatment::Redrive).await;
+    let before = queue.letters().await;
+    let redriven =
+        queue.process_dead_letters(&selection(&[1, 3], None), DeadLetterAction::Redrive).await;
     assert_eq!(redriven, [before[0].clone(), before[2].clone()]);
     for id in [1, 3] {
         let delivery = next(&mut consumer).await;
@@ -605,87 +613,92 @@ async fn a_redrive_sends_back_what_is_selected_as_if_it_were_new(backend: Backen
         delivery.settle(dead("answered 502")).await;
     }
     consumer.close().await;
-    place.holds(0, 0, 3).await;
-    let after = place.letters().await;
-    assert_eq!(after[0], before[1], "what was not selected is as it was");
-    assert_eq!((after[1].id, after[1].attempts), (Some(1), 1), "its history begins anew");
+    queue.wait_for_depths(0, 0, 3).await;
+    let after = queue.letters().await;
+    assert_eq!(after[0], before[1], "an unselected letter should be unchanged");
+    assert_eq!((after[1].id, after[1].attempts), (Some(1), 1), "the history should start anew");
     assert_eq!(after[1].first_failed_at, after[1].last_failed_at);
     assert_eq!(after[1].published_at, before[0].published_at);
     assert_eq!(after[1].body, before[0].body);
 }
 
-async fn a_purge_deletes_what_is_selected_and_nothing_else(backend: Backend) {
-    let place = four_letters(backend).await;
-    let purged = place.treat(&selection(&[1, 2], Some("404")), Treatment::Purge).await;
+async fn purge_deletes_only_selected_letters(backend: Backend) {
+    let queue = queue_with_four_letters(backend).await;
+    let purged =
+        queue.process_dead_letters(&selection(&[1, 2], Some("404")), DeadLetterAction::Purge).await;
     assert_eq!(ids(&purged), [2]);
-    assert_eq!(place.dead_ids().await, [1, 3, 4]);
-    let purged = place.treat(&selection(&[], None), Treatment::Purge).await;
+    assert_eq!(queue.dead_ids().await, [1, 3, 4]);
+    let purged = queue.process_dead_letters(&selection(&[], None), DeadLetterAction::Purge).await;
     assert_eq!(ids(&purged), [1, 3, 4]);
-    place.holds(0, 0, 0).await;
-    assert_eq!(place.treat(&selection(&[], None), Treatment::Purge).await, []);
+    queue.wait_for_depths(0, 0, 0).await;
+    assert_eq!(
+        queue.process_dead_letters(&selection(&[], None), DeadLetterAction::Purge).await,
+        []
+    );
 }
 
-async fn a_redrive_reaches_a_consumer_that_waits(backend: Backend) {
-    let place = Place::new(backend);
-    let publisher = place.open().await;
+async fn redrive_reaches_a_waiting_consumer(backend: Backend) {
+    let queue = TestQueue::new(backend);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[1], PATIENCE).await.unwrap();
     let mut waiting = consumer(&publisher, 5);
     next(&mut waiting).await.settle(dead("answered 500")).await;
-    let delivery = tokio::spawn(async move { drain(&mut waiting, 1).await });
-    place.treat(&selection(&[1], None), Treatment::Redrive).await;
+    let delivery = tokio::spawn(async move { ack_next(&mut waiting, 1).await });
+    queue.process_dead_letters(&selection(&[1], None), DeadLetterAction::Redrive).await;
     assert_eq!(delivery.await.unwrap(), [1]);
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-async fn what_is_redriven_and_given_up_again_is_not_treated_twice(backend: Backend) {
-    let place = Place::new(backend);
+async fn letter_given_up_again_is_not_redriven_twice(backend: Backend) {
+    let queue = TestQueue::new(backend);
     let letters: Vec<_> = (0..700).map(|id| (id, "answered 500")).collect();
-    place.bury(&letters).await;
-    let publisher = place.open().await;
-    let mut burying = consumer(&publisher, 50);
-    // As fast as it is redriven, it is given up again.
+    queue.add_dead_letters(&letters).await;
+    let publisher = queue.open().await;
+    let mut consumer = consumer(&publisher, 50);
+    // Redriven messages are given up again at once.
     let giving_up = tokio::spawn(async move {
         for _ in 0..700 {
-            next(&mut burying).await.settle(dead("answered 500")).await;
+            next(&mut consumer).await.settle(dead("answered 500")).await;
         }
     });
-    let redriven = place.treat(&selection(&[], None), Treatment::Redrive).await;
+    let redriven =
+        queue.process_dead_letters(&selection(&[], None), DeadLetterAction::Redrive).await;
     assert_eq!(ids(&redriven), (0..700).collect::<Vec<i64>>());
     giving_up.await.unwrap();
-    place.holds(0, 0, 700).await;
+    queue.wait_for_depths(0, 0, 700).await;
 }
 
-async fn a_redrive_that_is_dropped_midway_loses_no_letter(backend: Backend) {
+async fn interrupted_redrive_loses_no_letter(backend: Backend) {
     const LETTERS: u64 = 300;
-    let place = Place::new(backend);
-    let buried: Vec<_> = (0..LETTERS.cast_signed()).map(|id| (id, "answered 500")).collect();
-    place.bury(&buried).await;
-    let mut inspector = Inspector::open(&place.config).await.unwrap();
-    let mut steps = 0;
-    let mut finished = false;
-    while !finished {
-        steps += 1 + rand::random::<u32>() % 2;
+    let queue = TestQueue::new(backend);
+    let letters: Vec<_> = (0..LETTERS.cast_signed()).map(|id| (id, "answered 500")).collect();
+    queue.add_dead_letters(&letters).await;
+    let mut inspector = Inspector::open(&queue.config).await.unwrap();
+    let mut polls = 0;
+    let mut is_finished = false;
+    while !is_finished {
+        polls += 1 + rand::random::<u32>() % 2;
         let all = Selection::default();
-        let redrive = inspector.dead_letters(&all, Treatment::Redrive, drop);
-        finished = for_steps(steps, redrive).await.is_some_and(|outcome| outcome.is_ok());
-        eventually("each is a message or a dead letter", PATIENCE, async || {
+        let redrive = inspector.dead_letters(&all, DeadLetterAction::Redrive, drop);
+        is_finished = poll_times(polls, redrive).await.is_some_and(|outcome| outcome.is_ok());
+        eventually("each letter is a message or a dead letter", PATIENCE, async || {
             let depths = inspector.depths().await.unwrap();
             let sum = depths.ready + depths.dead;
-            let twice = backend != Backend::File;
-            (sum == LETTERS || (twice && sum > LETTERS)).then_some(())
+            let may_be_duplicated = backend != Backend::File;
+            (sum == LETTERS || (may_be_duplicated && sum > LETTERS)).then_some(())
         })
         .await;
     }
-    let publisher = place.open().await;
+    let publisher = queue.open().await;
     let mut consumer = consumer(&publisher, 100);
     let mut missing: BTreeSet<i64> = (0..LETTERS.cast_signed()).collect();
     while !missing.is_empty() {
-        for id in drain(&mut consumer, 1).await {
+        for id in ack_next(&mut consumer, 1).await {
             missing.remove(&id);
         }
     }
     consumer.close().await;
     if backend == Backend::File {
-        place.holds(0, 0, 0).await;
+        queue.wait_for_depths(0, 0, 0).await;
     }
 }

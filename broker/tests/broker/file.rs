@@ -1,20 +1,21 @@
-//! What is the file's alone.
+//! Tests of the queue in a file only.
 
 use std::future::poll_fn;
 use std::task::Poll;
 use std::time::{Duration, Instant};
 
 use broker::{
-    Config, DeadLetter, Disposition, Inspector, OpenError, Publisher, Selection, Settled, Treatment,
+    Config, DeadLetter, DeadLetterAction, Disposition, Inspector, OpenError, Publisher, Selection,
+    Settled,
 };
 use testbed::{Scratch, eventually};
 
 use crate::test_queue::{
-    Backend, PATIENCE, Place, connected, consumer, dead, drain, file_config, next,
+    Backend, PATIENCE, TestQueue, ack_next, connected, consumer, dead, file_config, next,
 };
 
 #[tokio::test]
-async fn a_file_that_is_in_use_is_refused_to_a_second_owner() {
+async fn file_in_use_is_refused_to_a_second_owner() {
     let folder = Scratch::new("queue");
     let path = folder.path().join("queue.db");
     let owner = connected(&file_config(&path)).await;
@@ -24,29 +25,29 @@ async fn a_file_that_is_in_use_is_refused_to_a_second_owner() {
     owner.close().await;
     let second = Publisher::start(&file_config(&path), "second").unwrap();
     let mut consumer = consumer(&second, 1);
-    assert_eq!(drain(&mut consumer, 1).await, [1]);
+    assert_eq!(ack_next(&mut consumer, 1).await, [1]);
 }
 
 #[tokio::test]
 async fn clones_of_one_setting_share_the_file() {
-    let place = Place::new(Backend::File);
-    let clone = place.config.clone();
-    let (one, other) = (place.open().await, connected(&clone).await);
+    let queue = TestQueue::new(Backend::File);
+    let clone = queue.config.clone();
+    let (one, other) = (queue.open().await, connected(&clone).await);
     one.publish_ids("c", &[1], PATIENCE).await.unwrap();
     let mut from_one = consumer(&one, 1);
     let mut from_other = consumer(&other, 1);
     let held = next(&mut from_one).await;
     other.publish_ids("c", &[2], PATIENCE).await.unwrap();
-    assert_eq!(drain(&mut from_other, 1).await, [2]);
-    // It stays open for as long as one of them has it.
+    assert_eq!(ack_next(&mut from_other, 1).await, [2]);
+    // The file stays open as long as one of them uses it.
     one.close().await;
     other.publish_ids("c", &[3], PATIENCE).await.unwrap();
-    assert_eq!(drain(&mut from_other, 1).await, [3]);
+    assert_eq!(ack_next(&mut from_other, 1).await, [3]);
     assert_eq!(held.settle(Disposition::Ack).await, Settled::Done);
 }
 
 #[tokio::test]
-async fn a_claim_holds_the_file_for_the_process() {
+async fn claim_keeps_the_file_open_for_the_process() {
     let folder = Scratch::new("queue");
     let path = folder.path().join("queue.db");
     let config = file_config(&path);
@@ -59,7 +60,7 @@ async fn a_claim_holds_the_file_for_the_process() {
 }
 
 #[tokio::test]
-async fn an_inspector_makes_no_file() {
+async fn inspector_creates_no_file() {
     let folder = Scratch::new("queue");
     let missing = Inspector::open(&file_config(&folder.path().join("queue.db"))).await;
     assert!(missing.is_err());
@@ -67,7 +68,7 @@ async fn an_inspector_makes_no_file() {
 }
 
 #[tokio::test]
-async fn an_inspector_of_its_own_works_while_the_owner_does() {
+async fn inspector_works_while_the_owner_uses_the_file() {
     let folder = Scratch::new("queue");
     let path = folder.path().join("queue.db");
     let owner = connected(&file_config(&path)).await;
@@ -78,14 +79,14 @@ async fn an_inspector_of_its_own_works_while_the_owner_does() {
         owner.publish_ids("c", &[id], PATIENCE).await.unwrap();
         assert_eq!(inspector.depths().await.unwrap().ready, 1);
         next(&mut consumer).await.settle(dead("answered 500")).await;
-        let treated = |letter: DeadLetter| assert_eq!(letter.id, Some(id));
-        inspector.dead_letters(&all, Treatment::Redrive, treated).await.unwrap();
-        assert_eq!(drain(&mut consumer, 1).await, [id]);
+        let on_done = |letter: DeadLetter| assert_eq!(letter.id, Some(id));
+        inspector.dead_letters(&all, DeadLetterAction::Redrive, on_done).await.unwrap();
+        assert_eq!(ack_next(&mut consumer, 1).await, [id]);
     }
 }
 
-/// Opens the file as soon as the one who had it has let go of it.
-async fn reopened(config: &Config) -> Publisher {
+/// Opens the file as soon as its previous owner has closed it.
+async fn reopen(config: &Config) -> Publisher {
     eventually("the file can be opened again", PATIENCE, async || {
         match Publisher::start(config, "again") {
             Ok(publisher) => Some(publisher),
@@ -97,9 +98,9 @@ async fn reopened(config: &Config) -> Publisher {
 }
 
 #[tokio::test]
-async fn what_was_not_settled_when_everything_was_dropped_is_delivered_again() {
-    let place = Place::new(Backend::File);
-    let publisher = place.open().await;
+async fn unsettled_messages_are_redelivered_after_a_drop() {
+    let queue = TestQueue::new(Backend::File);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[1, 2, 3, 4], PATIENCE).await.unwrap();
     let mut before = consumer(&publisher, 3);
     let settled = next(&mut before).await;
@@ -107,28 +108,29 @@ async fn what_was_not_settled_when_everything_was_dropped_is_delivered_again() {
     assert_eq!(settled.settle(Disposition::Ack).await, Settled::Done);
     drop((publisher, before, begun));
 
-    let publisher = reopened(&place.config).await;
+    let publisher = reopen(&queue.config).await;
     publisher.publish_ids("c", &[5], PATIENCE).await.unwrap();
     let mut after = consumer(&publisher, 1);
-    // Which of them were delivered before, only the process knew that is gone.
+    // The file does not say which messages were delivered before, so all older ones count as
+    // redelivered.
     for (id, redelivered) in [(2, true), (3, true), (4, true), (5, false)] {
         let delivery = next(&mut after).await;
         assert_eq!((delivery.id().unwrap(), delivery.redelivered()), (id, redelivered));
         assert_eq!(delivery.settle(Disposition::Ack).await, Settled::Done);
     }
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-/// Without being woken, a consumer looks every 250 ms.
+/// A consumer that is not notified polls only every 250 ms.
 #[tokio::test]
-async fn a_publish_wakes_a_consumer_that_waits() {
-    let place = Place::new(Backend::File);
-    let publisher = place.open().await;
+async fn publish_wakes_a_waiting_consumer() {
+    let queue = TestQueue::new(Backend::File);
+    let publisher = queue.open().await;
     let mut consumer = consumer(&publisher, 1);
     let mut fastest = Duration::MAX;
     for id in 0..10 {
         let publishing = async {
-            // By then it has looked and found nothing.
+            // By then, the consumer has found the queue empty.
             tokio::time::sleep(Duration::from_millis(50)).await;
             let published_at = Instant::now();
             publisher.publish_ids("c", &[id], PATIENCE).await.unwrap();
@@ -146,9 +148,9 @@ async fn a_publish_wakes_a_consumer_that_waits() {
 }
 
 #[tokio::test]
-async fn a_settlement_that_is_broken_off_leaves_the_message_in_flight() {
-    let place = Place::new(Backend::File);
-    let publisher = place.open().await;
+async fn cancelled_settlement_leaves_the_message_in_flight() {
+    let queue = TestQueue::new(Backend::File);
+    let publisher = queue.open().await;
     publisher.publish_ids("c", &[7], PATIENCE).await.unwrap();
     let mut closed = consumer(&publisher, 1);
     let mut settling = Box::pin(next(&mut closed).await.settle(Disposition::Ack));
@@ -159,28 +161,28 @@ async fn a_settlement_that_is_broken_off_leaves_the_message_in_flight() {
     let again = next(&mut consumer).await;
     assert_eq!((again.id().unwrap(), again.redelivered()), (7, true));
     assert_eq!(again.settle(Disposition::Ack).await, Settled::Done);
-    place.holds(0, 0, 0).await;
+    queue.wait_for_depths(0, 0, 0).await;
 }
 
-/// Publishing has to wait for the pages of a redrive, but not for all of it.
+/// A publish may have to wait for one page of a redrive, but not for the whole redrive.
 #[tokio::test]
-async fn a_large_redrive_lets_the_queue_be_written_meanwhile() {
-    let place = Place::new(Backend::File);
-    let publisher = place.open().await;
+async fn large_redrive_does_not_block_publishing() {
+    let queue = TestQueue::new(Backend::File);
+    let publisher = queue.open().await;
     let ids: Vec<i64> = (0..10_000).collect();
     publisher.publish_ids("c", &ids, PATIENCE).await.unwrap();
-    let mut taking = consumer(&publisher, 10_000);
-    let mut burying = tokio::task::JoinSet::new();
+    let mut consumer = consumer(&publisher, 10_000);
+    let mut settling = tokio::task::JoinSet::new();
     for _ in &ids {
         let dead = Disposition::DeadLetter { reason: "why".to_owned() };
-        burying.spawn(next(&mut taking).await.settle(dead));
+        settling.spawn(next(&mut consumer).await.settle(dead));
     }
-    burying.join_all().await;
+    settling.join_all().await;
 
-    let mut inspector = Inspector::open(&place.config).await.unwrap();
+    let mut inspector = Inspector::open(&queue.config).await.unwrap();
     let redriving = async {
         let all = Selection::default();
-        inspector.dead_letters(&all, Treatment::Redrive, |_| {}).await.unwrap();
+        inspector.dead_letters(&all, DeadLetterAction::Redrive, |_| {}).await.unwrap();
     };
     let mut redriving = std::pin::pin!(redriving);
     let (started, mut commits) = (Instant::now(), 0);
@@ -194,7 +196,7 @@ async fn a_large_redrive_lets_the_queue_be_written_meanwhile() {
         }
     }
     assert!(commits > 19, "only {commits} during 20 pages");
-    // It leaves the file alone for 30 ms or more after each page but the last.
+    // The redrive pauses for at least 30 ms after each page but the last.
     let took = started.elapsed();
-    assert!(took >= Duration::from_millis(19 * 30), "no pauses: all is over after {took:?}");
+    assert!(took >= Duration::from_millis(19 * 30), "no pauses: the redrive took only {took:?}");
 }

@@ -1,4 +1,4 @@
-//! The queue, on a real RabbitMQ and in a file.
+//! Tests of the queue on a real RabbitMQ and in a file.
 
 #![expect(clippy::unwrap_used, clippy::expect_used, reason = "a test fails by panicking")]
 

@@ -1,14 +1,16 @@
-//! The user of scripts/rabbitmq-user.
+//! Permissions of the user that scripts/rabbitmq-user creates.
 
 use std::path::Path;
 
-use broker::{Config, QueueConfig, QueueType, Selection, Treatment};
+use broker::{Config, DeadLetterAction, QueueConfig, QueueType, Selection};
 use lapin::options::{BasicPublishOptions, ConfirmSelectOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection, ConnectionProperties};
 use testbed::RabbitNode;
 
-use crate::test_queue::{PATIENCE, SECOND, connected, consumer, dead, drain, next, retry, treat};
+use crate::test_queue::{
+    PATIENCE, SECOND, ack_next, connected, consumer, dead, next, process_dead_letters, retry,
+};
 
 const PASSWORD: &str = "p/w \"of\" services";
 
@@ -24,7 +26,7 @@ async fn make_user(node: &RabbitNode, queue: &str) -> String {
     uri.replace("guest:guest@", "services:p%2Fw%20%22of%22%20services@")
 }
 
-/// A channel of its own for each try: a refusal closes it.
+/// Each attempt needs a new channel, because the broker closes the channel with its refusal.
 async fn channel(connection: &Connection) -> Channel {
     connection.create_channel().await.unwrap()
 }
@@ -37,19 +39,19 @@ async fn declare(connection: &Connection, queue: &str) -> Result<(), String> {
 }
 
 #[tokio::test]
-async fn the_services_user_does_all_that_the_services_do_and_nothing_to_other_queues() {
+async fn services_user_can_use_only_its_own_queues() {
     let node = RabbitNode::start().await;
-    // The dot is no wildcard in the rights.
+    // The dot in the name is not a wildcard in the permissions.
     let name = "team.objects";
     let uri = make_user(&node, name).await;
     let config = |queue_type| {
         let queue = QueueConfig { queue_name: name.to_owned(), queue_type, amqp_ca: None };
         Config { amqp_uri: uri.parse().unwrap(), queue }
     };
-    every_operation(&config(QueueType::Quorum)).await;
-    // As with each start of the broker.
+    run_every_operation(&config(QueueType::Quorum)).await;
+    // The script runs at each start of the broker.
     make_user(&node, name).await;
-    // It finds out that the queue has the other type.
+    // The publisher detects that the queue has the other type.
     connected(&config(QueueType::Classic)).await;
 
     let connection = Connection::connect_uri(uri.parse().unwrap(), ConnectionProperties::default());
@@ -79,22 +81,26 @@ async fn the_services_user_does_all_that_the_services_do_and_nothing_to_other_qu
     assert!(refused.to_string().contains("ACCESS_REFUSED"), "{refused}");
     let tags = node.rabbitmqctl(&["list_users", "--no-table-headers"]).await;
     let services = tags.lines().find(|line| line.starts_with("services")).unwrap();
-    assert!(services.ends_with("[]"), "no tag that opens the management page: {services}");
+    assert!(
+        services.ends_with("[]"),
+        "the user must not have a tag for the management page: {services}"
+    );
 }
 
-/// Publishing, consuming, a retry, a dead letter, and what people do with one.
-async fn every_operation(config: &Config) {
+/// Publishes and consumes, retries and dead-letters messages; lists, redrives and purges dead
+/// letters.
+async fn run_every_operation(config: &Config) {
     let publisher = connected(config).await;
     publisher.publish_ids("c", &[1, 2], SECOND * 5).await.unwrap();
     let mut consumer = consumer(&publisher, 1);
     next(&mut consumer).await.settle(retry("no answer")).await;
     next(&mut consumer).await.settle(dead("answered 500")).await;
-    assert_eq!(drain(&mut consumer, 1).await, [1], "the retry has come back");
+    assert_eq!(ack_next(&mut consumer, 1).await, [1], "the retry is delivered again");
     let all = Selection::default();
-    assert_eq!(treat(config, &all, Treatment::Look).await.len(), 1);
-    assert_eq!(treat(config, &all, Treatment::Redrive).await.len(), 1);
-    assert_eq!(drain(&mut consumer, 1).await, [2], "the dead letter has come back");
+    assert_eq!(process_dead_letters(config, &all, DeadLetterAction::List).await.len(), 1);
+    assert_eq!(process_dead_letters(config, &all, DeadLetterAction::Redrive).await.len(), 1);
+    assert_eq!(ack_next(&mut consumer, 1).await, [2], "the redriven letter is delivered");
     publisher.publish_ids("c", &[3], PATIENCE).await.unwrap();
     next(&mut consumer).await.settle(dead("answered 500")).await;
-    assert_eq!(treat(config, &all, Treatment::Purge).await.len(), 1);
+    assert_eq!(process_dead_letters(config, &all, DeadLetterAction::Purge).await.len(), 1);
 }

@@ -1,4 +1,5 @@
-//! What an operator's settings of a RabbitMQ do to the queues: policies, and the default type of queues.
+//! Effects of an operator's settings of RabbitMQ on the queues: policies and the default queue
+//! type.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -31,45 +32,46 @@ async fn raw_channel(uri: &str) -> (Connection, Channel) {
 
 // Field case 9.4
 #[tokio::test]
-async fn a_classic_queue_is_classic_whatever_the_default_type_is() {
+async fn classic_queue_ignores_the_default_queue_type() {
     let node = RabbitNode::start().await;
     node.rabbitmqctl(&["add_vhost", "quorums", "--default-queue-type", "quorum"]).await;
     node.rabbitmqctl(&["set_permissions", "-p", "quorums", "guest", ".*", ".*", ".*"]).await;
     let uri = node.amqp_uri().replace("%2f", "quorums");
-    let types = async || {
+    let is_classic = async || {
         let listed = ["list_queues", "-p", "quorums", "--no-table-headers", "name", "type"];
         let listed = node.rabbitmqctl(&listed).await;
         listed.lines().any(|line| line.split_whitespace().eq([QUEUE, "classic"]))
     };
     let publisher = connected(&config(&uri, QueueType::Classic)).await;
-    assert!(types().await);
+    assert!(is_classic().await);
     publisher.publish_ids("c", &[1], PATIENCE).await.unwrap();
     publisher.close().await;
     let (_connection, channel) = raw_channel(&uri).await;
     channel.queue_delete(QUEUE.into(), QueueDeleteOptions::default()).await.unwrap();
 
-    // As the Go services declare it, here it is a quorum queue that leads to no dead letters.
+    // With this default type, the Go services' declaration creates a quorum queue without a
+    // dead-letter exchange.
     let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
     channel.queue_declare(QUEUE.into(), durable, FieldTable::default()).await.unwrap();
-    assert!(!types().await);
+    assert!(!is_classic().await);
     for queue_type in [QueueType::Classic, QueueType::Quorum] {
         let publisher = Publisher::start(&config(&uri, queue_type), "test").unwrap();
         let mut status = publisher.status();
         let refused =
             status.wait_for(|status| status.as_ref().is_err_and(|it| it.contains("arguments")));
-        timeout(PATIENCE, refused).await.expect("it is refused").unwrap();
+        timeout(PATIENCE, refused).await.expect("the queue should be refused").unwrap();
     }
 }
 
-/// The errors that are logged while it is the default subscriber of a thread.
+/// Collects the errors that a thread logs while this is its default subscriber.
 #[derive(Clone, Default)]
 struct Errors(Arc<Mutex<Vec<String>>>);
 
 impl Errors {
-    async fn have(&self, text: &str) {
+    async fn wait_for(&self, text: &str) {
         let errors = || self.0.lock().unwrap().clone();
-        let what = format!("{text:?} is logged");
-        eventually(&what, PATIENCE, async || {
+        let description = format!("{text:?} is logged");
+        eventually(&description, PATIENCE, async || {
             errors().iter().any(|error| error.contains(text)).then_some(())
         })
         .await;
@@ -105,45 +107,45 @@ impl tracing::Subscriber for Errors {
 
 // Field case 9.3
 #[tokio::test]
-async fn what_policies_destroy_is_reported_as_an_error() {
+async fn messages_destroyed_by_policies_are_logged_as_errors() {
     let errors = Errors::default();
     let _guard = tracing::subscriber::set_default(errors.clone());
     let node = RabbitNode::start().await;
     let publisher = connected(&config(&node.amqp_uri(), QueueType::Quorum)).await;
-    let mut ours = consumer(&publisher, 1);
-    // It holds the first, so that the second waits in the queue.
+    let mut consumer = consumer(&publisher, 1);
+    // The consumer holds the first message, so that the second stays in the queue.
     publisher.publish_ids("c", &[1], PATIENCE).await.unwrap();
-    let held = next(&mut ours).await;
+    let held = next(&mut consumer).await;
     let ttl =
         ["set_policy", "short", "^objects$", r#"{"message-ttl":100}"#, "--apply-to", "queues"];
     node.rabbitmqctl(&ttl).await;
     publisher.publish_ids("c", &[2], PATIENCE).await.unwrap();
-    errors.have("messages expired in the queue before any lookup").await;
+    errors.wait_for("messages expired in the queue before any lookup").await;
     node.rabbitmqctl(&["clear_policy", "short"]).await;
     held.settle(Disposition::Ack).await;
 
-    // One that nobody consumes, as an `expires` policy would take it away.
+    // An `expires` policy would delete a queue without consumers in the same way.
     let (_connection, channel) = raw_channel(&node.amqp_uri()).await;
     let delete = async |queue: &str| {
         channel.queue_delete(queue.into(), QueueDeleteOptions::default()).await.unwrap();
     };
     delete("objects.dead").await;
-    errors.have("queue=objects.dead ").await;
+    errors.wait_for("queue=objects.dead ").await;
     let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
-    eventually("it is declared again", PATIENCE, async || {
+    eventually("the queue is declared again", PATIENCE, async || {
         let (_connection, channel) = raw_channel(&node.amqp_uri()).await;
         channel.queue_declare("objects.dead".into(), passive, FieldTable::default()).await.ok()
     })
     .await;
     delete(QUEUE).await;
-    let next = tokio::spawn(async move { ours.next().await });
-    errors.have("queue=objects ").await;
+    let next = tokio::spawn(async move { consumer.next().await });
+    errors.wait_for("queue=objects ").await;
     next.abort();
 }
 
 // Field case 9.3
 #[tokio::test]
-async fn the_script_warns_of_policies_that_destroy_messages() {
+async fn script_warns_of_policies_that_destroy_messages() {
     let node = RabbitNode::start().await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/rabbitmq-user");
     let environment =

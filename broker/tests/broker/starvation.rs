@@ -1,4 +1,4 @@
-//! A RabbitMQ that has messages, and gives none to a consumer that waits for one.
+//! A RabbitMQ that delivers nothing to a waiting consumer although the queue is not empty.
 
 use broker::{Config, Consumer, Delivery, Disposition, LinkStatus, QueueConfig, QueueType};
 use lapin::options::QueuePurgeOptions;
@@ -11,7 +11,7 @@ use crate::test_queue::{PATIENCE, connected, consumer};
 
 const QUEUE: &str = "objects";
 
-/// Has the queue forget its consumers, of which it tells neither their channels nor their clients.
+/// Makes the queue forget its consumers, without informing their channels or clients.
 async fn forget_consumers(node: &RabbitNode) {
     // RabbitMQ 4 has another form of the call.
     let forget = format!(
@@ -33,27 +33,27 @@ fn consume(mut consumer: Consumer) -> mpsc::UnboundedReceiver<Delivery> {
     deliveries
 }
 
-/// Acks the next delivery, and says of which object it is.
-async fn acked(deliveries: &mut mpsc::UnboundedReceiver<Delivery>) -> i64 {
+/// Acks the next delivery, and returns its id.
+async fn ack_one(deliveries: &mut mpsc::UnboundedReceiver<Delivery>) -> i64 {
     let delivery = timeout(PATIENCE, deliveries.recv()).await.unwrap().unwrap();
     let id = delivery.id().unwrap();
     delivery.settle(Disposition::Ack).await;
     id
 }
 
-/// Waits until the consumer says that it is given nothing.
-async fn says_so(status: &mut watch::Receiver<LinkStatus>) {
-    let not = timeout(PATIENCE * 2, status.wait_for(Result::is_err)).await.unwrap();
-    let reason = not.unwrap().clone().unwrap_err();
+/// Waits until the consumer's status reports the starvation.
+async fn wait_until_starving(status: &mut watch::Receiver<LinkStatus>) {
+    let status = timeout(PATIENCE * 2, status.wait_for(Result::is_err)).await.unwrap();
+    let reason = status.unwrap().clone().unwrap_err();
     assert!(reason.contains("nothing although the queue is not empty"), "{reason}");
 }
 
-async fn is_well(status: &mut watch::Receiver<LinkStatus>) {
+async fn wait_until_healthy(status: &mut watch::Receiver<LinkStatus>) {
     timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
 }
 
 #[tokio::test]
-async fn a_consumer_that_gets_nothing_although_the_queue_is_not_empty_says_so_and_consumes_anew() {
+async fn starving_consumer_reports_it_and_starts_a_new_session() {
     let node = RabbitNode::start().await;
     let (queue_name, queue_type) = (QUEUE.to_owned(), QueueType::Classic);
     let queue = QueueConfig { queue_name, queue_type, amqp_ca: None };
@@ -64,24 +64,24 @@ async fn a_consumer_that_gets_nothing_although_the_queue_is_not_empty_says_so_an
     let mut status = ours.status();
     let mut deliveries = consume(ours);
     publish(1).await;
-    assert_eq!(acked(&mut deliveries).await, 1);
-    is_well(&mut status).await;
+    assert_eq!(ack_one(&mut deliveries).await, 1);
+    wait_until_healthy(&mut status).await;
 
     forget_consumers(&node).await;
     publish(2).await;
-    says_so(&mut status).await;
-    assert_eq!(acked(&mut deliveries).await, 2);
-    is_well(&mut status).await;
+    wait_until_starving(&mut status).await;
+    assert_eq!(ack_one(&mut deliveries).await, 2);
+    wait_until_healthy(&mut status).await;
 
-    // Somebody else takes it, before it can be given to the new session.
+    // Another client removes the message before the new session receives it.
     let uri = node.amqp_uri().parse().unwrap();
     let other = Connection::connect_uri(uri, ConnectionProperties::default()).await.unwrap();
     let other = other.create_channel().await.unwrap();
     forget_consumers(&node).await;
     publish(3).await;
-    says_so(&mut status).await;
+    wait_until_starving(&mut status).await;
     other.queue_purge(QUEUE.into(), QueuePurgeOptions::default()).await.unwrap();
-    is_well(&mut status).await;
+    wait_until_healthy(&mut status).await;
     publish(4).await;
-    while acked(&mut deliveries).await != 4 {}
+    while ack_one(&mut deliveries).await != 4 {}
 }

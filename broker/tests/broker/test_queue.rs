@@ -1,4 +1,4 @@
-//! Where a test's queue lies, and what tests do with it.
+//! The queue of a test, and helpers for it.
 
 use std::path::Path;
 use std::pin::pin;
@@ -6,16 +6,16 @@ use std::task::Poll;
 use std::time::Duration;
 
 use broker::{
-    BrokerUrl, Config, Consumer, DeadLetter, Delivery, Depths, Disposition, Inspector, Publisher,
-    QueueConfig, QueueType, Selection, Settled, Treatment,
+    BrokerUrl, Config, Consumer, DeadLetter, DeadLetterAction, Delivery, Depths, Disposition,
+    Inspector, Publisher, QueueConfig, QueueType, Selection, Settled,
 };
 use testbed::{Queue, Scratch, eventually};
 use tokio::time::timeout;
 
 pub(crate) const SECOND: Duration = Duration::from_secs(1);
 pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
-/// Long enough for what must not happen to have happened, if it could.
-pub(crate) const A_WHILE: Duration = Duration::from_millis(500);
+/// Long enough to notice an event that must not happen.
+pub(crate) const QUIET_TIME: Duration = Duration::from_millis(500);
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Backend {
@@ -24,14 +24,14 @@ pub(crate) enum Backend {
     File,
 }
 
-/// An empty queue of the test's own; what it lies in goes with it.
-pub(crate) struct Place {
+/// An empty queue. Dropping it deletes the queue or its file.
+pub(crate) struct TestQueue {
     pub(crate) config: Config,
     _queue: Option<Queue>,
     _folder: Option<Scratch>,
 }
 
-impl Place {
+impl TestQueue {
     pub(crate) fn new(backend: Backend) -> Self {
         let queue_type = match backend {
             Backend::Quorum => QueueType::Quorum,
@@ -46,13 +46,13 @@ impl Place {
         Self { config: amqp_config(&queue, queue_type), _queue: Some(queue), _folder: None }
     }
 
-    /// A publisher that is ready to publish. It opens the queue, if it is not open.
+    /// Starts a publisher and waits until it is connected. It creates the queue if necessary.
     pub(crate) async fn open(&self) -> Publisher {
         connected(&self.config).await
     }
 
-    /// Has a message for each of `letters` published and given up for its reason.
-    pub(crate) async fn bury(&self, letters: &[(i64, &str)]) {
+    /// Makes a dead letter of each id, with its reason.
+    pub(crate) async fn add_dead_letters(&self, letters: &[(i64, &str)]) {
         let publisher = self.open().await;
         let ids: Vec<i64> = letters.iter().map(|(id, _)| *id).collect();
         publisher.publish_ids("callback", &ids, PATIENCE).await.unwrap();
@@ -73,8 +73,8 @@ impl Place {
         depths
     }
 
-    /// Waits until that many are ready, delayed and dead.
-    pub(crate) async fn holds(&self, ready: u64, delayed: u64, dead: u64) {
+    /// Waits until the queue has these depths.
+    pub(crate) async fn wait_for_depths(&self, ready: u64, delayed: u64, dead: u64) {
         let expected = Depths { ready, delayed, dead };
         eventually(&format!("{expected:?}"), PATIENCE, async || {
             (self.depths().await == expected).then_some(())
@@ -82,39 +82,41 @@ impl Place {
         .await;
     }
 
-    pub(crate) async fn treat(
+    pub(crate) async fn process_dead_letters(
         &self,
         selection: &Selection,
-        treatment: Treatment,
+        action: DeadLetterAction,
     ) -> Vec<DeadLetter> {
-        treat(&self.config, selection, treatment).await
+        process_dead_letters(&self.config, selection, action).await
     }
 
-    /// All dead letters.
+    /// Lists all dead letters.
     pub(crate) async fn letters(&self) -> Vec<DeadLetter> {
-        self.treat(&Selection::default(), Treatment::Look).await
+        self.process_dead_letters(&Selection::default(), DeadLetterAction::List).await
     }
 
-    /// The objects of all dead letters.
+    /// Ids of all dead letters.
     pub(crate) async fn dead_ids(&self) -> Vec<i64> {
         ids(&self.letters().await)
     }
 }
 
-pub(crate) async fn treat(
+/// Applies `action` to the selected dead letters, and returns them.
+pub(crate) async fn process_dead_letters(
     config: &Config,
     selection: &Selection,
-    treatment: Treatment,
+    action: DeadLetterAction,
 ) -> Vec<DeadLetter> {
     let mut inspector = Inspector::open(config).await.unwrap();
     let mut letters = Vec::new();
-    let treated = |letter| letters.push(letter);
-    inspector.dead_letters(selection, treatment, treated).await.unwrap();
+    let on_done = |letter| letters.push(letter);
+    inspector.dead_letters(selection, action, on_done).await.unwrap();
     inspector.close().await;
     letters
 }
 
-/// The queue in the file at `path`, apart from others that lead to the same file.
+/// Settings of the queue in the file at `path`. Unlike clones, two results do not share the open
+/// file.
 pub(crate) fn file_config(path: &Path) -> Config {
     let (queue_name, queue_type) = ("unused".to_owned(), QueueType::Quorum);
     let queue = QueueConfig { queue_name, queue_type, amqp_ca: None };
@@ -139,11 +141,11 @@ pub(crate) fn consumer(publisher: &Publisher, prefetch: u16) -> Consumer {
 }
 
 pub(crate) async fn next(consumer: &mut Consumer) -> Delivery {
-    timeout(PATIENCE, consumer.next()).await.expect("a delivery should come")
+    timeout(PATIENCE, consumer.next()).await.expect("a delivery should arrive")
 }
 
-/// Takes and acks the next `count` messages, and gives their objects.
-pub(crate) async fn drain(consumer: &mut Consumer, count: usize) -> Vec<i64> {
+/// Receives and acks the next `count` deliveries, and returns their ids.
+pub(crate) async fn ack_next(consumer: &mut Consumer, count: usize) -> Vec<i64> {
     let mut ids = Vec::new();
     for _ in 0..count {
         let delivery = next(consumer).await;
@@ -165,10 +167,10 @@ pub(crate) fn ids(letters: &[DeadLetter]) -> Vec<i64> {
     letters.iter().map(|letter| letter.id.unwrap()).collect()
 }
 
-/// What `future` gives, if it gives it when it is polled up to `steps` times; else it is dropped.
-pub(crate) async fn for_steps<T>(steps: u32, future: impl Future<Output = T>) -> Option<T> {
+/// Polls `future` up to `polls` times. Returns its output, or drops it.
+pub(crate) async fn poll_times<T>(polls: u32, future: impl Future<Output = T>) -> Option<T> {
     let mut future = pin!(future);
-    let mut left = steps;
+    let mut left = polls;
     std::future::poll_fn(move |context| match future.as_mut().poll(context) {
         Poll::Ready(value) => Poll::Ready(Some(value)),
         Poll::Pending if left == 0 => Poll::Ready(None),

@@ -1,10 +1,10 @@
-//! `amqps://`, at a broker whose certificate is of a private authority.
+//! Connects by `amqps://` to a broker whose certificate is signed by a private authority.
 
 use broker::{Config, Publisher, QueueConfig, QueueType};
 use testbed::{Authority, RabbitNode};
 use tokio::time::timeout;
 
-use crate::test_queue::{PATIENCE, SECOND, connected, consumer, drain};
+use crate::test_queue::{PATIENCE, SECOND, ack_next, connected, consumer};
 
 fn config(uri: &str, authority: Option<&Authority>) -> Config {
     let amqp_ca = authority.map(|authority| authority.pem().to_owned());
@@ -13,8 +13,8 @@ fn config(uri: &str, authority: Option<&Authority>) -> Config {
     Config { amqp_uri: uri.parse().unwrap(), queue }
 }
 
-/// Why there is no connection.
-async fn refused(config: &Config) -> String {
+/// Returns the reason why there is no connection.
+async fn connect_error(config: &Config) -> String {
     let publisher = Publisher::start(config, "test").unwrap();
     let mut status = publisher.status();
     let refused = status
@@ -26,25 +26,25 @@ async fn refused(config: &Config) -> String {
 }
 
 #[tokio::test]
-async fn a_broker_is_trusted_by_its_authority_and_its_name_or_not_at_all() {
+async fn broker_needs_a_trusted_certificate_for_its_name() {
     let authority = Authority::new();
     let node = RabbitNode::start_with_tls(&authority).await;
     let by_name = node.amqps_uri("localhost");
 
     let publisher = connected(&config(&by_name, Some(&authority))).await;
     publisher.publish_ids("c", &[1, 2], SECOND * 5).await.unwrap();
-    assert_eq!(drain(&mut consumer(&publisher, 5), 2).await, [1, 2]);
+    assert_eq!(ack_next(&mut consumer(&publisher, 5), 2).await, [1, 2]);
 
-    let stranger = refused(&config(&by_name, None)).await;
-    assert!(stranger.contains("UnknownIssuer"), "{stranger}");
-    let other = refused(&config(&by_name, Some(&Authority::new()))).await;
+    let untrusted = connect_error(&config(&by_name, None)).await;
+    assert!(untrusted.contains("UnknownIssuer"), "{untrusted}");
+    let other = connect_error(&config(&by_name, Some(&Authority::new()))).await;
     assert!(other.contains("invalid peer certificate"), "{other}");
-    let other_name = refused(&config(&node.amqps_uri("127.0.0.1"), Some(&authority))).await;
+    let other_name = connect_error(&config(&node.amqps_uri("127.0.0.1"), Some(&authority))).await;
     assert!(other_name.contains("not valid for name"), "{other_name}");
 
-    // A listener that speaks plain AMQP is not spoken to in plain text.
+    // A connection by `amqps://` never falls back to plain text.
     let plain = node.amqp_uri().replace("amqp://", "amqps://");
-    refused(&config(&plain, Some(&authority))).await;
+    connect_error(&config(&plain, Some(&authority))).await;
     let connections = node.rabbitmqctl(&["list_connections", "ssl", "--no-table-headers"]).await;
     assert!(connections.lines().all(|ssl| ssl == "true"), "{connections}");
 }

@@ -50,8 +50,8 @@ enum SessionEnd {
     Lost(String),
 }
 
-/// Publishes messages until all emitters are dropped. Drops the messages that arrive while the broker
-/// is away.
+/// Publishes messages until all emitters are dropped. Drops the messages that arrive while the
+/// broker is away.
 pub(crate) async fn publish_all(
     exchange: Arc<TopicExchange>,
     name: String,
@@ -98,8 +98,8 @@ pub(crate) async fn publish_all(
     }
 }
 
-/// Awaits `opening` and drops the messages that arrive meanwhile. Returns `None` when all emitters are
-/// dropped.
+/// Awaits `opening` and drops the messages that arrive meanwhile. Returns `None` when all emitters
+/// are dropped.
 async fn drop_messages_while<T>(
     messages: &mut mpsc::Receiver<Outgoing>,
     opening: impl Future<Output = T>,
@@ -130,8 +130,8 @@ impl Session<'_> {
         let Outbound { messages, sequence } = outbound;
         loop {
             // A waiting message shows a gap by its number. If none is waiting, publish a marker
-            // without objects, so that subscribers read the table now and not at the next event. The
-            // marker needs a new number: with the missing number, it would hide the gap.
+            // without objects, so that subscribers read the table now and not at the next event.
+            // The marker needs a new number: with the missing number, it would hide the gap.
             let marker = {
                 let mut last = sequence.lock();
                 (messages.is_empty() && *last != self.last_sent).then(|| {

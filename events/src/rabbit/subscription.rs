@@ -20,8 +20,8 @@ use crate::gap_detector::GapDetector;
 use crate::message::Message;
 use crate::{Kind, LinkStatus, Notification};
 
-/// Messages that wait at the broker for a slow subscriber. Beyond this, the broker drops the oldest,
-/// which the subscriber notices by their numbers.
+/// Messages that wait at the broker for a slow subscriber. Beyond this, the broker drops the
+/// oldest, which the subscriber notices by their numbers.
 const WAITING_MAX: i32 = 10_000;
 const WAITING_BYTES_MAX: i32 = 64 << 20;
 /// Limits the delivered messages in this process's memory.
@@ -124,8 +124,8 @@ impl Subscription {
     }
 }
 
-/// Binds a new queue to all events of the exchange. The broker deletes the queue with the connection.
-/// Its name is new each time, because the previous queue may still exist.
+/// Binds a new queue to all events of the exchange. The broker deletes the queue with the
+/// connection. Its name is new each time, because the previous queue may still exist.
 async fn subscribe(exchange: &TopicExchange, name: &str) -> Result<Session, SessionError> {
     let (connection, channel) = open(exchange, name).await?;
     let queue: ShortString = format!("{}.{:07x}", exchange.name, rand::random::<u32>() >> 4).into();
@@ -137,7 +137,8 @@ async fn subscribe(exchange: &TopicExchange, name: &str) -> Result<Session, Sess
         bounds.insert("x-max-length-bytes".into(), AMQPValue::LongInt(WAITING_BYTES_MAX));
         channel.queue_declare(queue.clone(), exclusive, bounds).await?;
         bind(exchange, &channel, &queue).await?;
-        // With acks, the prefetch bounds the deliveries; without them, lapin would buffer all messages.
+        // With acks, the prefetch bounds the deliveries; without them, lapin would buffer all
+        // messages.
         channel.basic_qos(PREFETCH, BasicQosOptions::default()).await?;
         let (options, arguments) = (BasicConsumeOptions::default(), FieldTable::default());
         channel.basic_consume(queue.clone(), "".into(), options, arguments).await

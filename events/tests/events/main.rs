@@ -1,5 +1,5 @@
-//! Publishing and receiving events, within a process and through a real broker. All tests are in one
-//! binary, because each binary takes seconds to link.
+//! Publishing and receiving events, within a process and through a real broker. All tests are in
+//! one binary, because each binary takes seconds to link.
 
 #![expect(clippy::unwrap_used, clippy::panic, reason = "the helpers of tests fail by panicking")]
 

@@ -1,4 +1,4 @@
-//! The task behind a publisher: keeps a connection and spreads the batches over its channels.
+//! The task of a publisher: keeps a connection open and distributes the batches among its channels.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,31 +13,31 @@ use tokio::time::timeout;
 
 use super::Batch;
 use super::refusals::{Refusal, Refusals};
-use super::round::{self, Broken, Tally};
-use super::status_reporter::Standing;
+use super::round::{self, RoundError, RoundSummary};
+use super::status_reporter::StatusReporter;
 use crate::amqp::Config;
 use crate::amqp::link::{self, Link, LinkError, RPC_TIMEOUT};
 use crate::amqp::topology::Topology;
 use crate::{PublishError, backoff};
 
-/// Rounds that are under way at once, each on a channel of its own: while one waits for its
-/// confirms, the next ones are published.
+/// Rounds that run concurrently, each on its own channel: while one waits for its confirms, the
+/// next are published.
 const CHANNELS: usize = 4;
-/// A round takes batches until it has so many messages.
+/// A round collects batches until it has this many messages.
 const ROUND_MESSAGES: usize = 1_000;
-/// A round that takes longer, on a connection that is not blocked, ends the connection, even if its
-/// heartbeats go on.
+/// A round that takes longer ends the connection, unless the broker has blocked the connection.
+/// Heartbeats do not count.
 const STALL: Duration = Duration::from_secs(10);
-/// A session that lasted so long was a good one: the next is tried for without further waiting.
-const SETTLED: Duration = Duration::from_secs(5);
+/// A session that lasted longer resets the backoff.
+const STABLE_AFTER: Duration = Duration::from_secs(5);
 
-pub(super) struct Driver {
+pub(super) struct PublisherTask {
     config: Arc<Config>,
     topology: Arc<Topology>,
     name: String,
     batches: mpsc::UnboundedReceiver<Batch>,
-    standing: Standing,
-    counters: Counters,
+    reporter: StatusReporter,
+    metrics: Metrics,
 }
 
 struct Session {
@@ -45,152 +45,157 @@ struct Session {
     channels: Vec<Channel>,
 }
 
-/// Why a session is over.
-enum Ended {
-    /// Every publisher is gone and all is confirmed.
+/// Why a session ended.
+enum SessionEnd {
+    /// All publishers are dropped and all messages are confirmed.
     Finished,
     Lost(String),
     /// A queue has refused every message for several seconds.
     Refused(Refusal),
 }
 
-impl Driver {
+impl PublisherTask {
     pub(super) fn new(
         config: Arc<Config>,
         topology: Arc<Topology>,
         name: &str,
         batches: mpsc::UnboundedReceiver<Batch>,
-        standing: Standing,
+        reporter: StatusReporter,
     ) -> Self {
         let name = name.to_owned();
-        Self { config, topology, name, batches, standing, counters: Counters::new() }
+        Self { config, topology, name, batches, reporter, metrics: Metrics::new() }
     }
 
     pub(super) async fn run(mut self) {
-        let mut waits = backoff();
-        let mut wait = Duration::ZERO;
+        let mut delays = backoff();
+        let mut delay = Duration::ZERO;
         loop {
             let opened = async {
-                tokio::time::sleep(wait).await;
+                tokio::time::sleep(delay).await;
                 open(&self.config, &self.topology, &self.name).await
             };
-            match refusing(&mut self.batches, &self.standing, opened).await {
+            match reject_batches_while(&mut self.batches, &self.reporter, opened).await {
                 None => return,
-                Some(Err(error)) => self.standing.lost(error.to_string()),
+                Some(Err(error)) => self.reporter.lost(error.to_string()),
                 Some(Ok(session)) => {
-                    self.standing.opened();
+                    self.reporter.opened();
                     let connected_at = Instant::now();
                     match self.serve(&session).await {
-                        Ended::Finished => {
+                        SessionEnd::Finished => {
                             link::close(&session.connection).await;
                             return;
                         }
-                        Ended::Lost(reason) => {
-                            // A link that breaks again and again is not hammered either.
-                            if connected_at.elapsed() > SETTLED {
-                                waits = backoff();
+                        SessionEnd::Lost(reason) => {
+                            // Otherwise a connection that is lost again and again would be retried
+                            // too often.
+                            if connected_at.elapsed() > STABLE_AFTER {
+                                delays = backoff();
                             }
-                            self.standing.lost(reason);
+                            self.reporter.lost(reason);
                         }
-                        Ended::Refused(refusal) => self.standing.refused(refusal),
+                        SessionEnd::Refused(refusal) => self.reporter.refused(refusal),
                     }
                 }
             }
-            wait = waits.next().unwrap_or(wait);
+            delay = delays.next().unwrap_or(delay);
         }
     }
 
-    /// Publishes batches until the connection is lost or nobody is left to publish for.
-    async fn serve(&mut self, Session { connection, channels }: &Session) -> Ended {
+    /// Publishes batches until the connection is lost or all publishers are dropped.
+    async fn serve(&mut self, Session { connection, channels }: &Session) -> SessionEnd {
         let mut rounds = FuturesUnordered::new();
         let mut free: Vec<usize> = (0..channels.len()).collect();
-        let mut begun: Vec<Option<Instant>> = vec![None; channels.len()];
+        let mut started: Vec<Option<Instant>> = vec![None; channels.len()];
         let mut events = std::pin::pin!(connection.events_listener());
-        let mut pulse = tokio::time::interval(Duration::from_secs(1));
+        let mut ticks = tokio::time::interval(Duration::from_secs(1));
         let mut refusals = Refusals::default();
-        // Set once the session is to end for it. What is under way has until the next pulse to be confirmed, or
-        // it would go to the spool as well and be delivered twice.
+        // Once set, the session ends at the next tick. Until then, running rounds can still be
+        // confirmed; otherwise their messages would also go to the spool and be delivered twice.
         let mut refusal: Option<Refusal> = None;
         let opened_at = Instant::now();
-        let mut finishing = false;
+        let mut is_finishing = false;
         loop {
             tokio::select! {
-                batch = self.batches.recv(), if !free.is_empty() && !finishing && refusal.is_none() => {
+                batch = self.batches.recv(),
+                    if !free.is_empty() && !is_finishing && refusal.is_none() =>
+                {
                     let Some(first) = batch else {
-                        finishing = true;
-                        if rounds.is_empty() { return Ended::Finished; }
+                        is_finishing = true;
+                        if rounds.is_empty() { return SessionEnd::Finished; }
                         continue;
                     };
-                    let batches = self.gather(first);
-                    let Some(place) = free.pop() else { continue };
-                    begun[place] = Some(Instant::now());
-                    let channel = &channels[place];
-                    rounds.push(async move { (place, round::publish(channel, batches).await) });
+                    let batches = self.collect_round(first);
+                    let Some(index) = free.pop() else { continue };
+                    started[index] = Some(Instant::now());
+                    let channel = &channels[index];
+                    rounds.push(async move { (index, round::publish(channel, batches).await) });
                 }
-                Some((place, round)) = rounds.next() => {
-                    begun[place] = None;
-                    let tally = match round {
-                        Ok(tally) => tally,
-                        Err(Broken(reason)) => return Ended::Lost(reason),
+                Some((index, round)) = rounds.next() => {
+                    started[index] = None;
+                    let summary = match round {
+                        Ok(summary) => summary,
+                        Err(RoundError(reason)) => return SessionEnd::Lost(reason),
                     };
-                    self.counters.add(&tally);
-                    for (queue, takes) in tally.queues {
-                        if takes {
-                            self.standing.confirmed(queue.as_str());
+                    self.metrics.record(&summary);
+                    for (queue, has_accepted) in summary.queues {
+                        if has_accepted {
+                            self.reporter.confirmed(queue.as_str());
                         }
-                        refusals.note(place, queue, takes, Instant::now());
+                        refusals.record(index, queue, has_accepted, Instant::now());
                     }
-                    if tally.unroutable > 0 {
+                    if summary.unroutable > 0 {
                         // Decision: docs/decisions/0003-when-is-a-vanished-queue-declared-again.md
-                        // The next session declares it, and not this one at once: a quorum queue that
-                        // is back before its consumers' channels have noticed keeps them, but they
-                        // take its first messages for ones that they had before and drop them,
-                        // unacked until the connection ends (seen with 3.10).
-                        return Ended::Lost("the queue is gone; declaring it again".to_owned());
+                        // The next session declares the queue, not this one. If a quorum queue is
+                        // back before its consumers' channels notice the loss, it keeps those
+                        // consumers, but the channels take its first messages for duplicates and
+                        // drop them: they stay unacked until the connection ends (seen with
+                        // RabbitMQ 3.10).
+                        return SessionEnd::Lost("the queue is gone; declaring it again".to_owned());
                     }
-                    free.push(place);
+                    free.push(index);
                     if rounds.is_empty() && let Some(refusal) = refusal.take() {
-                        return Ended::Refused(refusal);
+                        return SessionEnd::Refused(refusal);
                     }
-                    if finishing && rounds.is_empty() { return Ended::Finished; }
+                    if is_finishing && rounds.is_empty() { return SessionEnd::Finished; }
                 }
                 Some(event) = events.next() => match event {
-                    Event::Error(error) => return Ended::Lost(error.to_string()),
-                    Event::ConnectionBlocked(reason) => self.standing.blocked(&reason),
-                    Event::ConnectionUnblocked => self.standing.unblocked(),
+                    Event::Error(error) => return SessionEnd::Lost(error.to_string()),
+                    Event::ConnectionBlocked(reason) => self.reporter.blocked(&reason),
+                    Event::ConnectionUnblocked => self.reporter.unblocked(),
                     _ => {}
                 },
-                _ = pulse.tick() => {
-                    let usable = |channel: &Channel| channel.status().connected();
-                    if !connection.status().connected() || !channels.iter().all(usable) {
-                        return Ended::Lost("the connection is closed".to_owned());
+                _ = ticks.tick() => {
+                    let is_open = |channel: &Channel| channel.status().connected();
+                    if !connection.status().connected() || !channels.iter().all(is_open) {
+                        return SessionEnd::Lost("the connection is closed".to_owned());
                     }
                     if connection.status().blocked() {
                         continue;
                     }
-                    let oldest = begun.iter().flatten().min();
-                    if oldest.is_some_and(|begun| begun.elapsed() > STALL) {
-                        return Ended::Lost(format!("nothing was confirmed in {STALL:?}"));
+                    let oldest = started.iter().flatten().min();
+                    if oldest.is_some_and(|started| started.elapsed() > STALL) {
+                        return SessionEnd::Lost(format!("no confirm for {STALL:?}"));
                     }
                     if let Some(refusal) = refusal.take() {
-                        return Ended::Refused(refusal);
+                        return SessionEnd::Refused(refusal);
                     }
                     refusal = refusals.lasting(Instant::now());
                     if rounds.is_empty() && let Some(refusal) = refusal.take() {
-                        return Ended::Refused(refusal);
+                        return SessionEnd::Refused(refusal);
                     }
-                    // Callers that were told to stay away cannot show that it takes messages again.
-                    let is_untried = refusals.is_empty() && opened_at.elapsed() > SETTLED;
-                    if self.standing.is_refused() && is_untried {
-                        self.standing.forgive();
+                    // While the status is an error, callers may publish nothing, so no confirm
+                    // would clear it.
+                    let is_unverified = refusals.is_empty() && opened_at.elapsed() > STABLE_AFTER;
+                    if self.reporter.is_refused() && is_unverified {
+                        self.reporter.clear_refusal();
                     }
                 }
             }
         }
     }
 
-    /// The batches of a round: `first`, and what else has come in.
-    fn gather(&mut self, first: Batch) -> Vec<Batch> {
+    /// Collects the batches of a round: `first`, and those that wait in the channel.
+    fn collect_round(&mut self, first: Batch) -> Vec<Batch> {
         let mut messages = first.messages.len();
         let mut batches = vec![first];
         while messages < ROUND_MESSAGES {
@@ -198,13 +203,13 @@ impl Driver {
             messages += batch.messages.len();
             batches.push(batch);
         }
-        // Whose caller has gone, its deadline being over, has been answered without it.
+        // Skip batches whose callers have reached their deadline: those have reported a failure.
         batches.retain(|batch| !batch.reply.is_closed());
         batches
     }
 }
 
-/// Opens a session: the connection, the queues, and the channels, each of which confirms.
+/// Opens a session: connects, declares the queues, and opens the channels in confirm mode.
 async fn open(config: &Config, topology: &Topology, name: &str) -> Result<Session, LinkError> {
     let connection = link::connect(&config.access, name).await?;
     timeout(RPC_TIMEOUT, topology.declare(&connection)).await??;
@@ -221,11 +226,11 @@ async fn open(config: &Config, topology: &Topology, name: &str) -> Result<Sessio
     Ok(Session { connection, channels })
 }
 
-/// Awaits `opening` while it turns away every batch, so that nobody waits for a broker that is not
-/// there. `None` when every publisher is gone.
-async fn refusing<T>(
+/// Awaits `opening` and rejects all batches meanwhile, so that no caller waits for a broker that is
+/// away. Returns `None` when all publishers are dropped.
+async fn reject_batches_while<T>(
     batches: &mut mpsc::UnboundedReceiver<Batch>,
-    standing: &Standing,
+    reporter: &StatusReporter,
     opening: impl Future<Output = T>,
 ) -> Option<T> {
     let mut opening = std::pin::pin!(opening);
@@ -233,14 +238,14 @@ async fn refusing<T>(
         tokio::select! {
             opened = &mut opening => return Some(opened),
             batch = batches.recv() => {
-                // A caller that has gone needs no answer.
-                let _ = batch?.reply.send(Err(PublishError::Away(standing.reason())));
+                // An error means that the caller has stopped waiting.
+                let _ = batch?.reply.send(Err(PublishError::Away(reporter.reason())));
             }
         }
     }
 }
 
-struct Counters {
+struct Metrics {
     confirmed: Counter,
     refused: Counter,
     unroutable: Counter,
@@ -248,17 +253,17 @@ struct Counters {
     until_confirmed: Histogram,
 }
 
-impl Counters {
+impl Metrics {
     fn new() -> Self {
         metrics::describe_histogram!(
             "lastseen_publish_write_seconds",
             metrics::Unit::Seconds,
-            "Time until the frames of a round of messages were written."
+            "Time until all frames of a round of messages were written."
         );
         metrics::describe_histogram!(
             "lastseen_publish_confirm_seconds",
             metrics::Unit::Seconds,
-            "Time from then until all of the round was confirmed."
+            "Time from the last written frame of a round until all of its messages were confirmed."
         );
         let outcome = |outcome| metrics::counter!("lastseen_published_total", "outcome" => outcome);
         Self {
@@ -270,11 +275,11 @@ impl Counters {
         }
     }
 
-    fn add(&self, tally: &Tally) {
-        self.confirmed.increment(tally.confirmed);
-        self.refused.increment(tally.refused);
-        self.unroutable.increment(tally.unroutable);
-        self.written.record(tally.waits.written);
-        self.until_confirmed.record(tally.waits.confirmed);
+    fn record(&self, summary: &RoundSummary) {
+        self.confirmed.increment(summary.confirmed);
+        self.refused.increment(summary.refused);
+        self.unroutable.increment(summary.unroutable);
+        self.written.record(summary.durations.written);
+        self.until_confirmed.record(summary.durations.confirmed);
     }
 }

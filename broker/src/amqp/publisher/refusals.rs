@@ -1,4 +1,4 @@
-//! Notices queues that refuse everything.
+//! Detects queues that refuse all messages.
 //!
 //! Decision: docs/decisions/0019-when-is-a-broker-session-useless.md
 
@@ -7,23 +7,30 @@ use std::time::{Duration, Instant};
 
 use lapin::types::ShortString;
 
-/// How long a queue may refuse every message that a channel publishes to it before the session ends.
+/// How long a queue may refuse every message that a channel publishes to it before the session
+/// ends.
 ///
-/// When the node of a quorum queue's leader dies, RabbitMQ refuses what comes by channels that have
-/// published to that leader, until the node is back, although the queue has another leader within a second.
-/// The channels of a new session publish to the new leader. A full queue refuses as well; a new session does
-/// not help then, and is opened too rarely to do harm.
+/// When the node of a quorum queue's leader dies, RabbitMQ refuses the messages of channels that
+/// have published to that leader until the node is back, although the queue has a new leader within
+/// a second. The channels of a new session publish to the new leader. For a full queue, a new
+/// session does not help, but it does no harm at this rate.
 const PATIENCE: Duration = Duration::from_secs(3);
 
-/// The queues of one session that refuse everything, by channel, each with the time of its first refusal
-/// since it last confirmed a message.
+/// The queues of one session that refuse all messages, by channel. The time is that of the first
+/// refusal since the queue last confirmed a message.
 #[derive(Default)]
 pub(super) struct Refusals(HashMap<(usize, ShortString), Instant>);
 
 impl Refusals {
-    /// Notes that the queue took at least one message of a round on that channel, or none.
-    pub(super) fn note(&mut self, channel: usize, queue: ShortString, takes: bool, now: Instant) {
-        if takes {
+    /// Records whether the queue accepted at least one message of a round on this channel.
+    pub(super) fn record(
+        &mut self,
+        channel: usize,
+        queue: ShortString,
+        has_accepted: bool,
+        now: Instant,
+    ) {
+        if has_accepted {
             self.0.remove(&(channel, queue));
         } else {
             self.0.entry((channel, queue)).or_insert(now);
@@ -34,7 +41,7 @@ impl Refusals {
         self.0.is_empty()
     }
 
-    /// A queue that has refused everything for too long.
+    /// Returns a queue that has refused all messages for too long.
     pub(super) fn lasting(&self, now: Instant) -> Option<Refusal> {
         let is_lasting = |since: &Instant| now.saturating_duration_since(*since) >= PATIENCE;
         let lasting = self.0.iter().find(|(_, since)| is_lasting(since));
@@ -42,15 +49,15 @@ impl Refusals {
     }
 }
 
-/// A queue that has refused every message of a session. It outlives that session: until the queue confirms a
-/// message, the publisher reports that the broker takes none.
+/// A queue that has refused every message of a session. The publisher keeps this after the session
+/// and reports it until the queue confirms a message.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Refusal {
     pub(super) queue: ShortString,
 }
 
 impl Refusal {
-    /// Why there is no service, for an operator.
+    /// The reason for the status, worded for an operator.
     pub(super) fn reason(&self) -> String {
         format!(
             "queue {} refuses every message: it is full, or the node of its leader is down; \
@@ -65,21 +72,21 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_queue_that_took_nothing_for_long_is_reported() {
+    fn queue_that_refuses_all_for_long_is_reported() {
         let (start, queue) = (Instant::now(), || ShortString::from("objects"));
         let at = |milliseconds| start + Duration::from_millis(milliseconds);
         let mut refusals = Refusals::default();
-        refusals.note(0, queue(), false, at(0));
-        refusals.note(0, "objects.dead".into(), true, at(1_000));
-        refusals.note(0, queue(), false, at(2_900));
+        refusals.record(0, queue(), false, at(0));
+        refusals.record(0, "objects.dead".into(), true, at(1_000));
+        refusals.record(0, queue(), false, at(2_900));
         assert_eq!(refusals.lasting(at(2_999)), None);
         assert_eq!(refusals.lasting(at(3_000)), Some(Refusal { queue: queue() }));
-        // Another channel may have found the new leader, which does not help this one.
-        refusals.note(1, queue(), true, at(3_000));
+        // A confirm on another channel does not help this one, which may still use the old leader.
+        refusals.record(1, queue(), true, at(3_000));
         assert!(refusals.lasting(at(3_000)).is_some());
-        refusals.note(0, queue(), true, at(3_100));
+        refusals.record(0, queue(), true, at(3_100));
         assert!(refusals.is_empty() && refusals.lasting(at(60_000)).is_none());
-        refusals.note(0, queue(), false, at(60_000));
+        refusals.record(0, queue(), false, at(60_000));
         assert_eq!(refusals.lasting(at(60_001)), None);
     }
 }

@@ -1,4 +1,4 @@
-//! One round of publishing on one channel.
+//! Publishes one round of batches on one channel.
 //!
 //! Decision: docs/decisions/0001-why-are-messages-published-in-rounds.md
 
@@ -17,130 +17,137 @@ use crate::PublishError;
 
 const PERSISTENT: u8 = 2;
 
-/// Why the connection cannot be gone on with.
+/// Why the round failed. The connection cannot be used any more.
 #[derive(Debug, PartialEq, Eq)]
-pub(super) struct Broken(pub(super) String);
+pub(super) struct RoundError(pub(super) String);
 
-/// The broker's verdicts on the messages of a round.
+/// The outcome of a round: numbers of messages, queues and durations.
 #[derive(Debug, Default)]
-pub(super) struct Tally {
+pub(super) struct RoundSummary {
     pub(super) confirmed: u64,
     pub(super) refused: u64,
     pub(super) unroutable: u64,
-    /// Each queue of the round, and whether it took at least one message.
+    /// Each queue of the round, and whether it accepted at least one message.
     pub(super) queues: Vec<(ShortString, bool)>,
-    pub(super) waits: Waits,
+    pub(super) durations: Durations,
 }
 
-impl Tally {
-    fn note(&mut self, queue: ShortString, all: u64, refused: u64) {
+impl RoundSummary {
+    /// Adds a batch of `all` messages, of which the broker refused `refused`.
+    fn add(&mut self, queue: ShortString, all: u64, refused: u64) {
         self.confirmed += all - refused;
         self.refused += refused;
-        let took_one = refused < all;
+        let has_accepted = refused < all;
         match self.queues.iter_mut().find(|(known, _)| *known == queue) {
-            Some((_, takes)) => *takes |= took_one,
-            None => self.queues.push((queue, took_one)),
+            Some((_, accepted_before)) => *accepted_before |= has_accepted,
+            None => self.queues.push((queue, has_accepted)),
         }
     }
 }
 
-/// What a round has waited for.
+/// How long the steps of a round took.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Waits {
+pub(super) struct Durations {
     /// Until all frames were written.
     pub(super) written: Duration,
-    /// From then on until all messages were confirmed.
+    /// From then until all messages were confirmed.
     pub(super) confirmed: Duration,
 }
 
-/// What the broker said of all messages.
-struct Verdicts {
-    /// On each message, in the order of the batches.
-    all: Vec<Verdict>,
-    /// The queues that are gone.
-    gone: HashSet<ShortString>,
-    waits: Waits,
+/// The publisher confirms of all messages.
+struct Confirms {
+    /// In the order of the messages.
+    outcomes: Vec<Outcome>,
+    /// The queues that do not exist.
+    missing: HashSet<ShortString>,
+    durations: Durations,
 }
 
-/// What the broker said of one message.
+/// The publisher confirm of one message.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Verdict {
+enum Outcome {
     Confirmed,
     Refused,
 }
 
-/// Publishes `batches` on `channel`, on which nothing else may be outstanding, waits for the verdict
-/// on every message, and only then answers the batches.
+/// Publishes `batches` on `channel`, waits for the confirms of all messages, and only then answers
+/// the batches. No other message may be outstanding on the channel.
 ///
-/// lapin attaches a returned (unroutable) message to whichever publish is confirmed next, which may
-/// be another caller's. So no batch is told "confirmed" before all that was outstanding together
-/// is in: among those is the one that carries the return, which says itself which queue is gone.
-pub(super) async fn publish(channel: &Channel, mut batches: Vec<Batch>) -> Result<Tally, Broken> {
-    let outcome = publish_all(channel, &mut batches).await;
-    let Verdicts { all, gone, waits } = match outcome {
-        Ok(verdicts) => verdicts,
-        Err(Broken(reason)) => {
+/// lapin attaches a returned (unroutable) message to the next confirm, which may belong to another
+/// caller's message. So no batch is answered before all confirms have arrived: one of them carries
+/// the returned message, which names the missing queue.
+pub(super) async fn publish(
+    channel: &Channel,
+    mut batches: Vec<Batch>,
+) -> Result<RoundSummary, RoundError> {
+    let confirms = publish_all(channel, &mut batches).await;
+    let Confirms { outcomes, missing, durations } = match confirms {
+        Ok(confirms) => confirms,
+        Err(RoundError(reason)) => {
             for batch in batches {
-                // A caller whose deadline is over has gone.
+                // An error means that the caller has stopped waiting.
                 let _ = batch.reply.send(Err(PublishError::Away(reason.clone())));
             }
-            return Err(Broken(reason));
+            return Err(RoundError(reason));
         }
     };
-    let mut tally = Tally { waits, ..Tally::default() };
-    let mut verdicts = all.into_iter();
+    let mut summary = RoundSummary { durations, ..RoundSummary::default() };
+    let mut outcomes = outcomes.into_iter();
     for batch in batches {
-        let verdicts = verdicts.by_ref().take(batch.messages.len()).enumerate();
-        let refused = verdicts.filter(|(_, verdict)| *verdict == Verdict::Refused);
-        let which: Vec<usize> = refused.map(|(position, _)| position).collect();
-        let (all, refused) = (batch.messages.len() as u64, which.len() as u64);
-        let answer = if gone.contains(&batch.queue) {
-            // Maybe in the middle of the batch, with what was confirmed before.
-            tally.unroutable += all;
+        let outcomes = outcomes.by_ref().take(batch.messages.len()).enumerate();
+        let refused = outcomes.filter(|(_, outcome)| *outcome == Outcome::Refused);
+        let positions: Vec<usize> = refused.map(|(position, _)| position).collect();
+        let (all, refused) = (batch.messages.len() as u64, positions.len() as u64);
+        let answer = if missing.contains(&batch.queue) {
+            // The queue may have confirmed earlier messages of the batch, but they were lost with
+            // it.
+            summary.unroutable += all;
             Err(PublishError::Unroutable)
         } else {
-            tally.note(batch.queue, all, refused);
-            if which.is_empty() { Ok(()) } else { Err(PublishError::Refused { which }) }
+            summary.add(batch.queue, all, refused);
+            if positions.is_empty() { Ok(()) } else { Err(PublishError::Refused { positions }) }
         };
         let _ = batch.reply.send(answer);
     }
-    Ok(tally)
+    Ok(summary)
 }
 
-async fn publish_all(channel: &Channel, batches: &mut [Batch]) -> Result<Verdicts, Broken> {
-    let broken = |error: lapin::Error| Broken(error.to_string());
+async fn publish_all(channel: &Channel, batches: &mut [Batch]) -> Result<Confirms, RoundError> {
+    let failed = |error: lapin::Error| RoundError(error.to_string());
     let started = Instant::now();
-    // All are begun before any is awaited, so that their frames share writes.
-    let mut begun = Vec::new();
+    // Start all before awaiting any, so that their frames share writes.
+    let mut started_publishes = Vec::new();
     for Batch { queue, messages, .. } in batches {
-        begun.extend(messages.iter_mut().map(|message| begin(channel, queue, message)));
+        let publishes = messages.iter_mut().map(|message| start_publish(channel, queue, message));
+        started_publishes.extend(publishes);
     }
-    let mut confirms = Vec::with_capacity(begun.len());
-    for mut publish in begun {
+    let mut confirms = Vec::with_capacity(started_publishes.len());
+    for mut publish in started_publishes {
         publish.as_mut().await;
-        confirms.extend(publish.as_mut().take_output().transpose().map_err(broken)?);
+        confirms.extend(publish.as_mut().take_output().transpose().map_err(failed)?);
     }
     let written = started.elapsed();
-    let mut all = Vec::with_capacity(confirms.len());
-    let mut gone = HashSet::new();
+    let mut outcomes = Vec::with_capacity(confirms.len());
+    let mut missing = HashSet::new();
     for confirm in confirms {
-        let (verdict, returned) = match confirm.await.map_err(broken)? {
-            Confirmation::Ack(returned) => (Verdict::Confirmed, returned),
-            Confirmation::Nack(returned) => (Verdict::Refused, returned),
+        let (outcome, returned) = match confirm.await.map_err(failed)? {
+            Confirmation::Ack(returned) => (Outcome::Confirmed, returned),
+            Confirmation::Nack(returned) => (Outcome::Refused, returned),
             Confirmation::NotRequested => {
-                return Err(Broken("the channel does not confirm".to_owned()));
+                return Err(RoundError("the channel is not in confirm mode".to_owned()));
             }
         };
-        all.push(verdict);
-        gone.extend(returned.map(|message| message.delivery.routing_key.clone()));
+        outcomes.push(outcome);
+        missing.extend(returned.map(|message| message.delivery.routing_key.clone()));
     }
-    let waits = Waits { written, confirmed: started.elapsed().saturating_sub(written) };
-    Ok(Verdicts { all, gone, waits })
+    let durations = Durations { written, confirmed: started.elapsed().saturating_sub(written) };
+    Ok(Confirms { outcomes, missing, durations })
 }
 
-/// Hands a message's frames over to lapin, which its first poll does. What is left is to learn that
-/// they are written, for which nobody needs to be woken before all have been begun.
-fn begin<'a>(
+/// Starts a publish: the first poll passes the message's frames to lapin. The returned future
+/// resolves when they are written. It is awaited only after all publishes of the round have
+/// started.
+fn start_publish<'a>(
     channel: &'a Channel,
     queue: &ShortString,
     message: &'a mut Outgoing,
@@ -150,7 +157,7 @@ fn begin<'a>(
     let publish =
         channel.basic_publish("".into(), queue.clone(), mandatory, &message.body, properties);
     let mut publish = Box::pin(maybe_done(publish));
-    // Whether that is already known by now is seen when it is awaited.
+    // The result does not matter here, because the future is awaited later.
     let _ = publish.as_mut().poll(&mut Context::from_waker(Waker::noop()));
     publish
 }

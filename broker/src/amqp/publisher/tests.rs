@@ -26,16 +26,17 @@ async fn publish_one(
     publisher.publish(&queue.into(), std::iter::once(message), within).await
 }
 
-/// lapin hands a returned message to whichever publish is confirmed next, often another caller's.
-/// Without looking at which queue is gone, a caller whose message is gone would hear "confirmed".
+/// lapin attaches a returned message to the next confirm, which often belongs to another caller.
+/// Without a check of the returned message's queue, the caller of an unroutable message would get a
+/// confirm.
 #[tokio::test]
-async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
+async fn unroutable_batch_among_others_is_never_confirmed() {
     let queue = Queue::new();
     let config = config(&queue);
     let publisher = Publisher::start(config, "test");
     let mut status = publisher.status();
     let within = Duration::from_secs(30);
-    let nowhere = format!("{}.nowhere", queue.name);
+    let missing_queue = format!("{}.nowhere", queue.name);
     let mut confirmed = 0;
     for _round in 0..10 {
         // Each unroutable message ends the session.
@@ -45,7 +46,7 @@ async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
         let mut batches = tokio::task::JoinSet::new();
         for batch in 0..60 {
             let publisher = publisher.clone();
-            let key = if batch == 30 { nowhere.clone() } else { queue.name.clone() };
+            let key = if batch == 30 { missing_queue.clone() } else { queue.name.clone() };
             batches.spawn(async move { (batch, publish_one(&publisher, &key, within).await) });
         }
         while let Some(published) = batches.join_next().await {
@@ -61,8 +62,8 @@ async fn among_interleaved_batches_one_without_a_queue_is_never_confirmed() {
     assert!(queue.depth(&queue.name).await.unwrap() >= confirmed);
 }
 
-/// A queue that takes one message and refuses all further ones. A queue of our own name would be refused with
-/// such a limit, so it is another one beside it.
+/// Declares a queue that accepts one message and refuses all further ones. It is not the
+/// publisher's main queue, which the publisher would reject for its length limit.
 async fn declare_full(queue: &Queue) -> (Connection, lapin::Channel) {
     let uri = testbed::amqp_uri().parse().unwrap();
     let connection = Connection::connect_uri(uri, ConnectionProperties::default()).await.unwrap();
@@ -76,7 +77,7 @@ async fn declare_full(queue: &Queue) -> (Connection, lapin::Channel) {
 }
 
 #[tokio::test]
-async fn a_full_queue_is_an_error_and_not_a_confirm() {
+async fn message_to_a_full_queue_is_refused() {
     let (queue, full) = (Queue::new(), Queue::new());
     let config = config(&queue);
     let _connection = declare_full(&full).await;
@@ -88,7 +89,7 @@ async fn a_full_queue_is_an_error_and_not_a_confirm() {
     to_full().await.unwrap();
     let refused = to_full().await.unwrap_err();
     assert!(matches!(refused, PublishError::Refused { .. }), "{refused}");
-    // In one round, each batch has its own answer.
+    // Each batch of a round gets its own answer.
     let (full, ours) =
         tokio::join!(join_all([to_full(), to_full()]), join_all([to_ours(), to_ours()]));
     assert!(full.iter().all(Result::is_err) && ours.iter().all(Result::is_ok));
@@ -99,16 +100,18 @@ async fn a_full_queue_is_an_error_and_not_a_confirm() {
 async fn largest_callback_leaves_room_for_others() {
     let queue = Queue::new();
     let publisher = Publisher::start(config(&queue), "test");
-    let take = |ids: usize| Arc::clone(&publisher.places).try_acquire_many_owned(places_for(ids));
-    let largest = take(10_000).unwrap();
-    let small: Vec<_> = (0..4).map(|_| take(200).unwrap()).collect();
+    let acquire =
+        |ids: usize| Arc::clone(&publisher.permits).try_acquire_many_owned(permits_for(ids));
+    let largest = acquire(10_000).unwrap();
+    let small: Vec<_> = (0..4).map(|_| acquire(200).unwrap()).collect();
     drop(largest);
-    // The largest that can be set is no exception, while others are under way.
-    drop(take(1_000_000).unwrap());
+    // This also holds for the largest callback that can be configured.
+    drop(acquire(1_000_000).unwrap());
     drop(small);
 }
 
-/// Field case 3.1: a session whose queue refuses everything must end, for the next one may fare better.
+/// Field case 3.1: a session whose queue refuses all messages must end, because the next one may
+/// succeed.
 #[tokio::test]
 async fn refusing_queue_ends_the_session_and_is_reported() {
     let (queue, full) = (Queue::new(), Queue::new());
@@ -123,19 +126,19 @@ async fn refusing_queue_ends_the_session_and_is_reported() {
     let until = Instant::now() + Duration::from_secs(8);
     while Instant::now() < until {
         errors.extend(publish_one(&publisher, &full.name, within).await.err());
-        // That another queue takes messages is no excuse.
+        // Confirms of another queue do not keep the session alive.
         let _ = publish_one(&publisher, &queue.name, within).await;
         tokio::time::sleep(pause).await;
     }
     let reason = status.borrow_and_update().clone().unwrap_err();
     assert!(reason.contains(&format!("queue {} refuses every message", full.name)), "{reason}");
-    // Each session that has ended is followed by one that is tried.
-    let turned_away = |error: &PublishError| matches!(error, PublishError::Away(_));
-    let ends = errors.windows(2).filter(|two| !turned_away(&two[0]) && turned_away(&two[1]));
+    // After each session that ended, messages are published on the next one.
+    let is_rejected = |error: &PublishError| matches!(error, PublishError::Away(_));
+    let ends = errors.windows(2).filter(|two| !is_rejected(&two[0]) && is_rejected(&two[1]));
     let ends = ends.count();
     assert!((1..=2).contains(&ends), "{ends} sessions ended: {errors:?}");
     channel.queue_purge(full.name.as_str().into(), QueuePurgeOptions::default()).await.unwrap();
-    timeout(within, publisher.opened()).await.unwrap();
+    timeout(within, publisher.wait_until_open()).await.unwrap();
     publish_one(&publisher, &full.name, within).await.unwrap();
     timeout(within, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
 }
