@@ -138,12 +138,12 @@ pub async fn connect(access: &Access, name: &str) -> Result<Link, ConnectError> 
     };
     // lapin requests the stream only once, because its recovery is off.
     let stream = Mutex::new(Some(stream));
-    let take = async move |_: AMQPUri, _| {
-        let taken = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
-        taken.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
+    let connect_once = async move |_: AMQPUri, _| {
+        let stream = stream.lock().unwrap_or_else(PoisonError::into_inner).take();
+        stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
     };
     let properties = ConnectionProperties::default().with_connection_name(name.into());
-    let logging_in = Connection::connector(uri.clone(), runtime, take, properties);
+    let logging_in = Connection::connector(uri.clone(), runtime, connect_once, properties);
     match timeout(LOG_IN_TIMEOUT, Box::pin(logging_in)).await {
         Ok(Ok(connection)) => Ok(Link { connection: Arc::new(connection), socket: Some(socket) }),
         Ok(Err(source)) => Err(match source.kind() {

@@ -21,7 +21,7 @@ impl Consumer {
     /// `name`.
     #[must_use]
     pub fn new(publisher: &Publisher, name: &str, prefetch: u16) -> Self {
-        metrics::describe_counter!("lastseen_deliveries_total", "Messages taken from the queue.");
+        metrics::describe_counter!("lastseen_deliveries_total", "Deliveries from the queue.");
         metrics::describe_counter!(
             "lastseen_settled_total",
             "Deliveries by disposition; lost ones are delivered again."

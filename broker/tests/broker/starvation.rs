@@ -60,9 +60,9 @@ async fn starving_consumer_reports_it_and_starts_a_new_session() {
     let config = Config { amqp_uri: node.amqp_uri().parse().unwrap(), queue };
     let publisher = connected(&config).await;
     let publish = async |id| publisher.publish_ids("c", &[id], PATIENCE).await.unwrap();
-    let ours = consumer(&publisher, 10);
-    let mut status = ours.status();
-    let mut deliveries = consume(ours);
+    let consumer = consumer(&publisher, 10);
+    let mut status = consumer.status();
+    let mut deliveries = consume(consumer);
     publish(1).await;
     assert_eq!(ack_one(&mut deliveries).await, 1);
     wait_until_healthy(&mut status).await;

@@ -85,14 +85,14 @@ async fn message_to_a_full_queue_is_refused() {
     let within = Duration::from_secs(30);
     timeout(within, publisher.status().wait_for(Result::is_ok)).await.unwrap().unwrap();
     let to_full = || publish_one(&publisher, &full.name, within);
-    let to_ours = || publish_one(&publisher, &queue.name, within);
+    let to_main = || publish_one(&publisher, &queue.name, within);
     to_full().await.unwrap();
     let refused = to_full().await.unwrap_err();
     assert!(matches!(refused, PublishError::Refused { .. }), "{refused}");
     // Each batch of a round gets its own answer.
-    let (full, ours) =
-        tokio::join!(join_all([to_full(), to_full()]), join_all([to_ours(), to_ours()]));
-    assert!(full.iter().all(Result::is_err) && ours.iter().all(Result::is_ok));
+    let (full, main) =
+        tokio::join!(join_all([to_full(), to_full()]), join_all([to_main(), to_main()]));
+    assert!(full.iter().all(Result::is_err) && main.iter().all(Result::is_ok));
 }
 
 /// Field case 1.13.
