@@ -249,7 +249,7 @@ impl DurableSink {
 /// The ids of a callback whose messages the broker has not confirmed.
 fn unconfirmed_ids<'ids>(ids: &'ids [i64], outcome: &BrokerOutcome) -> Cow<'ids, [i64]> {
     match outcome {
-        BrokerOutcome::Failed(PublishError::Refused { which }) => {
+        BrokerOutcome::Failed(PublishError::Refused { positions }) => {
             positions.iter().filter_map(|position| ids.get(*position).copied()).collect()
         }
         _ => Cow::Borrowed(ids),

@@ -114,7 +114,9 @@ async fn a_commit_whose_outcome_is_lost_leaves_a_gap() {
     proxy.restore();
     loop {
         match next(&mut subscriber).await {
-            Notification::Missed(reason) => break assert!(reason.contains("are missing"), "{reason}"),
+            Notification::Missed(reason) => {
+                break assert!(reason.contains("are missing"), "{reason}");
+            }
             Notification::Committed(kind, objects) => {
                 assert_ne!(
                     kind,
