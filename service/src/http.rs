@@ -5,10 +5,10 @@
 mod accept;
 mod connection;
 mod exchange;
+mod idle;
 mod linger;
 mod listen;
 mod path;
-mod waiting;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -28,7 +28,7 @@ use crate::descriptors;
 use accept::Acceptor;
 use connection::{Connection, Wire};
 use exchange::Door;
-use waiting::Waiting;
+use idle::Waiting;
 
 pub use listen::{listen, reachable};
 

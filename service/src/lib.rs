@@ -11,14 +11,14 @@ mod health;
 mod healthcheck;
 pub mod http;
 mod lifecycle;
-mod live;
 mod log_output;
 mod probes;
 pub mod problem;
-mod process;
+mod process_metrics;
 mod recorder;
 mod reload;
-mod repeats;
+mod reloadable;
+mod repeat_filter;
 mod secrets;
 pub mod settings;
 mod sources;
@@ -31,7 +31,7 @@ pub use health::{Health, PeerStatus};
 pub use lifecycle::{
     Description, Invocation, Misconfigured, Unavailable, main, main_with_commands,
 };
-pub use live::{Changer, Live};
 pub use probes::probes;
 pub use recorder::{metric_total, rendered_metrics};
+pub use reloadable::{Changer, Live};
 pub use tokio_util::sync::CancellationToken;

@@ -9,7 +9,7 @@ use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::repeats;
+use crate::repeat_filter as repeats;
 use crate::terminal;
 
 /// What may wait to be written, in bytes.

@@ -7,7 +7,7 @@ use std::time::Duration;
 use metrics_exporter_prometheus::{BuildError, Matcher, PrometheusBuilder, PrometheusHandle};
 
 use crate::log_output::DROPPED;
-use crate::process;
+use crate::process_metrics as process;
 
 /// Upper bounds of every `_seconds` histogram: from a fast commit to a status API at its slowest.
 const SECONDS: [f64; 14] =

@@ -8,7 +8,7 @@ use tracing_subscriber::reload::Handle;
 use tracing_subscriber::util::SubscriberInitExt as _;
 
 use crate::log_output::LogOutput;
-use crate::repeats::RepeatFilter;
+use crate::repeat_filter::RepeatFilter;
 use crate::terminal;
 
 const DEFAULT_FILTER: &str = "info,sqlx::postgres::notice=warn";

@@ -12,8 +12,8 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
+use super::idle::Waiting;
 use super::linger::linger;
-use super::waiting::Waiting;
 
 /// How long to wait after a failed `accept`: trying again at once would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);

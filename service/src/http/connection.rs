@@ -15,8 +15,8 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::Limits;
+use super::idle::{Ticket, Waiting};
 use super::linger::linger;
-use super::waiting::{Ticket, Waiting};
 
 /// A client must read responses at least at this rate, in bytes per second, averaged over
 /// [`Limits::header_timeout`].
