@@ -121,7 +121,7 @@ pub enum Status404 {
 
 impl Lookups {
     /// The variables whose changes the consumer applies while it runs.
-    pub const LIVE: &[&str] = &[
+    pub const RELOADABLE: &[&str] = &[
         "MAX_CONSUMERS",
         "MAX_LOOKUPS_PER_SECOND",
         "STATUS_TIMEOUT",
@@ -218,12 +218,12 @@ mod tests {
         for argument in command.get_arguments() {
             let name = argument.get_id().as_str().to_uppercase();
             let flag = format!("--{}={}", name.to_lowercase().replace('_', "-"), value(&name));
-            if Lookups::LIVE.contains(&name.as_str()) {
+            if Lookups::RELOADABLE.contains(&name.as_str()) {
                 live.push(flag.clone());
             }
             all.push(flag);
         }
-        assert_eq!((live.len(), all.len()), (Lookups::LIVE.len(), 12));
+        assert_eq!((live.len(), all.len()), (Lookups::RELOADABLE.len(), 12));
         let of =
             |flags: &[String]| Lookups::of(&flags.iter().map(String::as_str).collect::<Vec<_>>());
         let changed = of(&[]).with_reloadable(&of(&all));

@@ -12,7 +12,7 @@ use std::sync::Arc;
 
 use broker::{Consumer, Publisher};
 use events::Emitter;
-use service::{CancellationToken, Description, Health, Live, Misconfigured};
+use service::{CancellationToken, Description, Health, Misconfigured, Reloadable};
 use store::Store;
 use tokio::sync::watch;
 
@@ -29,7 +29,7 @@ pub const DESCRIPTION: Description = Description {
     about: "Looks each object up at the status API and records when it was last seen",
     admin_address: ":9092",
     drain_delay: "0s",
-    live: &[Lookups::LIVE],
+    reloadable: &[Lookups::RELOADABLE],
 };
 
 /// One connection for the batch that is being written, one for the rows that are set aside, and a
@@ -37,17 +37,17 @@ pub const DESCRIPTION: Description = Description {
 const DATABASE_CONNECTIONS: u32 = 3;
 
 /// Looks objects up until `shutdown`, then drains and returns. Meanwhile, it applies changes of the
-/// settings in [`Lookups::LIVE`].
+/// settings in [`Lookups::RELOADABLE`].
 ///
 /// # Errors
 /// When a file cannot be opened, or a component that the consumer needs has stopped.
 pub async fn run(
-    config: Live<Config>,
+    config: Reloadable<Config>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    let live = config.part(|config| config.lookups);
-    let config = config.now();
+    let live = config.map(|config| config.lookups);
+    let config = config.current();
     let exchange = config.exchange();
     let Config { lookups, broker, store, .. } = config;
     let breaker = Breaker::new(&lookups);
@@ -55,17 +55,17 @@ pub async fn run(
     let store = Arc::new(Store::start(&store, "consumer", DATABASE_CONNECTIONS)?);
     let publisher = Publisher::start(&broker, "consumer: retries and dead letters")?;
     let deliveries = Consumer::new(&publisher, "consumer", lookups.prefetch());
-    health.needs("broker", deliveries.status());
-    health.needs("broker, for retries", publisher.status());
-    health.needs("database", store.status());
-    health.needs("status API", status_api.status());
+    health.add_required("broker", deliveries.status());
+    health.add_required("broker, for retries", publisher.status());
+    health.add_required("database", store.status());
+    health.add_required("status API", status_api.status());
     let events = Emitter::start(&exchange, "consumer: events");
     if let Some(status) = events.status() {
-        health.wants("events", status);
+        health.add_optional("events", status);
     }
     let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups);
-    health.needs("database writes", writer.status());
-    health.all_told();
+    health.add_required("database writes", writer.status());
+    health.finish_registration();
 
     let components = (publisher.clone(), Arc::clone(&store), writer.clone(), events.clone());
     let store_rejected = Arc::clone(&store);

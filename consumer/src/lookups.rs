@@ -12,7 +12,7 @@ use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use broker::{Consumer, Delivery, Destination, Disposition};
 use futures_util::future::join_all;
 use service::traces::{KeyValue, Span, SpanKind, Step};
-use service::{CancellationToken, Live};
+use service::{CancellationToken, Reloadable};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, sleep};
@@ -39,7 +39,7 @@ const AGE_CHECK_INTERVAL: Duration = Duration::from_secs(30);
 
 /// Takes deliveries, and runs as many lookups at once as the breaker allows.
 pub(crate) struct LookupScheduler {
-    settings: Live<Lookups>,
+    settings: Reloadable<Lookups>,
     context: Arc<LookupContext>,
     /// Permits for all deliveries that are not settled. The prefetch limits them too, but for each
     /// broker session separately.
@@ -98,7 +98,7 @@ enum LookupResult {
 
 impl LookupScheduler {
     pub(crate) fn new(
-        settings: Live<Lookups>,
+        settings: Reloadable<Lookups>,
         status_api: StatusApi,
         breaker: Arc<Breaker>,
         writer: Writer,
@@ -106,7 +106,7 @@ impl LookupScheduler {
         shutdown: CancellationToken,
     ) -> Self {
         describe_metrics();
-        let lookups = settings.now();
+        let lookups = settings.current();
         let unsettled_deliveries = ResizableSemaphore::new(lookups.prefetch().into());
         let context = Arc::new(LookupContext {
             pending: PendingDeliveries::new(lookups.coalesce),

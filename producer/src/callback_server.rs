@@ -17,7 +17,7 @@ use axum::routing::post;
 use serde::Serialize;
 use service::problem::Problem;
 use service::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
-use service::{CancellationToken, Health, http, probes};
+use service::{CancellationToken, Health, health_routes, http};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 use uuid::Uuid;
@@ -72,12 +72,12 @@ impl CallbackServer {
         let listener = http::listen(address)
             .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
         sink.report_to(health);
-        health.all_told();
+        health.finish_registration();
         let limits = http::Limits {
             max_connections: callbacks.max_connections,
             header_timeout: callbacks.header_timeout,
             idle_timeout: Some(callbacks.idle_timeout),
-            farewell: FAREWELL,
+            quiet_period: FAREWELL,
         };
         let shared = Arc::new(Shared {
             sink,
@@ -106,7 +106,7 @@ impl CallbackServer {
         let shared = Arc::clone(&self.shared);
         let router = Router::new()
             .route("/callback", post(respond))
-            .merge(probes(self.health))
+            .merge(health_routes(self.health))
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
             .layer(middleware::from_fn(close_after_chunked))

@@ -25,7 +25,7 @@ pub const DESCRIPTION: Description = Description {
     about: "Accepts callbacks on POST /callback and queues a durable message for each object id",
     admin_address: ":9091",
     drain_delay: "8s",
-    live: &[],
+    reloadable: &[],
 };
 
 /// Serves callbacks until `shutdown`, then answers those in flight and returns.

@@ -4,6 +4,6 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     service::main(producer::DESCRIPTION, |config, health, shutdown| {
-        producer::run(config.now(), health, shutdown)
+        producer::run(config.current(), health, shutdown)
     })
 }

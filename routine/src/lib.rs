@@ -8,7 +8,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
 use events::{Emitter, Kind, Object};
-use service::{CancellationToken, Description, Health, Live, Misconfigured, settings};
+use service::{CancellationToken, Description, Health, Misconfigured, Reloadable, settings};
 use store::{Failure, Moment, Row, Store, StoreError, StoreStatus};
 use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior};
@@ -22,7 +22,7 @@ pub const DESCRIPTION: Description = Description {
     about: "Deletes the objects that have not been seen for OBJECT_TTL",
     admin_address: ":9093",
     drain_delay: "0s",
-    live: &[Cleanup::LIVE],
+    reloadable: &[Cleanup::RELOADABLE],
 };
 
 /// When the last cleanup succeeded.
@@ -79,32 +79,32 @@ pub struct Cleanup {
 
 impl Cleanup {
     /// The variables that are heeded while the routine runs.
-    pub const LIVE: &[&str] = &["ROUTINE_INTERVAL", "OBJECT_TTL", "DELETE_BATCH_MAX"];
+    pub const RELOADABLE: &[&str] = &["ROUTINE_INTERVAL", "OBJECT_TTL", "DELETE_BATCH_MAX"];
 }
 
 /// Deletes what is stale every `ROUTINE_INTERVAL` until `shutdown`, or once with `--once`. While it runs, it
-/// heeds changes of [`Cleanup::LIVE`].
+/// heeds changes of [`Cleanup::RELOADABLE`].
 ///
 /// # Errors
 /// When a file cannot be opened, or what writes it has died. With `--once`, also when the database
 /// does not do its part; otherwise that is logged and tried again with the next interval.
 pub async fn run(
-    config: Live<Config>,
+    config: Reloadable<Config>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     describe_metrics();
-    let live = config.part(|config| config.cleanup);
-    let Config { cleanup, once, store, events } = config.now();
+    let live = config.map(|config| config.cleanup);
+    let Config { cleanup, once, store, events } = config.current();
     let events = Emitter::start(&events.exchange(), "routine: events");
     let store = Store::start(&store, "routine", 1)?;
     let (writes, write_status) = watch::channel(Ok(()));
-    health.needs("database", store.status());
-    health.needs("database writes", write_status);
+    health.add_required("database", store.status());
+    health.add_required("database writes", write_status);
     if let Some(status) = events.status() {
-        health.wants("events", status);
+        health.add_optional("events", status);
     }
-    health.all_told();
+    health.finish_registration();
     let table = Table { store, events, writes };
     let ended = if once {
         clean_up_once(&table, &cleanup, &shutdown).await
@@ -126,7 +126,7 @@ struct Table {
 async fn clean_up_until(
     table: &Table,
     mut cleanup: Cleanup,
-    mut live: Live<Cleanup>,
+    mut live: Reloadable<Cleanup>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let store = &table.store;

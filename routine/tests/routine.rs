@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use amqp::Access;
 use clap::Parser as _;
 use events::{Exchange, Kind, Notification, Subscriber};
-use service::{CancellationToken, Changer, Health, Live};
+use service::{CancellationToken, Health, ReloadHandle, Reloadable};
 use sqlx::PgPool;
 use testbed::{Database, DatabaseClock, Process, Proxy, Queue, eventually};
 use tokio::task::JoinHandle;
@@ -28,7 +28,7 @@ struct Cli {
 struct Routine {
     health: Health,
     shutdown: CancellationToken,
-    changer: Changer<routine::Config>,
+    changer: ReloadHandle<routine::Config>,
     arguments: Vec<String>,
     ended: JoinHandle<anyhow::Result<()>>,
 }
@@ -39,7 +39,7 @@ impl Routine {
         let usual = ["routine", &url, "--object-ttl=1h", "--routine-interval=20ms"];
         let arguments: Vec<String> =
             usual.iter().chain(arguments).map(|&argument| argument.to_owned()).collect();
-        let (changer, config) = Live::changeable(Cli::parse_from(&arguments).config);
+        let (changer, config) = Reloadable::with_handle(Cli::parse_from(&arguments).config);
         let (health, shutdown) = (Health::default(), CancellationToken::new());
         let ended = tokio::spawn(routine::run(config, health.clone(), shutdown.clone()));
         Self { health, shutdown, changer, arguments, ended }
@@ -363,7 +363,7 @@ async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
     let uri = format!("--amqp-uri={}", testbed::amqp_uri());
     let routine = Routine::start(&url, &[&uri, &format!("--queue-name={}", queue.name)]);
     eventually("the routine can announce", DEADLINE, async || {
-        routine.health.done_without().is_empty().then_some(())
+        routine.health.missing_optional().is_empty().then_some(())
     })
     .await;
     routine.begun(database.pool()).await;

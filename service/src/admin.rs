@@ -23,7 +23,7 @@ pub(crate) fn router(service: &'static str, health: Health, metrics: PrometheusH
         .route("/readyz", get(readyz))
         .route("/metrics", get(render_metrics))
         .fallback(async || {
-            Problem::new(StatusCode::NOT_FOUND, "here are /livez, /readyz and /metrics")
+            Problem::new(StatusCode::NOT_FOUND, "not found; use /livez, /readyz or /metrics")
         })
         .with_state(Admin { service, health, metrics })
 }
@@ -35,12 +35,12 @@ async fn readyz(State(admin): State<Admin>) -> Response {
     let missing = admin.health.missing();
     if missing.is_empty() {
         let mut lines = vec!["ready\n".to_owned()];
-        let away = admin.health.done_without().into_iter();
-        lines.extend(away.map(|(name, reason)| format!("without {name}: {reason}\n")));
+        let missing = admin.health.missing_optional().into_iter();
+        lines.extend(missing.map(|(name, reason)| format!("without {name}: {reason}\n")));
         return lines.concat().into_response();
     }
     let reasons: Vec<String> =
-        missing.into_iter().map(|(peer, reason)| format!("{peer}: {reason}")).collect();
+        missing.into_iter().map(|(name, reason)| format!("{name}: {reason}")).collect();
     Problem::new(StatusCode::SERVICE_UNAVAILABLE, reasons.join("; ")).into_response()
 }
 

@@ -1,17 +1,18 @@
-//! How many files and connections this process may open.
+//! The limit of file descriptors: how many files and connections this process may open.
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Descriptors that no server may use: files, the log, and connections to broker, database and peers.
+/// Descriptors that the HTTP servers leave free for files, the log, and connections to
+/// dependencies.
 const RESERVED: u64 = 64;
-/// Connections that a server has in any case.
-const LEAST: usize = 8;
+/// Connections that a server allows regardless of the limit.
+const CONNECTIONS_MIN: usize = 8;
 
-/// Raises the soft limit of open files to the hard one. The soft one is low by default for the sake of
-/// programs that use `select`, and this is none. Gives the limit that holds now.
+/// Raises the soft limit of open files to the hard limit, and returns the resulting limit. The
+/// default soft limit is low for programs that use `select`, which this one does not.
 pub(crate) fn raise_limit() -> u64 {
     let limit = getrlimit(Resource::Nofile);
-    // If it fails, the old limit holds, and the servers take that into account.
+    // If this fails, the old limit applies, which `max_connections` reads.
     let _ = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
     open_files()
 }
@@ -20,25 +21,26 @@ fn open_files() -> u64 {
     getrlimit(Resource::Nofile).current.unwrap_or(u64::MAX)
 }
 
-/// How many of `wanted` connections a server may have. No server takes more than half of what the limit of
-/// open files leaves, so that two of one process leave each other room.
-pub(crate) fn affordable(wanted: usize) -> usize {
+/// The number of connections that a server may open, at most `wanted`. A server uses at most half
+/// of the free descriptors, so that two servers fit into one process.
+pub(crate) fn max_connections(wanted: usize) -> usize {
     let open_files = open_files();
-    let connections = share(wanted, open_files);
+    let connections = capped(wanted, open_files);
     if connections < wanted {
         tracing::info!(
             wanted,
             connections,
             open_files,
-            "the limit of open files allows fewer connections than the settings: raise it (ulimit -n, LimitNOFILE)"
+            "the limit of open files allows fewer connections than configured; to allow more, raise it \
+             (ulimit -n, LimitNOFILE)"
         );
     }
     connections
 }
 
-fn share(wanted: usize, open_files: u64) -> usize {
+fn capped(wanted: usize, open_files: u64) -> usize {
     let half = usize::try_from(open_files.saturating_sub(RESERVED) / 2).unwrap_or(usize::MAX);
-    wanted.min(half.max(LEAST))
+    wanted.min(half.max(CONNECTIONS_MIN))
 }
 
 #[cfg(test)]
@@ -48,11 +50,11 @@ mod tests {
     // Field case 2.3
     #[test]
     fn connections_are_capped_by_the_limit_of_open_files() {
-        assert_eq!(share(10_000, 1 << 20), 10_000);
-        assert_eq!(share(10_000, u64::MAX), 10_000);
-        assert_eq!(share(10_000, 256), 96);
-        assert_eq!(share(64, 256), 64);
-        assert_eq!(share(10_000, 16), LEAST);
+        assert_eq!(capped(10_000, 1 << 20), 10_000);
+        assert_eq!(capped(10_000, u64::MAX), 10_000);
+        assert_eq!(capped(10_000, 256), 96);
+        assert_eq!(capped(64, 256), 64);
+        assert_eq!(capped(10_000, 16), CONNECTIONS_MIN);
     }
 
     // Field case 2.3

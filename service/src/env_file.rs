@@ -1,41 +1,43 @@
-//! The one parser for all files that hold settings: `.env`, the settings file, and the files that `NAME_FILE`
-//! names.
+//! The parser of all files that hold settings: `.env`, the settings file, and the files that
+//! `NAME_FILE` names.
 //!
 //! | written | read as |
 //! | --- | --- |
-//! | `NAME=value`, `export NAME = value` | `value`, without the blanks around it |
+//! | `NAME=value`, `export NAME = value` | `value`, without surrounding blanks |
 //! | `NAME=two words # why` | `two words`; `#` after a blank begins a comment |
-//! | `NAME='it is $5 # all of it'` | everything between the quotes as it is; may span lines |
-//! | `NAME="a\nb \"c\""` | as it is, except `\n` `\r` `\t` `\"` `\\` `\$`; may span lines |
-//! | `NAME=pa$$w0rd`, `NAME=${OTHER}` | as it is: variables are never expanded |
+//! | `NAME='it is $5 # all of it'` | literally everything between the quotes; may span lines |
+//! | `NAME="a\nb \"c\""` | literally, except `\n` `\r` `\t` `\"` `\\` `\$`; may span lines |
+//! | `NAME=pa$$w0rd`, `NAME=${OTHER}` | literally: variables are never expanded |
 //!
-//! A byte order mark, CRLF, blank lines and lines that begin with `#` are skipped. No error contains a value.
+//! A byte order mark, CRLF, blank lines and lines that begin with `#` are skipped. No error
+//! contains a value.
 
 use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 use std::str::CharIndices;
 
-/// Larger files were not written as settings.
+/// A larger file cannot be a settings file.
 const BYTES_MAX: u64 = 1 << 20;
 
 /// One line that is neither blank nor a comment.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Entry {
-    /// Counted from 1; the first line of a value that spans several.
+    /// Counted from 1. For a value that spans several lines, the first of them.
     pub(crate) line: usize,
     /// `None` if the line does not begin with `NAME=`.
     pub(crate) name: Option<String>,
-    /// The value, or what is wrong with the line.
+    /// The value, or the reason why the line is malformed.
     pub(crate) value: Result<String, &'static str>,
-    /// Whether the value contains `${` outside single quotes, where other programs expand variables.
+    /// Whether the value contains `${` outside single quotes, where other programs expand
+    /// variables.
     pub(crate) looks_expandable: bool,
 }
 
-/// Reads a whole file of settings.
+/// Reads a complete settings file.
 ///
 /// # Errors
-/// When it cannot be read, is too large, or is not UTF-8. The text says so and holds nothing of the content.
+/// When it cannot be read, is too large, or is not UTF-8. The text quotes nothing of the content.
 pub(crate) fn read(path: &Path) -> io::Result<String> {
     let mut content = Vec::new();
     File::open(path)?.take(BYTES_MAX + 1).read_to_end(&mut content)?;
@@ -45,12 +47,12 @@ pub(crate) fn read(path: &Path) -> io::Result<String> {
     decode(content).map_err(io::Error::other)
 }
 
-/// The value in a file that holds nothing else: without a byte order mark and the blanks and line ends around it.
+/// The value of a file that holds nothing else, without surrounding blanks and line ends.
 pub(crate) fn single_value(content: &str) -> &str {
     content.trim_matches(|letter: char| letter.is_ascii_whitespace() || letter == '\0')
 }
 
-/// The lines that set something, in their order.
+/// The entries of the file, in order.
 pub(crate) fn parse(content: &str) -> Vec<Entry> {
     let mut entries = Vec::new();
     let mut rest = content;
@@ -80,7 +82,7 @@ fn decode(content: Vec<u8>) -> Result<String, String> {
     Ok(text.strip_prefix('\u{feff}').map(str::to_owned).unwrap_or(text))
 }
 
-/// The entry at the beginning of `text`, if there is one, and the text after its last line.
+/// The entry in the first line of `text`, if there is one, and the text after the entry.
 fn next_entry(text: &str) -> (Option<Entry>, &str) {
     let (this_line, after_line) = split_line(text);
     let trimmed = this_line.trim();
@@ -98,7 +100,7 @@ fn next_entry(text: &str) -> (Option<Entry>, &str) {
         .unwrap_or(name)
         .trim();
     if !is_name(name) {
-        return (Some(malformed(None, "what is before = is not a name")), after_line);
+        return (Some(malformed(None, "the text before = is not a valid name")), after_line);
     }
     let name = Some(name.to_owned());
     let value = text[offset..].trim_start_matches([' ', '\t']);
@@ -135,14 +137,14 @@ fn is_name(text: &str) -> bool {
         && letters.all(|letter| letter.is_ascii_alphanumeric() || "_.-".contains(letter))
 }
 
-/// Up to a comment, which begins with `#` at the start or after a blank.
+/// The text up to a comment, which begins with `#` at the start or after a blank.
 fn unquoted(text: &str) -> &str {
     let is_comment = |at: usize| at == 0 || text[..at].ends_with([' ', '\t']);
     let end = text.match_indices('#').map(|(at, _)| at).find(|at| is_comment(*at));
     text[..end.unwrap_or(text.len())].trim()
 }
 
-/// The text up to the closing `quote`, with CRLF read as LF, and what comes after it.
+/// The text up to the closing `quote`, with CRLF replaced by LF, and the text after it.
 fn quoted(text: &str, quote: char) -> Option<(String, &str)> {
     let mut inside = String::new();
     let mut letters = text.char_indices();
@@ -227,7 +229,7 @@ mod tests {
 
     /// Field case 6.1.
     #[test]
-    fn a_malformed_line_is_reported_with_its_number_and_spoils_no_other() {
+    fn malformed_line_is_reported_and_affects_no_other() {
         let content =
             "A=1\r\n\r\n# x\r\nno assignment\r\nB='x\ny'\n2 C=3\nD='never closed\nE=\"x\"y\nF=6";
         let read: Vec<_> = parse(content)
@@ -255,12 +257,12 @@ mod tests {
     }
 
     #[test]
-    fn a_single_value_loses_only_what_is_around_it() {
+    fn single_value_loses_only_surrounding_blanks() {
         assert_eq!(single_value(" 'pa$$ #w0rd' \r\n"), "'pa$$ #w0rd'");
     }
 
     proptest! {
-        /// Field case 6.1: every value can be written, and reads back as itself.
+        /// Field case 6.1.
         #[test]
         fn a_quoted_value_reads_back_as_itself(value in "[^\r\0]*", eol in "(\n|\r\n)") {
             let escaped = value.replace('\\', "\\\\").replace('"', "\\\"");
@@ -274,9 +276,9 @@ mod tests {
             }
         }
 
-        /// Field case 6.1: whatever the content, line numbers grow and nothing panics.
+        /// Field case 6.1.
         #[test]
-        fn any_text_is_parsed(content in "([ -~]|[\n\r'\"\\\\=#$\t€])*") {
+        fn any_text_parses_with_ascending_line_numbers(content in "([ -~]|[\n\r'\"\\\\=#$\t€])*") {
             let lines: Vec<_> = parse(&content).into_iter().map(|entry| entry.line).collect();
             prop_assert!(lines.is_sorted());
             prop_assert!(lines.last().is_none_or(|last| *last <= content.matches('\n').count() + 1));

@@ -1,46 +1,48 @@
-//! The command `healthcheck`: asks the service beside it whether it is ready, for images that have no
-//! curl.
+//! The command `healthcheck`: asks a running service whether it is ready. It exists for container
+//! images without curl.
 
 use std::io::{self, Read as _, Write as _};
 use std::net::{Ipv6Addr, SocketAddr, TcpStream};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use crate::http::reachable;
+use crate::http::reachable_ip;
 
-/// What it is called on the command line.
+/// The name of the command.
 pub(crate) const NAME: &str = "healthcheck";
-pub(crate) const ABOUT: &str = "Ask the service that runs here with the same ADMIN_ADDR whether it is ready: 0 if it is, or 1, and why";
+pub(crate) const ABOUT: &str = "Check whether the service at ADMIN_ADDR is ready: exit with 0, or print the reason and exit with 1";
 
-/// For each step. What asks for it gives up after some seconds as well, and then has no reason.
+/// The time limit of each step. It is shorter than the usual time limit of a health check, which
+/// would end this command before it could print the reason.
 const TIMEOUT: Duration = Duration::from_secs(1);
-/// An answer has some hundred bytes.
-const ANSWER_MAX: u64 = 64 << 10;
+/// A response has some hundred bytes.
+const RESPONSE_BYTES_MAX: u64 = 64 << 10;
 
-/// Prints what `/readyz` says on that admin address, and gives 0 if it is 200, else 1.
+/// Prints the response of `/readyz` on that admin address, and returns 0 if its status is 200, else
+/// 1.
 pub(crate) fn run(admin: SocketAddr) -> ExitCode {
-    let (said, code) = match ask(admin) {
-        Ok(Answer { ready: true, text }) => (text, ExitCode::SUCCESS),
-        Ok(Answer { ready: false, text }) => (text, ExitCode::FAILURE),
+    let (text, code) = match get_readyz(admin) {
+        Ok(Readiness { is_ready: true, text }) => (text, ExitCode::SUCCESS),
+        Ok(Readiness { is_ready: false, text }) => (text, ExitCode::FAILURE),
         Err(error) => (format!("no answer at ADMIN_ADDR={admin}: {error}"), ExitCode::FAILURE),
     };
-    // Whoever asked may have stopped reading; the code is the answer.
-    let _ = writeln!(io::stdout(), "{}", said.trim_end());
+    // Fails if the caller no longer reads the output; the exit code is the result.
+    let _ = writeln!(io::stdout(), "{}", text.trim_end());
     code
 }
 
-/// What `/readyz` says.
+/// The response of `/readyz`.
 #[derive(Debug, PartialEq, Eq)]
-struct Answer {
-    ready: bool,
-    /// The reason if it is not; else what it does without.
+struct Readiness {
+    is_ready: bool,
+    /// Why the service is not ready; or if it is, which optional dependencies are away.
     text: String,
 }
 
-fn ask(admin: SocketAddr) -> io::Result<Answer> {
-    let address = SocketAddr::new(reachable(admin.ip()), admin.port());
+fn get_readyz(admin: SocketAddr) -> io::Result<Readiness> {
+    let address = SocketAddr::new(reachable_ip(admin.ip()), admin.port());
     let mut stream = TcpStream::connect_timeout(&address, TIMEOUT).or_else(|error| {
-        // A machine may have no IPv4.
+        // The machine may have no IPv4.
         if admin.ip() != Ipv6Addr::UNSPECIFIED {
             return Err(error);
         }
@@ -48,20 +50,21 @@ fn ask(admin: SocketAddr) -> io::Result<Answer> {
     })?;
     stream.set_read_timeout(Some(TIMEOUT))?;
     stream.set_write_timeout(Some(TIMEOUT))?;
-    // By HTTP/1.0 the answer comes in one piece, and then the connection ends.
+    // HTTP/1.0, so that the response is not chunked and the server closes the connection after it.
     write!(stream, "GET /readyz HTTP/1.0\r\nHost: {address}\r\n\r\n")?;
-    let mut answer = String::new();
-    stream.take(ANSWER_MAX).read_to_string(&mut answer)?;
-    parse(&answer).ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "it is no HTTP"))
+    let mut response = String::new();
+    stream.take(RESPONSE_BYTES_MAX).read_to_string(&mut response)?;
+    parse(&response)
+        .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "not an HTTP response"))
 }
 
-fn parse(answer: &str) -> Option<Answer> {
-    let (head, body) = answer.split_once("\r\n\r\n")?;
+fn parse(response: &str) -> Option<Readiness> {
+    let (head, body) = response.split_once("\r\n\r\n")?;
     let status = head.strip_prefix("HTTP/1.")?.split(' ').nth(1)?;
-    // The reason of a problem is its `detail`.
+    // A problem document has the reason in its `detail`.
     let problem = serde_json::from_str::<serde_json::Value>(body).ok();
     let detail = problem.as_ref().and_then(|problem| problem["detail"].as_str());
-    Some(Answer { ready: status == "200", text: detail.unwrap_or(body).to_owned() })
+    Some(Readiness { is_ready: status == "200", text: detail.unwrap_or(body).to_owned() })
 }
 
 #[cfg(test)]
@@ -69,22 +72,22 @@ mod tests {
     use super::*;
 
     #[test]
-    fn only_a_200_is_ready_and_a_problem_is_told_by_its_detail() {
-        let answer = |text: &str| parse(text).map(|answer| (answer.ready, answer.text));
+    fn only_status_200_is_ready_and_a_problem_shows_its_detail() {
+        let parsed = |text: &str| parse(text).map(|parsed| (parsed.is_ready, parsed.text));
         let ready = "HTTP/1.0 200 OK\r\na: b\r\n\r\nready\nwithout broker: refused\n";
-        let told = (true, "ready\nwithout broker: refused\n".to_owned());
-        assert_eq!(answer(ready), Some(told));
+        let expected = (true, "ready\nwithout broker: refused\n".to_owned());
+        assert_eq!(parsed(ready), Some(expected));
         let problem = "HTTP/1.0 503 X\r\n\r\n{\"status\":503,\"detail\":\"database: refused\"}";
-        assert_eq!(answer(problem), Some((false, "database: refused".to_owned())));
-        let other = "HTTP/1.0 404 Not Found\r\n\r\nwho?";
-        assert_eq!(answer(other), Some((false, "who?".to_owned())));
-        assert_eq!(answer("SSH-2.0-OpenSSH\r\n\r\n"), None);
+        assert_eq!(parsed(problem), Some((false, "database: refused".to_owned())));
+        let other = "HTTP/1.0 404 Not Found\r\n\r\nno page";
+        assert_eq!(parsed(other), Some((false, "no page".to_owned())));
+        assert_eq!(parsed("SSH-2.0-OpenSSH\r\n\r\n"), None);
     }
 
     #[test]
-    fn what_listens_everywhere_is_asked_here() {
-        assert_eq!(reachable("0.0.0.0".parse().unwrap()).to_string(), "127.0.0.1");
-        assert_eq!(reachable("::".parse().unwrap()).to_string(), "127.0.0.1");
-        assert_eq!(reachable("10.0.0.7".parse().unwrap()).to_string(), "10.0.0.7");
+    fn unspecified_address_is_reached_by_loopback() {
+        assert_eq!(reachable_ip("0.0.0.0".parse().unwrap()).to_string(), "127.0.0.1");
+        assert_eq!(reachable_ip("::".parse().unwrap()).to_string(), "127.0.0.1");
+        assert_eq!(reachable_ip("10.0.0.7".parse().unwrap()).to_string(), "10.0.0.7");
     }
 }

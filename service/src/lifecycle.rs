@@ -11,25 +11,23 @@ use std::time::Duration;
 use anyhow::Context as _;
 use clap::{ArgMatches, Args, Command, FromArgMatches};
 use tokio::runtime::Runtime;
-use tokio::signal::unix::{Signal, SignalKind, signal};
-use tokio::sync::Notify;
-use tokio::time::{Instant, sleep};
 use tokio_util::sync::CancellationToken;
 
 use crate::log_output;
 use crate::reload::{self, Reload};
 use crate::settings;
+use crate::signals::{Shutdown, Signals, run_until_stopped};
 use crate::sources::{self, IgnoredSettings, Parsed, Settings, SettingsError, Sources};
 use crate::traces::{self, Traces};
 use crate::{
-    Health, Live, admin, descriptors, healthcheck, http, recorder, telemetry, terminal, time_zone,
+    Health, Reloadable, admin, descriptors, healthcheck, http, recorder, telemetry, time_zone,
 };
 
 /// A setting is not allowed (`EX_CONFIG` of sysexits).
 const EXIT_SETTINGS: u8 = 78;
-/// Another process has what this one needs for itself (`EX_UNAVAILABLE`).
+/// Another process holds a resource that this one needs exclusively (`EX_UNAVAILABLE`).
 const EXIT_UNAVAILABLE: u8 = 69;
-/// The service failed, or was stopped before all in flight was finished (`EX_SOFTWARE`).
+/// The service failed, or stopped before it had finished the work in flight (`EX_SOFTWARE`).
 const EXIT_FAILURE: u8 = 70;
 
 const DRAIN_DELAY: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_mins(10);
@@ -40,19 +38,16 @@ const ABOUT_VARIABLES: &str = "\
     or in a file .env, under the name in <>; NAME_FILE names a file that holds the value. In the \
     settings file these can change while the process runs:";
 
-/// The admin address serves probes and a scraper, which send their request at once. Clients that do not
+/// The admin address serves probes and a scraper, which send their request at once. Slower clients
 /// must not take the connections away from them.
 const ADMIN_LIMITS: http::Limits = http::Limits {
     max_connections: 64,
     header_timeout: Duration::from_secs(2),
     idle_timeout: None,
-    farewell: Duration::ZERO,
+    quiet_period: Duration::ZERO,
 };
 
-/// Signals within this time are one: `timeout` of GNU signals the process and then its group.
-const ONE_SIGNAL: Duration = Duration::from_millis(200);
-
-/// What a service is called and where its admin address is by default.
+/// The name of a service and the defaults of its common settings.
 #[derive(Clone, Copy, Debug)]
 pub struct Description {
     /// The binary's name, also the `service` label of `lastseen_build_info`.
@@ -63,30 +58,33 @@ pub struct Description {
     pub admin_address: &'static str,
     /// The default of `DRAIN_DELAY`: `0s` for a service to which no balancer sends requests.
     pub drain_delay: &'static str,
-    /// The variables of the settings that it heeds while it runs, such as `MAX_CONSUMERS`, by parts.
-    pub live: &'static [&'static [&'static str]],
+    /// The variables of the reloadable settings, such as `MAX_CONSUMERS`; one list for each role.
+    pub reloadable: &'static [&'static [&'static str]],
 }
 
 impl Description {
-    /// The variables of all settings that can change while it runs.
-    fn live(&self) -> Vec<&'static str> {
-        self.live.iter().copied().chain([telemetry::LIVE]).flatten().copied().collect()
+    /// The variables of all reloadable settings, including those of every process.
+    fn reloadable(&self) -> Vec<&'static str> {
+        self.reloadable.iter().copied().chain([telemetry::RELOADABLE]).flatten().copied().collect()
     }
 }
 
 /// Settings that every service has.
 #[derive(Clone, Debug, Args)]
 struct Common {
-    /// A file of lines NAME=value, watched: some settings can change while the process runs; SIGHUP has it read at once
+    /// A file of NAME=value lines. Changes of reloadable settings take effect while the process
+    /// runs; SIGHUP rereads the file at once
     #[arg(long, help_heading = "Life cycle")]
     lastseen_config: Option<PathBuf>,
-    /// Where /livez, /readyz and /metrics are served; port 0 takes any free one and logs it
+    /// Address of /livez, /readyz and /metrics; port 0 takes any free one and logs it
     #[arg(long, value_parser = settings::listen_address, help_heading = "Life cycle")]
     admin_addr: SocketAddr,
-    /// How long requests are still taken after SIGTERM, while /readyz says 503 so that a balancer sends no more; ctrl-c skips it
+    /// How long to accept requests after SIGTERM, while /readyz returns 503 so that balancers stop
+    /// sending them; ctrl-c skips this
     #[arg(long, value_parser = settings::duration(DRAIN_DELAY), help_heading = "Life cycle")]
     drain_delay: Duration,
-    /// How long what is in flight may take to finish after `DRAIN_DELAY`; a second signal ends it at once
+    /// How long work in flight may take to finish after `DRAIN_DELAY`; a second signal stops the
+    /// process at once
     #[arg(long, value_parser = settings::duration(DRAIN_TIMEOUT), default_value = "30s", help_heading = "Life cycle")]
     drain_timeout: Duration,
     #[command(flatten)]
@@ -95,39 +93,39 @@ struct Common {
     traces: traces::Config,
 }
 
-/// What a service or command ends with when something that it needs for itself alone is taken by
-/// another process. Whoever started it can tell by the exit code that one is running already.
+/// The error of a service or command when another process holds a resource that it needs
+/// exclusively. The exit code shows a supervisor that one is already running.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Unavailable(pub String);
 
-/// What a service or command ends with when its settings lead to something that it cannot work with, such
-/// as a table with other columns. It is found only while the service runs, but it is a bad setting.
+/// The error of a service or command whose settings refer to something unusable, such as a table
+/// with other columns. It is found at run time but counts as a bad setting.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Misconfigured(pub String);
 
-/// What the process is to do, by its settings.
+/// What the process does, according to its settings.
 #[derive(Debug)]
 pub enum Invocation<S, K> {
     /// A service, which runs until a signal drains it.
     Service(S),
-    /// A command, which is over by itself.
+    /// A command, which ends by itself.
     Command(K),
 }
 
-/// The whole of a service's `main`: reads its settings, sets up logs, metrics and the admin address,
-/// runs it until it ends or a signal drains it, and says how it went by the exit code:
-/// 0 for a clean end, 69 if it ended with [`Unavailable`], 70 for another failure or an incomplete
-/// drain, 78 for a bad setting. With the command `healthcheck` it asks a service that runs with the same
-/// settings whether it is ready, and says so by 0 or 1.
+/// The complete `main` of a service: reads its settings, sets up logs, metrics and the admin
+/// address, and runs it until it ends or a signal drains it. The exit code is 0 for a clean end, 69
+/// for [`Unavailable`], 70 for another failure or an incomplete drain, and 78 for a bad setting.
+/// The command `healthcheck` instead asks a service that runs with the same settings whether it is
+/// ready, and exits with 0 or 1.
 ///
-/// `run` takes the service's own settings, the [`Health`] to report its peers to, and the token that
-/// tells it to drain. While it runs, those settings change that the settings file gives another value;
-/// the description says which of them it heeds.
+/// `run` takes the service's own settings, the [`Health`] where it registers its dependencies, and
+/// the token that starts its drain. The settings change with the settings file; the service applies
+/// those that `description` lists as reloadable.
 pub fn main<C, R>(
     description: Description,
-    run: impl FnOnce(Live<C>, Health, CancellationToken) -> R,
+    run: impl FnOnce(Reloadable<C>, Health, CancellationToken) -> R,
 ) -> ExitCode
 where
     C: Args + FromArgMatches + Clone + Send + Sync + 'static,
@@ -138,16 +136,16 @@ where
     })
 }
 
-/// Like [`main`], for a process that is a service or carries out a command, as its settings say.
+/// Like [`main`], for a process that runs either a service or a command, depending on its settings.
 ///
-/// A command has neither metrics nor an admin address, and logs warnings only unless told otherwise.
-/// A signal tells it to drain as well; what it fails with is printed, and the exit codes are the same.
+/// A command has neither metrics nor an admin address, and by default logs only warnings. A signal
+/// drains it too. Its error is printed, and the exit codes are the same.
 ///
-/// `plan` says what is to be done, and may refuse: there are no logs and no runtime before its future
-/// is polled, and no address is taken.
+/// `plan` chooses what to run, or rejects the settings. It runs before logs and the runtime exist
+/// and before any address is bound.
 pub fn main_with_commands<C, S, K>(
     description: Description,
-    plan: impl FnOnce(Live<C>, Health, CancellationToken) -> anyhow::Result<Invocation<S, K>>,
+    plan: impl FnOnce(Reloadable<C>, Health, CancellationToken) -> anyhow::Result<Invocation<S, K>>,
 ) -> ExitCode
 where
     C: Args + FromArgMatches + Clone + Send + Sync + 'static,
@@ -156,14 +154,14 @@ where
 {
     let arguments = std::env::args_os().map(|argument| argument.to_string_lossy().into_owned());
     let arguments: Vec<String> = arguments.collect();
-    if let Some(admin_address) = is_healthcheck(description, &arguments) {
+    if let Some(admin_address) = healthcheck_address(description, &arguments) {
         return healthcheck::run(admin_address);
     }
     let (sources, content, settings) = match read_settings::<C>(description, arguments) {
-        Ok(AtStart { sources, content, parsed: Parsed::Run(settings) }) => {
+        Ok(StartupSettings { sources, content, parsed: Parsed::Run(settings) }) => {
             (sources, content, settings)
         }
-        Ok(AtStart { parsed: Parsed::Print(text), .. }) => {
+        Ok(StartupSettings { parsed: Parsed::Print(text), .. }) => {
             print!("{text}");
             return ExitCode::SUCCESS;
         }
@@ -173,50 +171,51 @@ where
         }
     };
     let Settings { config, given, ignored, dot_env, time_zone } = settings;
-    let Asked { common, config, healthcheck } = config;
+    let ParsedArgs { common, config, healthcheck } = config;
     if healthcheck {
         return healthcheck::run(common.admin_addr);
     }
     if let Some(zone) = time_zone {
         let error = time_zone::apply(&zone);
-        eprintln!("{}: cannot start anew with TZ={zone}: {error}", description.name);
+        eprintln!("{}: cannot restart with TZ={zone}: {error}", description.name);
         return ExitCode::from(EXIT_FAILURE);
     }
     // Decision: docs/decisions/0020-which-tls-library-do-the-clients-use.md
-    // TLS is needed by some settings only, and one provider for all of them keeps the binary small.
-    // If there is one already, it is this one.
+    // Only some settings need TLS; one provider for all of its users keeps the binary small. The
+    // call fails only if this provider is installed already.
     let _ = rustls::crypto::ring::default_provider().install_default();
     descriptors::raise_limit();
     let health = Health::default();
     let shutdown = CancellationToken::new();
-    let (changer, live) = Live::changeable(config);
-    let ended = match plan(live, health.clone(), shutdown.clone()) {
+    let (reload_handle, config) = Reloadable::with_handle(config);
+    let result = match plan(config, health.clone(), shutdown.clone()) {
         Ok(Invocation::Service(service)) => {
             let filter = telemetry::init(&common.telemetry);
             log_sources(dot_env, &ignored);
-            let heed = move |asked: Asked<C>| {
-                filter.set(&asked.common.telemetry);
-                changer.set(asked.config);
+            let publish = move |args: ParsedArgs<C>| {
+                filter.set(&args.common.telemetry);
+                reload_handle.set(args.config);
             };
-            let reload = Reload::new(sources, content, (given, ignored), description.live(), heed);
-            let supervised = supervise(description, &common, reload, health, shutdown, service);
-            let ended = block_on(supervised);
-            match &ended {
+            let reload =
+                Reload::new(sources, content, (given, ignored), description.reloadable(), publish);
+            let result =
+                block_on(supervise(description, &common, reload, health, shutdown, service));
+            match &result {
                 Ok(()) => tracing::info!("stopped"),
                 Err(error) => tracing::error!("{error:#}"),
             }
-            ended
+            result
         }
         Ok(Invocation::Command(command)) => {
             telemetry::init(&common.telemetry.of_command());
             log_sources(dot_env, &ignored);
-            let ended = block_on(carry_out(command, common.drain_timeout, health, shutdown));
-            told(description, ended)
+            let result = block_on(run_command(command, common.drain_timeout, health, shutdown));
+            print_error(description, result)
         }
-        Err(refused) => told(description, Err(refused)),
+        Err(error) => print_error(description, Err(error)),
     };
     log_output::flush();
-    match ended {
+    match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) if error.is::<Unavailable>() => ExitCode::from(EXIT_UNAVAILABLE),
         Err(error) if error.is::<Misconfigured>() => ExitCode::from(EXIT_SETTINGS),
@@ -224,7 +223,7 @@ where
     }
 }
 
-/// Logs which `.env` was read, and what was set without effect.
+/// Logs which `.env` was read, and which settings have no effect.
 fn log_sources(dot_env: Option<(PathBuf, Vec<String>)>, ignored: &IgnoredSettings) {
     if let Some((file, settings)) = dot_env {
         tracing::info!(file = %file.display(), settings = settings.join(", "), "read .env");
@@ -232,22 +231,21 @@ fn log_sources(dot_env: Option<(PathBuf, Vec<String>)>, ignored: &IgnoredSetting
     ignored.log();
 }
 
-/// Prints the error, if it is one.
-fn told(description: Description, ended: anyhow::Result<()>) -> anyhow::Result<()> {
-    // After what it has logged.
+fn print_error(description: Description, result: anyhow::Result<()>) -> anyhow::Result<()> {
+    // The error comes after the log lines that led to it.
     log_output::flush();
-    ended.inspect_err(|error| eprintln!("{}: {error:#}", description.name))
+    result.inspect_err(|error| eprintln!("{}: {error:#}", description.name))
 }
 
-/// What the command line asks for: the service's own settings with those of every service, and whether
-/// only to look how such a service does.
-struct Asked<C> {
+/// The parsed command line: the common settings, the service's own, and whether it contains the
+/// command `healthcheck`.
+struct ParsedArgs<C> {
     common: Common,
     config: C,
     healthcheck: bool,
 }
 
-impl<C: FromArgMatches> FromArgMatches for Asked<C> {
+impl<C: FromArgMatches> FromArgMatches for ParsedArgs<C> {
     fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
         let common = Common::from_arg_matches(matches)?;
         let config = C::from_arg_matches(matches)?;
@@ -261,10 +259,10 @@ impl<C: FromArgMatches> FromArgMatches for Asked<C> {
     }
 }
 
-/// The settings as they are at the start, and where they came from.
-struct AtStart<C> {
+/// The settings at the start, and their sources.
+struct StartupSettings<C> {
     sources: Sources,
-    /// Of the settings file.
+    /// The content of the settings file.
     content: String,
     parsed: Parsed<C>,
 }
@@ -272,13 +270,13 @@ struct AtStart<C> {
 fn read_settings<C: Args + FromArgMatches>(
     description: Description,
     arguments: Vec<String>,
-) -> Result<AtStart<Asked<C>>, SettingsError> {
+) -> Result<StartupSettings<ParsedArgs<C>>, SettingsError> {
     let command = Common::augment_args(C::augment_args(Command::new(description.name)))
         .version(env!("CARGO_PKG_VERSION"))
-        // Set after the settings, whose own doc comments would stand here otherwise.
+        // Set after the settings, because their doc comments would replace it.
         .about(description.about)
         .long_about(None)
-        .after_help(format!("{ABOUT_VARIABLES} {}.", description.live().join(", ")))
+        .after_help(format!("{ABOUT_VARIABLES} {}.", description.reloadable().join(", ")))
         .args_override_self(true)
         .subcommand(Command::new(healthcheck::NAME).about(healthcheck::ABOUT));
     let command = with_admin_address(command, description).mut_arg("drain_delay", |argument| {
@@ -287,12 +285,13 @@ fn read_settings<C: Args + FromArgMatches>(
     let sources = Sources::new(command, arguments)?;
     let content = sources.file().map_or(Ok(String::new()), sources::read_file)?;
     let parsed = sources.read(&content)?;
-    Ok(AtStart { sources, content, parsed })
+    Ok(StartupSettings { sources, content, parsed })
 }
 
-/// The admin address of the service whose health is asked for, if that is all that the command line says.
-/// No other setting is looked at: a settings file that a service refuses while it runs is no reason to end it.
-fn is_healthcheck(description: Description, arguments: &[String]) -> Option<SocketAddr> {
+/// The admin address to check, if the command line contains nothing but `healthcheck` and settings
+/// of that address. Other settings are not validated: a running service rejects a bad settings file
+/// and stays healthy, so a check must not fail because of one.
+fn healthcheck_address(description: Description, arguments: &[String]) -> Option<SocketAddr> {
     #[derive(Args)]
     struct Address {
         #[arg(long, value_parser = settings::listen_address)]
@@ -310,7 +309,7 @@ fn is_healthcheck(description: Description, arguments: &[String]) -> Option<Sock
     let sources =
         Sources::new(with_admin_address(command, description), arguments.to_vec()).ok()?;
     let content = sources.file().map_or(Ok(String::new()), sources::read_file).unwrap_or_default();
-    // With a file that holds no settings at all, it is still the service's environment that says where.
+    // If the file cannot be parsed, the address in the service's environment still applies.
     match sources.read::<Address>(&content).or_else(|_| sources.read("")) {
         Ok(Parsed::Run(settings)) => Some(settings.config.admin_addr),
         Ok(Parsed::Print(_)) | Err(_) => None,
@@ -323,155 +322,59 @@ fn with_admin_address(command: Command, description: Description) -> Command {
     })
 }
 
-/// Runs `future` on a runtime of its own, and leaves behind what it has abandoned there.
+/// Runs `future` on a runtime of its own, and does not wait for tasks that it leaves there.
 fn block_on(future: impl Future<Output = anyhow::Result<()>>) -> anyhow::Result<()> {
     let runtime = Runtime::new().context("cannot start the runtime")?;
-    let ended = runtime.block_on(future);
-    // Tasks that are still there belong to what was abandoned; waiting for them could take forever.
+    let result = runtime.block_on(future);
+    // The remaining tasks belong to abandoned work; waiting for them could take forever.
     runtime.shutdown_background();
-    ended
+    result
 }
 
-/// Runs the service beside its admin address until it ends or has to be abandoned.
+/// Runs the service and its admin address until the service ends or is abandoned.
 async fn supervise(
     description: Description,
     common: &Common,
     reload: Option<Reload<impl FromArgMatches + Send + 'static>>,
     health: Health,
-    shutdown: CancellationToken,
+    token: CancellationToken,
     service: impl Future<Output = anyhow::Result<()>> + Send + 'static,
 ) -> anyhow::Result<()> {
-    // First of all: until then, a signal ends the process where it stands.
+    // First of all: a signal that arrives earlier kills the process.
     let signals = Signals::watch()?;
     let metrics = recorder::install(description.name)?;
-    let reload = reload::watch(reload, Arc::clone(&signals.hangups), &health);
+    let reload = reload::watch(reload, Arc::clone(&signals.reload_requests), &health);
     let traces = Traces::start(&common.traces, description.name);
     let address = common.admin_addr;
     let listener =
         http::listen(address).with_context(|| format!("cannot listen on ADMIN_ADDR={address}"))?;
-    let address = listener.local_addr().context("cannot tell the admin address")?;
+    let address = listener.local_addr().context("cannot read the admin address")?;
     tracing::info!(service = description.name, admin = %address, "starting");
     let router = admin::router(description.name, health.clone(), metrics.clone());
-    let stop =
-        Stop { delay: common.drain_delay, drain_timeout: common.drain_timeout, health, shutdown };
-    // It goes on while the service drains, so that a probe sees why it is not ready.
+    let Common { drain_delay, drain_timeout, .. } = *common;
+    let shutdown = Shutdown { drain_delay, drain_timeout, health, token };
+    // Its token is never cancelled: while the service drains, /readyz still gives the reason.
     let admin = http::serve(listener, router, ADMIN_LIMITS, CancellationToken::new());
     let admin = tokio::spawn(async move {
         tokio::join!(admin, recorder::upkeep(metrics));
     });
-    let ended = tokio::select! {
-        ended = run_until_abandoned(service, signals, stop) => ended,
-        ended = admin => Err(anyhow::anyhow!("the admin address died: {ended:?}")),
+    let result = tokio::select! {
+        result = run_until_stopped(service, signals, shutdown) => result,
+        result = admin => Err(anyhow::anyhow!("the server of the admin address stopped: {result:?}")),
         never = reload => match never {},
     };
     traces.finish().await;
-    ended
+    result
 }
 
-/// Runs the command, with nothing beside it, until it ends or has to be abandoned.
-async fn carry_out(
+/// Runs the command until it ends or is abandoned.
+async fn run_command(
     command: impl Future<Output = anyhow::Result<()>> + Send + 'static,
     drain_timeout: Duration,
     health: Health,
-    shutdown: CancellationToken,
+    token: CancellationToken,
 ) -> anyhow::Result<()> {
     let signals = Signals::watch()?;
-    let stop = Stop { delay: Duration::ZERO, drain_timeout, health, shutdown };
-    run_until_abandoned(command, signals, stop).await
-}
-
-/// What a signal starts.
-struct Stop {
-    /// Between "not ready" and the drain.
-    delay: Duration,
-    drain_timeout: Duration,
-    health: Health,
-    shutdown: CancellationToken,
-}
-
-async fn run_until_abandoned(
-    work: impl Future<Output = anyhow::Result<()>> + Send + 'static,
-    signals: Signals,
-    stop: Stop,
-) -> anyhow::Result<()> {
-    // As a task of its own, so that a panic in it is an error here and not the end of this function.
-    let work = tokio::spawn(work);
-    tokio::select! {
-        ended = work => ended.context("died")?,
-        reason = abandoned(signals, stop) => reason,
-    }
-}
-
-const SIGTERM: &str = "SIGTERM";
-
-/// The signals that stop a service or command.
-struct Signals {
-    terminate: Signal,
-    interrupt: Signal,
-    hangup: Signal,
-    /// Whether there was a terminal that can hang up.
-    had_terminal: bool,
-    /// SIGHUP without that asks for the settings to be read again.
-    hangups: Arc<Notify>,
-}
-
-impl Signals {
-    fn watch() -> anyhow::Result<Self> {
-        let terminate = signal(SignalKind::terminate()).context("cannot watch for SIGTERM")?;
-        let interrupt = signal(SignalKind::interrupt()).context("cannot watch for SIGINT")?;
-        let hangup = signal(SignalKind::hangup()).context("cannot watch for SIGHUP")?;
-        let had_terminal = terminal::is_there();
-        Ok(Self { terminate, interrupt, hangup, had_terminal, hangups: Arc::default() })
-    }
-
-    /// Waits for the next of them and gives its name.
-    async fn next(&mut self) -> &'static str {
-        loop {
-            tokio::select! {
-                _ = self.terminate.recv() => return SIGTERM,
-                _ = self.interrupt.recv() => return "SIGINT",
-                _ = self.hangup.recv() => {
-                    if self.had_terminal && !terminal::is_there() {
-                        return "SIGHUP";
-                    }
-                    self.hangups.notify_one();
-                }
-            }
-        }
-    }
-}
-
-// Decision: docs/decisions/0009-how-does-a-server-stop-without-losing-requests.md
-/// Waits for the first signal, starts the drain, and returns the reason to give it up.
-async fn abandoned(mut signals: Signals, stop: Stop) -> anyhow::Result<()> {
-    let Stop { delay, drain_timeout, health, shutdown } = stop;
-    let name = signals.next().await;
-    let first = Instant::now();
-    // A balancer that still sends requests here finds nobody after the drain. An operator at a terminal
-    // does not want to wait, and no balancer is told anything by ctrl-c.
-    let delay = if name == SIGTERM { delay } else { Duration::ZERO };
-    let drained = async {
-        health.drain();
-        if !delay.is_zero() {
-            tracing::info!(signal = name, ?delay, "not ready any more; requests are still taken");
-            sleep(delay).await;
-        }
-        tracing::info!(signal = name, timeout = ?drain_timeout, "draining");
-        shutdown.cancel();
-        sleep(drain_timeout).await;
-    };
-    let second = async {
-        loop {
-            let name = signals.next().await;
-            if first.elapsed() >= ONE_SIGNAL {
-                return name;
-            }
-        }
-    };
-    tokio::select! {
-        () = drained => anyhow::bail!(
-            "the drain took longer than DRAIN_TIMEOUT={drain_timeout:?}; what was in flight is left unfinished"
-        ),
-        name = second => anyhow::bail!("stopped at once by a second signal ({name})"),
-    }
+    let shutdown = Shutdown { drain_delay: Duration::ZERO, drain_timeout, health, token };
+    run_until_stopped(command, signals, shutdown).await
 }

@@ -1,5 +1,6 @@
-//! Standard error as the log has it: written by a thread of its own, so that a pipe or a terminal that nobody reads
-//! never blocks a service. Lines wait in a bounded queue; those that find no room are dropped and counted.
+//! Writes the log to standard error on a thread of its own, so that an unread pipe or terminal
+//! never blocks a service. Lines wait in a bounded queue; when it is full, lines are dropped and
+//! counted.
 //!
 //! Decision: docs/decisions/0067-why-does-the-log-never-block.md
 
@@ -9,28 +10,28 @@ use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::repeat_filter as repeats;
+use crate::repeat_filter;
 use crate::terminal;
 
-/// What may wait to be written, in bytes.
-const WAITING_MAX: usize = 4 << 20;
-/// How often repeated and dropped lines are summed up.
+/// The maximum size of the queue, in bytes.
+const QUEUE_BYTES_MAX: usize = 4 << 20;
+/// How often the log reports the number of repeated and dropped lines.
 const SUMMARY_INTERVAL: Duration = Duration::from_secs(10);
-/// How long the end of the process waits for a reader of the log.
+/// How long the process waits at its end for the log to be written.
 const FLUSH_TIMEOUT: Duration = Duration::from_secs(1);
 
-/// Lines that were not logged, by reason: `unread`, or `repeated`.
+/// Lines that were not logged, by reason: `unread` (queue full) or `repeated`.
 pub(crate) const DROPPED: &str = "lastseen_log_lines_dropped_total";
 
-/// The process has one standard error.
+/// Global, because a process has one standard error.
 static OUTPUT: LazyLock<&'static Output> = LazyLock::new(|| {
     let output: &'static Output = Box::leak(Box::default());
-    // Without the thread, lines would wait until there is no more room, and be counted.
+    // If the thread cannot start, the queue fills, and further lines are dropped and counted.
     _ = thread::Builder::new().name("log".to_owned()).spawn(|| output.write_all_lines());
     output
 });
 
-/// What [`tracing_subscriber`] writes to: each write is one line.
+/// The writer of [`tracing_subscriber`], which writes one line with each call.
 pub(crate) struct LogOutput;
 
 impl Write for LogOutput {
@@ -46,14 +47,14 @@ impl Write for LogOutput {
     }
 }
 
-/// Writes `text` after the lines that wait, unless nobody reads them.
-pub(crate) fn show(text: &[u8]) {
+/// Writes `text` after the queued lines, or drops it if the queue is full.
+pub(crate) fn write_text(text: &[u8]) {
     OUTPUT.push(text);
 }
 
-/// Waits until all lines are written, for as long as a reader may reasonably take.
+/// Waits until all lines are written, for at most [`FLUSH_TIMEOUT`].
 pub(crate) fn flush() {
-    repeats::summarize();
+    repeat_filter::summarize();
     OUTPUT.wait_until_written(FLUSH_TIMEOUT);
 }
 
@@ -66,18 +67,18 @@ struct Output {
 #[derive(Default)]
 struct State {
     lines: VecDeque<Box<[u8]>>,
-    /// Of the lines.
+    /// The total size of the lines.
     bytes: usize,
-    /// Since the last summary.
+    /// Lines dropped since the last summary.
     dropped: u64,
     is_writing: bool,
 }
 
 impl Output {
-    /// Whether there was room for it.
+    /// Queues the line, or returns `false` if the queue is full.
     fn push(&self, line: &[u8]) -> bool {
         let mut state = self.lock();
-        if state.bytes.saturating_add(line.len()) > WAITING_MAX {
+        if state.bytes.saturating_add(line.len()) > QUEUE_BYTES_MAX {
             state.dropped = state.dropped.saturating_add(1);
             return false;
         }
@@ -102,13 +103,13 @@ impl Output {
         }
     }
 
-    /// The next line, or none by `deadline`.
+    /// Waits for the next line, until `deadline`.
     fn next(&self, deadline: Instant) -> Option<Box<[u8]>> {
         let mut state = self.lock();
         while state.lines.is_empty() {
             let wait = deadline.checked_duration_since(Instant::now())?;
-            let waited = self.changed.wait_timeout(state, wait);
-            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+            let notified = self.changed.wait_timeout(state, wait);
+            (state, _) = notified.unwrap_or_else(PoisonError::into_inner);
         }
         let line = state.lines.pop_front()?;
         state.bytes = state.bytes.saturating_sub(line.len());
@@ -121,12 +122,12 @@ impl Output {
         if dropped > 0 {
             tracing::warn!(dropped, "log lines dropped because the log was not read");
         }
-        repeats::summarize();
+        repeat_filter::summarize();
     }
 
     fn wait_until_written(&self, limit: Duration) {
-        let waiting = |state: &mut State| state.is_writing || !state.lines.is_empty();
-        drop(self.changed.wait_timeout_while(self.lock(), limit, waiting));
+        let is_unfinished = |state: &mut State| state.is_writing || !state.lines.is_empty();
+        drop(self.changed.wait_timeout_while(self.lock(), limit, is_unfinished));
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -134,10 +135,10 @@ impl Output {
     }
 }
 
-/// A terminal or a pipe that is gone is no reason to stop.
+/// Ignores errors: a service keeps running when its terminal or pipe is gone.
 fn write(line: &[u8]) {
     let mut stderr = io::stderr().lock();
-    if terminal::is_there() {
+    if terminal::is_attached() {
         _ = stderr.write_all(terminal::ERASE);
     }
     _ = stderr.write_all(line);
@@ -149,12 +150,12 @@ mod tests {
 
     /// Field case 2.6.
     #[test]
-    fn lines_that_nobody_writes_are_bounded_and_counted() {
+    fn full_queue_drops_and_counts_lines() {
         let output = Output::default();
         let line = [b'x'; 1 << 10];
-        let taken = (0..10_000).filter(|_| output.push(&line)).count();
-        assert_eq!(taken, WAITING_MAX >> 10);
-        assert_eq!(output.lock().dropped, 10_000 - taken as u64);
+        let queued = (0..10_000).filter(|_| output.push(&line)).count();
+        assert_eq!(queued, QUEUE_BYTES_MAX >> 10);
+        assert_eq!(output.lock().dropped, 10_000 - queued as u64);
         assert!(output.next(Instant::now()).is_some());
         assert!(output.push(&line));
     }

@@ -3,29 +3,30 @@
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 
-/// The longest `detail`, in bytes of its JSON text. A detail may quote what the client sent, which can be a
-/// megabyte, and a client that does not read the response makes the server hold it.
+/// The longest `detail`, in bytes of its JSON text. A detail may quote the request, which can be a
+/// megabyte long, and a client that does not read the response keeps it in the server's memory.
 const DETAIL_MAX_BYTES: usize = 512;
-/// Follows a detail that was cut.
-const CUT: &str = "…";
+/// Ends a truncated detail.
+const ELLIPSIS: &str = "…";
 
-/// One problem: the status, and what was wrong and what to do about it.
+/// An error response: the status, what was wrong, and what to do about it.
 ///
-/// The `type` is left at its default, `about:blank`, so the `title` is the status's own phrase.
+/// The `type` is always the default, `about:blank`, so the `title` is the status's standard phrase.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Problem {
     /// The HTTP status.
     pub status: StatusCode,
-    /// What was wrong with this request and what to do. The response contains at most 512 bytes of it.
+    /// What was wrong with this request and what to do. The response contains at most 512 bytes of
+    /// it.
     pub detail: String,
-    /// How long to wait before trying again, in whole seconds (`Retry-After`).
+    /// After how many seconds the client may try again (`Retry-After`).
     pub retry_after_seconds: Option<u32>,
 }
 
 impl Problem {
     /// A problem without `Retry-After`.
     pub fn new(status: StatusCode, detail: impl Into<String>) -> Self {
-        Self { status, detail: cut(detail.into()), retry_after_seconds: None }
+        Self { status, detail: truncated(detail.into()), retry_after_seconds: None }
     }
 }
 
@@ -35,8 +36,8 @@ impl IntoResponse for Problem {
             "type": "about:blank",
             "title": self.status.canonical_reason().unwrap_or("Error"),
             "status": self.status.as_u16(),
-            // Cut here too, because the field is public: no response can be larger.
-            "detail": cut(self.detail),
+            // Truncated here too, because the field is public.
+            "detail": truncated(self.detail),
         });
         let content_type = [(header::CONTENT_TYPE, "application/problem+json")];
         let mut response = (self.status, content_type, body.to_string()).into_response();
@@ -47,24 +48,24 @@ impl IntoResponse for Problem {
     }
 }
 
-/// As much of `detail` as fits into [`DETAIL_MAX_BYTES`] of JSON text.
-fn cut(detail: String) -> String {
-    let room = DETAIL_MAX_BYTES - CUT.len();
+/// Truncates `detail` to [`DETAIL_MAX_BYTES`] of JSON text.
+fn truncated(detail: String) -> String {
+    let bytes_before_ellipsis = DETAIL_MAX_BYTES - ELLIPSIS.len();
     let (mut length, mut end) = (0, 0);
     for (at, character) in detail.char_indices() {
         length += json_bytes(character);
         if length > DETAIL_MAX_BYTES {
             // Copied, so that the memory of the long text is freed.
-            return format!("{}{CUT}", &detail[..end]);
+            return format!("{}{ELLIPSIS}", &detail[..end]);
         }
-        if length <= room {
+        if length <= bytes_before_ellipsis {
             end = at + character.len_utf8();
         }
     }
     detail
 }
 
-/// How many bytes `character` takes in a JSON string.
+/// The length of `character` in a JSON string, in bytes.
 fn json_bytes(character: char) -> usize {
     match character {
         '"' | '\\' | '\n' | '\r' | '\t' | '\u{8}' | '\u{c}' => 2,
@@ -83,19 +84,19 @@ mod tests {
 
     // Field case 2.1
     #[test]
-    fn a_detail_is_cut_to_512_bytes_of_json() {
+    fn long_detail_is_truncated_to_512_bytes_of_json() {
         for part in ["a", "\u{301}", "\\", "\"", "\0", "\n", "\u{1f}", "😀", "a😀\0"] {
             let long = part.repeat(1 << 20);
-            let cut = Problem::new(StatusCode::BAD_REQUEST, long.clone()).detail;
-            assert!(cut.ends_with(CUT), "{part:?}");
-            assert!(long.starts_with(cut.trim_end_matches(CUT)), "{part:?}");
-            let length = json_length(&cut);
+            let detail = Problem::new(StatusCode::BAD_REQUEST, long.clone()).detail;
+            assert!(detail.ends_with(ELLIPSIS), "{part:?}");
+            assert!(long.starts_with(detail.trim_end_matches(ELLIPSIS)), "{part:?}");
+            let length = json_length(&detail);
             assert!((500..=512).contains(&length), "{part:?} takes {length}");
         }
     }
 
     #[test]
-    fn a_detail_that_fits_is_not_cut() {
+    fn short_detail_is_not_truncated() {
         for text in ["", "no luck", &"\0".repeat(85), &"é".repeat(256)] {
             assert_eq!(Problem::new(StatusCode::BAD_REQUEST, text).detail, text);
         }
@@ -103,7 +104,7 @@ mod tests {
 
     // Field case 2.1
     #[tokio::test]
-    async fn a_response_is_small_whoever_made_the_problem() {
+    async fn response_is_small_even_if_the_detail_was_set_directly() {
         let detail = "\u{7}".repeat(1 << 20);
         let problem =
             Problem { status: StatusCode::BAD_REQUEST, detail, retry_after_seconds: None };

@@ -1,6 +1,6 @@
-//! Reads the settings file again when it has changed or on SIGHUP.
+//! Rereads the settings file when it has changed or on SIGHUP.
 //!
-//! Its content is compared instead of watched by inotify, which misses files that are mounted and files that are
+//! It compares the content instead of using inotify, which misses mounted files and files that are
 //! replaced through a link to their directory, as in a Kubernetes `ConfigMap`.
 //!
 //! Decision: docs/decisions/0069-why-does-the-settings-file-win.md
@@ -15,12 +15,13 @@ use clap::FromArgMatches;
 use tokio::sync::{Notify, watch};
 use tokio::time::{MissedTickBehavior, interval};
 
-use crate::health::{Health, PeerStatus};
+use crate::health::{DependencyStatus, Health};
 use crate::secrets;
 use crate::sources::{self, IgnoredSettings, Parsed, Settings, SettingsError, Sources, Values};
 
-/// A change takes effect once two reads in a row have seen it: an editor may be halfway through.
-const INTERVAL: Duration = Duration::from_millis(250);
+/// Time between two reads. A change takes effect once two reads in a row have returned it, because
+/// an editor may be halfway through writing.
+const READ_INTERVAL: Duration = Duration::from_millis(250);
 
 /// 1 while the settings file is rejected.
 const REFUSED: &str = "lastseen_settings_refused";
@@ -28,153 +29,163 @@ const REFUSED: &str = "lastseen_settings_refused";
 const AWAITING: &str = "lastseen_settings_awaiting_restart";
 const READ: &str = "lastseen_settings_read_total";
 
-/// Follows the settings file of a running process.
+/// Rereads the settings file of a running process and publishes its changes.
 pub(crate) struct Reload<C> {
     file: PathBuf,
     sources: Arc<Sources>,
-    /// The variables that may change while the process runs.
-    live: Vec<&'static str>,
-    heed: Box<dyn Fn(C) + Send>,
+    /// The variables of the reloadable settings.
+    reloadable: Vec<&'static str>,
+    publish: Box<dyn Fn(C) + Send>,
     at_start: Values,
-    now: Values,
+    current: Values,
     ignored: IgnoredSettings,
     /// The content of the file, or why it cannot be read.
     content: Result<String, String>,
 }
 
-/// Reads the settings file again for as long as the process runs, and reports in `health` if it is rejected.
+/// Rereads the settings file for as long as the process runs. `health` shows when it is rejected.
 pub(crate) fn watch<C: FromArgMatches + Send + 'static>(
     reload: Option<Reload<C>>,
-    hangups: Arc<Notify>,
+    requests: Arc<Notify>,
     health: &Health,
 ) -> impl Future<Output = Infallible> + use<C> {
     describe_metrics();
-    let (status, told) = watch::channel(Ok(()));
+    let (status, watched) = watch::channel(Ok(()));
     if reload.is_some() {
-        health.wants("settings file", told);
+        health.add_optional("settings file", watched);
     }
     async move {
         if let Some(reload) = reload {
-            return reload.watch(&hangups, &status).await;
+            return reload.watch(&requests, &status).await;
         }
         loop {
-            hangups.notified().await;
-            tracing::info!("SIGHUP: there is no settings file to read (LASTSEEN_CONFIG)");
+            requests.notified().await;
+            tracing::info!("SIGHUP ignored: LASTSEEN_CONFIG names no settings file to reread");
         }
     }
 }
 
 impl<C: FromArgMatches + Send + 'static> Reload<C> {
-    /// Starts from the settings that were `given` by the file's `content` and other sources; `heed` is called with
-    /// the settings when they have changed. `None` if there is no settings file.
+    /// Starts from the settings that were `given` by the file's `content` and other sources. Each
+    /// change is passed to `publish`. Returns `None` if there is no settings file.
     pub(crate) fn new(
         sources: Sources,
         content: String,
         (given, ignored): (Values, IgnoredSettings),
-        live: Vec<&'static str>,
-        heed: impl Fn(C) + Send + 'static,
+        reloadable: Vec<&'static str>,
+        publish: impl Fn(C) + Send + 'static,
     ) -> Option<Self> {
         let file = sources.file()?.to_owned();
         Some(Self {
             file,
             sources: Arc::new(sources),
-            live,
-            heed: Box::new(heed),
+            reloadable,
+            publish: Box::new(publish),
             at_start: given.clone(),
-            now: given,
+            current: given,
             ignored,
             content: Ok(content),
         })
     }
 
-    async fn watch(mut self, hangups: &Notify, status: &watch::Sender<PeerStatus>) -> Infallible {
-        let mut looks = interval(INTERVAL);
-        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-        let mut before = self.content.clone();
+    async fn watch(
+        mut self,
+        requests: &Notify,
+        status: &watch::Sender<DependencyStatus>,
+    ) -> Infallible {
+        let mut ticks = interval(READ_INTERVAL);
+        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        let mut previous = self.content.clone();
         loop {
-            let asked = tokio::select! {
-                _ = looks.tick() => false,
-                () = hangups.notified() => true,
+            let is_requested = tokio::select! {
+                _ = ticks.tick() => false,
+                () = requests.notified() => true,
             };
             let file = self.file.clone();
-            let Some(content) = aside(move || sources::read_file(&file)).await else { continue };
-            let is_steady = before == content;
-            before.clone_from(&content);
-            if !asked && (!is_steady || content == self.content) {
+            let read = run_blocking(move || sources::read_file(&file)).await;
+            let Some(content) = read else { continue };
+            let is_stable = previous == content;
+            previous.clone_from(&content);
+            if !is_requested && (!is_stable || content == self.content) {
                 continue;
             }
             self.content.clone_from(&content);
             let sources = Arc::clone(&self.sources);
-            let read = match content {
-                Ok(content) => aside(move || sources.read::<C>(&content)).await,
+            let parsed = match content {
+                Ok(content) => run_blocking(move || sources.read::<C>(&content)).await,
                 Err(reason) => Some(Err(reason)),
             };
-            let Some(read) = read else { continue };
-            let outcome = if read.is_ok() { "applied" } else { "refused" };
+            let Some(parsed) = parsed else { continue };
+            let outcome = if parsed.is_ok() { "applied" } else { "refused" };
             metrics::counter!(READ, "outcome" => outcome).increment(1);
-            metrics::gauge!(REFUSED).set(i32::from(read.is_err()));
-            _ = status.send_replace(read.as_ref().map(|_| ()).map_err(Clone::clone));
-            match read {
+            metrics::gauge!(REFUSED).set(i32::from(parsed.is_err()));
+            _ = status.send_replace(parsed.as_ref().map(|_| ()).map_err(Clone::clone));
+            match parsed {
                 Ok(Parsed::Run(settings)) => self.apply(settings),
-                // The flags have not changed, and did not ask for help at the start.
+                // Cannot happen: the flags have not changed, and at the start they ran the service.
                 Ok(Parsed::Print(_)) => {}
-                Err(reason) => tracing::error!(reason, "the settings stay as they were"),
+                Err(reason) => tracing::error!(
+                    reason,
+                    "settings file rejected; the previous settings stay in effect until it is fixed"
+                ),
             }
         }
     }
 
     fn apply(&mut self, settings: Settings<C>) {
         let Settings { config, given, ignored, .. } = settings;
-        let changed = differences(&self.now, &given);
+        let changed = differences(&self.current, &given);
         let awaiting = self.awaiting_restart(&given);
         metrics::gauge!(AWAITING).set(u32::try_from(awaiting.len()).unwrap_or(u32::MAX));
-        let (live, others): (Vec<_>, Vec<_>) =
-            changed.into_iter().partition(|name| self.live.contains(name));
+        let (reloadable, others): (Vec<_>, Vec<_>) =
+            changed.into_iter().partition(|name| self.reloadable.contains(name));
         if others.iter().any(|name| awaiting.contains(name)) {
             tracing::warn!(
                 settings = awaiting.join(", "),
                 "changed in the settings file; takes effect with the next start"
             );
         }
-        if live.is_empty() {
+        if reloadable.is_empty() {
             tracing::info!("settings reloaded: no reloadable setting changed");
         } else {
-            let live: Vec<_> = live.into_iter().map(|name| shown(name, given.get(name))).collect();
-            tracing::info!(changed = live.join(", "), "settings changed");
+            let shown = reloadable.into_iter().map(|name| shown(name, given.get(name)));
+            let changed = shown.collect::<Vec<_>>().join(", ");
+            tracing::info!(changed, "settings changed");
         }
         if ignored != self.ignored {
             ignored.log();
             self.ignored = ignored;
         }
-        (self.heed)(config);
-        self.now = given;
+        (self.publish)(config);
+        self.current = given;
     }
 
-    /// The settings that differ from those of the start and cannot change while the process runs.
+    /// The settings that differ from those at the start and are not reloadable.
     fn awaiting_restart<'a>(&'a self, given: &'a Values) -> Vec<&'a str> {
         let mut awaiting = differences(&self.at_start, given);
-        awaiting.retain(|name| !self.live.contains(name));
+        awaiting.retain(|name| !self.reloadable.contains(name));
         awaiting
     }
 }
 
-/// Runs `read` on a thread that may block, since the files may be on a network. `None` if it panicked.
-async fn aside<T: Send + 'static>(
+/// Runs `read` on a blocking thread, because files may be on a slow network. Returns `None` if it
+/// panicked.
+async fn run_blocking<T: Send + 'static>(
     read: impl FnOnce() -> Result<T, SettingsError> + Send + 'static,
 ) -> Option<Result<T, String>> {
-    let read = tokio::task::spawn_blocking(read).await.ok()?;
-    Some(read.map_err(|error| error.to_string()))
+    let result = tokio::task::spawn_blocking(read).await.ok()?;
+    Some(result.map_err(|error| error.to_string()))
 }
 
 impl IgnoredSettings {
-    /// Logs what was set without effect.
+    /// Logs which settings have no effect.
     pub(crate) fn log(&self) {
         let Self { replaced, unknown, warnings } = self;
         if !replaced.is_empty() {
             let settings = replaced.join(", ");
             tracing::warn!(
                 settings,
-                "in the settings file, but a flag of the command line replaces it"
+                "set in the settings file without effect, because a command-line flag overrides it"
             );
         }
         if !unknown.is_empty() {
@@ -188,14 +199,11 @@ impl IgnoredSettings {
 }
 
 fn describe_metrics() {
-    metrics::describe_counter!(READ, "How often the settings file was read again, by outcome.");
+    metrics::describe_counter!(READ, "How often the settings file was reread, by outcome.");
     for outcome in ["applied", "refused"] {
         metrics::counter!(READ, "outcome" => outcome).increment(0);
     }
-    metrics::describe_gauge!(
-        REFUSED,
-        "Whether the settings file is refused as it is now: 1, or 0."
-    );
+    metrics::describe_gauge!(REFUSED, "1 while the settings file is rejected, else 0.");
     metrics::gauge!(REFUSED).set(0);
     metrics::describe_gauge!(
         AWAITING,

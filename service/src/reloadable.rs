@@ -4,71 +4,73 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use tokio::sync::watch;
 
-/// What the settings are now, and word of when they change. Which of them a service heeds while it runs
-/// is its own business; the others are those of its start.
-pub struct Live<C> {
-    now: Arc<dyn Fn() -> C + Send + Sync>,
+/// A subscription to the current settings. Each service decides which of them it applies while it
+/// runs; it keeps its initial values of the others.
+pub struct Reloadable<C> {
+    read: Arc<dyn Fn() -> C + Send + Sync>,
     changes: watch::Receiver<()>,
 }
 
-/// Changes the settings for all that have them.
-pub struct Changer<C> {
-    now: Arc<RwLock<C>>,
+/// Publishes new settings to all subscribers.
+pub struct ReloadHandle<C> {
+    current: Arc<RwLock<C>>,
     changes: watch::Sender<()>,
 }
 
-impl<C: Clone + Send + Sync + 'static> Live<C> {
-    /// Settings that stay as they are.
+impl<C: Clone + Send + Sync + 'static> Reloadable<C> {
+    /// Settings that never change.
     #[must_use]
     pub fn fixed(config: C) -> Self {
-        Self::changeable(config).1
+        Self::with_handle(config).1
     }
 
-    /// Settings that whoever has the [`Changer`] can change.
+    /// Settings that change when the [`ReloadHandle`] publishes new ones.
     #[must_use]
-    pub fn changeable(config: C) -> (Changer<C>, Self) {
-        let now = Arc::new(RwLock::new(config));
-        let (changes, heard) = watch::channel(());
-        let read = Arc::clone(&now);
-        let read = move || read.read().unwrap_or_else(PoisonError::into_inner).clone();
-        (Changer { now, changes }, Self { now: Arc::new(read), changes: heard })
+    pub fn with_handle(config: C) -> (ReloadHandle<C>, Self) {
+        let current = Arc::new(RwLock::new(config));
+        let (sender, receiver) = watch::channel(());
+        let shared = Arc::clone(&current);
+        let read = move || shared.read().unwrap_or_else(PoisonError::into_inner).clone();
+        let handle = ReloadHandle { current, changes: sender };
+        (handle, Self { read: Arc::new(read), changes: receiver })
     }
 }
 
-impl<C: 'static> Live<C> {
-    /// What they are now.
+impl<C: 'static> Reloadable<C> {
+    /// Returns the current settings.
     #[must_use]
-    pub fn now(&self) -> C {
-        (self.now)()
+    pub fn current(&self) -> C {
+        (self.read)()
     }
 
-    /// A part of them, or what is made of them.
+    /// Derives other settings from these, such as those of one role. They change with these.
     #[must_use]
-    pub fn part<P>(&self, part: impl Fn(C) -> P + Send + Sync + 'static) -> Live<P> {
-        let whole = Arc::clone(&self.now);
-        Live { now: Arc::new(move || part(whole())), changes: self.changes.clone() }
+    pub fn map<P>(&self, derive: impl Fn(C) -> P + Send + Sync + 'static) -> Reloadable<P> {
+        let read = Arc::clone(&self.read);
+        Reloadable { read: Arc::new(move || derive(read())), changes: self.changes.clone() }
     }
 
-    /// Waits for the next change, maybe for ever, and says what they are then. They may be the same: what
-    /// has changed may be another part of them. Nothing is missed when this is dropped.
+    /// Waits for the next change, possibly for ever, and returns the new settings. They may equal
+    /// the old ones if a setting changed that [`map`](Self::map) left out. Cancel-safe: dropping
+    /// the future misses no change.
     pub async fn changed(&mut self) -> C {
         if self.changes.changed().await.is_err() {
             std::future::pending::<()>().await;
         }
-        self.now()
+        self.current()
     }
 }
 
-impl<C> Clone for Live<C> {
+impl<C> Clone for Reloadable<C> {
     fn clone(&self) -> Self {
-        Self { now: Arc::clone(&self.now), changes: self.changes.clone() }
+        Self { read: Arc::clone(&self.read), changes: self.changes.clone() }
     }
 }
 
-impl<C> Changer<C> {
-    /// From now on they are these.
+impl<C> ReloadHandle<C> {
+    /// Publishes the new settings to all subscribers.
     pub fn set(&self, config: C) {
-        *self.now.write().unwrap_or_else(PoisonError::into_inner) = config;
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = config;
         self.changes.send_replace(());
     }
 }
@@ -80,20 +82,20 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_part_changes_with_the_whole_and_nothing_is_missed() {
-        let (changer, whole) = Live::changeable((1, "a"));
-        let mut part = whole.part(|(number, _)| number * 10);
-        assert_eq!(part.now(), 10);
-        assert_eq!(part.changed().now_or_never(), None);
-        changer.set((2, "b"));
-        changer.set((3, "c"));
-        assert_eq!((whole.now(), part.now()), ((3, "c"), 30));
-        assert_eq!(part.changed().now_or_never(), Some(30));
-        assert_eq!(part.changed().now_or_never(), None);
+    async fn derived_settings_change_with_their_source() {
+        let (handle, source) = Reloadable::with_handle((1, "a"));
+        let mut derived = source.map(|(number, _)| number * 10);
+        assert_eq!(derived.current(), 10);
+        assert_eq!(derived.changed().now_or_never(), None);
+        handle.set((2, "b"));
+        handle.set((3, "c"));
+        assert_eq!((source.current(), derived.current()), ((3, "c"), 30));
+        assert_eq!(derived.changed().now_or_never(), Some(30));
+        assert_eq!(derived.changed().now_or_never(), None);
     }
 
     #[tokio::test]
-    async fn what_is_fixed_never_changes() {
-        assert_eq!(Live::fixed(1).changed().now_or_never(), None);
+    async fn fixed_settings_never_change() {
+        assert_eq!(Reloadable::fixed(1).changed().now_or_never(), None);
     }
 }

@@ -1,5 +1,5 @@
-//! A limit on how often one statement logs. What fails fails again with every attempt: the log of an outage stays
-//! short, however long it lasts and whatever code has no limit of its own.
+//! Limits how often one log statement logs. During an outage, the same failure repeats with every
+//! attempt; this limit keeps the log short even where the failing code has none of its own.
 
 use std::collections::HashMap;
 use std::fmt;
@@ -13,16 +13,17 @@ use tracing_subscriber::layer::{Context, Layer};
 
 use crate::log_output::DROPPED;
 
-/// Lines that one statement may log in quick succession …
+/// Lines that one statement may log in quick succession.
 const BURST: u32 = 20;
-/// … and the time after which it may log one more.
+/// Time after which an exhausted statement may log one more line.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// The statements that have logged. There is one subscriber in a process, and a bounded number of statements.
+/// The statements that have logged. Global, because a process has one subscriber. Bounded by the
+/// number of statements in the code.
 static STATEMENTS: Mutex<Option<HashMap<Identifier, Statement>>> = Mutex::new(None);
 
-/// Drops warnings and errors that repeat too often. Other levels report progress, or the details that somebody asked
-/// for.
+/// Drops warnings and errors that repeat too often. Other levels pass: they report progress, or
+/// details that an operator has enabled.
 pub(crate) struct RepeatFilter;
 
 impl<S: Subscriber> Layer<S> for RepeatFilter {
@@ -45,7 +46,7 @@ impl<S: Subscriber> Layer<S> for RepeatFilter {
     }
 }
 
-/// Logs how many lines were left out since the last call.
+/// Logs how many lines were dropped since the last call.
 pub(crate) fn summarize() {
     let mut suppressed = Vec::new();
     if let Some(statements) = statements().as_mut() {
@@ -54,7 +55,7 @@ pub(crate) fn summarize() {
             suppressed.push((count, std::mem::take(&mut statement.message)));
         }
     }
-    // Not before the lock is released: this logs, too.
+    // After the lock is released, because this logs too.
     for (lines, like) in suppressed {
         tracing::warn!(lines, like, "repeated log lines left out");
     }
@@ -69,7 +70,7 @@ struct Statement {
     tokens: u32,
     refilled: Instant,
     suppressed: u64,
-    /// Of the first line that was left out.
+    /// The message of the first dropped line.
     message: String,
 }
 
@@ -94,7 +95,7 @@ impl Statement {
     }
 }
 
-/// Takes the message out of an event.
+/// Extracts the message of an event.
 struct Message<'a>(&'a mut String);
 
 impl Visit for Message<'_> {

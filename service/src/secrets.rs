@@ -1,13 +1,14 @@
-//! Which settings may hold secrets, and how their values appear in errors and logs.
+//! Masks the values of settings that may contain secrets in errors and logs.
 
-/// Parts of the names of settings whose value is, or may contain, a secret.
+/// A setting whose name contains one of these may contain a secret.
 const SECRET_NAMES: [&str; 5] = ["PASSWORD", "SECRET", "URI", "URL", "HEADERS"];
-/// Longer values are cut in messages.
+/// Longer values are truncated in messages.
 const SHOWN_MAX: usize = 200;
 
-/// The value as it may be shown: not at all where a password may be in it, and on one line of limited length.
+/// The value as messages show it: `***` if it may contain a password, else one line of limited
+/// length.
 pub(crate) fn mask(name: &str, value: &str) -> String {
-    // A user and password come before an @, wherever a careless URL puts it; and a query may hold a token.
+    // Even in a malformed URL, user and password come before an @. A query may contain a token.
     if is_secret(name) || value.contains('@') {
         return "***".to_owned();
     }
@@ -22,7 +23,7 @@ pub(crate) fn mask(name: &str, value: &str) -> String {
     escaped
 }
 
-/// The path in `NAME_FILE`, unless the secret itself may have been written there.
+/// The path in `NAME_FILE` as messages show it: `***` if it may be the secret itself.
 pub(crate) fn mask_path(name: &str, path: &str) -> String {
     let is_path = ["/", "./", "../"].iter().any(|start| path.starts_with(start));
     if is_path || !is_secret(name) && !path.contains("://") {
@@ -32,23 +33,23 @@ pub(crate) fn mask_path(name: &str, path: &str) -> String {
     }
 }
 
-/// The value without what a careless tool has put around it, such as the carriage return of a CRLF file. Blanks
-/// may be part of a password.
+/// The value without surrounding characters that tools add, such as the carriage return of a CRLF
+/// file. A secret keeps its blanks, which may be part of it.
 pub(crate) fn trim<'a>(name: &str, value: &'a str) -> &'a str {
     if is_secret(name) { value.trim_matches(['\r', '\n']) } else { value.trim() }
 }
 
-/// Rejects URLs that parsers would split elsewhere than their author meant, so that part of a password
-/// becomes the host or the path, and is shown as such.
+/// Rejects URLs with unescaped characters that would make a parser take part of the password for
+/// the host or path, which messages show.
 ///
 /// # Errors
 /// What is wrong and what to write instead, without the value.
 pub(crate) fn check_urls(name: &str, value: &str) -> Result<(), String> {
-    // Every character may be in these.
+    // Other secrets may contain any character.
     if is_secret(name) && !["URI", "URL"].iter().any(|part| name.contains(part)) {
         return Ok(());
     }
-    // Where several URLs are allowed, a comma separates them, and nobody logs in there.
+    // Only this setting allows several URLs, separated by commas. None of them contains a password.
     let urls = value.split(',').map(str::trim).filter(|_| name == "VIEWER_METRICS");
     let mut urls: Vec<&str> = urls.collect();
     if urls.is_empty() {
@@ -64,16 +65,16 @@ fn check_url(value: &str) -> Result<(), String> {
     }
     let end_of_authority = rest.find(['/', '?', '#', '\\']).unwrap_or(rest.len());
     if rest[end_of_authority..].contains('@') {
-        return Err("an @ comes after the first / ? # or \\ of the URL. In a user or password write these \
-                    characters percent-encoded: / as %2F, ? as %3F, # as %23, \\ as %5C, @ as %40 and % as %25; in a \
-                    path write @ as %40"
+        return Err("the URL contains an @ after the first / ? # or \\. In a user or password, percent-encode these \
+                    characters: / as %2F, ? as %3F, # as %23, \\ as %5C, @ as %40 and % as %25. In a path, write @ \
+                    as %40"
             .to_owned());
     }
     Ok(())
 }
 
 fn is_secret(name: &str) -> bool {
-    // Where certificates are expected, somebody may have put the key.
+    // Expects certificates, but may contain a private key by mistake.
     name == "AMQP_CA" || SECRET_NAMES.iter().any(|part| name.contains(part))
 }
 
@@ -83,7 +84,7 @@ mod tests {
 
     /// Field case 6.7.
     #[test]
-    fn a_value_is_shown_only_where_no_secret_can_be_in_it() {
+    fn value_that_may_contain_a_secret_is_masked() {
         for (name, value, shown) in [
             ("MAX_CONSUMERS", "0", "0"),
             ("AMQP_URI", "amqp://host", "***"),
@@ -104,7 +105,7 @@ mod tests {
 
     /// Field case 6.7.
     #[test]
-    fn a_url_that_would_be_split_within_the_password_is_rejected() {
+    fn url_that_would_split_the_password_is_rejected() {
         for url in [
             "amqp://me:12/34@host:5672/",
             "amqp://me:12#34@host",

@@ -1,13 +1,13 @@
-//! Value parsers of settings. Each takes the range that is allowed and names it in its error.
+//! Value parsers of settings. Their errors name the allowed values.
 
 use std::fmt::Display;
 use std::net::SocketAddr;
 use std::ops::RangeInclusive;
 use std::time::Duration;
 
-/// A value parser for durations such as `500ms`, `3s` or `1m 30s` within `allowed`, both ends included.
+/// A value parser for durations such as `500ms`, `3s` or `1m 30s` within `allowed`.
 ///
-/// Months and years are rejected: `M` and `m` look alike, and the length of both varies.
+/// Months and years are rejected: their lengths vary, and `M` is easily confused with `m`.
 pub fn duration(
     allowed: RangeInclusive<Duration>,
 ) -> impl Fn(&str) -> Result<Duration, String> + Clone + Send + Sync + 'static {
@@ -44,7 +44,7 @@ fn is_zero(text: &str) -> bool {
     text.bytes().all(|byte| byte == b'0')
 }
 
-/// The duration as settings are written: in the largest unit that divides it.
+/// Formats the duration as in settings: in the largest unit that divides it.
 #[must_use]
 pub fn display(duration: Duration) -> String {
     let nanos = duration.as_nanos();
@@ -56,8 +56,8 @@ pub fn display(duration: Duration) -> String {
         ("ms", 1_000_000),
         ("us", 1_000),
     ];
-    let fitting = units.into_iter().find(|(_, unit)| nanos.is_multiple_of(*unit));
-    match fitting {
+    let largest = units.into_iter().find(|(_, unit)| nanos.is_multiple_of(*unit));
+    match largest {
         _ if nanos == 0 => "0s".to_owned(),
         Some((name, unit)) => format!("{}{name}", nanos / unit),
         None => format!("{nanos}ns"),
@@ -67,7 +67,7 @@ pub fn display(duration: Duration) -> String {
 /// A value parser for `on` and `off`.
 ///
 /// # Errors
-/// What is allowed, in words.
+/// The allowed values, in words.
 pub fn switch(text: &str) -> Result<bool, String> {
     match text {
         "on" => Ok(true),
@@ -77,11 +77,11 @@ pub fn switch(text: &str) -> Result<bool, String> {
 }
 
 /// A value parser for listening addresses: `127.0.0.1:9090`, `[::1]:9090`, or `:9090` for all
-/// interfaces, which is `[::]:9090` and takes IPv4 as well ([`crate::http::listen`]). Port 0 takes any free
-/// port.
+/// interfaces, which is `[::]:9090` and includes IPv4 ([`crate::http::listen`]). Port 0 takes any
+/// free port.
 ///
 /// # Errors
-/// What is allowed, in words.
+/// The allowed values, in words.
 pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
     let full = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
     full.parse().map_err(|_| {
@@ -89,7 +89,7 @@ pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
     })
 }
 
-/// A value parser for numbers within `allowed`, both ends included.
+/// A value parser for numbers within `allowed`.
 pub fn number<T>(
     allowed: RangeInclusive<T>,
 ) -> impl Fn(&str) -> Result<T, String> + Clone + Send + Sync + 'static

@@ -1,11 +1,11 @@
-//! Where settings come from: one clap struct per concern, filled from flags, a settings file, the environment,
-//! `NAME_FILE` and `.env`.
+//! The sources of settings: one clap struct per concern, filled from flags, a settings file, the
+//! environment, `NAME_FILE` and `.env`.
 //!
 //! Every option that takes a value is also an environment variable: `--max-consumers` is
-//! `MAX_CONSUMERS`. A flag wins over the settings file, the file over the environment, the environment
-//! over `.env`, and all of them over the default. An empty variable counts as unset, because compose
-//! files pass those on. `.env` is read from the working directory only: one further up belongs to another
-//! application as likely as not.
+//! `MAX_CONSUMERS`. A flag overrides the settings file, the file the environment, the environment
+//! `.env`, and each of them the default. An empty variable counts as unset, because compose files
+//! pass those on. `.env` is read from the working directory only: one in a parent directory may
+//! belong to another application.
 //!
 //! Decision: docs/decisions/0066-how-are-settings-read.md
 
@@ -28,46 +28,47 @@ use crate::time_zone;
 const FILE_FLAG: &str = "lastseen-config";
 const DOT_ENV: &str = ".env";
 
-/// Why the process cannot start with the settings it was given. The text names the variable, the
-/// value (masked where it may hold a secret), where it was set, and what is allowed.
+/// A setting that is not allowed. The text contains the variable, the value (masked where it may
+/// hold a secret), the place where it was set, and what is allowed.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub(crate) struct SettingsError(String);
 
-/// What reading the settings led to.
+/// The result of parsing the settings.
 pub(crate) enum Parsed<C> {
     Run(Settings<C>),
-    /// `--help` or `--version` was asked for: print this and end with success.
+    /// The flags contain `--help` or `--version`: print this text and exit with 0.
     Print(String),
 }
 
-/// The settings, and what they were made of.
+/// The settings, and the values they were made from.
 pub(crate) struct Settings<C> {
     pub(crate) config: C,
-    /// Each variable that is set and is a setting of this process, except those that a flag replaces.
+    /// The variables that are set and are settings of this process, without those that a flag
+    /// overrides.
     pub(crate) given: Values,
     pub(crate) ignored: IgnoredSettings,
     /// The `.env` that was read, and the settings that it set.
     pub(crate) dot_env: Option<(PathBuf, Vec<String>)>,
-    /// `TZ`, if a file sets it and the environment has another one.
+    /// `TZ`, if a file sets it to another value than the environment.
     pub(crate) time_zone: Option<String>,
 }
 
 /// Values by the names of their variables.
 pub(crate) type Values = BTreeMap<String, String>;
 
-/// What was set without effect.
+/// Settings that have no effect.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(crate) struct IgnoredSettings {
-    /// Settings in the settings file that a flag replaces.
+    /// Settings in the settings file that a flag overrides.
     pub(crate) replaced: Vec<String>,
     /// Names in the settings file that are not settings of this process.
     pub(crate) unknown: Vec<String>,
-    /// Whatever else a person should look at, in whole sentences.
+    /// Other warnings for the operator, in complete sentences.
     pub(crate) warnings: Vec<String>,
 }
 
-/// Where the settings of this process come from. They can be read again, and may have changed.
+/// The sources of this process's settings. They can be read repeatedly.
 pub(crate) struct Sources {
     command: Command,
     program: String,
@@ -75,10 +76,10 @@ pub(crate) struct Sources {
     file: Option<PathBuf>,
 }
 
-/// A variable as one of the sources has it.
+/// A variable in one of the sources.
 #[derive(Clone, Debug)]
 struct Variable {
-    /// The value, or what is wrong with it.
+    /// The value, or the reason why it is malformed.
     value: Result<String, &'static str>,
     origin: Origin,
 }
@@ -92,7 +93,7 @@ enum Origin {
 
 type Variables = BTreeMap<String, Variable>;
 
-/// The variables of all sources, and what is odd about the files.
+/// The variables of the process and of `.env`, with warnings about `.env`.
 struct Environment {
     variables: Variables,
     dot_env: Option<Arc<Path>>,
@@ -101,7 +102,7 @@ struct Environment {
 
 impl Sources {
     /// # Errors
-    /// When `.env` is there but cannot be read.
+    /// When `.env` exists but cannot be read.
     pub(crate) fn new(
         command: Command,
         arguments: impl IntoIterator<Item = String>,
@@ -120,12 +121,12 @@ impl Sources {
         Ok(Self { command, program, flags, file })
     }
 
-    /// The settings file, if there is to be one.
+    /// The path of the settings file, if one is configured.
     pub(crate) fn file(&self) -> Option<&Path> {
         self.file.as_deref()
     }
 
-    /// Reads the settings, those of the settings file from `content`.
+    /// Reads the settings from all sources. `content` is that of the settings file.
     ///
     /// # Errors
     /// [`SettingsError`] for the first setting that is not allowed.
@@ -137,7 +138,7 @@ impl Sources {
         let path: Arc<Path> = self.file.as_deref().unwrap_or(Path::new("")).into();
         let mut in_file = entries_of_settings_file(&path, content, &mut environment.warnings)?;
         unify_names(&self.command, &mut in_file)?;
-        lay_over(&mut environment.variables, in_file.clone());
+        override_with(&mut environment.variables, in_file.clone());
         let arguments = std::iter::once(self.program.clone()).chain(self.flags.iter().cloned());
         let time_zone = time_zone(&environment.variables)?;
         let parsed = parse(self.command.clone(), &environment, arguments)?;
@@ -167,7 +168,7 @@ impl Sources {
     }
 }
 
-/// `TZ`, if a file sets it and the environment has another one.
+/// `TZ`, if a file sets it to another value than the environment.
 ///
 /// # Errors
 /// When it is not a time zone.
@@ -181,10 +182,10 @@ fn time_zone(variables: &Variables) -> Result<Option<String>, SettingsError> {
     Ok(is_new.then(|| zone.clone()))
 }
 
-/// The content of the settings file.
+/// Reads the settings file.
 ///
 /// # Errors
-/// Why it cannot be read, for an operator.
+/// The reason why it cannot be read, in words for an operator.
 pub(crate) fn read_file(path: &Path) -> Result<String, SettingsError> {
     env_file::read(path).map_err(|error| {
         SettingsError(format!(
@@ -196,28 +197,29 @@ pub(crate) fn read_file(path: &Path) -> Result<String, SettingsError> {
     })
 }
 
-/// Says why a file cannot be read, and what to do if it is the file's permissions.
+/// Explains why a file cannot be read, and how to fix its permissions if they are the cause.
 fn cannot_read(path: &Path, error: &io::Error) -> String {
-    let me = rustix::process::geteuid().as_raw();
+    let own_uid = rustix::process::geteuid().as_raw();
     match path.metadata() {
         Ok(file) if error.kind() == io::ErrorKind::PermissionDenied => format!(
-            "cannot be read ({error}): it belongs to uid {} with mode {:04o}, and this process runs as uid {me}; allow \
-             it to read the file, as with chown or chmod a+r",
+            "cannot be read ({error}): it belongs to uid {} with mode {:04o}, and this process runs as uid \
+             {own_uid}; allow it to read the file, as with chown or chmod a+r",
             file.uid(),
             file.mode() & 0o7777,
         ),
         Err(_) if error.kind() == io::ErrorKind::PermissionDenied => format!(
-            "cannot be read ({error}): uid {me}, as which this process runs, may not enter a directory above it; \
-             allow it to, as with chmod a+x"
+            "cannot be read ({error}): this process runs as uid {own_uid}, which may not enter one of its parent \
+             directories; allow it to, as with chmod a+x"
         ),
         _ => format!("cannot be read ({error})"),
     }
 }
 
-/// The environment variables, laid over those in `.env`.
+/// Reads `.env` and overrides it with the environment variables.
 ///
 /// # Errors
-/// When `.env` is there but cannot be read, or one of the two sets a setting by two names.
+/// When `.env` exists but cannot be read, or one of the two gives a setting two values under two
+/// names.
 fn environment(command: &Command) -> Result<Environment, SettingsError> {
     let path = std::path::absolute(DOT_ENV).unwrap_or_else(|_| DOT_ENV.into());
     let path: Arc<Path> = path.into();
@@ -244,7 +246,7 @@ fn environment(command: &Command) -> Result<Environment, SettingsError> {
     let mut of_process: Variables = of_process.collect();
     unify_names(command, &mut variables)?;
     unify_names(command, &mut of_process)?;
-    lay_over(&mut variables, of_process);
+    override_with(&mut variables, of_process);
     Ok(Environment { variables, dot_env, warnings })
 }
 
@@ -259,12 +261,14 @@ fn warning_about(
     }
     looks_expandable.then(|| {
         format!(
-            "{place}: ${{…}} is taken as it is; variables are not expanded, single quotes say so"
+            "{place}: ${{…}} is used literally, because variables are not expanded; write it in single quotes to \
+             silence this warning"
         )
     })
 }
 
-/// The variables that the settings file sets. Unlike `.env`, it is ours alone: every line must be valid.
+/// The variables in the settings file. Unlike `.env`, no other application shares it, so every line
+/// must be valid.
 ///
 /// # Errors
 /// [`SettingsError`] for the first line that is not.
@@ -314,20 +318,21 @@ impl fmt::Display for Origin {
     }
 }
 
-/// Replaces the other names of settings (`STATUS_API`) by their first ones (`TESTER_ENDPOINT`), within one source.
+/// Replaces aliases of settings (`STATUS_API`) by their primary names (`TESTER_ENDPOINT`), within
+/// one source.
 ///
 /// # Errors
 /// When a source sets both, to different values.
 fn unify_names(command: &Command, variables: &mut Variables) -> Result<(), SettingsError> {
-    for (other_name, name) in other_names(command) {
+    for (alias, name) in aliases(command) {
         for suffix in ["", "_FILE"] {
-            let (other_name, name) = (format!("{other_name}{suffix}"), format!("{name}{suffix}"));
-            let other = variables.remove(&other_name).filter(|other| !other.is_empty());
+            let (alias, name) = (format!("{alias}{suffix}"), format!("{name}{suffix}"));
+            let other = variables.remove(&alias).filter(|other| !other.is_empty());
             let Some(other) = other else { continue };
             match variables.get(&name).filter(|variable| !variable.is_empty()) {
                 Some(variable) if variable.value != other.value => {
                     return Err(SettingsError(format!(
-                        "{other_name} (in {}) and {name} (in {}) are two names of one setting and differ: set one of them",
+                        "{alias} (in {}) and {name} (in {}) are two names of one setting and differ: set one of them",
                         other.origin, variable.origin
                     )));
                 }
@@ -338,19 +343,20 @@ fn unify_names(command: &Command, variables: &mut Variables) -> Result<(), Setti
     Ok(())
 }
 
-/// Lets `above` win over `variables`. A container's `POSTGRES_PASSWORD_FILE` also takes the place of a
-/// `POSTGRES_PASSWORD` in `.env`.
-fn lay_over(variables: &mut Variables, above: Variables) {
-    for (name, _) in above.iter().filter(|(_, variable)| !variable.is_empty()) {
+/// Overrides `variables` with those of a source of higher precedence. There, `NAME_FILE` also
+/// replaces `NAME`, such as a container's `POSTGRES_PASSWORD_FILE` the `POSTGRES_PASSWORD` of
+/// `.env`.
+fn override_with(variables: &mut Variables, higher: Variables) {
+    for (name, _) in higher.iter().filter(|(_, variable)| !variable.is_empty()) {
         let other = match name.strip_suffix("_FILE") {
             Some(base) => base.to_owned(),
             None => format!("{name}_FILE"),
         };
-        if !above.contains_key(&other) {
+        if !higher.contains_key(&other) {
             variables.remove(&other);
         }
     }
-    variables.extend(above);
+    variables.extend(higher);
 }
 
 /// Reads the settings of `command` from its arguments and `environment`.
@@ -374,12 +380,12 @@ fn parse<C: clap::FromArgMatches>(
     for (flag, value) in values_of_flags(&command, &flags) {
         check_urls(&variable_name(flag), value, None)?;
     }
-    ignored.warnings.extend(misspelt(&command, variables));
+    ignored.warnings.extend(misspelled(&command, variables));
     let dot_env = dot_env.as_ref().map(|dot_env| {
-        let is_there =
+        let is_dot_env =
             |origin: &Origin| matches!(origin, Origin::File { path, .. } if path == dot_env);
         let names =
-            origins.iter().filter(|(_, origin)| is_there(origin)).map(|(name, _)| name.clone());
+            origins.iter().filter(|(_, origin)| is_dot_env(origin)).map(|(name, _)| name.clone());
         (dot_env.to_path_buf(), names.collect())
     });
     let as_flags = given.iter().map(|(name, value)| format!("--{}={value}", flag_name(name)));
@@ -400,8 +406,8 @@ fn parse<C: clap::FromArgMatches>(
 
 type Origins = BTreeMap<String, Origin>;
 
-/// The variables that are set and are settings of `command`, less those that the command line gives itself, and
-/// where each was set.
+/// The variables that are set and are settings of `command`, without those that a flag overrides,
+/// and the origin of each.
 fn given(
     command: &Command,
     variables: &Variables,
@@ -415,7 +421,7 @@ fn given(
         let name = variable_name(flag);
         let value = match value_of(&name, set(&name), set(&format!("{name}_FILE"))) {
             Ok(value) => value,
-            // Nothing about OpenTelemetry's variables keeps a process from starting.
+            // A bad OpenTelemetry variable must not prevent the start.
             Err(SettingsError(error)) if name.starts_with("OTEL_") => {
                 warnings.push(format!("{error}; it is ignored"));
                 continue;
@@ -430,7 +436,8 @@ fn given(
     Ok((given, origins))
 }
 
-/// The value of a setting and where it was set, by the variable itself or by the one that names a file.
+/// The value of a setting and its origin, from the variable itself or from the file that
+/// `NAME_FILE` names.
 fn value_of(
     name: &str,
     variable: Option<&Variable>,
@@ -448,7 +455,7 @@ fn value_of(
         (Some(variable), None) => text(name, variable).map(Some),
         (None, Some(variable)) => {
             let (path, origin) = text(&file_name, variable)?;
-            let refused = |reason: &str| {
+            let unreadable = |reason: &str| {
                 let shown = secrets::mask_path(name, &path);
                 SettingsError(format!(
                     "{file_name}={shown}: {reason}; it must name a readable file that holds the value (set in {origin})"
@@ -456,9 +463,9 @@ fn value_of(
             };
             let file = Path::new(&path);
             let content =
-                env_file::read(file).map_err(|error| refused(&cannot_read(file, &error)))?;
+                env_file::read(file).map_err(|error| unreadable(&cannot_read(file, &error)))?;
             match env_file::single_value(&content) {
-                "" => Err(refused("the file is empty")),
+                "" => Err(unreadable("the file is empty")),
                 value => Ok(Some((value.to_owned(), origin))),
             }
         }
@@ -477,27 +484,27 @@ fn check_urls(name: &str, value: &str, origin: Option<&Origin>) -> Result<(), Se
     })
 }
 
-/// Variables that are not settings but look like one of this process, with the name that was probably meant.
-fn misspelt(command: &Command, variables: &Variables) -> Vec<String> {
+/// Warnings about variables that are not settings but resemble one of this process.
+fn misspelled(command: &Command, variables: &Variables) -> Vec<String> {
     let known = known_names(command);
     let known: Vec<&str> = known.iter().map(String::as_str).collect();
     let unknown = variables.iter().filter(|(name, variable)| {
         let base = name.strip_suffix("_FILE").unwrap_or(name);
         !known.contains(&base) && !variable.is_empty()
     });
-    let remark = |(name, Variable { origin, .. }): (&String, &Variable)| {
+    let warning = |(name, Variable { origin, .. }): (&String, &Variable)| {
         let base = name.strip_suffix("_FILE").unwrap_or(name);
-        let meant = suggestion(base, &known)?;
+        let intended = suggestion(base, &known)?;
         let suffix = &name[base.len()..];
         Some(format!(
-            "{name} is not a setting and has no effect; did you mean {meant}{suffix}? (set in {origin})"
+            "{name} is not a setting and has no effect; did you mean {intended}{suffix}? (set in {origin})"
         ))
     };
-    unknown.filter_map(remark).collect()
+    unknown.filter_map(warning).collect()
 }
 
-/// The one of the `known` names that was probably meant by `name`: at most one letter in five differs, and no more
-/// than two.
+/// The one of the `known` names that `name` probably misspells: at most one letter in five differs,
+/// and at most two in all.
 fn suggestion<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
     let normal = name.to_uppercase().replace(['-', '.'], "_");
     let distances = known.iter().map(|known| (strsim::osa_distance(&normal, known), *known));
@@ -508,27 +515,27 @@ fn suggestion<'a>(name: &str, known: &[&'a str]) -> Option<&'a str> {
 /// The names of all variables that are settings of `command`.
 fn known_names(command: &Command) -> BTreeSet<String> {
     let names = flags_with_values(command).chain([FILE_FLAG]).map(variable_name);
-    let other_names = other_names(command).map(|(other_name, _)| other_name);
-    names.chain(other_names).chain([time_zone::NAME.to_owned()]).collect()
+    let aliases = aliases(command).map(|(alias, _)| alias);
+    names.chain(aliases).chain([time_zone::NAME.to_owned()]).collect()
 }
 
-/// The variables that are other names of settings, each with the setting's first name.
-fn other_names(command: &Command) -> impl Iterator<Item = (String, String)> {
+/// The variables that are aliases of settings, each with the setting's primary name.
+fn aliases(command: &Command) -> impl Iterator<Item = (String, String)> {
     flags_with_values(command).flat_map(move |flag| {
         let others = names_of(command, flag).filter(move |name| *name != flag);
         others.map(move |other| (variable_name(other), variable_name(flag)))
     })
 }
 
-/// All names of a flag.
+/// The name of a flag and its aliases.
 fn names_of<'a>(command: &'a Command, flag: &'a str) -> impl Iterator<Item = &'a str> {
     let option = command.get_arguments().find(|option| option.get_long() == Some(flag));
     let aliases = option.and_then(clap::Arg::get_all_aliases).unwrap_or_default();
     std::iter::once(flag).chain(aliases)
 }
 
-/// The flags that can be set by a variable: those that take a value, except the one that names the settings
-/// file.
+/// The flags that a variable can set: those that take a value, except the one that names the
+/// settings file.
 fn flags_with_values(command: &Command) -> impl Iterator<Item = &str> {
     let options = command.get_arguments();
     let with_values =
@@ -536,7 +543,7 @@ fn flags_with_values(command: &Command) -> impl Iterator<Item = &str> {
     with_values.filter_map(clap::Arg::get_long).filter(|flag| *flag != FILE_FLAG)
 }
 
-/// The values that the command line gives to those flags, also behind the name of a subcommand.
+/// The values of these flags on the command line, including those after the name of a subcommand.
 fn values_of_flags<'a>(
     command: &'a Command,
     flags: &'a [String],
@@ -552,7 +559,7 @@ fn values_of_flags<'a>(
     })
 }
 
-/// Whether the command line gives that flag.
+/// Whether the command line contains the flag.
 fn is_given(flag: &str, flags: &[String]) -> bool {
     flags.iter().any(|argument| {
         argument
@@ -570,7 +577,7 @@ fn flag_name(variable: &str) -> String {
     variable.to_lowercase().replace('_', "-")
 }
 
-/// Says what clap found wrong in terms of the variable: name, value, what is allowed, and where it was set.
+/// Rewrites clap's error in terms of the variable: its name, value, origin, and what is allowed.
 fn explain(error: &clap::Error, origins: &Origins) -> String {
     let text = |kind| match error.get(kind) {
         Some(ContextValue::String(text)) => Some(text.as_str()),
@@ -590,9 +597,9 @@ fn explain(error: &clap::Error, origins: &Origins) -> String {
         };
         let origin = origins.get(&name);
         let place = origin.map_or_else(String::new, |origin| format!("; set in {origin}"));
-        let link = origin == Some(&Origin::Environment) && is_service_link(value);
-        let link = if link {
-            "; Kubernetes sets such variables for its services, which enableServiceLinks: false in the pod turns off"
+        let link = if origin == Some(&Origin::Environment) && is_service_link(value) {
+            "; Kubernetes sets such variables for its services; turn them off with enableServiceLinks: false in the \
+             pod"
         } else {
             ""
         };
@@ -609,24 +616,22 @@ fn explain(error: &clap::Error, origins: &Origins) -> String {
             .collect();
         return format!("{} must be set (see --help)", names.join(", "));
     }
-    // An argument that is not expected may be the second half of a password with a blank in it.
+    // An unexpected argument may be the second half of a password that contains a space.
     let unexpected = text(ContextKind::InvalidArg).or(text(ContextKind::InvalidSubcommand));
     if let (ErrorKind::UnknownArgument | ErrorKind::InvalidSubcommand, Some(argument)) =
         (error.kind(), unexpected)
         && !argument.starts_with('-')
     {
-        let meant = [ContextKind::SuggestedSubcommand, ContextKind::SuggestedArg].map(|kind| {
-            match error.get(kind) {
-                Some(ContextValue::String(meant)) => Some(meant.clone()),
-                Some(ContextValue::Strings(meant)) => meant.first().cloned(),
-                _ => None,
-            }
+        let kinds = [ContextKind::SuggestedSubcommand, ContextKind::SuggestedArg];
+        let suggestion = kinds.into_iter().find_map(|kind| match error.get(kind) {
+            Some(ContextValue::String(name)) => Some(name.clone()),
+            Some(ContextValue::Strings(names)) => names.first().cloned(),
+            _ => None,
         });
-        let meant = meant.into_iter().flatten().next();
-        let meant = meant.map_or_else(String::new, |meant| format!("; did you mean {meant}?"));
+        let hint = suggestion.map_or_else(String::new, |name| format!("; did you mean {name}?"));
         return format!(
-            "the command line holds an argument that is not expected, and is not shown because it may be a secret{meant} (see \
-             --help)"
+            "the command line contains an unexpected argument, which is not shown because it may be a secret{hint} \
+             (see --help)"
         );
     }
     let mut explained = error.to_string();
@@ -636,7 +641,7 @@ fn explain(error: &clap::Error, origins: &Origins) -> String {
     explained.trim_start_matches("error: ").trim_end().to_owned()
 }
 
-/// Whether it is what Kubernetes sets a variable `NAME_PORT` to, for a service called `name`.
+/// Whether Kubernetes may have set the variable, as `NAME_PORT` for a service called `name`.
 fn is_service_link(value: &str) -> bool {
     ["tcp://", "udp://", "sctp://"].iter().any(|scheme| value.starts_with(scheme))
 }
@@ -679,13 +684,13 @@ mod tests {
         let environment = Environment { variables, dot_env: None, warnings: Vec::new() };
         match parse::<Sample>(command, &environment, arguments.map(str::to_owned)) {
             Ok(Parsed::Run(settings)) => Ok(settings.config),
-            Ok(Parsed::Print(text)) => panic!("nobody asked for help: {text}"),
+            Ok(Parsed::Print(text)) => panic!("unexpected help: {text}"),
             Err(error) => Err(error.to_string()),
         }
     }
 
     #[test]
-    fn a_flag_wins_over_the_environment_and_the_environment_over_the_default() {
+    fn flag_overrides_environment_overrides_default() {
         let environment = [("MAX_CONSUMERS", "7"), ("ROUTINE_INTERVAL", "500ms")];
         let sample = read(&environment, &["--max-consumers", "9"]).unwrap();
         assert_eq!(sample.max_consumers, 9);
@@ -720,7 +725,7 @@ mod tests {
     }
 
     #[test]
-    fn a_bad_value_is_told_with_its_variable_value_and_what_is_allowed() {
+    fn bad_value_is_reported_with_the_allowed_values() {
         let error = read(&[("MAX_CONSUMERS", "0")], &[]).unwrap_err();
         assert!(error.starts_with("MAX_CONSUMERS=0: expected a number from 1 to 1000"), "{error}");
         let error = read(&[], &["--routine-interval=soon"]).unwrap_err();
@@ -750,7 +755,7 @@ mod tests {
     }
 
     #[test]
-    fn a_value_and_its_file_together_are_refused() {
+    fn value_and_its_file_together_are_rejected() {
         let both = [("POSTGRES_PASSWORD", "a"), ("POSTGRES_PASSWORD_FILE", "/b")];
         assert!(read(&both, &[]).unwrap_err().contains("are both set"));
     }
@@ -761,7 +766,7 @@ mod tests {
         let path = std::env::temp_dir().join(format!("lastseen-mode-{}", std::process::id()));
         std::fs::write(&path, "").unwrap();
         std::fs::set_permissions(&path, PermissionsExt::from_mode(0o600)).unwrap();
-        // For root, everything is readable: the error is made here.
+        // Root can read every file, so the test makes the error itself.
         let reason = cannot_read(&path, &io::ErrorKind::PermissionDenied.into());
         std::fs::remove_file(&path).unwrap();
         let uid = rustix::process::geteuid().as_raw();
@@ -794,13 +799,13 @@ mod tests {
 
     /// Field case 6.9.
     #[test]
-    fn a_misspelt_name_is_reported_with_the_name_that_was_meant() {
+    fn misspelt_name_is_reported_with_a_suggestion() {
         let command = Sample::augment_args(Command::new("sample"));
-        let remarks = |name: &str| {
+        let warnings = |name: &str| {
             let variable = Variable { value: Ok("1".to_owned()), origin: Origin::Environment };
-            misspelt(&command, &Variables::from([(name.to_owned(), variable)])).concat()
+            misspelled(&command, &Variables::from([(name.to_owned(), variable)])).concat()
         };
-        for (name, meant) in [
+        for (name, intended) in [
             ("MAX_CONSUMER", "MAX_CONSUMERS"),
             ("max_consumers", "MAX_CONSUMERS"),
             ("MAX-CONSUMERS", "MAX_CONSUMERS"),
@@ -808,12 +813,12 @@ mod tests {
             ("POSTGRES_PASWORD_FILE", "POSTGRES_PASSWORD_FILE"),
             ("ROUTIEN_INTERVAL", "ROUTINE_INTERVAL"),
         ] {
-            assert!(remarks(name).contains(&format!("did you mean {meant}?")), "{name}");
+            assert!(warnings(name).contains(&format!("did you mean {intended}?")), "{name}");
         }
         for name in
             ["MAX_CONSUMERS", "PATH", "PRODUCER_PORT", "POSTGRES_HOST", "APP_NAME", "ROUTINE_PORT"]
         {
-            assert_eq!(remarks(name), "", "{name}");
+            assert_eq!(warnings(name), "", "{name}");
         }
     }
 }

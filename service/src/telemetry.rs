@@ -1,4 +1,4 @@
-//! Logs: text for people, JSON lines for machines, both on standard error.
+//! Sets up the log, as text or JSON lines, on standard error.
 
 use tracing_subscriber::EnvFilter;
 use tracing_subscriber::filter::LevelFilter;
@@ -12,36 +12,37 @@ use crate::repeat_filter::RepeatFilter;
 use crate::terminal;
 
 const DEFAULT_FILTER: &str = "info,sqlx::postgres::notice=warn";
-/// The default of a command. Its output is its result, which log lines would only disturb.
+/// The default of a command, whose output informational lines would clutter.
 const COMMAND_FILTER: &str = "warn";
-/// Added to every filter. lapin reports each lost connection several times, and we log it once, where it is
-/// handled; at level trace it writes out the frame with the password.
+/// Added to every filter. lapin logs each lost connection several times, which Lastseen logs once
+/// where it is handled. At level trace, lapin logs the frame that contains the password.
 const ALWAYS: &str = "lapin=off";
 
-/// How log lines look.
+/// The format of log lines.
 #[derive(Clone, Copy, Debug, clap::ValueEnum)]
 pub(crate) enum LogFormat {
-    /// One readable line per event.
+    /// One line of readable text per event.
     Text,
     /// One JSON object per line.
     Json,
 }
 
-/// How and what to log.
+/// What to log, and in which format.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Logs")]
 #[group(skip)]
 pub(crate) struct Config {
-    /// How log lines look
+    /// Format of log lines
     #[arg(long, value_enum, ignore_case = true, default_value = "text")]
     log_format: LogFormat,
-    /// What to log, as level or `target=level`, comma-separated: `info`, `debug`, `info,consumer=debug`
+    /// What to log: a level, or comma-separated `target=level`, such as `info`, `debug`,
+    /// `info,consumer=debug`
     #[arg(long, default_value = DEFAULT_FILTER, value_parser = filter)]
     rust_log: String,
 }
 
 impl Config {
-    /// A command logs warnings only, unless another filter than the default was set.
+    /// The settings for a command, which by default logs only warnings.
     pub(crate) fn of_command(self) -> Self {
         if self.rust_log != DEFAULT_FILTER {
             return self;
@@ -56,7 +57,8 @@ impl Config {
 
 fn filter(text: &str) -> Result<String, String> {
     let expected = "expected levels such as info or info,consumer=debug";
-    // A word that is not a level would be a target, of which everything is logged, and nothing of the others.
+    // The filter treats an unknown word as a target: it would log everything of it and nothing
+    // else.
     let mut directives = text.split(',').map(str::trim).filter(|directive| !directive.is_empty());
     let is_target = |directive: &&str| {
         !directive.contains(['=', '[']) && directive.parse::<LevelFilter>().is_err()
@@ -69,21 +71,21 @@ fn filter(text: &str) -> Result<String, String> {
         let instead = level.map_or_else(|| format!("{word}=debug"), str::to_owned);
         return Err(format!("{expected}; {word} is not a level; write {instead}"));
     }
-    // In a span's fields, blanks and commas mean something.
+    // In the fields of a span filter, blanks are significant.
     let text = if text.contains('[') { text.to_owned() } else { text.replace(' ', "") };
     let parsed = EnvFilter::try_new(&text);
     parsed.map(|_| text).map_err(|error| format!("{expected} ({error})"))
 }
 
-/// The settings of the log that can change while the process runs.
-pub(crate) const LIVE: &[&str] = &["RUST_LOG"];
+/// The reloadable settings of the log.
+pub(crate) const RELOADABLE: &[&str] = &["RUST_LOG"];
 
-/// The filter of the log, which can be replaced.
+/// A handle that replaces the log's filter.
 pub(crate) struct Filter(Box<dyn Fn(EnvFilter) + Send>);
 
 impl Filter {
     fn of<S: 'static>(handle: Handle<EnvFilter, S>) -> Self {
-        // It fails when the subscriber is gone, which lives as long as the process.
+        // Cannot fail: the subscriber lives as long as the process.
         Self(Box::new(move |filter| _ = handle.reload(filter)))
     }
 
@@ -94,7 +96,7 @@ impl Filter {
 
 /// Installs the log subscriber for the whole process. Times are in the zone of `TZ`.
 pub(crate) fn init(config: &Config) -> Filter {
-    // Standard error may be a pipe that nobody reads: a panic must not block on it.
+    // A panic must go through the log, because it would block on an unread standard error.
     std::panic::set_hook(Box::new(|panic| {
         let place = panic.location().map(ToString::to_string);
         let message = panic.payload_as_str().unwrap_or_default();
@@ -104,8 +106,8 @@ pub(crate) fn init(config: &Config) -> Filter {
         .with_env_filter(config.filter())
         .with_timer(ChronoLocal::rfc_3339())
         .with_writer(|| LogOutput)
-        .with_ansi(terminal::is_there())
-        // It would panic over a terminal or a pipe that is gone.
+        .with_ansi(terminal::is_attached())
+        // Otherwise it panics when the terminal or pipe is gone.
         .log_internal_errors(false);
     match config.log_format {
         LogFormat::Text => {

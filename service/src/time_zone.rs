@@ -1,4 +1,4 @@
-//! `TZ`, the C library's variable: the zone of the times in the log.
+//! `TZ`, the C library's variable for the time zone, which applies to the times in the log.
 
 use std::ffi::OsString;
 use std::os::unix::process::CommandExt as _;
@@ -7,12 +7,15 @@ use std::process::Command;
 
 pub(crate) const NAME: &str = "TZ";
 
-/// Where chrono, which writes the times in the log, looks for time zones.
+/// The directories in which chrono, which formats the times in the log, searches for time zones.
 const DIRECTORIES: [&str; 4] =
     ["/usr/share/zoneinfo", "/share/zoneinfo", "/etc/zoneinfo", "/usr/share/lib/zoneinfo"];
 
+/// Rejects names that are certainly not a time zone. On a machine without zone data, every name
+/// passes.
+///
 /// # Errors
-/// What is allowed, if `zone` is certainly not a time zone. Without the machine's zone data, every name passes.
+/// What is allowed.
 pub(crate) fn check(zone: &str) -> Result<(), String> {
     check_in(zone, DIRECTORIES.iter().map(Path::new).filter(|directory| directory.is_dir()))
 }
@@ -31,22 +34,22 @@ fn check_in<'a>(zone: &str, directories: impl IntoIterator<Item = &'a Path>) -> 
     Err("expected a time zone of this machine, such as UTC or Europe/Berlin".to_owned())
 }
 
-/// Starts this program anew with `zone` in its environment, where the C library looks, if another one is there: a
-/// variable of one's own environment cannot be set safely.
+/// Replaces this process by a new run of the same program with `TZ` set to `zone`, because a
+/// process cannot safely change its own environment, from which the C library reads it.
 ///
-/// # Errors
-/// When the program cannot be started.
+/// Returns only the error that prevented this.
 pub(crate) fn apply(zone: &str) -> std::io::Error {
     let mut arguments = std::env::args_os();
     let program = arguments.next().unwrap_or_else(|| OsString::from("lastseen"));
-    let itself = match std::env::current_exe() {
-        Ok(itself) => itself,
+    let executable = match std::env::current_exe() {
+        Ok(executable) => executable,
         Err(error) => return error,
     };
-    Command::new(itself).arg0(program).args(arguments).env(NAME, zone).exec()
+    Command::new(executable).arg0(program).args(arguments).env(NAME, zone).exec()
 }
 
-/// Such as `CET-1CEST` or `<+03>-3`: a name of three letters or more, and an offset.
+/// Whether the zone has POSIX form, such as `CET-1CEST` or `<+03>-3`: a name of at least three
+/// letters, and an offset.
 fn is_posix(zone: &str) -> bool {
     let offset = match zone.strip_prefix('<') {
         Some(quoted) => quoted.split_once('>').map_or("", |(_, offset)| offset),

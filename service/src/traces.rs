@@ -1,7 +1,8 @@
 //! Traces by OpenTelemetry: the steps of a callback, sent to a collector.
 //!
-//! They are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` is set. While they are off, a
-//! [`Span`] is empty and its description is never computed: it takes no memory and reads no clock.
+//! They are off unless `OTEL_EXPORTER_OTLP_ENDPOINT` or `OTEL_EXPORTER_OTLP_TRACES_ENDPOINT` is
+//! set. While they are off, a [`Span`] is empty and its description is never computed: it takes no
+//! memory and reads no clock.
 //!
 //! Decision: docs/decisions/0071-why-are-traces-not-tracing-spans.md
 
@@ -27,28 +28,29 @@ pub use opentelemetry::trace::SpanKind;
 pub(crate) use collector::Traces;
 pub(crate) use config::Config;
 
-/// The header of requests and messages that says which span they come from (W3C Trace Context).
+/// The header of requests and messages that names the span they belong to (W3C Trace Context).
 pub const TRACEPARENT: &str = "traceparent";
 
 /// Set once by [`Traces::start`], if at all.
 static TRACER: OnceLock<SdkTracer> = OnceLock::new();
 
-/// A step of a trace, from its beginning until it is dropped.
+/// A step of a trace. It ends when it is dropped.
 #[derive(Default)]
 pub struct Span(Option<Box<opentelemetry_sdk::trace::Span>>);
 
 /// The description of a span, by OpenTelemetry's semantic conventions.
 pub struct Step {
-    /// Its name. There must be few different ones: no ids.
+    /// The name, one of a few fixed ones: it must not contain an id.
     pub name: Cow<'static, str>,
-    /// Whether others wait for it, or it waits for others.
+    /// Its relation to other spans, such as client or server.
     pub kind: SpanKind,
-    /// Further attributes.
+    /// Attributes that are known at the start.
     pub attributes: Vec<KeyValue>,
 }
 
 impl Span {
-    /// Begins a span that comes from the span of another process, if `traceparent` says so; else a trace.
+    /// Begins a span as a child of another process's span, if `traceparent` names one; otherwise
+    /// begins a new trace.
     pub fn begin<'a>(
         traceparent: impl FnOnce() -> Option<&'a str>,
         step: impl FnOnce() -> Step,
@@ -57,21 +59,21 @@ impl Span {
         let mut parent = Context::new();
         if let Some(traceparent) = traceparent() {
             let headers = HashMap::from([(TRACEPARENT.to_owned(), traceparent.to_owned())]);
-            // Whatever is no traceparent is passed over.
+            // An invalid traceparent is ignored.
             parent = TraceContextPropagator::new().extract_with_context(&parent, &headers);
         }
         Self::start(tracer, &parent, Vec::new(), step())
     }
 
-    /// Begins a step of this one.
+    /// Begins a child of this span.
     #[must_use]
     pub fn child(&self, step: impl FnOnce() -> Step) -> Self {
         Self::joint(std::iter::once(self), step)
     }
 
     // Decision: docs/decisions/0072-how-are-shared-steps-traced.md
-    /// Begins a step that is one and the same for all of `spans`: a child of the first, with links to the
-    /// others. A span that is not sampled is left out if another one is.
+    /// Begins one step that all of `spans` share: a child of the first, with links to the others.
+    /// Sampled spans come first; spans that are not sampled are not linked.
     #[must_use]
     pub fn joint<'a>(
         spans: impl IntoIterator<Item = &'a Self>,
@@ -94,7 +96,7 @@ impl Span {
         Self(Some(Box::new(builder.start_with_context(tracer, parent))))
     }
 
-    /// What to send along to whoever goes on with the trace, as [`TRACEPARENT`].
+    /// The value of [`TRACEPARENT`] for a process that continues the trace.
     #[must_use]
     pub fn traceparent(&self) -> Option<String> {
         let context = self.context()?;
@@ -102,21 +104,21 @@ impl Span {
         Some(format!("00-{trace}-{span}-{:02x}", u8::from(context.is_sampled())))
     }
 
-    /// Adds what is known only now.
+    /// Adds an attribute that became known after the start.
     pub fn set(&mut self, name: &'static str, value: impl Into<Value>) {
         if let Some(span) = &mut self.0 {
             span.set_attribute(KeyValue::new(name, value));
         }
     }
 
-    /// Says that it failed, and why.
+    /// Marks the step as failed, with the reason.
     pub fn fail(&mut self, reason: impl Display) {
         if let Some(span) = &mut self.0 {
             span.set_status(Status::error(reason.to_string()));
         }
     }
 
-    /// Links it to another one.
+    /// Links this span to another one.
     pub fn link(&mut self, other: &Self) {
         if let (Some(span), Some(context)) = (&mut self.0, other.context()) {
             span.add_link(context.clone(), Vec::new());
@@ -133,12 +135,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn while_traces_are_off_nobody_is_asked_anything_and_nothing_is_told() {
-        let step = || panic!("nobody wants to know");
-        let span = Span::begin(|| panic!("nobody wants to know"), step);
+    fn with_traces_off_no_description_is_computed() {
+        let step = || panic!("a description was computed");
+        let span = Span::begin(|| panic!("a traceparent was read"), step);
         let mut joint = Span::joint([&span, &span.child(step)], step);
         joint.set("http.route", "/callback");
-        joint.fail("it is nothing");
+        joint.fail("no reason");
         joint.link(&span);
         assert!(joint.0.is_none());
         assert_eq!(joint.traceparent(), None);

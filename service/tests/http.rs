@@ -1,4 +1,4 @@
-//! The HTTP server's limits, seen by clients that write to a socket.
+//! The HTTP server's limits, tested with clients that write to a socket.
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
 
@@ -20,11 +20,11 @@ use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::{JoinHandle, JoinSet};
 use tokio::time::{sleep, timeout};
 
-/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+/// Far longer than any step takes, because a machine that runs all tests at once is slow.
 const DEADLINE: Duration = Duration::from_secs(30);
 const GET: &str = "GET / HTTP/1.1\r\nHost: x\r\n\r\n";
 
-/// A server that stops with the test.
+/// A server that ends with the test.
 struct Server {
     address: SocketAddr,
     shutdown: CancellationToken,
@@ -57,7 +57,7 @@ impl Client {
         timeout(DEADLINE, self.0.write_all(bytes.as_ref())).await.unwrap().unwrap();
     }
 
-    /// The next response, of which the body has a `content-length`.
+    /// Reads the next response, whose body must have a `content-length`.
     async fn response(&mut self) -> Response {
         let mut head = String::new();
         while !head.ends_with("\r\n\r\n") {
@@ -75,7 +75,8 @@ impl Client {
         self.response().await.status
     }
 
-    /// How long the server leaves the connection open; nothing must come.
+    /// Waits until the server closes the connection, and returns how long that took. The server must
+    /// send nothing.
     async fn closed_after(&mut self) -> Duration {
         let start = Instant::now();
         let read = timeout(DEADLINE, self.0.read_u8()).await.unwrap();
@@ -97,7 +98,7 @@ fn hello() -> Router {
 
 // Field case 1.6
 #[tokio::test]
-async fn a_connection_idles_longer_than_a_head_may_take() {
+async fn idle_connection_outlives_the_header_timeout() {
     let limits = Limits {
         header_timeout: Duration::from_millis(300),
         idle_timeout: Some(DEADLINE),
@@ -112,7 +113,7 @@ async fn a_connection_idles_longer_than_a_head_may_take() {
         client.send(GET).await;
         assert_eq!(client.status().await, 200);
     }
-    // Twice what a head may take. Half of them have been used before.
+    // Twice the time limit of a head. Half of the connections have been used before.
     sleep(2 * limits.header_timeout).await;
     for client in &mut clients {
         client.send(GET).await;
@@ -122,7 +123,7 @@ async fn a_connection_idles_longer_than_a_head_may_take() {
 
 // Field case 1.6
 #[tokio::test]
-async fn a_head_has_a_deadline_whenever_its_bytes_come() {
+async fn trickling_head_has_a_deadline() {
     let limits = Limits {
         header_timeout: Duration::from_millis(300),
         idle_timeout: Some(DEADLINE),
@@ -164,7 +165,7 @@ async fn an_idle_connection_is_closed_after_the_idle_timeout() {
 
 // Field case 2.4
 #[tokio::test]
-async fn without_keep_alive_a_connection_has_one_request_and_little_time() {
+async fn connection_without_keep_alive_serves_one_request() {
     let limits = Limits {
         header_timeout: Duration::from_millis(300),
         idle_timeout: None,
@@ -179,7 +180,7 @@ async fn without_keep_alive_a_connection_has_one_request_and_little_time() {
     server.connect().await.closed_after().await;
 }
 
-/// Responds without having read the body.
+/// A server that responds without reading the body.
 fn refusing() -> Router {
     let refuse = async || (StatusCode::PAYLOAD_TOO_LARGE, "too large");
     Router::new().route("/", post(refuse))
@@ -199,7 +200,8 @@ async fn a_client_that_writes_all_before_it_reads_gets_the_response() {
         clients.spawn(async move {
             client.send(head).await;
             client.send(vec![b'a'; BODY_BYTES]).await;
-            // A close with unread bytes would reset the connection, and the response would be lost.
+            // If the server closed the connection with unread bytes, it would be reset by now, and
+            // the response would be lost.
             sleep(Duration::from_millis(100)).await;
             let response = client.response().await;
             assert_eq!((response.status, response.body.as_str()), (413, "too large"));
@@ -225,7 +227,7 @@ async fn a_client_whose_body_stalls_gets_the_response_at_once() {
 
 // Field case 1.5
 #[tokio::test]
-async fn a_client_that_waits_for_continue_is_not_told_to_send_the_body() {
+async fn rejected_client_gets_no_100_continue() {
     let server = Server::start(refusing(), Limits::default());
     let mut client = server.connect().await;
     client
@@ -237,7 +239,7 @@ async fn a_client_that_waits_for_continue_is_not_told_to_send_the_body() {
 }
 
 #[tokio::test]
-async fn a_small_body_that_nobody_reads_does_not_end_the_connection() {
+async fn small_unread_body_does_not_end_the_connection() {
     let server = Server::start(refusing(), Limits::default());
     let mut client = server.connect().await;
     for _ in 0..3 {
@@ -251,7 +253,7 @@ async fn a_small_body_that_nobody_reads_does_not_end_the_connection() {
 
 // Field case 1.10
 #[tokio::test]
-async fn a_client_that_half_closes_after_its_request_gets_the_response() {
+async fn half_closed_client_gets_the_response() {
     let slow = async |body: Bytes| {
         sleep(Duration::from_millis(300)).await;
         body
@@ -275,7 +277,7 @@ impl Drop for Dropped {
 
 // Field case 1.10
 #[tokio::test]
-async fn a_request_whose_client_is_gone_does_not_last_for_ever() {
+async fn request_of_a_lost_client_ends() {
     let is_dropped = Arc::new(AtomicBool::new(false));
     let hang = {
         let is_dropped = Arc::clone(&is_dropped);
@@ -296,7 +298,7 @@ async fn a_request_whose_client_is_gone_does_not_last_for_ever() {
     timeout(DEADLINE, dropped).await.unwrap();
 }
 
-/// A body without end, and whether it was dropped.
+/// A server that sends an endless body, and a flag that is set when it drops the body.
 fn endless() -> (Router, Arc<AtomicBool>) {
     let is_dropped = Arc::new(AtomicBool::new(false));
     let flag = Arc::clone(&is_dropped);
@@ -308,7 +310,7 @@ fn endless() -> (Router, Arc<AtomicBool>) {
     (Router::new().route("/", get(respond)), is_dropped)
 }
 
-/// A client for which little fits between it and the server.
+/// A client with a small receive buffer.
 async fn with_small_buffer(server: &Server) -> Client {
     let socket = TcpSocket::new_v4().unwrap();
     socket.set_recv_buffer_size(4_096).unwrap();
@@ -319,7 +321,7 @@ async fn with_small_buffer(server: &Server) -> Client {
 
 // Field case 2.1
 #[tokio::test]
-async fn a_client_that_reads_a_byte_now_and_then_is_cut_off() {
+async fn client_that_reads_single_bytes_is_disconnected() {
     let limits = Limits { header_timeout: Duration::from_secs(1), ..Limits::default() };
     let (router, is_dropped) = endless();
     let server = Server::start(router, limits);
@@ -335,12 +337,12 @@ async fn a_client_that_reads_a_byte_now_and_then_is_cut_off() {
 
 // Field case 2.1
 #[tokio::test]
-async fn a_client_that_reads_slowly_but_steadily_is_not_cut_off() {
+async fn client_that_reads_slowly_but_steadily_is_served() {
     let limits = Limits { header_timeout: Duration::from_secs(1), ..Limits::default() };
     let server = Server::start(endless().0, limits);
     let mut client = with_small_buffer(&server).await;
     let mut chunk = vec![0; 32 << 10];
-    // In all three times as long as a client may read nothing.
+    // In all, three times as long as a client may read nothing.
     for _ in 0..60 {
         timeout(DEADLINE, client.0.read_exact(&mut chunk)).await.unwrap().unwrap();
         sleep(Duration::from_millis(50)).await;
@@ -357,7 +359,7 @@ async fn a_new_connection_replaces_the_one_that_has_waited_longest() {
         silent.push(server.connect().await);
         sleep(Duration::from_millis(20)).await;
     }
-    // One of them has begun with a head.
+    // The oldest one has sent part of a head, but also counts as waiting.
     silent[0].send("GET / HT").await;
     let mut client = server.connect().await;
     client.send(GET).await;
@@ -371,7 +373,7 @@ async fn a_new_connection_replaces_the_one_that_has_waited_longest() {
 
 // Field case 2.3
 #[tokio::test]
-async fn a_connection_that_finds_no_slot_is_answered_503() {
+async fn connection_without_a_slot_is_answered_503() {
     let hang = async || std::future::pending::<()>().await;
     let limits = Limits { max_connections: 2, ..Limits::default() };
     let server = Server::start(Router::new().route("/", get(hang)), limits);
@@ -381,7 +383,7 @@ async fn a_connection_that_finds_no_slot_is_answered_503() {
         client.send(GET).await;
         busy.push(client);
     }
-    // Until both are known to be at work, one of them may have to go instead.
+    // Until the server has read both requests, a new connection may replace one of them.
     sleep(Duration::from_millis(300)).await;
     for _ in 0..3 {
         let mut client = server.connect().await;
@@ -395,7 +397,7 @@ async fn a_connection_that_finds_no_slot_is_answered_503() {
 
 // Field case 1.5
 #[tokio::test]
-async fn a_stopping_server_waits_until_clients_have_read_their_responses() {
+async fn stopping_server_waits_until_responses_are_read() {
     let server = Server::start(refusing(), Limits::default());
     let mut client = server.connect().await;
     client.send(format!("POST / HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n", 1 << 20)).await;

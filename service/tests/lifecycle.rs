@@ -13,32 +13,32 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::process::{Child, ChildStderr, ChildStdout, Command};
 use tokio::time::timeout;
 
-/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+/// Far longer than any step takes, because a machine that runs all tests at once is slow.
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// The sample with a free admin port and nothing of this process's environment.
+/// The sample with a free admin port and without this process's environment.
 fn sample(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_service-sample"));
     command.env_clear().env("ADMIN_ADDR", "127.0.0.1:0").args(arguments).kill_on_drop(true);
     command
 }
 
-/// How a process ended.
-struct Ended {
+/// The result of a process: its exit code, standard output and standard error.
+struct ProcessResult {
     code: Option<i32>,
     printed: String,
     errors: String,
 }
 
-async fn ended(mut command: Command) -> Ended {
+async fn run(mut command: Command) -> ProcessResult {
     let Output { status, stdout, stderr } =
         timeout(DEADLINE, command.output()).await.unwrap().unwrap();
     let text = |bytes| String::from_utf8(bytes).unwrap();
-    Ended { code: status.code(), printed: text(stdout), errors: text(stderr) }
+    ProcessResult { code: status.code(), printed: text(stdout), errors: text(stderr) }
 }
 
-/// Runs a command that waits, sends it SIGTERM as soon as it does, and lets it end.
-async fn ended_by_a_signal(arguments: &[&str]) -> Ended {
+/// Runs a command until it prints "waiting", then sends SIGTERM and waits for its end.
+async fn run_until_signalled(arguments: &[&str]) -> ProcessResult {
     let pipes = |command: &mut Command| {
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap()
     };
@@ -53,57 +53,57 @@ async fn ended_by_a_signal(arguments: &[&str]) -> Ended {
     timeout(DEADLINE, output.read_to_string(&mut printed)).await.unwrap().unwrap();
     let Output { status, stderr, .. } =
         timeout(DEADLINE, child.wait_with_output()).await.unwrap().unwrap();
-    Ended { code: status.code(), printed, errors: String::from_utf8(stderr).unwrap() }
+    ProcessResult { code: status.code(), printed, errors: String::from_utf8(stderr).unwrap() }
 }
 
 #[tokio::test]
-async fn a_service_tells_by_its_exit_code_and_its_log_how_it_ended() {
-    for (ending, code, last_words) in [
-        ("well", 0, "stopped"),
-        ("unavailable", 69, "cannot end well: cannot have it: another one has it"),
-        ("failure", 70, "cannot end well: no luck"),
-        ("panic", 70, "died: task "),
+async fn service_reports_its_end_by_exit_code_and_log() {
+    for (ending, code, last_line) in [
+        ("success", 0, "stopped"),
+        ("unavailable", 69, "outer context: cannot open the file: in use by another process"),
+        ("failure", 70, "outer context: inner cause"),
+        ("panic", 70, "the main task failed: task "),
     ] {
-        let service = ended(sample(&["--ending", ending])).await;
+        let service = run(sample(&["--ending", ending])).await;
         assert_eq!(service.code, Some(code), "{ending}: {}", service.errors);
-        assert!(service.errors.lines().last().unwrap().contains(last_words), "{}", service.errors);
+        assert!(service.errors.lines().last().unwrap().contains(last_line), "{}", service.errors);
         assert!(service.errors.contains("starting"), "{}", service.errors);
         assert_eq!(service.printed, "");
     }
 }
 
 #[tokio::test]
-async fn a_command_tells_by_its_exit_code_how_it_ended_and_prints_what_it_failed_with() {
+async fn command_reports_its_end_by_exit_code_and_error() {
     for (ending, code, errors) in [
-        ("well", 0, ""),
+        ("success", 0, ""),
         (
             "unavailable",
             69,
-            "service-sample: cannot end well: cannot have it: another one has it\n",
+            "service-sample: outer context: cannot open the file: in use by another process\n",
         ),
-        ("failure", 70, "service-sample: cannot end well: no luck\n"),
+        ("failure", 70, "service-sample: outer context: inner cause\n"),
     ] {
         let mut greet = sample(&["greet", "--ending", ending]);
         greet.env("RUST_LOG", "off");
-        let command = ended(greet).await;
+        let command = run(greet).await;
         assert_eq!((command.code, command.errors.as_str()), (Some(code), errors));
     }
-    let command = ended(sample(&["greet", "--ending=panic"])).await;
+    let command = run(sample(&["greet", "--ending=panic"])).await;
     assert_eq!(command.code, Some(70));
-    let last_words = command.errors.lines().last().unwrap();
-    assert!(last_words.starts_with("service-sample: died: task "), "{last_words}");
+    let last_line = command.errors.lines().last().unwrap();
+    assert!(last_line.starts_with("service-sample: the main task failed: task "), "{last_line}");
 }
 
 #[tokio::test]
-async fn settings_that_are_refused_begin_neither_a_service_nor_a_command() {
-    let why = "service-sample: cannot end well: cannot have it: another one has it\n";
+async fn rejected_settings_start_neither_service_nor_command() {
+    let error = "service-sample: outer context: cannot open the file: in use by another process\n";
     for arguments in [
-        &["--refused", "--ending=unavailable"][..],
-        &["greet", "--refused", "--ending=unavailable"],
+        &["--rejected", "--ending=unavailable"][..],
+        &["greet", "--rejected", "--ending=unavailable"],
     ] {
-        let refused = ended(sample(arguments)).await;
-        assert_eq!((refused.code, refused.errors.as_str()), (Some(69), why));
-        assert_eq!(refused.printed, "");
+        let result = run(sample(arguments)).await;
+        assert_eq!((result.code, result.errors.as_str()), (Some(69), error));
+        assert_eq!(result.printed, "");
     }
 }
 
@@ -132,11 +132,11 @@ async fn bad_opentelemetry_variables_are_warned_about_and_ignored() {
         if !is_on {
             service.env("OTEL_SDK_DISABLED", "true");
         }
-        let service = ended(service).await;
+        let service = run(service).await;
         assert_eq!(service.code, Some(0), "{}", service.errors);
-        for (variable, _, said) in bad.iter().filter(|_| is_on) {
-            let said = format!("{variable} is {said}");
-            assert!(service.errors.contains(&said), "no {said:?} in {}", service.errors);
+        for (variable, _, warning) in bad.iter().filter(|_| is_on) {
+            let warning = format!("{variable} is {warning}");
+            assert!(service.errors.contains(&warning), "no {warning:?} in {}", service.errors);
         }
         let logged = service.errors.lines().filter(|line| line.contains("WARN")).count();
         assert!(logged == warnings || is_on && logged == warnings + 1, "{}", service.errors);
@@ -144,7 +144,7 @@ async fn bad_opentelemetry_variables_are_warned_about_and_ignored() {
     }
 }
 
-/// A working directory of its own with that `.env`, below one whose `.env` would stop the start.
+/// Creates a working directory with this `.env`, below one whose `.env` would prevent the start.
 fn directory_with(dot_env: &[u8]) -> PathBuf {
     static MADE: AtomicU32 = AtomicU32::new(0);
     let name = format!("lastseen-dotenv-{}-{}", std::process::id(), MADE.fetch_add(1, Relaxed));
@@ -156,13 +156,13 @@ fn directory_with(dot_env: &[u8]) -> PathBuf {
     directory
 }
 
-/// How the sample ends that prints its pace and is told to drain at once.
-async fn ended_in(directory: &PathBuf, variables: &[(&str, &str)]) -> Ended {
+/// Runs the sample in this directory and removes it.
+async fn run_in(directory: &PathBuf, variables: &[(&str, &str)]) -> ProcessResult {
     let mut command = sample(&[]);
     command.current_dir(directory).envs(variables.iter().copied());
-    let ended = ended(command).await;
+    let result = run(command).await;
     std::fs::remove_dir_all(directory.parent().unwrap()).unwrap();
-    ended
+    result
 }
 
 /// Field cases 6.1 and 6.3.
@@ -172,7 +172,7 @@ async fn dot_env_of_another_application_is_read_for_our_settings() {
         b"\xef\xbb\xbfAPP_NAME=My App\r\nNOTHING HERE\r\nAPP_KEY='never closed\r\nPACE=7 \r\nPLACE=pa$$w0rd ",
     );
     let file = directory.join(".env").display().to_string();
-    let service = ended_in(&directory, &[]).await;
+    let service = run_in(&directory, &[]).await;
     assert_eq!(service.code, Some(0), "{}", service.errors);
     for text in [
         &format!("read .env file={file} settings=\"PACE, PLACE\""),
@@ -197,7 +197,7 @@ async fn a_filter_that_would_silence_the_log_is_rejected() {
     ] {
         let mut service = sample(&[]);
         service.env("RUST_LOG", filter);
-        let service = ended(service).await;
+        let service = run(service).await;
         assert_eq!(service.code, Some(78), "{filter}: {}", service.errors);
         assert!(
             service.errors.starts_with(&format!("service-sample: RUST_LOG={filter}: ")),
@@ -209,7 +209,7 @@ async fn a_filter_that_would_silence_the_log_is_rejected() {
     for filter in ["WARN", "off", "info,", "info, consumer=debug", "[span{id=1}]=trace"] {
         let mut service = sample(&[]);
         service.env("RUST_LOG", filter);
-        let service = ended(service).await;
+        let service = run(service).await;
         assert_eq!(service.code, Some(0), "{filter}: {}", service.errors);
     }
 }
@@ -217,12 +217,12 @@ async fn a_filter_that_would_silence_the_log_is_rejected() {
 /// Field case 6.9.
 #[tokio::test]
 async fn the_time_zone_of_dot_env_applies_and_a_wrong_one_is_rejected() {
-    let service = ended_in(&directory_with(b"TZ=XXX-5\n"), &[]).await;
+    let service = run_in(&directory_with(b"TZ=XXX-5\n"), &[]).await;
     assert_eq!(service.code, Some(0), "{}", service.errors);
     assert!(service.errors.lines().all(|line| line.contains("+05:00")), "{}", service.errors);
-    let service = ended_in(&directory_with(b"TZ=XXX-5\n"), &[("TZ", "XXX-3")]).await;
+    let service = run_in(&directory_with(b"TZ=XXX-5\n"), &[("TZ", "XXX-3")]).await;
     assert!(service.errors.lines().all(|line| line.contains("+03:00")), "{}", service.errors);
-    let service = ended_in(&directory_with(b""), &[("TZ", "Mars/Base")]).await;
+    let service = run_in(&directory_with(b""), &[("TZ", "Mars/Base")]).await;
     assert_eq!(service.code, Some(78), "{}", service.errors);
     let reason = "service-sample: TZ=Mars/Base: expected a time zone";
     assert!(service.errors.starts_with(reason), "{}", service.errors);
@@ -237,7 +237,7 @@ async fn a_bad_value_in_dot_env_is_reported_with_file_and_line() {
     ] {
         let directory = directory_with(content.as_bytes());
         let place = format!("set in {}, line 2", directory.join(".env").display());
-        let service = ended_in(&directory, &[]).await;
+        let service = run_in(&directory, &[]).await;
         assert_eq!(service.code, Some(78), "{}", service.errors);
         assert!(
             service.errors.starts_with(&format!("service-sample: {reason}")),
@@ -250,12 +250,12 @@ async fn a_bad_value_in_dot_env_is_reported_with_file_and_line() {
 
 /// Field case 6.9.
 #[tokio::test]
-async fn a_misspelt_variable_is_logged_with_the_name_that_was_meant() {
+async fn misspelt_variable_is_logged_with_a_suggestion() {
     let directory = directory_with(b"ADMIN_ADR=:1\n");
     let file = directory.join(".env").display().to_string();
     let variables =
         [("DRAIN_TIMEOUTS", "1s"), ("UNRELATED", "1"), ("PACE_PORT", "tcp://10.0.0.1:80")];
-    let service = ended_in(&directory, &variables).await;
+    let service = run_in(&directory, &variables).await;
     let warnings: Vec<_> = service.errors.lines().filter(|line| line.contains("WARN")).collect();
     let [one, other] = warnings.as_slice() else { panic!("{}", service.errors) };
     assert!(
@@ -270,129 +270,130 @@ async fn a_misspelt_variable_is_logged_with_the_name_that_was_meant() {
 async fn a_command_needs_no_admin_address_and_records_no_metrics() {
     let taken = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let taken = taken.local_addr().unwrap().to_string();
-    let with_it_taken = |arguments| {
+    let on_taken_address = |arguments| {
         let mut command = sample(arguments);
         command.env("ADMIN_ADDR", &taken);
         command
     };
-    let command = ended(with_it_taken(&["greet"])).await;
+    let command = run(on_taken_address(&["greet"])).await;
     assert_eq!((command.code, command.printed.as_str()), (Some(0), "hello, total 0\n"));
-    // Which a service does need.
-    let service = ended(with_it_taken(&[])).await;
+    // A service needs the address.
+    let service = run(on_taken_address(&[])).await;
     assert_eq!(service.code, Some(70));
     assert!(service.errors.contains("cannot listen on ADMIN_ADDR"), "{}", service.errors);
 }
 
 #[tokio::test]
-async fn a_command_logs_warnings_only_unless_told_otherwise() {
-    let told = |filter: Option<&str>| {
+async fn command_logs_only_warnings_by_default() {
+    let run_with = |filter: Option<&str>| {
         let mut command = sample(&["greet"]);
         command.envs(filter.map(|filter| ("RUST_LOG", filter)));
-        ended(command)
+        run(command)
     };
-    let usual = told(None).await.errors;
-    assert_eq!(usual.lines().count(), 1, "{usual}");
-    assert!(usual.contains("WARN") && usual.contains("have greeted"), "{usual}");
-    let more = told(Some("info")).await.errors;
-    assert_eq!(more.lines().count(), 2, "{more}");
-    assert!(more.contains("about to greet"), "{more}");
+    let log = run_with(None).await.errors;
+    assert_eq!(log.lines().count(), 1, "{log}");
+    assert!(log.contains("WARN") && log.contains("greeted"), "{log}");
+    let log = run_with(Some("info")).await.errors;
+    assert_eq!(log.lines().count(), 2, "{log}");
+    assert!(log.contains("about to greet"), "{log}");
 }
 
 #[tokio::test]
-async fn a_command_that_gets_a_signal_drains_and_ends_well() {
-    let command = ended_by_a_signal(&["wait"]).await;
+async fn signalled_command_drains_and_exits_0() {
+    let command = run_until_signalled(&["wait"]).await;
     assert_eq!((command.code, command.errors.as_str()), (Some(0), ""));
     assert_eq!(command.printed, "waiting\ndrained\n");
 }
 
 #[tokio::test]
-async fn a_command_that_does_not_drain_in_time_is_given_up() {
-    let command = ended_by_a_signal(&["--drain-timeout=10ms", "hang"]).await;
+async fn command_that_does_not_drain_in_time_exits_70() {
+    let command = run_until_signalled(&["--drain-timeout=10ms", "hang"]).await;
     assert_eq!(command.code, Some(70));
-    let told = "service-sample: the drain took longer than DRAIN_TIMEOUT=10ms";
-    assert!(command.errors.starts_with(told), "{}", command.errors);
+    let error = "service-sample: the drain took longer than DRAIN_TIMEOUT=10ms";
+    assert!(command.errors.starts_with(error), "{}", command.errors);
 }
 
 #[tokio::test]
-async fn a_service_can_look_up_the_total_of_its_own_metric() {
-    let service = ended(sample(&[])).await;
+async fn service_can_read_the_total_of_its_own_metric() {
+    let service = run(sample(&[])).await;
     assert!(service.errors.contains("counted total=5.0"), "{}", service.errors);
 }
 
-/// What the command `healthcheck` says about an address where that is answered to whoever asks.
-async fn checked(answer: &'static str) -> Ended {
+/// Runs the command `healthcheck` against a server that sends this response.
+async fn healthcheck_of(response: &'static str) -> ProcessResult {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
-    let answering = tokio::spawn(async move {
+    let server = tokio::spawn(async move {
         let (stream, _) = listener.accept().await.unwrap();
         let mut stream = BufReader::new(stream);
         let mut request = String::new();
-        // To its end, or the close would reset the connection, maybe before the answer is read.
+        // Reads the whole request. Otherwise the close would reset the connection, perhaps before
+        // the response is read.
         while !request.ends_with("\r\n\r\n") {
             assert!(stream.read_line(&mut request).await.unwrap() > 0);
         }
-        stream.write_all(answer.as_bytes()).await.unwrap();
+        stream.write_all(response.as_bytes()).await.unwrap();
         request
     });
     let mut command = sample(&["healthcheck"]);
     command.env("ADMIN_ADDR", address);
-    let ended = ended(command).await;
-    assert!(answering.await.unwrap().starts_with("GET /readyz HTTP/1."));
-    ended
+    let result = run(command).await;
+    assert!(server.await.unwrap().starts_with("GET /readyz HTTP/1."));
+    result
 }
 
 #[tokio::test]
-async fn a_healthcheck_says_by_0_or_1_whether_the_service_is_ready_and_why_not() {
-    let ready = checked("HTTP/1.1 200 OK\r\n\r\nready\nwithout broker: refused\n").await;
+async fn healthcheck_reports_readiness_by_exit_code_and_text() {
+    let ready = healthcheck_of("HTTP/1.1 200 OK\r\n\r\nready\nwithout broker: refused\n").await;
     assert_eq!((ready.code, ready.printed.as_str()), (Some(0), "ready\nwithout broker: refused\n"));
     let problem = "HTTP/1.1 503 Service Unavailable\r\n\r\n{\"detail\":\"database: refused\"}";
-    let not = checked(problem).await;
+    let not = healthcheck_of(problem).await;
     assert_eq!((not.code, not.printed.as_str()), (Some(1), "database: refused\n"));
 }
 
 #[tokio::test]
-async fn a_healthcheck_of_nobody_fails_and_says_where_it_asked() {
-    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let address = nobody.local_addr().unwrap().to_string();
-    drop(nobody);
+async fn healthcheck_without_a_service_names_the_address() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    drop(listener);
     let mut command = sample(&["healthcheck"]);
     command.env("ADMIN_ADDR", &address);
-    let ended = ended(command).await;
-    assert_eq!(ended.code, Some(1));
-    let said = format!("no answer at ADMIN_ADDR={address}: ");
-    assert!(ended.printed.starts_with(&said), "{}", ended.printed);
+    let result = run(command).await;
+    assert_eq!(result.code, Some(1));
+    let error = format!("no answer at ADMIN_ADDR={address}: ");
+    assert!(result.printed.starts_with(&error), "{}", result.printed);
 }
 
-/// A service that runs with a settings file, and prints its pace with each change.
-struct Watching {
+/// A service that runs with a settings file and prints its pace after each change.
+struct RunningService {
     directory: PathBuf,
     child: Child,
     printed: Lines<BufReader<ChildStdout>>,
     logged: Lines<BufReader<ChildStderr>>,
     admin: String,
-    /// The lines up to the first one that was waited for.
+    /// The log lines up to "starting".
     first_lines: Vec<String>,
 }
 
-impl Watching {
+impl RunningService {
     async fn start(content: &str, further: &[&str]) -> Self {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let name =
             format!("lastseen-settings-{}-{}", std::process::id(), STARTED.fetch_add(1, Relaxed));
         let directory = std::env::temp_dir().join(name);
-        // As a ConfigMap is mounted: what changes is where the link to its directory leads.
+        // As a mounted ConfigMap: an update redirects the link to its directory.
         std::fs::create_dir_all(directory.join("1")).unwrap();
         std::fs::write(directory.join("1/lastseen.env"), content).unwrap();
         symlink("1", directory.join("data")).unwrap();
         symlink("data/lastseen.env", directory.join("lastseen.env")).unwrap();
         let mut command = sample(&["--ending=drained"]);
         command.args(further).env("LASTSEEN_CONFIG", directory.join("lastseen.env"));
-        // The file has more to say than the environment.
+        // The file must override the environment.
         command.env("PACE", "100").stdout(Stdio::piped()).stderr(Stdio::piped());
         let mut child = command.spawn().unwrap();
         let printed = BufReader::new(child.stdout.take().unwrap()).lines();
         let logged = BufReader::new(child.stderr.take().unwrap()).lines();
-        let mut watching = Self {
+        let mut service = Self {
             directory,
             child,
             printed,
@@ -400,9 +401,9 @@ impl Watching {
             admin: String::new(),
             first_lines: Vec::new(),
         };
-        let starting = watching.logs("starting").await;
-        starting.rsplit_once("admin=").unwrap().1.clone_into(&mut watching.admin);
-        watching
+        let starting = service.logs("starting").await;
+        starting.rsplit_once("admin=").unwrap().1.clone_into(&mut service.admin);
+        service
     }
 
     fn write(&self, content: &str) {
@@ -418,7 +419,7 @@ impl Watching {
     async fn logs(&mut self, text: &str) -> String {
         loop {
             let Ok(line) = timeout(DEADLINE, self.logged.next_line()).await else {
-                panic!("nobody logs {text:?}");
+                panic!("no log line contains {text:?}");
             };
             let line = line.unwrap().unwrap();
             if self.admin.is_empty() {
@@ -434,9 +435,9 @@ impl Watching {
         let mut stream = TcpStream::connect(&self.admin).await.unwrap();
         let request = format!("GET {path} HTTP/1.0\r\n\r\n");
         stream.write_all(request.as_bytes()).await.unwrap();
-        let mut answer = String::new();
-        timeout(DEADLINE, stream.read_to_string(&mut answer)).await.unwrap().unwrap();
-        answer
+        let mut response = String::new();
+        timeout(DEADLINE, stream.read_to_string(&mut response)).await.unwrap().unwrap();
+        response
     }
 
     fn signal(&self, signal: &str) {
@@ -451,38 +452,38 @@ impl Watching {
     }
 
     async fn ends_with(mut self, code: i32) {
-        let ended = timeout(DEADLINE, self.child.wait()).await.unwrap().unwrap();
-        assert_eq!(ended.code(), Some(code));
+        let result = timeout(DEADLINE, self.child.wait()).await.unwrap().unwrap();
+        assert_eq!(result.code(), Some(code));
         std::fs::remove_dir_all(&self.directory).unwrap();
     }
 }
 
 #[tokio::test]
-async fn a_setting_that_changes_in_the_settings_file_is_heeded_however_the_file_is_replaced() {
-    let mut service = Watching::start("PACE=1\n", &[]).await;
+async fn changed_setting_applies_however_the_file_is_replaced() {
+    let mut service = RunningService::start("PACE=1\n", &[]).await;
     service.prints("1").await;
     service.write("PACE=2\n");
     service.prints("2").await;
-    // By the directory that the link leads to.
+    // By redirecting the link to the directory.
     let directory = service.directory.clone();
     std::fs::create_dir(directory.join("2")).unwrap();
     std::fs::write(directory.join("2/lastseen.env"), "PACE=3\n").unwrap();
     symlink("2", directory.join("new")).unwrap();
     std::fs::rename(directory.join("new"), directory.join("data")).unwrap();
     service.prints("3").await;
-    // By another file.
+    // By renaming another file.
     std::fs::write(directory.join("new"), "export PACE='4' # four\n").unwrap();
     std::fs::rename(directory.join("new"), directory.join("lastseen.env")).unwrap();
     service.prints("4").await;
-    // What is not in the file any more is as the environment has it.
+    // Without the setting in the file, that of the environment applies.
     service.write("");
     service.prints("100").await;
     service.stop().await;
 }
 
 #[tokio::test]
-async fn a_settings_file_that_is_refused_changes_nothing_and_is_told_until_it_is_mended() {
-    let mut service = Watching::start("PACE=1\nPLACE=there\n", &[]).await;
+async fn rejected_settings_file_is_reported_until_it_is_fixed() {
+    let mut service = RunningService::start("PACE=1\nPLACE=there\n", &[]).await;
     service.prints("1").await;
     for (content, reason) in [
         ("PACE=0\n", "PACE=0: expected a number from 1 to 100"),
@@ -492,11 +493,11 @@ async fn a_settings_file_that_is_refused_changes_nothing_and_is_told_until_it_is
         service.write(content);
         service.logs(reason).await;
         assert!(service.get("/metrics").await.contains("lastseen_settings_refused 1"));
-        // Whoever looks after it must not think that it is ill.
+        // A health check must not fail because of the rejected file.
         let mut command = sample(&["healthcheck"]);
         command.env("LASTSEEN_CONFIG", service.directory.join("lastseen.env"));
         command.env("ADMIN_ADDR", &service.admin);
-        let healthcheck = ended(command).await;
+        let healthcheck = run(command).await;
         assert_eq!(healthcheck.code, Some(0), "{}", healthcheck.errors);
     }
     std::fs::remove_file(service.directory.join("lastseen.env")).unwrap();
@@ -512,16 +513,16 @@ async fn a_settings_file_that_is_refused_changes_nothing_and_is_told_until_it_is
 }
 
 #[tokio::test]
-async fn what_needs_a_restart_says_so_and_so_does_what_has_no_effect() {
-    let mut service = Watching::start("PLACE=there\nMAX_CONSUMERS=5\n", &["--pace=7"]).await;
+async fn settings_without_immediate_effect_are_logged() {
+    let mut service = RunningService::start("PLACE=there\nMAX_CONSUMERS=5\n", &["--pace=7"]).await;
     let first_lines = service.first_lines.join("\n");
     let unknown = "not a setting of this process settings=\"MAX_CONSUMERS\"";
     assert!(first_lines.contains(unknown), "{first_lines}");
     service.prints("7").await;
     service.write("PLACE=s3cret@elsewhere\nPACE=8\n");
-    let told = service.logs("takes effect with the next start").await;
-    assert!(told.contains("settings=\"PLACE\""), "{told}");
-    service.logs("a flag of the command line replaces it settings=\"PACE\"").await;
+    let line = service.logs("takes effect with the next start").await;
+    assert!(line.contains("settings=\"PLACE\""), "{line}");
+    service.logs("a command-line flag overrides it settings=\"PACE\"").await;
     assert!(service.get("/metrics").await.contains("lastseen_settings_awaiting_restart 1"));
     service.write("PLACE=there\n");
     service.logs("settings reloaded").await;
@@ -530,14 +531,14 @@ async fn what_needs_a_restart_says_so_and_so_does_what_has_no_effect() {
 }
 
 #[tokio::test]
-async fn what_is_logged_can_change_and_sighup_has_the_file_read_at_once() {
-    let mut service = Watching::start("PACE=1\n", &[]).await;
+async fn log_filter_reloads_and_sighup_rereads_the_file() {
+    let mut service = RunningService::start("PACE=1\n", &[]).await;
     service.prints("1").await;
     service.write("PACE=1\nRUST_LOG=debug\n");
-    let told = service.logs("settings changed").await;
-    assert!(told.contains("changed=\"RUST_LOG=debug\""), "{told}");
+    let line = service.logs("settings changed").await;
+    assert!(line.contains("changed=\"RUST_LOG=debug\""), "{line}");
     service.logs("DEBUG").await;
-    // Also one that is as it was.
+    // SIGHUP rereads an unchanged file too.
     service.signal("-HUP");
     service.logs("settings reloaded").await;
     service.write("PACE=9\n");
@@ -547,9 +548,9 @@ async fn what_is_logged_can_change_and_sighup_has_the_file_read_at_once() {
 
 /// Field case 2.6.
 #[tokio::test]
-async fn a_service_goes_on_while_nobody_reads_its_log() {
-    let mut service = Watching::start("", &["--pace=7", "--noise=30000"]).await;
-    // After all that noise, which has filled the pipe.
+async fn service_keeps_working_while_its_log_is_not_read() {
+    let mut service = RunningService::start("", &["--pace=7", "--noise=30000"]).await;
+    // Printed after all log lines, which have filled the pipe.
     service.prints("7").await;
     let metrics = service.get("/metrics").await;
     let dropped = metrics
@@ -561,8 +562,8 @@ async fn a_service_goes_on_while_nobody_reads_its_log() {
 
 /// Field case 2.6.
 #[tokio::test]
-async fn a_warning_that_repeats_is_logged_a_few_times_and_summed_up() {
-    let service = ended(sample(&["--noise=100"])).await;
+async fn repeated_warning_is_limited_and_summarized() {
+    let service = run(sample(&["--noise=100"])).await;
     let count = |text: &str| service.errors.lines().filter(|line| line.contains(text)).count();
     assert!((20..25).contains(&count("WARN service_sample: failed again")), "{}", service.errors);
     assert_eq!(count("noise"), 100);
@@ -571,7 +572,7 @@ async fn a_warning_that_repeats_is_logged_a_few_times_and_summed_up() {
 }
 
 #[tokio::test]
-async fn a_service_whose_log_nobody_reads_any_more_goes_on_and_ends_well() {
+async fn service_with_a_closed_log_works_and_exits_0() {
     let mut command = sample(&["--ending=drained", "--rust-log=debug"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     drop(child.stderr.take());
@@ -579,12 +580,12 @@ async fn a_service_whose_log_nobody_reads_any_more_goes_on_and_ends_well() {
     timeout(DEADLINE, printed.next_line()).await.unwrap().unwrap();
     let id = child.id().unwrap().to_string();
     assert!(Command::new("kill").arg(id).status().await.unwrap().success());
-    let ended = timeout(DEADLINE, child.wait()).await.unwrap().unwrap();
-    assert_eq!(ended.code(), Some(0));
+    let result = timeout(DEADLINE, child.wait()).await.unwrap().unwrap();
+    assert_eq!(result.code(), Some(0));
 }
 
 #[tokio::test]
-async fn sighup_without_a_settings_file_or_a_terminal_that_is_gone_ends_nothing() {
+async fn sighup_without_a_settings_file_is_ignored() {
     let mut command = sample(&["--ending=drained"]);
     let mut child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
     let mut printed = BufReader::new(child.stdout.take().unwrap()).lines();
@@ -594,29 +595,29 @@ async fn sighup_without_a_settings_file_or_a_terminal_that_is_gone_ends_nothing(
         let sent = Command::new("kill").args([signal, &id]).status().await.unwrap();
         assert!(sent.success());
     }
-    let ended = timeout(DEADLINE, child.wait()).await.unwrap().unwrap();
-    assert_eq!(ended.code(), Some(0));
+    let result = timeout(DEADLINE, child.wait()).await.unwrap().unwrap();
+    assert_eq!(result.code(), Some(0));
 }
 
 #[tokio::test]
-async fn a_settings_file_that_is_bad_at_the_start_ends_it() {
+async fn bad_settings_file_prevents_the_start() {
     let directory = std::env::temp_dir();
     let file = directory.join(format!("lastseen-bad-settings-{}", std::process::id()));
     std::fs::write(&file, "PACE=0\n").unwrap();
     let path = file.to_str().unwrap();
-    let bad = ended(sample(&[&format!("--lastseen-config={path}")])).await;
+    let bad = run(sample(&[&format!("--lastseen-config={path}")])).await;
     std::fs::remove_file(&file).unwrap();
-    let missing = ended(sample(&["--lastseen-config", path])).await;
+    let missing = run(sample(&["--lastseen-config", path])).await;
     assert_eq!((bad.code, missing.code), (Some(78), Some(78)));
     assert!(bad.errors.contains("PACE=0: expected a number from 1 to 100"), "{}", bad.errors);
     assert!(bad.errors.contains(&format!("set in {path}, line 1)")), "{}", bad.errors);
-    let told = format!("LASTSEEN_CONFIG={path}: cannot be read");
-    assert!(missing.errors.contains(&told), "{}", missing.errors);
+    let error = format!("LASTSEEN_CONFIG={path}: cannot be read");
+    assert!(missing.errors.contains(&error), "{}", missing.errors);
 }
 
-/// A service that drains at once when it is told to.
-async fn draining_service(arguments: &[&str]) -> Watching {
-    let mut service = Watching::start("PACE=1\n", arguments).await;
+/// A service that ends as soon as the drain begins.
+async fn quickly_draining_service(arguments: &[&str]) -> RunningService {
+    let mut service = RunningService::start("PACE=1\n", arguments).await;
     service.prints("1").await;
     service
 }
@@ -624,14 +625,14 @@ async fn draining_service(arguments: &[&str]) -> Watching {
 // Field case 1.7
 #[tokio::test]
 async fn sigterm_makes_a_service_not_ready_before_it_drains() {
-    let mut service = draining_service(&["--drain-delay=2s"]).await;
+    let mut service = quickly_draining_service(&["--drain-delay=2s"]).await;
     assert!(service.get("/readyz").await.starts_with("HTTP/1.0 200"));
     service.signal("-TERM");
-    service.logs("not ready any more; requests are still taken").await;
+    service.logs("no longer ready; still accepting requests").await;
     let readyz = service.get("/readyz").await;
     assert!(readyz.starts_with("HTTP/1.0 503") && readyz.contains("draining"), "{readyz}");
     assert!(service.get("/livez").await.starts_with("HTTP/1.0 200"));
-    // It still works: it notices a change of its settings.
+    // It still works: it applies a changed setting.
     service.write("PACE=2\n");
     service.signal("-HUP");
     service.prints("2").await;
@@ -642,7 +643,7 @@ async fn sigterm_makes_a_service_not_ready_before_it_drains() {
 // Field case 1.7
 #[tokio::test]
 async fn ctrl_c_drains_without_a_delay() {
-    let mut service = draining_service(&["--drain-delay=10m"]).await;
+    let mut service = quickly_draining_service(&["--drain-delay=10m"]).await;
     service.signal("-INT");
     service.logs("draining signal=\"SIGINT\"").await;
     service.ends_with(0).await;
@@ -650,8 +651,8 @@ async fn ctrl_c_drains_without_a_delay() {
 
 // Field case 3.10
 #[tokio::test]
-async fn two_signals_at_once_are_one() {
-    let service = draining_service(&["--drain-delay=1s"]).await;
+async fn simultaneous_signals_count_as_one() {
+    let service = quickly_draining_service(&["--drain-delay=1s"]).await;
     let id = service.child.id().unwrap();
     let both = format!("kill -TERM {id}; kill -INT {id}");
     assert!(Command::new("sh").args(["-c", &both]).status().await.unwrap().success());
@@ -659,10 +660,10 @@ async fn two_signals_at_once_are_one() {
 }
 
 #[tokio::test]
-async fn a_second_signal_that_comes_later_ends_a_service_at_once() {
-    let mut service = draining_service(&["--drain-delay=10m"]).await;
+async fn later_second_signal_stops_the_service_at_once() {
+    let mut service = quickly_draining_service(&["--drain-delay=10m"]).await;
     service.signal("-TERM");
-    service.logs("not ready any more").await;
+    service.logs("no longer ready").await;
     tokio::time::sleep(Duration::from_millis(500)).await;
     service.signal("-TERM");
     service.logs("stopped at once by a second signal (SIGTERM)").await;
@@ -671,8 +672,8 @@ async fn a_second_signal_that_comes_later_ends_a_service_at_once() {
 
 // Field case 2.4
 #[tokio::test]
-async fn silent_connections_to_the_admin_address_do_not_fail_a_healthcheck() {
-    let service = draining_service(&[]).await;
+async fn silent_admin_connections_do_not_fail_a_healthcheck() {
+    let service = quickly_draining_service(&[]).await;
     let mut silent = Vec::new();
     for _ in 0..80 {
         silent.push(TcpStream::connect(&service.admin).await.unwrap());
@@ -680,7 +681,7 @@ async fn silent_connections_to_the_admin_address_do_not_fail_a_healthcheck() {
     for _ in 0..3 {
         let mut command = sample(&["healthcheck"]);
         command.env("ADMIN_ADDR", &service.admin);
-        let healthcheck = ended(command).await;
+        let healthcheck = run(command).await;
         assert_eq!(healthcheck.code, Some(0), "{}", healthcheck.printed);
         assert!(service.get("/livez").await.starts_with("HTTP/1.0 200"));
     }

@@ -14,7 +14,7 @@ use std::io::{self, Write as _};
 
 use anyhow::Context as _;
 use broker::OpenError;
-use service::{CancellationToken, Description, Health, Invocation, Live, Unavailable};
+use service::{CancellationToken, Description, Health, Invocation, Reloadable, Unavailable};
 use store::StoreError;
 use tester::config::Checked;
 
@@ -28,7 +28,7 @@ pub const DESCRIPTION: Description = Description {
     about: "Keeps who is online now, and when each was last seen: the whole pipeline in one process",
     admin_address: ":9091",
     drain_delay: "8s",
-    live: &[consumer::Lookups::LIVE, routine::Cleanup::LIVE],
+    reloadable: &[consumer::Lookups::RELOADABLE, routine::Cleanup::RELOADABLE],
 };
 
 // Decision: docs/decisions/0065-when-does-lastseen-open-its-files.md
@@ -39,7 +39,7 @@ pub const DESCRIPTION: Description = Description {
 /// # Errors
 /// [`Unavailable`] when another process has the files; or why they cannot be opened.
 pub fn plan(
-    config: &Live<Checked<Config>>,
+    config: &Reloadable<Checked<Config>>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<
@@ -48,8 +48,8 @@ pub fn plan(
         impl Future<Output = anyhow::Result<()>> + Send + use<>,
     >,
 > {
-    let live = config.part(Checked::into_inner);
-    let mut config = live.now();
+    let live = config.map(Checked::into_inner);
+    let mut config = live.current();
     if let Some(command) = config.command.take() {
         return Ok(Invocation::Command(carry_out(command, config, shutdown)));
     }

@@ -5,8 +5,8 @@ use std::net::SocketAddr;
 use anyhow::{Context as _, bail};
 use consumer::Lookups;
 use producer::CallbackServer;
-use service::http::reachable;
-use service::{CancellationToken, Health, Live};
+use service::http::reachable_ip;
+use service::{CancellationToken, Health, Reloadable};
 use tester::api::Api;
 use tester::partner::Partner;
 use tokio::task::JoinSet;
@@ -27,10 +27,10 @@ pub(crate) struct Stage {
 /// A file that was damaged is kept beside the new one. The process works without it, and says so.
 fn report_kept_files((queue, table): &(broker::Claim, store::Claim), health: &Health) {
     if let Some(kept) = queue.kept() {
-        health.wants("intact queue", kept);
+        health.add_optional("intact queue", kept);
     }
     if let Some(kept) = table.kept() {
-        health.wants("intact table", kept);
+        health.add_optional("intact table", kept);
     }
 }
 
@@ -51,7 +51,7 @@ impl Stage {
     /// When one of them cannot begin, or ends before it is told to.
     pub(crate) async fn play(
         self,
-        live: Live<Config>,
+        live: Reloadable<Config>,
         health: Health,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
@@ -79,7 +79,7 @@ impl Stage {
             callbacks.spool_dir.get_or_insert_with(|| config.lastseen_dir.join("spool"));
             let authenticity = config.authenticity.clone();
             let door = producer::Config { callbacks, authenticity, broker: broker.clone() };
-            let door = CallbackServer::open(&door, &health.part("producer")).await?;
+            let door = CallbackServer::open(&door, &health.role("producer")).await?;
             let url = url_of(door.address()?, "callback")?;
             partners_callbacks.callback_endpoint = url.clone();
             callbacks_to = Some(url);
@@ -93,26 +93,26 @@ impl Stage {
                 events: Some(exchange.clone()),
             };
             let consumer = with_lookups_of(&live, consumer);
-            let health = health.part("consumer");
+            let health = health.role("consumer");
             roles.begin("consumer", consumer::run(consumer, health, shutdown.clone()));
         }
         if !without.no_routine {
             let events = events::Config::with_exchange(exchange.clone());
             let store = store.clone();
-            let routine = live.part(move |now| routine::Config {
+            let routine = live.map(move |now| routine::Config {
                 cleanup: now.cleanup,
                 once: false,
                 store: store.clone(),
                 events: events.clone(),
             });
-            roles.begin("routine", routine::run(routine, health.part("routine"), shutdown.clone()));
+            roles.begin("routine", routine::run(routine, health.role("routine"), shutdown.clone()));
         }
         let mut shown_at = None;
         if !without.no_viewer {
             let events = events::Config::with_exchange(exchange.clone());
             let view = config.view.clone();
             let viewer = viewer::Config { view, events, store: store.clone(), is_among_them: true };
-            let viewer = Viewer::open(viewer, &health.part("viewer"))?;
+            let viewer = Viewer::open(viewer, &health.role("viewer"))?;
             shown_at = Some(url_of(viewer.address()?, "")?);
             roles.begin("viewer", viewer.serve(shutdown.clone()));
         }
@@ -137,7 +137,7 @@ impl Stage {
                 }
             }
         });
-        health.all_told();
+        health.finish_registration();
         let addresses = Addresses { shown_at, callbacks_to, lookups_at };
         banner::print(&config, &addresses)?;
         let status_line = status_line::draw(broker, store, shutdown);
@@ -188,8 +188,11 @@ impl Roles {
 
 /// The consumer's settings, of which the lookups change with the pipeline's. The API stays the one that is
 /// played.
-fn with_lookups_of(live: &Live<Config>, consumer: consumer::Config) -> Live<consumer::Config> {
-    live.part(move |now| {
+fn with_lookups_of(
+    live: &Reloadable<Config>,
+    consumer: consumer::Config,
+) -> Reloadable<consumer::Config> {
+    live.map(move |now| {
         let tester_endpoint = consumer.lookups.tester_endpoint.clone();
         let lookups = Lookups { tester_endpoint, ..now.lookups };
         consumer::Config { lookups, ..consumer.clone() }
@@ -198,7 +201,7 @@ fn with_lookups_of(live: &Live<Config>, consumer: consumer::Config) -> Live<cons
 
 /// How to reach from this machine what listens on `address`.
 fn url_of(address: SocketAddr, path: &str) -> anyhow::Result<Url> {
-    let address = SocketAddr::new(reachable(address.ip()), address.port());
+    let address = SocketAddr::new(reachable_ip(address.ip()), address.port());
     let url = format!("http://{address}/{path}");
     url.parse().context("an address should make a URL")
 }

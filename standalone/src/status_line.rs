@@ -16,7 +16,7 @@ pub(crate) async fn draw(
     store: store::Config,
     shutdown: CancellationToken,
 ) {
-    if !terminal::is_there() {
+    if !terminal::is_attached() {
         return shutdown.cancelled().await;
     }
     let mut counts = Counts { broker, store, inspector: None, objects: None };

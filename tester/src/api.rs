@@ -24,7 +24,7 @@ const LIMITS: Limits = Limits {
     max_connections: 20_000,
     header_timeout: Duration::from_secs(30),
     idle_timeout: Some(Duration::from_secs(75)),
-    farewell: Duration::ZERO,
+    quiet_period: Duration::ZERO,
 };
 
 const LOOKUPS: &str = "lastseen_tester_lookups_total";

@@ -28,7 +28,7 @@ pub const DESCRIPTION: Description = Description {
     about: "Simulates the partner and the status API, and generates load for the callback endpoint",
     admin_address: ":9094",
     drain_delay: "0s",
-    live: &[],
+    reloadable: &[],
 };
 
 /// The simulation, or the command that the settings name.
@@ -61,7 +61,7 @@ async fn simulate(
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
-    health.all_told();
+    health.finish_registration();
     let api = if config.no_api {
         None
     } else {

@@ -4,6 +4,6 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     service::main_with_commands(tester::DESCRIPTION, |config, health, shutdown| {
-        Ok(tester::plan(config.now(), health, shutdown))
+        Ok(tester::plan(config.current(), health, shutdown))
     })
 }

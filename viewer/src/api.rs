@@ -12,7 +12,7 @@ use axum::routing::get;
 use axum::{Json, Router, middleware};
 use serde::Serialize;
 use service::problem::Problem;
-use service::{CancellationToken, PeerStatus};
+use service::{CancellationToken, DependencyStatus};
 use tokio::sync::watch;
 use utoipa::ToSchema;
 use utoipa::openapi::OpenApi;
@@ -37,8 +37,8 @@ pub(crate) struct Shared {
     pub(crate) view: Arc<ViewState>,
     pub(crate) services: Arc<Services>,
     pub(crate) subscribers: Subscribers,
-    pub(crate) table: watch::Receiver<PeerStatus>,
-    pub(crate) events: watch::Receiver<PeerStatus>,
+    pub(crate) table: watch::Receiver<DependencyStatus>,
+    pub(crate) events: watch::Receiver<DependencyStatus>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) hosts: Hosts,
 }
@@ -189,7 +189,7 @@ pub(crate) async fn object(
     (status = 431, description = "The request's head has more than 16 KiB"),
 ))]
 pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
-    let text = |status: &watch::Receiver<PeerStatus>| {
+    let text = |status: &watch::Receiver<DependencyStatus>| {
         status.borrow().clone().err().unwrap_or_else(|| "ok".to_owned())
     };
     Json(Stats {

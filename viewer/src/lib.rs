@@ -27,7 +27,7 @@ pub const DESCRIPTION: Description = Description {
     about: "Shows who is online, live: a page, an API and a stream of changes",
     admin_address: ":9095",
     drain_delay: "8s",
-    live: &[],
+    reloadable: &[],
 };
 
 /// Shows what there is until `shutdown`.

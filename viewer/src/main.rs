@@ -4,6 +4,6 @@ use std::process::ExitCode;
 
 fn main() -> ExitCode {
     service::main(viewer::DESCRIPTION, |config, health, shutdown| {
-        viewer::run(config.now(), health, shutdown)
+        viewer::run(config.current(), health, shutdown)
     })
 }

@@ -177,7 +177,7 @@ impl Asked {
         let (Service::At(url), Some(replicas), Some(client)) =
             (&self.service, &mut self.replicas, client)
         else {
-            return vec![(None, Ok(Scrape::of_text(&service::rendered_metrics())))];
+            return vec![(None, Ok(Scrape::of_text(&service::render_metrics())))];
         };
         let addresses = match replicas.addresses().await {
             Ok(addresses) => addresses,

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use events::{Notification, Subscriber};
-use service::PeerStatus;
+use service::DependencyStatus;
 use store::{Objects, StoreError};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
@@ -36,9 +36,9 @@ const PAUSE_FACTOR: u32 = 10;
 pub(crate) struct TableSync {
     pub(crate) view: Arc<ViewState>,
     pub(crate) store: store::Config,
-    pub(crate) table: watch::Sender<PeerStatus>,
+    pub(crate) table: watch::Sender<DependencyStatus>,
     /// Whether the table was read once; then there is something to show, whatever happens to the table.
-    pub(crate) first_reading: watch::Sender<PeerStatus>,
+    pub(crate) first_reading: watch::Sender<DependencyStatus>,
 }
 
 impl TableSync {
@@ -71,7 +71,7 @@ impl TableSync {
 
     async fn keep_reading(
         &self,
-        mut events: watch::Receiver<PeerStatus>,
+        mut events: watch::Receiver<DependencyStatus>,
         missed: &Notify,
         announced: &Announced,
     ) {
@@ -119,7 +119,7 @@ impl TableSync {
     async fn wait(
         &self,
         interval: Duration,
-        events: &mut watch::Receiver<PeerStatus>,
+        events: &mut watch::Receiver<DependencyStatus>,
         missed: &Notify,
     ) {
         let since = Instant::now();

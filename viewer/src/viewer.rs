@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use events::Subscriber;
-use service::{CancellationToken, Health, http, probes};
+use service::{CancellationToken, Health, health_routes, http};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -30,7 +30,7 @@ pub struct Viewer {
     subscriber: Subscriber,
     services: Arc<Services>,
     view: Arc<ViewState>,
-    table: watch::Receiver<service::PeerStatus>,
+    table: watch::Receiver<service::DependencyStatus>,
     hosts: Hosts,
 }
 
@@ -52,13 +52,13 @@ impl Viewer {
         // Decision: docs/decisions/0053-when-is-the-viewer-ready.md
         // Once it has read the table, it shows what it knows, with a word about what is away: without
         // that, whatever balances the load would take away all viewers at once.
-        health.needs("first reading of the table", is_read);
-        health.wants("table", watched.clone());
-        health.wants("events", subscriber.status());
-        health.all_told();
+        health.add_required("first reading of the table", is_read);
+        health.add_optional("table", watched.clone());
+        health.add_optional("events", subscriber.status());
+        health.finish_registration();
         let limits = http::Limits {
             max_connections: config.view.viewer_max_connections,
-            farewell: FAREWELL,
+            quiet_period: FAREWELL,
             ..http::Limits::default()
         };
         let table_sync =
@@ -103,7 +103,7 @@ impl Viewer {
             shutdown: shutdown.clone(),
             hosts,
         };
-        let router = api::router(shared).merge(probes(health));
+        let router = api::router(shared).merge(health_routes(health));
         // Each as a task of its own, so that a large table holds up no answer, and a panic is seen.
         let mut parts = tokio::task::JoinSet::new();
         parts.spawn(table_sync.run(subscriber));

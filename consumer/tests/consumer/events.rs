@@ -38,7 +38,7 @@ async fn events_have_the_last_seen_of_the_table() {
     let api = StatusApi::start(|id, _| if id == 42 { Answer::Online } else { Answer::Offline });
     let consumer = env.start(&api.endpoint(), &[]);
     eventually("the consumer can publish events", PATIENCE, async || {
-        let away = consumer.health.done_without();
+        let away = consumer.health.missing_optional();
         (consumer.missing().is_empty() && away.is_empty()).then_some(())
     })
     .await;
@@ -71,7 +71,7 @@ async fn unpublishable_events_only_add_a_line_to_the_readiness() {
     env.wait_until_recorded(1..=500).await;
     assert!(consumer.missing().is_empty());
     eventually("the readiness reports it", PATIENCE, async || {
-        let away = consumer.health.done_without();
+        let away = consumer.health.missing_optional();
         away.iter().find(|(dependency, reason)| {
             *dependency == "events" && reason.contains("inequivalent")
         })?;
@@ -91,7 +91,7 @@ async fn a_commit_whose_outcome_is_lost_leaves_a_gap() {
     let (proxy, database) = env.database_proxy().await;
     let consumer = env.start(&api.endpoint(), &[&database]);
     eventually("the consumer can publish events", PATIENCE, async || {
-        let away = consumer.health.done_without();
+        let away = consumer.health.missing_optional();
         (consumer.missing().is_empty() && away.is_empty()).then_some(())
     })
     .await;

@@ -24,7 +24,7 @@ use std::time::{Duration, Instant};
 
 use broker::Publisher;
 use clap::Parser as _;
-use service::{CancellationToken, Changer, Health, Live};
+use service::{CancellationToken, Health, ReloadHandle, Reloadable};
 use testbed::{Database, Proxy, Queue, RETRY_LEVELS, StatusApi, eventually};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
@@ -83,7 +83,7 @@ impl TestEnv {
         ];
         settings.extend(further.iter().map(|&setting| setting.to_owned()));
         let (health, shutdown) = (Health::default(), CancellationToken::new());
-        let (changer, config) = Live::changeable(config(&settings));
+        let (changer, config) = Reloadable::with_handle(config(&settings));
         let run = consumer::run(config, health.clone(), shutdown.clone());
         RunningConsumer { health, shutdown, changer, settings, run: tokio::spawn(run) }
     }
@@ -178,7 +178,7 @@ async fn proxied(url: &str, default_port: u16) -> (Proxy, Url) {
 struct RunningConsumer {
     health: Health,
     shutdown: CancellationToken,
-    changer: Changer<consumer::Config>,
+    changer: ReloadHandle<consumer::Config>,
     settings: Vec<String>,
     run: JoinHandle<anyhow::Result<()>>,
 }

@@ -75,7 +75,7 @@ async fn ends_well(service: Process) {
     service.terminate();
     assert_eq!(service.wait().await.code(), Some(0));
     let log = service.log().join("\n");
-    assert!(!log.contains("s3cret") && !log.contains("traces cannot be sent"), "{log}");
+    assert!(!log.contains("s3cret") && !log.contains("cannot send traces"), "{log}");
 }
 
 #[tokio::test]
@@ -255,13 +255,13 @@ async fn a_collector_that_is_silent_holds_up_neither_callbacks_nor_the_end() {
     .await;
     for service in [&producer, &consumer] {
         // They are told once, when the first batch of spans is given up.
-        service.wait_for_log("traces cannot be sent").await;
+        service.wait_for_log("cannot send traces").await;
         service.terminate();
         // A batch that is not answered takes 5 s, and there are several.
         let ended = timeout(Duration::from_secs(10), service.wait()).await;
         assert_eq!(ended.expect("it should not wait for the collector").code(), Some(0));
         let log = service.log();
-        let told = log.iter().filter(|line| line.contains("traces cannot be sent"));
+        let told = log.iter().filter(|line| line.contains("cannot send traces"));
         assert_eq!(told.count(), 1, "{log:?}");
     }
 }

@@ -88,7 +88,7 @@ impl Producer {
         let producer = Self::start_at(&amqp_uri(), &all).await;
         producer.ready().await;
         eventually("the producer is connected to its broker", DEADLINE, async || {
-            producer.health.done_without().is_empty().then_some(())
+            producer.health.missing_optional().is_empty().then_some(())
         })
         .await;
         producer
@@ -145,7 +145,7 @@ impl Producer {
     /// Waits until it is connected to the broker. It can be ready without that.
     pub(crate) async fn connected(&self) {
         eventually("the producer is connected to its broker", DEADLINE, async || {
-            self.health.done_without().iter().all(|(name, _)| *name != "broker").then_some(())
+            self.health.missing_optional().iter().all(|(name, _)| *name != "broker").then_some(())
         })
         .await;
     }

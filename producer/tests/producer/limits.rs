@@ -116,7 +116,7 @@ async fn after_sigterm_producer_is_not_ready_but_accepts_callbacks() {
     };
     assert_eq!(readyz().await, 200);
     producer.terminate();
-    producer.wait_for_log("not ready any more").await;
+    producer.wait_for_log("no longer ready").await;
     assert_eq!(readyz().await, 503);
     let mut wire = Wire::connect(address).await;
     wire.send_callback(1).await;

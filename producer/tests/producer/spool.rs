@@ -84,7 +84,7 @@ async fn with_a_full_spool_a_slow_broker_has_the_whole_deadline() {
     proxy.restore();
     proxy.slow_down(Duration::from_millis(60)..Duration::from_millis(70), Duration::ZERO);
     eventually("the producer is connected to its broker", DEADLINE, async || {
-        let missed = producer.health.done_without();
+        let missed = producer.health.missing_optional();
         missed.iter().all(|(name, _)| *name != "broker").then_some(())
     })
     .await;
@@ -115,7 +115,7 @@ impl BlockedDirectory {
     async fn unblock(&self, producer: &Producer) {
         fs::remove_file(&self.path).unwrap();
         eventually("the spool is open", DEADLINE, async || {
-            let missed = producer.health.done_without();
+            let missed = producer.health.missing_optional();
             missed.iter().all(|(name, _)| *name != "spool").then_some(())
         })
         .await;
@@ -128,7 +128,7 @@ async fn producer_works_without_a_spool_until_it_can_be_opened() {
     let blocked = BlockedDirectory::new();
     let producer = Producer::start_at(&uri, &[&blocked.argument()]).await;
     producer.ready().await;
-    assert_eq!(producer.health.done_without()[0].0, "spool");
+    assert_eq!(producer.health.missing_optional()[0].0, "spool");
     assert_eq!(producer.post_ids(&[1]).await.status, 200);
 
     blocked.unblock(&producer).await;
@@ -413,7 +413,7 @@ async fn spool_damaged_in_the_middle_is_replaced_and_relayed() {
     drop(file);
     proxy.restore();
     eventually("the damage is reported", DEADLINE, async || {
-        let reported = producer.health.done_without();
+        let reported = producer.health.missing_optional();
         reported.iter().any(|(name, _)| *name == "intact spool").then_some(())
     })
     .await;

@@ -1,39 +1,41 @@
-//! The smallest service that has commands as well, for the tests of the life cycle.
+//! A minimal service with commands, for the tests of the life cycle.
 
 use std::process::ExitCode;
 
 use anyhow::Context as _;
-use service::{CancellationToken, Description, Health, Invocation, Live, Unavailable, settings};
+use service::{
+    CancellationToken, Description, Health, Invocation, Reloadable, Unavailable, settings,
+};
 
 #[derive(Clone, Debug, clap::Args)]
 struct Settings {
-    /// How it ends
-    #[arg(long, value_enum, default_value = "well", global = true)]
+    /// How to end
+    #[arg(long, value_enum, default_value = "success", global = true)]
     ending: Ending,
-    /// End like that at once, without beginning anything
+    /// Reject the settings: end before the service or command starts
     #[arg(long, global = true)]
-    refused: bool,
-    /// What it prints with each change, and at its start
+    rejected: bool,
+    /// A reloadable setting, printed at the start and after each change
     #[arg(long, value_parser = settings::number(1..=100_u32), default_value = "1")]
     pace: u32,
-    /// What does not change while it runs
+    /// A setting that is not reloadable
     #[arg(long, default_value = "here")]
     place: String,
-    /// How many lines it logs at its start, as information and as warnings
+    /// How many lines to log at the start at each of the levels info and warn
     #[arg(long, value_parser = settings::number(0..=1_000_000_u32), default_value = "0")]
     noise: u32,
-    /// What to do instead of serving
+    /// The command to run instead of the service
     #[command(subcommand)]
     command: Option<Command>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 enum Ending {
-    Well,
+    Success,
     Failure,
     Unavailable,
     Panic,
-    /// Well, when a signal drains it.
+    /// Run until a signal drains the service, then end with success.
     Drained,
 }
 
@@ -41,25 +43,25 @@ enum Ending {
 enum Command {
     /// Log, print and end
     Greet,
-    /// Wait for the signal to drain
+    /// Wait until a signal starts the drain
     Wait,
-    /// Do not end, whatever the signal
+    /// Ignore the drain
     Hang,
 }
 
 fn main() -> ExitCode {
     let description = Description {
         name: "service-sample",
-        about: "Serves nothing and ends as it is told",
+        about: "Does nothing and ends as --ending specifies",
         admin_address: ":0",
         drain_delay: "0s",
-        live: &[&["PACE"]],
+        reloadable: &[&["PACE"]],
     };
     service::main_with_commands(description, plan)
 }
 
 fn plan(
-    mut live: Live<Settings>,
+    mut reloadable: Reloadable<Settings>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<
@@ -68,12 +70,12 @@ fn plan(
         impl Future<Output = anyhow::Result<()>> + Send + 'static,
     >,
 > {
-    let settings = live.now();
-    if settings.refused {
+    let settings = reloadable.current();
+    if settings.rejected {
         end(settings.ending)?;
     }
     Ok(match settings.command {
-        Some(command) => Invocation::Command(carry_out(command, settings.ending, shutdown)),
+        Some(command) => Invocation::Command(run_command(command, settings.ending, shutdown)),
         None => Invocation::Service(async move {
             count();
             tracing::info!(pace = settings.pace, place = settings.place, "settings");
@@ -83,9 +85,9 @@ fn plan(
                 tracing::warn!("failed again");
             }
             if settings.ending == Ending::Drained {
-                health.all_told();
+                health.finish_registration();
                 println!("{}", settings.pace);
-                while let Some(changed) = shutdown.run_until_cancelled(live.changed()).await {
+                while let Some(changed) = shutdown.run_until_cancelled(reloadable.changed()).await {
                     tracing::debug!(place = changed.place, "changed");
                     println!("{}", changed.pace);
                 }
@@ -101,7 +103,7 @@ fn count() {
     tracing::info!(total = service::metric_total("sample_total"), "counted");
 }
 
-async fn carry_out(
+async fn run_command(
     command: Command,
     ending: Ending,
     shutdown: CancellationToken,
@@ -110,7 +112,7 @@ async fn carry_out(
         Command::Greet => {
             tracing::info!("about to greet");
             println!("hello, total {}", service::metric_total("lastseen_build_info"));
-            tracing::warn!("have greeted");
+            tracing::warn!("greeted");
         }
         Command::Wait => {
             println!("waiting");
@@ -127,11 +129,11 @@ async fn carry_out(
 
 fn end(ending: Ending) -> anyhow::Result<()> {
     match ending {
-        Ending::Well | Ending::Drained => Ok(()),
-        Ending::Failure => Err(anyhow::anyhow!("no luck")).context("cannot end well"),
-        Ending::Unavailable => Err(Unavailable("another one has it".to_owned()))
-            .context("cannot have it")
-            .context("cannot end well"),
-        Ending::Panic => panic!("told to"),
+        Ending::Success | Ending::Drained => Ok(()),
+        Ending::Failure => Err(anyhow::anyhow!("inner cause")).context("outer context"),
+        Ending::Unavailable => Err(Unavailable("in use by another process".to_owned()))
+            .context("cannot open the file")
+            .context("outer context"),
+        Ending::Panic => panic!("requested by --ending"),
     }
 }

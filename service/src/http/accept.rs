@@ -1,4 +1,4 @@
-//! From the listener to a connection that has a slot.
+//! Accepts connections and assigns each a slot.
 
 use std::fs::File;
 use std::io;
@@ -12,29 +12,30 @@ use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, sleep, sleep_until, timeout};
 
-use super::idle::Waiting;
+use super::idle::IdleConnections;
 use super::linger::linger;
 
-/// How long to wait after a failed `accept`: trying again at once would spin.
+/// How long to wait after a failed `accept`, because an immediate retry would spin.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// How long a connection must have waited for a request before it is closed for the sake of another. A
-/// client that is about to use its connection does so earlier.
+/// How long a connection must have waited for a request before a new one may replace it. It
+/// protects clients that have just connected and are about to send their request.
 const EVICT_AFTER: Duration = Duration::from_millis(200);
-/// How long a new connection waits for a slot when no other one can be closed for it.
+/// How long a new connection waits for a slot when it cannot replace another one.
 const SLOT_TIMEOUT: Duration = Duration::from_millis(100);
-/// How many refused clients may be reading their 503 at once. Further ones are closed without.
-const REFUSALS: usize = 32;
-/// How long a refused client may take to read it.
+/// How many refused clients may be reading their 503 at once. Further ones are disconnected without
+/// a response.
+const REFUSALS_MAX: usize = 32;
+/// How long a refused client may take to read its 503.
 const REFUSAL_TIMEOUT: Duration = Duration::from_secs(1);
-/// Between two warnings about the same limit.
+/// The shortest time between two warnings about the same limit.
 const WARN_INTERVAL: Duration = Duration::from_secs(5);
-/// How much of a response may wait in the kernel before the server waits for the client. Without it, each
-/// client that does not read could make the kernel hold megabytes, and the rate at which a client reads
-/// would be seen in steps of megabytes.
+/// How much of a response may wait in the kernel before the server waits for the client. Without
+/// it, a client that does not read would fill megabytes of kernel memory, and the server could
+/// measure a client's reading rate only in steps of megabytes.
 const UNSENT_BYTES: u32 = 32 << 10;
 
 static REFUSAL: LazyLock<String> = LazyLock::new(|| {
-    let body = r#"{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"too many connections: send it again"}"#;
+    let body = r#"{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"too many connections: send the request again"}"#;
     let length = body.len();
     format!(
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\n\
@@ -42,24 +43,24 @@ static REFUSAL: LazyLock<String> = LazyLock::new(|| {
     )
 });
 
-/// Accepts connections, and finds a slot for each.
+/// Accepts connections and assigns each a slot.
 pub(super) struct Acceptor {
     listener: TcpListener,
     slots: Arc<Semaphore>,
-    waiting: Arc<Waiting>,
+    idle: Arc<IdleConnections>,
     refusals: Arc<Semaphore>,
-    /// A descriptor to give up when no other one is left, so that a client can be answered even then.
+    /// A file descriptor to free when none is left, so that a client can still be answered.
     reserve: Option<File>,
-    no_slot: Warned,
-    no_accept: Warned,
+    slot_warnings: WarningLimit,
+    accept_warnings: WarningLimit,
 }
 
-/// When a warning was last logged.
+/// Limits how often a warning is logged. Contains the time of the last one.
 #[derive(Default)]
-struct Warned(Option<Instant>);
+struct WarningLimit(Option<Instant>);
 
-impl Warned {
-    fn is_due(&mut self) -> bool {
+impl WarningLimit {
+    fn permits(&mut self) -> bool {
         let is_due = self.0.is_none_or(|last| last.elapsed() >= WARN_INTERVAL);
         if is_due {
             self.0 = Some(Instant::now());
@@ -69,14 +70,24 @@ impl Warned {
 }
 
 impl Acceptor {
-    pub(super) fn new(listener: TcpListener, slots: Arc<Semaphore>, waiting: Arc<Waiting>) -> Self {
-        let refusals = Arc::new(Semaphore::new(REFUSALS));
-        let (no_slot, no_accept) = (Warned::default(), Warned::default());
-        Self { listener, slots, waiting, refusals, reserve: reserve(), no_slot, no_accept }
+    pub(super) fn new(
+        listener: TcpListener,
+        slots: Arc<Semaphore>,
+        idle: Arc<IdleConnections>,
+    ) -> Self {
+        Self {
+            listener,
+            slots,
+            idle,
+            refusals: Arc::new(Semaphore::new(REFUSALS_MAX)),
+            reserve: reserve(),
+            slot_warnings: WarningLimit::default(),
+            accept_warnings: WarningLimit::default(),
+        }
     }
 
-    /// The next connection, with its slot; `None` if one could not be accepted or was refused.
-    /// Cancelled, it may have to drop a connection that has no slot yet.
+    /// Accepts the next connection and assigns it a slot. Returns `None` if that failed or the
+    /// connection was refused. Cancelling drops a connection that has no slot yet.
     pub(super) async fn next(&mut self) -> Option<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
         let (socket, peer) = match self.listener.accept().await {
             Ok(accepted) => accepted,
@@ -93,21 +104,23 @@ impl Acceptor {
         Some((socket, peer, slot))
     }
 
-    /// A slot, if need be by closing the connection that has waited longest for a request.
+    /// Acquires a slot, if necessary by closing the connection that has waited longest for a
+    /// request.
     async fn slot(&mut self) -> Option<OwnedSemaphorePermit> {
         if let Ok(slot) = Arc::clone(&self.slots).try_acquire_owned() {
             return Some(slot);
         }
-        if self.no_slot.is_due() {
+        if self.slot_warnings.permits() {
             tracing::warn!(
-                "all connections are taken: closing those that wait longest for a request, refusing new ones if none waits"
+                "the connection limit is reached; closing the connections that have waited longest for a request, or \
+                 refusing new ones if none waits"
             );
         }
-        if let Some(since) = self.waiting.oldest() {
+        if let Some(since) = self.idle.oldest() {
             let slot = Arc::clone(&self.slots).acquire_owned();
             tokio::select! {
                 slot = slot => return slot.ok(),
-                () = sleep_until(since + EVICT_AFTER) => self.waiting.evict(EVICT_AFTER),
+                () = sleep_until(since + EVICT_AFTER) => self.idle.evict_oldest(EVICT_AFTER),
             }
         }
         timeout(SLOT_TIMEOUT, Arc::clone(&self.slots).acquire_owned()).await.ok()?.ok()
@@ -116,23 +129,23 @@ impl Acceptor {
     fn refuse(&self, socket: TcpStream) {
         let Ok(permit) = Arc::clone(&self.refusals).try_acquire_owned() else { return };
         tokio::spawn(async move {
-            let _ = timeout(REFUSAL_TIMEOUT, answer_refusal(&socket)).await;
+            let _ = timeout(REFUSAL_TIMEOUT, send_refusal(&socket)).await;
             drop(permit);
         });
     }
 
-    /// After a failed `accept`. Out of descriptors, it gives up the reserve for as long as it takes to
+    /// Pauses after a failed `accept`. If no file descriptor is left, frees the reserved one to
     /// answer one client.
     async fn recover(&mut self, error: &io::Error) {
-        if self.no_accept.is_due() {
+        if self.accept_warnings.permits() {
             tracing::warn!(%error, "cannot accept a connection");
         }
-        let is_out = [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error);
-        if error.raw_os_error().is_some_and(|code| is_out.contains(&code))
+        let out_of_descriptors = [Errno::MFILE, Errno::NFILE].map(Errno::raw_os_error);
+        if error.raw_os_error().is_some_and(|code| out_of_descriptors.contains(&code))
             && self.reserve.take().is_some()
             && let Ok(Ok((socket, _))) = timeout(ACCEPT_PAUSE, self.listener.accept()).await
         {
-            let _ = timeout(ACCEPT_PAUSE, answer_refusal(&socket)).await;
+            let _ = timeout(ACCEPT_PAUSE, send_refusal(&socket)).await;
         } else {
             sleep(ACCEPT_PAUSE).await;
         }
@@ -145,7 +158,7 @@ fn reserve() -> Option<File> {
 }
 
 fn prepare(socket: &TcpStream) {
-    // Without it, small responses wait for the client's delayed ack.
+    // Without this, small responses wait for the client's delayed ack.
     if let Err(error) = socket.set_nodelay(true) {
         tracing::debug!(%error, "cannot set TCP_NODELAY");
     }
@@ -154,8 +167,8 @@ fn prepare(socket: &TcpStream) {
     }
 }
 
-async fn answer_refusal(socket: &TcpStream) {
-    // Nothing was sent before, so that all of it fits into the kernel's buffer.
+async fn send_refusal(socket: &TcpStream) {
+    // The kernel's buffer is empty, so one write takes the complete response.
     if socket.writable().await.is_ok() && socket.try_write(REFUSAL.as_bytes()).is_ok() {
         linger(socket).await;
     }

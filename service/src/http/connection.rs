@@ -1,4 +1,4 @@
-//! One connection: what it is doing, and for how long it may.
+//! One connection: its state and its time limits.
 
 use std::future::poll_fn;
 use std::io;
@@ -15,54 +15,53 @@ use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::Limits;
-use super::idle::{Ticket, Waiting};
+use super::idle::{EntryId, IdleConnections};
 use super::linger::linger;
 
-/// A client must read responses at least at this rate, in bytes per second, averaged over
+/// The slowest rate at which a client may read responses, in bytes per second, averaged over
 /// [`Limits::header_timeout`].
-const LEAST_RATE: f64 = 1024.0;
-/// How long a request is still worked on after its client has closed its sending side. The client may
-/// want the response, or may be gone: the two cannot be told apart.
+const MIN_READ_RATE: f64 = 1024.0;
+/// How long a request is processed after its client has closed its sending side. The client may
+/// still wait for the response or may be gone; the server cannot distinguish the two.
 const HALF_CLOSED_TIMEOUT: Duration = Duration::from_secs(5);
-/// When nothing limits a connection, its timer fires this much later.
-const FAR: Duration = Duration::from_hours(1);
+/// When a connection has no deadline, its timer fires after this time.
+const NO_DEADLINE: Duration = Duration::from_hours(1);
 
-/// The state of one connection, shared by the parts that see what it does: the stream below hyper, and
-/// the service above it.
+/// The state of one connection. The stream below hyper and the service above it both update it.
 pub(super) struct Connection {
     socket: TcpStream,
     limits: Limits,
     state: Mutex<State>,
-    waiting: Arc<Waiting>,
-    /// Notified when another connection needs the slot.
+    idle: Arc<IdleConnections>,
+    /// Notified when a new connection needs the slot of this one.
     evicted: Arc<Notify>,
 }
 
 struct State {
     phase: Phase,
-    /// The entry among those that wait for a request, while it has one.
-    ticket: Option<Ticket>,
-    /// Since when the client accepts no more bytes.
+    /// The entry in [`IdleConnections`] while the connection waits for a request.
+    idle_entry: Option<EntryId>,
+    /// When the client stopped accepting bytes, if it does not accept any now.
     blocked_since: Option<Instant>,
-    /// For how long the client may accept no more bytes. Each byte that it accepts adds to it, up to
-    /// [`Limits::header_timeout`]: so a client that reads slowly but steadily can read for any time, and
-    /// one that reads a byte now and then cannot.
-    patience: Duration,
+    /// How much longer the client may accept no bytes. Each accepted byte adds to it, up to
+    /// [`Limits::header_timeout`]. So a client can read slowly but steadily for any time, but
+    /// cannot keep the connection by reading a byte now and then.
+    blocked_budget: Duration,
 }
 
 #[derive(Clone, Copy)]
 enum Phase {
     /// No byte of the next request has arrived.
     Waiting { since: Instant },
-    /// Some of a request's head has arrived.
+    /// Part of a request's head has arrived.
     Head { since: Instant },
     /// From a request's head to the end of its response.
     Exchange { half_closed_since: Option<Instant> },
 }
 
-/// Why a connection is closed from our side.
+/// Why the server closes a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Cut {
+enum CloseReason {
     Idle,
     SlowHead,
     SlowReader,
@@ -71,18 +70,19 @@ enum Cut {
 }
 
 impl Connection {
-    pub(super) fn new(socket: TcpStream, limits: Limits, waiting: Arc<Waiting>) -> Arc<Self> {
+    pub(super) fn new(socket: TcpStream, limits: Limits, idle: Arc<IdleConnections>) -> Arc<Self> {
         let (now, evicted) = (Instant::now(), Arc::new(Notify::new()));
         let state = State {
             phase: Phase::Waiting { since: now },
-            ticket: Some(waiting.enter(now, &evicted)),
+            idle_entry: Some(idle.add(now, &evicted)),
             blocked_since: None,
-            patience: limits.header_timeout,
+            blocked_budget: limits.header_timeout,
         };
-        Arc::new(Self { socket, limits, state: Mutex::new(state), waiting, evicted })
+        Arc::new(Self { socket, limits, state: Mutex::new(state), idle, evicted })
     }
 
-    /// A request's head is complete. The exchange lasts until what this gives is dropped.
+    /// Must be called when a request's head is complete. The exchange lasts until the returned
+    /// guard is dropped.
     pub(super) fn begin_exchange(self: Arc<Self>) -> Exchange {
         {
             let mut state = self.lock();
@@ -95,35 +95,35 @@ impl Connection {
     fn end_exchange(&self) {
         let (mut state, now) = (self.lock(), Instant::now());
         state.phase = Phase::Waiting { since: now };
-        state.ticket = Some(self.waiting.enter(now, &self.evicted));
+        state.idle_entry = Some(self.idle.add(now, &self.evicted));
     }
 
     fn stop_waiting(&self, state: &mut State) {
-        if let Some(ticket) = state.ticket.take() {
-            self.waiting.leave(&ticket);
+        if let Some(entry) = state.idle_entry.take() {
+            self.idle.remove(&entry);
         }
     }
 
-    fn has_read(&self, count: usize) {
+    fn record_read(&self, count: usize) {
         let mut state = self.lock();
         if count > 0 && matches!(state.phase, Phase::Waiting { .. }) {
             state.phase = Phase::Head { since: Instant::now() };
         }
     }
 
-    /// The client accepts no more bytes for now.
-    fn is_blocked(&self) {
+    /// Records that the client accepts no bytes at the moment.
+    fn record_blocked(&self) {
         self.lock().blocked_since.get_or_insert_with(Instant::now);
     }
 
-    fn has_written(&self, count: usize) {
+    fn record_write(&self, count: usize) {
         let mut state = self.lock();
         let blocked = state.blocked_since.take().map(|since| since.elapsed()).unwrap_or_default();
         let count = u32::try_from(count).unwrap_or(u32::MAX);
-        let earned = Duration::from_secs_f64(f64::from(count) / LEAST_RATE);
-        let patience = state.patience.saturating_sub(blocked).saturating_add(earned);
-        state.patience = patience.min(self.limits.header_timeout);
-        // A response that is still being sent is no idle time.
+        let earned = Duration::from_secs_f64(f64::from(count) / MIN_READ_RATE);
+        let budget = state.blocked_budget.saturating_sub(blocked).saturating_add(earned);
+        state.blocked_budget = budget.min(self.limits.header_timeout);
+        // The idle time starts only after the response has been sent.
         if let Phase::Waiting { since } = &mut state.phase
             && !blocked.is_zero()
         {
@@ -131,24 +131,26 @@ impl Connection {
         }
     }
 
-    /// When the connection is to be closed, as things are now, and why.
-    fn deadline(&self) -> Option<(Instant, Cut)> {
+    /// When to close the connection in its current state, and why.
+    fn deadline(&self) -> Option<(Instant, CloseReason)> {
         let Limits { header_timeout, idle_timeout, .. } = self.limits;
         let state = self.lock();
         let of_phase = match state.phase {
             Phase::Waiting { since } => {
-                Some((since + idle_timeout.unwrap_or(header_timeout), Cut::Idle))
+                Some((since + idle_timeout.unwrap_or(header_timeout), CloseReason::Idle))
             }
-            Phase::Head { since } => Some((since + header_timeout, Cut::SlowHead)),
-            Phase::Exchange { half_closed_since } => {
-                half_closed_since.map(|since| (since + HALF_CLOSED_TIMEOUT, Cut::ClientGone))
-            }
+            Phase::Head { since } => Some((since + header_timeout, CloseReason::SlowHead)),
+            Phase::Exchange { half_closed_since } => half_closed_since
+                .map(|since| (since + HALF_CLOSED_TIMEOUT, CloseReason::ClientGone)),
         };
-        let of_reader = state.blocked_since.map(|since| (since + state.patience, Cut::SlowReader));
+        let of_reader = state
+            .blocked_since
+            .map(|since| (since + state.blocked_budget, CloseReason::SlowReader));
         of_phase.into_iter().chain(of_reader).min_by_key(|(at, _)| *at)
     }
 
-    /// hyper, which may not read during an exchange, does not see that the client is gone.
+    /// Checks whether the client is gone. hyper may not read during an exchange, so it would not
+    /// notice.
     fn poll_is_gone(&self, context: &mut Context<'_>) -> bool {
         let is_open =
             |state: &State| matches!(state.phase, Phase::Exchange { half_closed_since: None });
@@ -172,7 +174,7 @@ impl Connection {
     }
 }
 
-/// A request and its response are under way.
+/// A guard that exists while a request is processed and its response is sent.
 pub(super) struct Exchange(Arc<Connection>);
 
 impl Drop for Exchange {
@@ -181,78 +183,80 @@ impl Drop for Exchange {
     }
 }
 
-/// Drives `serving`, which is hyper on the connection's [`Wire`], until it ends or a limit is reached.
+/// Runs `serving`, which is hyper on the connection's [`TrackedStream`], until it ends or a limit
+/// is reached. Then closes the connection.
 pub(super) async fn drive<E: std::fmt::Display>(
     connection: &Connection,
     serving: impl Future<Output = Result<(), E>>,
 ) {
-    let cut = {
+    let reason = {
         let serving = pin!(serving);
-        unless_cut(connection, serving).await
+        serve_until_limit(connection, serving).await
     };
     connection.stop_waiting(&mut connection.lock());
-    match cut {
+    match reason {
         None => linger(&connection.socket).await,
-        // What the kernel still holds for a client that does not read is of no use.
-        Some(Cut::SlowReader) => {
+        // Discards the unsent bytes in the kernel, because the client does not read them.
+        Some(CloseReason::SlowReader) => {
             let _ = SockRef::from(&connection.socket).set_linger(Some(Duration::ZERO));
         }
         Some(_) => {}
     }
 }
 
-/// Gives the reason if a limit ended the connection.
-async fn unless_cut<E: std::fmt::Display>(
+/// Returns the reason if a limit was reached, or `None` if hyper ended the connection.
+async fn serve_until_limit<E: std::fmt::Display>(
     connection: &Connection,
     mut serving: Pin<&mut impl Future<Output = Result<(), E>>>,
-) -> Option<Cut> {
-    let mut armed = Instant::now() + FAR;
-    let mut timer = pin!(sleep_until(armed));
+) -> Option<CloseReason> {
+    let mut fires_at = Instant::now() + NO_DEADLINE;
+    let mut timer = pin!(sleep_until(fires_at));
     let mut evicted = pin!(connection.evicted.notified());
     poll_fn(|context| {
-        // hyper first, because what it reads and writes moves the deadline.
-        if let Poll::Ready(ended) = serving.as_mut().poll(context) {
-            if let Err(error) = ended {
+        // hyper first, because its reads and writes move the deadline.
+        if let Poll::Ready(result) = serving.as_mut().poll(context) {
+            if let Err(error) = result {
                 tracing::debug!(%error, "connection ended early");
             }
             return Poll::Ready(None);
         }
         if connection.poll_is_gone(context) {
-            return Poll::Ready(Some(Cut::ClientGone));
+            return Poll::Ready(Some(CloseReason::ClientGone));
         }
         while evicted.as_mut().poll(context).is_ready() {
-            // A request may have arrived just then.
+            // A request may have arrived since the eviction.
             if !matches!(connection.lock().phase, Phase::Exchange { .. }) {
-                return Poll::Ready(Some(Cut::Evicted));
+                return Poll::Ready(Some(CloseReason::Evicted));
             }
             evicted.set(connection.evicted.notified());
         }
         loop {
             let deadline = connection.deadline();
-            let at = deadline.map_or_else(|| Instant::now() + FAR, |(at, _)| at);
-            // A timer that is too early is left as it is, so that most requests set none.
-            if at < armed {
-                armed = at;
-                timer.as_mut().reset(armed);
+            let at = deadline.map_or_else(|| Instant::now() + NO_DEADLINE, |(at, _)| at);
+            // The timer is not moved back when the deadline is. It then fires too early and is set
+            // again, which is cheaper than a reset with each request.
+            if at < fires_at {
+                fires_at = at;
+                timer.as_mut().reset(fires_at);
             }
             ready!(timer.as_mut().poll(context));
-            if let Some((at, cut)) = deadline
+            if let Some((at, reason)) = deadline
                 && at <= Instant::now()
             {
-                tracing::debug!(reason = ?cut, "connection closed");
-                return Poll::Ready(Some(cut));
+                tracing::debug!(?reason, "connection closed");
+                return Poll::Ready(Some(reason));
             }
-            armed = at;
-            timer.as_mut().reset(armed);
+            fires_at = at;
+            timer.as_mut().reset(fires_at);
         }
     })
     .await
 }
 
-/// The stream below hyper.
-pub(super) struct Wire(Arc<Connection>);
+/// The stream below hyper. It records reads and writes in the [`Connection`].
+pub(super) struct TrackedStream(Arc<Connection>);
 
-impl Wire {
+impl TrackedStream {
     pub(super) fn new(connection: Arc<Connection>) -> Self {
         Self(connection)
     }
@@ -264,13 +268,13 @@ impl Wire {
     ) -> Poll<io::Result<usize>> {
         loop {
             if self.0.socket.poll_write_ready(context)?.is_pending() {
-                self.0.is_blocked();
+                self.0.record_blocked();
                 return Poll::Pending;
             }
             match write(&self.0.socket) {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 written => {
-                    self.0.has_written(*written.as_ref().unwrap_or(&0));
+                    self.0.record_write(*written.as_ref().unwrap_or(&0));
                     return Poll::Ready(written);
                 }
             }
@@ -278,7 +282,7 @@ impl Wire {
     }
 }
 
-impl AsyncRead for Wire {
+impl AsyncRead for TrackedStream {
     fn poll_read(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -290,7 +294,7 @@ impl AsyncRead for Wire {
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
                 read => {
                     let count = read?;
-                    self.0.has_read(count);
+                    self.0.record_read(count);
                     return Poll::Ready(Ok(()));
                 }
             }
@@ -298,7 +302,7 @@ impl AsyncRead for Wire {
     }
 }
 
-impl AsyncWrite for Wire {
+impl AsyncWrite for TrackedStream {
     fn poll_write(
         self: Pin<&mut Self>,
         context: &mut Context<'_>,
@@ -346,25 +350,25 @@ mod tests {
 
     // Field case 2.1
     #[tokio::test]
-    async fn a_byte_now_and_then_does_not_restore_a_readers_patience() {
+    async fn single_bytes_do_not_restore_the_budget_of_a_slow_reader() {
         let header_timeout = Duration::from_secs(10);
         let limits = Limits { header_timeout, ..Limits::default() };
         let connection = connection(limits).await;
         let left = || {
-            let (at, cut) = connection.deadline().unwrap();
-            assert_eq!(cut, Cut::SlowReader);
+            let (at, reason) = connection.deadline().unwrap();
+            assert_eq!(reason, CloseReason::SlowReader);
             at.saturating_duration_since(Instant::now())
         };
         for _ in 0..3 {
-            connection.is_blocked();
+            connection.record_blocked();
             sleep(Duration::from_millis(100)).await;
-            connection.has_written(1);
+            connection.record_write(1);
         }
-        connection.is_blocked();
+        connection.record_blocked();
         assert!(left() + Duration::from_millis(280) < header_timeout, "{:?}", left());
-        // As much as all of it is worth.
-        connection.has_written(1 << 20);
-        connection.is_blocked();
+        // Enough bytes to restore the whole budget.
+        connection.record_write(1 << 20);
+        connection.record_blocked();
         assert!(left() + Duration::from_millis(250) > header_timeout, "{:?}", left());
     }
 }

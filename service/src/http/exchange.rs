@@ -21,31 +21,31 @@ use tokio_util::sync::CancellationToken;
 use super::connection::{Connection, Exchange};
 use super::path;
 
-/// A body that a handler did not read is read and discarded before the response if it is no larger, and
-/// arrives within [`SKIP_TIMEOUT`]: the connection can then be used again.
-const SKIP_BYTES: u64 = 64 << 10;
-const SKIP_TIMEOUT: Duration = Duration::from_millis(50);
+/// A body of at most this size that the handler did not read is discarded before the response, if
+/// it arrives within [`DISCARD_TIMEOUT`]. The connection can then be reused.
+const DISCARD_BYTES_MAX: u64 = 64 << 10;
+const DISCARD_TIMEOUT: Duration = Duration::from_millis(50);
 
-/// What the requests of one server share.
+/// Signals between one server and its requests.
 #[derive(Clone)]
-pub(super) struct Door {
+pub(super) struct ServerSignals {
     pub(super) shutdown: CancellationToken,
     /// Notified of each request.
-    pub(super) request: Arc<Notify>,
+    pub(super) request_arrived: Arc<Notify>,
 }
 
-/// Has the router respond. The response announces the end of the connection if the server drains, or if
-/// the client still sends a body that nobody reads.
+/// Passes the request to the router. The response contains `Connection: close` if the server
+/// drains, or if the client still sends a body that the handler has not read.
 pub(super) async fn respond(
     connection: Arc<Connection>,
     peer: SocketAddr,
     router: TowerToHyperService<Router>,
-    door: Door,
+    signals: ServerSignals,
     request: Request<Incoming>,
 ) -> Result<Response<ResponseBody>, Infallible> {
     let exchange = connection.begin_exchange();
-    door.request.notify_one();
-    let unread = Unread::default();
+    signals.request_arrived.notify_one();
+    let unread = UnreadBody::default();
     let expects_continue = request.headers().contains_key(header::EXPECT);
     let mut request =
         request.map(|body| RequestBody { incoming: Some(body), unread: unread.clone() });
@@ -54,22 +54,22 @@ pub(super) async fn respond(
         *request.uri_mut() = uri;
     }
     let mut response = router.call(request).await?;
-    let is_body_left = match unread.take() {
-        Some(body) => expects_continue || !skip(body).await,
+    let is_body_pending = match unread.take() {
+        Some(body) => expects_continue || !discard(body).await,
         None => false,
     };
-    if is_body_left || door.shutdown.is_cancelled() {
+    if is_body_pending || signals.shutdown.is_cancelled() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(response.map(|body| ResponseBody { body, _exchange: exchange }))
 }
 
-/// Reads and discards a small body. Whether it has come to its end.
-async fn skip(mut body: Incoming) -> bool {
-    if body.size_hint().upper().is_none_or(|upper| upper > SKIP_BYTES) {
+/// Reads and discards a small body. Returns whether its end was reached.
+async fn discard(mut body: Incoming) -> bool {
+    if body.size_hint().upper().is_none_or(|upper| upper > DISCARD_BYTES_MAX) {
         return false;
     }
-    let to_the_end = async {
+    let read_all = async {
         while !body.is_end_stream() {
             match std::future::poll_fn(|context| Pin::new(&mut body).poll_frame(context)).await {
                 Some(Ok(_)) => {}
@@ -79,14 +79,14 @@ async fn skip(mut body: Incoming) -> bool {
         }
         true
     };
-    timeout(SKIP_TIMEOUT, to_the_end).await.unwrap_or(false)
+    timeout(DISCARD_TIMEOUT, read_all).await.unwrap_or(false)
 }
 
-/// Where a handler leaves what it did not read of a body.
+/// Receives the rest of a body that the handler dropped before its end.
 #[derive(Clone, Default)]
-struct Unread(Arc<Mutex<Option<Incoming>>>);
+struct UnreadBody(Arc<Mutex<Option<Incoming>>>);
 
-impl Unread {
+impl UnreadBody {
     fn put(&self, body: Incoming) {
         *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(body);
     }
@@ -96,11 +96,11 @@ impl Unread {
     }
 }
 
-/// A request's body, which goes to [`Unread`] if it is dropped before its end.
+/// A request's body. If the handler drops it before its end, it moves the rest to [`UnreadBody`].
 struct RequestBody {
     /// `None` once it has ended.
     incoming: Option<Incoming>,
-    unread: Unread,
+    unread: UnreadBody,
 }
 
 impl Body for RequestBody {
@@ -136,7 +136,7 @@ impl Drop for RequestBody {
     }
 }
 
-/// A response's body. hyper drops it once it has taken the last of it, and the exchange ends.
+/// A response's body. The exchange ends when hyper drops it, after its last byte.
 pub(super) struct ResponseBody {
     body: AxumBody,
     _exchange: Exchange,

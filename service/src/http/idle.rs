@@ -6,14 +6,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 use tokio::time::{Duration, Instant};
 
-/// The connections that wait for a request, in the order in which they began to, so that the server can
-/// close the one that has waited longest when it needs room for another.
+/// The connections that wait for a request, ordered by the start of the wait, so that the server
+/// can close the one that has waited longest when it needs its slot for a new connection.
 #[derive(Default)]
-pub(super) struct Waiting(Mutex<Entries>);
+pub(super) struct IdleConnections(Mutex<Entries>);
 
 #[derive(Default)]
 struct Entries {
-    next: u64,
+    next_id: u64,
     by_age: BTreeMap<u64, Entry>,
 }
 
@@ -22,34 +22,33 @@ struct Entry {
     evicted: Arc<Notify>,
 }
 
-/// Names an entry.
-pub(super) struct Ticket(u64);
+/// Identifies an entry.
+pub(super) struct EntryId(u64);
 
-impl Waiting {
-    /// Adds a connection, which must close when `evicted` is notified while it still waits.
-    pub(super) fn enter(&self, since: Instant, evicted: &Arc<Notify>) -> Ticket {
+impl IdleConnections {
+    /// Adds a connection. When `evicted` is notified, it must close unless it no longer waits.
+    pub(super) fn add(&self, since: Instant, evicted: &Arc<Notify>) -> EntryId {
         let mut entries = self.lock();
-        let number = entries.next;
-        entries.next += 1;
-        entries.by_age.insert(number, Entry { since, evicted: Arc::clone(evicted) });
-        Ticket(number)
+        let id = entries.next_id;
+        entries.next_id += 1;
+        entries.by_age.insert(id, Entry { since, evicted: Arc::clone(evicted) });
+        EntryId(id)
     }
 
-    /// Removes a connection.
-    pub(super) fn leave(&self, ticket: &Ticket) {
-        self.lock().by_age.remove(&ticket.0);
+    pub(super) fn remove(&self, id: &EntryId) {
+        self.lock().by_age.remove(&id.0);
     }
 
-    /// Since when the oldest entry waits.
+    /// When the oldest entry began to wait.
     pub(super) fn oldest(&self) -> Option<Instant> {
         Some(self.lock().by_age.first_key_value()?.1.since)
     }
 
-    /// Has the oldest entry closed, if it has waited for at least `least`.
-    pub(super) fn evict(&self, least: Duration) {
+    /// Closes the connection that has waited longest, if it has waited for at least `min_wait`.
+    pub(super) fn evict_oldest(&self, min_wait: Duration) {
         let mut entries = self.lock();
         if let Some(oldest) = entries.by_age.first_entry()
-            && oldest.get().since.elapsed() >= least
+            && oldest.get().since.elapsed() >= min_wait
         {
             oldest.remove().evicted.notify_one();
         }

@@ -10,15 +10,15 @@ use tokio::net::{TcpListener, TcpSocket};
 /// How many connections may wait to be accepted; the kernel may allow fewer (`net.core.somaxconn`).
 const BACKLOG: u32 = 4_096;
 
-/// Listens on `address`. The unspecified IPv6 address `[::]`, which is what `:9090` means in a setting,
-/// takes IPv4 connections as well, whatever the machine's `net.ipv6.bindv6only` says; on a machine without
-/// IPv6 it is `0.0.0.0`.
+/// Listens on `address`. The unspecified IPv6 address `[::]`, which `:9090` means in a setting,
+/// also accepts IPv4 connections, regardless of the machine's `net.ipv6.bindv6only`. On a machine
+/// without IPv6, it is replaced by `0.0.0.0`.
 ///
 /// # Errors
-/// When the address is taken, or is not one of this machine.
+/// When the address is in use, or is not one of this machine.
 ///
 /// # Panics
-/// Outside of a tokio runtime.
+/// Outside a tokio runtime.
 pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     bind(address).or_else(|error| {
         if address.ip() == Ipv6Addr::UNSPECIFIED && is_without_ipv6(&error) {
@@ -28,10 +28,10 @@ pub fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     })
 }
 
-/// An address by which this machine reaches a server of its own that listens on `ip`.
+/// The address by which a process on this machine reaches a server that listens on `ip`.
 #[must_use]
-pub fn reachable(ip: IpAddr) -> IpAddr {
-    // `[::]` takes IPv4 too.
+pub fn reachable_ip(ip: IpAddr) -> IpAddr {
+    // `[::]` accepts IPv4 too.
     if ip.is_unspecified() { Ipv4Addr::LOCALHOST.into() } else { ip }
 }
 
@@ -40,7 +40,7 @@ fn bind(address: SocketAddr) -> io::Result<TcpListener> {
     if address.ip() == Ipv6Addr::UNSPECIFIED {
         SockRef::from(&socket).set_only_v6(false)?;
     }
-    // Connections of the process before this one may still be closing.
+    // Connections of the previous process may still be closing.
     socket.set_reuseaddr(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)
@@ -63,17 +63,17 @@ mod tests {
 
     // Field case 1.9
     #[tokio::test]
-    async fn all_interfaces_are_those_of_ipv4_and_of_ipv6() {
-        let port = listen("[::]:0".parse().unwrap()).unwrap();
-        let port_number = port.local_addr().unwrap().port();
-        assert!(is_reachable("127.0.0.1", port_number).await);
-        // A machine without IPv6 has nothing else to reach.
+    async fn unspecified_ipv6_address_accepts_ipv4_and_ipv6() {
+        let listener = listen("[::]:0".parse().unwrap()).unwrap();
+        let port = listener.local_addr().unwrap().port();
+        assert!(is_reachable("127.0.0.1", port).await);
+        // Skips IPv6 on a machine without it.
         let has_ipv6 = std::net::TcpListener::bind("[::1]:0").is_ok();
-        assert_eq!(is_reachable("::1", port_number).await, has_ipv6);
+        assert_eq!(is_reachable("::1", port).await, has_ipv6);
     }
 
     #[tokio::test]
-    async fn an_ipv4_address_is_of_ipv4_only() {
+    async fn ipv4_address_accepts_ipv4_only() {
         for address in ["0.0.0.0:0", "127.0.0.1:0"] {
             let listener = listen(address.parse().unwrap()).unwrap();
             let port = listener.local_addr().unwrap().port();

@@ -1,16 +1,17 @@
-//! One form for all spellings of a path.
+//! Normalizes the paths of requests.
 
 use axum::http::Uri;
 use axum::http::uri::PathAndQuery;
 
-/// The URI with its path in normal form, or `None` if it has that form already.
+/// The URI with its path in normal form, or `None` if it already has that form.
 ///
-/// Percent-encoded letters, digits, `-`, `.`, `_` and `~` are decoded, and `.` and `..` are resolved (RFC 3986, section 6.2.2). Empty
-/// segments are removed, including the last one: they come from joining URLs with a slash on both sides. Upper and lower case differ.
+/// Percent-encoded letters, digits, `-`, `.`, `_` and `~` are decoded, and `.` and `..` are
+/// resolved (RFC 3986, section 6.2.2). Empty segments are removed, including the last one: they
+/// come from joining URLs with a slash on both sides. Paths are case-sensitive.
 pub(super) fn normalized(uri: &Uri) -> Option<Uri> {
     let path = uri.path();
-    let is_suspect = path.contains('%') || path.contains("//") || path.contains("/.");
-    if !path.starts_with('/') || path == "/" || !is_suspect && !path.ends_with('/') {
+    let may_differ = path.contains('%') || path.contains("//") || path.contains("/.");
+    if !path.starts_with('/') || path == "/" || !may_differ && !path.ends_with('/') {
         return None;
     }
     let decoded = decode_unreserved(path);

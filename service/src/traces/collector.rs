@@ -1,5 +1,5 @@
-//! Sends spans to the collector. They wait in a bounded queue, and those without room are dropped: traces never
-//! delay the work that they describe.
+//! Sends spans to the collector. Spans wait in a bounded queue and are dropped when it is full, so
+//! that traces never delay the work that they describe.
 
 use std::error::Error as _;
 use std::sync::{Mutex, PoisonError};
@@ -19,21 +19,21 @@ use tokio::runtime::Handle;
 use super::config::{EXPORT_TIMEOUT, Export};
 use super::{Config, TRACER};
 
-/// How long a collector may delay the end of the process.
-const FAREWELL: Duration = Duration::from_secs(2);
-/// As many as a full batch of rows has: a span for all of them can name each.
+/// How long the collector may delay the end of the process.
+const FLUSH_TIMEOUT: Duration = Duration::from_secs(2);
+/// The size of a full batch of rows, so that its span can link to the span of each row.
 const MAX_LINKS: u32 = 1_000;
-/// The shortest time between two log lines about a collector that is away now and then.
+/// The shortest time between two log lines about an unreliable collector.
 const LOG_INTERVAL: Duration = Duration::from_mins(1);
 
-/// Traces, if there are any.
+/// The span exporter, or `None` if traces are off.
 pub(crate) struct Traces(Option<SdkTracerProvider>);
 
 impl Traces {
     /// Starts to send [`Span`](super::Span)s, on the current runtime. `name` is the service's.
     ///
-    /// What cannot be used of `config` is logged and left out, at worst the traces: they are never a reason not to
-    /// start.
+    /// An unusable value in `config` is logged and ignored. At worst there are no traces: they must
+    /// never prevent a start.
     pub(crate) fn start(config: &Config, name: &'static str) -> Self {
         let (export, warnings) = config.export(name);
         for warning in warnings {
@@ -42,15 +42,12 @@ impl Traces {
         let Some(export) = export else { return Self(None) };
         match provider(export) {
             Ok(provider) => {
-                // There is none yet: this is called once.
+                // Cannot fail, because this is called once.
                 _ = TRACER.set(provider.tracer("lastseen"));
                 Self(Some(provider))
             }
             Err(step) => {
-                tracing::warn!(
-                    step,
-                    "traces cannot be set up; there are none until the next start"
-                );
+                tracing::warn!(step, "cannot set up traces; there are none until the next start");
                 Self(None)
             }
         }
@@ -59,15 +56,16 @@ impl Traces {
     /// Sends the remaining spans, if the collector accepts them within a short time.
     pub(crate) async fn finish(self) {
         let Some(provider) = self.0 else { return };
-        let sending = tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(FAREWELL));
-        if !matches!(sending.await, Ok(Ok(()))) {
-            tracing::debug!("the last spans are not sent");
+        let flush =
+            tokio::task::spawn_blocking(move || provider.shutdown_with_timeout(FLUSH_TIMEOUT));
+        if !matches!(flush.await, Ok(Ok(()))) {
+            tracing::debug!("the last spans were not sent");
         }
     }
 }
 
 /// # Errors
-/// The step that failed. The reason is left out: it may quote the URL, in which there may be a password.
+/// The step that failed. The reason is omitted, because it may quote the URL with its password.
 fn provider(export: Export) -> Result<SdkTracerProvider, &'static str> {
     let client = export.client().map_err(|_| "HTTP client")?;
     let exporter = SpanExporter::builder()
@@ -87,19 +85,19 @@ fn provider(export: Export) -> Result<SdkTracerProvider, &'static str> {
         .build())
 }
 
-/// The client that the exporter posts by.
+/// The exporter's HTTP client.
 #[derive(Debug)]
 struct Collector {
     client: Client,
-    /// The exporter has a thread of its own, and no runtime there.
+    /// The runtime of the requests: the exporter calls from a thread of its own, which has none.
     runtime: Handle,
     outage: Mutex<Outage>,
 }
 
 #[derive(Debug, Default)]
 struct Outage {
-    lasts: bool,
-    told_at: Option<Instant>,
+    is_ongoing: bool,
+    logged_at: Option<Instant>,
 }
 
 impl Collector {
@@ -107,34 +105,37 @@ impl Collector {
         Self { client, runtime: Handle::current(), outage: Mutex::default() }
     }
 
-    /// Logs an outage once.
-    fn note(&self, posted: &Result<(), String>) {
+    /// Logs the beginning of an outage, at most once in [`LOG_INTERVAL`].
+    fn record(&self, result: &Result<(), String>) {
         let mut outage = self.outage.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_known = std::mem::replace(&mut outage.lasts, posted.is_err());
-        let Err(reason) = posted else { return };
-        if is_known || outage.told_at.is_some_and(|told_at| told_at.elapsed() < LOG_INTERVAL) {
+        let was_ongoing = std::mem::replace(&mut outage.is_ongoing, result.is_err());
+        let Err(reason) = result else { return };
+        if was_ongoing || outage.logged_at.is_some_and(|at| at.elapsed() < LOG_INTERVAL) {
             return;
         }
-        outage.told_at = Some(Instant::now());
-        tracing::warn!(reason, "traces cannot be sent; spans are dropped until they can");
+        outage.logged_at = Some(Instant::now());
+        tracing::warn!(
+            reason,
+            "cannot send traces; spans are dropped until the collector accepts them"
+        );
     }
 }
 
 #[async_trait]
 impl HttpClient for Collector {
     async fn send_bytes(&self, request: Request<Bytes>) -> Result<Response<Bytes>, HttpError> {
-        let posted = self.runtime.spawn(post(self.client.clone(), request)).await;
-        let posted = posted.unwrap_or_else(|ended| Err(ended.to_string()));
-        self.note(&posted);
-        // The body of a success is not used.
-        Ok(posted.map(|()| Response::new(Bytes::new()))?)
+        let result = self.runtime.spawn(post(self.client.clone(), request)).await;
+        let result = result.unwrap_or_else(|error| Err(error.to_string()));
+        self.record(&result);
+        // The exporter does not use the body of a success.
+        Ok(result.map(|()| Response::new(Bytes::new()))?)
     }
 }
 
 /// Posts the request. The error does not contain the URL, which may hold a password.
 async fn post(client: Client, request: Request<Bytes>) -> Result<(), String> {
-    let posted = async { client.execute(request.try_into()?).await?.error_for_status() };
-    posted.await.map(drop).map_err(|error| {
+    let response = async { client.execute(request.try_into()?).await?.error_for_status() };
+    response.await.map(drop).map_err(|error| {
         let error = error.without_url();
         let mut cause = error.source();
         while let Some(deeper) = cause.and_then(std::error::Error::source) {

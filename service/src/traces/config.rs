@@ -1,6 +1,5 @@
-//! The settings of traces. Their names and values are those of OpenTelemetry's specification, which also says what
-//! becomes of a value that cannot be used: a warning, and the value counts as not set. So none of them keeps
-//! a process from starting.
+//! The settings of traces. Names and values follow OpenTelemetry's specification. As it demands, an
+//! unusable value is ignored with a warning, so that no value prevents the start.
 
 use std::convert::Infallible;
 use std::time::Duration;
@@ -12,46 +11,49 @@ use reqwest::{Client, Url, redirect};
 
 use crate::settings;
 
-/// How long the collector may take for one batch of spans.
+/// How long the collector may take to accept one batch of spans.
 pub(super) const EXPORT_TIMEOUT: Duration = Duration::from_secs(5);
 
-/// A value, or what is allowed instead.
+/// A value; or if it is unusable, what is allowed instead.
 type Lenient<T> = Result<T, String>;
 
 /// Which traces are sent, and to which collector.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Traces")]
 #[group(skip)]
-#[expect(clippy::struct_field_names, reason = "the names of the variables are made of them")]
+#[expect(clippy::struct_field_names, reason = "the variables are named after them")]
 pub(crate) struct Config {
-    /// The collector of traces, by OTLP over HTTP (protobuf); /v1/traces is appended. Without this or the next one, there are none
+    /// URL of the trace collector (OTLP over HTTP, protobuf), to which /v1/traces is appended.
+    /// Without this or the next setting there are no traces
     #[arg(long, value_parser = lenient(endpoint))]
     otel_exporter_otlp_endpoint: Option<Lenient<Url>>,
-    /// The URL to send traces to, used as it is, instead of the one above
+    /// URL to send traces to, used unchanged instead of the one above
     #[arg(long, value_parser = lenient(endpoint))]
     otel_exporter_otlp_traces_endpoint: Option<Lenient<Url>>,
-    /// Headers for the collector, as NAME=VALUE,NAME=VALUE, the values percent-encoded
+    /// Headers for the collector, as NAME=VALUE,NAME=VALUE with percent-encoded values
     #[arg(long, value_parser = lenient(headers))]
     otel_exporter_otlp_headers: Option<Lenient<HeaderMap>>,
-    /// Headers for the collector, instead of the ones above
+    /// Headers for the collector instead of the ones above
     #[arg(long, value_parser = lenient(headers))]
     otel_exporter_otlp_traces_headers: Option<Lenient<HeaderMap>>,
-    /// How traces are sent: http/protobuf is the only way
+    /// Protocol for sending traces; only http/protobuf is supported
     #[arg(long, value_parser = lenient(protocol))]
     otel_exporter_otlp_protocol: Option<Lenient<()>>,
-    /// The name of this process in traces, if not its own
+    /// Name of this process in traces [default: the program's name]
     #[arg(long)]
     otel_service_name: Option<String>,
-    /// Where traces are sent: otlp, or none for no traces
+    /// Whether to send traces: otlp, or none
     #[arg(long, value_parser = lenient(exporter))]
     otel_traces_exporter: Option<Lenient<Exporter>>,
-    /// Which traces are recorded: `always_on`, `always_off`, `traceidratio`, or `parentbased_…`, which follows the sender of the callback if that says [default: `parentbased_always_on`]
-    #[arg(long, value_parser = lenient(recorded))]
-    otel_traces_sampler: Option<Lenient<Recorded>>,
-    /// The share of traces that traceidratio records, from 0 to 1 [default: 1]
+    /// Which traces to record: `always_on`, `always_off`, `traceidratio`, or `parentbased_…`, which
+    /// adopts the decision of the callback's sender if it sent one [default:
+    /// `parentbased_always_on`]
+    #[arg(long, value_parser = lenient(sampling))]
+    otel_traces_sampler: Option<Lenient<Sampling>>,
+    /// Fraction of traces that traceidratio records, from 0 to 1 [default: 1]
     #[arg(long, value_parser = lenient(settings::number(0.0..=1.0)))]
     otel_traces_sampler_arg: Option<Lenient<f64>>,
-    /// Whether there are no traces whatever else is set, true or false
+    /// true turns traces off regardless of the other settings
     #[arg(long, value_parser = lenient(is_true))]
     otel_sdk_disabled: Option<Lenient<bool>>,
 }
@@ -62,9 +64,9 @@ enum Exporter {
     None,
 }
 
-/// Which traces are recorded.
+/// Which traces to record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Recorded {
+enum Sampling {
     AlwaysOn,
     AlwaysOff,
     ByRatio,
@@ -82,8 +84,8 @@ pub(super) struct Export {
 }
 
 impl Config {
-    /// Where and how to send traces, or `None` if they are off, and warnings about values that are ignored. With
-    /// traces off, no other variable is looked at. `name` is the process's own.
+    /// Returns where and how to send traces, or `None` if they are off, and warnings about ignored
+    /// values. With traces off, values are not checked. `name` is the program's name.
     pub(super) fn export(&self, name: &'static str) -> (Option<Export>, Vec<String>) {
         let mut warnings = Vec::new();
         if matches!(self.otel_sdk_disabled, Some(Ok(true)))
@@ -91,36 +93,36 @@ impl Config {
         {
             return (None, warnings);
         }
-        let mut usable = Usable { warnings: &mut warnings };
-        let traces_endpoint = usable.of(
+        let mut checker = Checker { warnings: &mut warnings };
+        let traces_endpoint = checker.check(
             "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
             self.otel_exporter_otlp_traces_endpoint.as_ref(),
         );
         let endpoint = || {
-            let endpoint =
-                usable.of("OTEL_EXPORTER_OTLP_ENDPOINT", self.otel_exporter_otlp_endpoint.as_ref());
+            let endpoint = checker
+                .check("OTEL_EXPORTER_OTLP_ENDPOINT", self.otel_exporter_otlp_endpoint.as_ref());
             endpoint.map(with_traces_path)
         };
         let Some(url) = traces_endpoint.or_else(endpoint) else { return (None, warnings) };
-        let mut usable = Usable { warnings: &mut warnings };
-        usable.of("OTEL_SDK_DISABLED", self.otel_sdk_disabled.as_ref());
-        usable.of("OTEL_TRACES_EXPORTER", self.otel_traces_exporter.as_ref());
-        usable.of("OTEL_EXPORTER_OTLP_PROTOCOL", self.otel_exporter_otlp_protocol.as_ref());
-        let traces_headers = usable.of(
+        let mut checker = Checker { warnings: &mut warnings };
+        checker.check("OTEL_SDK_DISABLED", self.otel_sdk_disabled.as_ref());
+        checker.check("OTEL_TRACES_EXPORTER", self.otel_traces_exporter.as_ref());
+        checker.check("OTEL_EXPORTER_OTLP_PROTOCOL", self.otel_exporter_otlp_protocol.as_ref());
+        let traces_headers = checker.check(
             "OTEL_EXPORTER_OTLP_TRACES_HEADERS",
             self.otel_exporter_otlp_traces_headers.as_ref(),
         );
         let headers = traces_headers.or_else(|| {
-            usable.of("OTEL_EXPORTER_OTLP_HEADERS", self.otel_exporter_otlp_headers.as_ref())
+            checker.check("OTEL_EXPORTER_OTLP_HEADERS", self.otel_exporter_otlp_headers.as_ref())
         });
-        let recorded = usable.of("OTEL_TRACES_SAMPLER", self.otel_traces_sampler.as_ref());
-        let share = usable.of("OTEL_TRACES_SAMPLER_ARG", self.otel_traces_sampler_arg.as_ref());
+        let sampling = checker.check("OTEL_TRACES_SAMPLER", self.otel_traces_sampler.as_ref());
+        let ratio = checker.check("OTEL_TRACES_SAMPLER_ARG", self.otel_traces_sampler_arg.as_ref());
         let export = Export {
             url,
             service_name: self.otel_service_name.clone().unwrap_or_else(|| name.to_owned()),
             sampler: sampler(
-                recorded.unwrap_or(Recorded::ParentElseAlwaysOn),
-                share.unwrap_or(1.0),
+                sampling.unwrap_or(Sampling::ParentElseAlwaysOn),
+                ratio.unwrap_or(1.0),
             ),
             headers: headers.unwrap_or_default(),
         };
@@ -128,13 +130,14 @@ impl Config {
     }
 }
 
-/// Collects warnings about values that cannot be used.
-struct Usable<'a> {
+/// Collects warnings about unusable values.
+struct Checker<'a> {
     warnings: &'a mut Vec<String>,
 }
 
-impl Usable<'_> {
-    fn of<T: Clone>(&mut self, name: &str, value: Option<&Lenient<T>>) -> Option<T> {
+impl Checker<'_> {
+    /// The value if it is usable. Otherwise, its warning is added.
+    fn check<T: Clone>(&mut self, name: &str, value: Option<&Lenient<T>>) -> Option<T> {
         match value {
             Some(Ok(value)) => Some(value.clone()),
             Some(Err(allowed)) => {
@@ -148,7 +151,7 @@ impl Usable<'_> {
 
 impl Export {
     /// # Errors
-    /// When the HTTP client cannot be set up, for instance without the system's certificates.
+    /// When the HTTP client cannot be built, for instance without the system's certificates.
     pub(super) fn client(&self) -> Result<Client, reqwest::Error> {
         Client::builder()
             .timeout(EXPORT_TIMEOUT)
@@ -195,21 +198,21 @@ fn exporter(text: &str) -> Result<Exporter, String> {
     }
 }
 
-fn recorded(text: &str) -> Result<Recorded, String> {
+fn sampling(text: &str) -> Result<Sampling, String> {
     match text.to_ascii_lowercase().as_str() {
-        "always_on" => Ok(Recorded::AlwaysOn),
-        "always_off" => Ok(Recorded::AlwaysOff),
-        "traceidratio" => Ok(Recorded::ByRatio),
-        "parentbased_always_on" => Ok(Recorded::ParentElseAlwaysOn),
-        "parentbased_always_off" => Ok(Recorded::ParentElseAlwaysOff),
-        "parentbased_traceidratio" => Ok(Recorded::ParentElseByRatio),
+        "always_on" => Ok(Sampling::AlwaysOn),
+        "always_off" => Ok(Sampling::AlwaysOff),
+        "traceidratio" => Ok(Sampling::ByRatio),
+        "parentbased_always_on" => Ok(Sampling::ParentElseAlwaysOn),
+        "parentbased_always_off" => Ok(Sampling::ParentElseAlwaysOff),
+        "parentbased_traceidratio" => Ok(Sampling::ParentElseByRatio),
         _ => Err("expected always_on, always_off, traceidratio, parentbased_always_on, \
                   parentbased_always_off or parentbased_traceidratio; parentbased_always_on applies"
             .to_owned()),
     }
 }
 
-/// The specification takes every other value as false.
+/// The specification treats every other value as false.
 fn is_true(text: &str) -> Result<bool, String> {
     match text.to_ascii_lowercase().as_str() {
         "true" => Ok(true),
@@ -218,19 +221,19 @@ fn is_true(text: &str) -> Result<bool, String> {
     }
 }
 
-fn sampler(recorded: Recorded, share: f64) -> Sampler {
-    let by_ratio = Sampler::TraceIdRatioBased(share);
-    match recorded {
-        Recorded::AlwaysOn => Sampler::AlwaysOn,
-        Recorded::AlwaysOff => Sampler::AlwaysOff,
-        Recorded::ByRatio => by_ratio,
-        Recorded::ParentElseAlwaysOn => Sampler::ParentBased(Box::new(Sampler::AlwaysOn)),
-        Recorded::ParentElseAlwaysOff => Sampler::ParentBased(Box::new(Sampler::AlwaysOff)),
-        Recorded::ParentElseByRatio => Sampler::ParentBased(Box::new(by_ratio)),
+fn sampler(sampling: Sampling, ratio: f64) -> Sampler {
+    let by_ratio = Sampler::TraceIdRatioBased(ratio);
+    match sampling {
+        Sampling::AlwaysOn => Sampler::AlwaysOn,
+        Sampling::AlwaysOff => Sampler::AlwaysOff,
+        Sampling::ByRatio => by_ratio,
+        Sampling::ParentElseAlwaysOn => Sampler::ParentBased(Box::new(Sampler::AlwaysOn)),
+        Sampling::ParentElseAlwaysOff => Sampler::ParentBased(Box::new(Sampler::AlwaysOff)),
+        Sampling::ParentElseByRatio => Sampler::ParentBased(Box::new(by_ratio)),
     }
 }
 
-/// The values may be secrets: they are marked, so that no `Debug` shows them.
+/// The values may be secrets, so they are marked as sensitive: `Debug` does not show them.
 fn headers(text: &str) -> Result<HeaderMap, String> {
     let header = |pair: &str| {
         let (name, value) = pair.split_once('=')?;
@@ -275,7 +278,7 @@ mod tests {
 
     /// Field case 6.8.
     #[test]
-    fn the_traces_endpoint_alone_is_used_as_it_is() {
+    fn traces_endpoint_is_used_unchanged() {
         let general = "--otel-exporter-otlp-endpoint";
         let traces = "--otel-exporter-otlp-traces-endpoint";
         for (flags, url) in [
@@ -283,7 +286,7 @@ mod tests {
             (vec![format!("{general}=https://a/base/")], Some("https://a/base/v1/traces")),
             (vec![format!("{traces}=http://b/own")], Some("http://b/own")),
             (vec![format!("{general}=http://a"), format!("{traces}=http://b")], Some("http://b/")),
-            // One that cannot be used counts as not set.
+            // An unusable value counts as not set.
             (
                 vec![format!("{general}=http://a"), format!("{traces}=b:4318")],
                 Some("http://a/v1/traces"),

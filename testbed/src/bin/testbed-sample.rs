@@ -3,7 +3,7 @@
 use std::process::ExitCode;
 use std::time::Duration;
 
-use service::{Description, Health, Live};
+use service::{Description, Health, Reloadable};
 
 #[derive(Clone, Debug, clap::Args)]
 struct Settings {
@@ -18,18 +18,21 @@ fn main() -> ExitCode {
         about: "Does nothing until it is told to stop",
         admin_address: ":0",
         drain_delay: "0s",
-        live: &[],
+        reloadable: &[],
     };
-    service::main(description, |settings: Live<Settings>, health: Health, shutdown| async move {
-        let (status, watched) = tokio::sync::watch::channel(Err("still warming up".to_owned()));
-        health.needs("itself", watched);
-        health.all_told();
-        tracing::info!(greeting = settings.now().greeting, folder = ?std::env::current_dir()?, "sample");
-        metrics::counter!("sample_total", "kind" => "a").increment(2);
-        metrics::counter!("sample_total", "kind" => "b").increment(3);
-        tokio::time::sleep(Duration::from_millis(100)).await;
-        status.send(Ok(()))?;
-        shutdown.cancelled().await;
-        anyhow::Ok(())
-    })
+    service::main(
+        description,
+        |settings: Reloadable<Settings>, health: Health, shutdown| async move {
+            let (status, watched) = tokio::sync::watch::channel(Err("still warming up".to_owned()));
+            health.add_required("itself", watched);
+            health.finish_registration();
+            tracing::info!(greeting = settings.current().greeting, folder = ?std::env::current_dir()?, "sample");
+            metrics::counter!("sample_total", "kind" => "a").increment(2);
+            metrics::counter!("sample_total", "kind" => "b").increment(3);
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            status.send(Ok(()))?;
+            shutdown.cancelled().await;
+            anyhow::Ok(())
+        },
+    )
 }

@@ -33,7 +33,7 @@ async fn what_was_not_told_is_found_in_the_table_as_soon_as_a_gap_shows() {
 async fn a_viewer_without_events_follows_the_table_all_the_same() {
     let around = Around::new().await;
     let viewer = around.view_with(Exchange::disabled()).await;
-    let away = viewer.health.done_without();
+    let away = viewer.health.missing_optional();
     assert!(away.iter().any(|(name, _)| *name == "events"), "{away:?}");
     around.see([1, 2]).await;
     viewer.shows([1, 2]).await;
@@ -67,7 +67,7 @@ async fn what_happens_while_the_broker_restarts_is_shown_and_told_afterwards() {
     let online = |id| ("online".to_owned(), vec![id]);
     assert_eq!(told, [("gone".to_owned(), vec![2]), online(3), online(4)]);
     eventually("events come again", PATIENCE, async || {
-        viewer.health.done_without().is_empty().then_some(())
+        viewer.health.missing_optional().is_empty().then_some(())
     })
     .await;
 }

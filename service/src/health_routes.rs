@@ -1,4 +1,4 @@
-//! Health for balancers that check the port to which they send requests.
+//! Health routes for balancers that check the port to which they send requests.
 
 use axum::Router;
 use axum::http::StatusCode;
@@ -7,8 +7,9 @@ use axum::routing::get;
 
 use crate::Health;
 
-/// `/livez` and `/readyz` for a public port: the status only. The reasons are on the admin address.
-pub fn probes<S: Clone + Send + Sync + 'static>(health: Health) -> Router<S> {
+/// `/livez` and `/readyz` for a public port. They return only the status; the admin address also
+/// serves the reasons.
+pub fn health_routes<S: Clone + Send + Sync + 'static>(health: Health) -> Router<S> {
     Router::new()
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(async move || readyz(&health)))
