@@ -4,34 +4,36 @@
 
 use store::{Store, StoreError};
 
-/// Corrects rows that are dated in the future: a clock was set back, or another program wrote them.
-/// They would be online until their time comes.
+/// Corrects rows that are dated in the future, because a clock was set back or another program
+/// wrote them. Uncorrected, they would count as online until that time.
 #[derive(Default)]
 pub(crate) struct FutureRows {
-    /// Whether the last round found some, or failed: one warning is enough for as long as that goes on.
-    reported: bool,
+    /// Whether the last cleanup found such rows or failed to correct them. Only the first of such
+    /// cleanups in a row logs a warning.
+    is_reported: bool,
 }
 
 impl FutureRows {
-    /// Dates all of them now, `batch_max` with one statement, so that they become stale after
-    /// `OBJECT_TTL` unless they are seen again. Stale rows are deleted even if this fails.
+    /// Sets the time of all such rows to now, `batch_max` rows with each statement, so that they
+    /// become stale after `OBJECT_TTL` unless the object is seen again. A failure is only logged,
+    /// so that the cleanup continues.
     pub(crate) async fn correct(&mut self, store: &Store, batch_max: u32) {
         match correct_all(store, batch_max).await {
-            Ok(0) => self.reported = false,
-            Ok(rows) if !self.reported => {
+            Ok(0) => self.is_reported = false,
+            Ok(rows) if !self.is_reported => {
                 tracing::warn!(
                     rows,
-                    "rows were dated in the future and are now dated now; check the clocks of the \
-                     database and of everything else that writes to the table"
+                    "rows were dated in the future; their time was set to now; check the clocks of the database and \
+                     of other programs that write to the table"
                 );
-                self.reported = true;
+                self.is_reported = true;
             }
             Ok(rows) => tracing::debug!(rows, "more rows were dated in the future"),
-            Err(error) if !self.reported => {
-                tracing::warn!(%error, "rows that are dated in the future stay; trying again");
-                self.reported = true;
+            Err(error) if !self.is_reported => {
+                tracing::warn!(%error, "cannot correct rows dated in the future; trying again");
+                self.is_reported = true;
             }
-            Err(error) => tracing::debug!(%error, "rows that are dated in the future still stay"),
+            Err(error) => tracing::debug!(%error, "still cannot correct rows dated in the future"),
         }
     }
 }

@@ -1,4 +1,4 @@
-//! The cleanup: an object that has not been seen for `OBJECT_TTL` is not online any more.
+//! The cleanup: deletes objects that have not been seen for `OBJECT_TTL` and so count as offline.
 
 mod future_rows;
 mod pauses;
@@ -16,7 +16,7 @@ use tokio::time::{Interval, MissedTickBehavior};
 use crate::future_rows::FutureRows;
 use crate::pauses::Pauses;
 
-/// What the process is called and where its admin address is.
+/// The name of the process and the defaults of its common settings.
 pub const DESCRIPTION: Description = Description {
     name: "routine",
     about: "Deletes the objects that have not been seen for OBJECT_TTL",
@@ -25,18 +25,16 @@ pub const DESCRIPTION: Description = Description {
     reloadable: &[Cleanup::RELOADABLE],
 };
 
-/// When the last cleanup succeeded.
 const LAST_SUCCESS: &str = "lastseen_cleanup_last_success_timestamp_seconds";
-/// How many stale rows the last cleanup could not delete.
 const NOT_DELETED: &str = "lastseen_stale_rows_not_deleted";
-/// How long `--once` waits for the database before it fails; cron will try again.
-const ONCE_PATIENCE: Duration = Duration::from_secs(30);
-/// How soon a failed cleanup is tried again if `ROUTINE_INTERVAL` is longer.
+/// How long `--once` waits for the database before it fails; cron will run it again.
+const ONCE_DATABASE_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long `--once` waits for the connection for events before it works without one.
+const ONCE_EVENTS_TIMEOUT: Duration = Duration::from_secs(2);
+/// When to retry a failed cleanup if `ROUTINE_INTERVAL` is longer.
 const RETRY_INTERVAL: Duration = Duration::from_secs(3);
-/// Stale rows that one cleanup leaves because each of them cannot be deleted; beyond these it fails.
+/// How many undeletable rows one cleanup skips before it fails.
 const NOT_DELETED_MAX: usize = 1_000;
-/// How long `--once` waits for the events' connection; it does without.
-const EVENTS_PATIENCE: Duration = Duration::from_secs(2);
 
 const ROUTINE_INTERVAL: RangeInclusive<Duration> =
     Duration::from_millis(10)..=Duration::from_hours(24);
@@ -61,40 +59,41 @@ pub struct Config {
     pub events: events::Config,
 }
 
-/// What is deleted, and how often.
+/// Which rows to delete, and how often.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Cleanup")]
 #[group(skip)]
 pub struct Cleanup {
-    /// How often stale objects are deleted
+    /// How often to delete stale objects
     #[arg(long, value_parser = settings::duration(ROUTINE_INTERVAL), default_value = "3s")]
     pub routine_interval: Duration,
-    /// How long after it was last seen an object becomes stale
+    /// How long after it was last seen an object is stale
     #[arg(long, value_parser = settings::duration(OBJECT_TTL), default_value = "30s")]
     pub object_ttl: Duration,
-    /// The most rows deleted by one statement; an upsert waits at most for one of these
+    /// Maximum number of rows that one statement deletes; an upsert waits for at most one such
+    /// statement
     #[arg(long, value_parser = settings::number(1..=100_000_u32), default_value = "10000")]
     pub delete_batch_max: u32,
 }
 
 impl Cleanup {
-    /// The variables that are heeded while the routine runs.
+    /// The variables of the reloadable settings.
     pub const RELOADABLE: &[&str] = &["ROUTINE_INTERVAL", "OBJECT_TTL", "DELETE_BATCH_MAX"];
 }
 
-/// Deletes what is stale every `ROUTINE_INTERVAL` until `shutdown`, or once with `--once`. While it runs, it
-/// heeds changes of [`Cleanup::RELOADABLE`].
+/// Deletes stale rows every `ROUTINE_INTERVAL` until `shutdown`, or once with `--once`. Applies
+/// changes of [`Cleanup::RELOADABLE`] while it runs.
 ///
 /// # Errors
-/// When a file cannot be opened, or what writes it has died. With `--once`, also when the database
-/// does not do its part; otherwise that is logged and tried again with the next interval.
+/// When a file cannot be opened, or a task of the store or the event publisher has stopped. With
+/// `--once`, also when the cleanup fails; otherwise it is retried.
 pub async fn run(
     config: Reloadable<Config>,
     health: Health,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     describe_metrics();
-    let live = config.map(|config| config.cleanup);
+    let reloadable = config.map(|config| config.cleanup);
     let Config { cleanup, once, store, events } = config.current();
     let events = Emitter::start(&events.exchange(), "routine: events");
     let store = Store::start(&store, "routine", 1)?;
@@ -106,78 +105,78 @@ pub async fn run(
     }
     health.finish_registration();
     let table = Table { store, events, writes };
-    let ended = if once {
+    let result = if once {
         clean_up_once(&table, &cleanup, &shutdown).await
     } else {
-        clean_up_until(&table, cleanup, live, shutdown).await
+        clean_up_until(&table, cleanup, reloadable, shutdown).await
     };
     table.events.close().await;
-    ended
+    result
 }
 
-/// The table, and where deletions are announced.
+/// The table, and the emitter that announces deletions.
 struct Table {
     store: Store,
     events: Emitter,
-    /// Whether the last cleanup could be done, or why not.
+    /// `Ok` if the last cleanup succeeded; otherwise the reason.
     writes: watch::Sender<StoreStatus>,
 }
 
 async fn clean_up_until(
     table: &Table,
     mut cleanup: Cleanup,
-    mut live: Reloadable<Cleanup>,
+    mut reloadable: Reloadable<Cleanup>,
     shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
     let store = &table.store;
-    let mut interval = every(cleanup.routine_interval);
+    let mut interval = cleanup_interval(cleanup.routine_interval);
     let mut pauses = Pauses::default();
     let mut future_rows = FutureRows::default();
-    let mut failing = false;
+    let mut is_failing = false;
     loop {
         tokio::select! {
             _ = interval.tick() => {}
-            () = tokio::time::sleep(RETRY_INTERVAL), if failing => {}
-            changed = live.changed() => {
+            () = tokio::time::sleep(RETRY_INTERVAL), if is_failing => {}
+            changed = reloadable.changed() => {
                 let before = std::mem::replace(&mut cleanup, changed).routine_interval;
                 if cleanup.routine_interval != before {
-                    interval = every(cleanup.routine_interval);
+                    interval = cleanup_interval(cleanup.routine_interval);
                 }
                 continue;
             }
             () = shutdown.cancelled() => return Ok(()),
-            () = store.died() => anyhow::bail!("the store has died"),
+            () = store.died() => anyhow::bail!("a task of the store stopped"),
             reason = store.rejected() => return Err(Misconfigured(reason).into()),
-            () = table.events.died() => anyhow::bail!("what tells events has died"),
+            () = table.events.died() => anyhow::bail!("the event publisher stopped"),
         }
-        // The store logs and reports by itself when the database is away.
+        // The store itself logs and reports that the database is away.
         if store.status().borrow().is_err() {
-            pauses.outage();
+            pauses.record_outage();
             table.report_writes(Ok(()));
             continue;
         }
-        let cleaned = clean_up(table, &cleanup, &mut pauses, &mut future_rows, &shutdown).await;
-        let status = cleaned.as_ref().map(drop).map_err(|error| format!("cleanup failed: {error}"));
+        let result = clean_up(table, &cleanup, &mut pauses, &mut future_rows, &shutdown).await;
+        let status = result.as_ref().map(drop).map_err(|error| format!("cleanup failed: {error}"));
         table.report_writes(status);
-        match cleaned {
-            Ok(_) => failing = false,
+        match result {
+            Ok(_) => is_failing = false,
             Err(error) => {
-                pauses.outage();
-                if failing {
+                pauses.record_outage();
+                if is_failing {
                     tracing::debug!(%error, "cleanup failed again");
                 } else {
                     tracing::warn!(%error, "cleanup failed; trying again until it succeeds");
                 }
-                failing = true;
+                is_failing = true;
             }
         }
     }
 }
 
-/// The ticks of the cleanups, the first at once.
-fn every(interval: Duration) -> Interval {
+/// The ticks that start cleanups; the first comes at once.
+fn cleanup_interval(interval: Duration) -> Interval {
     let mut ticks = tokio::time::interval(interval);
-    // After an outage one cleanup is enough; those that were missed have nothing left to delete.
+    // After an outage, one cleanup also does the work of those that were missed.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
 }
@@ -189,60 +188,61 @@ async fn clean_up_once(
 ) -> anyhow::Result<()> {
     let store = &table.store;
     let mut status = store.status();
-    let ready = async {
-        let ready = tokio::time::timeout(ONCE_PATIENCE, status.wait_for(Result::is_ok)).await;
-        ready.map(|ready| ready.map(drop))
+    let available = async {
+        let wait = tokio::time::timeout(ONCE_DATABASE_TIMEOUT, status.wait_for(Result::is_ok));
+        wait.await.map(|available| available.map(drop))
     };
-    let ready = tokio::select! {
-        ready = ready => ready,
+    let available = tokio::select! {
+        available = available => available,
         reason = store.rejected() => return Err(Misconfigured(reason).into()),
     };
-    let Ok(ready) = ready else {
+    let Ok(available) = available else {
         let reason = store.status().borrow().clone().err().unwrap_or_default();
-        anyhow::bail!("no database within {ONCE_PATIENCE:?}: {reason}");
+        anyhow::bail!("no database within {ONCE_DATABASE_TIMEOUT:?}: {reason}");
     };
-    ready.context("the database is no longer watched")?;
+    available.context("the database monitor stopped")?;
     if let Some(mut status) = table.events.status() {
-        let connected = tokio::time::timeout(EVENTS_PATIENCE, status.wait_for(Result::is_ok));
+        let connected = tokio::time::timeout(ONCE_EVENTS_TIMEOUT, status.wait_for(Result::is_ok));
         if connected.await.is_err() {
-            tracing::debug!("no connection for events: deletions are not announced");
+            tracing::debug!("no connection for events; deletions are not announced");
         }
     }
     let (mut pauses, mut future_rows) = (Pauses::default(), FutureRows::default());
-    // A pause is waited for here: otherwise a table that is stale would never be cleaned by cron.
-    while let Done::Paused(rest) =
+    // Waits for the end of a pause. Otherwise each run of a cron job would begin a new pause, and a
+    // mostly stale table would never be cleaned.
+    while let Outcome::Paused(remaining) =
         clean_up(table, config, &mut pauses, &mut future_rows, shutdown).await?
     {
         tokio::select! {
-            () = tokio::time::sleep(rest) => {}
+            () = tokio::time::sleep(remaining) => {}
             () = shutdown.cancelled() => break,
         }
     }
     Ok(())
 }
 
-/// What a cleanup that did not fail came to.
-enum Done {
+/// The outcome of a cleanup that did not fail.
+enum Outcome {
     Cleaned,
-    /// Nothing may be deleted for this time.
+    /// Deletions are paused for this time.
     Paused(Duration),
 }
 
-/// Deletes what is stale, unless the rows may only look stale: see [`Pauses`].
+/// Deletes stale rows, unless they may only look stale: see [`Pauses`].
 ///
-/// The clock is read once for all batches, and no statement looks at it again: a step in between
-/// deletes nothing.
+/// The clock is read once for all batches. No statement reads it again, so that a step of the clock
+/// during a cleanup deletes nothing.
 async fn clean_up(
     table: &Table,
     config: &Cleanup,
     pauses: &mut Pauses,
     future_rows: &mut FutureRows,
     shutdown: &CancellationToken,
-) -> Result<Done, StoreError> {
+) -> Result<Outcome, StoreError> {
     let outcome = clean_up_unless_paused(table, config, pauses, future_rows, shutdown).await;
     count(match &outcome {
-        Ok(Done::Cleaned) => "ok",
-        Ok(Done::Paused(_)) => "skipped",
+        Ok(Outcome::Cleaned) => "ok",
+        Ok(Outcome::Paused(_)) => "skipped",
         Err(_) => "failed",
     });
     outcome
@@ -254,36 +254,41 @@ async fn clean_up_unless_paused(
     pauses: &mut Pauses,
     future_rows: &mut FutureRows,
     shutdown: &CancellationToken,
-) -> Result<Done, StoreError> {
+) -> Result<Outcome, StoreError> {
     let ttl = config.object_ttl;
-    // Before the clock is read: a row that is dated by a clock which has just been set back would look stale by the earlier reading.
+    // Must come before the reading of the clock. If the clock was set back in between, a corrected
+    // row would look stale compared with the earlier reading.
     future_rows.correct(&table.store, config.delete_batch_max).await;
-    let asked_at = Instant::now();
+    let requested_at = Instant::now();
     let now = table.store.now().await?;
     let oldest = now.before(ttl);
-    if let Some(step) = pauses.compare(now, asked_at, Instant::now()) {
-        tracing::warn!(?step, pause = ?ttl, "the database's clock has stepped ahead; pausing deletions");
+    if let Some(step) = pauses.compare(now, requested_at, Instant::now()) {
+        tracing::warn!(
+            ?step, pause = ?ttl,
+            "the database's clock has stepped ahead; pausing deletions so that no object is deleted too early"
+        );
     }
-    if pauses.is_unjudged() {
+    if pauses.is_check_due() {
         let (stale, all) = table.store.count_stale(oldest).await?;
-        if pauses.judge(stale, all) {
+        if pauses.check_table(stale, all) {
             tracing::warn!(
                 stale, all, pause = ?ttl,
-                "most rows look stale after a start or an outage; pausing deletions so that objects which are still online can be seen again"
+                "most rows look stale after a start or an outage; pausing deletions so that objects that are still \
+                 online can be seen again"
             );
         }
     }
-    if let Some(rest) = pauses.rest(ttl) {
-        return Ok(Done::Paused(rest));
+    if let Some(remaining) = pauses.remaining(ttl) {
+        return Ok(Outcome::Paused(remaining));
     }
     delete(table, oldest, config.delete_batch_max, shutdown).await?;
-    pauses.cleaned();
-    Ok(Done::Cleaned)
+    pauses.record_cleanup();
+    Ok(Outcome::Cleaned)
 }
 
-/// Deletes batch after batch until one is short.
+/// Deletes batch after batch until one is not full.
 ///
-/// Replicas do not collide: each skips the rows that another is deleting.
+/// Several routines may run at once: each skips the rows that another is deleting.
 async fn delete(
     table: &Table,
     oldest: Moment,
@@ -304,9 +309,9 @@ async fn delete(
             Err(error) => {
                 table.leave_gap_after(&error);
                 match error.failure() {
-                    // One row is enough to fail a batch, as by a foreign key that refers to it.
+                    // A single row fails its batch, for example if a foreign key refers to it.
                     Failure::RefusedRow | Failure::BusyRow => {
-                        break delete_by_parts(table, oldest, batch_max, shutdown, &mut deleted)
+                        break delete_by_halving(table, oldest, batch_max, shutdown, &mut deleted)
                             .await;
                     }
                     Failure::Connection | Failure::Database => break Err(error),
@@ -326,8 +331,8 @@ async fn delete(
     outcome
 }
 
-/// Deletes all stale rows but those that cannot be deleted, which it finds by halving.
-async fn delete_by_parts(
+/// Deletes all stale rows except those that cannot be deleted, which it finds by halving batches.
+async fn delete_by_halving(
     table: &Table,
     oldest: Moment,
     batch_max: u32,
@@ -338,8 +343,8 @@ async fn delete_by_parts(
     loop {
         let ids = table.store.stale(oldest, batch_max, &not_deleted).await?;
         let is_last = ids.len() < batch_max as usize;
-        let mut parts = vec![ids];
-        while let Some(ids) = parts.pop().filter(|ids| !ids.is_empty()) {
+        let mut batches = vec![ids];
+        while let Some(ids) = batches.pop().filter(|ids| !ids.is_empty()) {
             match table.store.delete_these(oldest, &ids).await {
                 Ok(rows) => *deleted += table.announce(&rows),
                 Err(error) => {
@@ -349,11 +354,11 @@ async fn delete_by_parts(
                         return Err(error);
                     }
                     if let &[id] = ids.as_slice() {
-                        tracing::debug!(id, %error, "a stale row cannot be deleted");
+                        tracing::debug!(id, %error, "cannot delete a stale row");
                         not_deleted.push(id);
                     } else {
                         let (first, second) = ids.split_at(ids.len() / 2);
-                        parts.extend([second.to_vec(), first.to_vec()]);
+                        batches.extend([second.to_vec(), first.to_vec()]);
                     }
                 }
             }
@@ -366,7 +371,7 @@ async fn delete_by_parts(
 }
 
 impl Table {
-    /// Announces deleted rows, and says how many there are.
+    /// Announces deleted rows, and returns their number.
     fn announce(&self, rows: &[Row]) -> u64 {
         let gone = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
         self.events.publish(Kind::Gone, rows.iter().map(gone));
@@ -389,12 +394,12 @@ impl Table {
     }
 }
 
-#[expect(clippy::cast_precision_loss, reason = "their number is bounded")]
+#[expect(clippy::cast_precision_loss, reason = "at most NOT_DELETED_MAX")]
 fn set_not_deleted(rows: usize) {
     if rows > 0 {
         tracing::warn!(
             rows,
-            "stale rows cannot be deleted, as because of a foreign key or a trigger; others are"
+            "cannot delete some stale rows, for example because of a foreign key or a trigger; all others were deleted"
         );
     }
     metrics::gauge!(NOT_DELETED).set(rows as f64);
@@ -414,7 +419,7 @@ fn describe_metrics() {
     metrics::describe_gauge!(
         LAST_SUCCESS,
         metrics::Unit::Seconds,
-        "When the last cleanup that did not fail ended, since 1970; 0 before the first."
+        "Time of the last successful cleanup, since 1970; 0 before the first."
     );
     metrics::gauge!(LAST_SUCCESS).set(0.0);
     metrics::describe_gauge!(NOT_DELETED, "Stale rows that the last cleanup could not delete.");
@@ -422,6 +427,6 @@ fn describe_metrics() {
     metrics::describe_histogram!(
         "lastseen_cleanup_seconds",
         metrics::Unit::Seconds,
-        "Time that one cleanup took, all of its batches together."
+        "Duration of a cleanup with all of its batches."
     );
 }

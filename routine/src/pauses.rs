@@ -1,4 +1,4 @@
-//! When rows may look stale although nobody could have refreshed them.
+//! Pauses deletions when rows may look stale only because they could not be refreshed.
 //!
 //! Decision: docs/decisions/0043-when-does-the-routine-pause-deletions.md
 
@@ -6,86 +6,88 @@ use std::time::{Duration, Instant};
 
 use store::Moment;
 
-/// A step that is smaller does not count: it makes rows stale so much too early, and no more.
+/// Smaller steps are ignored: rows become stale too early by less than this time.
 const TOLERANCE: Duration = Duration::from_secs(1);
 
-/// When to pause deletions for one `OBJECT_TTL`: rows may look stale because the database's clock was
-/// set ahead, or because nobody could write for a while.
+/// Decides when to pause deletions for one `OBJECT_TTL`: when rows may look stale only because the
+/// database's clock was set ahead, or because no consumer could write for a while.
 ///
-/// Once `OBJECT_TTL` has passed since then, every object that is still seen has been written anew, by
-/// the clock as it now is, and those that look stale are. A step back needs no such care: rows look
-/// younger than they are, and stay for longer.
+/// One `OBJECT_TTL` later, every object that is still seen has been written again with the new
+/// time, so rows that look stale are. A step back needs no pause: rows look younger and stay
+/// longer.
 ///
-/// - A step that happens while this process watches is measured by our own monotonic clock. A clock
-///   that is slowly led to another time does not step.
-/// - After a start or an outage there is nothing to compare with: a clock that was set before the start
-///   and an hour without consumers look the same. Then [`Pauses::judge`] pauses if most of the table
-///   looks stale. One such pause is enough until a cleanup succeeds, so that a database that is away
-///   every now and then is still cleaned.
+/// - A step while this process runs is measured with its own monotonic clock. A clock that is
+///   adjusted slowly does not step.
+/// - After a start or an outage there is no earlier reading to compare with: a clock that was set
+///   before the start looks the same as an hour without consumers. [`Pauses::check_table`] then
+///   pauses if most of the table looks stale. It pauses only once until a cleanup succeeds, so that
+///   a database with frequent outages is still cleaned.
 pub(crate) struct Pauses {
-    /// What the clock said last, and before when it was asked.
+    /// The last reading of the clock, and an instant just before it.
     previous: Option<(Moment, Instant)>,
     /// When the latest pause began.
     began: Option<Instant>,
-    /// The table has to be judged before anything is deleted.
-    is_unjudged: bool,
-    /// A pause for a table that looked stale has begun, and no cleanup has succeeded since.
-    has_waited: bool,
+    /// Whether to check the table before anything is deleted.
+    needs_check: bool,
+    /// Whether a check has begun a pause since the last successful cleanup.
+    has_paused: bool,
 }
 
 impl Default for Pauses {
     fn default() -> Self {
-        Self { previous: None, began: None, is_unjudged: true, has_waited: false }
+        Self { previous: None, began: None, needs_check: true, has_paused: false }
     }
 }
 
 impl Pauses {
-    /// Compares what the clock says `now`, by an answer between the two instants, with what it said
-    /// before. If it has stepped ahead, a pause begins; returns how far, at least.
+    /// Compares a reading of the database's clock with the previous one. The reading was requested
+    /// at `requested_at` and arrived at `received_at`. If the clock has stepped ahead, begins a
+    /// pause and returns by how much at least.
     pub(crate) fn compare(
         &mut self,
-        now: Moment,
-        asked_at: Instant,
-        answered_at: Instant,
+        reading: Moment,
+        requested_at: Instant,
+        received_at: Instant,
     ) -> Option<Duration> {
-        let (earlier, earlier_asked_at) = self.previous.replace((now, asked_at))?;
-        // The longest time that can have passed, so that a slow answer is not taken for a step.
-        let passed = answered_at.duration_since(earlier_asked_at);
-        let step = now.ahead_of(earlier).checked_sub(passed).filter(|step| *step > TOLERANCE)?;
-        self.began = Some(answered_at);
+        let (earlier, earlier_requested_at) = self.previous.replace((reading, requested_at))?;
+        // The longest time that can have passed, so that a slow response does not look like a step.
+        let passed = received_at.duration_since(earlier_requested_at);
+        let step =
+            reading.ahead_of(earlier).checked_sub(passed).filter(|step| *step > TOLERANCE)?;
+        self.began = Some(received_at);
         Some(step)
     }
 
-    /// The database was away, or took no writes.
-    pub(crate) fn outage(&mut self) {
-        self.is_unjudged = true;
+    /// Records that the database was away or rejected writes.
+    pub(crate) fn record_outage(&mut self) {
+        self.needs_check = true;
     }
 
-    /// Whether [`Pauses::judge`] is due.
-    pub(crate) fn is_unjudged(&self) -> bool {
-        self.is_unjudged && !self.has_waited
+    /// Whether [`Pauses::check_table`] is due.
+    pub(crate) fn is_check_due(&self) -> bool {
+        self.needs_check && !self.has_paused
     }
 
-    /// Begins a pause if more than half of all rows look stale; says whether it has.
-    pub(crate) fn judge(&mut self, stale: u64, all: u64) -> bool {
-        self.is_unjudged = false;
-        let looks_stale = stale > all / 2;
-        if looks_stale {
+    /// Begins a pause if more than half of all rows look stale, and returns whether it did.
+    pub(crate) fn check_table(&mut self, stale: u64, all: u64) -> bool {
+        self.needs_check = false;
+        let is_mostly_stale = stale > all / 2;
+        if is_mostly_stale {
             self.began = Some(Instant::now());
-            self.has_waited = true;
+            self.has_paused = true;
         }
-        looks_stale
+        is_mostly_stale
     }
 
-    /// A cleanup has succeeded.
-    pub(crate) fn cleaned(&mut self) {
-        self.is_unjudged = false;
-        self.has_waited = false;
+    /// Records that a cleanup has succeeded.
+    pub(crate) fn record_cleanup(&mut self) {
+        self.needs_check = false;
+        self.has_paused = false;
     }
 
-    /// How much of the latest pause is left.
-    pub(crate) fn rest(&self, ttl: Duration) -> Option<Duration> {
-        ttl.checked_sub(self.began?.elapsed()).filter(|rest| !rest.is_zero())
+    /// The remaining time of the latest pause, if it has not ended.
+    pub(crate) fn remaining(&self, ttl: Duration) -> Option<Duration> {
+        ttl.checked_sub(self.began?.elapsed()).filter(|remaining| !remaining.is_zero())
     }
 }
 
@@ -98,22 +100,22 @@ mod tests {
     #[test]
     fn a_mostly_stale_table_pauses_once_until_cleaned() {
         let mut pauses = Pauses::default();
-        assert!(pauses.is_unjudged());
-        assert!(pauses.judge(51, 100));
-        assert!(pauses.rest(TTL).is_some());
-        pauses.outage();
-        assert!(!pauses.is_unjudged(), "one pause is enough");
-        pauses.cleaned();
-        pauses.outage();
-        assert!(pauses.is_unjudged());
+        assert!(pauses.is_check_due());
+        assert!(pauses.check_table(51, 100));
+        assert!(pauses.remaining(TTL).is_some());
+        pauses.record_outage();
+        assert!(!pauses.is_check_due(), "one pause is enough");
+        pauses.record_cleanup();
+        pauses.record_outage();
+        assert!(pauses.is_check_due());
     }
 
     #[test]
     fn a_table_that_is_half_fresh_or_empty_does_not_pause() {
         for (stale, all) in [(0, 0), (0, 10), (5, 10), (1, 3)] {
             let mut pauses = Pauses::default();
-            assert!(!pauses.judge(stale, all), "{stale} of {all}");
-            assert_eq!(pauses.rest(TTL), None);
+            assert!(!pauses.check_table(stale, all), "{stale} of {all}");
+            assert_eq!(pauses.remaining(TTL), None);
         }
     }
 }

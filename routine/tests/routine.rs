@@ -1,4 +1,4 @@
-//! The cleanup against a real Postgres, in this process and as one of its own.
+//! The cleanup against a real Postgres, in the test's process and as a process of its own.
 
 #![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
 
@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use url::Url;
 
-/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+/// Far longer than any step takes, because a machine that runs all tests at once is slow.
 const DEADLINE: Duration = Duration::from_secs(30);
 
 #[derive(clap::Parser)]
@@ -24,37 +24,36 @@ struct Cli {
     config: routine::Config,
 }
 
-/// A routine in this process, which cleans up all the time.
+/// A routine in the test's process, which cleans up continuously.
 struct Routine {
     health: Health,
     shutdown: CancellationToken,
-    changer: ReloadHandle<routine::Config>,
+    settings: ReloadHandle<routine::Config>,
     arguments: Vec<String>,
-    ended: JoinHandle<anyhow::Result<()>>,
+    task: JoinHandle<anyhow::Result<()>>,
 }
 
 impl Routine {
     fn start(database_url: &str, arguments: &[&str]) -> Self {
         let url = format!("--database-url={database_url}");
-        let usual = ["routine", &url, "--object-ttl=1h", "--routine-interval=20ms"];
+        let defaults = ["routine", &url, "--object-ttl=1h", "--routine-interval=20ms"];
         let arguments: Vec<String> =
-            usual.iter().chain(arguments).map(|&argument| argument.to_owned()).collect();
-        let (changer, config) = Reloadable::with_handle(Cli::parse_from(&arguments).config);
+            defaults.iter().chain(arguments).map(|&argument| argument.to_owned()).collect();
+        let (settings, config) = Reloadable::with_handle(Cli::parse_from(&arguments).config);
         let (health, shutdown) = (Health::default(), CancellationToken::new());
-        let ended = tokio::spawn(routine::run(config, health.clone(), shutdown.clone()));
-        Self { health, shutdown, changer, arguments, ended }
+        let task = tokio::spawn(routine::run(config, health.clone(), shutdown.clone()));
+        Self { health, shutdown, settings, arguments, task }
     }
 
     /// Changes its settings by flags such as `--object-ttl=1s`.
     fn change(&self, further: &[&str]) {
         let further = further.iter().map(|&argument| argument.to_owned());
         let arguments = self.arguments.iter().cloned().chain(further);
-        self.changer.set(Cli::parse_from(arguments).config);
+        self.settings.set(Cli::parse_from(arguments).config);
     }
 
-    /// Waits until it has cleaned up, so that it does not take rows that become stale later for the
-    /// consequence of an outage.
-    async fn begun(&self, pool: &PgPool) {
+    /// Waits for the first cleanup. Rows that look stale later then cause no pause.
+    async fn cleaned_once(&self, pool: &PgPool) {
         insert(pool, -1..=-1, "1 s").await;
         insert(pool, -2..=-2, "2 h").await;
         eventually("the first cleanup", DEADLINE, async || {
@@ -66,11 +65,11 @@ impl Routine {
 
     async fn stop(self) -> anyhow::Result<()> {
         self.shutdown.cancel();
-        timeout(DEADLINE, self.ended).await.unwrap().unwrap()
+        timeout(DEADLINE, self.task).await.unwrap().unwrap()
     }
 }
 
-/// A database with the table as the Go services made it.
+/// A database with the table of the Go services.
 async fn database() -> Database {
     let database = Database::new().await;
     let table = "CREATE TABLE object (id bigint PRIMARY KEY, last_seen timestamptz)";
@@ -78,7 +77,7 @@ async fn database() -> Database {
     database
 }
 
-/// Writes the rows `ids`, last seen `age` ago, as Postgres writes an interval.
+/// Inserts rows with these ids, last seen `age` (a Postgres interval) ago.
 async fn insert(pool: &PgPool, ids: std::ops::RangeInclusive<i64>, age: &str) {
     let sql = "INSERT INTO object SELECT id, pg_catalog.now() - $3::text::interval
                FROM generate_series($1, $2) AS id ON CONFLICT DO NOTHING";
@@ -95,20 +94,21 @@ async fn only_is_left(pool: &PgPool, expected: &[i64]) {
     eventually(&what, DEADLINE, async || (ids(pool).await == expected).then_some(())).await;
 }
 
-/// A routine in a process of its own, which cleans up all the time unless told otherwise.
+/// A routine in a process of its own, which cleans up continuously unless `more` changes that.
 fn process(database: &Database, more: &[(&'static str, &str)], arguments: &[&str]) -> Process {
     let mut environment = database.environment();
-    let usual = [("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "20ms")];
-    environment.extend(usual.iter().chain(more).map(|(name, value)| (*name, (*value).to_owned())));
+    let defaults = [("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "20ms")];
+    let settings = defaults.iter().chain(more);
+    environment.extend(settings.map(|(name, value)| (*name, (*value).to_owned())));
     Process::spawn("routine", &environment, arguments)
 }
 
 #[tokio::test]
-async fn stale_rows_go_and_fresh_ones_stay_until_the_routine_is_stopped() {
+async fn stale_rows_are_deleted_and_fresh_ones_kept() {
     let database = database().await;
-    // Smaller than what is stale, so that one cleanup takes several batches.
+    // Smaller than the number of stale rows, so that one cleanup takes several batches.
     let routine = Routine::start(database.url(), &["--delete-batch-max=7"]);
-    routine.begun(database.pool()).await;
+    routine.cleaned_once(database.pool()).await;
     insert(database.pool(), 31..=33, "50 min").await;
     insert(database.pool(), 1..=30, "61 min").await;
     only_is_left(database.pool(), &[31, 32, 33]).await;
@@ -120,12 +120,12 @@ async fn stale_rows_go_and_fresh_ones_stay_until_the_routine_is_stopped() {
 }
 
 #[tokio::test]
-async fn what_is_stale_and_how_often_that_is_seen_to_can_change_while_the_routine_runs() {
+async fn ttl_and_interval_can_change_at_run_time() {
     let database = database().await;
     insert(database.pool(), 1..=3, "50 min").await;
     let routine = Routine::start(database.url(), &[]);
-    routine.begun(database.pool()).await;
-    // The next cleanup would be in an hour.
+    routine.cleaned_once(database.pool()).await;
+    // The next cleanup is now due in an hour.
     routine.change(&["--routine-interval=1h"]);
     routine.change(&["--routine-interval=20ms", "--object-ttl=40m"]);
     only_is_left(database.pool(), &[]).await;
@@ -136,12 +136,12 @@ async fn what_is_stale_and_how_often_that_is_seen_to_can_change_while_the_routin
 }
 
 #[tokio::test]
-async fn one_cleanup_deletes_everything_that_is_stale_in_as_many_batches_as_it_takes() {
+async fn one_cleanup_deletes_all_stale_rows_in_batches() {
     let database = database().await;
     insert(database.pool(), 1..=1_000, "2 h").await;
     insert(database.pool(), 1_001..=2_000, "1 min").await;
     let routine = Routine::start(database.url(), &["--delete-batch-max=7", "--once"]);
-    timeout(DEADLINE, routine.ended).await.unwrap().unwrap().unwrap();
+    timeout(DEADLINE, routine.task).await.unwrap().unwrap().unwrap();
     assert_eq!(ids(database.pool()).await, (1_001..=2_000).collect::<Vec<_>>());
 }
 
@@ -162,7 +162,7 @@ async fn rows_dated_in_the_future_become_stale_with_one_warning() {
 
 /// Field case 4.3.
 #[tokio::test]
-async fn table_that_cannot_work_ends_the_start_with_78() {
+async fn unusable_table_exits_with_78() {
     let database = Database::new().await;
     let table = "CREATE TABLE object (id text PRIMARY KEY, last_seen timestamptz)";
     sqlx::query(table).execute(database.pool()).await.unwrap();
@@ -174,7 +174,7 @@ async fn table_that_cannot_work_ends_the_start_with_78() {
 }
 
 #[tokio::test]
-async fn deletions_go_on_when_the_database_was_away() {
+async fn deletions_resume_after_a_database_outage() {
     let database = database().await;
     let (proxy, url) = proxied(&database).await;
     proxy.cut();
@@ -182,7 +182,7 @@ async fn deletions_go_on_when_the_database_was_away() {
     insert(database.pool(), 11..=20, "1 min").await;
     let routine = Routine::start(&url, &[]);
     for ids in [1..=3, 4..=6] {
-        eventually("the database is missed", DEADLINE, async || {
+        eventually("the database is reported as missing", DEADLINE, async || {
             let missing = routine.health.missing();
             missing.iter().find(|(name, reason)| *name == "database" && !reason.is_empty())?;
             Some(())
@@ -201,7 +201,7 @@ async fn deletions_go_on_when_the_database_was_away() {
 }
 
 #[tokio::test]
-async fn two_routines_at_once_delete_all_without_an_error_and_count_each_row_once() {
+async fn concurrent_routines_count_each_deleted_row_once() {
     const STALE: i64 = 3_000;
     let database = database().await;
     let batch = [("DELETE_BATCH_MAX", "20")];
@@ -229,7 +229,7 @@ async fn two_routines_at_once_delete_all_without_an_error_and_count_each_row_onc
 }
 
 #[tokio::test]
-async fn when_the_clock_steps_ahead_only_what_nobody_sees_for_a_ttl_from_then_on_is_deleted() {
+async fn clock_step_ahead_pauses_deletions_for_one_ttl() {
     const HOUR: Duration = Duration::from_hours(1);
     let database = database().await;
     let clock = DatabaseClock::of(database.pool()).await;
@@ -244,7 +244,7 @@ async fn when_the_clock_steps_ahead_only_what_nobody_sees_for_a_ttl_from_then_on
     cleaned_up_again(&routine, "skipped").await;
     assert_eq!(ids(database.pool()).await, [1, 2]);
 
-    // Seen again, and for good.
+    // Object 2 is seen again and stays fresh.
     let seen = "UPDATE object SET last_seen = pg_catalog.now() + interval '2 h' WHERE id = 2";
     sqlx::query(seen).execute(database.pool()).await.unwrap();
     only_is_left(database.pool(), &[2]).await;
@@ -252,7 +252,7 @@ async fn when_the_clock_steps_ahead_only_what_nobody_sees_for_a_ttl_from_then_on
 }
 
 #[tokio::test]
-async fn when_the_clock_steps_back_rows_stay_and_when_it_is_set_right_again_too() {
+async fn clock_step_back_and_its_correction_delete_nothing() {
     const HOUR: Duration = Duration::from_hours(1);
     let database = database().await;
     let clock = DatabaseClock::of(database.pool()).await;
@@ -276,14 +276,14 @@ async fn table_mostly_stale_at_the_start_is_cleaned_one_ttl_later() {
     const TTL: Duration = Duration::from_secs(5);
     let database = database().await;
     for arguments in [&[][..], &["--once"][..]] {
-        // As after a step of the clock, or an hour in which everything was down: all look stale.
+        // All rows look stale, as after a step of the clock or after an hour without consumers.
         sqlx::query("TRUNCATE object").execute(database.pool()).await.unwrap();
         insert(database.pool(), 1..=10, "1 h").await;
         let started = Instant::now();
         let routine = process(&database, &[("OBJECT_TTL", "5s")], arguments);
         routine.wait_for_log("most rows look stale").await;
-        // Those that are online are seen again and again.
-        eventually("only those that are seen are left", DEADLINE, async || {
+        // Objects that are online are seen again and again.
+        eventually("only objects that were seen again are left", DEADLINE, async || {
             see_again(database.pool(), 6..=10).await;
             (ids(database.pool()).await == [6, 7, 8, 9, 10]).then_some(())
         })
@@ -302,9 +302,9 @@ async fn table_stale_after_an_outage_is_cleaned_one_ttl_later() {
     let database = database().await;
     let (proxy, url) = proxied(&database).await;
     let routine = Routine::start(&url, &["--object-ttl=5s"]);
-    routine.begun(database.pool()).await;
+    routine.cleaned_once(database.pool()).await;
     proxy.cut();
-    eventually("the database is missed", DEADLINE, async || {
+    eventually("the database is reported as missing", DEADLINE, async || {
         (!routine.health.missing().is_empty()).then_some(())
     })
     .await;
@@ -317,12 +317,12 @@ async fn table_stale_after_an_outage_is_cleaned_one_ttl_later() {
 }
 
 #[tokio::test]
-async fn stale_rows_that_cannot_be_deleted_take_no_others_with_them() {
+async fn undeletable_rows_do_not_block_the_others() {
     let database = database().await;
     let routine = process(&database, &[], &[]);
     routine.ready().await;
     cleaned_up_again(&routine, "ok").await;
-    // One that another table refers to, one whose trigger waits for a lock.
+    // Another table refers to row 3, and the trigger of row 5 waits for a lock.
     let obstacles = "
         CREATE TABLE other (id bigint REFERENCES object);
         CREATE FUNCTION wait() RETURNS trigger LANGUAGE plpgsql AS
@@ -343,7 +343,7 @@ async fn stale_rows_that_cannot_be_deleted_take_no_others_with_them() {
     rows.commit().await.unwrap();
 
     only_is_left(database.pool(), &[3, 5]).await;
-    eventually("what is left is counted", DEADLINE, async || {
+    eventually("the rows that are left are counted", DEADLINE, async || {
         (routine.metric("lastseen_stale_rows_not_deleted").await > 1.5).then_some(())
     })
     .await;
@@ -366,13 +366,13 @@ async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
         routine.health.missing_optional().is_empty().then_some(())
     })
     .await;
-    routine.begun(database.pool()).await;
+    routine.cleaned_once(database.pool()).await;
     let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
                 $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;
                 CREATE TRIGGER slow AFTER DELETE ON object FOR EACH ROW EXECUTE FUNCTION slow()";
     sqlx::raw_sql(slow).execute(database.pool()).await.unwrap();
     insert(database.pool(), 1..=1, "2 h").await;
-    eventually("the deletion is under way", DEADLINE, async || {
+    eventually("the deletion is running", DEADLINE, async || {
         let sleeping = "SELECT count(*) FROM pg_stat_activity
                         WHERE datname = current_database() AND wait_event = 'PgSleep'";
         let sleeping = sqlx::query_scalar(sleeping).fetch_one(database.pool());
@@ -380,7 +380,7 @@ async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
         (sleeping > 0).then_some(())
     })
     .await;
-    // The server goes on without its client, and commits.
+    // The database commits although its client is disconnected.
     proxy.cut();
     only_is_left(database.pool(), &[]).await;
     proxy.restore();
@@ -393,7 +393,7 @@ async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
     routine.stop().await.unwrap();
 }
 
-/// A proxy in front of the database, and the URL that leads through it.
+/// A proxy in front of the database, and the database's URL through the proxy.
 async fn proxied(database: &Database) -> (Proxy, String) {
     let mut url = Url::parse(database.url()).unwrap();
     let server = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5432));
@@ -403,7 +403,7 @@ async fn proxied(database: &Database) -> (Proxy, String) {
     (proxy, url.to_string())
 }
 
-/// Waits until some more cleanups have ended so, the last of which began after this call.
+/// Waits for two more cleanups with this outcome. The second one began after this call.
 async fn cleaned_up_again(routine: &Process, outcome: &str) {
     let name = format!("lastseen_cleanups_total{{outcome=\"{outcome}\"}}");
     let before = routine.metric(&name).await;
@@ -414,7 +414,7 @@ async fn cleaned_up_again(routine: &Process, outcome: &str) {
 }
 
 #[tokio::test]
-async fn told_to_clean_up_once_it_does_so_and_ends_with_success() {
+async fn once_cleans_up_and_exits_0() {
     let database = database().await;
     insert(database.pool(), 1..=5, "2 h").await;
     insert(database.pool(), 6..=10, "1 min").await;
@@ -425,7 +425,7 @@ async fn told_to_clean_up_once_it_does_so_and_ends_with_success() {
 }
 
 #[tokio::test]
-async fn what_is_deleted_is_told_if_it_has_a_broker_also_by_one_cleanup_for_cron() {
+async fn deletions_are_announced_also_with_once() {
     let (queue, database) = (Queue::new(), database().await);
     let access = Access { uri: testbed::amqp_uri().parse().unwrap(), authorities: None };
     let mut subscriber = Subscriber::new(&Exchange::on_rabbitmq(access, &queue.name), "test");
@@ -438,7 +438,7 @@ async fn what_is_deleted_is_told_if_it_has_a_broker_also_by_one_cleanup_for_cron
         let _routine = process(&database, &settings, arguments);
         let (kind, gone) = loop {
             let notice = timeout(DEADLINE, subscriber.next()).await.unwrap();
-            // The second one may have deleted it before it had connected.
+            // The second routine may delete the row before it has connected to the broker.
             let Notification::Committed(kind, gone) = notice else {
                 insert(database.pool(), id..=id, "2 h").await;
                 continue;
@@ -452,7 +452,7 @@ async fn what_is_deleted_is_told_if_it_has_a_broker_also_by_one_cleanup_for_cron
 }
 
 #[tokio::test]
-async fn a_broker_that_is_away_keeps_it_from_nothing() {
+async fn cleanup_works_without_the_broker() {
     let database = database().await;
     insert(database.pool(), 1..=1, "2 h").await;
     insert(database.pool(), 2..=3, "1 min").await;
@@ -466,7 +466,7 @@ async fn a_broker_that_is_away_keeps_it_from_nothing() {
 }
 
 #[tokio::test]
-async fn on_sigterm_it_ends_with_success() {
+async fn sigterm_exits_0() {
     let database = database().await;
     let routine = process(&database, &[], &[]);
     routine.ready().await;
@@ -477,7 +477,7 @@ async fn on_sigterm_it_ends_with_success() {
 }
 
 #[tokio::test]
-async fn on_sigterm_it_ends_with_success_also_when_there_is_no_database() {
+async fn sigterm_without_a_database_exits_0() {
     let database = database().await;
     let nowhere = testbed::free_port().to_string();
     let routine = process(&database, &[("POSTGRES_PORT", &nowhere)], &[]);
@@ -491,7 +491,7 @@ async fn on_sigterm_it_ends_with_success_also_when_there_is_no_database() {
 }
 
 #[tokio::test]
-async fn a_setting_that_is_not_allowed_ends_it_with_78_and_is_told_with_what_is_allowed() {
+async fn bad_setting_exits_with_78_and_names_allowed_values() {
     let bad = [
         ("ROUTINE_INTERVAL", "soon", "a duration from 10ms to 1d"),
         ("OBJECT_TTL", "0s", "a duration from 1s to 365d"),
