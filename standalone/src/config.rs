@@ -1,4 +1,4 @@
-//! The settings: those of all roles, and where the files are.
+//! The settings of `lastseen`: those of all roles, and the locations of the queue and the table.
 
 use std::path::PathBuf;
 
@@ -11,51 +11,55 @@ use tester::config::{Check, Checked};
 
 use crate::{dead_letters, migrate, objects};
 
-/// The default of [`consumer::Lookups::tester_endpoint`], which says that nobody has chosen one.
-const TESTER_ENDPOINT: &str = "http://localhost:9010/";
+/// The default of [`consumer::Lookups::tester_endpoint`]. Another value means that the user has
+/// configured a status API.
+const DEFAULT_TESTER_ENDPOINT: &str = "http://localhost:9010/";
 
 /// The settings of `lastseen`.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
-#[command(next_help_heading = "Lastseen", mut_args(as_commands_need_it))]
+#[command(next_help_heading = "Lastseen", mut_args(adapt_to_commands))]
 pub struct Config {
-    /// The directory of the queue and the table, queue.db and store.db; made if it is not there
+    /// Directory of the queue and the table, queue.db and store.db; created if it does not exist
     #[arg(long, global = true, default_value = "./data")]
     pub lastseen_dir: PathBuf,
-    /// A RabbitMQ to use instead of queue.db, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…; or sqlite:PATH
+    /// RabbitMQ to use instead of queue.db, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…;
+    /// or sqlite:PATH
     #[arg(long, global = true)]
     pub amqp_uri: Option<BrokerUrl>,
-    /// A Postgres to use instead of store.db, as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…; or sqlite:PATH
+    /// Postgres to use instead of store.db, as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…; or
+    /// sqlite:PATH
     #[arg(long, global = true)]
     pub database_url: Option<DatabaseUrl>,
-    /// The time zone of a Postgres column `last_seen` that has none, as in the Go services' table, and of the log, such as Europe/Berlin [default: the machine's]
+    /// Time zone of the log and of a Postgres column `last_seen` without time zone, as in the Go
+    /// services' table, such as Europe/Berlin [default: the machine's]
     #[arg(long, global = true)]
     pub tz: Option<TimeZone>,
-    /// Which roles not to play.
+    /// Which roles not to run.
     #[command(flatten)]
     pub without: Without,
-    /// Which queue of a RabbitMQ.
+    /// Which queue of RabbitMQ to use.
     #[command(flatten)]
     pub queue: QueueConfig,
-    /// How callbacks are taken.
+    /// How to accept callbacks.
     #[command(flatten)]
     pub callbacks: producer::Callbacks,
-    /// Whether callbacks must be signed, and are by the simulated partner.
+    /// Whether callbacks must be signed. The simulated partner then signs its own.
     #[command(flatten)]
     pub authenticity: Authenticity,
-    /// How objects are looked up.
+    /// How to look objects up.
     #[command(flatten)]
     pub lookups: consumer::Lookups,
-    /// How stale objects are deleted.
+    /// How to delete stale objects.
     #[command(flatten)]
     pub cleanup: routine::Cleanup,
-    /// Where it is shown who is online.
+    /// Where to show which objects are online.
     #[command(flatten)]
     pub view: viewer::View,
-    /// Where the simulated partner posts to, and what.
+    /// Where the simulated partner posts callbacks, and with which ids.
     #[command(flatten)]
-    pub partners_callbacks: Checked<tester::config::Callbacks>,
-    /// How the simulated partner posts.
+    pub partner_callbacks: Checked<tester::config::Callbacks>,
+    /// How often the simulated partner posts.
     #[command(flatten)]
     pub partner: Checked<tester::config::Partner>,
     /// How the simulated status API answers.
@@ -66,8 +70,9 @@ pub struct Config {
     pub command: Option<Command>,
 }
 
-/// The settings that our commands have too are not those of the tester's command `load`.
-fn as_commands_need_it(setting: Arg) -> Arg {
+/// Makes the settings that `lastseen`'s commands use global, instead of those that the tester's
+/// command `load` uses.
+fn adapt_to_commands(setting: Arg) -> Arg {
     match setting.get_id().as_str() {
         "object_ttl" => setting.global(true),
         "callback_endpoint" | "callback_secret" | "callback_timeout" | "object_id_min"
@@ -82,25 +87,25 @@ fn as_commands_need_it(setting: Arg) -> Arg {
 #[command(next_help_heading = "Roles to leave out")]
 #[expect(clippy::struct_excessive_bools, reason = "each is a flag of the command line")]
 pub struct Without {
-    /// Take no callbacks
+    /// Accept no callbacks
     #[arg(long)]
     pub no_producer: bool,
-    /// Look nothing up
+    /// Look up no objects
     #[arg(long)]
     pub no_consumer: bool,
-    /// Delete nothing
+    /// Delete no stale objects
     #[arg(long)]
     pub no_routine: bool,
-    /// Show nothing over HTTP
+    /// Serve no page and no API that show which objects are online
     #[arg(long)]
     pub no_viewer: bool,
-    /// Play neither the partner nor the status API: lookups go to `TESTER_ENDPOINT`
+    /// Simulate neither the partner nor the status API; lookups go to `TESTER_ENDPOINT`
     #[arg(long)]
     pub no_tester: bool,
-    /// Do not play the partner: post no callbacks
+    /// Do not simulate the partner, which posts callbacks
     #[arg(long)]
     pub no_partner: bool,
-    /// Do not play the status API: lookups go to `TESTER_ENDPOINT`
+    /// Do not simulate the status API; lookups go to `TESTER_ENDPOINT`
     #[arg(long)]
     pub no_api: bool,
 }
@@ -110,7 +115,7 @@ impl Check for Config {
         if matches!(self.command, Some(Command::Migrate(_))) && self.database_url.is_none() {
             return Err("DATABASE_URL must be set: it names the Postgres to migrate".to_owned());
         }
-        // A command plays no role and asks no status API.
+        // A command runs no role and uses no status API.
         if self.command.is_some() {
             return Ok(());
         }
@@ -119,13 +124,14 @@ impl Check for Config {
         let only_testers = no_producer && no_consumer && no_routine && no_viewer;
         if only_testers && no_api && no_partner {
             return Err(
-                "the flags --no-… leave no role to play: drop one of these flags".to_owned()
+                "the flags --no-… leave no role to run: remove one of these flags".to_owned()
             );
         }
         // The value is not shown, since it may hold a password.
-        if !no_consumer && !no_api && self.lookups.tester_endpoint.as_str() != TESTER_ENDPOINT {
-            let reason = "TESTER_ENDPOINT is set, but the simulated status API would be asked \
-                          instead: add --no-tester or --no-api, or leave TESTER_ENDPOINT out";
+        let has_endpoint = self.lookups.tester_endpoint.as_str() != DEFAULT_TESTER_ENDPOINT;
+        if !no_consumer && !no_api && has_endpoint {
+            let reason = "TESTER_ENDPOINT is set, but lookups would go to the simulated status API: \
+                          add --no-tester or --no-api, or remove TESTER_ENDPOINT";
             return Err(reason.to_owned());
         }
         Ok(())
@@ -142,25 +148,25 @@ impl Without {
     }
 }
 
-/// What `lastseen` can do instead of running the pipeline, beside one that runs or without.
+/// The commands of `lastseen`. They work whether or not the pipeline is running.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
     /// List the objects that are online: those seen within `OBJECT_TTL`
     Objects(objects::List),
-    /// Look at the messages that were given up, send them back, or delete them
+    /// List dead letters (messages that Lastseen gave up on), send them back, or delete them
     #[command(arg_required_else_help = false)]
     DeadLetters {
         /// What to do with them.
         #[command(subcommand)]
         command: dead_letters::Command,
     },
-    /// Make the table in the Postgres, and make it again whenever it has gone, until a signal comes:
-    /// for services whose roles may not
+    /// Create the table in Postgres, and recreate it whenever it disappears, until a signal
+    /// arrives; for services whose database roles may not create it
     Migrate(migrate::Migrate),
 }
 
 impl Config {
-    /// The queue in the directory, unless another is named.
+    /// The queue that `AMQP_URI` names, or else the file in the directory.
     #[must_use]
     pub fn broker(&self) -> broker::Config {
         let url = self.amqp_uri.clone();
@@ -168,8 +174,8 @@ impl Config {
         broker::Config { amqp_uri, queue: self.queue.clone() }
     }
 
-    /// Where the roles tell each other what is committed: on the broker, if it is a RabbitMQ, for others
-    /// may be there, too.
+    /// The transport of events between the roles: RabbitMQ if it is the broker, so that other
+    /// programs receive them too; otherwise a channel in this process.
     pub(crate) fn exchange(&self) -> Exchange {
         let access = self.broker().access();
         access.map_or_else(Exchange::in_process, |access| {
@@ -177,7 +183,7 @@ impl Config {
         })
     }
 
-    /// The table in the directory, unless another is named.
+    /// The table that `DATABASE_URL` names, or else the file in the directory.
     #[must_use]
     pub fn store(&self) -> store::Config {
         store::Config { tz: self.tz.clone(), ..store::Config::at(self.table()) }
@@ -213,7 +219,7 @@ mod tests {
         }
         assert!(durations.len() >= 11, "{durations:?}");
         for flag in durations {
-            // An answer without any latency is a latency that the simulated status API can have.
+            // The simulated status API's latency may be zero.
             let tiny = if flag.starts_with("latency-") { "-1ns" } else { "1ns" };
             for value in [tiny, "5M", "1month", "1y", "10000d", "-1s", "30"] {
                 let arguments = ["lastseen".to_owned(), format!("--{flag}={value}")];

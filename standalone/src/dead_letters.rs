@@ -1,9 +1,9 @@
-//! `lastseen dead-letters`: the messages that were given up.
+//! `lastseen dead-letters`: lists dead letters, sends them back to the queue, or deletes them.
 
 use std::time::SystemTime;
 
 use anyhow::Context as _;
-use broker::{DeadLetter, DeadLetterAction, Inspector, Selection};
+use broker::{DeadLetter, Inspector, Selection, DeadLetterAction};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use service::CancellationToken;
@@ -15,63 +15,63 @@ use crate::{print_line, unless_stopped};
 /// What to do with dead letters.
 #[derive(Clone, Debug, Subcommand)]
 pub enum Command {
-    /// List them, one per line
-    List(Look),
-    /// Show them with all that is known of them
-    Show(Look),
-    /// Send them back to the queue, as if they had just been published
-    Redrive(Checked<Treat>),
-    /// Delete them for good
-    Purge(Checked<Treat>),
+    /// List dead letters, one per line
+    List(ListArgs),
+    /// Show dead letters with all details
+    Show(ListArgs),
+    /// Send dead letters back to the queue, as if they had just been published
+    Redrive(Checked<ChangeArgs>),
+    /// Delete dead letters permanently
+    Purge(Checked<ChangeArgs>),
 }
 
-/// Which dead letters to look at: all, unless some are named.
+/// Which dead letters to list: all, unless a filter is set.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
-pub struct Look {
+pub struct ListArgs {
     #[command(flatten)]
-    pub which: Which,
+    pub filter: Filter,
     /// Print one JSON object per line
     #[arg(long)]
     pub json: bool,
 }
 
-/// Which dead letters to treat: some must be named.
+/// Which dead letters to redrive or purge: a filter or `--all` is required.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
-pub struct Treat {
+pub struct ChangeArgs {
     #[command(flatten)]
-    pub which: Which,
-    /// All that there are
+    pub filter: Filter,
+    /// All dead letters
     #[arg(long, conflicts_with_all = ["id", "reason"])]
     pub all: bool,
-    /// Only say which it would be
+    /// Only print the dead letters that would be affected
     #[arg(long)]
     pub dry_run: bool,
 }
 
-/// Which dead letters are meant: those that fit all that is given.
+/// Selects dead letters. If both conditions are set, both must match.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
-pub struct Which {
-    /// Those of this object; may be repeated
+pub struct Filter {
+    /// Dead letters of this object; may be repeated
     #[arg(long, allow_negative_numbers = true)]
     pub id: Vec<i64>,
-    /// Those with this text in the reason
+    /// Dead letters whose reason contains this text
     #[arg(long, value_parser = reason)]
     pub reason: Option<String>,
 }
 
-impl Check for Treat {
+impl Check for ChangeArgs {
     fn check(&self) -> Result<(), String> {
-        if !self.all && self.which.id.is_empty() && self.which.reason.is_none() {
-            return Err("name some by --id or --reason, or all of them by --all".to_owned());
+        if !self.all && self.filter.id.is_empty() && self.filter.reason.is_none() {
+            return Err("select dead letters with --id or --reason, or all with --all".to_owned());
         }
         Ok(())
     }
 }
 
-/// An empty one would be in every reason, where `--all` is the word for all.
+/// Rejects an empty text: every reason contains it, and `--all` exists for all.
 fn reason(text: &str) -> Result<String, String> {
     if text.is_empty() {
         return Err("expected a part of a reason, such as 503".to_owned());
@@ -79,61 +79,56 @@ fn reason(text: &str) -> Result<String, String> {
     Ok(text.to_owned())
 }
 
-impl Which {
+impl Filter {
     fn selection(self) -> Selection {
         Selection { ids: self.id, reason: self.reason }
     }
 }
 
-/// Does it, and prints each dead letter when it is done.
+/// Runs the command, and prints each dead letter after it is listed, redriven or purged.
 ///
 /// # Errors
-/// When the queue cannot be reached or read, or a signal stops it. What was printed is done all the
-/// same; of what was under way then, some may be done as well.
+/// When the queue cannot be reached or read, or a signal stops the command. The printed dead
+/// letters are done even then, and so may be some of those in flight.
 pub(crate) async fn run(
     command: Command,
     config: &broker::Config,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
-    let (which, treatment, done, form): (_, _, _, fn(&DeadLetter) -> String) = match command {
-        Command::List(Look { which, json: false }) => {
-            (which, DeadLetterAction::List, "found", line)
+    let (filter, treatment, done, format): (_, _, _, fn(&DeadLetter) -> String) = match command {
+        Command::List(ListArgs { filter, json: false }) => (filter, DeadLetterAction::List, "found", line),
+        Command::Show(ListArgs { filter, json: false }) => {
+            (filter, DeadLetterAction::List, "found", details)
         }
-        Command::Show(Look { which, json: false }) => {
-            (which, DeadLetterAction::List, "found", card)
+        Command::List(ListArgs { filter, json: true })
+        | Command::Show(ListArgs { filter, json: true }) => {
+            (filter, DeadLetterAction::List, "found", json_line)
         }
-        Command::List(Look { which, json: true }) | Command::Show(Look { which, json: true }) => {
-            (which, DeadLetterAction::List, "found", json_line)
+        Command::Redrive(args) if args.dry_run => {
+            (args.into_inner().filter, DeadLetterAction::List, "would be redriven", line)
         }
-        Command::Redrive(treat) if treat.dry_run => {
-            (treat.into_inner().which, DeadLetterAction::List, "would be redriven", line)
+        Command::Purge(args) if args.dry_run => {
+            (args.into_inner().filter, DeadLetterAction::List, "would be purged", line)
         }
-        Command::Purge(treat) if treat.dry_run => {
-            (treat.into_inner().which, DeadLetterAction::List, "would be purged", line)
-        }
-        Command::Redrive(treat) => {
-            (treat.into_inner().which, DeadLetterAction::Redrive, "redriven", line)
-        }
-        Command::Purge(treat) => {
-            (treat.into_inner().which, DeadLetterAction::Purge, "purged", line)
-        }
+        Command::Redrive(args) => (args.into_inner().filter, DeadLetterAction::Redrive, "redriven", line),
+        Command::Purge(args) => (args.into_inner().filter, DeadLetterAction::Purge, "purged", line),
     };
     let mut count = 0_u64;
     let mut printed = Ok(true);
     let print = |letter: DeadLetter| {
         count += 1;
         if matches!(printed, Ok(true)) {
-            printed = print_line(form(&letter));
+            printed = print_line(format(&letter));
         }
     };
     let mut inspector = unless_stopped(shutdown, Inspector::open(config)).await?;
-    let selection = which.selection();
+    let selection = filter.selection();
     let treating = inspector.dead_letters(&selection, treatment, print);
-    let ended = unless_stopped(shutdown, treating).await;
-    // On standard error, so that the list can be piped.
+    let result = unless_stopped(shutdown, treating).await;
+    // To standard error, so that the list can be piped.
     eprintln!("{count} dead letter{} {done}", if count == 1 { "" } else { "s" });
     inspector.close().await;
-    ended.with_context(|| format!("ended early, after {count}"))?;
+    result.with_context(|| format!("ended early, after {count}"))?;
     printed.map(drop)
 }
 
@@ -144,8 +139,8 @@ fn line(letter: &DeadLetter) -> String {
     format!("{id:>20}  {at:<24}  {attempts:>3} attempts  {reason}")
 }
 
-fn card(letter: &DeadLetter) -> String {
-    let id = letter.id.map_or("none that can be read".to_owned(), |id| id.to_string());
+fn details(letter: &DeadLetter) -> String {
+    let id = letter.id.map_or("unreadable".to_owned(), |id| id.to_string());
     format!(
         "object        {id}
 reason        {}

@@ -1,6 +1,6 @@
-//! All of Lastseen in one process: the very roles that run as services elsewhere, by default on a
-//! queue and a table in files, with the tester as partner and status API. And the commands by which
-//! a person looks at what is there.
+//! `lastseen`: all roles in one process, by default with the queue and the table in files and with
+//! the tester as partner and status API. It also contains the commands with which an operator
+//! inspects and repairs the queue and the table.
 
 mod banner;
 mod config;
@@ -20,24 +20,24 @@ use tester::config::Checked;
 
 pub use config::{Command, Config};
 
-use roles::Stage;
+use roles::AllRoles;
 
-/// What the process is called and where its admin address is.
+/// The name of the process and the defaults of its common settings.
 pub const DESCRIPTION: Description = Description {
     name: "lastseen",
-    about: "Keeps who is online now, and when each was last seen: the whole pipeline in one process",
+    about: "Records which objects are online and when each was last seen: the whole pipeline in one process",
     admin_address: ":9091",
     drain_delay: "8s",
     reloadable: &[consumer::Lookups::RELOADABLE, routine::Cleanup::RELOADABLE],
 };
 
 // Decision: docs/decisions/0065-when-does-lastseen-open-its-files.md
-/// What the settings ask for: the pipeline, or what their subcommand does.
+/// Plans what the settings select: the pipeline, or a command.
 ///
-/// The files are opened here, first of all: if another process has them, nothing is begun.
+/// The pipeline's files are opened here, so that nothing starts if another process has them.
 ///
 /// # Errors
-/// [`Unavailable`] when another process has the files; or why they cannot be opened.
+/// [`Unavailable`] when another process has the files; or the reason why they cannot be opened.
 pub fn plan(
     config: &Reloadable<Checked<Config>>,
     health: Health,
@@ -48,16 +48,16 @@ pub fn plan(
         impl Future<Output = anyhow::Result<()>> + Send + use<>,
     >,
 > {
-    let live = config.map(Checked::into_inner);
-    let mut config = live.current();
+    let reloadable = config.map(Checked::into_inner);
+    let mut config = reloadable.current();
     if let Some(command) = config.command.take() {
-        return Ok(Invocation::Command(carry_out(command, config, shutdown)));
+        return Ok(Invocation::Command(run_command(command, config, shutdown)));
     }
-    let stage = Stage::set(config).map_err(in_use)?;
-    Ok(Invocation::Service(stage.play(live, health, shutdown)))
+    let roles = AllRoles::open(config).map_err(unavailable_if_in_use)?;
+    Ok(Invocation::Service(roles.run(reloadable, health, shutdown)))
 }
 
-async fn carry_out(
+async fn run_command(
     command: Command,
     config: Config,
     shutdown: CancellationToken,
@@ -73,23 +73,24 @@ async fn carry_out(
     }
 }
 
-/// What `work` comes to. It is dropped midway, and that is an error, when a signal asks for the end.
+/// Runs `work`, or cancels it and fails when a signal arrives.
 async fn unless_stopped<T, E: Into<anyhow::Error>>(
     shutdown: &CancellationToken,
     work: impl Future<Output = Result<T, E>>,
 ) -> anyhow::Result<T> {
-    let ended = shutdown.run_until_cancelled(work).await;
-    ended.context("stopped by a signal")?.map_err(Into::into)
+    let result = shutdown.run_until_cancelled(work).await;
+    result.context("stopped by a signal")?.map_err(Into::into)
 }
 
-/// Tells that another process has a file by an exit code of its own.
-fn in_use(error: anyhow::Error) -> anyhow::Error {
+/// Turns the error that another process has a file into [`Unavailable`], which has an exit code of
+/// its own.
+fn unavailable_if_in_use(error: anyhow::Error) -> anyhow::Error {
     let by_broker = matches!(error.downcast_ref(), Some(OpenError::InUse { .. }));
     let by_store = matches!(error.downcast_ref(), Some(StoreError::Open(OpenError::InUse { .. })));
     if by_broker || by_store { Unavailable(format!("{error:#}")).into() } else { error }
 }
 
-/// Prints a line; `false` when nobody reads any more, as behind `| head`.
+/// Prints a line. Returns `false` when the reader has closed the pipe, as `| head` does.
 fn print_line(line: impl std::fmt::Display) -> anyhow::Result<bool> {
     match writeln!(io::stdout(), "{line}") {
         Ok(()) => Ok(true),

@@ -1,4 +1,4 @@
-//! All of Lastseen as one process.
+//! `lastseen`: all roles in one process.
 
 use std::process::ExitCode;
 

@@ -1,4 +1,4 @@
-//! `lastseen migrate`: the table, for services whose roles may not make it.
+//! `lastseen migrate`: creates the table for services whose database roles may not create it.
 
 use anyhow::Context as _;
 use service::{CancellationToken, Misconfigured};
@@ -6,19 +6,20 @@ use store::Store;
 
 use crate::print_line;
 
-/// How long to see to it.
+/// How long to run.
 #[derive(Clone, Copy, Debug, clap::Args)]
 pub struct Migrate {
-    /// Exit as soon as the table is as this version needs it
+    /// Exit as soon as the table matches this version
     #[arg(long)]
     once: bool,
 }
 
-/// Keeps the table as this version needs it, whatever becomes of the database, and says so whenever
-/// it has come to be.
+/// Creates or upgrades the table now and after each outage of the database, and prints a line each
+/// time the table matches this version.
 ///
 /// # Errors
-/// When the database's file cannot be opened, standard output be written, or a signal ended `once`.
+/// When the database's file cannot be opened, standard output cannot be written, or a signal stops
+/// a run with `once`.
 pub(crate) async fn run(
     command: &Migrate,
     config: &store::Config,
@@ -27,13 +28,13 @@ pub(crate) async fn run(
     let store = Store::start(config, "migration", 1)?;
     let mut status = store.status();
     loop {
-        let there = status.borrow_and_update().is_ok();
-        if there && (!print_line("the table is there")? || command.once) {
+        let is_ready = status.borrow_and_update().is_ok();
+        if is_ready && (!print_line("the table is ready")? || command.once) {
             return Ok(());
         }
         tokio::select! {
             reason = store.rejected() => return Err(Misconfigured(reason).into()),
-            changed = status.changed() => changed.context("the database is no longer watched")?,
+            changed = status.changed() => changed.context("the database monitor stopped")?,
             () = shutdown.cancelled() => {
                 anyhow::ensure!(!command.once, "stopped by a signal");
                 return Ok(());

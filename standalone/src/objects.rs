@@ -1,4 +1,4 @@
-//! `lastseen objects`: who is online.
+//! `lastseen objects`: lists the objects that are online.
 
 use std::time::{Duration, SystemTime};
 
@@ -10,9 +10,9 @@ use store::{Object, Objects};
 use crate::{print_line, unless_stopped};
 
 /// Rows read at a time.
-const PAGE: u32 = 1_000;
+const PAGE_ROWS: u32 = 1_000;
 
-/// How to list them.
+/// How to list the objects.
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
 pub struct List {
@@ -21,11 +21,11 @@ pub struct List {
     pub json: bool,
 }
 
-/// Prints the table, in ascending order of the ids, less what is older than `ttl`: while no routine
-/// runs, nobody deletes that.
+/// Prints the objects that were seen within `ttl`, in ascending order of their ids. Older rows are
+/// omitted, because they remain in the table while no routine runs.
 ///
 /// # Errors
-/// When the table cannot be read, or the list not be written, or a signal stops it.
+/// When the table cannot be read, the list cannot be written, or a signal stops the command.
 pub(crate) async fn list(
     command: &List,
     config: &store::Config,
@@ -34,13 +34,13 @@ pub(crate) async fn list(
 ) -> anyhow::Result<()> {
     let mut objects = unless_stopped(shutdown, Box::pin(Objects::open(config))).await?;
     let mut after = None;
-    let mut nobody_yet = true;
+    let mut is_empty = true;
     loop {
-        let page = unless_stopped(shutdown, objects.page(after, PAGE)).await?;
+        let page = unless_stopped(shutdown, objects.page(after, PAGE_ROWS)).await?;
         let Some(last) = page.last() else { break };
         after = Some(last.id);
         for object in page.iter().filter(|object| object.age <= ttl) {
-            if std::mem::take(&mut nobody_yet) && !command.json {
+            if std::mem::take(&mut is_empty) && !command.json {
                 print_line(format_args!("{:>20}  {:<24}  ago", "id", "last seen"))?;
             }
             if !print_line(line(object, command.json))? {
@@ -48,14 +48,14 @@ pub(crate) async fn list(
             }
         }
     }
-    if nobody_yet {
-        eprintln!("nobody is online: no object was seen within OBJECT_TTL={}", display(ttl));
+    if is_empty {
+        eprintln!("no object is online: none was seen within OBJECT_TTL={}", display(ttl));
     }
     Ok(())
 }
 
-/// A time from a server or a file in RFC 3339, in UTC, to the millisecond. A time outside the years 1970 to
-/// 9999 is shown as the nearest within: humantime panics on it.
+/// Formats a time in RFC 3339, in UTC, with milliseconds. A time outside the years 1970 to 9999, on
+/// which humantime panics, is replaced by the nearest time within them.
 pub(crate) fn time_text(time: SystemTime) -> String {
     const LAST_SECOND: Duration = Duration::from_secs(253_402_300_799);
     let last = SystemTime::UNIX_EPOCH + LAST_SECOND;
@@ -67,11 +67,11 @@ fn line(object: &Object, as_json: bool) -> String {
     let last_seen = time_text(last_seen);
     if as_json {
         let age_seconds = age.as_secs_f64();
-        // As text, since jq keeps 53 bits of a number.
+        // The id is a string, because JSON parsers such as jq keep only 53 bits of a number.
         return json!({ "id": id.to_string(), "last_seen": last_seen, "age_seconds": age_seconds })
             .to_string();
     }
-    // To the tenth of a second: nobody reads more.
+    // Rounded down to a tenth of a second, which is enough for a person.
     let tenths = u64::try_from(age.as_millis() / 100).unwrap_or(u64::MAX);
     let age = humantime::format_duration(Duration::from_millis(tenths.saturating_mul(100)));
     format!("{id:>20}  {last_seen:<24}  {age}")

@@ -1,4 +1,4 @@
-//! The roles of one process, begun and ended in the order in which they need each other.
+//! Runs all roles in one process. They start and stop in the order of their dependencies.
 
 use std::net::SocketAddr;
 
@@ -16,42 +16,33 @@ use viewer::Viewer;
 use crate::banner::Addresses;
 use crate::{Config, banner, status_line};
 
-/// What the roles are to play with: the settings, and the files, open for this process.
-pub(crate) struct Stage {
-    pub(crate) config: Config,
-    pub(crate) broker: broker::Config,
-    pub(crate) store: store::Config,
+/// All roles with their settings and their files, which are open but not yet in use.
+pub(crate) struct AllRoles {
+    config: Config,
+    broker: broker::Config,
+    store: store::Config,
     claims: (broker::Claim, store::Claim),
 }
 
-/// A file that was damaged is kept beside the new one. The process works without it, and says so.
-fn report_kept_files((queue, table): &(broker::Claim, store::Claim), health: &Health) {
-    if let Some(kept) = queue.kept() {
-        health.add_optional("intact queue", kept);
-    }
-    if let Some(kept) = table.kept() {
-        health.add_optional("intact table", kept);
-    }
-}
-
-impl Stage {
+impl AllRoles {
     /// Opens the files.
     ///
     /// # Errors
-    /// When one of them cannot be had.
-    pub(crate) fn set(config: Config) -> anyhow::Result<Self> {
+    /// When a file cannot be opened, or another process has it.
+    pub(crate) fn open(config: Config) -> anyhow::Result<Self> {
         let (broker, store) = (config.broker(), config.store());
         let claims = (broker.claim()?, store.claim()?);
         Ok(Self { config, broker, store, claims })
     }
 
-    /// Plays the roles until `shutdown`. The simulated status API goes last: what is in flight needs it.
+    /// Runs the roles until `shutdown`. The simulated status API stops last, because the lookups in
+    /// flight need it.
     ///
     /// # Errors
-    /// When one of them cannot begin, or ends before it is told to.
-    pub(crate) async fn play(
+    /// When a role cannot start, fails, or ends before `shutdown`.
+    pub(crate) async fn run(
         self,
-        live: Reloadable<Config>,
+        reloadable: Reloadable<Config>,
         health: Health,
         shutdown: CancellationToken,
     ) -> anyhow::Result<()> {
@@ -59,9 +50,9 @@ impl Stage {
         report_kept_files(&claims, &health);
         let without = config.without;
         let mut lookups = config.lookups.clone();
-        let mut partners_callbacks = config.partners_callbacks.clone().into_inner();
+        let mut partner_callbacks = config.partner_callbacks.clone().into_inner();
         let exchange = config.exchange();
-        let mut roles = Roles { running: JoinSet::new(), shutdown: shutdown.clone() };
+        let mut roles = RunningRoles { tasks: JoinSet::new(), shutdown: shutdown.clone() };
 
         let api = if without.api() {
             None
@@ -72,18 +63,18 @@ impl Stage {
             lookups.tester_endpoint = url_of(api.address()?, "")?;
             Some(api)
         };
-        let lookups_at = (!without.no_consumer).then(|| lookups.tester_endpoint.clone());
-        let mut callbacks_to = None;
+        let status_api = (!without.no_consumer).then(|| lookups.tester_endpoint.clone());
+        let mut callbacks_url = None;
         if !without.no_producer {
             let mut callbacks = config.callbacks.clone();
             callbacks.spool_dir.get_or_insert_with(|| config.lastseen_dir.join("spool"));
             let authenticity = config.authenticity.clone();
-            let door = producer::Config { callbacks, authenticity, broker: broker.clone() };
-            let door = CallbackServer::open(&door, &health.role("producer")).await?;
-            let url = url_of(door.address()?, "callback")?;
-            partners_callbacks.callback_endpoint = url.clone();
-            callbacks_to = Some(url);
-            roles.begin("producer", door.serve(shutdown.clone()));
+            let producer = producer::Config { callbacks, authenticity, broker: broker.clone() };
+            let producer = CallbackServer::open(&producer, &health.role("producer")).await?;
+            let url = url_of(producer.address()?, "callback")?;
+            partner_callbacks.callback_endpoint = url.clone();
+            callbacks_url = Some(url);
+            roles.start("producer", producer.serve(shutdown.clone()));
         }
         if !without.no_consumer {
             let consumer = consumer::Config {
@@ -92,116 +83,126 @@ impl Stage {
                 store: store.clone(),
                 events: Some(exchange.clone()),
             };
-            let consumer = with_lookups_of(&live, consumer);
+            let consumer = consumer_settings(&reloadable, consumer);
             let health = health.role("consumer");
-            roles.begin("consumer", consumer::run(consumer, health, shutdown.clone()));
+            roles.start("consumer", consumer::run(consumer, health, shutdown.clone()));
         }
         if !without.no_routine {
             let events = events::Config::with_exchange(exchange.clone());
             let store = store.clone();
-            let routine = live.map(move |now| routine::Config {
-                cleanup: now.cleanup,
+            let routine = reloadable.map(move |config| routine::Config {
+                cleanup: config.cleanup,
                 once: false,
                 store: store.clone(),
                 events: events.clone(),
             });
-            roles.begin("routine", routine::run(routine, health.role("routine"), shutdown.clone()));
+            roles.start("routine", routine::run(routine, health.role("routine"), shutdown.clone()));
         }
-        let mut shown_at = None;
+        let mut viewer_url = None;
         if !without.no_viewer {
             let events = events::Config::with_exchange(exchange.clone());
             let view = config.view.clone();
             let viewer = viewer::Config { view, events, store: store.clone(), is_among_them: true };
             let viewer = Viewer::open(viewer, &health.role("viewer"))?;
-            shown_at = Some(url_of(viewer.address()?, "")?);
-            roles.begin("viewer", viewer.serve(shutdown.clone()));
+            viewer_url = Some(url_of(viewer.address()?, "")?);
+            roles.start("viewer", viewer.serve(shutdown.clone()));
         }
         if !without.partner() {
             let authenticity = config.authenticity.clone();
             let partner = config.partner.clone().into_inner();
-            let partner = Partner::new(partners_callbacks, authenticity, partner);
+            let partner = Partner::new(partner_callbacks, authenticity, partner);
             let partner = partner.context("cannot build the HTTP client")?;
             let shutdown = shutdown.clone();
-            roles.begin("partner", async move {
+            roles.start("partner", async move {
                 partner.post_until(shutdown).await;
                 Ok(())
             });
         }
-        let last = CancellationToken::new();
-        let answering = tokio::spawn({
-            let last = last.clone();
+        let api_shutdown = CancellationToken::new();
+        let api = tokio::spawn({
+            let shutdown = api_shutdown.clone();
             async move {
                 match api {
-                    Some(api) => api.serve(last).await,
-                    None => last.cancelled().await,
+                    Some(api) => api.serve(shutdown).await,
+                    None => shutdown.cancelled().await,
                 }
             }
         });
         health.finish_registration();
-        let addresses = Addresses { shown_at, callbacks_to, lookups_at };
+        let addresses = Addresses { viewer: viewer_url, callbacks: callbacks_url, status_api };
         banner::print(&config, &addresses)?;
         let status_line = status_line::draw(broker, store, shutdown);
-        roles.begin("status line", async move {
+        roles.start("status line", async move {
             status_line.await;
             Ok(())
         });
 
-        let mut answering = std::pin::pin!(answering);
+        let mut api = std::pin::pin!(api);
         tokio::select! {
-            ended = roles.end() => ended?,
-            _ = &mut answering => bail!("the simulated status API has died"),
+            result = roles.wait_for_all() => result?,
+            _ = &mut api => bail!("the simulated status API stopped unexpectedly"),
         }
-        last.cancel();
-        answering.await.context("the simulated status API has died")?;
+        api_shutdown.cancel();
+        api.await.context("the simulated status API failed")?;
         tokio::join!(claims.0.close(), claims.1.close());
         Ok(())
     }
 }
 
-/// The roles that are being played.
-struct Roles {
-    running: JoinSet<(&'static str, anyhow::Result<()>)>,
+/// Shows in `health` where a damaged file is kept. The process works with a new file instead.
+fn report_kept_files((queue, table): &(broker::Claim, store::Claim), health: &Health) {
+    if let Some(kept) = queue.kept() {
+        health.add_optional("intact queue", kept);
+    }
+    if let Some(kept) = table.kept() {
+        health.add_optional("intact table", kept);
+    }
+}
+
+/// The roles that run.
+struct RunningRoles {
+    tasks: JoinSet<(&'static str, anyhow::Result<()>)>,
     shutdown: CancellationToken,
 }
 
-impl Roles {
-    fn begin(
+impl RunningRoles {
+    fn start(
         &mut self,
         name: &'static str,
         role: impl Future<Output = anyhow::Result<()>> + Send + 'static,
     ) {
-        self.running.spawn(async move { (name, role.await) });
+        self.tasks.spawn(async move { (name, role.await) });
     }
 
-    /// Waits until all have ended, which they may not do before they are told to.
-    async fn end(&mut self) -> anyhow::Result<()> {
-        while let Some(ended) = self.running.join_next().await {
-            let (name, ended) = ended.context("a role has died")?;
-            ended.with_context(|| format!("{name} failed"))?;
+    /// Waits until all roles have ended. Fails if one fails, or ends before the shutdown.
+    async fn wait_for_all(&mut self) -> anyhow::Result<()> {
+        while let Some(joined) = self.tasks.join_next().await {
+            let (name, result) = joined.context("a role panicked")?;
+            result.with_context(|| format!("{name} failed"))?;
             if !self.shutdown.is_cancelled() {
-                bail!("{name} has ended by itself");
+                bail!("{name} stopped unexpectedly");
             }
         }
         Ok(())
     }
 }
 
-/// The consumer's settings, of which the lookups change with the pipeline's. The API stays the one that is
-/// played.
-fn with_lookups_of(
-    live: &Reloadable<Config>,
+/// The consumer's settings, in which the reloadable lookup settings change. The address of the
+/// status API does not: it may be that of the simulated one.
+fn consumer_settings(
+    reloadable: &Reloadable<Config>,
     consumer: consumer::Config,
 ) -> Reloadable<consumer::Config> {
-    live.map(move |now| {
+    reloadable.map(move |config| {
         let tester_endpoint = consumer.lookups.tester_endpoint.clone();
-        let lookups = Lookups { tester_endpoint, ..now.lookups };
+        let lookups = Lookups { tester_endpoint, ..config.lookups };
         consumer::Config { lookups, ..consumer.clone() }
     })
 }
 
-/// How to reach from this machine what listens on `address`.
+/// The URL by which a process on this machine reaches a server that listens on `address`.
 fn url_of(address: SocketAddr, path: &str) -> anyhow::Result<Url> {
     let address = SocketAddr::new(reachable_ip(address.ip()), address.port());
     let url = format!("http://{address}/{path}");
-    url.parse().context("an address should make a URL")
+    url.parse().with_context(|| format!("cannot make a URL of {address}"))
 }

@@ -1,4 +1,4 @@
-//! One line at the bottom of the terminal that says how things stand.
+//! The status line at the bottom of the terminal.
 
 use std::time::{Duration, Instant};
 
@@ -7,8 +7,9 @@ use service::{CancellationToken, metric_total, terminal};
 use store::Objects;
 
 const INTERVAL: Duration = Duration::from_secs(1);
-/// Counting takes at most this share of the time: a long queue is counted less often.
-const COUNTING_SHARE: u32 = 20;
+/// The next count starts only after this multiple of the time that the last one took, so that
+/// counting a long queue does not slow the pipeline down.
+const PAUSE_PER_COUNT: u32 = 20;
 
 /// Draws the line until `shutdown`, if standard error is a terminal.
 pub(crate) async fn draw(
@@ -28,11 +29,11 @@ pub(crate) async fn draw(
             () = tokio::time::sleep(wait) => {}
             () = shutdown.cancelled() => break,
         }
-        let counting_since = Instant::now();
-        // A broker or a database that does not answer must not hold up the end.
+        let started_at = Instant::now();
+        // Cancellable, so that an unresponsive broker or database does not delay the shutdown.
         let counting = shutdown.run_until_cancelled(Box::pin(counts.count()));
         let Some((depths, online)) = counting.await else { break };
-        wait = INTERVAL.max(counting_since.elapsed() * COUNTING_SHARE);
+        wait = INTERVAL.max(started_at.elapsed() * PAUSE_PER_COUNT);
         let lookups = metric_total("lastseen_lookups_total");
         let per_second = (lookups - lookups_before) / drawn_at.elapsed().as_secs_f64();
         (lookups_before, drawn_at) = (lookups, Instant::now());
@@ -55,7 +56,7 @@ fn line(callbacks: f64, depths: Option<Depths>, per_second: f64, online: Option<
     )
 }
 
-/// Counts in the broker and the database; connects anew when that has failed.
+/// Counts in the broker and the database. After a failure, it reconnects with the next count.
 struct Counts {
     broker: broker::Config,
     store: store::Config,

@@ -38,8 +38,8 @@ async fn services_that_may_not_make_the_table_wait_for_the_process_that_makes_it
     let lost =
         sqlx::query("DROP TABLE object, _lastseen_migrations").execute(database.pool()).await;
     lost.unwrap();
-    eventually("the table is there again", PATIENCE, async || {
-        let told = migration.log().iter().filter(|line| *line == "the table is there").count();
+    eventually("the table is ready again", PATIENCE, async || {
+        let told = migration.log().iter().filter(|line| *line == "the table is ready").count();
         (told == 2).then_some(())
     })
     .await;

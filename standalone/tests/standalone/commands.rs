@@ -6,28 +6,32 @@ use testbed::{Answer, Process, Queue, StatusApi, eventually};
 
 use crate::{Home, PATIENCE};
 
-/// A status API that fails until it is told to be well, but for ids below zero, which are offline: if
-/// it answered nobody, that would be nothing against a message.
-struct Moody {
+/// A status API that fails until it is set to healthy. Ids below zero are always offline, because the
+/// failures of an API that answers no id at all do not count against a message.
+struct FailingApi {
     api: StatusApi,
-    well: Arc<AtomicBool>,
+    is_healthy: Arc<AtomicBool>,
 }
 
-impl Moody {
+impl FailingApi {
     fn new() -> Self {
-        let well = Arc::new(AtomicBool::new(false));
-        let now = Arc::clone(&well);
-        let api = StatusApi::start(move |id, _| match (now.load(Ordering::SeqCst), id % 2) {
+        let is_healthy = Arc::new(AtomicBool::new(false));
+        let flag = Arc::clone(&is_healthy);
+        let api = StatusApi::start(move |id, _| match (flag.load(Ordering::SeqCst), id % 2) {
             _ if id < 0 => Answer::Offline,
             (true, _) => Answer::Online,
             (false, 0) => Answer::Status(500),
             (false, _) => Answer::Status(503),
         });
-        Self { api, well }
+        Self { api, is_healthy }
+    }
+
+    fn set_healthy(&self, is_healthy: bool) {
+        self.is_healthy.store(is_healthy, Ordering::SeqCst);
     }
 }
 
-/// Where the messages are: in a file, or on the shared RabbitMQ.
+/// Two homes: with the queue in a file, and on the shared RabbitMQ.
 fn homes(status_api: &StatusApi, queue: &Queue) -> [Home; 2] {
     let endpoint = status_api.endpoint();
     let settings = [("TESTER_ENDPOINT", endpoint.as_str()), ("MAX_ATTEMPTS", "1")];
@@ -36,7 +40,8 @@ fn homes(status_api: &StatusApi, queue: &Queue) -> [Home; 2] {
     [Home::new(&settings), Home::new(&[settings, on_rabbitmq].concat())]
 }
 
-async fn found(home: &Home, arguments: &[&str], count: usize) -> Vec<String> {
+/// Runs a command of `dead-letters`, which must report this number of dead letters.
+async fn run_counting(home: &Home, arguments: &[&str], count: usize) -> Vec<String> {
     let (code, lines) = home.run(arguments).await;
     assert_eq!(code, Some(0), "{lines:?}");
     let last = lines.iter().find(|line| line.contains("dead letter")).unwrap();
@@ -45,12 +50,13 @@ async fn found(home: &Home, arguments: &[&str], count: usize) -> Vec<String> {
 }
 
 /// Posts `ids` and waits until each is a dead letter.
-async fn bury(home: &Home, lastseen: &Process, endpoint: &str, ids: &[i64]) {
+async fn make_dead_letters(home: &Home, lastseen: &Process, endpoint: &str, ids: &[i64]) {
     let settled = || lastseen.metric("lastseen_settled_total{disposition=\"dead_letter\"}");
     let before = settled().await;
     let partner = Partner::with_patience(PATIENCE);
     let mut others = (1..).map(|id: i64| -id);
-    // With more failures among all lookups, they would be blamed on the API.
+    // Only a tenth of all lookups fail. With a larger share, the failures would count against the API
+    // and not against the messages.
     for callback in ids.chunks(10) {
         let callback: Vec<i64> = others.by_ref().take(90).chain(callback.iter().copied()).collect();
         assert!(partner.post(endpoint, &callback).await, "{:?}", partner.ledger().refused);
@@ -62,44 +68,45 @@ async fn bury(home: &Home, lastseen: &Process, endpoint: &str, ids: &[i64]) {
         (settled().await >= before + ids.len() as f64).then_some(())
     })
     .await;
-    found(home, &["dead-letters", "list"], ids.len()).await;
+    run_counting(home, &["dead-letters", "list"], ids.len()).await;
 }
 
 #[tokio::test]
-async fn dead_letters_are_listed_shown_redriven_and_purged_by_id_by_reason_and_all() {
-    let (moody, queue) = (Moody::new(), Queue::new());
-    for home in homes(&moody.api, &queue) {
-        moody.well.store(false, Ordering::SeqCst);
+async fn dead_letter_commands_select_by_id_reason_and_all() {
+    let (status_api, queue) = (FailingApi::new(), Queue::new());
+    for home in homes(&status_api.api, &queue) {
+        status_api.set_healthy(false);
         let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
-        bury(&home, &lastseen, &endpoint, &[2, 3, 4, 5]).await;
+        make_dead_letters(&home, &lastseen, &endpoint, &[2, 3, 4, 5]).await;
 
-        let lines = found(&home, &["dead-letters", "list", "--reason", "503"], 2).await.concat();
+        let lines =
+            run_counting(&home, &["dead-letters", "list", "--reason", "503"], 2).await.concat();
         assert!(lines.contains("503") && !lines.contains("500"), "{lines}");
-        let lines = found(&home, &["dead-letters", "show", "--id", "4"], 1).await.join("\n");
+        let lines = run_counting(&home, &["dead-letters", "show", "--id", "4"], 1).await.join("\n");
         for part in ["object        4", "attempts      1", r#"{"id":4}"#, "answered 500"] {
             assert!(lines.contains(part), "{part} is missing in {lines}");
         }
-        let lines = found(&home, &["dead-letters", "list", "--json"], 4).await;
-        // The count, on standard error, may come first.
+        let lines = run_counting(&home, &["dead-letters", "list", "--json"], 4).await;
+        // The count on standard error may come first.
         let letters = lines.iter().filter_map(|line| serde_json::from_str(line).ok());
         let letters: Vec<serde_json::Value> = letters.collect();
         assert_eq!(letters.len(), 4, "{lines:?}");
         assert!(letters.iter().all(|letter| letter["attempts"] == 1), "{lines:?}");
 
-        moody.well.store(true, Ordering::SeqCst);
-        found(&home, &["dead-letters", "redrive", "--id=2", "--id=3", "--dry-run"], 2).await;
-        found(&home, &["dead-letters", "list"], 4).await;
-        found(&home, &["dead-letters", "redrive", "--id=2", "--id=3"], 2).await;
+        status_api.set_healthy(true);
+        run_counting(&home, &["dead-letters", "redrive", "--id=2", "--id=3", "--dry-run"], 2).await;
+        run_counting(&home, &["dead-letters", "list"], 4).await;
+        run_counting(&home, &["dead-letters", "redrive", "--id=2", "--id=3"], 2).await;
         eventually("what was redriven is online", PATIENCE, async || {
             (home.online().await == [2, 3]).then_some(())
         })
         .await;
-        found(&home, &["dead-letters", "purge", "--reason=500", "--dry-run"], 1).await;
-        found(&home, &["dead-letters", "purge", "--reason=500"], 1).await;
-        let left = found(&home, &["dead-letters", "list"], 1).await.concat();
+        run_counting(&home, &["dead-letters", "purge", "--reason=500", "--dry-run"], 1).await;
+        run_counting(&home, &["dead-letters", "purge", "--reason=500"], 1).await;
+        let left = run_counting(&home, &["dead-letters", "list"], 1).await.concat();
         assert!(left.contains("503"), "{left}");
-        found(&home, &["dead-letters", "redrive", "--all"], 1).await;
-        found(&home, &["dead-letters", "list"], 0).await;
+        run_counting(&home, &["dead-letters", "redrive", "--all"], 1).await;
+        run_counting(&home, &["dead-letters", "list"], 0).await;
         eventually("5 is online", PATIENCE, async || {
             (home.online().await == [2, 3, 5]).then_some(())
         })
@@ -108,41 +115,41 @@ async fn dead_letters_are_listed_shown_redriven_and_purged_by_id_by_reason_and_a
 }
 
 #[tokio::test]
-async fn nothing_is_redriven_or_purged_without_saying_which() {
+async fn redrive_and_purge_require_a_selection() {
     let home = Home::new(&[]);
     for command in ["redrive", "purge"] {
-        for (arguments, told) in [
-            (&[][..], "name some by --id or --reason, or all of them by --all"),
-            (&["--dry-run"], "name some by --id or --reason, or all of them by --all"),
+        for (arguments, error) in [
+            (&[][..], "select dead letters with --id or --reason, or all with --all"),
+            (&["--dry-run"], "select dead letters with --id or --reason, or all with --all"),
             (&["--all", "--id=1"], "cannot be used with"),
             (&["--reason="], "expected a part of a reason"),
         ] {
             let (code, lines) = home.run(&[&["dead-letters", command], arguments].concat()).await;
             assert_eq!(code, Some(78), "{lines:?}");
-            assert!(lines.concat().contains(told), "{lines:?}");
+            assert!(lines.concat().contains(error), "{lines:?}");
         }
     }
 }
 
 #[tokio::test]
-async fn dead_letters_alone_is_a_settings_error_that_tells_what_could_follow() {
+async fn dead_letters_alone_is_a_settings_error() {
     let (code, lines) = Home::new(&[]).run(&["dead-letters"]).await;
     assert_eq!(code, Some(78), "{lines:?}");
     assert!(lines.concat().contains("list, show, redrive, purge"), "{lines:?}");
 }
 
 #[tokio::test]
-async fn a_redrive_that_is_killed_midway_loses_none() {
-    let (moody, queue) = (Moody::new(), Queue::new());
+async fn killed_redrive_loses_no_dead_letter() {
+    let (status_api, queue) = (FailingApi::new(), Queue::new());
     let ids: Vec<i64> = (0..1_000).collect();
-    for home in homes(&moody.api, &queue) {
-        moody.well.store(false, Ordering::SeqCst);
+    for home in homes(&status_api.api, &queue) {
+        status_api.set_healthy(false);
         let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
-        bury(&home, &lastseen, &endpoint, &ids).await;
-        moody.well.store(true, Ordering::SeqCst);
+        make_dead_letters(&home, &lastseen, &endpoint, &ids).await;
+        status_api.set_healthy(true);
 
         let redrive = home.spawn(&["dead-letters", "redrive", "--all"]);
-        // It prints each when it is done.
+        // The command prints each dead letter after redriving it.
         let some = async || (redrive.log().len() > 100).then_some(());
         eventually("some are redriven", PATIENCE, some).await;
         redrive.kill();
@@ -156,13 +163,13 @@ async fn a_redrive_that_is_killed_midway_loses_none() {
     }
 }
 
-/// The test holds the file's write lock, so that the redrive cannot get far.
+/// The test holds the file's write lock, so that the redrive cannot finish.
 #[tokio::test]
-async fn a_redrive_ends_at_a_signal_and_says_how_far_it_has_come() {
-    let moody = Moody::new();
-    let home = Home::new(&[("TESTER_ENDPOINT", &moody.api.endpoint()), ("MAX_ATTEMPTS", "1")]);
+async fn redrive_ends_at_a_signal_and_reports_its_progress() {
+    let status_api = FailingApi::new();
+    let home = Home::new(&[("TESTER_ENDPOINT", &status_api.api.endpoint()), ("MAX_ATTEMPTS", "1")]);
     let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
-    bury(&home, &lastseen, &endpoint, &[2, 3]).await;
+    make_dead_letters(&home, &lastseen, &endpoint, &[2, 3]).await;
     lastseen.terminate();
     lastseen.wait().await;
     let queue = home.file("queue.db").canonicalize().unwrap();
@@ -183,12 +190,12 @@ async fn a_redrive_ends_at_a_signal_and_says_how_far_it_has_come() {
     assert!(lines.concat().contains("0 dead letters redriven"), "{lines:?}");
     assert!(lines.concat().contains("ended early, after 0: stopped by a signal"), "{lines:?}");
     drop(writer);
-    found(&home, &["dead-letters", "list"], 2).await;
+    run_counting(&home, &["dead-letters", "list"], 2).await;
 }
 
-/// A server that takes connections and never says a word.
+/// The server accepts connections and never sends anything.
 #[tokio::test]
-async fn a_command_that_waits_for_a_server_ends_at_a_signal() {
+async fn command_that_waits_for_a_server_ends_at_a_signal() {
     let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = server.local_addr().unwrap();
     let home = Home::new(&[
@@ -206,7 +213,7 @@ async fn a_command_that_waits_for_a_server_ends_at_a_signal() {
 }
 
 #[tokio::test]
-async fn what_is_not_there_is_told_and_not_made() {
+async fn missing_files_are_reported_and_not_created() {
     let home = Home::new(&[]);
     for command in [&["objects"][..], &["dead-letters", "list"]] {
         let (code, lines) = home.run(command).await;
@@ -217,13 +224,13 @@ async fn what_is_not_there_is_told_and_not_made() {
 }
 
 #[tokio::test]
-async fn a_table_is_printed_for_people_and_nobody_online_is_told() {
+async fn objects_prints_a_table_or_that_no_object_is_online() {
     let status_api = StatusApi::start(|_, _| Answer::Online);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     let (_lastseen, endpoint) = home.start(&["--no-tester"]).await;
     let (code, lines) = home.run(&["objects"]).await;
-    let said = "nobody is online: no object was seen within OBJECT_TTL=1h";
-    assert_eq!((code, lines.concat().as_str()), (Some(0), said));
+    let expected = "no object is online: none was seen within OBJECT_TTL=1h";
+    assert_eq!((code, lines.concat().as_str()), (Some(0), expected));
     assert!(Partner::default().post(&endpoint, &[42]).await);
     eventually("42 is online", PATIENCE, async || (home.online().await == [42]).then_some(()))
         .await;
@@ -232,9 +239,9 @@ async fn a_table_is_printed_for_people_and_nobody_online_is_told() {
 }
 
 #[tokio::test]
-async fn a_row_that_is_stale_is_not_listed_even_if_nobody_deletes_it() {
+async fn stale_row_is_not_listed_even_if_not_deleted() {
     let status_api = StatusApi::start(|_, _| Answer::Online);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     let (_lastseen, endpoint) = home.start(&["--no-tester", "--no-routine"]).await;
     assert!(Partner::default().post(&endpoint, &[42]).await);
     eventually("42 is online", PATIENCE, async || (home.online().await == [42]).then_some(()))

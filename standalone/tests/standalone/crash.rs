@@ -7,19 +7,19 @@ use testbed::eventually;
 
 use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
 
-/// The partner posts some 2,000 ids a second all the while; the process is killed at any moment, that
-/// of its start included, and started again.
+/// The partner posts about 2,000 ids a second. The process is killed at random moments, some of them
+/// during its start, and started again.
 #[tokio::test]
-async fn fifty_kills_at_random_moments_under_load_lose_nothing_that_was_accepted() {
+async fn fifty_kills_under_load_lose_no_accepted_id() {
     const KILLS: i64 = 50;
     let status_api = even_ids_online(MILLISECOND * 20);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     let partner = Partner::default();
     let mut kills_under_load = 0;
     for round in 0..KILLS {
         let lastseen = home.spawn(&["--no-tester"]);
         let moment = Duration::from_millis(rand::rng().random_range(0..300));
-        // One in ten is killed as it starts.
+        // One process in ten is killed during its start.
         if round % 10 == 9 {
             tokio::time::sleep(moment / 3).await;
             lastseen.kill();

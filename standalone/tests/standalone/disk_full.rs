@@ -7,9 +7,9 @@ use testbed::{ON_A_SMALL_DISK, Process, eventually, fill_disk};
 use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
 
 #[tokio::test]
-async fn on_a_full_disk_callbacks_are_refused_and_all_goes_on_when_there_is_room() {
+async fn full_disk_refuses_callbacks_until_space_is_freed() {
     let status_api = even_ids_online(MILLISECOND);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     fs::create_dir(home.file("")).unwrap();
     let arguments = ["--no-tester"];
     let lastseen = Process::spawn_through(&ON_A_SMALL_DISK, "lastseen", &home.settings, &arguments);
@@ -29,7 +29,7 @@ async fn on_a_full_disk_callbacks_are_refused_and_all_goes_on_when_there_is_room
     let refused = partner.ledger().refused;
     assert!(refused[0].starts_with("503"), "{refused:?}");
     assert!(refused[0].contains("disk is full"), "{refused:?}");
-    eventually("it is not ready, and says why", PATIENCE, async || {
+    eventually("it is not ready because of the disk", PATIENCE, async || {
         let (status, body) = lastseen.get("/readyz").await;
         (status == 503 && body.contains("disk is full")).then_some(())
     })
@@ -47,7 +47,7 @@ async fn on_a_full_disk_callbacks_are_refused_and_all_goes_on_when_there_is_room
         accepted.iter().all(|id| status_api.lookups_of(*id) > 0).then_some(())
     })
     .await;
-    eventually("and what is looked up is settled", PATIENCE, async || {
+    eventually("each delivery is settled", PATIENCE, async || {
         let settled = lastseen.metric("lastseen_settled_total{disposition=\"ack\"}").await;
         let lookups = lastseen.metric("lastseen_lookups_total").await;
         (settled >= lookups).then_some(())

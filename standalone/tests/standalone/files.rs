@@ -4,22 +4,22 @@ use testbed::eventually;
 use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
 
 #[tokio::test]
-async fn a_second_process_on_the_same_directory_says_so_and_exits_69() {
+async fn second_process_on_the_directory_exits_69() {
     let home = Home::new(&[]);
     let (first, _) = home.start(&["--no-partner"]).await;
     let (code, lines) = home.run(&["--no-partner"]).await;
     assert_eq!(code, Some(69), "{lines:?}");
-    let told = lines.concat();
-    assert!(told.contains("queue.db is in use by another process"), "{told}");
-    assert!(told.contains(&format!("(process {})", first.pid())), "{told}");
+    let output = lines.concat();
+    assert!(output.contains("queue.db is in use by another process"), "{output}");
+    assert!(output.contains(&format!("(process {})", first.pid())), "{output}");
     assert!(first.is_running());
-    // And when the first is gone, however it went, the directory is free.
+    // The directory is free after the end of the first process, even if it was killed.
     first.kill();
     home.start(&["--no-partner"]).await;
 }
 
 #[tokio::test]
-async fn a_foreign_or_damaged_file_stops_the_start_and_is_left_as_it_is() {
+async fn foreign_or_damaged_file_stops_the_start_unchanged() {
     for file in ["queue.db", "store.db"] {
         for content in [&b"these are my notes\n"[..], &[0; 4096], b"SQLite format 3\0 and no more"]
         {
@@ -36,7 +36,7 @@ async fn a_foreign_or_damaged_file_stops_the_start_and_is_left_as_it_is() {
 
 /// Field case 3.5.
 #[tokio::test]
-async fn damaged_queue_is_kept_and_the_rest_of_it_looked_up() {
+async fn damaged_queue_is_kept_and_its_readable_part_used() {
     let status_api = even_ids_online(MILLISECOND);
     let endpoint = status_api.endpoint();
     let home = Home::new(&[("TESTER_ENDPOINT", &endpoint), ("OBJECT_TTL", "1h")]);
@@ -65,28 +65,28 @@ async fn damaged_queue_is_kept_and_the_rest_of_it_looked_up() {
 }
 
 #[tokio::test]
-async fn what_is_kept_is_there_after_a_restart() {
+async fn objects_and_acks_survive_a_restart() {
     let status_api = even_ids_online(MILLISECOND);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
     assert!(Partner::default().post(&endpoint, &[2, 8]).await);
     let both_online = async || (home.online().await == [2, 8]).then_some(());
     eventually("both are online", PATIENCE, both_online).await;
     lastseen.terminate();
     lastseen.wait().await;
-    // Also without a process that runs.
+    // The command also works while no process runs.
     assert_eq!(home.online().await, [2, 8]);
     home.start(&["--no-tester"]).await;
     assert_eq!(home.online().await, [2, 8]);
-    assert_eq!(status_api.lookups().len(), 2, "what was acked is not looked up again");
+    assert_eq!(status_api.lookups().len(), 2, "an acked id was looked up again");
 }
 
-/// A command that comes and goes must not take its own leaving for the last one's: SQLite would then
-/// delete the log that the pipeline goes on writing to.
+/// A command must not mistake itself for the last user of a file when it closes it. SQLite would
+/// delete the write-ahead log, to which the pipeline continues to write.
 #[tokio::test]
-async fn a_command_beside_the_pipeline_leaves_its_logs_in_place() {
+async fn command_beside_the_pipeline_keeps_its_wal_files() {
     let status_api = even_ids_online(MILLISECOND);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
     let partner = Partner::default();
     assert!(partner.post(&endpoint, &[2]).await);
@@ -98,5 +98,5 @@ async fn a_command_beside_the_pipeline_leaves_its_logs_in_place() {
     eventually("both are online", PATIENCE, async || (home.online().await == [2, 4]).then_some(()))
         .await;
     lastseen.kill();
-    assert_eq!(home.online().await, [2, 4], "what was committed outlives the kill");
+    assert_eq!(home.online().await, [2, 4], "a committed row was lost with the kill");
 }

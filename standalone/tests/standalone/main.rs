@@ -17,15 +17,15 @@ use testbed::{Answer, Process, Scratch, StatusApi};
 const MILLISECOND: Duration = Duration::from_millis(1);
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// Settings that take any free port, and rows that stay.
-const QUIET: [(&str, &str); 4] = [
+/// Free ports, and a TTL that keeps all rows.
+const DEFAULTS: [(&str, &str); 4] = [
     ("PRODUCER_ADDR", "127.0.0.1:0"),
     ("TESTER_ADDR", "127.0.0.1:0"),
     ("VIEWER_ADDR", "127.0.0.1:0"),
     ("OBJECT_TTL", "1h"),
 ];
 
-/// A directory for the files of `lastseen`, that outlives its processes.
+/// A directory for the files of `lastseen`, which outlives its processes.
 struct Home {
     scratch: Scratch,
     settings: Vec<(&'static str, String)>,
@@ -35,15 +35,15 @@ impl Home {
     fn new(settings: &[(&'static str, &str)]) -> Self {
         let scratch = Scratch::new("home");
         let given = settings.iter().map(|(name, _)| *name).collect::<Vec<_>>();
-        let quiet = QUIET.into_iter().filter(|(name, _)| !given.contains(name));
-        let all = quiet.chain(settings.iter().copied());
+        let defaults = DEFAULTS.into_iter().filter(|(name, _)| !given.contains(name));
+        let all = defaults.chain(settings.iter().copied());
         let mut settings: Vec<_> = all.map(|(name, value)| (name, value.to_owned())).collect();
         settings.push(("LASTSEEN_DIR", scratch.path().join("data").display().to_string()));
         Self { scratch, settings }
     }
 
-    /// One whose lookups go to `status_api`; started with `--no-tester`.
-    fn beside(status_api: &StatusApi) -> Self {
+    /// A home whose lookups go to `status_api`. It must be started with `--no-tester`.
+    fn with_status_api(status_api: &StatusApi) -> Self {
         Self::new(&[("TESTER_ENDPOINT", &status_api.endpoint()), ("MAX_CONSUMERS", "300")])
     }
 
@@ -55,7 +55,7 @@ impl Home {
         Process::spawn("lastseen", &self.settings, arguments)
     }
 
-    /// Starts it and waits until it is ready.
+    /// Starts `lastseen` and waits until it is ready. Returns also the URL for callbacks.
     async fn start(&self, arguments: &[&str]) -> (Process, String) {
         let process = self.spawn(arguments);
         process.ready().await;
@@ -63,7 +63,7 @@ impl Home {
         (process, endpoint)
     }
 
-    /// Runs a command to its end: its exit code and what it printed.
+    /// Runs a command to its end. Returns its exit code and its output.
     async fn run(&self, arguments: &[&str]) -> (Option<i32>, Vec<String>) {
         let process = self.spawn(arguments);
         let status = process.wait().await;
@@ -81,7 +81,7 @@ impl Home {
     }
 }
 
-/// A status API by which the even ids are online, after `latency`.
+/// A status API for which even ids are online. It responds after `latency`.
 fn even_ids_online(latency: Duration) -> StatusApi {
     StatusApi::start(move |id, _| {
         let answer = if id % 2 == 0 { Answer::Online } else { Answer::Offline };

@@ -6,7 +6,7 @@ use testbed::{Database, Queue, eventually, http_get};
 use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
 
 #[tokio::test]
-async fn with_no_settings_the_simulated_partner_and_api_fill_the_table() {
+async fn default_settings_fill_the_table() {
     let home = Home::new(&[("CALLBACK_INTERVAL", "500ms"), ("LATENCY_MAX", "400ms")]);
     let (lastseen, _) = home.start(&[]).await;
     eventually("most of the even ids are online", PATIENCE, async || {
@@ -19,7 +19,7 @@ async fn with_no_settings_the_simulated_partner_and_api_fill_the_table() {
 }
 
 #[tokio::test]
-async fn with_a_secret_the_simulated_partner_signs_and_who_does_not_is_refused() {
+async fn with_a_secret_unsigned_callbacks_are_rejected() {
     let secret = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
     let home = Home::new(&[("CALLBACK_SECRET", secret), ("CALLBACK_INTERVAL", "100ms")]);
     let (lastseen, endpoint) = home.start(&[]).await;
@@ -34,7 +34,7 @@ async fn with_a_secret_the_simulated_partner_signs_and_who_does_not_is_refused()
 }
 
 #[tokio::test]
-async fn a_callback_is_online_soon_and_gone_when_it_is_stale() {
+async fn object_comes_online_and_is_deleted_when_stale() {
     let home = Home::new(&[("OBJECT_TTL", "8s"), ("ROUTINE_INTERVAL", "200ms")]);
     let (lastseen, endpoint) = home.start(&["--no-partner"]).await;
     assert!(Partner::default().post(&endpoint, &[2, 4, 7]).await);
@@ -42,8 +42,10 @@ async fn a_callback_is_online_soon_and_gone_when_it_is_stale() {
         (home.online().await == [2, 4]).then_some(())
     })
     .await;
-    eventually("nobody is online", PATIENCE, async || home.online().await.is_empty().then_some(()))
-        .await;
+    eventually("no object is online", PATIENCE, async || {
+        home.online().await.is_empty().then_some(())
+    })
+    .await;
     eventually("their rows are deleted", PATIENCE, async || {
         (lastseen.metric("lastseen_deleted_rows_total").await >= 2.0).then_some(())
     })
@@ -51,7 +53,7 @@ async fn a_callback_is_online_soon_and_gone_when_it_is_stale() {
 }
 
 #[tokio::test]
-async fn the_viewer_in_it_shows_at_once_who_has_come_and_who_is_gone() {
+async fn viewer_shows_changes_at_once() {
     let home = Home::new(&[("OBJECT_TTL", "4s"), ("ROUTINE_INTERVAL", "200ms")]);
     let (lastseen, endpoint) = home.start(&["--no-partner"]).await;
     let address = viewer_url(&lastseen).await.trim_start_matches("http://").parse().unwrap();
@@ -64,30 +66,30 @@ async fn the_viewer_in_it_shows_at_once_who_has_come_and_who_is_gone() {
         objects.iter().map(id).collect::<Vec<_>>()
     };
     assert!(Partner::default().post(&endpoint, &[2, 4, 7]).await);
-    // Sooner than it would look at the table by itself.
+    // Sooner than the viewer would read the table without an event.
     let soon = PATIENCE / 2;
     eventually("both are shown", soon, async || (shown().await == [2, 4]).then_some(())).await;
-    eventually("nobody is shown", soon, async || shown().await.is_empty().then_some(())).await;
+    eventually("no object is shown", soon, async || shown().await.is_empty().then_some(())).await;
     let stats = http_get(address, "/stats").await.unwrap().body;
     assert!(stats.contains(r#"{"url":"this process","status":"ok","settings":null}"#), "{stats}");
 }
 
 #[tokio::test]
-async fn without_the_tester_the_users_own_status_api_is_asked_and_nobody_posts() {
+async fn without_the_tester_lookups_go_to_tester_endpoint() {
     let status_api = even_ids_online(MILLISECOND);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
     assert!(Partner::default().post(&endpoint, &[6, 9]).await);
     eventually("6 is online", PATIENCE, async || (home.online().await == [6]).then_some(())).await;
     assert!(lastseen.log().iter().all(|line| !line.contains("status API is listening")));
-    let asked: HashSet<i64> = status_api.lookups().into_iter().map(|(id, _)| id).collect();
-    assert_eq!(asked, HashSet::from([6, 9]));
+    let looked_up: HashSet<i64> = status_api.lookups().into_iter().map(|(id, _)| id).collect();
+    assert_eq!(looked_up, HashSet::from([6, 9]));
 }
 
 #[tokio::test]
-async fn a_role_that_is_left_out_is_not_played_and_its_work_waits() {
+async fn work_of_an_omitted_role_waits() {
     let status_api = even_ids_online(MILLISECOND);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     let (lastseen, endpoint) = home.start(&["--no-tester", "--no-consumer"]).await;
     assert!(Partner::default().post(&endpoint, &[2]).await);
     lastseen.terminate();
@@ -104,36 +106,39 @@ async fn leaving_out_every_role_is_a_settings_error() {
     let all = ["--no-producer", "--no-consumer", "--no-routine", "--no-viewer", "--no-tester"];
     let (code, lines) = Home::new(&[]).run(&all).await;
     assert_eq!(code, Some(78), "{lines:?}");
-    assert!(lines.concat().contains("leave no role to play: drop one of these flags"), "{lines:?}");
+    assert!(
+        lines.concat().contains("leave no role to run: remove one of these flags"),
+        "{lines:?}"
+    );
 }
 
 #[tokio::test]
-async fn a_status_api_of_ones_own_is_never_silently_replaced_by_the_simulated_one() {
+async fn configured_status_api_is_never_replaced_silently() {
     let status_api = even_ids_online(MILLISECOND);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     for arguments in [&[][..], &["--no-partner"]] {
         let (code, lines) = home.run(arguments).await;
         assert_eq!(code, Some(78), "{lines:?}");
         assert!(lines.concat().contains("add --no-tester or --no-api"), "{lines:?}");
     }
     home.start(&["--no-api", "--no-partner"]).await;
-    // Its default, said aloud, is nobody's own.
+    // The default value, set explicitly, does not count as configured.
     let home = Home::new(&[("TESTER_ENDPOINT", "http://localhost:9010")]);
     home.start(&["--no-partner"]).await;
 }
 
 #[tokio::test]
-async fn an_address_that_is_taken_is_named() {
+async fn address_in_use_is_named() {
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
     let (code, lines) = Home::new(&[("TESTER_ADDR", &address)]).run(&[]).await;
     assert_eq!(code, Some(70), "{lines:?}");
-    let told = format!("cannot listen on TESTER_ADDR={address}");
-    assert!(lines.concat().contains(&told), "{lines:?}");
+    let error = format!("cannot listen on TESTER_ADDR={address}");
+    assert!(lines.concat().contains(&error), "{lines:?}");
 }
 
 #[tokio::test]
-async fn two_urls_take_it_to_rabbitmq_and_postgres() {
+async fn urls_select_rabbitmq_and_postgres() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = even_ids_online(MILLISECOND);
     let home = Home::new(&[
@@ -146,19 +151,19 @@ async fn two_urls_take_it_to_rabbitmq_and_postgres() {
     assert!(Partner::default().post(&endpoint, &[2, 3]).await);
     eventually("2 is online", PATIENCE, async || (home.online().await == [2]).then_some(())).await;
     assert_eq!(queue.depth(&queue.name).await, Some(0));
-    let in_postgres: i64 = sqlx_count(&database).await;
+    let in_postgres: i64 = row_count(&database).await;
     assert_eq!(in_postgres, 1);
     assert!(!home.file("queue.db").exists() && !home.file("store.db").exists());
 }
 
-async fn sqlx_count(database: &Database) -> i64 {
+async fn row_count(database: &Database) -> i64 {
     sqlx::query_scalar("SELECT count(*) FROM object").fetch_one(database.pool()).await.unwrap()
 }
 
 #[tokio::test]
-async fn stopping_under_load_finishes_what_is_in_flight_and_keeps_the_rest() {
+async fn stop_under_load_drains_and_keeps_the_rest() {
     let status_api = even_ids_online(MILLISECOND * 300);
-    let home = Home::beside(&status_api);
+    let home = Home::with_status_api(&status_api);
     let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
     let partner = Partner::default();
     let load = partner.post_all(endpoint, 0..6_000, 20, MILLISECOND * 5);
