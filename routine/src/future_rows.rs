@@ -23,8 +23,8 @@ impl FutureRows {
             Ok(rows) if !self.is_reported => {
                 tracing::warn!(
                     rows,
-                    "rows were dated in the future; their time was set to now; check the clocks of the database and \
-                     of other programs that write to the table"
+                    "rows were dated in the future; their time was set to now; check the clocks \
+                    of the database and of other programs that write to the table"
                 );
                 self.is_reported = true;
             }

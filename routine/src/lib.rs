@@ -265,7 +265,8 @@ async fn clean_up_unless_paused(
     if let Some(step) = pauses.compare(now, requested_at, Instant::now()) {
         tracing::warn!(
             ?step, pause = ?ttl,
-            "the database's clock has stepped ahead; pausing deletions so that no object is deleted too early"
+            "the database's clock has stepped ahead; pausing deletions so that no object is \
+            deleted too early"
         );
     }
     if pauses.is_check_due() {
@@ -273,8 +274,8 @@ async fn clean_up_unless_paused(
         if pauses.check_table(stale, all) {
             tracing::warn!(
                 stale, all, pause = ?ttl,
-                "most rows look stale after a start or an outage; pausing deletions so that objects that are still \
-                 online can be seen again"
+                "most rows look stale after a start or an outage; pausing deletions so that \
+                objects that are still online can be seen again"
             );
         }
     }
@@ -399,7 +400,8 @@ fn set_not_deleted(rows: usize) {
     if rows > 0 {
         tracing::warn!(
             rows,
-            "cannot delete some stale rows, for example because of a foreign key or a trigger; all others were deleted"
+            "cannot delete some stale rows, for example because of a foreign key or a trigger; \
+            all others were deleted"
         );
     }
     metrics::gauge!(NOT_DELETED).set(rows as f64);

@@ -31,8 +31,8 @@ pub(crate) fn max_connections(wanted: usize) -> usize {
             wanted,
             connections,
             open_files,
-            "the limit of open files allows fewer connections than configured; to allow more, raise it \
-             (ulimit -n, LimitNOFILE)"
+            "the limit of open files allows fewer connections than configured; to allow more, \
+            raise it (ulimit -n, LimitNOFILE)"
         );
     }
     connections

@@ -10,7 +10,8 @@ use crate::http::reachable_ip;
 
 /// The name of the command.
 pub(crate) const NAME: &str = "healthcheck";
-pub(crate) const ABOUT: &str = "Check whether the service at ADMIN_ADDR is ready: exit with 0, or print the reason and exit with 1";
+pub(crate) const ABOUT: &str = "Check whether the service at ADMIN_ADDR is ready: exit with 0, or \
+                                print the reason and exit with 1";
 
 /// The time limit of each step. It is shorter than the usual time limit of a health check, which
 /// would end this command before it could print the reason.

@@ -34,9 +34,9 @@ const DRAIN_DELAY: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_mi
 const DRAIN_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_hours(1);
 
 const ABOUT_VARIABLES: &str = "\
-    Every option that takes a value can also be set in the settings file, as an environment variable, \
-    or in a file .env, under the name in <>; NAME_FILE names a file that holds the value. In the \
-    settings file these can change while the process runs:";
+    Every option that takes a value can also be set in the settings file, as an environment \
+    variable, or in a file .env, under the name in <>; NAME_FILE names a file that holds the value. \
+    In the settings file these can change while the process runs:";
 
 /// The admin address serves probes and a scraper, which send their request at once. Slower clients
 /// must not take the connections away from them.
@@ -360,7 +360,7 @@ async fn supervise(
     });
     let result = tokio::select! {
         result = run_until_stopped(service, signals, shutdown) => result,
-        result = admin => Err(anyhow::anyhow!("the server of the admin address stopped: {result:?}")),
+        result = admin => Err(anyhow::anyhow!("the admin server stopped: {result:?}")),
         never = reload => match never {},
     };
     traces.finish().await;

@@ -65,9 +65,9 @@ fn check_url(value: &str) -> Result<(), String> {
     }
     let end_of_authority = rest.find(['/', '?', '#', '\\']).unwrap_or(rest.len());
     if rest[end_of_authority..].contains('@') {
-        return Err("the URL contains an @ after the first / ? # or \\. In a user or password, percent-encode these \
-                    characters: / as %2F, ? as %3F, # as %23, \\ as %5C, @ as %40 and % as %25. In a path, write @ \
-                    as %40"
+        return Err("the URL contains an @ after the first / ? # or \\. In a user or password, \
+                   percent-encode these characters: / as %2F, ? as %3F, # as %23, \\ as %5C, \
+                   @ as %40 and % as %25. In a path, write @ as %40"
             .to_owned());
     }
     Ok(())

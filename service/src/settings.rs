@@ -85,7 +85,9 @@ pub fn switch(text: &str) -> Result<bool, String> {
 pub fn listen_address(text: &str) -> Result<SocketAddr, String> {
     let full = if text.starts_with(':') { format!("[::]{text}") } else { text.to_owned() };
     full.parse().map_err(|_| {
-        "expected IP:PORT such as 127.0.0.1:9090, or :9090 for all interfaces; port 0 takes any free one".to_owned()
+        "expected IP:PORT such as 127.0.0.1:9090, or :9090 for all interfaces; port 0 takes any \
+        free one"
+            .to_owned()
     })
 }
 

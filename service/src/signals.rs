@@ -86,7 +86,8 @@ async fn abandon_after_signal(mut signals: Signals, shutdown: Shutdown) -> anyho
     let name = signals.next_stop().await;
     let first = Instant::now();
     // A balancer that still sends requests here would find the port closed after the drain. Ctrl-c
-    // comes from an operator at a terminal, where no balancer is involved and waiting is a nuisance.
+    // comes from an operator at a terminal, where no balancer is involved and waiting is a
+    // nuisance.
     let delay = if name == SIGTERM { drain_delay } else { Duration::ZERO };
     let drain = async {
         health.drain();

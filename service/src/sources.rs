@@ -202,14 +202,14 @@ fn cannot_read(path: &Path, error: &io::Error) -> String {
     let own_uid = rustix::process::geteuid().as_raw();
     match path.metadata() {
         Ok(file) if error.kind() == io::ErrorKind::PermissionDenied => format!(
-            "cannot be read ({error}): it belongs to uid {} with mode {:04o}, and this process runs as uid \
-             {own_uid}; allow it to read the file, as with chown or chmod a+r",
+            "cannot be read ({error}): it belongs to uid {} with mode {:04o}, and this process \
+            runs as uid {own_uid}; allow it to read the file, as with chown or chmod a+r",
             file.uid(),
             file.mode() & 0o7777,
         ),
         Err(_) if error.kind() == io::ErrorKind::PermissionDenied => format!(
-            "cannot be read ({error}): this process runs as uid {own_uid}, which may not enter one of its parent \
-             directories; allow it to, as with chmod a+x"
+            "cannot be read ({error}): this process runs as uid {own_uid}, which may not enter \
+            one of its parent directories; allow it to, as with chmod a+x"
         ),
         _ => format!("cannot be read ({error})"),
     }
@@ -261,8 +261,8 @@ fn warning_about(
     }
     looks_expandable.then(|| {
         format!(
-            "{place}: ${{…}} is used literally, because variables are not expanded; write it in single quotes to \
-             silence this warning"
+            "{place}: ${{…}} is used literally, because variables are not expanded; write it in \
+            single quotes to silence this warning"
         )
     })
 }
@@ -332,7 +332,8 @@ fn unify_names(command: &Command, variables: &mut Variables) -> Result<(), Setti
             match variables.get(&name).filter(|variable| !variable.is_empty()) {
                 Some(variable) if variable.value != other.value => {
                     return Err(SettingsError(format!(
-                        "{alias} (in {}) and {name} (in {}) are two names of one setting and differ: set one of them",
+                        "{alias} (in {}) and {name} (in {}) are two names of one setting and \
+                        differ: set one of them",
                         other.origin, variable.origin
                     )));
                 }
@@ -458,7 +459,8 @@ fn value_of(
             let unreadable = |reason: &str| {
                 let shown = secrets::mask_path(name, &path);
                 SettingsError(format!(
-                    "{file_name}={shown}: {reason}; it must name a readable file that holds the value (set in {origin})"
+                    "{file_name}={shown}: {reason}; it must name a readable file that holds the \
+                    value (set in {origin})"
                 ))
             };
             let file = Path::new(&path);
@@ -497,7 +499,8 @@ fn misspelled(command: &Command, variables: &Variables) -> Vec<String> {
         let intended = suggestion(base, &known)?;
         let suffix = &name[base.len()..];
         Some(format!(
-            "{name} is not a setting and has no effect; did you mean {intended}{suffix}? (set in {origin})"
+            "{name} is not a setting and has no effect; did you mean {intended}{suffix}? \
+            (set in {origin})"
         ))
     };
     unknown.filter_map(warning).collect()
@@ -598,8 +601,8 @@ fn explain(error: &clap::Error, origins: &Origins) -> String {
         let origin = origins.get(&name);
         let place = origin.map_or_else(String::new, |origin| format!("; set in {origin}"));
         let link = if origin == Some(&Origin::Environment) && is_service_link(value) {
-            "; Kubernetes sets such variables for its services; turn them off with enableServiceLinks: false in the \
-             pod"
+            "; Kubernetes sets such variables for its services; turn them off with \
+            enableServiceLinks: false in the pod"
         } else {
             ""
         };
@@ -630,8 +633,8 @@ fn explain(error: &clap::Error, origins: &Origins) -> String {
         });
         let hint = suggestion.map_or_else(String::new, |name| format!("; did you mean {name}?"));
         return format!(
-            "the command line contains an unexpected argument, which is not shown because it may be a secret{hint} \
-             (see --help)"
+            "the command line contains an unexpected argument, which is not shown because it may \
+            be a secret{hint} (see --help)"
         );
     }
     let mut explained = error.to_string();

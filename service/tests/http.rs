@@ -75,8 +75,8 @@ impl Client {
         self.response().await.status
     }
 
-    /// Waits until the server closes the connection, and returns how long that took. The server must
-    /// send nothing.
+    /// Waits until the server closes the connection, and returns how long that took. The server
+    /// must send nothing.
     async fn closed_after(&mut self) -> Duration {
         let start = Instant::now();
         let read = timeout(DEADLINE, self.0.read_u8()).await.unwrap();

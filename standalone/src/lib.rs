@@ -25,7 +25,8 @@ use roles::AllRoles;
 /// The name of the process and the defaults of its common settings.
 pub const DESCRIPTION: Description = Description {
     name: "lastseen",
-    about: "Records which objects are online and when each was last seen: the whole pipeline in one process",
+    about: "Records which objects are online and when each was last seen: the whole pipeline in \
+            one process",
     admin_address: ":9091",
     drain_delay: "8s",
     reloadable: &[consumer::Lookups::RELOADABLE, routine::Cleanup::RELOADABLE],

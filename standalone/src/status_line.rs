@@ -52,7 +52,8 @@ fn line(callbacks: f64, depths: Option<Depths>, per_second: f64, online: Option<
         dead => format!(" · {dead} dead letters"),
     };
     format!(
-        "{callbacks} callbacks · {queued} queued · {per_second:.1} lookups/s · {online} online now{dead}"
+        "{callbacks} callbacks · {queued} queued · {per_second:.1} lookups/s · \
+         {online} online now{dead}"
     )
 }
 

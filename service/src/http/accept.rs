@@ -35,11 +35,17 @@ const WARN_INTERVAL: Duration = Duration::from_secs(5);
 const UNSENT_BYTES: u32 = 32 << 10;
 
 static REFUSAL: LazyLock<String> = LazyLock::new(|| {
-    let body = r#"{"type":"about:blank","title":"Service Unavailable","status":503,"detail":"too many connections: send the request again"}"#;
+    let body = concat!(
+        r#"{"type":"about:blank","title":"Service Unavailable","status":503,"#,
+        r#""detail":"too many connections: send the request again"}"#
+    );
     let length = body.len();
     format!(
-        "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/problem+json\r\nretry-after: 1\r\n\
-         connection: close\r\ncontent-length: {length}\r\n\r\n{body}"
+        "HTTP/1.1 503 Service Unavailable\r\n\
+         content-type: application/problem+json\r\n\
+         retry-after: 1\r\n\
+         connection: close\r\n\
+         content-length: {length}\r\n\r\n{body}"
     )
 });
 
@@ -112,8 +118,8 @@ impl Acceptor {
         }
         if self.slot_warnings.permits() {
             tracing::warn!(
-                "the connection limit is reached; closing the connections that have waited longest for a request, or \
-                 refusing new ones if none waits"
+                "the connection limit is reached; closing the connections that have waited \
+                longest for a request, or refusing new ones if none waits"
             );
         }
         if let Some(since) = self.idle.oldest() {

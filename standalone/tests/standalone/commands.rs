@@ -6,8 +6,8 @@ use testbed::{Answer, Process, Queue, StatusApi, eventually};
 
 use crate::{Home, PATIENCE};
 
-/// A status API that fails until it is set to healthy. Ids below zero are always offline, because the
-/// failures of an API that answers no id at all do not count against a message.
+/// A status API that fails until it is set to healthy. Ids below zero are always offline, because
+/// the failures of an API that answers no id at all do not count against a message.
 struct FailingApi {
     api: StatusApi,
     is_healthy: Arc<AtomicBool>,
@@ -55,8 +55,8 @@ async fn make_dead_letters(home: &Home, lastseen: &Process, endpoint: &str, ids:
     let before = settled().await;
     let partner = Partner::with_patience(PATIENCE);
     let mut others = (1..).map(|id: i64| -id);
-    // Only a tenth of all lookups fail. With a larger share, the failures would count against the API
-    // and not against the messages.
+    // Only a tenth of all lookups fail. With a larger share, the failures would count against the
+    // API and not against the messages.
     for callback in ids.chunks(10) {
         let callback: Vec<i64> = others.by_ref().take(90).chain(callback.iter().copied()).collect();
         assert!(partner.post(endpoint, &callback).await, "{:?}", partner.ledger().refused);

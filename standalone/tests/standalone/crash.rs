@@ -7,8 +7,8 @@ use testbed::eventually;
 
 use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
 
-/// The partner posts about 2,000 ids a second. The process is killed at random moments, some of them
-/// during its start, and started again.
+/// The partner posts about 2,000 ids a second. The process is killed at random moments, some of
+/// them during its start, and started again.
 #[tokio::test]
 async fn fifty_kills_under_load_lose_no_accepted_id() {
     const KILLS: i64 = 50;
