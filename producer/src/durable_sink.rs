@@ -208,13 +208,13 @@ impl DurableSink {
     pub(crate) fn report_to(&self, health: &Health) {
         let broker = self.publisher.status();
         let Some(Fallback { spool, relay, .. }) = &self.fallback else {
-            return health.needs("broker", broker);
+            return health.add_required("broker", broker);
         };
-        health.needs("durable store", either(broker.clone(), spool.status()));
-        health.wants("broker", broker);
-        health.wants("broker for the relay", relay.status());
-        health.wants("spool", spool.status());
-        health.wants("intact spool", spool.integrity());
+        health.add_required("durable store", either(broker.clone(), spool.status()));
+        health.add_optional("broker", broker);
+        health.add_optional("broker for the relay", relay.status());
+        health.add_optional("spool", spool.status());
+        health.add_optional("intact spool", spool.integrity());
     }
 
     /// Runs the relay.

@@ -3,7 +3,7 @@
 use std::time::SystemTime;
 
 use anyhow::Context as _;
-use broker::{DeadLetter, Inspector, Selection, DeadLetterAction};
+use broker::{DeadLetter, DeadLetterAction, Inspector, Selection};
 use clap::{Args, Subcommand};
 use serde_json::json;
 use service::CancellationToken;
@@ -96,7 +96,9 @@ pub(crate) async fn run(
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
     let (filter, treatment, done, format): (_, _, _, fn(&DeadLetter) -> String) = match command {
-        Command::List(ListArgs { filter, json: false }) => (filter, DeadLetterAction::List, "found", line),
+        Command::List(ListArgs { filter, json: false }) => {
+            (filter, DeadLetterAction::List, "found", line)
+        }
         Command::Show(ListArgs { filter, json: false }) => {
             (filter, DeadLetterAction::List, "found", details)
         }
@@ -110,7 +112,9 @@ pub(crate) async fn run(
         Command::Purge(args) if args.dry_run => {
             (args.into_inner().filter, DeadLetterAction::List, "would be purged", line)
         }
-        Command::Redrive(args) => (args.into_inner().filter, DeadLetterAction::Redrive, "redriven", line),
+        Command::Redrive(args) => {
+            (args.into_inner().filter, DeadLetterAction::Redrive, "redriven", line)
+        }
         Command::Purge(args) => (args.into_inner().filter, DeadLetterAction::Purge, "purged", line),
     };
     let mut count = 0_u64;
