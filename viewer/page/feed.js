@@ -1,6 +1,6 @@
 // The stream of changes, kept up: `GET /events`.
 import { MOST_SLOTS } from "./presence.js";
-import { address, parse } from "./wire.js";
+import { address, parse } from "./api.js";
 
 const FIRST_WAIT_MS = 1000;
 const LONGEST_WAIT_MS = 30_000;

@@ -3,10 +3,10 @@
 // A canvas, because 10,000 elements that change colour all the time are more than a browser lays out smoothly.
 // A frame looks at every cell, works out which of some fifty looks it should have, and paints only those
 // whose look has changed: with 10,000 cells that fade over half a minute, a few hundred. What a canvas cannot
-// do, be read aloud and be walked through by keyboard, is in browse.js.
+// do, be read aloud and be walked through by keyboard, is in field-input.js.
 // Decision: docs/decisions/0056-how-does-the-page-draw-objects.md
 import { ONLINE } from "./presence.js";
-import { duration } from "./words.js";
+import { duration } from "./format.js";
 
 const SHADES = 32;
 const FLASH_MS = 900;

@@ -1,13 +1,13 @@
 // The live page: puts its parts together, and says whether what it shows is true now.
-import { Browse } from "./browse.js";
+import { Browse } from "./field-input.js";
 import { Field } from "./field.js";
-import { Lately } from "./lately.js";
+import { Lately } from "./recent-changes.js";
 import { ObjectPanel } from "./object.js";
 import { Presence } from "./presence.js";
 import { Stats } from "./stats.js";
 import { follow } from "./tab-feed.js";
 import { Tiles } from "./tiles.js";
-import { ago, duration, number, timeOfDay } from "./words.js";
+import { ago, duration, number, timeOfDay } from "./format.js";
 
 const element = (id) => document.getElementById(id);
 

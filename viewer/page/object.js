@@ -1,6 +1,6 @@
 // One object: found by its id, followed while it is on show, with its recent sightings.
-import { fetchObject, readId } from "./wire.js";
-import { ago, duration, preciseTimeOfDay } from "./words.js";
+import { fetchObject, readId } from "./api.js";
+import { ago, duration, preciseTimeOfDay } from "./format.js";
 
 const MOST_SIGHTINGS = 20;
 

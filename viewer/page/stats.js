@@ -1,6 +1,6 @@
 // The numbers: `GET /stats` each second, the last five minutes of them, and the viewer's clock.
 
-import { address } from "./wire.js";
+import { address } from "./api.js";
 
 export const KEPT_MS = 5 * 60_000;
 const INTERVAL_MS = 1000;

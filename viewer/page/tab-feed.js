@@ -1,6 +1,6 @@
 // The stream of changes as a tab gets it: shared with the other tabs where the browser can do that.
 import { Feed } from "./feed.js";
-import { address } from "./wire.js";
+import { address } from "./api.js";
 
 /** A `Feed` for this tab. */
 export function follow(on) {

@@ -1,7 +1,7 @@
 // The numbers of the pipeline: a tile with a chart for each, and the same as a table.
 import { Chart } from "./chart.js";
 import { KEPT_MS } from "./stats.js";
-import { ago, duration, number, UNKNOWN } from "./words.js";
+import { ago, duration, number, UNKNOWN } from "./format.js";
 
 const ERRORS = {
   timeout: "timed out",

@@ -18,7 +18,7 @@ use utoipa::ToSchema;
 use utoipa::openapi::OpenApi;
 
 use crate::hosts::{self, Hosts};
-use crate::services::{Numbers, Services};
+use crate::metrics_scraper::{Numbers, Services};
 use crate::stream::{self, Subscribers};
 use crate::view_state::{Sighted, ViewState, micros_of, text_of};
 use crate::{docs, openapi, page};

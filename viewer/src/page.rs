@@ -36,11 +36,11 @@ const FILES: &[File] = &files! {
     "page.css" as CSS,
     "docs.css" as CSS,
     "icon.svg" as SVG,
-    "browse.js" as JS,
+    "field-input.js" as JS,
     "chart.js" as JS,
     "feed.js" as JS,
     "field.js" as JS,
-    "lately.js" as JS,
+    "recent-changes.js" as JS,
     "main.js" as JS,
     "object.js" as JS,
     "presence.js" as JS,
@@ -48,8 +48,8 @@ const FILES: &[File] = &files! {
     "stats.js" as JS,
     "tab-feed.js" as JS,
     "tiles.js" as JS,
-    "wire.js" as JS,
-    "words.js" as JS,
+    "api.js" as JS,
+    "format.js" as JS,
 };
 
 pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {

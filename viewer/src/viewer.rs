@@ -13,7 +13,7 @@ use tokio::sync::watch;
 use crate::api::{self, Shared};
 use crate::config::Config;
 use crate::hosts::Hosts;
-use crate::services::Services;
+use crate::metrics_scraper::Services;
 use crate::stream::Subscribers;
 use crate::table_sync::TableSync;
 use crate::view_state::ViewState;

@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use testbed::eventually;
 
-use crate::around::{Around, client};
+use crate::fixture::{Around, client};
 use crate::{HOUR, PATIENCE};
 
 fn ids(page: &serde_json::Value) -> Vec<i64> {

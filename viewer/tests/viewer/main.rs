@@ -8,11 +8,11 @@
 )]
 
 mod api;
-mod around;
+mod fixture;
 mod process;
 mod stream;
 mod subscriber;
-mod truth;
+mod table_sync;
 
 use std::time::Duration;
 

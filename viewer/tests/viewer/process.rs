@@ -4,7 +4,7 @@ use pipeline::{Partner, Surroundings, callback_endpoint, viewer_url};
 use testbed::{Answer, Database, Process, Queue, StatusApi, eventually, free_port};
 
 use crate::PATIENCE;
-use crate::around::get;
+use crate::fixture::get;
 use crate::subscriber::Subscriber;
 
 async fn subscriber(viewer: &Process, after: Option<&str>) -> Subscriber {

@@ -5,7 +5,7 @@ use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::around::Around;
+use crate::fixture::Around;
 use crate::{HOUR, PATIENCE};
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use reqwest::Response;
 use tokio::time::timeout;
 
 use crate::PATIENCE;
-use crate::around::client;
+use crate::fixture::client;
 
 pub(crate) struct Subscriber {
     response: Response,

@@ -1,7 +1,7 @@
 use events::Exchange;
 use testbed::{Queue, RabbitNode, eventually};
 
-use crate::around::Around;
+use crate::fixture::Around;
 use crate::{HOUR, PATIENCE};
 
 #[tokio::test]

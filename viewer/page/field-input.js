@@ -4,7 +4,7 @@
 // document, with its place among all (`aria-posinset` of `aria-setsize`): 10,000 real options would cost what
 // the canvas saves. Left and right go in order, up and down as the cells lie.
 import { ONLINE } from "./presence.js";
-import { ago, duration } from "./words.js";
+import { ago, duration } from "./format.js";
 
 const PAGE_ROWS = 5;
 

@@ -1,5 +1,5 @@
 // Who came online and who went, lately: the last few of them, in words.
-import { timeOfDay } from "./words.js";
+import { timeOfDay } from "./format.js";
 
 const MOST = 6;
 
