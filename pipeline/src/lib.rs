@@ -78,7 +78,7 @@ pub async fn callback_endpoint(producer: &Process) -> String {
 
 /// Where a viewer is, as it says in its log: `http://` and its address.
 pub async fn viewer_url(viewer: &Process) -> String {
-    let line = viewer.wait_for_log("showing who is online").await;
+    let line = viewer.wait_for_log("serving the page and the API").await;
     let address = line.split("address=").nth(1).expect("the line should end in the address");
     format!("http://{}", address.trim())
 }

@@ -102,7 +102,7 @@ impl AllRoles {
         if !without.no_viewer {
             let events = events::Config::with_exchange(exchange.clone());
             let view = config.view.clone();
-            let viewer = viewer::Config { view, events, store: store.clone(), is_among_them: true };
+            let viewer = viewer::Config { view, events, store: store.clone(), scrapes_self: true };
             let viewer = Viewer::open(viewer, &health.role("viewer"))?;
             viewer_url = Some(url_of(viewer.address()?, "")?);
             roles.start("viewer", viewer.serve(shutdown.clone()));

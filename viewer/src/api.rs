@@ -1,4 +1,4 @@
-//! Questions and their answers, over HTTP.
+//! The HTTP API: routes, handlers and response bodies.
 
 mod query;
 
@@ -18,27 +18,27 @@ use utoipa::ToSchema;
 use utoipa::openapi::OpenApi;
 
 use crate::hosts::{self, Hosts};
-use crate::metrics_scraper::{Numbers, Services};
+use crate::metrics_scraper::{MetricsScraper, PipelineMetrics};
 use crate::stream::{self, Subscribers};
-use crate::view_state::{Sighted, ViewState, micros_of, text_of};
+use crate::view_state::{Object, ViewState, format_time, to_micros};
 use crate::{docs, openapi, page};
 
 pub(crate) use query::{ObjectId, ObjectsQuery, StreamQuery};
 
-/// Made when they are first asked for: a start that is quick is worth more.
+/// Both are built at the first request, so that the process starts quickly.
 static DOCUMENT: LazyLock<OpenApi> = LazyLock::new(openapi::document);
 static DOCS: LazyLock<String> = LazyLock::new(|| docs::html(&DOCUMENT));
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
-/// What the requests share.
+/// State that all request handlers share.
 #[derive(Clone)]
 pub(crate) struct Shared {
     pub(crate) view: Arc<ViewState>,
-    pub(crate) services: Arc<Services>,
+    pub(crate) scraper: Arc<MetricsScraper>,
     pub(crate) subscribers: Subscribers,
-    pub(crate) table: watch::Receiver<DependencyStatus>,
-    pub(crate) events: watch::Receiver<DependencyStatus>,
+    pub(crate) table_status: watch::Receiver<DependencyStatus>,
+    pub(crate) events_status: watch::Receiver<DependencyStatus>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) hosts: Hosts,
 }
@@ -55,8 +55,8 @@ pub(crate) fn router(shared: Shared) -> Router {
         .merge(page::router())
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
-        .layer(middleware::from_fn_with_state(shared.hosts.clone(), hosts::refuse_others))
-        .layer(middleware::map_response(with_headers))
+        .layer(middleware::from_fn_with_state(shared.hosts.clone(), hosts::reject_unknown_hosts))
+        .layer(middleware::map_response(add_security_headers))
         .with_state(shared)
 }
 
@@ -70,12 +70,12 @@ pub(crate) struct OnlineObject {
     last_seen: String,
 }
 
-/// Some of the objects that are online.
+/// A page of the objects that are online.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Page {
-    /// In ascending order of their ids.
+    /// The objects, in ascending order of their ids.
     objects: Vec<OnlineObject>,
-    /// What to ask for the next ones with, as `after`; null if there are none.
+    /// The value of `after` for the next page; null if this is the last one.
     next: Option<String>,
 }
 
@@ -84,109 +84,110 @@ pub(crate) struct Page {
 pub(crate) struct ObjectInDetail {
     #[serde(flatten)]
     object: OnlineObject,
-    /// When it was seen, the latest first: at most 20, and those since this viewer knows of it.
+    /// When it was seen, latest first: at most 20 times, since this viewer first saw it online.
     #[schema(value_type = Vec<String>, format = DateTime)]
     sightings: Vec<String>,
 }
 
-/// How things stand.
+/// Current statistics.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Stats {
-    /// What the database's clock says, by which all of `last_seen` is.
+    /// The time by the database's clock, which also sets every `last_seen`.
     #[schema(value_type = String, format = DateTime)]
     at: String,
-    /// How many objects are online.
+    /// Number of objects that are online.
     online: usize,
-    /// How many are connected to the stream of changes.
+    /// Number of clients connected to the stream of changes.
     subscribers: usize,
-    /// "ok", or why the table cannot be read.
+    /// `ok`, or why the table cannot be read.
     table: String,
-    /// "ok", or why no events come; the table is looked at all the more often then.
+    /// `ok`, or why no events arrive; the viewer then reads the table more often.
     events: String,
     #[serde(flatten)]
-    numbers: Numbers,
+    metrics: PipelineMetrics,
 }
 
-impl From<Sighted> for OnlineObject {
-    fn from(Sighted { id, last_seen }: Sighted) -> Self {
-        Self { id: ObjectId(id), last_seen: text_of(last_seen) }
+impl From<Object> for OnlineObject {
+    fn from(Object { id, last_seen }: Object) -> Self {
+        Self { id: ObjectId(id), last_seen: format_time(last_seen) }
     }
 }
 
-/// Who is online
+/// List objects that are online
 ///
-/// Page by page, in ascending order of the ids.
+/// In pages, in ascending order of the ids.
 #[utoipa::path(
     get, path = "/objects", params(ObjectsQuery),
     responses(
-        (status = 200, description = "Some of them", body = Page),
-        (status = 400, description = "A parameter is not as it should be", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 431, description = "The request's head has more than 16 KiB"),
-        (status = 503, description = "The table was not read yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 200, description = "A page of objects", body = Page),
+        (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 431, description = "The request's head is larger than 16 KiB"),
+        (status = 503, description = "The viewer has not read the table yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn objects(
     State(shared): State<Shared>,
     query: Result<Query<ObjectsQuery>, QueryRejection>,
 ) -> Result<Json<Page>, Problem> {
-    let wanted = query.map_err(|error| bad(error.body_text()))?.0.read().map_err(bad)?;
-    shared.must_know()?;
-    let within = |within| micros_of(shared.view.now()).saturating_sub(within);
-    let since = wanted.seen_within_micros.map(within);
-    let (found, more) = match &wanted.ids {
-        None => match wanted.after.map_or(Some(i64::MIN), |after| after.checked_add(1)) {
-            Some(first) => shared.view.page(first, since, wanted.limit).await,
+    let query = query.map_err(|error| bad_request(error.body_text()))?.0;
+    let query = query.parse().map_err(bad_request)?;
+    shared.require_table()?;
+    let ago = |micros| to_micros(shared.view.now()).saturating_sub(micros);
+    let since = query.seen_within_micros.map(ago);
+    let (found, more) = match &query.ids {
+        None => match query.after.map_or(Some(i64::MIN), |after| after.checked_add(1)) {
+            Some(first) => shared.view.page(first, since, query.limit).await,
             None => (Vec::new(), false),
         },
         Some(ids) => {
-            let ids = ids.iter().filter(|id| wanted.after.is_none_or(|after| **id > after));
+            let ids = ids.iter().filter(|id| query.after.is_none_or(|after| **id > after));
             let found = ids.filter_map(|id| shared.view.get(*id));
-            let mut found: Vec<Sighted> = found
+            let mut found: Vec<Object> = found
                 .filter(|seen| since.is_none_or(|since| seen.last_seen >= since))
-                .take(wanted.limit + 1)
+                .take(query.limit + 1)
                 .collect();
-            let more = found.len() > wanted.limit;
-            found.truncate(wanted.limit);
+            let more = found.len() > query.limit;
+            found.truncate(query.limit);
             (found, more)
         }
     };
-    let next = found.last().filter(|_| more).map(|last| query::cursor(last.id));
+    let next = found.last().filter(|_| more).map(|last| query::page_cursor(last.id));
     Ok(Json(Page { objects: found.into_iter().map(OnlineObject::from).collect(), next }))
 }
 
-/// One object
+/// Get one object
 ///
-/// When it was last seen, and before that.
+/// With its latest sightings.
 #[utoipa::path(
-    get, path = "/objects/{id}", params(("id" = ObjectId, Path, description = "Which")),
+    get, path = "/objects/{id}", params(("id" = ObjectId, Path, description = "The object's id")),
     responses(
-        (status = 200, description = "It is online", body = ObjectInDetail),
-        (status = 400, description = "The id is no 64-bit integer", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 404, description = "It is not online", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 431, description = "The request's head has more than 16 KiB"),
-        (status = 503, description = "The table was not read yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 200, description = "The object is online", body = ObjectInDetail),
+        (status = 400, description = "The id is not a 64-bit integer", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "The object is not online", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 431, description = "The request's head is larger than 16 KiB"),
+        (status = 503, description = "The viewer has not read the table yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn object(
     State(shared): State<Shared>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<ObjectInDetail>, Problem> {
-    let Path(text) = id.map_err(|error| bad(error.body_text()))?;
-    let id = query::id(&text).map_err(bad)?;
-    shared.must_know()?;
+    let Path(text) = id.map_err(|error| bad_request(error.body_text()))?;
+    let id = query::parse_id(&text).map_err(bad_request)?;
+    shared.require_table()?;
     let Some((object, sightings)) = shared.view.sightings(id) else {
         return Err(Problem::new(StatusCode::NOT_FOUND, format!("object {id} is not online")));
     };
-    let sightings = sightings.into_iter().map(text_of).collect();
+    let sightings = sightings.into_iter().map(format_time).collect();
     Ok(Json(ObjectInDetail { object: object.into(), sightings }))
 }
 
-/// Numbers
+/// Get statistics
 ///
-/// How many are online, and what the services do.
+/// The number of objects that are online, and metrics of the services.
 #[utoipa::path(get, path = "/stats", responses(
     (status = 200, description = "Current statistics", body = Stats),
-    (status = 431, description = "The request's head has more than 16 KiB"),
+    (status = 431, description = "The request's head is larger than 16 KiB"),
 ))]
 pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
     let text = |status: &watch::Receiver<DependencyStatus>| {
@@ -196,38 +197,42 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
         at: events::format_time(shared.view.now()),
         online: shared.view.len(),
         subscribers: shared.subscribers.count(),
-        table: text(&shared.table),
-        events: text(&shared.events),
-        numbers: shared.services.numbers(),
+        table: text(&shared.table_status),
+        events: text(&shared.events_status),
+        metrics: shared.scraper.metrics(),
     })
 }
 
-/// Changes, as they are committed
+/// Follow changes as they are committed
 ///
-/// Server-sent events without end. `event` is `snapshot` (forget what you know: these are online), `more` (these are
-/// online, too), `online` (these were not before), `seen` (these were, and were seen again) or `gone` (these are not any
-/// more). `data` is `{"objects":[{"id":"2","last_seen":"…"}]}`; of objects that are gone, `last_seen` is the last that is
-/// known.
+/// An endless stream of server-sent events. `event` is `snapshot` (these objects are online, and
+/// they replace all that the client knows), `more` (these objects are online, too), `online` (these
+/// objects came online), `seen` (these objects were online and were seen again) or `gone` (these
+/// objects are no longer online). `data` is `{"objects":[{"id":"2","last_seen":"…"}]}`; for an
+/// object that is gone, `last_seen` is the last known value.
 ///
-/// A new stream begins with a `snapshot` and, with many objects, `more` events, in ascending order of the ids. They have a
-/// field `remaining`: `follow` (`more` events follow), `none` (those were all) or `over_limit` (those were as many as
-/// `limit`). Changes come between them, and only of objects that were listed before. With `limit`, further
-/// objects are listed when a quarter of them is gone, and a new `snapshot` comes when there are a quarter more.
+/// A new stream begins with a `snapshot`. If there are many objects, `more` events follow, in
+/// ascending order of the ids. Both have a field `remaining`: `follow` (`more` events follow),
+/// `none` (all objects are listed) or `over_limit` (`limit` objects are listed). Changes arrive
+/// between them, but only of objects that are already listed. With `limit`, the stream lists
+/// further objects when a quarter of the listed ones is gone, and begins again with a `snapshot`
+/// when there are a quarter more.
 ///
-/// Changes that come within 40 ms, or longer with thousands of subscribers, are sent together. With the `id` of the last
-/// event as `Last-Event-ID`, as a browser sends it by itself, the stream begins with `resumed` and goes on there without a
-/// gap or a repeat, or, if that is too long ago, with a new snapshot. A comment comes every 15 s if nothing else does. A subscriber that reads
-/// more slowly than objects change is disconnected, with a `retry` of 30 s.
+/// Changes within 40 ms (longer with thousands of subscribers) arrive together. If the client sends
+/// the `id` of its last event as `Last-Event-ID`, as browsers do, the stream begins with `resumed`
+/// and continues without a gap or a repeat; if that event is too old, it begins with a new
+/// `snapshot`. If nothing else arrives, a comment arrives every 15 s. A client that reads more
+/// slowly than objects change is disconnected, with a `retry` of 30 s.
 #[utoipa::path(
     get, path = "/events",
     params(
         StreamQuery,
-        ("Last-Event-ID" = Option<String>, Header, description = "The id of the last event that was received"),
+        ("Last-Event-ID" = Option<String>, Header, description = "The id of the last event that the client received"),
     ),
     responses(
-        (status = 200, description = "The stream", body = String, content_type = "text/event-stream"),
-        (status = 400, description = "A parameter is not as it should be", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 431, description = "The request's head has more than 16 KiB"),
+        (status = 200, description = "The event stream", body = String, content_type = "text/event-stream"),
+        (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 431, description = "The request's head is larger than 16 KiB"),
     )
 )]
 pub(crate) async fn changes(
@@ -235,34 +240,36 @@ pub(crate) async fn changes(
     query: Result<Query<StreamQuery>, QueryRejection>,
     headers: HeaderMap,
 ) -> Result<Response, Problem> {
-    let after = headers.get(LAST_EVENT_ID).and_then(|name| name.to_str().ok());
-    let request = query.map_err(|error| bad(error.body_text()))?.0.read(after).map_err(bad)?;
-    let body = stream::of(&shared.view, &shared.subscribers, request, shared.shutdown);
+    let after = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok());
+    let query = query.map_err(|error| bad_request(error.body_text()))?.0;
+    let request = query.parse(after).map_err(bad_request)?;
+    let body = stream::body(&shared.view, &shared.subscribers, request, shared.shutdown);
     let headers = [
         (header::CONTENT_TYPE, "text/event-stream"),
-        // A proxy that compresses may hold events back.
+        // A proxy that compresses the stream may delay events.
         (header::CACHE_CONTROL, "no-store, no-transform"),
-        // nginx would collect events before it passes them on.
+        // nginx would buffer events.
         (HeaderName::from_static("x-accel-buffering"), "no"),
     ];
     Ok((headers, body).into_response())
 }
 
 impl Shared {
-    fn must_know(&self) -> Result<(), Problem> {
+    /// Rejects a request while the viewer has not read the table yet.
+    fn require_table(&self) -> Result<(), Problem> {
         if *self.view.is_complete().borrow() {
             return Ok(());
         }
-        let reason = self.table.borrow().clone().err().unwrap_or_default();
+        let reason = self.table_status.borrow().clone().err().unwrap_or_default();
         Err(Problem {
             status: StatusCode::SERVICE_UNAVAILABLE,
-            detail: format!("the table was not read yet: {reason}"),
+            detail: format!("the viewer has not read the table yet: {reason}"),
             retry_after_seconds: Some(1),
         })
     }
 }
 
-fn bad(detail: String) -> Problem {
+fn bad_request(detail: String) -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, detail)
 }
 
@@ -272,12 +279,13 @@ async fn method_not_allowed(method: Method) -> Problem {
 }
 
 async fn not_found(uri: Uri) -> Problem {
-    let detail = format!("there is nothing at {}: see /docs", uri.path());
+    let detail = format!("no such path: {}; see /docs", uri.path());
     Problem::new(StatusCode::NOT_FOUND, detail)
 }
 
-/// Whatever somebody has managed to have shown as a page, it can do nothing.
-async fn with_headers(mut response: Response) -> Response {
+/// Adds headers that forbid scripts from elsewhere, embedding and content sniffing, in case foreign
+/// text ever ends up on a page.
+async fn add_security_headers(mut response: Response) -> Response {
     let headers = [
         (
             header::CONTENT_SECURITY_POLICY,

@@ -21,53 +21,63 @@ pub struct Config {
     #[command(flatten)]
     #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub store: store::Config,
-    /// Whether the services whose numbers are shown are in this process; no setting can say so.
+    /// Whether the services run in this process, so that their metrics need no scrape over HTTP.
+    /// This is not a setting: `lastseen` sets it.
     #[arg(skip)]
-    pub is_among_them: bool,
+    pub scrapes_self: bool,
 }
 
-/// Where it is shown, and what.
+/// Addresses, limits and metrics sources of the viewer.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Viewer")]
 #[group(skip)]
 pub struct View {
-    /// Where the page and the API are; port 0 takes any free one and logs it
+    /// Address of the page and the API; port 0 takes any free port, which the viewer logs
     #[arg(long, value_parser = settings::listen_address, default_value = ":9080")]
     pub viewer_addr: SocketAddr,
-    /// The most connections open at once, of which each subscriber has one; a further one replaces the one that has waited longest for a request, or is answered 503
+    /// Maximum of open connections, of which each subscriber uses one; one more replaces the
+    /// connection that has been idle longest, or is answered 503 if none is idle
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "11000")]
     pub viewer_max_connections: usize,
-    /// Host names that requests may use besides this machine's own, localhost, IP addresses and names without a dot or of a private domain (.local, .internal, .svc): such as status.example.com, `*.example.com`, or `*` for any; separated by commas
+    /// Host names that requests may use, separated by commas, such as status.example.com,
+    /// `*.example.com`, or `*` for any. Always allowed are this machine's own name, localhost, IP
+    /// addresses, names without a dot and names of a private domain (.local, .internal, .svc)
     #[arg(long, value_delimiter = ',')]
     pub viewer_hosts: Vec<AllowedHost>,
-    /// The services whose numbers are shown, as URLs of their metrics, separated by commas [default: producer, consumer and routine on localhost, at their default ports; of lastseen: itself]
+    /// URLs of the services' metrics, which the page shows, separated by commas [default: producer,
+    /// consumer and routine on localhost, at their default ports; for lastseen: itself]
     #[arg(long, value_delimiter = ',', value_parser = metrics_url)]
     pub viewer_metrics: Vec<Url>,
 }
 
 impl Config {
-    /// What the services' numbers are read from.
-    pub(crate) fn services(&self) -> Vec<Service> {
-        let given = &self.view.viewer_metrics;
-        if given.is_empty() && self.is_among_them {
-            return vec![Service::ThisProcess];
+    /// Where to read the metrics of each service.
+    pub(crate) fn metrics_sources(&self) -> Vec<MetricsSource> {
+        let urls = &self.view.viewer_metrics;
+        if urls.is_empty() && self.scrapes_self {
+            return vec![MetricsSource::ThisProcess];
         }
-        if given.is_empty() {
-            let usual = [9091, 9092, 9093].map(|port| format!("http://localhost:{port}/metrics"));
-            return usual.iter().filter_map(|url| url.parse().ok()).map(Service::At).collect();
+        if urls.is_empty() {
+            let defaults =
+                [9091, 9092, 9093].map(|port| format!("http://localhost:{port}/metrics"));
+            return defaults
+                .iter()
+                .filter_map(|url| url.parse().ok())
+                .map(MetricsSource::Url)
+                .collect();
         }
-        given.iter().cloned().map(Service::At).collect()
+        urls.iter().cloned().map(MetricsSource::Url).collect()
     }
 }
 
-/// Where a service tells its numbers.
+/// Where to read the metrics of a service.
 #[derive(Clone, Debug)]
-pub(crate) enum Service {
+pub(crate) enum MetricsSource {
     ThisProcess,
-    At(Url),
+    Url(Url),
 }
 
-/// Unlike the routine, it has little to show without events.
+/// Gives `AMQP_URI` a default: unlike the routine, the viewer has little to show without events.
 fn events_by_default(setting: clap::Arg) -> clap::Arg {
     if setting.get_id() != "amqp_uri" {
         return setting;
@@ -77,7 +87,7 @@ fn events_by_default(setting: clap::Arg) -> clap::Arg {
 
 fn metrics_url(text: &str) -> Result<Url, String> {
     let url = text.parse::<Url>().ok().filter(|url| url.scheme() == "http" && url.has_host());
-    // It is shown to everybody.
+    // Anyone who can open the page can read this URL.
     let url = url.filter(|url| url.username().is_empty() && url.password().is_none());
-    url.ok_or_else(|| "expected http://HOST:PORT/metrics, without a user".to_owned())
+    url.ok_or_else(|| "expected http://HOST:PORT/metrics, without user and password".to_owned())
 }

@@ -1,4 +1,4 @@
-//! The description of the API as a page to read.
+//! Renders the API description of the API as a web page.
 
 use std::fmt::Write as _;
 
@@ -19,9 +19,9 @@ const HEAD: &str = "<!doctype html>
 ";
 const FOOT: &str = "</main>\n</body>\n</html>\n";
 
-/// All operations with what they take and give, and the shapes of what they give.
+/// Lists all operations with their parameters and responses, then all schemas.
 pub(crate) fn html(document: &OpenApi) -> String {
-    // Made by derives, it has no map with keys that are no text, and nothing else can fail.
+    // Only a map whose keys are not strings could fail, and derived documents have none.
     let document = serde_json::to_value(document).unwrap_or_default();
     let mut page = HEAD.to_owned();
     let info = &document["info"];
@@ -50,7 +50,7 @@ pub(crate) fn html(document: &OpenApi) -> String {
                 [code(name), code(&type_of(schema)), prose(&schema["description"])]
             })
             .collect();
-        table(&mut page, ["field", "type", "is"], &rows);
+        table(&mut page, ["field", "type", "meaning"], &rows);
     }
     page + FOOT
 }
@@ -59,11 +59,11 @@ fn parameters(page: &mut String, parameters: &Value) {
     let parameters = parameters.as_array().map(Vec::as_slice).unwrap_or_default();
     let row = |parameter: &Value| {
         let name = parameter["name"].as_str().unwrap_or_default();
-        let place = format!("{} ({})", code(name), escaped(&parameter["in"]));
-        [place, code(&type_of(&parameter["schema"])), prose(&parameter["description"])]
+        let name = format!("{} ({})", code(name), escaped(&parameter["in"]));
+        [name, code(&type_of(&parameter["schema"])), prose(&parameter["description"])]
     };
     let rows: Vec<[String; 3]> = parameters.iter().map(row).collect();
-    table(page, ["parameter", "type", "is"], &rows);
+    table(page, ["parameter", "type", "meaning"], &rows);
 }
 
 fn responses(page: &mut String, responses: &Value) {
@@ -76,10 +76,10 @@ fn responses(page: &mut String, responses: &Value) {
         [code(status), content.join("; "), prose(&response["description"])]
     };
     let rows: Vec<[String; 3]> = entries(responses).map(row).collect();
-    table(page, ["answer", "content", "when"], &rows);
+    table(page, ["response", "content", "meaning"], &rows);
 }
 
-/// A type in a few words.
+/// A short name of a schema's type, such as `array of integer 1 to 9`.
 fn type_of(schema: &Value) -> String {
     if let Some(name) = schema["$ref"].as_str() {
         return name.rsplit('/').next().unwrap_or(name).to_owned();
@@ -99,7 +99,7 @@ fn type_of(schema: &Value) -> String {
     let text = |name: &str| schema[name].as_str().map(|text| format!(" {text}"));
     let rest = text("format").or_else(|| text("pattern")).unwrap_or_default();
     let bounds = match (schema["minimum"].as_i64(), schema["maximum"].as_i64()) {
-        (Some(least), Some(most)) => format!(" {least} to {most}"),
+        (Some(min), Some(max)) => format!(" {min} to {max}"),
         _ => String::new(),
     };
     format!("{name}{of}{rest}{bounds}")
@@ -110,7 +110,7 @@ fn table(page: &mut String, heads: [&str; 3], rows: &[[String; 3]]) {
         return;
     }
     let heads = heads.map(|head| format!("<th scope=\"col\">{head}</th>")).concat();
-    // Writing to a text cannot fail.
+    // Writing to a string cannot fail.
     let _ = writeln!(page, "<div class=\"table\"><table>\n<tr>{heads}</tr>");
     for row in rows {
         let cells = row.each_ref().map(|cell| format!("<td>{cell}</td>")).concat();
@@ -131,11 +131,11 @@ fn code(text: &str) -> String {
     if text.is_empty() { String::new() } else { format!("<code>{}</code>", escape(text)) }
 }
 
-/// A text in which what stands in backticks is code.
+/// Escapes a text, and marks parts in backticks as code.
 fn prose(value: &Value) -> String {
     let text = value.as_str().unwrap_or_default();
     let parts = text.split('`').enumerate();
-    parts.map(|(place, part)| if place % 2 == 1 { code(part) } else { escape(part) }).collect()
+    parts.map(|(index, part)| if index % 2 == 1 { code(part) } else { escape(part) }).collect()
 }
 
 fn escaped(value: &Value) -> String {
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_operation_parameter_and_field_is_on_the_page() {
+    fn page_lists_every_operation_parameter_and_field() {
         let page = html(&crate::openapi::document());
         for text in ["GET /objects", "GET /objects/{id}", "GET /stats", "GET /events"] {
             assert!(page.contains(text), "{text}");

@@ -1,7 +1,7 @@
-//! Which host names the viewer answers for.
+//! Rejects requests whose host name is not the viewer's.
 //!
-//! A web page of another site can have its own name resolve to this machine (DNS rebinding). The browser then lets it
-//! read everything here, but sends that name as `Host`.
+//! The name of another site may resolve to this machine (DNS rebinding). The browser then lets that
+//! site's pages read everything from the viewer, but sends the other name as `Host`.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
@@ -14,10 +14,10 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 use service::problem::Problem;
 
-/// Suffixes of names that nobody can register in the public DNS.
+/// Suffixes of names that cannot be registered in the public DNS.
 const PRIVATE: [&str; 6] = [".localhost", ".local", ".internal", ".home.arpa", ".svc", ".test"];
 const LOG_INTERVAL: Duration = Duration::from_mins(1);
-/// The most of a refused name that is quoted; no name is longer.
+/// The maximum length of a host name; a longer one is cut in logs and responses.
 const NAME_MAX: usize = 253;
 
 /// A host name of `VIEWER_HOSTS`.
@@ -25,7 +25,7 @@ const NAME_MAX: usize = 253;
 pub enum AllowedHost {
     /// `*`: any name.
     Any,
-    /// `*.example.com`: any name below it; the value begins with the dot.
+    /// `*.example.com`: any name that ends with the value, which begins with the dot.
     Below(String),
     /// This name.
     Name(String),
@@ -53,33 +53,33 @@ impl FromStr for AllowedHost {
     }
 }
 
-/// The names that are answered, and when a refusal was last logged.
+/// The allowed host names, and the rejections to log.
 #[derive(Clone)]
 pub(crate) struct Hosts {
     allowed: Arc<[AllowedHost]>,
-    refused: Arc<Mutex<Refused>>,
+    rejections: Arc<Mutex<Rejections>>,
 }
 
 #[derive(Default)]
-struct Refused {
+struct Rejections {
     logged_at: Option<Instant>,
-    since_then: u64,
+    unlogged: u64,
 }
 
 impl Hosts {
-    /// The host's own name is always allowed.
+    /// Also allows this machine's own name.
     pub(crate) fn new(allowed: &[AllowedHost]) -> Self {
         let own = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
         let own = own.and_then(|name| name.parse().ok());
         let allowed = allowed.iter().cloned().chain(own).collect();
-        Self { allowed, refused: Arc::default() }
+        Self { allowed, rejections: Arc::default() }
     }
 
     fn allows(&self, authority: &str) -> bool {
         let name = name_of(authority).to_ascii_lowercase();
         let name = name.strip_suffix('.').unwrap_or(&name);
         let is_address = name.parse::<Ipv4Addr>().is_ok() || name.parse::<Ipv6Addr>().is_ok();
-        // A name without a dot, such as localhost or the name of a Compose service, is none of the public DNS.
+        // The public DNS has no names without a dot, such as localhost or a Compose service.
         let is_private = !name.contains('.') || PRIVATE.iter().any(|suffix| name.ends_with(suffix));
         is_address
             || is_private
@@ -90,41 +90,41 @@ impl Hosts {
             })
     }
 
-    fn log_refusal(&self, host: &str) {
-        let mut refused = self.refused.lock().unwrap_or_else(PoisonError::into_inner);
-        refused.since_then = refused.since_then.saturating_add(1);
-        if refused.logged_at.is_some_and(|at| at.elapsed() < LOG_INTERVAL) {
+    fn log_rejection(&self, host: &str) {
+        let mut rejections = self.rejections.lock().unwrap_or_else(PoisonError::into_inner);
+        rejections.unlogged = rejections.unlogged.saturating_add(1);
+        if rejections.logged_at.is_some_and(|at| at.elapsed() < LOG_INTERVAL) {
             return;
         }
-        let requests = std::mem::take(&mut refused.since_then);
-        refused.logged_at = Some(Instant::now());
-        drop(refused);
+        let requests = std::mem::take(&mut rejections.unlogged);
+        rejections.logged_at = Some(Instant::now());
+        drop(rejections);
         tracing::warn!(
             host,
             requests,
-            "requests refused: the viewer does not answer for this host name; add it to VIEWER_HOSTS if it is yours"
+            "requests rejected because of their host name; if it is the viewer's, add it to VIEWER_HOSTS"
         );
     }
 }
 
-/// Refuses a request with the name of another host: 421.
-pub(crate) async fn refuse_others(
+/// Answers 421 to a request whose host name is not allowed.
+pub(crate) async fn reject_unknown_hosts(
     State(hosts): State<Hosts>,
     request: Request,
     next: Next,
 ) -> Response {
     let authority = request.uri().authority().map(|authority| authority.as_str().to_owned());
     let header = request.headers().get(header::HOST);
-    // Without a name it is no browser's request.
+    // Browsers always send a host name, so a request without one is allowed.
     let host = authority
         .or_else(|| header.map(|host| String::from_utf8_lossy(host.as_bytes()).into_owned()))
         .filter(|host| !host.is_empty());
     match host {
         Some(host) if !hosts.allows(&host) => {
             let host: String = name_of(&host).chars().take(NAME_MAX).collect();
-            hosts.log_refusal(&host);
+            hosts.log_rejection(&host);
             let detail = format!(
-                "this viewer does not answer for the host name {host:?}; if the name is yours, add it to VIEWER_HOSTS"
+                "the host name {host:?} is not allowed; if it is the viewer's, add it to VIEWER_HOSTS"
             );
             Problem::new(StatusCode::MISDIRECTED_REQUEST, detail).into_response()
         }
@@ -132,7 +132,7 @@ pub(crate) async fn refuse_others(
     }
 }
 
-/// The host of an authority, without user and port.
+/// The host name in an authority, without user and port.
 fn name_of(authority: &str) -> &str {
     let host = authority.rsplit_once('@').map_or(authority, |(_, host)| host);
     if let Some((address, _)) = host.strip_prefix('[').and_then(|rest| rest.split_once(']')) {
@@ -147,7 +147,7 @@ mod tests {
 
     // Field case 7.6
     #[test]
-    fn a_name_of_the_public_dns_is_refused_unless_it_is_allowed() {
+    fn public_host_name_is_rejected_unless_allowed() {
         let hosts = |text: &str| {
             let allowed: Vec<AllowedHost> =
                 text.split_terminator(',').map(|name| name.parse().unwrap()).collect();

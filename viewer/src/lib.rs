@@ -1,7 +1,9 @@
-//! The read side: which objects are online now, and when each was last seen, over HTTP, with a stream of changes.
+//! The read side: serves over HTTP which objects are online and when each was last seen, with a
+//! stream of changes.
 //!
-//! It keeps in memory what is in the table: from one reading, and from the events. Where events may be lost it
-//! reads the table again, so that it is never wrong for long. The write side does not depend on it.
+//! The viewer keeps a copy of the table in memory. It reads the table once and then applies events.
+//! When events may be lost, it reads the table again, so that its copy is soon correct. The write
+//! side does not depend on the viewer.
 
 mod api;
 mod config;
@@ -21,19 +23,19 @@ pub use config::{Config, View};
 pub use hosts::AllowedHost;
 pub use viewer::Viewer;
 
-/// What the process is called and where its admin address is.
+/// The name, help text and default admin address of the process.
 pub const DESCRIPTION: Description = Description {
     name: "viewer",
-    about: "Shows who is online, live: a page, an API and a stream of changes",
+    about: "Shows which objects are online: a live page, an API and a stream of changes",
     admin_address: ":9095",
     drain_delay: "8s",
     reloadable: &[],
 };
 
-/// Shows what there is until `shutdown`.
+/// Runs the viewer until `shutdown`.
 ///
 /// # Errors
-/// When it cannot listen, or a part of it has died.
+/// When it cannot listen, or when one of its tasks has ended.
 pub async fn run(
     config: Config,
     health: Health,

@@ -1,4 +1,4 @@
-//! The viewer as a process.
+//! Runs the viewer as a process.
 
 use std::process::ExitCode;
 

@@ -1,20 +1,20 @@
-//! The description of the API, made from the code.
+//! The description of the API, generated from the code.
 
 use serde::Serialize;
 use utoipa::{OpenApi, ToSchema};
 
 use crate::api;
 
-/// What was wrong with a request, as RFC 9457 has it.
+/// Why a request failed (RFC 9457).
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ProblemDetails {
     /// Always `about:blank`.
     r#type: String,
-    /// The status in words.
+    /// The name of the status.
     title: String,
-    /// The status.
+    /// The HTTP status.
     status: u16,
-    /// What was wrong and what to do.
+    /// What was wrong, and what to do.
     detail: String,
 }
 
@@ -22,10 +22,10 @@ pub(crate) struct ProblemDetails {
 #[openapi(
     info(
         title = "Lastseen: the viewer",
-        description = "Which objects are online now, and when each was last seen. Ids are signed 64-bit integers, in JSON as strings: many JSON parsers keep only 53 bits of a number. A response of 4xx or 5xx says why as application/problem+json (RFC 9457).",
+        description = "Which objects are online, and when each was last seen. Ids are signed 64-bit integers. In JSON they are strings, because many JSON parsers keep only 53 bits of a number. A 4xx or 5xx response gives the reason as application/problem+json (RFC 9457).",
         license(name = "MIT OR Apache-2.0", identifier = "MIT OR Apache-2.0"),
     ),
-    // Relative to this document, since a proxy may serve the viewer under a path of its own.
+    // Relative to this document, because a proxy may serve the viewer under another path.
     servers((url = "./", description = "this viewer")),
     paths(api::objects, api::object, api::stats, api::changes)
 )]
@@ -42,7 +42,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_shape_that_is_referred_to_is_there() {
+    fn every_referenced_schema_exists() {
         let document = serde_json::to_value(document()).unwrap();
         let text = document.to_string();
         let names = text.split("#/components/schemas/").skip(1);
@@ -52,7 +52,7 @@ mod tests {
     }
 
     #[test]
-    fn it_is_of_version_3_1_and_names_each_event_of_the_stream() {
+    fn version_is_3_1_and_each_event_kind_is_documented() {
         let document = serde_json::to_value(document()).unwrap();
         assert_eq!(document["openapi"], "3.1.0");
         let stream = document["paths"]["/events"]["get"]["description"].as_str().unwrap();

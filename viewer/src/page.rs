@@ -1,4 +1,4 @@
-//! The live page: files that are in the program.
+//! The files of the live page, which are compiled into the program.
 //!
 //! Decision: docs/decisions/0054-how-is-the-live-page-built.md
 
@@ -12,7 +12,7 @@ const CSS: &str = "text/css; charset=utf-8";
 const JS: &str = "text/javascript; charset=utf-8";
 const SVG: &str = "image/svg+xml";
 
-/// A file of `viewer/page/`, as it was when the program was built.
+/// A file of `viewer/page/`, as at build time.
 struct File {
     name: &'static str,
     content_type: &'static str,
@@ -29,27 +29,27 @@ macro_rules! files {
     };
 }
 
-/// The page at `/`. It has no other address, since its links are relative to it.
+/// The page at `/`. It has no other address, because its links are relative to this one.
 const INDEX: &[File] = &files! { "index.html" as HTML };
-/// The files under `/page/`. A new file is added here only.
+/// The files under `/page/`. Add a new file here.
 const FILES: &[File] = &files! {
     "page.css" as CSS,
     "docs.css" as CSS,
     "icon.svg" as SVG,
-    "field-input.js" as JS,
+    "api.js" as JS,
     "chart.js" as JS,
     "feed.js" as JS,
     "field.js" as JS,
-    "recent-changes.js" as JS,
+    "field-input.js" as JS,
+    "format.js" as JS,
     "main.js" as JS,
     "object.js" as JS,
     "presence.js" as JS,
+    "recent-changes.js" as JS,
     "shared-feed.js" as JS,
     "stats.js" as JS,
     "tab-feed.js" as JS,
     "tiles.js" as JS,
-    "api.js" as JS,
-    "format.js" as JS,
 };
 
 pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
@@ -61,7 +61,7 @@ pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
 }
 
 fn served(file: &'static File) -> impl IntoResponse {
-    // Another version of the program has other files under the same names.
+    // The files change with the program's version, so browsers must revalidate them.
     let headers: [(HeaderName, &str); 2] =
         [(header::CONTENT_TYPE, file.content_type), (header::CACHE_CONTROL, "no-cache")];
     (headers, file.text)

@@ -1,4 +1,5 @@
-//! One subscriber: what is online, or what it has missed, and then each change.
+//! The event stream of one subscriber: a list of the online objects, or the changes that it missed,
+//! and then each change.
 //!
 //! Decision: docs/decisions/0051-how-does-a-subscriber-follow-the-stream.md
 
@@ -15,18 +16,21 @@ use service::CancellationToken;
 use tokio::sync::watch;
 use tokio::time::timeout;
 
-use crate::table_sync::is_true;
-use crate::view_state::{self, Message, Sighted, Step, TooFarBehind, ViewState, as_f64};
+use crate::table_sync::wait_until_true;
+use crate::view_state::{self, Change, NextItem, Object, TooFarBehind, ViewState, as_f64};
 
-/// A line is sent at least this often, so that both sides notice when the other is gone.
-const HEARTBEAT: Duration = Duration::from_secs(15);
-/// How long a browser waits before it connects again.
-const GREETING: &[u8] = b"retry: 1000\n\n";
-const STILL_HERE: &[u8] = b":\n\n";
-/// Changes that are about no object of a subscriber take turns with everything else that runs after so many.
-const UNWANTED_MAX: usize = 64;
-/// The end for a subscriber that reads more slowly than objects change. Reconnecting at once would not help it.
-const TOO_SLOW: &[u8] = b"retry: 30000\n: too slow to follow all changes; ask for fewer objects with ?ids= or ?limit=\n\n";
+/// The stream sends a line at least this often, so that each side notices the loss of the other.
+const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
+/// The first block: tells browsers how long to wait before they reconnect.
+const RETRY_HINT: &[u8] = b"retry: 1000\n\n";
+/// An empty comment, which clients ignore.
+const HEARTBEAT: &[u8] = b":\n\n";
+/// Number of skipped changes after which the stream lets other tasks run.
+const SKIPPED_BETWEEN_YIELDS: usize = 64;
+/// The last block for a subscriber that reads more slowly than objects change. It asks for a long
+/// pause, because reconnecting at once would not help.
+const TOO_SLOW: &[u8] =
+    b"retry: 30000\n: too slow to follow all changes; request fewer objects with ?ids= or ?limit=\n\n";
 
 /// Counts the subscribers.
 #[derive(Clone, Default)]
@@ -47,21 +51,23 @@ impl Subscribers {
     }
 }
 
-/// What a subscriber asks for.
+/// The parameters of a subscription.
 #[derive(Debug, Default)]
 pub(crate) struct Request {
-    /// These objects only, in ascending order.
+    /// Only these objects, in ascending order.
     pub(crate) ids: Option<Box<[i64]>>,
-    /// About this many objects at a time.
+    /// Approximate maximum number of listed objects.
     pub(crate) limit: Option<usize>,
-    /// The changes after the event with this name, if they can still be had.
+    /// Resume after the event with this id, if the ring still has the changes since.
     pub(crate) after: Option<String>,
 }
 
-/// Everything that a subscriber asks for, until the shutdown, or until it is too slow. It holds a position and at
-/// most one event of its own: changes are in the ring, once for all subscribers, and objects are read from the table
-/// as fast as it takes them.
-pub(crate) fn of(
+/// Builds the body of an event stream, which ends at the shutdown or when the subscriber is too
+/// slow.
+///
+/// A subscription holds only a cursor and at most one event: the ring holds each change once for
+/// all subscribers, and objects are read from the table as fast as the subscriber receives them.
+pub(crate) fn body(
     view: &Arc<ViewState>,
     subscribers: &Subscribers,
     request: Request,
@@ -75,7 +81,7 @@ pub(crate) fn of(
         is_complete: view.is_complete(),
         ids: request.ids,
         limit: request.limit,
-        stage: Stage::Greeting(request.after),
+        stage: Stage::Opening(request.after),
         shutdown,
     };
     Body::from_stream(stream::unfold(subscription, async |mut subscription| {
@@ -96,70 +102,72 @@ struct Subscription {
 }
 
 enum Stage {
-    Greeting(Option<String>),
-    /// The table has not been read yet.
-    Waiting(Option<String>),
+    /// Nothing is sent yet. The value is the event id to resume after.
+    Opening(Option<String>),
+    /// Waits until the viewer has read the table.
+    AwaitingTable(Option<String>),
     Following(Cursor),
     Ended,
 }
 
-/// How far a subscriber has come.
+/// The position of a subscriber in the list of objects and in the changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Cursor {
-    /// It has all changes up to this one that are about the objects listed to it.
+    /// The subscriber has all changes of listed objects up to this number.
     sequence: u64,
-    /// The number in the last event that it was sent.
-    named: u64,
-    /// Where the objects begin that were not listed to it: it gets no changes of those. `None` if all were listed.
-    next: Option<i64>,
-    /// How many objects are online among those listed to it.
+    /// The change number in the latest event id that the subscriber got.
+    sent_sequence: u64,
+    /// The lowest id that is not listed yet; the subscriber gets no changes of objects from there
+    /// on. `None` if all objects are listed.
+    next_id: Option<i64>,
+    /// The number of listed objects that are online.
     online: usize,
     listing: Listing,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Listing {
-    /// Nothing has been listed; the first list replaces whatever the subscriber knows.
+    /// Nothing is listed yet. The first part replaces all that the subscriber knows.
     First,
-    /// Further objects are to be listed.
+    /// Further objects must be listed.
     Further,
-    /// As many as it asked for are listed, or all.
+    /// All objects are listed, or as many as the limit allows.
     Done,
 }
 
 impl Cursor {
     fn new(sequence: u64) -> Self {
-        let (next, listing) = (Some(i64::MIN), Listing::First);
-        Self { sequence, named: sequence, next, online: 0, listing }
+        let (next_id, listing) = (Some(i64::MIN), Listing::First);
+        Self { sequence, sent_sequence: sequence, next_id, online: 0, listing }
     }
 
-    /// Reads what follows the number in the name of an event.
-    fn resumed(sequence: u64, rest: &str, online: usize, limit: usize) -> Option<Self> {
-        let (next, online) = match rest {
+    /// Parses the rest of an event id, after the change number. `online` is the size of the table.
+    fn resume(sequence: u64, rest: &str, online: usize, limit: usize) -> Option<Self> {
+        let (next_id, online) = match rest {
             "" => (None, online),
             rest => {
                 // The id may be negative, so its sign is not the separator.
-                let (next, online) = rest.rsplit_once('-')?;
-                (Some(next.parse().ok()?), online.parse().ok()?)
+                let (next_id, online) = rest.rsplit_once('-')?;
+                (Some(next_id.parse().ok()?), online.parse().ok()?)
             }
         };
-        let is_done = next.is_none() || online >= limit;
+        let is_done = next_id.is_none() || online >= limit;
         let listing = if is_done { Listing::Done } else { Listing::Further };
-        Some(Self { sequence, named: sequence, next, online, listing })
+        Some(Self { sequence, sent_sequence: sequence, next_id, online, listing })
     }
 
-    /// The name of an event, by which the subscriber can resume after it.
-    fn name(&self, view: &ViewState) -> String {
-        let name = view.name(self.sequence);
-        match self.next {
-            None => name,
-            Some(next) => format!("{name}-{next}-{}", self.online),
+    /// The id of an event, with which the subscriber can resume after it.
+    fn event_id(&self, view: &ViewState) -> String {
+        let event_id = view.event_id(self.sequence);
+        match self.next_id {
+            None => event_id,
+            Some(next_id) => format!("{event_id}-{next_id}-{}", self.online),
         }
     }
 }
 
 impl Subscription {
-    /// The next part of the stream, or its end.
+    /// The next block of the stream, or `None` at its end.
     async fn next(&mut self) -> Option<Bytes> {
         let shutdown = self.shutdown.clone();
         shutdown.run_until_cancelled(self.advance()).await?
@@ -168,25 +176,26 @@ impl Subscription {
     async fn advance(&mut self) -> Option<Bytes> {
         loop {
             match &mut self.stage {
-                Stage::Greeting(after) => {
-                    self.stage = Stage::Waiting(after.take());
-                    return Some(Bytes::from_static(GREETING));
+                Stage::Opening(after) => {
+                    self.stage = Stage::AwaitingTable(after.take());
+                    return Some(Bytes::from_static(RETRY_HINT));
                 }
-                Stage::Waiting(after) => {
-                    if !is_true(&mut self.is_complete, HEARTBEAT).await {
-                        return Some(Bytes::from_static(STILL_HERE));
+                Stage::AwaitingTable(after) => {
+                    if !wait_until_true(&mut self.is_complete, HEARTBEAT_INTERVAL).await {
+                        return Some(Bytes::from_static(HEARTBEAT));
                     }
                     let after = after.take();
-                    let (cursor, event) = self.begin(after.as_deref());
+                    let (cursor, event) = self.start(after.as_deref());
                     self.stage = Stage::Following(cursor);
                     if event.is_some() {
                         return event;
                     }
                 }
                 Stage::Following(_) => {
-                    // Looked at before the ring, so that a change in between wakes this subscriber.
+                    // Marked as seen before reading the ring, so that a change in between wakes
+                    // this subscriber.
                     self.published.borrow_and_update();
-                    match self.step().await {
+                    match self.next_event().await {
                         Ok(Some(event)) => return Some(event),
                         Ok(None) => {}
                         Err(TooFarBehind) => {
@@ -196,8 +205,8 @@ impl Subscription {
                             return Some(Bytes::from_static(TOO_SLOW));
                         }
                     }
-                    // The sender exists as long as the ring.
-                    if timeout(HEARTBEAT, self.published.changed()).await.is_err() {
+                    // The sender lives as long as the ring, so `changed` does not fail.
+                    if timeout(HEARTBEAT_INTERVAL, self.published.changed()).await.is_err() {
                         return Some(self.heartbeat());
                     }
                 }
@@ -206,59 +215,64 @@ impl Subscription {
         }
     }
 
-    /// Where the stream begins, and the event that says so if it resumes an earlier one.
-    fn begin(&self, after: Option<&str>) -> (Cursor, Option<Bytes>) {
-        let resumed = after.and_then(|name| self.view.sequence_of(name));
+    /// The cursor at which the stream starts, and the event `resumed` if it continues an earlier
+    /// one.
+    fn start(&self, after: Option<&str>) -> (Cursor, Option<Bytes>) {
+        let resumed = after.and_then(|event_id| self.view.parse_event_id(event_id));
         let resumed = resumed.and_then(|(sequence, rest)| {
-            Cursor::resumed(sequence, rest, self.view.len(), self.limit.unwrap_or(usize::MAX))
+            Cursor::resume(sequence, rest, self.view.len(), self.limit.unwrap_or(usize::MAX))
         });
         let Some(cursor) = resumed else { return (Cursor::new(self.view.last()), None) };
-        let name = cursor.name(&self.view);
-        let event = view_state::encode("resumed", &name, &[], Some(cursor.remaining()));
+        let event_id = cursor.event_id(&self.view);
+        let event = view_state::encode("resumed", &event_id, &[], Some(cursor.remaining()));
         (cursor, Some(event))
     }
 
-    /// The next event, if there is one. Changes come before further objects, so that both fit together.
-    async fn step(&mut self) -> Result<Option<Bytes>, TooFarBehind> {
+    /// The next event, if there is one. Changes come before further objects, so that the list
+    /// matches the changes sent so far.
+    async fn next_event(&mut self) -> Result<Option<Bytes>, TooFarBehind> {
         let limit = self.limit.unwrap_or(usize::MAX);
-        for turn in 1_usize.. {
-            // Many long lists at once would hold up every other request.
-            if turn % UNWANTED_MAX == 0 || self.is_listing() {
+        for round in 1_usize.. {
+            // Otherwise many long lists at once would delay all other requests.
+            if round % SKIPPED_BETWEEN_YIELDS == 0 || self.is_listing() {
                 tokio::task::yield_now().await;
             }
             let Stage::Following(cursor) = &mut self.stage else { return Ok(None) };
-            let wanted = cursor.next.filter(|_| cursor.listing != Listing::Done).map(|first| {
+            let first = cursor.next_id.filter(|_| cursor.listing != Listing::Done);
+            let request = first.map(|first| {
                 let limit = limit.saturating_sub(cursor.online);
-                view_state::Wanted { first, ids: self.ids.as_deref(), limit }
+                view_state::ListRequest { first, ids: self.ids.as_deref(), limit }
             });
-            match self.view.step(cursor.sequence, wanted)? {
-                Step::UpToDate => return Ok(None),
-                Step::Listed(listed) => {
+            match self.view.next_item(cursor.sequence, request)? {
+                NextItem::UpToDate => return Ok(None),
+                NextItem::Objects(batch) => {
                     let event = if cursor.listing == Listing::First { "snapshot" } else { "more" };
-                    cursor.next = listed.next;
-                    cursor.online = cursor.online.saturating_add(listed.objects.len());
-                    let is_done = cursor.next.is_none() || cursor.online >= limit;
+                    cursor.next_id = batch.next_id;
+                    cursor.online = cursor.online.saturating_add(batch.objects.len());
+                    let is_done = cursor.next_id.is_none() || cursor.online >= limit;
                     cursor.listing = if is_done { Listing::Done } else { Listing::Further };
-                    cursor.named = cursor.sequence;
-                    let (name, remaining) = (cursor.name(&self.view), Some(cursor.remaining()));
-                    return Ok(Some(view_state::encode(event, &name, &listed.objects, remaining)));
+                    cursor.sent_sequence = cursor.sequence;
+                    let (event_id, remaining) = (cursor.event_id(&self.view), cursor.remaining());
+                    let objects = &batch.objects;
+                    let event = view_state::encode(event, &event_id, objects, Some(remaining));
+                    return Ok(Some(event));
                 }
-                Step::Change(message) if self.ids.is_none() && cursor.next.is_none() => {
-                    cursor.sequence = message.sequence;
-                    cursor.named = message.sequence;
-                    cursor.count(message.kind, message.objects.len());
-                    cursor.keep_to(limit);
-                    return Ok(Some(message.encoded.clone()));
+                NextItem::Change(change) if self.ids.is_none() && cursor.next_id.is_none() => {
+                    cursor.sequence = change.sequence;
+                    cursor.sent_sequence = change.sequence;
+                    cursor.update_online(change.kind, change.objects.len());
+                    cursor.adjust_to_limit(limit);
+                    return Ok(Some(change.encoded.clone()));
                 }
-                Step::Change(message) => {
-                    let objects = cursor.take(&message, self.ids.as_deref());
-                    cursor.count(message.kind, objects.len());
+                NextItem::Change(change) => {
+                    let objects = cursor.apply(&change, self.ids.as_deref());
+                    cursor.update_online(change.kind, objects.len());
                     if !objects.is_empty() {
-                        let name = cursor.name(&self.view);
-                        cursor.named = cursor.sequence;
-                        cursor.keep_to(limit);
-                        let kind = message.kind.name();
-                        return Ok(Some(view_state::encode(kind, &name, &objects, None)));
+                        let event_id = cursor.event_id(&self.view);
+                        cursor.sent_sequence = cursor.sequence;
+                        cursor.adjust_to_limit(limit);
+                        let kind = change.kind.name();
+                        return Ok(Some(view_state::encode(kind, &event_id, &objects, None)));
                     }
                 }
             }
@@ -270,38 +284,41 @@ impl Subscription {
         matches!(&self.stage, Stage::Following(cursor) if cursor.listing != Listing::Done)
     }
 
-    /// To a subscriber that follows some objects only, it also names the latest change: once the ring has left
-    /// behind the last one that it was sent, it could not resume there.
+    /// A comment, or the latest event id if the subscriber skipped changes: the ring may soon drop
+    /// the last change that it was sent, and then it could not resume there.
     fn heartbeat(&mut self) -> Bytes {
         match &mut self.stage {
-            Stage::Following(cursor) if cursor.named != cursor.sequence => {
-                cursor.named = cursor.sequence;
-                Bytes::from(format!("id: {}\n\n", cursor.name(&self.view)))
+            Stage::Following(cursor) if cursor.sent_sequence != cursor.sequence => {
+                cursor.sent_sequence = cursor.sequence;
+                Bytes::from(format!("id: {}\n\n", cursor.event_id(&self.view)))
             }
-            _ => Bytes::from_static(STILL_HERE),
+            _ => Bytes::from_static(HEARTBEAT),
         }
     }
 }
 
 impl Cursor {
-    /// What a list says about the objects after it.
+    /// The value of the field `remaining`: whether the list of objects continues.
     fn remaining(&self) -> &'static str {
-        match (self.next, self.listing) {
+        match (self.next_id, self.listing) {
             (None, _) => "none",
             (Some(_), Listing::Done) => "over_limit",
             (Some(_), Listing::First | Listing::Further) => "follow",
         }
     }
 
-    /// The objects of a change that this subscriber is to get.
-    fn take(&mut self, message: &Message, ids: Option<&[i64]>) -> Vec<Sighted> {
-        self.sequence = message.sequence;
-        let is_listed = |seen: &&Sighted| self.next.is_none_or(|next| seen.id < next);
-        let is_wanted = |seen: &&Sighted| ids.is_none_or(|ids| ids.binary_search(&seen.id).is_ok());
-        message.objects.iter().filter(is_listed).filter(is_wanted).copied().collect()
+    /// Moves the cursor to a change. Returns the objects of the change that the subscriber must
+    /// get.
+    fn apply(&mut self, change: &Change, ids: Option<&[i64]>) -> Vec<Object> {
+        self.sequence = change.sequence;
+        let is_listed = |object: &&Object| self.next_id.is_none_or(|next| object.id < next);
+        let is_requested =
+            |object: &&Object| ids.is_none_or(|ids| ids.binary_search(&object.id).is_ok());
+        change.objects.iter().filter(is_listed).filter(is_requested).copied().collect()
     }
 
-    fn count(&mut self, kind: Kind, objects: usize) {
+    /// Counts the objects of a change.
+    fn update_online(&mut self, kind: Kind, objects: usize) {
         self.online = match kind {
             Kind::Online => self.online.saturating_add(objects),
             Kind::Gone => self.online.saturating_sub(objects),
@@ -309,13 +326,13 @@ impl Cursor {
         };
     }
 
-    /// Lists further objects once a quarter of those that were asked for is gone, and begins anew with fewer of
-    /// them once there are a quarter more.
-    fn keep_to(&mut self, limit: usize) {
+    /// Lists further objects once the listed ones are a quarter below the limit, and starts a new
+    /// snapshot once they are a quarter above it.
+    fn adjust_to_limit(&mut self, limit: usize) {
         let quarter = limit / 4;
         if self.online > limit.saturating_add(quarter) {
             *self = Self::new(self.sequence);
-        } else if self.next.is_some() && self.online < limit - quarter {
+        } else if self.next_id.is_some() && self.online < limit - quarter {
             self.listing = Listing::Further;
         }
     }
@@ -343,7 +360,7 @@ mod tests {
             is_complete: view.is_complete(),
             ids: request.ids,
             limit: request.limit,
-            stage: Stage::Waiting(request.after),
+            stage: Stage::AwaitingTable(request.after),
             shutdown: CancellationToken::new(),
         }
     }
@@ -356,19 +373,21 @@ mod tests {
         view
     }
 
-    /// Publishes a change by itself.
+    /// Applies and publishes one change.
     fn change(view: &ViewState, kind: Kind, ids: impl IntoIterator<Item = i64>, last_seen: i64) {
-        view.apply(kind, ids.into_iter().map(|id| Sighted { id, last_seen }));
+        view.apply(kind, ids.into_iter().map(|id| Object { id, last_seen }));
         view.flush();
     }
 
-    /// The name, the ids and `remaining` of the next event.
+    /// The kind, the ids and `remaining` of the next event.
     async fn event(subscription: &mut Subscription) -> (String, Vec<i64>, String) {
-        let (event, _) = named_event(subscription).await;
+        let (event, _) = event_with_id(subscription).await;
         event
     }
 
-    async fn named_event(subscription: &mut Subscription) -> ((String, Vec<i64>, String), String) {
+    async fn event_with_id(
+        subscription: &mut Subscription,
+    ) -> ((String, Vec<i64>, String), String) {
         let text = subscription.next().await.unwrap();
         let text = std::str::from_utf8(&text).unwrap();
         let field = |name: &str| text.lines().find_map(|line| line.strip_prefix(name)).unwrap();
@@ -388,15 +407,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_subscriber_too_slow_for_the_ring_is_ended_and_others_go_on() {
+    async fn too_slow_subscriber_is_disconnected_others_continue() {
         let view = view(0..0).await;
-        let (mut slow, mut quick) =
+        let (mut slow, mut fast) =
             (subscription(&view, Request::default()), subscription(&view, Request::default()));
         event(&mut slow).await;
-        event(&mut quick).await;
+        event(&mut fast).await;
         for time in 1..=20_000 {
             change(&view, Kind::Seen, [1], time);
-            assert!(quick.next().await.is_some(), "{time}");
+            assert!(fast.next().await.is_some(), "{time}");
         }
         assert_eq!(slow.next().await.unwrap(), TOO_SLOW);
         assert!(slow.next().await.is_none());
@@ -410,35 +429,35 @@ mod tests {
             event(subscription).await;
         }
         change(&view, Kind::Online, [1], 1);
-        let mut places = Vec::new();
+        let mut pointers = Vec::new();
         for subscription in &mut subscriptions {
-            places.push(subscription.next().await.unwrap().as_ptr());
+            pointers.push(subscription.next().await.unwrap().as_ptr());
         }
-        assert!(places.iter().all(|place| *place == places[0]));
+        assert!(pointers.iter().all(|pointer| *pointer == pointers[0]));
     }
 
     // Field case 2.2
     #[tokio::test]
-    async fn a_snapshot_comes_in_parts_with_the_changes_between_them() {
+    async fn snapshot_comes_in_parts_with_changes_in_between() {
         let view = view(0..300).await;
         let mut all = subscription(&view, Request::default());
         assert_eq!(event(&mut all).await, expected("snapshot", 0..128, "follow"));
-        // Of what was not listed yet, the list will have it as it is by then.
+        // Changes of 200 and 201 are not sent, because the list will contain their later state.
         change(&view, Kind::Seen, [5, 200], 2);
         change(&view, Kind::Gone, [7, 201], 2);
         assert_eq!(event(&mut all).await, expected("seen", [5], ""));
         assert_eq!(event(&mut all).await, expected("gone", [7], ""));
         let second: Vec<i64> = (128..201).chain(202..257).collect();
         assert_eq!(event(&mut all).await, expected("more", second, "follow"));
-        // Not published yet: it is a change after the list.
-        view.apply(Kind::Online, std::iter::once(Sighted { id: 1_000, last_seen: 3 }));
+        // Not published yet, so it comes as a change after the list.
+        view.apply(Kind::Online, std::iter::once(Object { id: 1_000, last_seen: 3 }));
         assert_eq!(event(&mut all).await, expected("more", 257..300, "none"));
         view.flush();
         assert_eq!(event(&mut all).await, expected("online", [1_000], ""));
     }
 
     #[tokio::test]
-    async fn each_part_of_a_list_takes_turns_with_other_tasks() {
+    async fn stream_yields_to_other_tasks_before_each_part_of_a_list() {
         let view = view(0..300).await;
         let mut all = subscription(&view, Request::default());
         for _ in 0..3 {
@@ -448,40 +467,40 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_snapshot_is_resumed_where_it_was_interrupted() {
+    async fn snapshot_resumes_where_it_was_interrupted() {
         let view = view(-300..0).await;
         let mut first = subscription(&view, Request::default());
         assert_eq!(event(&mut first).await, expected("snapshot", -300..-172, "follow"));
-        let (more, name) = named_event(&mut first).await;
+        let (more, event_id) = event_with_id(&mut first).await;
         assert_eq!(more, expected("more", -172..-44, "follow"));
         change(&view, Kind::Seen, [-200], 2);
-        let after = Some(name);
+        let after = Some(event_id);
         let mut second = subscription(&view, Request { after, ..Request::default() });
         assert_eq!(event(&mut second).await, expected("resumed", [], "follow"));
         assert_eq!(event(&mut second).await, expected("seen", [-200], ""));
-        let (more, name) = named_event(&mut second).await;
+        let (more, event_id) = event_with_id(&mut second).await;
         assert_eq!(more, expected("more", -44..0, "none"));
-        assert_eq!(name, view.name(view.last()));
+        assert_eq!(event_id, view.event_id(view.last()));
     }
 
     #[tokio::test]
-    async fn with_a_limit_only_the_first_objects_and_their_changes_come() {
+    async fn limit_restricts_the_stream_to_the_lowest_ids() {
         let view = view(0..300).await;
         let mut some = subscription(&view, Request { limit: Some(100), ..Request::default() });
-        let (snapshot, name) = named_event(&mut some).await;
+        let (snapshot, event_id) = event_with_id(&mut some).await;
         assert_eq!(snapshot, expected("snapshot", 0..100, "over_limit"));
         change(&view, Kind::Seen, 90..200, 2);
         assert_eq!(event(&mut some).await, expected("seen", 90..100, ""));
-        // Once a quarter is gone, others take their places.
+        // Once a quarter is gone, further objects are listed.
         change(&view, Kind::Gone, 0..30, 2);
         assert_eq!(event(&mut some).await, expected("gone", 0..30, ""));
         assert_eq!(event(&mut some).await, expected("more", 100..130, "over_limit"));
-        // With a quarter more, it begins anew.
+        // With a quarter more, a new snapshot comes.
         change(&view, Kind::Online, 0..30, 3);
         assert_eq!(event(&mut some).await, expected("online", 0..30, ""));
         assert_eq!(event(&mut some).await, expected("snapshot", 0..100, "over_limit"));
 
-        let request = Request { limit: Some(100), after: Some(name), ..Request::default() };
+        let request = Request { limit: Some(100), after: Some(event_id), ..Request::default() };
         let mut resumed = subscription(&view, request);
         assert_eq!(event(&mut resumed).await, expected("resumed", [], "over_limit"));
         assert_eq!(event(&mut resumed).await, expected("seen", 90..100, ""));
@@ -489,7 +508,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_snapshot_under_the_limit_is_followed_by_all_changes() {
+    async fn snapshot_below_the_limit_is_followed_by_all_changes() {
         let view = view(0..3).await;
         let mut some = subscription(&view, Request { limit: Some(4), ..Request::default() });
         assert_eq!(event(&mut some).await, expected("snapshot", 0..3, "none"));
@@ -502,25 +521,25 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_heartbeat_names_changes_that_a_subscriber_did_not_get() {
+    async fn heartbeat_carries_the_id_of_skipped_changes() {
         let view = view(0..0).await;
         let ids = Some(Box::from([2]));
         let mut some = subscription(&view, Request { ids, ..Request::default() });
         event(&mut some).await;
-        assert_eq!(some.heartbeat(), STILL_HERE);
+        assert_eq!(some.heartbeat(), HEARTBEAT);
         change(&view, Kind::Online, [1], 1);
-        assert_eq!(some.step().await, Ok(None));
-        let name = format!("id: {}\n\n", view.name(view.last()));
-        assert_eq!(some.heartbeat(), name.as_bytes());
-        assert_eq!(some.heartbeat(), STILL_HERE);
+        assert_eq!(some.next_event().await, Ok(None));
+        let line = format!("id: {}\n\n", view.event_id(view.last()));
+        assert_eq!(some.heartbeat(), line.as_bytes());
+        assert_eq!(some.heartbeat(), HEARTBEAT);
     }
 
     #[test]
-    fn names_that_make_no_sense_are_not_resumed() {
+    fn invalid_event_ids_are_not_resumed() {
         for rest in ["-", "1", "1-", "x-1", "1--1", "9223372036854775808-1", "1-1-"] {
-            assert_eq!(Cursor::resumed(1, rest, 0, 10), None, "{rest}");
+            assert_eq!(Cursor::resume(1, rest, 0, 10), None, "{rest}");
         }
-        let negative = Cursor::resumed(1, "-5-3", 0, 10).unwrap();
-        assert_eq!((negative.next, negative.online), (Some(-5), 3));
+        let negative = Cursor::resume(1, "-5-3", 0, 10).unwrap();
+        assert_eq!((negative.next_id, negative.online), (Some(-5), 3));
     }
 }

@@ -1,4 +1,4 @@
-//! Keeps the view up to date: by events, and by reading the table.
+//! Keeps the view in sync with the table, by events and by readings of the table.
 //!
 //! Decision: docs/decisions/0050-how-does-the-viewer-order-events.md
 
@@ -12,50 +12,50 @@ use store::{Objects, StoreError};
 use tokio::sync::{Notify, watch};
 use tokio::time::{sleep, timeout};
 
-use crate::view_state::{Sighted, ViewState, micros_of};
+use crate::view_state::{Object, ViewState, to_micros};
 
-/// Rows read at a time.
-const PAGE: u32 = 10_000;
-/// Rows applied before everything else that runs has its turn.
-const ROWS_AT_ONCE: usize = 1_000;
-/// How often the table is read while events announce its changes: nothing else shows the loss of the latest
-/// event.
+/// Number of rows in one query.
+const PAGE_ROWS: u32 = 10_000;
+/// Number of rows to apply before other tasks may run.
+const ROWS_BETWEEN_YIELDS: usize = 1_000;
+/// The interval between readings while events announce all changes. Only a reading reveals that the
+/// latest event was lost.
 const INTERVAL_MAX: Duration = Duration::from_mins(1);
-/// How often it is read while no events come, or while something else changes it without events, such as
-/// the Go services.
+/// The interval while no events arrive, or while another program, such as the Go services, changes
+/// the table without events.
 const INTERVAL_MIN: Duration = Duration::from_secs(2);
-/// Events announce the changes if a reading finds at most one in this many without its event. The events of those may
-/// still be on their way.
+/// Events count as complete if a reading finds at most one unannounced change in this many; the
+/// events of these may still be on their way.
 const UNANNOUNCED_SHARE: usize = 10;
-/// The least pause between two readings,
-const PAUSE: Duration = Duration::from_secs(1);
-/// which is also this many times as long as a reading takes.
+/// The minimum pause between two readings.
+const PAUSE_MIN: Duration = Duration::from_secs(1);
+/// The pause is also at least this many times as long as the reading took.
 const PAUSE_FACTOR: u32 = 10;
 
-/// Receives events, and reads the table where they may be missing.
+/// Receives events, and reads the table when events may be missing.
 pub(crate) struct TableSync {
     pub(crate) view: Arc<ViewState>,
     pub(crate) store: store::Config,
-    pub(crate) table: watch::Sender<DependencyStatus>,
-    /// Whether the table was read once; then there is something to show, whatever happens to the table.
+    pub(crate) table_status: watch::Sender<DependencyStatus>,
+    /// `Ok` once the table has been read, even if it is away later.
     pub(crate) first_reading: watch::Sender<DependencyStatus>,
 }
 
 impl TableSync {
-    /// Ends only with its task.
+    /// Runs until its task is aborted.
     pub(crate) async fn run(self, mut subscriber: Subscriber) {
         let events = subscriber.status();
         let missed = Notify::new();
-        let announced = Announced::default();
+        let announced = AnnouncedChanges::default();
         let receive = async {
             loop {
                 match subscriber.next().await {
                     Notification::Committed(kind, objects) => {
-                        let sighted = |object: &events::Object| Sighted {
+                        let known = |object: &events::Object| Object {
                             id: object.id,
-                            last_seen: micros_of(object.last_seen),
+                            last_seen: to_micros(object.last_seen),
                         };
-                        let changed = self.view.apply(kind, objects.iter().map(sighted));
+                        let changed = self.view.apply(kind, objects.iter().map(known));
                         announced.add(kind, changed);
                     }
                     Notification::Missed(why) => {
@@ -66,34 +66,34 @@ impl TableSync {
                 }
             }
         };
-        tokio::join!(receive, self.keep_reading(events, &missed, &announced));
+        tokio::join!(receive, self.read_repeatedly(events, &missed, &announced));
     }
 
-    async fn keep_reading(
+    async fn read_repeatedly(
         &self,
         mut events: watch::Receiver<DependencyStatus>,
         missed: &Notify,
-        announced: &Announced,
+        announced: &AnnouncedChanges,
     ) {
-        let mut waits = amqp::backoff();
+        let mut delays = amqp::backoff();
         let mut coverage = EventCoverage::default();
         let mut interval = INTERVAL_MIN;
         loop {
-            let began = Instant::now();
+            let started = Instant::now();
             let reason = match self.read().await {
                 Ok(unannounced) => {
                     coverage.update(announced.take(), unannounced);
                     interval = coverage.next_interval(interval);
                     metrics::counter!("lastseen_viewer_readings_total", "outcome" => "ok")
                         .increment(1);
-                    waits = amqp::backoff();
-                    let before = self.table.send_replace(Ok(()));
-                    if before.is_err() {
+                    delays = amqp::backoff();
+                    let previous = self.table_status.send_replace(Ok(()));
+                    if previous.is_err() {
                         tracing::info!(objects = self.view.len(), "table read");
                     }
                     _ = self.first_reading.send_replace(Ok(()));
-                    sleep(PAUSE.max(began.elapsed() * PAUSE_FACTOR)).await;
-                    self.wait(interval, &mut events, missed).await;
+                    sleep(PAUSE_MIN.max(started.elapsed() * PAUSE_FACTOR)).await;
+                    self.wait_for_next_reading(interval, &mut events, missed).await;
                     continue;
                 }
                 Err(error) => error.to_string(),
@@ -102,21 +102,21 @@ impl TableSync {
             if self.first_reading.borrow().is_err() {
                 _ = self.first_reading.send_replace(Err(reason.clone()));
             }
-            let before = self.table.send_replace(Err(reason.clone()));
-            if before.is_ok() {
+            let previous = self.table_status.send_replace(Err(reason.clone()));
+            if previous.is_ok() {
                 tracing::warn!(
                     reason,
-                    "table cannot be read: showing the last known objects, and retrying"
+                    "cannot read the table: showing the last known objects until it is back"
                 );
             } else {
-                tracing::debug!(reason, "table still cannot be read");
+                tracing::debug!(reason, "still cannot read the table");
             }
-            sleep(waits.next().unwrap_or(PAUSE)).await;
+            sleep(delays.next().unwrap_or(PAUSE_MIN)).await;
         }
     }
 
-    /// Until there is a reason to read the table again.
-    async fn wait(
+    /// Waits for the interval, or until an event may be missing.
+    async fn wait_for_next_reading(
         &self,
         interval: Duration,
         events: &mut watch::Receiver<DependencyStatus>,
@@ -124,45 +124,45 @@ impl TableSync {
     ) {
         let since = Instant::now();
         loop {
-            let are_received = events.borrow_and_update().is_ok();
-            let interval = if are_received { interval } else { INTERVAL_MIN };
+            let receives_events = events.borrow_and_update().is_ok();
+            let interval = if receives_events { interval } else { INTERVAL_MIN };
             let rest = interval.saturating_sub(since.elapsed());
             tokio::select! {
                 () = missed.notified() => return,
                 () = sleep(rest) => return,
                 changed = events.changed() => if changed.is_err() {
-                    // The subscriber was dropped, and this task ends with it.
+                    // The subscriber was dropped, so this task is about to end.
                     std::future::pending::<()>().await;
                 },
             }
         }
     }
 
-    /// Reads the whole table. What is committed meanwhile may be read or not; it is an event in any case.
-    /// Returns the changes that no event had announced.
+    /// Reads the whole table. Returns the changes that no event had announced. The reading may miss
+    /// changes that are committed meanwhile, but their events will arrive.
     ///
-    /// Each reading has a connection of its own: after a failover, one that was kept could lead to the
-    /// former primary, which answers for as long as it runs.
+    /// Each reading opens a new connection: after a failover, an old one could still lead to the
+    /// former primary.
     async fn read(&self) -> Result<Changes, StoreError> {
         let mut reader = Objects::open(&self.store).await?;
         self.view.begin_reading();
         let mut after = None;
         let mut unannounced = Changes::default();
         loop {
-            let page = reader.page(after, PAGE).await?;
+            let page = reader.page(after, PAGE_ROWS).await?;
             let is_past = |object: &&store::Object| !object.age.is_zero();
-            let clock = page.iter().find(is_past);
-            if let Some(now) = clock.and_then(|object| object.last_seen.checked_add(object.age)) {
+            let past = page.iter().find(is_past);
+            if let Some(now) = past.and_then(|object| object.last_seen.checked_add(object.age)) {
                 self.view.set_clock(now);
             }
             let Some(last) = page.last() else { break };
             after = Some(last.id);
-            let sighted = |object: &store::Object| Sighted {
+            let known = |object: &store::Object| Object {
                 id: object.id,
-                last_seen: micros_of(object.last_seen),
+                last_seen: to_micros(object.last_seen),
             };
-            for rows in page.chunks(ROWS_AT_ONCE) {
-                unannounced.seen += self.view.apply(events::Kind::Seen, rows.iter().map(sighted));
+            for rows in page.chunks(ROWS_BETWEEN_YIELDS) {
+                unannounced.seen += self.view.apply(events::Kind::Seen, rows.iter().map(known));
                 tokio::task::yield_now().await;
             }
         }
@@ -171,7 +171,7 @@ impl TableSync {
     }
 }
 
-/// Numbers of objects that have changed.
+/// Numbers of changed objects.
 #[derive(Clone, Copy, Default)]
 struct Changes {
     seen: usize,
@@ -180,12 +180,12 @@ struct Changes {
 
 /// The changes that events have announced since the last reading.
 #[derive(Default)]
-struct Announced {
+struct AnnouncedChanges {
     seen: AtomicUsize,
     gone: AtomicUsize,
 }
 
-impl Announced {
+impl AnnouncedChanges {
     fn add(&self, kind: events::Kind, changed: usize) {
         let count = match kind {
             events::Kind::Online | events::Kind::Seen => &self.seen,
@@ -202,8 +202,8 @@ impl Announced {
     }
 }
 
-/// Which kinds of changes events announce, as far as readings have shown. A system without changes of one kind has
-/// shown nothing: another service may be the one that makes them, and does so without events.
+/// Which kinds of changes are known to come with events. Until a kind has occurred, it is unknown:
+/// another program may make such changes without events.
 #[derive(Default)]
 struct EventCoverage {
     seen: bool,
@@ -211,18 +211,18 @@ struct EventCoverage {
 }
 
 impl EventCoverage {
-    /// Takes the changes since the last reading into account.
+    /// Updates the coverage with the changes since the last reading.
     fn update(&mut self, announced: Changes, unannounced: Changes) {
-        let judge = |is_covered: bool, announced: usize, unannounced: usize| {
+        let updated = |is_covered: bool, announced: usize, unannounced: usize| {
             let changes = announced.saturating_add(unannounced);
             let is_missing = unannounced.saturating_mul(UNANNOUNCED_SHARE) > changes;
             !is_missing && (is_covered || announced > 0)
         };
-        self.seen = judge(self.seen, announced.seen, unannounced.seen);
-        self.gone = judge(self.gone, announced.gone, unannounced.gone);
+        self.seen = updated(self.seen, announced.seen, unannounced.seen);
+        self.gone = updated(self.gone, announced.gone, unannounced.gone);
     }
 
-    /// When to read the table again, if the last interval was `interval`.
+    /// The interval until the next reading, after `interval`.
     fn next_interval(&self, interval: Duration) -> Duration {
         if self.seen && self.gone {
             interval.saturating_mul(2).min(INTERVAL_MAX)
@@ -232,9 +232,9 @@ impl EventCoverage {
     }
 }
 
-/// Returns true as soon as the status is, and false after a while.
-pub(crate) async fn is_true(status: &mut watch::Receiver<bool>, within: Duration) -> bool {
-    timeout(within, status.wait_for(|is| *is)).await.is_ok_and(|is| is.is_ok())
+/// Waits until the value is true. Returns false if that takes longer than `within`.
+pub(crate) async fn wait_until_true(status: &mut watch::Receiver<bool>, within: Duration) -> bool {
+    timeout(within, status.wait_for(|value| *value)).await.is_ok_and(|value| value.is_ok())
 }
 
 #[cfg(test)]
@@ -252,13 +252,13 @@ mod tests {
             coverage.next_interval(INTERVAL_MAX / 2)
         };
         assert_eq!(next(none, changes(1_000, 0)), INTERVAL_MIN, "the first reading");
-        assert_eq!(next(changes(900, 0), none), INTERVAL_MIN, "nothing shows who deletes");
+        assert_eq!(next(changes(900, 0), none), INTERVAL_MIN, "no deletion has been announced yet");
         assert_eq!(next(both, none), INTERVAL_MAX);
-        assert_eq!(next(none, none), INTERVAL_MAX, "nothing has changed");
-        assert_eq!(next(both, changes(20, 2)), INTERVAL_MAX, "events that are on their way");
-        assert_eq!(next(changes(900, 0), changes(0, 1)), INTERVAL_MIN, "another service deletes");
-        assert_eq!(next(changes(900, 0), none), INTERVAL_MIN, "nothing shows that it has stopped");
+        assert_eq!(next(none, none), INTERVAL_MAX, "nothing changed");
+        assert_eq!(next(both, changes(20, 2)), INTERVAL_MAX, "some events are still on their way");
+        assert_eq!(next(changes(900, 0), changes(0, 1)), INTERVAL_MIN, "another program deletes");
+        assert_eq!(next(changes(900, 0), none), INTERVAL_MIN, "it may still delete");
         assert_eq!(next(changes(0, 10), none), INTERVAL_MAX);
-        assert_eq!(next(changes(0, 10), changes(10, 0)), INTERVAL_MIN, "another service records");
+        assert_eq!(next(changes(0, 10), changes(10, 0)), INTERVAL_MIN, "another program records");
     }
 }

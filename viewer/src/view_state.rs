@@ -1,7 +1,7 @@
-//! What the viewer knows about the table, and the changes that subscribers follow.
+//! The viewer's copy of the table, and the ring of changes that subscribers follow.
 //!
-//! One mutex protects it all. Nothing holds it for more than [`SCAN_MAX`] objects at a time, whatever the size of
-//! the table: a long hold would stall every subscriber.
+//! One mutex protects all of it. Nobody holds it for more than [`SCAN_MAX`] objects at a time,
+//! because a long hold would stall every subscriber.
 
 mod ring;
 mod table;
@@ -18,79 +18,83 @@ use tokio::sync::{Notify, watch};
 use ring::Ring;
 use table::Table;
 
-pub(crate) use ring::{Message, TooFarBehind};
+pub(crate) use ring::{Change, TooFarBehind};
 
 /// Microseconds since 1970.
 pub(crate) type Micros = i64;
 
-/// Changes within this interval of each other are published together,
-const PACE: Duration = Duration::from_millis(40);
-/// or, with many subscribers, within this interval for each of them: each publication wakes them all.
-const PACE_FOR_EACH: Duration = Duration::from_micros(25);
-/// Objects in one event. A slow subscriber holds one event besides what its connection buffers.
+/// Minimum interval between publications; changes in between are published together.
+const PUBLISH_INTERVAL: Duration = Duration::from_millis(40);
+/// With many subscribers, the interval is this time for each of them, because each publication
+/// wakes them all.
+const PUBLISH_INTERVAL_PER_SUBSCRIBER: Duration = Duration::from_micros(25);
+/// Maximum number of objects in one event. A slow subscriber holds one event in memory, in addition
+/// to the buffers of its connection.
 pub(crate) const OBJECTS_MAX: usize = 128;
 // Decision: docs/decisions/0052-how-long-may-a-request-hold-the-viewers-mutex.md
-/// Objects that one hold of the mutex looks at.
+/// Maximum number of objects to process while holding the mutex.
 const SCAN_MAX: usize = 1_024;
 
-/// When an object was seen.
+/// An object, and when it was last seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Sighted {
+pub(crate) struct Object {
     pub(crate) id: i64,
     pub(crate) last_seen: Micros,
 }
 
-/// All that is known, shared by all requests.
+/// The state that all requests share.
 pub(crate) struct ViewState {
-    /// Random for each start of the process: change numbers of another start mean nothing here.
+    /// Random for each start of the process, because each start numbers its changes anew.
     epoch: String,
     state: Mutex<State>,
     /// The number of the latest published change.
     published: watch::Sender<u64>,
     changed: Notify,
-    /// Whether the table was read completely once.
+    /// Whether the whole table has been read once.
     is_complete: watch::Sender<bool>,
 }
 
 #[derive(Default)]
 struct State {
     table: Table,
-    /// In the table already, and in the ring soon: the latest change of each object. At most [`SCAN_MAX`].
+    /// The latest change of each object that is applied to the table but not yet in the ring. At
+    /// most [`SCAN_MAX`] of them.
     pending: BTreeMap<i64, (Kind, Micros)>,
     ring: Ring,
     clock: Option<Clock>,
 }
 
-/// What the database's clock said, and when.
+/// A reading of the database's clock.
 struct Clock {
     database: SystemTime,
     read_at: Instant,
 }
 
-/// What a subscriber gets next.
-pub(crate) enum Step {
-    /// The change after the last one that it has.
-    Change(Arc<Message>),
-    /// It has every change: more of the objects that it asked for, as of the last change that it has.
-    Listed(Listed),
-    /// It has everything.
+/// The next item for a subscriber.
+pub(crate) enum NextItem {
+    /// The change after the last one that the subscriber has.
+    Change(Arc<Change>),
+    /// Further objects of the subscriber's list, as of the last change, which it has.
+    Objects(ObjectBatch),
+    /// The subscriber has everything.
     UpToDate,
 }
 
-/// Some of the objects that are online, in ascending order.
-pub(crate) struct Listed {
-    pub(crate) objects: Vec<Sighted>,
-    /// Where the next ones begin; `None` at the end.
-    pub(crate) next: Option<i64>,
+/// Some of the objects that are online, in ascending order of the ids.
+pub(crate) struct ObjectBatch {
+    pub(crate) objects: Vec<Object>,
+    /// The id from which to continue; `None` at the end.
+    pub(crate) next_id: Option<i64>,
 }
 
-/// What part of the table a subscriber asks for next.
+/// The part of the table that a subscriber needs next.
 #[derive(Clone, Copy)]
-pub(crate) struct Wanted<'a> {
+pub(crate) struct ListRequest<'a> {
+    /// The lowest id.
     pub(crate) first: i64,
-    /// These only, in ascending order.
+    /// Only these ids, in ascending order.
     pub(crate) ids: Option<&'a [i64]>,
-    /// At most [`OBJECTS_MAX`] are listed in any case.
+    /// Maximum number of objects; never more than [`OBJECTS_MAX`] are listed.
     pub(crate) limit: usize,
 }
 
@@ -105,20 +109,22 @@ impl ViewState {
         }
     }
 
-    /// Applies what was committed. Returns how many objects that has changed.
-    pub(crate) fn apply(&self, kind: Kind, objects: impl Iterator<Item = Sighted>) -> usize {
+    /// Applies committed changes. Returns the number of objects that changed.
+    pub(crate) fn apply(&self, kind: Kind, objects: impl Iterator<Item = Object>) -> usize {
         let mut changed = 0;
         let mut objects = objects.peekable();
         while objects.peek().is_some() {
-            let mut state = self.state();
+            let mut state = self.lock();
             for object in objects.by_ref().take(SCAN_MAX) {
-                let news = match kind {
-                    Kind::Online | Kind::Seen => state.table.see(object).map(|kind| (kind, object)),
-                    Kind::Gone => state.table.leave(object).map(|gone| (Kind::Gone, gone)),
+                let change = match kind {
+                    Kind::Online | Kind::Seen => {
+                        state.table.mark_seen(object).map(|kind| (kind, object))
+                    }
+                    Kind::Gone => state.table.mark_gone(object).map(|gone| (Kind::Gone, gone)),
                 };
-                if let Some((kind, object)) = news {
+                if let Some((kind, object)) = change {
                     changed += 1;
-                    state.await_publication(&self.epoch, kind, object);
+                    state.queue_change(&self.epoch, kind, object);
                 }
             }
         }
@@ -126,18 +132,19 @@ impl ViewState {
         changed
     }
 
-    /// A reading of the table begins; its rows are applied as seen, until its end.
+    /// Begins a reading of the table. The caller applies its rows as [`Kind::Seen`].
     pub(crate) fn begin_reading(&self) {
-        self.state().table.begin_reading();
+        self.lock().table.begin_reading();
     }
 
-    /// Whatever the reading has not met, and no event since, is gone. Returns how many objects that is.
+    /// Ends the reading: removes objects that were in neither a row nor an event since it began.
+    /// Returns their number.
     pub(crate) async fn end_reading(&self) -> usize {
         let mut removed = 0;
         let mut first = Some(i64::MIN);
         while let Some(from) = first {
-            let (missing, next) = self.remove_unread(from);
-            removed += missing;
+            let (count, next) = self.remove_unread(from);
+            removed += count;
             first = next;
             tokio::task::yield_now().await;
         }
@@ -146,31 +153,33 @@ impl ViewState {
         removed
     }
 
-    /// Looks at the next [`SCAN_MAX`] objects. Returns how many it has removed, and where to go on.
+    /// Checks the next [`SCAN_MAX`] objects. Returns the number of removed ones, and the id from
+    /// which to continue.
     fn remove_unread(&self, first: i64) -> (usize, Option<i64>) {
-        let mut state = self.state();
+        let mut state = self.lock();
         let (missing, next) = state.table.remove_unread(first, SCAN_MAX);
         let removed = missing.len();
         for gone in missing {
-            state.await_publication(&self.epoch, Kind::Gone, gone);
+            state.queue_change(&self.epoch, Kind::Gone, gone);
         }
         (removed, next)
     }
 
-    /// What the database's clock says now.
+    /// Sets the current time of the database's clock.
     pub(crate) fn set_clock(&self, database: SystemTime) {
-        self.state().clock = Some(Clock { database, read_at: Instant::now() });
+        self.lock().clock = Some(Clock { database, read_at: Instant::now() });
     }
 
-    /// What the database's clock says, as far as is known.
+    /// The time by the database's clock; by this machine's clock until a reading has shown the
+    /// former.
     pub(crate) fn now(&self) -> SystemTime {
-        let state = self.state();
+        let state = self.lock();
         let clock = state.clock.as_ref();
-        let read = clock.and_then(|clock| clock.database.checked_add(clock.read_at.elapsed()));
-        read.unwrap_or_else(SystemTime::now)
+        let now = clock.and_then(|clock| clock.database.checked_add(clock.read_at.elapsed()));
+        now.unwrap_or_else(SystemTime::now)
     }
 
-    /// Publishes changes forever, at a pace that many subscribers can be served at.
+    /// Publishes changes forever, more slowly with many subscribers.
     pub(crate) async fn publish(&self) -> std::convert::Infallible {
         loop {
             self.changed.notified().await;
@@ -178,19 +187,20 @@ impl ViewState {
             let is_new = |published: &mut u64| std::mem::replace(published, last) != last;
             self.published.send_if_modified(is_new);
             let subscribers = u32::try_from(self.published.receiver_count()).unwrap_or(u32::MAX);
-            tokio::time::sleep(PACE.max(PACE_FOR_EACH.saturating_mul(subscribers))).await;
+            let interval = PUBLISH_INTERVAL_PER_SUBSCRIBER.saturating_mul(subscribers);
+            tokio::time::sleep(PUBLISH_INTERVAL.max(interval)).await;
         }
     }
 
-    /// Puts pending changes into the ring. Returns the number of the latest change.
+    /// Moves pending changes into the ring. Returns the number of the latest change.
     pub(crate) fn flush(&self) -> u64 {
-        let mut state = self.state();
+        let mut state = self.lock();
         state.flush(&self.epoch);
         metrics::gauge!("lastseen_viewer_objects").set(as_f64(state.table.len()));
         state.ring.last()
     }
 
-    /// Changes with each publication.
+    /// Reports each publication.
     pub(crate) fn published(&self) -> watch::Receiver<u64> {
         self.published.subscribe()
     }
@@ -200,34 +210,37 @@ impl ViewState {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.state().table.len()
+        self.lock().table.len()
     }
 
     /// The number of the latest change in the ring.
     pub(crate) fn last(&self) -> u64 {
-        self.state().ring.last()
+        self.lock().ring.last()
     }
 
-    /// What comes after the change with this number: the next change, or else some of the objects that are wanted.
-    pub(crate) fn step(
+    /// The item after the change with this number: the next change or, if there is none, objects
+    /// that `request` asks for.
+    pub(crate) fn next_item(
         &self,
         sequence: u64,
-        wanted: Option<Wanted<'_>>,
-    ) -> Result<Step, TooFarBehind> {
-        let state = self.state();
-        if let Some(message) = state.ring.after(sequence)? {
-            return Ok(Step::Change(message));
+        request: Option<ListRequest<'_>>,
+    ) -> Result<NextItem, TooFarBehind> {
+        let state = self.lock();
+        if let Some(change) = state.ring.after(sequence)? {
+            return Ok(NextItem::Change(change));
         }
-        Ok(wanted.map_or(Step::UpToDate, |wanted| Step::Listed(state.list(wanted))))
+        let list = |request| NextItem::Objects(state.list(request));
+        Ok(request.map_or(NextItem::UpToDate, list))
     }
 
-    /// Up to `limit` objects in ascending order, from `first` on, that were seen since; and whether there are more.
+    /// Up to `limit` objects with ids from `first` on that were seen at or after `since`, in
+    /// ascending order; and whether there are more.
     pub(crate) async fn page(
         &self,
         first: i64,
         since: Option<Micros>,
         limit: usize,
-    ) -> (Vec<Sighted>, bool) {
+    ) -> (Vec<Object>, bool) {
         let mut page = Vec::new();
         let mut next = Some(first);
         while let Some(first) = next {
@@ -235,7 +248,7 @@ impl ViewState {
                 break;
             }
             next = self.scan(first, since, limit + 1, &mut page);
-            // A scan of a large table takes turns with everything else that runs.
+            // Let other tasks run during the scan of a large table.
             tokio::task::yield_now().await;
         }
         let more = page.len() > limit;
@@ -243,64 +256,65 @@ impl ViewState {
         (page, more)
     }
 
-    /// Adds to `page` what it finds among the next [`SCAN_MAX`] objects. Returns where to go on.
+    /// Adds matching objects among the next [`SCAN_MAX`] to `page`, up to `page_max` objects.
+    /// Returns the id from which to continue.
     fn scan(
         &self,
         first: i64,
         since: Option<Micros>,
-        most: usize,
-        page: &mut Vec<Sighted>,
+        page_max: usize,
+        page: &mut Vec<Object>,
     ) -> Option<i64> {
-        let state = self.state();
+        let state = self.lock();
         let mut last = None;
-        for (count, seen) in state.table.from(first).enumerate() {
-            if count == SCAN_MAX || page.len() == most {
-                return last.and_then(after);
+        for (count, object) in state.table.from(first).enumerate() {
+            if count == SCAN_MAX || page.len() == page_max {
+                return last.and_then(id_after);
             }
-            if since.is_none_or(|since| seen.last_seen >= since) {
-                page.push(seen);
+            if since.is_none_or(|since| object.last_seen >= since) {
+                page.push(object);
             }
-            last = Some(seen.id);
+            last = Some(object.id);
         }
         None
     }
 
-    pub(crate) fn get(&self, id: i64) -> Option<Sighted> {
-        self.state().table.get(id)
+    pub(crate) fn get(&self, id: i64) -> Option<Object> {
+        self.lock().table.get(id)
     }
 
-    pub(crate) fn sightings(&self, id: i64) -> Option<(Sighted, Vec<Micros>)> {
-        let state = self.state();
+    pub(crate) fn sightings(&self, id: i64) -> Option<(Object, Vec<Micros>)> {
+        let state = self.lock();
         Some((state.table.get(id)?, state.table.sightings(id)?))
     }
 
-    /// The number of a change as subscribers know it.
-    pub(crate) fn name(&self, sequence: u64) -> String {
+    /// The `id` field of the event for a change.
+    pub(crate) fn event_id(&self, sequence: u64) -> String {
         format!("{}-{sequence}", self.epoch)
     }
 
-    /// The number at the start of a name that this process has given, if the ring still reaches it; and what
-    /// follows the number.
-    pub(crate) fn sequence_of<'a>(&self, name: &'a str) -> Option<(u64, &'a str)> {
-        let rest = name.strip_prefix(&self.epoch)?.strip_prefix('-')?;
+    /// Parses an event id of this process into the change number and the text after it. Returns
+    /// `None` if the ring no longer has the changes after that number.
+    pub(crate) fn parse_event_id<'a>(&self, event_id: &'a str) -> Option<(u64, &'a str)> {
+        let rest = event_id.strip_prefix(&self.epoch)?.strip_prefix('-')?;
         let (number, rest) = rest.split_once('-').unwrap_or((rest, ""));
         let sequence = number.parse().ok()?;
-        self.state().ring.after(sequence).is_ok().then_some((sequence, rest))
+        self.lock().ring.after(sequence).is_ok().then_some((sequence, rest))
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 impl State {
-    /// Has it published with the next publication, together with what is published then.
-    fn await_publication(&mut self, epoch: &str, kind: Kind, object: Sighted) {
-        let Sighted { id, last_seen } = object;
+    /// Adds a change to the next publication.
+    fn queue_change(&mut self, epoch: &str, kind: Kind, object: Object) {
+        let Object { id, last_seen } = object;
         let kind = match (self.pending.get(&id), kind) {
-            // Subscribers do not know of it yet.
+            // Subscribers do not know of the object yet.
             (Some((Kind::Online, _)), Kind::Seen) => Kind::Online,
-            // One after the other: published together, there would be no order.
+            // Publish the pending change first, because one publication has no order.
             (Some((Kind::Gone, _)), Kind::Online)
             | (Some((Kind::Online | Kind::Seen, _)), Kind::Gone) => {
                 self.flush(epoch);
@@ -314,13 +328,14 @@ impl State {
         }
     }
 
-    /// Puts pending changes into the ring: an event for each kind, or more if there are many objects.
+    /// Moves pending changes into the ring: one event for each kind, or several if there are more
+    /// than [`OBJECTS_MAX`] objects.
     fn flush(&mut self, epoch: &str) {
         let pending = std::mem::take(&mut self.pending);
         for kind in [Kind::Gone, Kind::Online, Kind::Seen] {
-            let of_kind = pending.iter().filter(|(_, (its, _))| *its == kind);
-            let objects: Vec<Sighted> =
-                of_kind.map(|(&id, &(_, last_seen))| Sighted { id, last_seen }).collect();
+            let of_kind = pending.iter().filter(|(_, (pending_kind, _))| *pending_kind == kind);
+            let objects: Vec<Object> =
+                of_kind.map(|(&id, &(_, last_seen))| Object { id, last_seen }).collect();
             for objects in objects.chunks(OBJECTS_MAX) {
                 self.ring.push(kind, objects.to_vec(), |sequence, objects| {
                     encode(kind.name(), &format!("{epoch}-{sequence}"), objects, None)
@@ -329,69 +344,69 @@ impl State {
         }
     }
 
-    /// What is online as of the latest change in the ring. The table is ahead of that by what is pending, which
-    /// is undone here: a subscriber will be sent it as a change, and must not get it twice.
-    fn list(&self, wanted: Wanted<'_>) -> Listed {
-        let most = wanted.limit.min(OBJECTS_MAX);
-        match wanted.ids {
-            None => self.list_all(wanted.first, most),
-            Some(ids) => self.list_some(wanted.first, ids, most),
+    /// Lists objects that are online as of the latest change in the ring. The table already
+    /// contains the pending changes, so this function undoes them: a subscriber will get them as
+    /// changes, and must not get them twice.
+    fn list(&self, request: ListRequest<'_>) -> ObjectBatch {
+        let max = request.limit.min(OBJECTS_MAX);
+        match request.ids {
+            None => self.list_all(request.first, max),
+            Some(ids) => self.list_some(request.first, ids, max),
         }
     }
 
-    fn list_all(&self, first: i64, most: usize) -> Listed {
-        let is_known =
-            |seen: &Sighted| !matches!(self.pending.get(&seen.id), Some((Kind::Online, _)));
-        // One more than may be listed shows that there is more.
-        let enough = most.saturating_add(1);
-        let known = self.table.from(first).filter(is_known);
-        let mut objects: Vec<Sighted> = known.take(enough).collect();
-        // Those that have just gone are not in the table, and belong in between.
-        let end = objects.get(most).map_or(i64::MAX, |last| last.id);
+    fn list_all(&self, first: i64, max: usize) -> ObjectBatch {
+        let is_published =
+            |object: &Object| !matches!(self.pending.get(&object.id), Some((Kind::Online, _)));
+        // One object more than `max` shows that there are more.
+        let published = self.table.from(first).filter(is_published);
+        let mut objects: Vec<Object> = published.take(max.saturating_add(1)).collect();
+        // Objects with a pending `Gone` are no longer in the table, but still on the list.
+        let end = objects.get(max).map_or(i64::MAX, |last| last.id);
         let gone = self.pending.range(first..=end);
         let gone = gone.filter(|(_, (kind, _))| *kind == Kind::Gone);
-        objects.extend(gone.map(|(&id, &(_, last_seen))| Sighted { id, last_seen }));
-        objects.sort_unstable_by_key(|seen| seen.id);
-        let next = objects.get(most).map(|seen| seen.id);
-        objects.truncate(most);
-        Listed { objects, next }
+        objects.extend(gone.map(|(&id, &(_, last_seen))| Object { id, last_seen }));
+        objects.sort_unstable_by_key(|object| object.id);
+        let next_id = objects.get(max).map(|object| object.id);
+        objects.truncate(max);
+        ObjectBatch { objects, next_id }
     }
 
-    fn list_some(&self, first: i64, ids: &[i64], most: usize) -> Listed {
-        let place = ids.partition_point(|id| *id < first);
+    fn list_some(&self, first: i64, ids: &[i64], max: usize) -> ObjectBatch {
+        let start = ids.partition_point(|id| *id < first);
         let mut objects = Vec::new();
-        for (count, &id) in ids.iter().skip(place).enumerate() {
-            if count == SCAN_MAX || objects.len() == most {
-                return Listed { objects, next: Some(id) };
+        for (count, &id) in ids.iter().skip(start).enumerate() {
+            if count == SCAN_MAX || objects.len() == max {
+                return ObjectBatch { objects, next_id: Some(id) };
             }
             objects.extend(match self.pending.get(&id) {
                 Some((Kind::Online, _)) => None,
-                Some(&(Kind::Gone, last_seen)) => Some(Sighted { id, last_seen }),
+                Some(&(Kind::Gone, last_seen)) => Some(Object { id, last_seen }),
                 Some((Kind::Seen, _)) | None => self.table.get(id),
             });
         }
-        Listed { objects, next: None }
+        ObjectBatch { objects, next_id: None }
     }
 }
 
-/// The next id, if there is a greater one.
-fn after(id: i64) -> Option<i64> {
+/// The next greater id, if there is one.
+fn id_after(id: i64) -> Option<i64> {
     id.checked_add(1)
 }
 
-/// An event as a stream has it. `remaining` is a field of some events.
+/// Encodes a server-sent event. Only some events have the field `remaining`.
 pub(crate) fn encode(
     event: &str,
-    name: &str,
-    objects: &[Sighted],
+    event_id: &str,
+    objects: &[Object],
     remaining: Option<&'static str>,
 ) -> Bytes {
     let mut text = String::with_capacity(128 + 64 * objects.len());
     // Writing to a string cannot fail.
-    let _ = write!(text, "event: {event}\nid: {name}\ndata: {{\"objects\":[");
-    for (place, object) in objects.iter().enumerate() {
-        let comma = if place == 0 { "" } else { "," };
-        let (id, last_seen) = (object.id, text_of(object.last_seen));
+    let _ = write!(text, "event: {event}\nid: {event_id}\ndata: {{\"objects\":[");
+    for (index, object) in objects.iter().enumerate() {
+        let comma = if index == 0 { "" } else { "," };
+        let (id, last_seen) = (object.id, format_time(object.last_seen));
         let _ = write!(text, "{comma}{{\"id\":\"{id}\",\"last_seen\":\"{last_seen}\"}}");
     }
     text.push(']');
@@ -399,24 +414,24 @@ pub(crate) fn encode(
         let _ = write!(text, ",\"remaining\":\"{remaining}\"");
     }
     text.push_str("}\n\n");
-    // It may be held for as long as a slow subscriber takes.
+    // A slow subscriber may hold the text for a long time.
     text.shrink_to_fit();
     Bytes::from(text)
 }
 
-/// A time as the API shows it.
-pub(crate) fn text_of(time: Micros) -> String {
+/// Formats a time for the API.
+pub(crate) fn format_time(time: Micros) -> String {
     let since_1970 = Duration::from_micros(time.unsigned_abs());
     let time = if time < 0 { None } else { SystemTime::UNIX_EPOCH.checked_add(since_1970) };
     events::format_time(time.unwrap_or(SystemTime::UNIX_EPOCH))
 }
 
-pub(crate) fn micros_of(time: SystemTime) -> Micros {
+pub(crate) fn to_micros(time: SystemTime) -> Micros {
     let since_1970 = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
 }
 
-#[expect(clippy::cast_precision_loss, reason = "nothing is counted here beyond 2^53")]
+#[expect(clippy::cast_precision_loss, reason = "counts here stay below 2^53")]
 pub(crate) fn as_f64(count: usize) -> f64 {
     count as f64
 }
@@ -425,41 +440,41 @@ pub(crate) fn as_f64(count: usize) -> f64 {
 mod tests {
     use super::*;
 
-    fn at(id: i64, last_seen: Micros) -> Sighted {
-        Sighted { id, last_seen }
+    fn at(id: i64, last_seen: Micros) -> Object {
+        Object { id, last_seen }
     }
 
-    /// What was published after a number: kinds and ids.
+    /// The kinds and ids of all changes after a number.
     fn published(view: &ViewState, after: u64) -> Vec<(Kind, Vec<i64>)> {
         let mut all = Vec::new();
         let mut after = after;
-        while let Step::Change(message) = view.step(after, None).unwrap() {
-            let ids = message.objects.iter().map(|object| object.id).collect();
-            all.push((message.kind, ids));
-            after = message.sequence;
+        while let NextItem::Change(change) = view.next_item(after, None).unwrap() {
+            let ids = change.objects.iter().map(|object| object.id).collect();
+            all.push((change.kind, ids));
+            after = change.sequence;
         }
         all
     }
 
-    fn listed(view: &ViewState, first: i64, ids: Option<&[i64]>, limit: usize) -> Listed {
-        match view.step(view.last(), Some(Wanted { first, ids, limit })).unwrap() {
-            Step::Listed(listed) => listed,
-            Step::Change(_) | Step::UpToDate => panic!("a list was expected"),
+    fn listed(view: &ViewState, first: i64, ids: Option<&[i64]>, limit: usize) -> ObjectBatch {
+        match view.next_item(view.last(), Some(ListRequest { first, ids, limit })).unwrap() {
+            NextItem::Objects(listed) => listed,
+            NextItem::Change(_) | NextItem::UpToDate => panic!("expected objects"),
         }
     }
 
     #[test]
-    fn a_list_is_as_of_the_latest_change_in_the_ring() {
+    fn list_matches_the_latest_change_in_the_ring() {
         let view = ViewState::new();
         view.apply(Kind::Online, [at(1, 10), at(2, 10), at(3, 10)].into_iter());
         view.flush();
         view.apply(Kind::Online, [at(4, 20)].into_iter());
         view.apply(Kind::Gone, [at(2, 10)].into_iter());
-        // Neither is published yet, so both come as changes after this list.
+        // Neither change is published yet, so both come after this list.
         for ids in [None, Some(&[1, 2, 3, 4][..])] {
             let listed = listed(&view, i64::MIN, ids, 100);
             assert_eq!(listed.objects, [at(1, 10), at(2, 10), at(3, 10)], "{ids:?}");
-            assert_eq!(listed.next, None);
+            assert_eq!(listed.next_id, None);
         }
         let before = view.last();
         view.flush();
@@ -467,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_goes_on_where_it_stopped() {
+    fn list_continues_where_it_stopped() {
         let view = ViewState::new();
         view.apply(Kind::Online, (0..300).chain([i64::MAX]).map(|id| at(id, 10)));
         view.flush();
@@ -478,15 +493,15 @@ mod tests {
             while let Some(first) = next {
                 let listed = listed(&view, first, ids, 1_000);
                 assert!(listed.objects.len() <= OBJECTS_MAX);
-                found.extend(listed.objects.iter().map(|seen| seen.id));
-                next = listed.next;
+                found.extend(listed.objects.iter().map(|object| object.id));
+                next = listed.next_id;
             }
             assert_eq!(found, all);
         }
     }
 
     #[test]
-    fn changes_of_one_object_are_published_in_their_order() {
+    fn changes_of_one_object_are_published_in_order() {
         let view = ViewState::new();
         view.apply(Kind::Online, [at(1, 10), at(2, 10)].into_iter());
         view.apply(Kind::Seen, [at(1, 20)].into_iter());
@@ -498,16 +513,16 @@ mod tests {
     }
 
     #[test]
-    fn only_names_of_ours_that_the_ring_reaches_can_be_resumed() {
+    fn only_own_event_ids_within_the_ring_can_be_resumed() {
         let view = ViewState::new();
         view.apply(Kind::Online, [at(1, 10)].into_iter());
         view.flush();
-        assert_eq!(view.sequence_of(&view.name(0)), Some((0, "")));
-        assert_eq!(view.sequence_of(&view.name(1)), Some((1, "")));
-        assert_eq!(view.sequence_of(&format!("{}-7-5", view.name(1))), Some((1, "7-5")));
-        assert_eq!(view.sequence_of(&view.name(2)), None);
-        for name in ["", "1", "-1", &ViewState::new().name(1)] {
-            assert_eq!(view.sequence_of(name), None, "{name}");
+        assert_eq!(view.parse_event_id(&view.event_id(0)), Some((0, "")));
+        assert_eq!(view.parse_event_id(&view.event_id(1)), Some((1, "")));
+        assert_eq!(view.parse_event_id(&format!("{}-7-5", view.event_id(1))), Some((1, "7-5")));
+        assert_eq!(view.parse_event_id(&view.event_id(2)), None);
+        for event_id in ["", "1", "-1", &ViewState::new().event_id(1)] {
+            assert_eq!(view.parse_event_id(event_id), None, "{event_id}");
         }
     }
 
@@ -531,12 +546,12 @@ mod tests {
         assert_eq!((next, page.len()), (Some(i64::try_from(SCAN_MAX).unwrap()), 0));
         assert_eq!(view.page(i64::MIN, Some(20), 100).await, (vec![at(objects - 1, 20)], false));
         assert_eq!(view.page(0, None, 2).await, (vec![at(0, 10), at(1, 10)], true));
-        assert!(view.state().pending.len() < SCAN_MAX, "a flush is bounded, too");
+        assert!(view.lock().pending.len() < SCAN_MAX, "pending changes exceed their bound");
         view.flush();
         let offline: Vec<i64> = (objects..2 * objects).collect();
         let next = listed(&view, i64::MIN, Some(&offline), 100).next;
         assert_eq!(next, Some(offline[SCAN_MAX]));
-        // A reading that met only one of them.
+        // A reading that finds only one object.
         view.begin_reading();
         view.apply(Kind::Seen, [at(7, 30)].into_iter());
         let scanned = i64::try_from(SCAN_MAX).unwrap();

@@ -1,5 +1,5 @@
-//! All processes behind one name: a name may have an address for each replica, and one connection reaches only one of
-//! them.
+//! Finds all replicas behind one host name: the name may have an address for each replica, and one
+//! connection reaches only one of them.
 
 use std::future::Future;
 use std::io;
@@ -11,72 +11,73 @@ use reqwest::Url;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-/// A name server that takes longer is not waited for: the addresses of the last answer are used.
-const PATIENCE: Duration = Duration::from_millis(500);
-/// More replicas are not asked.
+/// If the name server takes longer, the addresses of its last answer are used.
+const RESOLVE_TIMEOUT: Duration = Duration::from_millis(500);
+/// Further replicas are not scraped.
 const REPLICAS_MAX: usize = 100;
 
-type Answer = io::Result<Vec<SocketAddr>>;
-/// Looks up a host and a port.
-pub(super) type Lookup = fn(String, u16) -> Pin<Box<dyn Future<Output = Answer> + Send>>;
+type Resolved = io::Result<Vec<SocketAddr>>;
+/// Resolves a host and a port.
+pub(super) type Resolver = fn(String, u16) -> Pin<Box<dyn Future<Output = Resolved> + Send>>;
 
-/// The addresses of a URL's host, looked up anew for each round.
+/// The addresses of a URL's host, resolved again for each scrape.
 pub(super) struct Replicas {
     host: String,
     port: u16,
-    lookup: Lookup,
-    /// One that has not been answered. There is never a second one, or a silent name server would use up the threads.
-    running: Option<JoinHandle<Answer>>,
+    resolver: Resolver,
+    /// A query without an answer yet. There is never a second one: with a silent name server,
+    /// queries would use up all blocking threads.
+    pending: Option<JoinHandle<Resolved>>,
     latest: Vec<SocketAddr>,
 }
 
-/// The addresses of one family each, since a replica usually has one of both.
+/// The addresses by family, because one replica usually has an address of each family.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct Addresses {
-    /// Those to ask: of IPv4 if there are any.
+    /// The addresses to scrape: IPv4 if there are any.
     pub(super) preferred: Vec<SocketAddr>,
-    /// Those to ask if none of the others answers.
+    /// The addresses to scrape if no preferred one answers.
     pub(super) others: Vec<SocketAddr>,
 }
 
 impl Replicas {
-    pub(super) fn of(url: &Url, lookup: Lookup) -> Self {
+    pub(super) fn of(url: &Url, resolver: Resolver) -> Self {
         // An IPv6 address is in brackets in a URL.
         let host = url.host_str().unwrap_or_default().trim_matches(['[', ']']).to_owned();
         let port = url.port_or_known_default().unwrap_or(80);
-        Self { host, port, lookup, running: None, latest: Vec::new() }
+        Self { host, port, resolver, pending: None, latest: Vec::new() }
     }
 
     /// # Errors
     /// When the name has never been resolved.
     pub(super) async fn addresses(&mut self) -> Result<Addresses, String> {
-        let mut running = self
-            .running
+        let mut query = self
+            .pending
             .take()
-            .unwrap_or_else(|| tokio::spawn((self.lookup)(self.host.clone(), self.port)));
-        let failure = match timeout(PATIENCE, &mut running).await {
+            .unwrap_or_else(|| tokio::spawn((self.resolver)(self.host.clone(), self.port)));
+        let failure = match timeout(RESOLVE_TIMEOUT, &mut query).await {
             Ok(Ok(Ok(addresses))) => {
                 self.latest = addresses;
-                "it has no address".to_owned()
+                "the name has no address".to_owned()
             }
             Ok(Ok(Err(error))) => error.to_string(),
             Ok(Err(ended)) => ended.to_string(),
             Err(_) => {
-                self.running = Some(running);
+                self.pending = Some(query);
                 "the name server does not answer".to_owned()
             }
         };
         if self.latest.is_empty() {
-            return Err(format!("the name cannot be resolved: {failure}"));
+            return Err(format!("cannot resolve the host name: {failure}"));
         }
         Ok(by_family(&self.latest))
     }
 }
 
-pub(super) fn system_lookup(
+pub(super) fn resolve_by_system(
     host: String,
     port: u16,
-) -> Pin<Box<dyn Future<Output = Answer> + Send>> {
+) -> Pin<Box<dyn Future<Output = Resolved> + Send>> {
     Box::pin(async move { Ok(tokio::net::lookup_host((host, port)).await?.collect()) })
 }
 
@@ -98,7 +99,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_replica_with_two_addresses_is_asked_by_one() {
+    fn replica_with_two_addresses_is_scraped_once() {
         let of = |addresses: &[&str]| {
             let parsed: Vec<_> = addresses.iter().map(|address| address.parse().unwrap()).collect();
             let Addresses { preferred, others } = by_family(&parsed);

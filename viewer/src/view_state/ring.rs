@@ -1,4 +1,4 @@
-//! The latest changes, for subscribers that were away for a moment.
+//! The latest changes, from which subscribers continue after a short interruption.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -6,30 +6,30 @@ use std::sync::Arc;
 use bytes::Bytes;
 use events::Kind;
 
-use super::Sighted;
+use super::Object;
 
-const MESSAGES_MAX: usize = 16_384;
+const CHANGES_MAX: usize = 16_384;
 const BYTES_MAX: usize = 32 << 20;
 
-/// A change as all subscribers that follow everything get it: encoded once.
-pub(crate) struct Message {
-    /// Its number among all changes of this viewer.
+/// A change, encoded once for all subscribers without a filter.
+pub(crate) struct Change {
+    /// The number of the change; this viewer numbers its changes from 1.
     pub(crate) sequence: u64,
     pub(crate) kind: Kind,
-    pub(crate) objects: Vec<Sighted>,
-    /// The whole event.
+    pub(crate) objects: Vec<Object>,
+    /// The complete server-sent event.
     pub(crate) encoded: Bytes,
 }
 
-/// The subscriber is further behind than the ring reaches.
+/// The ring no longer has the subscriber's next change.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct TooFarBehind;
 
 #[derive(Default)]
 pub(super) struct Ring {
-    messages: VecDeque<Arc<Message>>,
+    changes: VecDeque<Arc<Change>>,
     bytes: usize,
-    /// The number of the latest.
+    /// The number of the latest change.
     last: u64,
 }
 
@@ -38,36 +38,36 @@ impl Ring {
         self.last
     }
 
-    /// Adds the next change, which `encode` writes with its number.
+    /// Adds the next change. `encode` gets its number.
     pub(super) fn push(
         &mut self,
         kind: Kind,
-        objects: Vec<Sighted>,
-        encode: impl FnOnce(u64, &[Sighted]) -> Bytes,
+        objects: Vec<Object>,
+        encode: impl FnOnce(u64, &[Object]) -> Bytes,
     ) {
         self.last += 1;
         let encoded = encode(self.last, &objects);
-        let message = Message { sequence: self.last, kind, objects, encoded };
-        self.bytes += message.size();
-        self.messages.push_back(Arc::new(message));
-        while self.messages.len() > MESSAGES_MAX || self.bytes > BYTES_MAX {
-            let Some(first) = self.messages.pop_front() else { break };
+        let change = Change { sequence: self.last, kind, objects, encoded };
+        self.bytes += change.size();
+        self.changes.push_back(Arc::new(change));
+        while self.changes.len() > CHANGES_MAX || self.bytes > BYTES_MAX {
+            let Some(first) = self.changes.pop_front() else { break };
             self.bytes -= first.size();
         }
     }
 
-    /// The change after the one with this number; none if there is none yet.
-    pub(super) fn after(&self, sequence: u64) -> Result<Option<Arc<Message>>, TooFarBehind> {
+    /// The change after the one with this number, or `None` if there is none yet.
+    pub(super) fn after(&self, sequence: u64) -> Result<Option<Arc<Change>>, TooFarBehind> {
         let behind = self.last.checked_sub(sequence).ok_or(TooFarBehind)?;
         let behind = usize::try_from(behind).map_err(|_| TooFarBehind)?;
-        let place = self.messages.len().checked_sub(behind).ok_or(TooFarBehind)?;
-        Ok(self.messages.get(place).cloned())
+        let index = self.changes.len().checked_sub(behind).ok_or(TooFarBehind)?;
+        Ok(self.changes.get(index).cloned())
     }
 }
 
-impl Message {
+impl Change {
     fn size(&self) -> usize {
-        self.encoded.len() + self.objects.len() * size_of::<Sighted>() + size_of::<Self>()
+        self.encoded.len() + self.objects.len() * size_of::<Object>() + size_of::<Self>()
     }
 }
 
@@ -80,7 +80,7 @@ mod tests {
     }
 
     fn next(ring: &Ring, after: u64) -> Result<Option<u64>, TooFarBehind> {
-        Ok(ring.after(after)?.map(|message| message.sequence))
+        Ok(ring.after(after)?.map(|change| change.sequence))
     }
 
     #[test]
@@ -91,20 +91,20 @@ mod tests {
             push(&mut ring, 10);
         }
         assert_eq!([0, 3, 5].map(|after| next(&ring, after).unwrap()), [Some(1), Some(4), None]);
-        assert_eq!(next(&ring, 6), Err(TooFarBehind), "a number that was never given");
+        assert_eq!(next(&ring, 6), Err(TooFarBehind), "a number from the future");
     }
 
     #[test]
-    fn the_ring_is_bounded_by_count_and_by_bytes() {
+    fn ring_is_bounded_by_count_and_by_bytes() {
         let mut ring = Ring::default();
         for _ in 0..20_000 {
             push(&mut ring, 10);
         }
-        assert_eq!(next(&ring, 20_000 - MESSAGES_MAX as u64 - 1), Err(TooFarBehind));
-        assert!(next(&ring, 20_000 - MESSAGES_MAX as u64).is_ok());
+        assert_eq!(next(&ring, 20_000 - CHANGES_MAX as u64 - 1), Err(TooFarBehind));
+        assert!(next(&ring, 20_000 - CHANGES_MAX as u64).is_ok());
         for _ in 0..100 {
             push(&mut ring, BYTES_MAX / 10);
         }
-        assert!(ring.bytes <= BYTES_MAX && ring.messages.len() < 11);
+        assert!(ring.bytes <= BYTES_MAX && ring.changes.len() < 11);
     }
 }

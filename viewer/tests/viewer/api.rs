@@ -2,7 +2,7 @@ use std::time::Duration;
 
 use testbed::eventually;
 
-use crate::fixture::{Around, client};
+use crate::fixture::{Fixture, client};
 use crate::{HOUR, PATIENCE};
 
 fn ids(page: &serde_json::Value) -> Vec<i64> {
@@ -12,11 +12,11 @@ fn ids(page: &serde_json::Value) -> Vec<i64> {
 
 #[tokio::test]
 async fn pages_go_through_all_objects_in_ascending_order() {
-    let around = Around::new().await;
+    let fixture = Fixture::new().await;
     let all = [i64::MIN, -5, 0, 3, 4, 8, i64::MAX];
-    around.see(all).await;
-    let viewer = around.view().await;
-    viewer.shows(all).await;
+    fixture.record(all).await;
+    let viewer = fixture.start_viewer().await;
+    viewer.expect_objects(all).await;
     let (mut found, mut after) = (Vec::new(), String::new());
     for size in [3, 3, 1] {
         let (status, page) = viewer.get(&format!("/objects?limit=3{after}")).await;
@@ -33,12 +33,12 @@ async fn pages_go_through_all_objects_in_ascending_order() {
 }
 
 #[tokio::test]
-async fn only_who_was_seen_lately_is_listed_if_asked_for() {
-    let around = Around::new().await;
-    around.see_ago([1], HOUR / 2).await;
-    around.see_ago([2], Duration::from_mins(1)).await;
-    let viewer = around.view().await;
-    viewer.shows([1, 2]).await;
+async fn seen_within_lists_only_recently_seen_objects() {
+    let fixture = Fixture::new().await;
+    fixture.record_aged([1], HOUR / 2).await;
+    fixture.record_aged([2], Duration::from_mins(1)).await;
+    let viewer = fixture.start_viewer().await;
+    viewer.expect_objects([1, 2]).await;
     for (within, expected) in [("10s", &[][..]), ("10m", &[2]), ("2h", &[1, 2])] {
         let (_, page) = viewer.get(&format!("/objects?seen_within={within}")).await;
         assert_eq!(ids(&page), expected, "{within}");
@@ -46,12 +46,12 @@ async fn only_who_was_seen_lately_is_listed_if_asked_for() {
 }
 
 #[tokio::test]
-async fn an_object_is_shown_with_its_sightings_the_latest_first() {
-    let around = Around::new().await;
-    let viewer = around.view().await;
+async fn object_has_its_sightings_latest_first() {
+    let fixture = Fixture::new().await;
+    let viewer = fixture.start_viewer().await;
     let mut sightings = Vec::new();
     for count in 1..=3 {
-        around.see([7]).await;
+        fixture.record([7]).await;
         // One after the other: a reading of the table finds only the latest.
         sightings = eventually("the viewer has received the sighting", PATIENCE, async || {
             let (status, object) = viewer.get("/objects/7").await;
@@ -64,16 +64,16 @@ async fn an_object_is_shown_with_its_sightings_the_latest_first() {
     let texts: Vec<&str> = sightings.iter().map(|at| at.as_str().unwrap()).collect();
     assert!(texts[0] > texts[1] && texts[1] > texts[2], "{texts:?}");
     let sql = "SELECT to_char(last_seen AT TIME ZONE 'UTC', 'YYYY-MM-DD\"T\"HH24:MI:SS.US\"Z\"') FROM object";
-    let row: String = sqlx::query_scalar(sql).fetch_one(around.database.pool()).await.unwrap();
-    assert_eq!(row, texts[0], "to the microsecond");
+    let row: String = sqlx::query_scalar(sql).fetch_one(fixture.database.pool()).await.unwrap();
+    assert_eq!(row, texts[0], "not equal to the microsecond");
     let (status, problem) = viewer.get("/objects/8").await;
     assert_eq!((status, problem["detail"].as_str()), (404, Some("object 8 is not online")));
 }
 
 #[tokio::test]
-async fn what_is_asked_wrongly_is_answered_by_a_problem_that_says_what_is_wrong() {
-    let around = Around::new().await;
-    let viewer = around.view().await;
+async fn invalid_request_gets_a_problem_with_the_reason() {
+    let fixture = Fixture::new().await;
+    let viewer = fixture.start_viewer().await;
     for (path, status, detail) in [
         ("/objects?limit=0", 400, "limit: expected a number from 1 to 1000"),
         ("/objects?limit=1&limit=2", 400, "duplicate field"),
@@ -85,7 +85,7 @@ async fn what_is_asked_wrongly_is_answered_by_a_problem_that_says_what_is_wrong(
         ("/objects/%ff", 400, ""),
         ("/objects/9223372036854775808", 400, "id: expected"),
         ("/events?ids=", 400, "ids: expected"),
-        ("/nowhere", 404, "there is nothing at /nowhere"),
+        ("/nowhere", 404, "no such path: /nowhere"),
     ] {
         let (got, problem) = viewer.get(path).await;
         assert_eq!(got, status, "{path}");
@@ -99,9 +99,9 @@ async fn what_is_asked_wrongly_is_answered_by_a_problem_that_says_what_is_wrong(
 }
 
 #[tokio::test]
-async fn the_page_its_files_and_the_documents_are_served_and_may_load_nothing_from_elsewhere() {
-    let around = Around::new().await;
-    let viewer = around.view().await;
+async fn pages_and_files_are_served_with_a_strict_content_policy() {
+    let fixture = Fixture::new().await;
+    let viewer = fixture.start_viewer().await;
     for (path, content_type) in [
         ("/", "text/html; charset=utf-8"),
         ("/page/main.js", "text/javascript; charset=utf-8"),
@@ -119,9 +119,9 @@ async fn the_page_its_files_and_the_documents_are_served_and_may_load_nothing_fr
 
 // Field case 7.1
 #[tokio::test]
-async fn no_document_has_a_link_from_the_root_of_the_host() {
-    let around = Around::new().await;
-    let viewer = around.view().await;
+async fn no_page_links_to_the_root_of_the_host() {
+    let fixture = Fixture::new().await;
+    let viewer = fixture.start_viewer().await;
     for path in ["/", "/docs"] {
         let page = client().get(format!("{}{path}", viewer.url)).send().await.unwrap();
         let page = page.text().await.unwrap();
@@ -136,12 +136,12 @@ async fn no_document_has_a_link_from_the_root_of_the_host() {
 
 // Field case 7.4
 #[tokio::test]
-async fn ids_beyond_53_bits_are_strings_and_fit_their_pattern() {
-    let around = Around::new().await;
+async fn ids_beyond_53_bits_are_strings_that_match_the_pattern() {
+    let fixture = Fixture::new().await;
     let id = i64::MAX - 1;
-    around.see([id]).await;
-    let viewer = around.view().await;
-    viewer.shows([id]).await;
+    fixture.record([id]).await;
+    let viewer = fixture.start_viewer().await;
+    viewer.expect_objects([id]).await;
     let (_, object) = viewer.get(&format!("/objects/{id}")).await;
     assert_eq!(object["id"], "9223372036854775806");
     let (status, page) = viewer.get(&format!("/objects?ids={id},{}", i64::MIN)).await;
@@ -154,9 +154,9 @@ async fn ids_beyond_53_bits_are_strings_and_fit_their_pattern() {
 
 // Field case 7.6
 #[tokio::test]
-async fn a_request_for_another_host_name_is_refused() {
-    let around = Around::new().await;
-    let viewer = around.view().await;
+async fn request_for_another_host_name_is_rejected() {
+    let fixture = Fixture::new().await;
+    let viewer = fixture.start_viewer().await;
     let status = async |host: &str, path: &str| {
         let request = client().get(format!("{}{path}", viewer.url)).header("host", host);
         let answer = request.send().await.unwrap();
@@ -173,16 +173,16 @@ async fn a_request_for_another_host_name_is_refused() {
 }
 
 #[tokio::test]
-async fn the_stats_say_who_is_there_and_what_is_not() {
-    let around = Around::new().await;
-    around.see([1, 2]).await;
-    let viewer = around.view().await;
-    viewer.shows([1, 2]).await;
+async fn stats_report_objects_subscribers_and_services() {
+    let fixture = Fixture::new().await;
+    fixture.record([1, 2]).await;
+    let viewer = fixture.start_viewer().await;
+    viewer.expect_objects([1, 2]).await;
     let _subscriber = viewer.subscribe("", None).await;
-    let stats = eventually("the services were asked, and events are heard", PATIENCE, async || {
+    let stats = eventually("the services are scraped, and events arrive", PATIENCE, async || {
         let (_, stats) = viewer.get("/stats").await;
-        let asked = stats["services"].as_array()?.len() == 3 && stats["subscribers"] == 1;
-        (asked && stats["events"] == "ok").then_some(stats)
+        let is_complete = stats["services"].as_array()?.len() == 3 && stats["subscribers"] == 1;
+        (is_complete && stats["events"] == "ok").then_some(stats)
     })
     .await;
     assert_eq!((&stats["online"], &stats["table"]), (&2.into(), &"ok".into()));
@@ -192,9 +192,9 @@ async fn the_stats_say_who_is_there_and_what_is_not() {
 
 // Field case 1.8
 #[tokio::test]
-async fn a_balancer_can_check_the_port_of_the_page() {
-    let around = Around::new().await;
-    let viewer = around.view().await;
+async fn page_port_serves_health_checks() {
+    let fixture = Fixture::new().await;
+    let viewer = fixture.start_viewer().await;
     for path in ["/livez", "/readyz"] {
         assert_eq!(viewer.get(path).await.0, 200, "{path}");
     }

@@ -1,4 +1,4 @@
-//! What stands around a viewer: a table, and somebody who writes to it and tells what was written.
+//! The environment of a viewer: a database, and a writer that publishes its changes as events.
 
 use std::time::Duration;
 
@@ -22,8 +22,8 @@ struct Cli {
     config: viewer::Config,
 }
 
-pub(crate) struct Around {
-    /// Gone with its exchange when this is dropped.
+pub(crate) struct Fixture {
+    /// Deletes its exchange when dropped.
     _queue: Queue,
     pub(crate) database: Database,
     pub(crate) exchange: Exchange,
@@ -35,61 +35,62 @@ fn object(row: &Row) -> Object {
     Object { id: row.id, last_seen: row.last_seen.time() }
 }
 
-impl Around {
+impl Fixture {
     pub(crate) async fn new() -> Self {
-        Self::at(&testbed::amqp_uri(), Queue::new()).await
+        Self::on_broker(&testbed::amqp_uri(), Queue::new()).await
     }
 
-    /// With the queue on another broker than the shared one.
-    pub(crate) async fn at(amqp_uri: &str, queue: Queue) -> Self {
+    /// Uses a queue on another broker than the shared one.
+    pub(crate) async fn on_broker(amqp_uri: &str, queue: Queue) -> Self {
         let database = Database::new().await;
         let access = Access { uri: amqp_uri.parse().unwrap(), authorities: None };
         let exchange = Exchange::on_rabbitmq(access, &queue.name);
         let store = Store::start(&Config::at(database.url().parse().unwrap()), "test", 2).unwrap();
         let emitter = Emitter::start(&exchange, "test");
-        let around = Self { _queue: queue, database, exchange, store, emitter };
-        let mut status = around.store.status();
+        let fixture = Self { _queue: queue, database, exchange, store, emitter };
+        let mut status = fixture.store.status();
         timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
-        around.can_tell().await;
-        around
+        fixture.wait_for_emitter().await;
+        fixture
     }
 
-    pub(crate) async fn can_tell(&self) {
+    /// Waits until events can be published.
+    pub(crate) async fn wait_for_emitter(&self) {
         let mut status = self.emitter.status().unwrap();
         timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
     }
 
-    /// Writes that they were seen now, and tells it.
-    pub(crate) async fn see(&self, ids: impl IntoIterator<Item = i64>) {
-        self.see_ago(ids, Duration::ZERO).await;
+    /// Records sightings of objects now, and publishes the changes.
+    pub(crate) async fn record(&self, ids: impl IntoIterator<Item = i64>) {
+        self.record_aged(ids, Duration::ZERO).await;
     }
 
-    pub(crate) async fn see_ago(&self, ids: impl IntoIterator<Item = i64>, age: Duration) {
+    pub(crate) async fn record_aged(&self, ids: impl IntoIterator<Item = i64>, age: Duration) {
         let sightings: Vec<Sighting> = ids.into_iter().map(|id| Sighting { id, age }).collect();
         let recorded = self.store.record_seen(&sightings).await.unwrap();
         self.emitter.publish(Kind::Online, recorded.inserted.iter().map(object));
         self.emitter.publish(Kind::Seen, recorded.updated.iter().map(object));
     }
 
-    /// Deletes whoever was seen more than an hour ago, and tells it.
+    /// Deletes objects that were seen more than an hour ago, and publishes the changes.
     pub(crate) async fn clean_up(&self) {
         let now = self.store.now().await.unwrap();
         let gone = self.store.delete_stale(now.before(HOUR), 10_000).await.unwrap();
         self.emitter.publish(Kind::Gone, gone.iter().map(object));
     }
 
-    /// Does so, and nobody hears of it.
-    pub(crate) async fn silently(&self, sql: &'static str) {
+    /// Changes the table without an event.
+    pub(crate) async fn execute_without_event(&self, sql: &'static str) {
         sqlx::query(sql).execute(self.database.pool()).await.unwrap();
     }
 
-    /// Starts a viewer in this process, and waits until it shows something.
-    pub(crate) async fn view(&self) -> Running {
-        self.view_with(self.exchange.clone()).await
+    /// Starts a viewer in this process, and waits until it is ready.
+    pub(crate) async fn start_viewer(&self) -> RunningViewer {
+        self.start_viewer_with(self.exchange.clone()).await
     }
 
-    pub(crate) async fn view_with(&self, exchange: Exchange) -> Running {
-        let running = self.view_unready(exchange);
+    pub(crate) async fn start_viewer_with(&self, exchange: Exchange) -> RunningViewer {
+        let running = self.start_unready_viewer(exchange);
         eventually("the viewer is ready", PATIENCE, async || {
             running.health.missing().is_empty().then_some(())
         })
@@ -97,8 +98,8 @@ impl Around {
         running
     }
 
-    pub(crate) fn view_unready(&self, exchange: Exchange) -> Running {
-        // A second test in this process finds it installed.
+    pub(crate) fn start_unready_viewer(&self, exchange: Exchange) -> RunningViewer {
+        // Fails if an earlier test of this process has installed it, which is fine.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let url = format!("--database-url={}", self.database.url());
         let settings = ["viewer", &url, "--viewer-addr=127.0.0.1:0"];
@@ -108,19 +109,19 @@ impl Around {
         let viewer = Viewer::open(config, &health).unwrap();
         let url = format!("http://{}", viewer.address().unwrap());
         let ended = tokio::spawn(viewer.serve(shutdown.clone()));
-        Running { health, url, shutdown, ended }
+        RunningViewer { health, url, shutdown, ended }
     }
 }
 
 /// A viewer in this process.
-pub(crate) struct Running {
+pub(crate) struct RunningViewer {
     pub(crate) health: Health,
     pub(crate) url: String,
     shutdown: CancellationToken,
     ended: JoinHandle<anyhow::Result<()>>,
 }
 
-impl Running {
+impl RunningViewer {
     pub(crate) async fn subscribe(&self, query: &str, after: Option<&str>) -> Subscriber {
         Subscriber::connect(&self.url, query, after).await
     }
@@ -129,16 +130,17 @@ impl Running {
         get(&self.url, path).await
     }
 
-    /// The ids that it lists.
+    /// The ids of all objects that the viewer lists.
     pub(crate) async fn ids(&self) -> Vec<i64> {
         let (_, page) = self.get("/objects?limit=1000").await;
         let objects = page["objects"].as_array().cloned().unwrap_or_default();
         objects.iter().map(|object| object["id"].as_str().unwrap().parse().unwrap()).collect()
     }
 
-    pub(crate) async fn shows(&self, ids: impl IntoIterator<Item = i64>) {
+    /// Waits until the viewer lists exactly these objects.
+    pub(crate) async fn expect_objects(&self, ids: impl IntoIterator<Item = i64>) {
         let ids: Vec<i64> = ids.into_iter().collect();
-        eventually("exactly these are shown", PATIENCE, async || {
+        eventually("exactly these objects are listed", PATIENCE, async || {
             (self.ids().await == ids).then_some(())
         })
         .await;
@@ -155,7 +157,7 @@ pub(crate) fn client() -> Client {
     Client::builder().no_proxy().build().unwrap()
 }
 
-/// The status, and the body as JSON.
+/// Returns the status, and the body as JSON.
 pub(crate) async fn get(url: &str, path: &str) -> (u16, serde_json::Value) {
     let answer = client().get(format!("{url}{path}")).send().await.unwrap();
     let (status, text) = (answer.status().as_u16(), answer.text().await.unwrap());

@@ -1,10 +1,11 @@
-//! The viewer beside a real broker and a real database. One binary, because each takes seconds to link.
+//! Tests of the viewer with a real broker and a real database. They are one binary, because each
+//! binary takes seconds to link.
 
 #![expect(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::panic,
-    reason = "the helpers of tests are tests as well"
+    reason = "helpers of tests may panic, as tests may"
 )]
 
 mod api;
@@ -16,6 +17,6 @@ mod table_sync;
 
 use std::time::Duration;
 
-/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+/// Deadline of each wait. It is long, because a machine that runs all tests at once is slow.
 const PATIENCE: Duration = Duration::from_secs(40);
 const HOUR: Duration = Duration::from_hours(1);

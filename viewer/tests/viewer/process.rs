@@ -11,27 +11,28 @@ async fn subscriber(viewer: &Process, after: Option<&str>) -> Subscriber {
     Subscriber::connect(&viewer_url(viewer).await, "", after).await
 }
 
-/// Waits until it has all, also what it can do without: what is committed before somebody can tell it may be
-/// gone again before anybody looks.
-async fn needs_nothing(service: &Process) {
-    eventually("it has all", PATIENCE, async || {
+/// Waits until the service is ready and misses nothing, not even what it can do without: a change
+/// that is committed before events can be published may be undone before the viewer reads the
+/// table.
+async fn wait_until_fully_ready(service: &Process) {
+    eventually("the service is fully ready", PATIENCE, async || {
         (service.get("/readyz").await == (200, "ready\n".to_owned())).then_some(())
     })
     .await;
 }
 
-/// Waits until an event of that name is about the object.
-async fn is_told(subscriber: &mut Subscriber, name: &str, id: i64) {
+/// Waits for an event of this kind about the object.
+async fn wait_for_event(subscriber: &mut Subscriber, kind: &str, id: i64) {
     loop {
-        let (told, ids) = subscriber.next().await;
-        if told == name && ids.contains(&id) {
+        let (received, ids) = subscriber.next().await;
+        if received == kind && ids.contains(&id) {
             return;
         }
     }
 }
 
 #[tokio::test]
-async fn who_is_posted_to_callback_comes_online_in_the_stream_and_is_gone_later() {
+async fn posted_object_comes_online_in_the_stream_and_is_gone_later() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let api = StatusApi::start(|id, _| if id % 2 == 0 { Answer::Online } else { Answer::Offline });
     let surroundings =
@@ -44,15 +45,15 @@ async fn who_is_posted_to_callback_comes_online_in_the_stream_and_is_gone_later(
     let settings = [("VIEWER_METRICS", metrics.as_str())];
     let mut viewer = surroundings.spawn("viewer", &settings);
     for service in [&producer, &consumer, &routine, &viewer] {
-        needs_nothing(service).await;
+        wait_until_fully_ready(service).await;
     }
     let mut stream = subscriber(&viewer, None).await;
-    stream.gets("snapshot", []).await;
+    stream.expect_event("snapshot", []).await;
     let (partner, endpoint) = (Partner::default(), callback_endpoint(&producer).await);
     assert!(partner.post(&endpoint, &[2, 3]).await);
-    stream.gets("online", [2]).await;
-    // The other one is offline, and nothing is told of it.
-    stream.gets("gone", [2]).await;
+    stream.expect_event("online", [2]).await;
+    // Object 3 is offline, so no event is about it.
+    stream.expect_event("gone", [2]).await;
 
     let (_, stats) = get(&viewer_url(&viewer).await, "/stats").await;
     let statuses = &stats["services"];
@@ -60,18 +61,20 @@ async fn who_is_posted_to_callback_comes_online_in_the_stream_and_is_gone_later(
     assert!(statuses[1]["status"].as_str().unwrap().contains("error sending"), "{stats}");
     assert!(stats["lookups_by_outcome"]["online"].is_number(), "{stats}");
 
-    // Killed, it comes back with what was committed meanwhile.
+    // After a kill, the viewer comes back with the changes that were committed meanwhile.
     viewer.kill();
     assert!(partner.post(&endpoint, &[4]).await);
-    eventually("it is looked up", PATIENCE, async || (api.lookups_of(4) > 0).then_some(())).await;
+    eventually("object 4 is looked up", PATIENCE, async || (api.lookups_of(4) > 0).then_some(()))
+        .await;
     viewer = surroundings.spawn("viewer", &settings);
-    needs_nothing(&viewer).await;
+    wait_until_fully_ready(&viewer).await;
     let mut again = subscriber(&viewer, Some(&stream.last_id)).await;
-    // Its own numbers are new ones: it begins with a snapshot, in which 4 is or is not any more.
+    // The new process numbers its changes anew, so the stream begins with a snapshot. Object 4 may
+    // already be gone.
     assert_eq!(again.next().await.0, "snapshot");
     assert!(partner.post(&endpoint, &[6]).await);
-    is_told(&mut again, "online", 6).await;
-    is_told(&mut again, "gone", 6).await;
+    wait_for_event(&mut again, "online", 6).await;
+    wait_for_event(&mut again, "gone", 6).await;
     for service in [viewer, routine, consumer, producer] {
         service.terminate();
         assert_eq!(service.wait().await.code(), Some(0));
@@ -80,7 +83,7 @@ async fn who_is_posted_to_callback_comes_online_in_the_stream_and_is_gone_later(
 }
 
 #[tokio::test]
-async fn a_viewer_without_its_servers_says_what_it_misses_and_ends_when_told() {
+async fn viewer_without_servers_reports_them_and_stops_on_sigterm() {
     let nowhere = free_port();
     let viewer = Process::spawn(
         "viewer",
@@ -91,7 +94,7 @@ async fn a_viewer_without_its_servers_says_what_it_misses_and_ends_when_told() {
         ],
         &[],
     );
-    eventually("it says what it misses", PATIENCE, async || {
+    eventually("/readyz reports the missing table", PATIENCE, async || {
         let (status, body) = viewer.get("/readyz").await;
         (status == 503 && body.contains("first reading of the table: cannot connect")).then_some(())
     })
@@ -103,7 +106,7 @@ async fn a_viewer_without_its_servers_says_what_it_misses_and_ends_when_told() {
 }
 
 #[tokio::test]
-async fn a_setting_that_is_not_allowed_ends_it_with_78_and_is_told_with_what_is_allowed() {
+async fn invalid_setting_ends_it_with_78_and_a_log_of_what_is_allowed() {
     let bad = [
         ("VIEWER_ADDR", "9080", "expected IP:PORT"),
         ("VIEWER_MAX_CONNECTIONS", "0", "expected a number from 1 to 1000000"),
@@ -120,7 +123,7 @@ async fn a_setting_that_is_not_allowed_ends_it_with_78_and_is_told_with_what_is_
 }
 
 #[tokio::test]
-async fn the_write_side_does_not_notice_a_viewer_that_is_stopped_in_its_tracks() {
+async fn paused_viewer_does_not_affect_the_write_side() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let api = StatusApi::start(|_, _| Answer::Online);
     let surroundings =
@@ -137,7 +140,7 @@ async fn the_write_side_does_not_notice_a_viewer_that_is_stopped_in_its_tracks()
     for ids in all.chunks(200) {
         assert!(partner.post(&endpoint, ids).await);
     }
-    eventually("all are written", PATIENCE, async || {
+    eventually("all objects are written", PATIENCE, async || {
         let count = sqlx::query_scalar("SELECT count(*) FROM object");
         let count: i64 = count.fetch_one(database.pool()).await.unwrap();
         (count == 2_000).then_some(())

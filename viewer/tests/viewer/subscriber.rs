@@ -1,4 +1,4 @@
-//! A client of the stream.
+//! A client of the event stream.
 
 use reqwest::Response;
 use tokio::time::timeout;
@@ -9,11 +9,11 @@ use crate::fixture::client;
 pub(crate) struct Subscriber {
     response: Response,
     text: String,
-    /// Of the last event that had one.
+    /// The id of the last event that had one.
     pub(crate) last_id: String,
 }
 
-/// An event: its name, and the ids in it.
+/// The kind of an event, and the ids in it.
 pub(crate) type Event = (String, Vec<i64>);
 
 impl Subscriber {
@@ -30,7 +30,10 @@ impl Subscriber {
 
     /// The next event.
     pub(crate) async fn next(&mut self) -> Event {
-        timeout(PATIENCE, self.next_or_end()).await.expect("in time").expect("the stream goes on")
+        timeout(PATIENCE, self.next_or_end())
+            .await
+            .expect("no event in time")
+            .expect("the stream ended")
     }
 
     /// The next event, or the end of the stream.
@@ -63,7 +66,8 @@ impl Subscriber {
         }
     }
 
-    pub(crate) async fn gets(&mut self, name: &str, ids: impl IntoIterator<Item = i64>) {
-        assert_eq!(self.next().await, (name.to_owned(), ids.into_iter().collect()));
+    /// Asserts that the next event has this kind and these ids.
+    pub(crate) async fn expect_event(&mut self, kind: &str, ids: impl IntoIterator<Item = i64>) {
+        assert_eq!(self.next().await, (kind.to_owned(), ids.into_iter().collect()));
     }
 }

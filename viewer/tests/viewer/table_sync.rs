@@ -1,95 +1,97 @@
 use events::Exchange;
 use testbed::{Queue, RabbitNode, eventually};
 
-use crate::fixture::Around;
+use crate::fixture::Fixture;
 use crate::{HOUR, PATIENCE};
 
 #[tokio::test]
-async fn what_was_not_told_is_found_in_the_table_as_soon_as_a_gap_shows() {
-    let around = Around::new().await;
-    around.see([1, 2]).await;
-    let viewer = around.view().await;
+async fn gap_makes_the_viewer_read_the_unannounced_changes() {
+    let fixture = Fixture::new().await;
+    fixture.record([1, 2]).await;
+    let viewer = fixture.start_viewer().await;
     let mut subscriber = viewer.subscribe("", None).await;
-    subscriber.gets("snapshot", [1, 2]).await;
+    subscriber.expect_event("snapshot", [1, 2]).await;
 
-    around.silently("INSERT INTO object VALUES (3, now())").await;
-    around.silently("DELETE FROM object WHERE id = 1").await;
-    // Another source, of which nobody has heard the first message.
-    let lost = events::Emitter::start(&around.exchange, "test");
+    fixture.execute_without_event("INSERT INTO object VALUES (3, now())").await;
+    fixture.execute_without_event("DELETE FROM object WHERE id = 1").await;
+    // Another source, whose first message the viewer has not received.
+    let lost = events::Emitter::start(&fixture.exchange, "test");
     for id in [10, 11] {
         let last_seen = std::time::SystemTime::UNIX_EPOCH;
         lost.publish(events::Kind::Gone, std::iter::once(events::Object { id, last_seen }));
     }
-    let mut told = Vec::new();
+    let mut received = Vec::new();
     for _ in 0..2 {
-        told.push(subscriber.next().await);
+        received.push(subscriber.next().await);
     }
-    told.sort();
-    assert_eq!(told, [("gone".to_owned(), vec![1]), ("online".to_owned(), vec![3])]);
-    viewer.shows([2, 3]).await;
+    received.sort();
+    assert_eq!(received, [("gone".to_owned(), vec![1]), ("online".to_owned(), vec![3])]);
+    viewer.expect_objects([2, 3]).await;
 }
 
 #[tokio::test]
-async fn a_viewer_without_events_follows_the_table_all_the_same() {
-    let around = Around::new().await;
-    let viewer = around.view_with(Exchange::disabled()).await;
+async fn viewer_without_events_follows_the_table() {
+    let fixture = Fixture::new().await;
+    let viewer = fixture.start_viewer_with(Exchange::disabled()).await;
     let away = viewer.health.missing_optional();
     assert!(away.iter().any(|(name, _)| *name == "events"), "{away:?}");
-    around.see([1, 2]).await;
-    viewer.shows([1, 2]).await;
-    around.silently("DELETE FROM object WHERE id = 1").await;
-    viewer.shows([2]).await;
+    fixture.record([1, 2]).await;
+    viewer.expect_objects([1, 2]).await;
+    fixture.execute_without_event("DELETE FROM object WHERE id = 1").await;
+    viewer.expect_objects([2]).await;
 }
 
 #[tokio::test]
-async fn what_happens_while_the_broker_restarts_is_shown_and_told_afterwards() {
+async fn changes_during_a_broker_restart_reach_subscribers() {
     let mut node = RabbitNode::start().await;
-    let around = Around::at(&node.amqp_uri(), Queue::on(&node.amqp_uri())).await;
-    around.see([1]).await;
-    around.see_ago([2], 2 * HOUR).await;
-    let viewer = around.view().await;
+    let fixture = Fixture::on_broker(&node.amqp_uri(), Queue::on(&node.amqp_uri())).await;
+    fixture.record([1]).await;
+    fixture.record_aged([2], 2 * HOUR).await;
+    let viewer = fixture.start_viewer().await;
     let mut subscriber = viewer.subscribe("", None).await;
-    subscriber.gets("snapshot", [1, 2]).await;
+    subscriber.expect_event("snapshot", [1, 2]).await;
     node.kill().await;
-    // Told to nobody.
-    around.see([3]).await;
-    around.clean_up().await;
-    viewer.shows([1, 3]).await;
+    // The events of these changes are lost.
+    fixture.record([3]).await;
+    fixture.clean_up().await;
+    viewer.expect_objects([1, 3]).await;
     node.boot().await;
-    around.can_tell().await;
-    around.see([4]).await;
-    viewer.shows([1, 3, 4]).await;
-    let mut told = Vec::new();
+    fixture.wait_for_emitter().await;
+    fixture.record([4]).await;
+    viewer.expect_objects([1, 3, 4]).await;
+    let mut received = Vec::new();
     for _ in 0..3 {
-        told.push(subscriber.next().await);
+        received.push(subscriber.next().await);
     }
-    told.sort();
+    received.sort();
     let online = |id| ("online".to_owned(), vec![id]);
-    assert_eq!(told, [("gone".to_owned(), vec![2]), online(3), online(4)]);
-    eventually("events come again", PATIENCE, async || {
+    assert_eq!(received, [("gone".to_owned(), vec![2]), online(3), online(4)]);
+    eventually("events arrive again", PATIENCE, async || {
         viewer.health.missing_optional().is_empty().then_some(())
     })
     .await;
 }
 
 #[tokio::test]
-async fn before_the_table_was_read_nothing_is_said_about_it_and_a_subscriber_waits() {
-    let around = Around::new().await;
-    // A table that is missing would be created again.
-    around.silently("ALTER TABLE object RENAME COLUMN last_seen TO elsewhere").await;
-    let viewer = around.view_unready(around.exchange.clone());
+async fn before_the_first_reading_objects_are_503_and_streams_wait() {
+    let fixture = Fixture::new().await;
+    // Renames a column, because the store would create a missing table again.
+    fixture.execute_without_event("ALTER TABLE object RENAME COLUMN last_seen TO elsewhere").await;
+    let viewer = fixture.start_unready_viewer(fixture.exchange.clone());
     let (status, problem) = viewer.get("/objects").await;
-    assert!(status == 503 && problem["detail"].as_str().unwrap().contains("not read yet"));
+    assert!(
+        status == 503 && problem["detail"].as_str().unwrap().contains("not read the table yet")
+    );
     assert_eq!(viewer.get("/objects/1").await.0, 503);
     assert_eq!(viewer.get("/stats").await.0, 200);
     let mut subscriber = viewer.subscribe("", None).await;
     assert_eq!(viewer.health.missing().len(), 1);
 
-    around.silently("INSERT INTO object VALUES (7, now())").await;
-    around.silently("ALTER TABLE object RENAME COLUMN elsewhere TO last_seen").await;
-    subscriber.gets("snapshot", [7]).await;
+    fixture.execute_without_event("INSERT INTO object VALUES (7, now())").await;
+    fixture.execute_without_event("ALTER TABLE object RENAME COLUMN elsewhere TO last_seen").await;
+    subscriber.expect_event("snapshot", [7]).await;
     assert!(viewer.health.missing().is_empty());
-    // Once it knows something it goes on with that.
-    around.silently("ALTER TABLE object RENAME COLUMN last_seen TO elsewhere").await;
+    // Once the viewer has read the table, it keeps showing the last known objects.
+    fixture.execute_without_event("ALTER TABLE object RENAME COLUMN last_seen TO elsewhere").await;
     assert_eq!(viewer.ids().await, [7]);
 }
