@@ -1,10 +1,10 @@
-// A small chart of some lines over the last five minutes, as SVG.
-import { KEPT_MS } from "./stats.js";
+// A small SVG line chart of the last five minutes.
+import { HISTORY_MS } from "./stats.js";
 
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 300;
 const HEIGHT = 60;
-// Answers that are further apart have a gap between them: nothing is known of the time in between.
+// Points that are further apart have a gap between them, because nothing is known about that time.
 const GAP_MS = 12_000;
 
 export class Chart {
@@ -21,25 +21,25 @@ export class Chart {
   }
 
   /**
-   * Draws lines of points `{at, value}`, where a value of null is a gap, for the five minutes up to `now`. Gives the
-   * value at the top edge.
+   * Draws lines of points `{at, value}` for the five minutes up to `now`; null is a gap. Returns the value at the top
+   * edge.
    */
   draw(lines, now) {
     const greatest = Math.max(0, ...lines.flat().map(({ value }) => value ?? 0));
     const top = roundUp(greatest);
-    const spots = lines.map((points) => this.#place(points, now, top));
-    // Only a line alone has its area filled; under several it would say that they add up.
-    this.#area.setAttribute("d", spots.length === 1 ? area(spots[0]) : "");
+    const runs = lines.map((points) => this.#toRuns(points, now, top));
+    // With several lines, filled areas would suggest that the values add up.
+    this.#area.setAttribute("d", runs.length === 1 ? area(runs[0]) : "");
     while (this.#lines.length < lines.length) {
       const line = svg("path", { class: `chart-line chart-line-${this.#lines.length}` });
       this.#lines.push(line);
       this.element.insertBefore(line, this.#cursor);
     }
-    this.#lines.forEach((line, at) => line.setAttribute("d", spots[at] ? path(spots[at]) : ""));
+    this.#lines.forEach((line, index) => line.setAttribute("d", runs[index] ? path(runs[index]) : ""));
     return top;
   }
 
-  /** Shows the cursor at this time, or none if it is null. */
+  /** Shows the cursor at this time, or hides it if the time is null. */
   point(at, now) {
     this.#cursor.classList.toggle("shown", at !== null);
     if (at === null) return;
@@ -48,8 +48,8 @@ export class Chart {
     this.#cursor.setAttribute("x2", x);
   }
 
-  // Runs of spots without a gap in them.
-  #place(points, now, top) {
+  // Converts points to runs of coordinates without a gap.
+  #toRuns(points, now, top) {
     const runs = [];
     let last = null;
     for (const { at, value } of points) {
@@ -65,19 +65,19 @@ export class Chart {
   }
 }
 
-const toX = (at, now) => WIDTH - ((now - at) / KEPT_MS) * WIDTH;
+const toX = (at, now) => WIDTH - ((now - at) / HISTORY_MS) * WIDTH;
 const toY = (share) => HEIGHT - 1.5 - share * (HEIGHT - 5);
-const spot = ([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`;
+const coordinates = ([x, y]) => `${x.toFixed(1)} ${y.toFixed(1)}`;
 
-// A lone point is a short dash, or nothing of it would be seen.
+// A lone point becomes a short dash; otherwise it would be invisible.
 function path(runs) {
-  return runs.map((run) => `M${run.map(spot).join("L")}${run.length === 1 ? "h1" : ""}`).join("");
+  return runs.map((run) => `M${run.map(coordinates).join("L")}${run.length === 1 ? "h1" : ""}`).join("");
 }
 
 function area(runs) {
   return runs
     .filter((run) => run.length > 1)
-    .map((run) => `M${run[0][0].toFixed(1)} ${HEIGHT}L${run.map(spot).join("L")}L${run.at(-1)[0].toFixed(1)} ${HEIGHT}Z`)
+    .map((run) => `M${run[0][0].toFixed(1)} ${HEIGHT}L${run.map(coordinates).join("L")}L${run.at(-1)[0].toFixed(1)} ${HEIGHT}Z`)
     .join("");
 }
 

@@ -1,27 +1,28 @@
-// The stream of changes, kept up: `GET /events`.
-import { MOST_SLOTS } from "./presence.js";
+// Follows the event stream, `GET /events`, and reconnects when it breaks.
+import { SLOTS_MAX } from "./presence.js";
 import { address, parse } from "./api.js";
 
 const FIRST_WAIT_MS = 1000;
-const LONGEST_WAIT_MS = 30_000;
+const WAIT_MAX_MS = 30_000;
 const KINDS = ["snapshot", "more", "resumed", "online", "seen", "gone"];
 
 /**
- * Follows the stream forever, about as many objects as the page shows. Calls `on.open(isLimited)` whenever the
- * stream is there (again) and its list of objects is complete, or holds as many as the page shows, `on.lost()` whenever it is not, and `on.change(kind, objects)` for each
- * change, in order: "snapshot" with all objects, "listed" with further ones, "online", "seen" and "gone".
+ * Follows the stream forever, for as many objects as the page shows. Calls `on.open(isLimited)` when the stream is
+ * connected and its list of objects has arrived, where `isLimited` says that there are more objects than the page shows;
+ * `on.lost()` when the stream breaks; and `on.change(kind, objects)` for each change, in order: "snapshot" with all
+ * objects, "listed" with further ones, "online", "seen" and "gone".
  *
- * The browser resumes a broken connection with `Last-Event-ID`, so that nothing is missed. It gives up on a response that
- * is no stream (a proxy's 502 while the viewer starts, say): then the source is made anew here, after a growing, jittered
- * wait, and begins with a snapshot.
+ * The browser resumes a broken connection with `Last-Event-ID`, so no change is missed. It gives up if the response is not
+ * an event stream, such as a proxy's 502 while the viewer starts. Then this class opens a new stream after a growing,
+ * jittered wait; a new stream begins with a snapshot.
  */
 export class Feed {
   #on;
   #source = null;
   #failures = 0;
   #timer = 0;
-  #heardAt = performance.now();
-  /** The objects of a list that is not complete yet, by id; null otherwise. */
+  #lastActivity = performance.now();
+  /** The objects of a list that has not arrived completely, by id; otherwise null. */
   #list = null;
 
   constructor(on) {
@@ -29,41 +30,41 @@ export class Feed {
     this.#connect();
   }
 
-  /** Drops the connection and makes a new one, which begins with a snapshot: for one that hangs. */
+  /** Replaces a connection that hangs by a new one, which begins with a snapshot. */
   renew() {
     clearTimeout(this.#timer);
     this.#connect();
   }
 
-  /** For how many milliseconds nothing has come, not even a failure, although the next connection is not due later. */
+  /** Milliseconds since the last event or failure; 0 while the feed waits to reconnect. */
   get silence() {
-    return this.#source.readyState === EventSource.CLOSED ? 0 : performance.now() - this.#heardAt;
+    return this.#source.readyState === EventSource.CLOSED ? 0 : performance.now() - this.#lastActivity;
   }
 
   #connect() {
     this.#source?.close();
-    const source = new EventSource(address(`events?limit=${MOST_SLOTS}`));
+    const source = new EventSource(address(`events?limit=${SLOTS_MAX}`));
     this.#source = source;
     this.#list = null;
-    this.#heardAt = performance.now();
-    source.onopen = () => (this.#heardAt = performance.now());
+    this.#lastActivity = performance.now();
+    source.onopen = () => (this.#lastActivity = performance.now());
     source.onerror = () => {
-      this.#heardAt = performance.now();
+      this.#lastActivity = performance.now();
       this.#on.lost();
       if (source.readyState === EventSource.CLOSED) this.#connectLater();
     };
     for (const kind of KINDS) {
       source.addEventListener(kind, (event) => {
-        this.#heardAt = performance.now();
+        this.#lastActivity = performance.now();
         this.#failures = 0;
-        const parsed = this.#read(event);
-        if (parsed) this.#take(kind, parsed);
+        const parsed = this.#parse(event);
+        if (parsed) this.#apply(kind, parsed);
       });
     }
   }
 
-  // A large list comes in parts, with changes between them. It replaces what is shown only once it is complete.
-  #take(kind, { objects, remaining }) {
+  // A large list arrives in parts, with changes in between. It replaces the shown objects once it is complete.
+  #apply(kind, { objects, remaining }) {
     if (kind === "snapshot") this.#list = new Map();
     if (!this.#list) {
       if (objects.length) this.#on.change(kind === "more" ? "listed" : kind, objects);
@@ -78,12 +79,12 @@ export class Feed {
     this.#on.open(remaining === "over_limit");
   }
 
-  // After an event that cannot be read nothing is sure any more: a new connection begins with a snapshot.
-  #read(event) {
+  // After an invalid event, the shown objects may be wrong, so a new connection must begin with a snapshot.
+  #parse(event) {
     try {
       return parse(event.data);
     } catch (error) {
-      console.error(`an event of ${event.type} cannot be read:`, error);
+      console.error(`cannot parse an event of type ${event.type}; reconnecting:`, error);
       this.#source.close();
       this.#on.lost();
       this.#connectLater();
@@ -91,9 +92,9 @@ export class Feed {
     }
   }
 
-  // Half of the wait is random, so that the pages of many people do not come back all at once.
+  // Half of the wait is random, so that many pages do not reconnect at the same moment.
   #connectLater() {
-    const wait = Math.min(LONGEST_WAIT_MS, FIRST_WAIT_MS * 2 ** this.#failures);
+    const wait = Math.min(WAIT_MAX_MS, FIRST_WAIT_MS * 2 ** this.#failures);
     this.#failures += 1;
     clearTimeout(this.#timer);
     this.#timer = setTimeout(() => this.#connect(), wait * (0.5 + Math.random() / 2));

@@ -1,18 +1,18 @@
-// The field for hands and ears: pointer, keyboard, screen reader.
+// Makes the field usable by pointer, keyboard and screen reader.
 //
-// To a screen reader the field is a list box, of which only the option that has the focus exists in the
-// document, with its place among all (`aria-posinset` of `aria-setsize`): 10,000 real options would cost what
-// the canvas saves. Left and right go in order, up and down as the cells lie.
+// To a screen reader the field is a list box. Only the focused option exists in the document, with its
+// position (`aria-posinset` of `aria-setsize`): 10,000 real options would cost as much as the canvas
+// saves. Left and right move in order, up and down between rows.
 import { ONLINE } from "./presence.js";
 import { ago, duration } from "./format.js";
 
 const PAGE_ROWS = 5;
 
-export class Browse {
+export class FieldInput {
   #field;
   #presence;
   #now;
-  #choose;
+  #onChoose;
   #element;
   #option;
   #active = -1;
@@ -24,13 +24,13 @@ export class Browse {
   #pointed = -1;
   #described = "";
 
-  /** `choose(id)` is called with the object that a person wants to see. */
-  constructor(element, field, presence, now, choose) {
+  /** Calls `onChoose(id)` when a person chooses an object. */
+  constructor(element, field, presence, now, onChoose) {
     this.#element = element;
     this.#field = field;
     this.#presence = presence;
     this.#now = now;
-    this.#choose = choose;
+    this.#onChoose = onChoose;
     this.#option = element.querySelector("[role=option]");
     this.#rings = { chosen: element.querySelector(".ring-chosen"), active: element.querySelector(".ring-active") };
     this.#tip = element.querySelector(".tip");
@@ -48,29 +48,29 @@ export class Browse {
     this.refresh();
   }
 
-  /** Brings rings, tip and words up to date with what has changed. */
+  /** Updates rings, tip and description. */
   refresh() {
-    // Objects keep their slots, but for a field that was pulled together: then the focus goes along.
+    // Objects keep their slots until the field is compacted; then the focus moves with its object.
     if (this.#arrangement !== this.#presence.arrangement) {
       this.#arrangement = this.#presence.arrangement;
       this.#active = this.#activeId === null ? -1 : this.#presence.slotOf(this.#activeId);
     }
     this.#activeId = this.#active < 0 ? null : this.#presence.idAt(this.#active);
     const chosen = this.#chosen === null ? -1 : this.#presence.slotOf(this.#chosen);
-    this.#put(this.#rings.chosen, chosen);
+    this.#placeRing(this.#rings.chosen, chosen);
     const focused = document.activeElement === this.#element;
-    this.#put(this.#rings.active, focused && this.#active < this.#presence.slots ? this.#active : -1);
-    // Not for the age alone: screen readers read out what changes on the option that has the focus.
-    if (this.#described !== this.#toDescribe()) this.#describe(this.#active);
+    this.#placeRing(this.#rings.active, focused && this.#active < this.#presence.slots ? this.#active : -1);
+    // Not for a new age alone, because screen readers read out each change of the focused option.
+    if (this.#described !== this.#descriptionKey()) this.#describe(this.#active);
     this.#showTip();
   }
 
-  #toDescribe() {
+  #descriptionKey() {
     const slot = this.#active;
     return `${slot} ${this.#presence.idAt(slot)} ${this.#isOnline(slot)} ${this.#chosen}`;
   }
 
-  #put(ring, slot) {
+  #placeRing(ring, slot) {
     ring.hidden = slot < 0;
     if (slot < 0) return;
     const { x, y, width, height } = this.#field.boxOf(slot);
@@ -92,7 +92,7 @@ export class Browse {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
     if (event.key === "Enter" || event.key === " ") {
       event.preventDefault();
-      if (this.#active >= 0) this.#choose(this.#presence.idAt(this.#active));
+      if (this.#active >= 0) this.#onChoose(this.#presence.idAt(this.#active));
       return;
     }
     const { columns } = this.#field;
@@ -119,7 +119,7 @@ export class Browse {
     return slot >= 0 && slot < this.#presence.slots && this.#presence.state[slot] === ONLINE;
   }
 
-  // The nearest slot from there in that direction where somebody is online, or -1.
+  // The nearest slot with an online object in the direction of `step`, or -1.
   #next(from, step) {
     for (let slot = from + step; slot >= 0 && slot < this.#presence.slots; slot += step) {
       if (this.#isOnline(slot)) return slot;
@@ -127,7 +127,7 @@ export class Browse {
     return -1;
   }
 
-  // Straight up or down; where nobody is, the nearest beside it.
+  // The slot straight up or down or, if no object is online there, the nearest slot with one.
   #vertical(distance) {
     const last = this.#presence.slots - 1;
     const goal = this.#active + distance;
@@ -140,7 +140,7 @@ export class Browse {
 
   #describe(slot) {
     const option = this.#option;
-    this.#described = this.#toDescribe();
+    this.#described = this.#descriptionKey();
     if (slot < 0 || slot >= this.#presence.slots) {
       this.#element.removeAttribute("aria-activedescendant");
       option.textContent = "No object";
@@ -152,31 +152,31 @@ export class Browse {
     option.textContent = `Object ${id}, ${online ? `seen ${ago(age)}` : "gone"}`;
     option.setAttribute("aria-selected", String(id === this.#chosen));
     option.setAttribute("aria-setsize", String(this.#presence.online));
-    option.setAttribute("aria-posinset", String(this.#placeOf(slot)));
+    option.setAttribute("aria-posinset", String(this.#positionOf(slot)));
     this.#element.setAttribute("aria-activedescendant", option.id);
   }
 
-  #placeOf(slot) {
-    let place = 0;
-    for (let before = 0; before <= slot; before++) place += this.#presence.state[before] === ONLINE ? 1 : 0;
-    return Math.max(1, place);
+  #positionOf(slot) {
+    let position = 0;
+    for (let before = 0; before <= slot; before++) position += this.#presence.state[before] === ONLINE ? 1 : 0;
+    return Math.max(1, position);
   }
 
-  #at(event) {
+  #slotAt(event) {
     const box = this.#element.getBoundingClientRect();
     return this.#field.slotAt(event.clientX - box.left - this.#element.clientLeft, event.clientY - box.top - this.#element.clientTop);
   }
 
   #point(event) {
-    this.#pointed = event && event.pointerType !== "touch" ? this.#at(event) : -1;
+    this.#pointed = event && event.pointerType !== "touch" ? this.#slotAt(event) : -1;
     this.#showTip();
   }
 
   #click(event) {
-    const slot = this.#at(event);
+    const slot = this.#slotAt(event);
     if (!this.#isOnline(slot)) return;
     this.#active = slot;
-    this.#choose(this.#presence.idAt(slot));
+    this.#onChoose(this.#presence.idAt(slot));
     this.refresh();
   }
 

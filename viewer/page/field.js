@@ -1,9 +1,8 @@
-// The field of cells, drawn.
+// Draws the field of cells on a canvas.
 //
-// A canvas, because 10,000 elements that change colour all the time are more than a browser lays out smoothly.
-// A frame looks at every cell, works out which of some fifty looks it should have, and paints only those
-// whose look has changed: with 10,000 cells that fade over half a minute, a few hundred. What a canvas cannot
-// do, be read aloud and be walked through by keyboard, is in field-input.js.
+// A browser cannot smoothly lay out 10,000 elements that change colour all the time. Each frame computes
+// which of about fifty looks each cell has, and paints only the cells whose look has changed: of 10,000
+// cells that fade over half a minute, a few hundred. field-input.js adds keyboard and screen reader support.
 // Decision: docs/decisions/0056-how-does-the-page-draw-objects.md
 import { ONLINE } from "./presence.js";
 import { duration } from "./format.js";
@@ -13,16 +12,16 @@ const FLASH_MS = 900;
 const FLASH_STEPS = 12;
 const GHOST_MS = 2400;
 const GHOST_STEPS = 8;
-// Looks: 0 empty, then the shades from fresh to stale, the steps of a flash, the steps of going away.
+// Looks: 0 empty, then the shades from fresh to stale, the steps of a flash, and the steps of an outline that fades out.
 const FIRST_SHADE = 1;
 const FIRST_FLASH = FIRST_SHADE + SHADES;
 const FIRST_GHOST = FIRST_FLASH + FLASH_STEPS;
 const LOOKS = FIRST_GHOST + GHOST_STEPS;
 const NEVER_DRAWN = 255;
-// The quickest looks follow each other after 75 ms: to paint more often than this shows nothing more.
+// Looks change at most every 75 ms, so painting more often would show nothing new.
 const BETWEEN_PAINTS_MS = 30;
 
-// Sizes of cells in CSS pixels, the largest that fits is taken. Those with text have the id in them.
+// Sizes of cells in CSS pixels; the field uses the largest that fits. Cells with a text size show the id.
 const SIZES = [
   { width: 112, height: 56, gap: 4, text: 15, age: true },
   { width: 88, height: 44, gap: 4, text: 13, age: true },
@@ -54,7 +53,7 @@ export class Field {
   #aged = 0;
   #calm = matchMedia("(prefers-reduced-motion: reduce)");
 
-  /** `now` gives the viewer's time; it stands still while the page hears nothing, and so do the ages. */
+  /** `now` returns the viewer's time. It stands still while the stream is broken, and so do the ages. */
   constructor(element, presence, now) {
     this.#element = element;
     this.#presence = presence;
@@ -74,7 +73,7 @@ export class Field {
     requestAnimationFrame(frame);
   }
 
-  /** Where a slot's cell is, in CSS pixels of the field. */
+  /** The box of a slot's cell, in CSS pixels of the field. */
   boxOf(slot) {
     const [x, y, width, height] = this.#boxOf(slot);
     return { x: x / this.#ratio, y: y / this.#ratio, width: width / this.#ratio, height: height / this.#ratio };
@@ -89,7 +88,7 @@ export class Field {
     return slot < this.#presence.slots ? slot : -1;
   }
 
-  // In device pixels, so that every gap is equally wide.
+  // In device pixels, so that all gaps are equally wide.
   #boxOf(slot) {
     const column = slot % this.columns;
     const row = Math.floor(slot / this.columns);
@@ -103,7 +102,7 @@ export class Field {
     return [x, y, nextX - x - gap, nextY - y - gap];
   }
 
-  // The field is as high as the style sheet says at least; it grows where even the smallest cells need more.
+  // The field has the minimum height of the style sheet, and grows if even the smallest cells need more.
   #resize() {
     const width = this.#element.clientWidth;
     const height = Number.parseFloat(getComputedStyle(this.#element).minHeight);
@@ -118,17 +117,17 @@ export class Field {
     return Math.floor((this.#width + size.gap) / size.width) * Math.floor((height + size.gap) / size.height);
   }
 
-  // The largest size of cell that has room for all; smaller ones at once, larger ones when it is worth it.
-  #arrange(anew) {
+  // Chooses the largest cell size that fits. Cells shrink at once, but grow only with a quarter of room to spare.
+  #arrange(force) {
     const height = this.#height;
     const needed = Math.max(1, this.#presence.slots);
     const fitting = SIZES.find((size) => this.#capacityOf(size, height) >= needed) ?? SIZES.at(-1);
     const growing = SIZES.indexOf(fitting) < SIZES.indexOf(this.#size);
-    if (anew || !growing || this.#capacityOf(fitting, height) >= needed * 1.25) this.#size = fitting;
+    if (force || !growing || this.#capacityOf(fitting, height) >= needed * 1.25) this.#size = fitting;
     const size = this.#size;
     this.columns = Math.max(1, Math.floor((this.#width + size.gap) / size.width));
     this.#rows = Math.max(Math.ceil(needed / this.columns), Math.floor((height + size.gap) / size.height));
-    // Cells with text share all the room there is; small ones stay whole pixels, or they would look uneven.
+    // Cells with text fill all the space; small cells keep whole pixels, because they would look uneven otherwise.
     this.#pitch = size.text
       ? { x: (this.#width + size.gap) / this.columns, y: Math.max(size.height, (height + size.gap) / this.#rows) }
       : { x: size.width, y: size.height };
@@ -154,37 +153,37 @@ export class Field {
     else if (devicePixelRatio !== this.#ratio) this.#resize();
     if (time - this.#painted < BETWEEN_PAINTS_MS) return;
     this.#painted = time;
-    // Who wants no motion sees ages in steps of a second.
+    // With reduced motion, ages change once a second.
     if (this.#calm.matches && time - this.#aged < 1000) return;
-    // The ages that stand in cells are text, and change by themselves.
+    // Ages that cells show as text change even if the look does not.
     const refresh = time - this.#aged >= 500;
     if (refresh) this.#aged = time;
-    const written = refresh && this.#size.age;
+    const rewrite = refresh && this.#size.age;
 
     const now = this.#now();
-    const heard = performance.now();
+    const pageTime = performance.now();
     const drawn = this.#drawn;
     for (let slot = 0; slot < drawn.length; slot++) {
-      const look = slot < presence.slots ? this.#lookOf(slot, now, heard) : 0;
-      if (look === drawn[slot] && !(written && look >= FIRST_SHADE && look < FIRST_GHOST)) continue;
+      const look = slot < presence.slots ? this.#lookOf(slot, now, pageTime) : 0;
+      if (look === drawn[slot] && !(rewrite && look >= FIRST_SHADE && look < FIRST_GHOST)) continue;
       drawn[slot] = look;
       this.#paint(slot, look, now);
     }
   }
 
-  #lookOf(slot, now, heard) {
+  #lookOf(slot, now, pageTime) {
     const presence = this.#presence;
     const moving = !this.#calm.matches;
     if (presence.state[slot] !== ONLINE) {
-      const since = heard - presence.goneAt[slot];
+      const since = pageTime - presence.goneAt[slot];
       const ghost = moving && presence.goneAt[slot] > 0 && since < GHOST_MS;
       return ghost ? FIRST_GHOST + Math.min(GHOST_STEPS - 1, Math.floor((since / GHOST_MS) * GHOST_STEPS)) : 0;
     }
-    const lit = heard - presence.litAt[slot];
-    if (moving && presence.litAt[slot] > 0 && lit < FLASH_MS) {
-      return FIRST_FLASH + Math.min(FLASH_STEPS - 1, Math.floor((lit / FLASH_MS) * FLASH_STEPS));
+    const since = pageTime - presence.updatedAt[slot];
+    if (moving && presence.updatedAt[slot] > 0 && since < FLASH_MS) {
+      return FIRST_FLASH + Math.min(FLASH_STEPS - 1, Math.floor((since / FLASH_MS) * FLASH_STEPS));
     }
-    const age = Math.min(1, Math.max(0, (now - presence.seenAt[slot]) / presence.span));
+    const age = Math.min(1, Math.max(0, (now - presence.seenAt[slot]) / presence.lifetimeMs));
     return FIRST_SHADE + Math.min(SHADES - 1, Math.floor(age * SHADES));
   }
 
@@ -194,7 +193,7 @@ export class Field {
     const paint = this.#paints[look];
     context.fillStyle = this.#ground;
     context.fillRect(x, y, width, height);
-    // Not colour alone: a cell also shrinks as it ages.
+    // A cell also shrinks as it ages, because colour alone must not carry the meaning.
     const inset = this.#size.text ? 0 : Math.round(paint.inset * Math.min(width, height));
     if (paint.outline) {
       const line = Math.max(1, Math.round(this.#ratio));
@@ -218,8 +217,8 @@ export class Field {
     context.fillStyle = paint.ink;
     context.textBaseline = "middle";
     context.font = `600 ${text}px ${this.#font}`;
-    const most = Math.floor((width - 2 * pad) / (text * 0.62));
-    const label = id.length <= most ? id : `…${id.slice(1 - most)}`;
+    const lengthMax = Math.floor((width - 2 * pad) / (text * 0.62));
+    const label = id.length <= lengthMax ? id : `…${id.slice(1 - lengthMax)}`;
     context.fillText(label, x + pad, this.#size.age ? middle - text * 0.5 : middle);
     if (!this.#size.age) return;
     context.font = `${text * 0.8}px ${this.#font}`;
@@ -227,13 +226,13 @@ export class Field {
     context.fillText(duration(age).replace("0.0 s", "0 s"), x + pad, middle + text * 0.65);
   }
 
-  // The colours are the style sheet's, so that dark, light and forced colours are decided in one place.
+  // Reads the colours from the style sheet, so that only it decides about dark, light and forced colours.
   #repaint() {
     const style = getComputedStyle(this.#element);
     const colour = (name) => rgb(style.getPropertyValue(name));
     const [ground, empty, fresh, middle, stale, flash, gone] =
       ["--ground", "--cell-empty", "--cell-fresh", "--cell-middle", "--cell-stale", "--cell-flash", "--cell-gone"].map(colour);
-    // One of black and white has a contrast of 4.5 at least with any colour.
+    // Against any colour, either black or white has a contrast of at least 4.5.
     const inks = [[255, 255, 255], [0, 0, 0]];
     this.#font = style.getPropertyValue("--mono");
     this.#ground = css(ground);
@@ -254,7 +253,7 @@ export class Field {
   #font = "monospace";
 }
 
-// `#rrggbb`, or a name of the system's, which only a canvas can tell.
+// Parses `#rrggbb` or a system colour, which only a canvas can resolve.
 function rgb(text) {
   const context = document.createElement("canvas").getContext("2d");
   context.fillStyle = text.trim();
@@ -263,9 +262,9 @@ function rgb(text) {
 }
 
 const css = ([red, green, blue]) => `rgb(${Math.round(red)} ${Math.round(green)} ${Math.round(blue)})`;
-const mix = (from, to, share) => from.map((part, at) => part + (to[at] - part) * share);
+const mix = (from, to, share) => from.map((part, index) => part + (to[index] - part) * share);
 
-// As WCAG 2 has it.
+// The contrast ratio of WCAG 2.
 function contrast(one, other) {
   const light = (colour) => {
     const [red, green, blue] = colour.map((part) => {

@@ -1,4 +1,4 @@
-// Numbers, ages and times as people read them.
+// Formats numbers, ages and times for people.
 
 const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const fine = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
@@ -6,7 +6,7 @@ const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFracti
 const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
 const day = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", year: "numeric" });
 
-/** What is not known is a dash, and never a zero. */
+/** An unknown value is a dash, never a zero. */
 export const UNKNOWN = "–";
 
 /** At most five digits: `0.4`, `12`, `3,481`, `1.2M`. */
@@ -36,7 +36,7 @@ export function ago(milliseconds) {
   return milliseconds < 1000 ? "just now" : `${duration(milliseconds / 1000)} ago`;
 }
 
-/** The local time of day, with the date where it is not today's. */
+/** The local time of day, with the date if it is not today. */
 export function timeOfDay(milliseconds, now = Date.now()) {
   const time = clock.format(milliseconds);
   return day.format(milliseconds) === day.format(now) ? time : `${day.format(milliseconds)}, ${time}`;

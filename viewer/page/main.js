@@ -1,7 +1,7 @@
-// The live page: puts its parts together, and says whether what it shows is true now.
-import { Browse } from "./field-input.js";
+// The live page: connects its parts, and shows whether its content is up to date.
+import { FieldInput } from "./field-input.js";
 import { Field } from "./field.js";
-import { Lately } from "./recent-changes.js";
+import { RecentChanges } from "./recent-changes.js";
 import { ObjectPanel } from "./object.js";
 import { Presence } from "./presence.js";
 import { Stats } from "./stats.js";
@@ -12,147 +12,161 @@ import { ago, duration, number, timeOfDay } from "./format.js";
 const element = (id) => document.getElementById(id);
 
 // Decision: docs/decisions/0057-when-does-the-page-say-live.md
-// Stream and numbers come by different requests. While numbers come, a stream that is silent for so long is made
-// anew if it still tries to connect, or is there and the viewer counts others than the page does: something in
-// between keeps it from us. One that broke with the numbers may take minutes to notice; the numbers know already.
+// The stream and the statistics use different requests. If statistics arrive but the stream has been silent for
+// this time, the page opens a new stream, provided that the old one is still connecting or the viewer counts other
+// objects than the page: a proxy may be holding the stream back.
 const SILENT_MS = 20_000;
+// The same, when statistics arrive again after an outage: the old stream may take minutes to notice the outage.
 const SILENT_AFTER_OUTAGE_MS = 5000;
-// Neither comes, but nothing has said that the stream is broken: it is taken to be.
+// If neither arrives for this time, the stream counts as broken.
 const BOTH_SILENT_MS = 8000;
+// Until then, a page without a connection shows "connecting".
 const SLOW_START_MS = 4000;
 
 const presence = new Presence();
-const heard = { stream: false, numbers: false };
-// Whether there are more objects than the page shows: the stream is about those that it shows only.
+// Whether the stream is connected, and whether the latest request for statistics succeeded.
+const receiving = { stream: false, stats: false };
+// Whether there are more objects than the page shows. The stream covers only the shown ones.
 let isLimited = false;
 let brokenAt = null;
 let everConnected = false;
 
-/** The viewer's time; it stands still at the moment that the stream broke, as what is shown is of then. */
+/** The viewer's time. It stands still while the stream is broken, because the shown objects do, too. */
 const now = () => brokenAt?.viewer ?? stats.clock.now();
 
 const feed = follow({
   open(limited) {
-    // What happened to an object that the stream was not about, only the viewer knows.
+    // The stream did not cover this object, so its changes must be fetched.
     if (isLimited) loadUnlisted();
     isLimited = limited;
-    hear("stream", true);
+    setReceiving("stream", true);
   },
-  lost: () => hear("stream", false),
+  lost: () => setReceiving("stream", false),
   change(kind, objects) {
     const time = performance.now();
-    if (!heard.stream) hear("stream", true);
+    if (!receiving.stream) setReceiving("stream", true);
     if (kind === "snapshot") {
       presence.replace(objects);
       panel.load();
-    } else if (kind === "listed") presence.see(objects, 0);
-    else if (kind === "gone") presence.remove(objects, time, now());
-    else presence.see(objects, time);
-    panel.note(kind, objects);
-    lately.note(kind, objects, now());
+    } else if (kind === "listed") presence.markSeen(objects, 0);
+    else if (kind === "gone") presence.markGone(objects, time, now());
+    else presence.markSeen(objects, time);
+    panel.apply(kind, objects);
+    recentChanges.add(kind, objects, now());
   },
 });
 
 const stats = new Stats({
   answer(answer) {
-    const back = !heard.numbers;
-    hear("numbers", true);
+    const isBack = !receiving.stats;
+    setReceiving("stats", true);
     showNotices(answer);
     tiles.draw();
     const differs = answer.online !== null && answer.online !== presence.online && !isLimited;
-    const doubtful = back ? feed.silence > SILENT_AFTER_OUTAGE_MS : feed.silence > SILENT_MS;
-    if (doubtful && (back || differs || !heard.stream)) feed.renew();
+    const isSilent = feed.silence > (isBack ? SILENT_AFTER_OUTAGE_MS : SILENT_MS);
+    if (isSilent && (isBack || differs || !receiving.stream)) feed.renew();
     if (isLimited) loadUnlisted();
   },
   failure() {
-    hear("numbers", false);
+    setReceiving("stats", false);
     tiles.draw();
   },
 });
 
 const tiles = new Tiles(element("tiles"), element("summary-rows"), () => stats.history);
 const field = new Field(element("field"), presence, now);
-const panel = new ObjectPanel(now, say, (id) => browse.mark(id));
-const browse = new Browse(element("field"), field, presence, now, (id) => panel.show(id));
-const lately = new Lately(element("lately"), (id) => panel.show(id));
-panel.showAddressed();
+const panel = new ObjectPanel(now, announce, (id) => fieldInput.mark(id));
+const fieldInput = new FieldInput(element("field"), field, presence, now, (id) => panel.show(id));
+const recentChanges = new RecentChanges(element("recent-changes"), (id) => panel.show(id));
+panel.showFromUrl();
 setInterval(tick, 250);
 tick();
 
-// ---------------------------------------------------------------------------- is it true now?
+// ---------------------------------------------------------------------------- connection state
 
-function hear(what, is, since = 0) {
-  const was = heard.stream;
-  heard[what] = is;
-  if (heard.stream) {
-    if (brokenAt && everConnected) say("Connected again.");
+/** Records whether `source` ("stream" or "stats") works; `silence` is for how many milliseconds it has not. */
+function setReceiving(source, isReceiving, silence = 0) {
+  const wasConnected = receiving.stream;
+  receiving[source] = isReceiving;
+  if (receiving.stream) {
+    if (brokenAt && everConnected) announce("Connected again.");
     brokenAt = null;
     everConnected = true;
-  } else if (was) {
-    brokenAt = { page: Date.now() - since, viewer: stats.clock.now() - since };
-    say(`No connection since ${timeOfDay(brokenAt.page)}. The last values stay.`);
+  } else if (wasConnected) {
+    brokenAt = { page: Date.now() - silence, viewer: stats.clock.now() - silence };
+    announce(`No connection since ${timeOfDay(brokenAt.page)}. The page keeps the last values.`);
   }
   showConnection();
 }
 
 function showConnection() {
-  const [state, words] = connection();
+  const [state, text] = connection();
   element("connection").dataset.state = state;
-  const place = element("connection-words");
-  if (place.textContent !== words) place.textContent = words;
-  document.body.classList.toggle("stream-lost", everConnected && !heard.stream);
-  document.body.classList.toggle("numbers-lost", !heard.numbers && stats?.history.length > 0);
+  const label = element("connection-text");
+  if (label.textContent !== text) label.textContent = text;
+  document.body.classList.toggle("stream-lost", everConnected && !receiving.stream);
+  document.body.classList.toggle("stats-lost", !receiving.stats && stats?.history.length > 0);
 }
 
 function connection() {
-  if (heard.stream) return heard.numbers || !stats.history.length ? ["live", "live"] : ["partly", `numbers of ${timeOfDay(stats.history.at(-1).at)}`];
+  if (receiving.stream) {
+    if (receiving.stats || !stats.history.length) return ["live", "live"];
+    return ["partly", `statistics of ${timeOfDay(stats.history.at(-1).at)}`];
+  }
   if (!everConnected) return performance.now() < SLOW_START_MS ? ["connecting", "connecting"] : ["broken", "no connection yet; trying again"];
   const since = duration((Date.now() - brokenAt.page) / 1000);
   return ["broken", `no connection since ${timeOfDay(brokenAt.page)} (${since}); trying again`];
 }
 
-// What the viewer itself cannot see is told apart from what we cannot.
+// Shows what the viewer reports as away; `showConnection` shows whether the viewer itself is away.
 function showNotices({ table, events, services }) {
-  const wrong = [["The table", table], ["The stream of changes", events], ...services.map(({ url, status }) => [`The numbers of ${url}`, status]), ...services.map(({ url, settings }) => [`The settings of ${url}`, settings ?? "ok"])]
+  const problems = [
+    ["The table", table],
+    ["Events", events],
+    ...services.map(({ url, status }) => [`The metrics of ${url}`, status]),
+    ...services.map(({ url, settings }) => [`The settings of ${url}`, settings ?? "ok"]),
+  ]
     .filter(([, status]) => status !== "ok")
-    .map(([what, status]) => `${what}: ${status}`);
-  const place = element("notices");
-  if (place.dataset.words === wrong.join("\n")) return;
-  place.dataset.words = wrong.join("\n");
-  place.hidden = wrong.length === 0;
-  place.firstElementChild.replaceChildren(...wrong.map((words) => Object.assign(document.createElement("li"), { textContent: words })));
-  if (wrong.length) say(wrong.join(". "));
+    .map(([subject, status]) => `${subject}: ${status}`);
+  const notices = element("notices");
+  if (notices.dataset.shown === problems.join("\n")) return;
+  notices.dataset.shown = problems.join("\n");
+  notices.hidden = problems.length === 0;
+  notices.firstElementChild.replaceChildren(...problems.map((text) => Object.assign(document.createElement("li"), { textContent: text })));
+  if (problems.length) announce(problems.join(". "));
 }
 
 // ---------------------------------------------------------------------------- the rest
 
-/** Asks for the object on show, if the stream is not about it. */
+/** Fetches the shown object if the stream does not cover it. */
 function loadUnlisted() {
   if (panel.id !== null && presence.slotOf(panel.id) < 0) panel.load();
 }
 
 function tick() {
-  if (heard.stream && !heard.numbers && feed.silence > BOTH_SILENT_MS) hear("stream", false, feed.silence);
+  const isSilent = !receiving.stats && feed.silence > BOTH_SILENT_MS;
+  if (receiving.stream && isSilent) setReceiving("stream", false, feed.silence);
   showConnection();
   showCount();
   panel.refresh();
-  lately.draw();
-  browse.refresh();
-  element("scale-end").textContent = `${duration(presence.span / 1000)} ago`;
-  element("numbers-when").textContent = heard.numbers || !stats.history.length
+  recentChanges.draw();
+  fieldInput.refresh();
+  element("scale-end").textContent = `${duration(presence.lifetimeMs / 1000)} ago`;
+  element("stats-period").textContent = receiving.stats || !stats.history.length
     ? "the last 5 minutes"
     : `until ${timeOfDay(stats.history.at(-1).at)}, ${ago(Date.now() - stats.history.at(-1).at)}`;
 }
 
 function showCount() {
   const count = isLimited ? Math.max(presence.online, stats.latest?.online ?? 0) : presence.online;
-  const words = everConnected ? number(count) : "–";
-  element("count").textContent = words;
-  document.title = everConnected ? `${words} online – Lastseen` : "Lastseen";
+  const text = everConnected ? number(count) : "–";
+  element("count").textContent = text;
+  document.title = everConnected ? `${text} online – Lastseen` : "Lastseen";
   document.querySelector(".field-empty").hidden = !everConnected || presence.online > 0;
-  element("field-rest").textContent = isLimited && count > presence.online ? `Shown are ${number(presence.online)} of them.` : "";
+  element("field-rest").textContent = isLimited && count > presence.online ? `The page shows ${number(presence.online)} of them.` : "";
 }
 
-function say(words) {
-  element("said").textContent = words;
+/** Makes a screen reader say the text. */
+function announce(text) {
+  element("announcement").textContent = text;
 }

@@ -1,40 +1,40 @@
-// One object: found by its id, followed while it is on show, with its recent sightings.
-import { fetchObject, readId } from "./api.js";
+// The panel that shows one object, follows its changes and lists its recent sightings.
+import { fetchObject, parseId } from "./api.js";
 import { ago, duration, preciseTimeOfDay } from "./format.js";
 
-const MOST_SIGHTINGS = 20;
+const SIGHTINGS_MAX = 20;
 
 const element = (id) => document.getElementById(id);
 
 export class ObjectPanel {
   #now;
-  #say;
-  #chosen;
+  #announce;
+  #onShow;
   #id = null;
   #seenAt = null;
   #sightings = [];
-  #state = "looking";
+  #state = "loading";
   #request = new AbortController();
 
   /**
-   * `say(words)` tells a screen reader; `chosen(id)` is called when another object is on show, with null
-   * for none.
+   * `announce(text)` makes a screen reader say the text. Calls `onShow(id)` when the panel shows another object, with
+   * null for none.
    */
-  constructor(now, say, chosen) {
+  constructor(now, announce, onShow) {
     this.#now = now;
-    this.#say = say;
-    this.#chosen = chosen;
+    this.#announce = announce;
+    this.#onShow = onShow;
     element("search").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#search();
     });
-    element("search-id").addEventListener("input", () => this.#complain(""));
+    element("search-id").addEventListener("input", () => this.#showError(""));
     element("object-close").addEventListener("click", () => {
       this.show(null);
       element("search-id").focus();
     });
-    // The address names the object, so that it can be passed on and survives a reload.
-    addEventListener("hashchange", () => this.showAddressed());
+    // The page's URL contains the object's id, so that it can be shared and survives a reload.
+    addEventListener("hashchange", () => this.showFromUrl());
   }
 
   get id() {
@@ -47,25 +47,25 @@ export class ObjectPanel {
     this.#id = id;
     this.#seenAt = null;
     this.#sightings = [];
-    this.#state = "looking";
+    this.#state = "loading";
     history.replaceState(null, "", id === null ? location.pathname : `#${id}`);
     element("object").hidden = id === null;
     element("object-none").hidden = id !== null;
     element("object-id").textContent = id ?? "";
     this.#drawSightings();
     this.refresh();
-    this.#chosen(id);
+    this.#onShow(id);
     this.load(true);
   }
 
-  /** Shows the object that the page's address names. */
-  showAddressed() {
-    const id = readId(location.hash.slice(1));
+  /** Shows the object whose id is in the page's URL. */
+  showFromUrl() {
+    const id = parseId(location.hash.slice(1));
     if (id !== null) this.show(id);
   }
 
-  /** Asks the viewer about the object on show; `aloud` tells the answer. */
-  async load(aloud = false) {
+  /** Fetches the shown object from the viewer. With `announce`, a screen reader says the result. */
+  async load(announce = false) {
     this.#request.abort();
     if (this.#id === null) return;
     const request = new AbortController();
@@ -74,7 +74,7 @@ export class ObjectPanel {
       const object = await fetchObject(this.#id, request.signal);
       if (request.signal.aborted) return;
       if (object) {
-        // What came by the stream meanwhile may be newer than the answer.
+        // Changes that the stream sent meanwhile may be newer than the response.
         this.#sightings = merge(object.sightings, this.#sightings);
         this.#seenAt = Math.max(object.at, this.#seenAt ?? object.at);
         this.#state = "online";
@@ -83,15 +83,15 @@ export class ObjectPanel {
       }
     } catch {
       if (request.signal.aborted) return;
-      if (this.#state === "looking") this.#state = "unknown";
+      if (this.#state === "loading") this.#state = "unknown";
     }
     this.#drawSightings();
     this.refresh();
-    if (aloud) this.#say(`Object ${this.#id}: ${this.#words()}`);
+    if (announce) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
   }
 
-  /** Notes what the stream says about the object on show. */
-  note(kind, objects) {
+  /** Applies a change of the stream to the shown object. */
+  apply(kind, objects) {
     if (this.#id === null || kind === "snapshot") return;
     const object = objects.find(({ id }) => id === this.#id);
     if (!object) return;
@@ -101,24 +101,24 @@ export class ObjectPanel {
     if (kind !== "gone") this.#sightings = merge([object.at], this.#sightings);
     this.#drawSightings();
     this.refresh();
-    if (before !== this.#state) this.#say(`Object ${this.#id}: ${this.#words()}`);
+    if (before !== this.#state) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
   }
 
-  /** Brings the age up to date. */
+  /** Updates the age. */
   refresh() {
     if (this.#id === null) return;
     const state = element("object-state");
-    const words = this.#words();
-    if (state.textContent !== words) state.textContent = words;
+    const text = this.#stateText();
+    if (state.textContent !== text) state.textContent = text;
     state.dataset.state = this.#state;
   }
 
-  #words() {
+  #stateText() {
     const age = this.#seenAt === null ? 0 : Math.max(0, this.#now() - this.#seenAt);
     return {
-      looking: "asking …",
-      unknown: "The viewer does not answer. It is asked again when it is back.",
-      absent: "Not online: never seen, or not for a while. When it is seen, it shows here.",
+      loading: "loading …",
+      unknown: "The viewer does not answer. The page tries again when it is back.",
+      absent: "Not online: never seen, or not recently. If it is seen, it appears here.",
       online: `Online, seen ${ago(age)}`,
       gone: `Gone, last seen ${ago(age)}`,
     }[this.#state];
@@ -134,27 +134,27 @@ export class ObjectPanel {
   }
 
   #search() {
-    const id = readId(element("search-id").value);
+    const id = parseId(element("search-id").value);
     if (id === null) {
-      this.#complain("An id is a whole number of 64 bits, such as 42.");
+      this.#showError("An id is a 64-bit integer, such as 42.");
       return;
     }
-    this.#complain("");
+    this.#showError("");
     if (id === this.#id) this.load(true);
     else this.show(id);
   }
 
-  #complain(words) {
-    element("search-wrong").textContent = words;
-    element("search-id").setAttribute("aria-invalid", String(words !== ""));
-    if (words) this.#say(words);
+  #showError(text) {
+    element("search-error").textContent = text;
+    element("search-id").setAttribute("aria-invalid", String(text !== ""));
+    if (text) this.#announce(text);
   }
 
 }
 
-// Newest first, each once.
+// Merges two lists without duplicates, newest first.
 function merge(some, others) {
-  return [...new Set([...some, ...others])].sort((a, b) => b - a).slice(0, MOST_SIGHTINGS);
+  return [...new Set([...some, ...others])].sort((a, b) => b - a).slice(0, SIGHTINGS_MAX);
 }
 
 function row(...cells) {

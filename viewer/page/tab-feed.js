@@ -1,4 +1,4 @@
-// The stream of changes as a tab gets it: shared with the other tabs where the browser can do that.
+// The stream of changes in a tab, shared with other tabs if the browser supports SharedWorker.
 import { Feed } from "./feed.js";
 import { address } from "./api.js";
 
@@ -10,8 +10,8 @@ export function follow(on) {
 class TabFeed {
   #on;
   #port;
-  #heardAt = performance.now();
-  /** The stream of this tab alone, if the worker cannot be started. */
+  #lastActivity = performance.now();
+  /** A stream for this tab alone, if the worker cannot start. */
   #own = null;
 
   constructor(on) {
@@ -19,26 +19,26 @@ class TabFeed {
     const worker = new SharedWorker(address("page/shared-feed.js"), { type: "module" });
     worker.onerror = () => (this.#own ??= new Feed(on));
     this.#port = worker.port;
-    this.#port.onmessage = ({ data }) => this.#take(data);
+    this.#port.onmessage = ({ data }) => this.#receive(data);
     this.#port.postMessage("join");
-    // A tab that is left may come back as it was, from the browser's cache.
+    // The browser may restore a tab that was left from its back/forward cache.
     addEventListener("pagehide", () => this.#port.postMessage("leave"));
     addEventListener("pageshow", (event) => event.persisted && this.#port.postMessage("join"));
   }
 
   renew() {
-    this.#heardAt = performance.now();
+    this.#lastActivity = performance.now();
     if (this.#own) this.#own.renew();
     else this.#port.postMessage("renew");
   }
 
   get silence() {
-    return this.#own ? this.#own.silence : performance.now() - this.#heardAt;
+    return this.#own ? this.#own.silence : performance.now() - this.#lastActivity;
   }
 
-  #take([what, ...values]) {
-    this.#heardAt = performance.now();
-    if (what === "silent") this.#heardAt -= values[0];
-    else this.#on[what](...values);
+  #receive([name, ...values]) {
+    this.#lastActivity = performance.now();
+    if (name === "silent") this.#lastActivity -= values[0];
+    else this.#on[name](...values);
   }
 }

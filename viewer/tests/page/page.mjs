@@ -1,11 +1,11 @@
-// The live page in a real Chromium, on a real Lastseen. Run by scripts/test-page.
+// Tests the live page in Chromium, with a running Lastseen. scripts/test-page runs this file.
 import assert from "node:assert/strict";
 import { tests as presence } from "./presence.mjs";
-import { axe, says, until, World } from "./world.mjs";
+import { axe, showsText, until, World } from "./world.mjs";
 
 const on = (page) => ({
   count: page.locator("#count"),
-  connection: page.locator("#connection-words"),
+  connection: page.locator("#connection-text"),
   state: page.locator("#object-state"),
   field: page.getByRole("listbox", { name: "Objects online" }),
   option: page.getByRole("option"),
@@ -19,82 +19,82 @@ const tile = (page, title) =>
 const tests = {
   ...presence,
 
-  async "the page shows an object that was posted to the callback, and loses it after its TTL"(world) {
+  async "a posted object appears and disappears after its TTL"(world) {
     const { page } = await world.open();
     const { count, connection, state, id, show } = on(page);
-    await says(connection, /^live$/);
-    await says(count, /^0$/);
+    await showsText(connection, /^live$/);
+    await showsText(count, /^0$/);
     await id.fill("2");
     await show.click();
-    await says(state, /^Not online/);
+    await showsText(state, /^Not online/);
 
     await world.post("2", "3");
-    await says(state, /^Online, seen/);
-    await says(count, /^1$/);
+    await showsText(state, /^Online, seen/);
+    await showsText(count, /^1$/);
     assert.equal(await page.getByRole("region", { name: "Recent sightings" }).locator("tbody tr").count(), 1);
 
-    await says(state, /^Gone, last seen/);
-    // By this change, and not by the snapshot that the page asks for when it has missed one.
-    await says(count, /^0$/, 5000);
+    await showsText(state, /^Gone, last seen/);
+    // Within a time in which only the change itself can do this, not the snapshot after a missed change.
+    await showsText(count, /^0$/, 5000);
   },
 
-  async "the page survives a restart of the viewer, and keeps its last values meanwhile"(world) {
+  async "during a viewer restart the page keeps its last values"(world) {
     const { page } = await world.open();
     const { count, connection, state, id, show } = on(page);
     await id.fill("4");
     await show.click();
     await world.post("4");
-    await says(state, /^Online, seen/);
-    await says(count, /^1$/);
+    await showsText(state, /^Online, seen/);
+    await showsText(count, /^1$/);
 
     await world.kill();
-    await says(connection, /^no connection since \d\d:\d\d:\d\d \([1-9]\d* s\)/);
+    await showsText(connection, /^no connection since \d\d:\d\d:\d\d \([1-9]\d* s\)/);
     assert.equal((await count.textContent()).trim(), "1");
     assert.match(await state.textContent(), /^Online/);
 
     await page.evaluate(() => (window.sameDocument = true));
     await world.boot();
-    await says(connection, /^live$/);
-    await says(count, /^0$/);
-    await says(state, /^(Gone|Not online)/);
+    await showsText(connection, /^live$/);
+    await showsText(count, /^0$/);
+    await showsText(state, /^(Gone|Not online)/);
     await world.post("4");
-    await says(state, /^Online, seen/);
-    assert.ok(await page.evaluate(() => window.sameDocument), "it was not loaded anew");
+    await showsText(state, /^Online, seen/);
+    assert.ok(await page.evaluate(() => window.sameDocument), "the page was reloaded");
   },
 
-  async "a stream that was refused is asked for again, which the browser does not do by itself"(world) {
+  async "a rejected stream is retried, which browsers do not do"(world) {
     const proxy = await world.proxy();
     proxy.stream = "refuse";
     const { page } = await world.open({}, proxy.url);
     const { connection } = on(page);
-    await says(connection, /^no connection yet/);
+    await showsText(connection, /^no connection yet/);
     proxy.stream = "pass";
-    await says(connection, /^live$/);
+    await showsText(connection, /^live$/);
   },
 
   // Field case 7.1
-  async "under a path of a proxy everything loads, and the page is live"(world) {
+  async "behind a proxy with a path everything loads"(world) {
     const proxy = await world.proxy();
-    const { page, complaints } = await world.open({}, proxy.url);
+    const { page, consoleErrors } = await world.open({}, proxy.url);
     const { connection, state, id, show } = on(page);
-    await says(connection, /^live$/);
+    await showsText(connection, /^live$/);
     await id.fill("2");
     await show.click();
     await world.post("2");
-    await says(state, /^Online, seen/);
-    await page.getByRole("link", { name: "the HTTP interface" }).click();
+    await showsText(state, /^Online, seen/);
+    await page.getByRole("link", { name: "the HTTP API" }).click();
     await page.getByRole("heading", { name: "GET /events" }).waitFor();
     assert.equal(await page.evaluate("document.styleSheets.length"), 1);
     await page.getByRole("link", { name: "the live page" }).click();
-    await says(on(page).connection, /^live$/);
+    await showsText(on(page).connection, /^live$/);
     const description = await (await page.request.get(new URL("openapi.json", proxy.url).href)).json();
     assert.equal(new URL(description.servers[0].url, new URL("openapi.json", proxy.url)).href, proxy.url);
     assert.deepEqual(proxy.notFound.filter((path) => !path.endsWith("/objects/2")), []);
-    assert.deepEqual(complaints.filter((text) => !text.includes("404")), []);
+    assert.deepEqual(consoleErrors.filter((text) => !text.includes("404")), []);
   },
 
   // Field case 7.2
-  async "seven tabs share one stream, and all of them are live"(world) {
+  async "seven tabs share one stream and are all live"(world) {
     const proxy = await world.proxy();
     const { page } = await world.open({}, proxy.url);
     const pages = [page];
@@ -103,37 +103,37 @@ const tests = {
       await tab.goto(proxy.url);
       pages.push(tab);
     }
-    for (const tab of pages) await says(on(tab).connection, /^live$/);
+    for (const tab of pages) await showsText(on(tab).connection, /^live$/);
     assert.equal(proxy.streams, 1);
     const { id, show, state } = on(pages[6]);
     await id.fill("2");
     await show.click();
     await world.post("2");
-    await says(state, /^Online, seen/);
-    for (const tab of pages) await says(on(tab).count, /^1$/);
-    // The first tab is not the one that keeps the stream.
+    await showsText(state, /^Online, seen/);
+    for (const tab of pages) await showsText(on(tab).count, /^1$/);
+    // Closing the first tab must not end the stream.
     await pages[0].close();
-    await says(state, /^Gone/);
+    await showsText(state, /^Gone/);
   },
 
   // Field case 2.2
-  async "of more objects than it shows, the page counts all and follows the one that is chosen"(world) {
+  async "above its limit the page counts all and follows the chosen one"(world) {
     const proxy = await world.proxy();
     proxy.limit = 2;
     const posting = setInterval(() => world.post("2", "4", "6", "8").catch(() => {}), 500);
     const { page } = await world.open({}, proxy.url);
     const { count, state, id, show } = on(page);
     try {
-      await says(count, /^4$/);
-      await says(page.locator("#field-rest"), /^Shown are 2 of them/);
+      await showsText(count, /^4$/);
+      await showsText(page.locator("#field-rest"), /^The page shows 2 of them/);
       await id.fill("8");
       await show.click();
-      await says(state, /^Online, seen/);
+      await showsText(state, /^Online, seen/);
     } finally {
       clearInterval(posting);
     }
-    await says(state, /^Gone, last seen/);
-    await says(count, /^0$/);
+    await showsText(state, /^Gone, last seen/);
+    await showsText(count, /^0$/);
   },
 
   // Field case 7.3
@@ -143,17 +143,17 @@ const tests = {
     const { page } = await world.open({}, proxy.url);
     const { connection, count } = on(page);
     await until("the stream is open", () => proxy.streams === 1);
-    await says(connection, /^no connection yet/);
+    await showsText(connection, /^no connection yet/);
     proxy.begin();
     await page.waitForTimeout(500);
     assert.match(await connection.textContent(), /^no connection yet/);
     assert.equal(await count.textContent(), "–");
     proxy.release();
-    await says(connection, /^live$/);
-    await says(count, /^\d+$/);
+    await showsText(connection, /^live$/);
+    await showsText(count, /^\d+$/);
   },
 
-  async "the cells can be walked through and chosen by keyboard"(world) {
+  async "the keyboard moves between cells and chooses one"(world) {
     const { page } = await world.open();
     const { count, field, option } = on(page);
     await until("both are online at once", async () => {
@@ -163,26 +163,26 @@ const tests = {
     });
     await field.focus();
     await page.keyboard.press("Home");
-    await says(option, /^Object \d, seen/);
+    await showsText(option, /^Object \d, seen/);
     const first = await option.textContent();
     await page.keyboard.press("ArrowRight");
     await until("another has the focus", async () => (await option.textContent()).slice(0, 8) !== first.slice(0, 8));
     const other = (await option.textContent()).match(/^Object (\d)/)[1];
     await page.keyboard.press("Enter");
-    await says(page.locator("#object-id"), new RegExp(`^${other}$`));
+    await showsText(page.locator("#object-id"), new RegExp(`^${other}$`));
   },
 
-  async "an id of more than 53 bits is shown to its last digit"(world) {
+  async "an id of more than 53 bits is shown exactly"(world) {
     const { page } = await world.open();
     const { state, id, show } = on(page);
     await id.fill("9007199254740994");
     await show.click();
     await world.post("9007199254740994", "9007199254740992");
-    await says(state, /^Online, seen/);
-    await says(page.locator("#lately"), /9007199254740992/);
+    await showsText(state, /^Online, seen/);
+    await showsText(page.locator("#recent-changes"), /9007199254740992/);
   },
 
-  async "the numbers of the pipeline arrive"(world) {
+  async "the pipeline's statistics arrive"(world) {
     const { page } = await world.open();
     for (const title of ["Callbacks", "Lookups"]) {
       await until(`${title} are counted`, async () => {
@@ -193,7 +193,7 @@ const tests = {
     }
   },
 
-  async "dead letters come with the words to send them back, and what is not known is a dash"(world) {
+  async "dead letters show commands and unknown values a dash"(world) {
     const { page } = await world.open();
     const answer = async (change) =>
       page.route("**/stats", async (route) => {
@@ -201,49 +201,49 @@ const tests = {
         await route.fulfill({ response, json: { ...(await response.json()), ...change } });
       });
     await answer({ dead_letters: 3, queue_messages: null });
-    await says(tile(page, "Dead letters"), /^3$/);
-    await says(tile(page, "Queue"), /^–$/);
+    await showsText(tile(page, "Dead letters"), /^3$/);
+    await showsText(tile(page, "Queue"), /^–$/);
     const commands = await page.locator("#tiles code").allTextContents();
     assert.deepEqual(commands, ["lastseen dead-letters list", "lastseen dead-letters redrive --all"]);
     await answer({ dead_letters: 0, queue_messages: 12 });
-    await says(tile(page, "Dead letters"), /^0$/);
-    await says(tile(page, "Queue"), /^12$/);
+    await showsText(tile(page, "Dead letters"), /^0$/);
+    await showsText(tile(page, "Queue"), /^12$/);
     assert.equal(await page.locator("#tiles code").count(), 0);
   },
 
-  async "the policy against foreign scripts forbids nothing that the page does"(world) {
-    const { page, complaints } = await world.open();
-    await says(on(page).connection, /^live$/);
+  async "the content security policy blocks nothing of the page"(world) {
+    const { page, consoleErrors } = await world.open();
+    await showsText(on(page).connection, /^live$/);
     const policy = (await page.request.get(world.url)).headers()["content-security-policy"];
     assert.match(policy, /default-src 'self'/);
-    assert.deepEqual(complaints, []);
+    assert.deepEqual(consoleErrors, []);
   },
 
-  async "axe finds nothing, in dark and light, on a desk and on a phone"(world) {
+  async "axe finds no problem in dark and light, on desktop and phone"(world) {
     const source = await axe();
     for (const colorScheme of ["dark", "light"]) {
       for (const width of [1280, 360]) {
         const { page } = await world.open({ colorScheme, viewport: { width, height: 740 }, bypassCSP: true });
-        await says(on(page).connection, /^live$/);
+        await showsText(on(page).connection, /^live$/);
         await world.post("12");
         await page.locator("summary").click();
         await page.evaluate(source);
         const { violations } = await page.evaluate("axe.run()");
         assert.deepEqual(violations.map(({ id, nodes }) => `${id}: ${nodes.map(({ html }) => html).join()}`), []);
         const overflow = await page.evaluate("document.documentElement.scrollWidth - innerWidth");
-        assert.ok(overflow <= 0, `it is ${overflow} pixels wider than a window of ${width}`);
+        assert.ok(overflow <= 0, `the page is ${overflow} pixels wider than a window of ${width}`);
       }
     }
   },
 };
 
-// The lines of cargo's own test runner, which scripts/test counts.
-const only = process.argv[2] ?? "";
+// Prints lines like cargo's test runner, which scripts/test counts.
+const filter = process.argv[2] ?? "";
 const world = await World.start();
 let passed = 0;
 let failed = 0;
 try {
-  for (const [name, test] of Object.entries(tests).filter(([name]) => name.includes(only))) {
+  for (const [name, test] of Object.entries(tests).filter(([name]) => name.includes(filter))) {
     try {
       await test(world);
       passed += 1;
@@ -254,7 +254,7 @@ try {
     }
     await world.closePages();
   }
-  if (failed > 0) console.log(`the log of lastseen ends with\n${(await world.log()).split("\n").slice(-30).join("\n")}`);
+  if (failed > 0) console.log(`last lines of the log of lastseen:\n${(await world.log()).split("\n").slice(-30).join("\n")}`);
 } finally {
   await world.end();
 }

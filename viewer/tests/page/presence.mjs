@@ -1,10 +1,10 @@
-// Who is online, as the page keeps it: presence.js, run where it belongs.
+// Tests presence.js in the browser.
 import assert from "node:assert/strict";
 
-const inPage = async (world, what) => (await world.open()).page.evaluate(what);
+const inPage = async (world, script) => (await world.open()).page.evaluate(script);
 
 export const tests = {
-  async "who comes, goes and comes back is kept as a map would keep it"(world) {
+  async "presence behaves like a map when objects come and go"(world) {
     const wrong = await inPage(world, async () => {
       const { Presence, ONLINE } = await import("/page/presence.js");
       const presence = new Presence();
@@ -15,17 +15,17 @@ export const tests = {
         return seed % below;
       };
       for (let step = 1; step <= 30_000; step++) {
-        // Few, then many, then few: it grows, takes slots again and is pulled together.
+        // Few ids, then many, then few: the field grows, reuses slots and is compacted.
         const id = String(random(step < 10_000 ? 300 : step < 20_000 ? 9000 : 30));
         const some = [...map.keys()][random(map.size || 1)];
         if (step % 5000 === 0) {
           for (const left of [...map.keys()].filter(() => random(10) === 0)) map.delete(left);
           presence.replace([...map].map(([id, at]) => ({ id, at })));
         } else if (random(5) < (step < 20_000 ? 3 : 1)) {
-          presence.see([{ id, at: step }], step);
+          presence.markSeen([{ id, at: step }], step);
           map.set(id, step);
         } else if (some !== undefined) {
-          presence.remove([{ id: some, at: map.get(some) }], step, step + 30_000);
+          presence.markGone([{ id: some, at: map.get(some) }], step, step + 30_000);
           map.delete(some);
         }
         if (step % 100) continue;
@@ -42,47 +42,47 @@ export const tests = {
     assert.equal(wrong, "");
   },
 
-  async "an object that comes back has its cell again, and nobody else is moved"(world) {
+  async "a returning object gets its old cell and no other moves"(world) {
     const [before, after, others] = await inPage(world, async () => {
       const { Presence } = await import("/page/presence.js");
       const presence = new Presence();
       const ids = Array.from({ length: 50 }, (_, id) => String(id));
       const slots = () => ids.map((id) => presence.slotOf(id));
-      presence.see(ids.map((id) => ({ id, at: 1 })), 1);
+      presence.markSeen(ids.map((id) => ({ id, at: 1 })), 1);
       const before = slots();
-      presence.remove([{ id: "7", at: 1 }, { id: "9", at: 1 }], 2, 2);
-      presence.see([{ id: "500", at: 3 }, { id: "9", at: 3 }, { id: "7", at: 3 }], 3);
+      presence.markGone([{ id: "7", at: 1 }, { id: "9", at: 1 }], 2, 2);
+      presence.markSeen([{ id: "500", at: 3 }, { id: "9", at: 3 }, { id: "7", at: 3 }], 3);
       return [before, slots(), presence.slotOf("500")];
     });
     assert.deepEqual(after, before);
     assert.ok(!before.includes(others));
   },
 
-  async "of more than 20,000 objects it keeps 20,000, and others as soon as there is room"(world) {
-    const [most, room] = await inPage(world, async () => {
+  async "it keeps at most 20,000 objects and reuses free slots"(world) {
+    const [kept, isReused] = await inPage(world, async () => {
       const { Presence } = await import("/page/presence.js");
       const presence = new Presence();
       presence.replace(Array.from({ length: 25_000 }, (_, id) => ({ id: String(id), at: 1 })));
-      const most = presence.online;
-      presence.remove([{ id: "5", at: 1 }], 2, 2);
-      presence.see([{ id: "24999", at: 3 }], 3);
-      return [most, presence.slotOf("24999") >= 0 && presence.online === most];
+      const kept = presence.online;
+      presence.markGone([{ id: "5", at: 1 }], 2, 2);
+      presence.markSeen([{ id: "24999", at: 3 }], 3);
+      return [kept, presence.slotOf("24999") >= 0 && presence.online === kept];
     });
-    assert.equal(most, 20_000);
-    assert.ok(room);
+    assert.equal(kept, 20_000);
+    assert.ok(isReused);
   },
 
-  async "what a fade ends at is learnt from the ages at which objects go"(world) {
-    const spans = await inPage(world, async () => {
+  async "the lifetime is learnt from the ages at which objects go"(world) {
+    const lifetimes = await inPage(world, async () => {
       const { Presence } = await import("/page/presence.js");
       const presence = new Presence();
-      const spans = [presence.span];
+      const lifetimes = [presence.lifetimeMs];
       for (const age of [3100, 5900, 4000, 3500, 600_000, 3200]) {
-        presence.see([{ id: "1", at: 0 }], 1);
-        presence.remove([{ id: "1", at: 0 }], 1, age);
+        presence.markSeen([{ id: "1", at: 0 }], 1);
+        presence.markGone([{ id: "1", at: 0 }], 1, age);
       }
-      return [...spans, presence.span];
+      return [...lifetimes, presence.lifetimeMs];
     });
-    assert.deepEqual(spans, [30_000, 3000]);
+    assert.deepEqual(lifetimes, [30_000, 3000]);
   },
 };

@@ -1,4 +1,4 @@
-// A Lastseen of our own, a browser, and how to wait for what the page says.
+// Starts a Lastseen and a browser for the tests, and waits for what the page shows.
 import { spawn } from "node:child_process";
 import { once } from "node:events";
 import { mkdtemp, readFile, rm } from "node:fs/promises";
@@ -13,10 +13,10 @@ const { LASTSEEN, CHROMIUM, NODE_PACKAGES } = process.env;
 const require = createRequire(join(NODE_PACKAGES, "/"));
 const { chromium } = require("playwright-core");
 
-// How long anything may take that a test waits for.
+// The deadline of each wait.
 const DEADLINE_MS = 30_000;
 
-// A short life, and a status API that does not take its time.
+// Objects expire soon, and the status API answers fast.
 const SETTINGS = {
   OBJECT_TTL: "3s",
   ROUTINE_INTERVAL: "500ms",
@@ -26,7 +26,7 @@ const SETTINGS = {
   TESTER_ADDR: "127.0.0.1:0",
 };
 
-/** All roles in one process on files, the viewer with them, and no partner but the test. */
+/** All roles in one process on files, without the simulated partner: only the tests post callbacks. */
 export class World {
   proxies = [];
 
@@ -37,7 +37,7 @@ export class World {
     await world.boot();
     world.browser = await chromium.launch({
       executablePath: CHROMIUM,
-      // Chromium's sandbox refuses to be root's.
+      // Chromium refuses to run its sandbox as root.
       args: process.getuid() === 0 ? ["--no-sandbox"] : [],
     });
     return world;
@@ -71,7 +71,7 @@ export class World {
     await this.exited;
   }
 
-  /** Posts a callback about these ids, which are text, as a JavaScript number does not hold them all. */
+  /** Posts a callback with these ids. They are strings, because a JavaScript number cannot hold all ids. */
   async post(...ids) {
     const response = await fetch(`http://127.0.0.1:${this.producerPort}/callback`, {
       method: "POST",
@@ -81,19 +81,19 @@ export class World {
     if (response.status !== 200) throw new Error(`the callback was answered ${response.status}`);
   }
 
-  /** The page in a window of its own; `complaints` is what the browser said about it. */
+  /** Opens the page in a new window; `consoleErrors` collects its errors. */
   async open(settings = {}, url = this.url) {
     const context = await this.browser.newContext({ viewport: { width: 1280, height: 800 }, ...settings });
     const page = await context.newPage();
     page.setDefaultTimeout(DEADLINE_MS);
-    const complaints = [];
-    page.on("pageerror", (error) => complaints.push(error.message));
-    page.on("console", (message) => message.type() === "error" && complaints.push(message.text()));
+    const consoleErrors = [];
+    page.on("pageerror", (error) => consoleErrors.push(error.message));
+    page.on("console", (message) => message.type() === "error" && consoleErrors.push(message.text()));
     await page.goto(url);
-    return { page, complaints };
+    return { page, consoleErrors };
   }
 
-  /** A proxy before the viewer, with the viewer under `/presence/`; it ends with the pages. */
+  /** Starts a proxy that serves the viewer under `/presence/`. It ends when the pages are closed. */
   async proxy() {
     const proxy = await PathProxy.start(this.viewerPort);
     this.proxies.push(proxy);
@@ -116,20 +116,20 @@ export class World {
   }
 }
 
-/** Passes requests under `/presence/` on without that prefix, and answers 404 to all others. */
+/** Forwards requests under `/presence/` without that prefix, and answers 404 to all others. */
 class PathProxy {
-  /** What happens to the stream: it is passed on, refused, or held back after its head. */
+  /** What happens to the stream: "pass" forwards it, "refuse" answers 503, "hold" holds it back after its head. */
   stream = "pass";
-  /** How many objects the stream is limited to, instead of as many as the page asks for. */
+  /** Limit of the stream, instead of the page's own. */
   limit = null;
-  /** The paths that were answered 404, and the number of streams that are open. */
+  /** The paths that were answered 404, and the number of open streams. */
   notFound = [];
   streams = 0;
   #held = [];
 
   static async start(port) {
     const proxy = new PathProxy();
-    proxy.server = createHttpServer((incoming, outgoing) => proxy.#pass(incoming, outgoing, port)).listen(0, "127.0.0.1");
+    proxy.server = createHttpServer((incoming, outgoing) => proxy.#forward(incoming, outgoing, port)).listen(0, "127.0.0.1");
     await once(proxy.server, "listening");
     return proxy;
   }
@@ -144,7 +144,7 @@ class PathProxy {
     for (const { outgoing } of this.#held) outgoing.write(`event: snapshot\ndata: ${JSON.stringify(part)}\n\n`);
   }
 
-  /** Passes on what was held back, and from now on everything. */
+  /** Forwards streams that were held back, and all later ones. */
   release() {
     this.stream = "pass";
     for (const { pass } of this.#held.splice(0)) pass();
@@ -155,7 +155,7 @@ class PathProxy {
     this.server.closeAllConnections();
   }
 
-  #pass(incoming, outgoing, port) {
+  #forward(incoming, outgoing, port) {
     const isStream = incoming.url.startsWith("/presence/events");
     if (!incoming.url.startsWith("/presence/")) {
       this.notFound.push(incoming.url);
@@ -181,36 +181,36 @@ class PathProxy {
   }
 }
 
-/** Waits until `holds` gives true; what it throws meanwhile is its reason for "not yet". */
-export async function until(what, holds, within = DEADLINE_MS) {
+/** Waits until `condition` returns true; the error message includes what it last threw. */
+export async function until(description, condition, within = DEADLINE_MS) {
   const deadline = Date.now() + within;
-  let why = "";
+  let reason = "";
   while (Date.now() < deadline) {
     try {
-      if (await holds()) return;
-      why = "";
+      if (await condition()) return;
+      reason = "";
     } catch (error) {
-      why = `: ${error.message}`;
+      reason = `: ${error.message}`;
     }
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
-  throw new Error(`waited in vain until ${what}${why}`);
+  throw new Error(`timed out waiting until ${description}${reason}`);
 }
 
-/** Waits until the element's text is so. */
-export async function says(locator, pattern, within = DEADLINE_MS) {
+/** Waits until the element's text matches the pattern. */
+export async function showsText(locator, pattern, within = DEADLINE_MS) {
   let text = "";
-  await until(`the page says ${pattern}`, async () => {
+  await until(`the text matches ${pattern}`, async () => {
     text = (await locator.textContent()).trim();
     return pattern.test(text);
   }, within).catch((error) => {
-    throw new Error(`${error.message}; it says "${text}"`);
+    throw new Error(`${error.message}; the text is "${text}"`);
   });
 }
 
 export const axe = () => readFile(require.resolve("axe-core/axe.min.js"), "utf8");
 
-// Held all at once, so that they differ.
+// Opens all ports at once, so that they differ.
 async function freePorts(count) {
   const servers = Array.from({ length: count }, () => createServer().listen(0, "127.0.0.1"));
   await Promise.all(servers.map((server) => once(server, "listening")));
