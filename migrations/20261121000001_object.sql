@@ -1,9 +1,9 @@
--- The Go services may have created the table before: then it stays as it is.
+-- The Go services may have created the table; then it stays unchanged.
 --
--- There is no index on last_seen on purpose: every upsert changes that column, and an index on it
--- would end HOT updates, which cost nothing but the heap page. fillfactor leaves the room on each
--- page that HOT updates need, and the table is vacuumed by a small share of it because all of its
--- rows are rewritten again and again.
+-- There is deliberately no index on last_seen: every upsert changes that column, and an index on it
+-- would prevent HOT updates, which write only the heap page. fillfactor reserves the space on each
+-- page that HOT updates need. Vacuum starts after a small share of changed rows, because all rows
+-- are rewritten again and again.
 -- Decision: docs/decisions/0041-why-is-there-no-index-on-last-seen.md
 CREATE TABLE IF NOT EXISTS object (
     id bigint PRIMARY KEY,

@@ -342,11 +342,11 @@ async fn delete_by_halving(
 ) -> Result<(), StoreError> {
     let mut not_deleted = Vec::new();
     loop {
-        let ids = table.store.stale(oldest, batch_max, &not_deleted).await?;
+        let ids = table.store.list_stale(oldest, batch_max, &not_deleted).await?;
         let is_last = ids.len() < batch_max as usize;
         let mut batches = vec![ids];
         while let Some(ids) = batches.pop().filter(|ids| !ids.is_empty()) {
-            match table.store.delete_these(oldest, &ids).await {
+            match table.store.delete_stale_among(oldest, &ids).await {
                 Ok(rows) => *deleted += table.announce(&rows),
                 Err(error) => {
                     table.leave_gap_after(&error);

@@ -1,4 +1,4 @@
-//! Which database, and as whom.
+//! The settings of the database connection.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,50 +12,52 @@ use tokio::sync::watch;
 use crate::sqlite::Table;
 use crate::{StoreError, StoreStatus, TimeZone};
 
-// The contract's defaults.
+// The defaults of `POSTGRES_*`.
 const HOST: &str = "localhost";
 const PORT: u16 = 5432;
 const USER: &str = "postgres";
 const PASSWORD: &str = "";
 const DB: &str = "postgres";
 
-/// The database's settings: the contract's `POSTGRES_*`, or one URL instead of all of them. Clones
-/// of one that names a file share the opened file.
+/// The settings of the database: `POSTGRES_*`, or one URL instead of all of them. If it is a file,
+/// clones of a value share the opened file.
 #[derive(Clone, Debug, clap::Args)]
 #[command(next_help_heading = "Database")]
 #[group(skip)]
 pub struct Config {
-    /// The database as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…, which replaces all `POSTGRES_*`; or sqlite:PATH, a table in a file for one process
+    /// URL of the database: postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…, which replaces all
+    /// `POSTGRES_*`; or sqlite:PATH, a table in a file for one process
     #[arg(long)]
     pub database_url: Option<DatabaseUrl>,
-    /// The server's host name or address
+    /// Host name or address of the server
     #[arg(long, default_value = HOST)]
     pub postgres_host: String,
-    /// The server's port
+    /// Port of the server
     #[arg(long, value_parser = port, default_value_t = PORT)]
     pub postgres_port: u16,
-    /// The role to log in as
+    /// Role to log in as
     #[arg(long, default_value = USER)]
     pub postgres_user: String,
-    /// The role's password
+    /// Password of the role
     #[arg(long, default_value = PASSWORD)]
     pub postgres_password: SecretString,
-    /// The database's name
+    /// Name of the database
     #[arg(long, default_value = DB)]
     pub postgres_db: String,
-    /// How far TLS is insisted on: disable, prefer, require, verify-ca or verify-full, as libpq has them [default: prefer]
+    /// TLS mode, as in libpq: disable, prefer, require, verify-ca or verify-full [default: prefer]
     #[arg(long, value_parser = ssl_mode)]
     pub postgres_sslmode: Option<PgSslMode>,
-    /// The file with the certificates, as PEM, of authorities to trust besides the system's
+    /// PEM file of certificate authorities to trust in addition to those of the system
     #[arg(long)]
     pub postgres_sslrootcert: Option<String>,
-    /// The time zone of a column `last_seen` that has none, as in the Go services' table, and of the log, such as Europe/Berlin [default: the machine's]
+    /// Time zone of the log, and of a column `last_seen` without time zone, as in the Go services'
+    /// table, such as Europe/Berlin [default: the machine's]
     #[arg(long)]
     pub tz: Option<TimeZone>,
 }
 
 impl Config {
-    /// The database at `url`.
+    /// The settings for the database at `url`.
     #[must_use]
     pub fn at(url: DatabaseUrl) -> Self {
         Self {
@@ -71,8 +73,8 @@ impl Config {
         }
     }
 
-    /// Opens the table's file, if it is in one, before anything else is begun: whoever uses a clone
-    /// of these settings while the claim is held has it open already.
+    /// Opens the file if the table is in one. While the claim is held, all clones of these settings
+    /// share the opened file, so a process can check the file before it starts anything else.
     ///
     /// # Errors
     /// [`StoreError::Open`], such as with [`embedded::OpenError::InUse`].
@@ -84,12 +86,12 @@ impl Config {
         Ok(Claim { table })
     }
 
-    /// The time zone of a column `last_seen` that has none.
+    /// The time zone of a column `last_seen` without time zone.
     pub(crate) fn time_zone(&self) -> TimeZone {
         self.tz.clone().unwrap_or_else(TimeZone::of_the_machine)
     }
 
-    /// What the settings lead to.
+    /// The database that the settings name.
     pub(crate) fn backend(&self) -> Backend {
         if let Some(DatabaseUrl(backend)) = &self.database_url {
             return backend.clone();
@@ -110,8 +112,8 @@ impl Config {
     }
 }
 
-/// A port, or what Kubernetes sets `POSTGRES_PORT` to in every pod beside a service called `postgres`: the port is
-/// in there.
+/// Parses a port, or `tcp://ADDRESS:PORT`: Kubernetes sets `POSTGRES_PORT` to that in every pod if
+/// a service is called `postgres`.
 fn port(text: &str) -> Result<u16, String> {
     let text = text.trim();
     let digits = match text.strip_prefix("tcp://") {
@@ -124,27 +126,27 @@ fn port(text: &str) -> Result<u16, String> {
     })
 }
 
-/// libpq's modes without `allow`, by which sqlx never speaks TLS.
+/// Parses libpq's modes except `allow`, with which sqlx never uses TLS.
 fn ssl_mode(text: &str) -> Result<PgSslMode, String> {
     let modes = ["disable", "prefer", "require", "verify-ca", "verify-full"];
     let mode = modes.contains(&text).then(|| text.parse().ok()).flatten();
-    mode.ok_or_else(|| format!("allowed are {}", modes.join(", ")))
+    mode.ok_or_else(|| format!("expected one of {}", modes.join(", ")))
 }
 
-/// A file that is open for this process; see [`Config::claim`].
+/// The opened file of the table, if it is in one; see [`Config::claim`].
 pub struct Claim {
     table: Option<Table>,
 }
 
 impl Claim {
-    /// `Err` while a damaged file is kept beside this one: which, and what is to be done with it. `None` if the
-    /// table is not in a file.
+    /// `Err` with the path and what to do while a damaged file is kept beside this one. `None` if
+    /// the table is not in a file.
     #[must_use]
     pub fn kept(&self) -> Option<watch::Receiver<StoreStatus>> {
         self.table.as_ref().map(Table::kept)
     }
 
-    /// Closes the file, if nobody else of this process has it open.
+    /// Closes the file, unless another part of this process has it open.
     pub async fn close(self) {
         if let Some(table) = self.table {
             table.close().await;
@@ -152,12 +154,12 @@ impl Claim {
     }
 }
 
-/// Where the database is: a Postgres, or a file. Its `Debug` and its errors leave out the user and
-/// the password. Clones of one that names a file share the opened file.
+/// The URL of a Postgres database or a file. Its `Debug` and its errors omit the user and the
+/// password. If it is a file, clones of a value share the opened file.
 #[derive(Clone)]
 pub struct DatabaseUrl(Backend);
 
-/// What a [`DatabaseUrl`] leads to.
+/// The database that a [`DatabaseUrl`] names.
 #[derive(Clone)]
 pub(crate) enum Backend {
     Postgres(Box<PgConnectOptions>),
@@ -165,7 +167,7 @@ pub(crate) enum Backend {
 }
 
 impl DatabaseUrl {
-    /// The table in the file at `path`, which is made when it is first opened.
+    /// The table in the file at `path`. The first [`crate::Store`] creates the file.
     #[must_use]
     pub fn file(path: PathBuf) -> Self {
         Self(Backend::Sqlite(Location::new(path)))
@@ -217,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn a_url_replaces_the_single_settings() {
+    fn url_replaces_the_single_settings() {
         let cli = Cli::parse_from(["x", "--postgres-host=a", "--database-url=postgres://u@b:7/c"]);
         assert_eq!(host_and_port(&cli.config), Some(("b".to_owned(), 7)));
         let cli = Cli::parse_from(["x", "--postgres-host=a"]);
@@ -228,7 +230,7 @@ mod tests {
 
     /// Field case 6.6.
     #[test]
-    fn the_port_is_taken_from_a_kubernetes_service_link() {
+    fn port_is_read_from_a_kubernetes_service_link() {
         assert_eq!(port("5433"), Ok(5433));
         assert_eq!(port("tcp://10.96.0.12:5432"), Ok(5432));
         assert_eq!(port("tcp://[fd00::12]:5432"), Ok(5432));
@@ -243,7 +245,7 @@ mod tests {
     }
 
     #[test]
-    fn the_scheme_says_which_of_the_two_it_is() {
+    fn url_scheme_selects_the_backend() {
         for (url, is_file) in [
             ("sqlite:data/objects.db", true),
             ("postgres://b/c", false),
@@ -258,7 +260,7 @@ mod tests {
     }
 
     #[test]
-    fn no_text_of_the_settings_shows_a_password() {
+    fn debug_and_errors_do_not_contain_the_password() {
         let url = "--database-url=postgres://u:s3cret@b:7/c";
         let cli = Cli::parse_from(["x", url, "--postgres-password=s3cret"]);
         assert!(!format!("{cli:?}").contains("s3cret"));

@@ -1,4 +1,4 @@
-//! How long the database may take.
+//! The deadlines of database operations.
 
 use std::time::Duration;
 
@@ -9,17 +9,17 @@ use crate::error::Cause;
 
 pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(3);
 pub(crate) const PING_TIMEOUT: Duration = Duration::from_secs(3);
-/// For one statement, or one batch of them in a file. A Postgres ends it by itself shortly before;
-/// this is for one that no longer answers at all, and for a disk that does not.
+/// The deadline of one statement or, in a file, of one batch of statements. Postgres itself ends a
+/// statement shortly before; this deadline is for a server or a disk that no longer responds.
 pub(crate) const QUERY_TIMEOUT: Duration = Duration::from_secs(12);
 
-/// Runs one step with a deadline, which neither sqlx nor SQLite has.
+/// Runs one operation with a deadline, because neither sqlx nor SQLite has one.
 pub(crate) async fn within<T, E: Into<Cause>>(
     limit: Duration,
     failed: fn(Cause) -> StoreError,
-    step: impl Future<Output = Result<T, E>>,
+    operation: impl Future<Output = Result<T, E>>,
 ) -> Result<T, StoreError> {
-    match timeout(limit, step).await {
+    match timeout(limit, operation).await {
         Ok(outcome) => outcome.map_err(|error| failed(error.into())),
         Err(_) => Err(StoreError::Timeout(limit)),
     }

@@ -1,47 +1,48 @@
-//! Why the database did not do what it was asked, and what a caller can do about it.
+//! Errors of the database, and what a caller can do about them.
 
 use std::error::Error;
 use std::time::Duration;
 
 use embedded::OpenError;
 
-/// What the database said: each kind has its own words for it, which are for people only.
+/// The error of the database driver, as text for people.
 pub(crate) type Cause = Box<dyn Error + Send + Sync>;
 
-/// Why the database did not do what it was asked, named after the operation.
+/// An error of a database operation. Each variant is named after the operation that failed.
 #[derive(Debug, thiserror::Error)]
 pub enum StoreError {
-    /// The file was not opened; trying again leads nowhere.
+    /// The file was not opened; retrying does not help.
     #[error(transparent)]
     Open(#[from] OpenError),
     /// No connection.
     #[error("cannot connect: {0}")]
     Connect(#[source] Cause),
-    /// All connections were in use, or a new one was not open, for that time. The database was asked for nothing.
+    /// During this time, all connections were in use, or a new one did not open. No statement was
+    /// sent.
     #[error("no connection within {0:?}")]
     NoConnection(Duration),
-    /// The schema could not be brought up to date.
+    /// The schema was not migrated.
     #[error("cannot migrate: {0}")]
     Migrate(#[source] Cause),
-    /// The session cannot have the settings that each statement needs, such as the time zone of `TZ`.
+    /// The session rejected a setting that each statement needs, such as the time zone of `TZ`.
     #[error("cannot set up the session: {0}")]
     Session(#[source] Cause),
-    /// The table `object` is not one that can be used, for these reasons.
+    /// The table `object` has an unsuitable definition, for these reasons.
     #[error("the table `object` cannot be used: {0}")]
     UnusableTable(String),
-    /// The batch of sightings was not written, none of it.
-    #[error("cannot record what was seen: {0}")]
+    /// No sighting of the batch was written.
+    #[error("cannot record sightings: {0}")]
     RecordSeen(#[source] Cause),
-    /// The database did not say which rows are locked.
+    /// The locked rows were not found.
     #[error("cannot look for locked rows: {0}")]
     Locked(#[source] Cause),
-    /// The database did not say what time it is.
+    /// The database's clock was not read.
     #[error("cannot read the clock: {0}")]
     Clock(#[source] Cause),
-    /// The batch of stale rows was not deleted, none of it.
-    #[error("cannot delete what is stale: {0}")]
+    /// No stale row of the batch was deleted.
+    #[error("cannot delete stale rows: {0}")]
     DeleteStale(#[source] Cause),
-    /// The rows that are dated in the future were not corrected.
+    /// No row that is dated in the future was corrected.
     #[error("cannot correct rows that are dated in the future: {0}")]
     CorrectFuture(#[source] Cause),
     /// The objects were not listed.
@@ -53,41 +54,42 @@ pub enum StoreError {
     /// The database did not answer a ping.
     #[error("no answer: {0}")]
     Ping(#[source] Cause),
-    /// The server takes no writes: a standby, or one that was made read-only.
+    /// The server accepts no writes: it is a standby, or was made read-only.
     #[error("the database is read-only")]
     ReadOnly,
-    /// No outcome in time. What was asked may have been done all the same.
+    /// No outcome arrived in time. The statement may have been executed nevertheless.
     #[error("no answer within {0:?}")]
     Timeout(Duration),
 }
 
 // Decision: docs/decisions/0036-how-are-database-errors-classified.md
-/// What a caller can do about a failed statement. The table behind it is [`StoreError::failure`].
+/// What a caller can do about a failed statement; see [`StoreError::failure`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Failure {
-    /// The database will never accept one of the rows: a value, a constraint or a trigger is against
-    /// it. Find that row and give it up; the others can be written.
+    /// The database will never accept one of the rows, because of its value, a constraint or a
+    /// trigger. Find that row and give it up; the others can be written.
     RefusedRow,
-    /// Another session, or a slow trigger, is in the way of one of the rows. Find that row and try it
-    /// again later; the others can be written now.
+    /// Another session or a slow trigger holds up one of the rows. Find that row and retry it
+    /// later; the others can be written now.
     BusyRow,
-    /// The connection is lost or leads to a server that takes no writes. It has been closed: try again
-    /// on another one, unchanged.
+    /// The connection is lost or leads to a server that accepts no writes, and has been closed.
+    /// Retry the same statement on another connection.
     Connection,
-    /// The database cannot do it now, as with a full disk or a missing table or privilege. Try again.
-    /// If it goes on, it may concern only some rows: try fewer at a time.
+    /// The database cannot execute it now, for example because of a full disk or a missing table or
+    /// privilege. Retry. If the failure persists, it may concern only some rows: try fewer at a
+    /// time.
     Database,
 }
 
 impl Failure {
-    /// Whether the connection may be the reason, so that the next attempt needs another one.
+    /// Whether the connection may be the cause, so that a retry needs another one.
     pub(crate) fn taints_connection(self) -> bool {
         matches!(self, Self::Connection | Self::Database)
     }
 }
 
 impl StoreError {
-    /// What the caller can do about it.
+    /// What the caller can do about this error.
     #[must_use]
     pub fn failure(&self) -> Failure {
         match self {
@@ -99,16 +101,15 @@ impl StoreError {
     }
 
     // Decision: docs/decisions/0039-how-is-a-lost-outcome-announced.md
-    /// Whether the statement may have been committed although its outcome was lost: the connection
-    /// ended, or no answer came, after the statement may have been sent. Its changes were reported to
-    /// nobody, then.
+    /// Whether the statement may have been committed although its outcome was lost, because the
+    /// connection ended or the deadline passed after it was sent. Then no caller knows its changes.
     #[must_use]
     pub fn may_be_committed(&self) -> bool {
         let Some(error) = self.sql() else { return matches!(self, Self::Timeout(_)) };
         match error {
             sqlx::Error::Database(error) => {
-                // The server ended the session, perhaps between the commit and its answer.
-                // 40003 says so itself.
+                // 57P: the server ended the session, perhaps between the commit and its response.
+                // 40003: the server does not know whether it committed.
                 error.code().is_some_and(|code| code.starts_with("57P") || code == "40003")
             }
             _ => true,
@@ -137,34 +138,37 @@ impl StoreError {
     }
 }
 
-/// The one place that decides what an error of Postgres means, by its SQLSTATE.
+/// Classifies an error of Postgres by its SQLSTATE.
 pub(crate) fn failure_of(error: &sqlx::Error) -> Failure {
     let sqlx::Error::Database(error) = error else {
-        // Everything else that sqlx reports while a statement runs is about the connection: I/O, TLS,
-        // the protocol, a value that does not have the type it was prepared with.
+        // All other errors of sqlx during a statement concern the connection: I/O, TLS, the
+        // protocol, or a value of another type than prepared.
         return Failure::Connection;
     };
     failure_of_state(error.code().as_deref().unwrap_or_default())
 }
 
 fn failure_of_state(state: &str) -> Failure {
-    // The first entry whose code begins the SQLSTATE.
+    // The first entry whose code is a prefix of the SQLSTATE applies.
     const TABLE: &[(&str, Failure)] = &[
-        // A value is out of range, against a constraint, against a view's check, or a trigger raised.
+        // A value out of range, a violated constraint, a view's check, or an exception of a
+        // trigger.
         ("22", Failure::RefusedRow),
         ("23", Failure::RefusedRow),
         ("44", Failure::RefusedRow),
         ("P0", Failure::RefusedRow),
-        // Waited for a lock (of a row, a foreign key, an advisory lock) for `lock_timeout`.
+        // A lock (of a row, of a foreign key, an advisory lock) was not free within `lock_timeout`.
         ("55P03", Failure::BusyRow),
-        // Deadlocks and serialization failures: in conflict with another transaction.
+        // Deadlocks and serialization failures, which are conflicts with another transaction.
         ("40", Failure::BusyRow),
-        // `statement_timeout`, or somebody cancelled it: one slow row is enough.
+        // `statement_timeout`, for which one slow row is enough, or a person cancelled the
+        // statement.
         ("57014", Failure::BusyRow),
-        // Class 57P: the server shuts down, starts, dropped the database or ended the session.
+        // The server shuts down, starts, dropped the database or ended the session.
         ("57P", Failure::Connection),
         ("08", Failure::Connection),
-        // Read-only: a standby, or a primary that was demoted. Another connection may lead elsewhere.
+        // Read-only: a standby, or a primary that was demoted. Another connection may lead
+        // elsewhere.
         ("25", Failure::Connection),
         // Cannot log in, or too many connections.
         ("28", Failure::Connection),
@@ -172,8 +176,8 @@ fn failure_of_state(state: &str) -> Failure {
         ("53300", Failure::Connection),
     ];
     let found = TABLE.iter().find(|(code, _)| state.starts_with(code));
-    // All others: a missing table or privilege, a full disk, no memory, a prepared statement that the
-    // connection no longer has, an internal error.
+    // All others, such as a missing table or privilege, a full disk, no memory, a lost prepared
+    // statement or an internal error.
     found.map_or(Failure::Database, |(_, failure)| *failure)
 }
 
@@ -182,7 +186,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn each_sqlstate_has_one_class() {
+    fn each_sqlstate_has_one_failure_class() {
         for (state, failure) in [
             ("22003", Failure::RefusedRow),
             ("23505", Failure::RefusedRow),
@@ -215,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn an_error_before_the_statement_was_sent_is_not_ambiguous() {
+    fn error_before_the_statement_was_sent_is_not_ambiguous() {
         let error = |error: sqlx::Error| StoreError::RecordSeen(error.into());
         let reset = || sqlx::Error::Io(std::io::ErrorKind::ConnectionReset.into());
         let before =

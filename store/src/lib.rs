@@ -1,8 +1,8 @@
-//! SQL and nothing else: record what was seen, delete what is stale, list what is there.
+//! All SQL of Lastseen: record sightings, delete stale rows, list objects.
 //!
-//! The table is `object(id, last_seen)`, in a Postgres or in a SQLite file: [`DatabaseUrl`] says
-//! which. All times are the database's: callers pass ages, or what its clock has said, and never
-//! readings of their own clocks.
+//! The table is `object(id, last_seen)`, in a Postgres database or in a SQLite file, as
+//! [`DatabaseUrl`] says. All times are by the database's clock: callers pass ages or readings of
+//! that clock, never readings of their own.
 
 mod config;
 mod deadline;
@@ -22,5 +22,5 @@ pub use objects::{Object, Objects};
 pub use store::{Recorded, Row, Sighting, Store};
 pub use time_zone::TimeZone;
 
-/// Whether the database answers and takes writes: `Ok`, or why not, in words for an operator.
+/// `Ok` if the database answers and accepts writes, otherwise the reason, as text for an operator.
 pub type StoreStatus = Result<(), String>;

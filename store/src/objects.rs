@@ -1,23 +1,23 @@
-//! The table, for people who want to see it.
+//! Read-only access to the table.
 
 use std::time::{Duration, SystemTime};
 
 use crate::config::Backend;
 use crate::{Config, StoreError, postgres, sqlite};
 
-/// An object that was online, and has not become stale or not been cleaned up yet.
+/// An object in the table: it was seen, and the routine has not deleted it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Object {
     /// The object.
     pub id: i64,
-    /// When it was last seen, as precisely as the database keeps it.
+    /// When it was last seen, with the database's precision.
     pub last_seen: SystemTime,
-    /// How long ago that is by the database's clock. A time in the future counts as now.
+    /// Time since then by the database's clock. A time in the future counts as now.
     pub age: Duration,
 }
 
-/// What is committed in the table, beside those who write it: nothing is changed, and nobody waits.
-/// It has one connection, so after an error it may be of no use any more.
+/// Reads the committed rows of the table, and never blocks a writer. It has one connection, so it
+/// may be unusable after an error.
 pub struct Objects(Kind);
 
 enum Kind {
@@ -26,7 +26,7 @@ enum Kind {
 }
 
 impl Objects {
-    /// Connects, or opens the file. Neither brings the schema up to date nor makes what is missing.
+    /// Connects, or opens the file. It creates nothing and does not migrate the schema.
     ///
     /// # Errors
     /// [`StoreError`]: `Connect`, `Open`, `UnusableTable` or `Timeout`.
@@ -40,8 +40,8 @@ impl Objects {
         Ok(Self(kind))
     }
 
-    /// Up to `limit` objects with ids above `after`, or from the lowest on, in ascending order. A row
-    /// without a time, which another program's table may allow, is left out.
+    /// Up to `limit` objects with ids above `after`, or from the lowest id on, in ascending order.
+    /// It omits rows without a time, which another program's table may contain.
     ///
     /// # Errors
     /// [`StoreError`]: `List` or `Timeout`.
@@ -59,7 +59,7 @@ impl Objects {
         }
     }
 
-    /// How many objects all pages together have.
+    /// The number of objects on all pages together.
     ///
     /// # Errors
     /// [`StoreError`]: `Count` or `Timeout`.
@@ -72,7 +72,7 @@ impl Objects {
 }
 
 impl Object {
-    /// From what both databases give: microseconds since 1970.
+    /// Builds an object from microseconds since 1970.
     pub(crate) fn new(id: i64, last_seen_micros: i64, now_micros: i64) -> Self {
         let since_1970 = Duration::from_micros(last_seen_micros.unsigned_abs());
         let last_seen = if last_seen_micros < 0 {

@@ -1,4 +1,4 @@
-//! The table in a Postgres.
+//! The table in Postgres.
 
 mod connections;
 mod migrations;
@@ -17,24 +17,24 @@ use tokio_util::task::AbortOnDropHandle;
 
 use crate::deadline::{CONNECT_TIMEOUT, PING_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
-use crate::store::Waits;
+use crate::store::LockWait;
 use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, StoreStatus, TimeZone};
 
 use connections::Connections;
 use sql::Settings;
 
-/// The server itself ends a statement after this time, so that it does not outlive its caller's
-/// patience, which is [`QUERY_TIMEOUT`].
+/// The server ends a statement after this time, so that the statement does not outlive its caller's
+/// deadline, [`QUERY_TIMEOUT`].
 const STATEMENT_TIMEOUT: &str = "10s";
-/// How long a statement waits for one lock. Another replica's batch holds its locks for milliseconds;
-/// a session that holds one for longer must not hold up the other rows.
+/// How long a statement waits for one lock. Batches of other replicas hold their locks for
+/// milliseconds; a session that holds a lock for longer must not hold up the other rows.
 const LOCK_TIMEOUT: &str = "1s";
-/// The same while a batch is searched for the row that holds it up: that takes up to some twenty
+/// The same limits during the search for the row that holds up a batch: it needs up to about twenty
 /// statements, so each must be short.
 const BRIEF_STATEMENT_TIMEOUT: &str = "1s";
 const BRIEF_LOCK_TIMEOUT: &str = "200ms";
 
-/// The table. It may be away at any time, also at the start.
+/// The table. The server may be away at any time, also at the start.
 pub(crate) struct Table {
     connections: Connections,
     settings: Settings,
@@ -53,15 +53,15 @@ impl Table {
     ) -> Self {
         let options = named(options, name);
         let connections = Connections::new(options.clone(), connections);
-        let (sender, status) = watch::channel(Err(monitor::NOT_YET.to_owned()));
+        let (sender, status) = watch::channel(Err(monitor::NOT_CONNECTED_YET.to_owned()));
         let (rejection, rejected) = watch::channel(None);
-        let monitor = monitor::watch(options, zone.clone(), sender, rejection);
+        let monitor = monitor::run(options, zone.clone(), sender, rejection);
         let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, zone);
         let brief_settings = Settings::new(BRIEF_STATEMENT_TIMEOUT, BRIEF_LOCK_TIMEOUT, zone);
-        Self::watched(connections, (settings, brief_settings), (status, rejected), monitor)
+        Self::with_monitor(connections, (settings, brief_settings), (status, rejected), monitor)
     }
 
-    fn watched(
+    fn with_monitor(
         connections: Connections,
         (settings, brief_settings): (Settings, Settings),
         (status, rejected): (watch::Receiver<StoreStatus>, watch::Receiver<Option<String>>),
@@ -82,11 +82,11 @@ impl Table {
         {
             return reason.clone();
         }
-        // The monitor has died, which `died` reports.
+        // The monitor has died; `died` reports that.
         std::future::pending().await
     }
 
-    /// Returns only if the monitor has died, and the status with it.
+    /// Returns only if the monitor has died.
     pub(crate) async fn died(&self) {
         let mut status = self.status.clone();
         while status.changed().await.is_ok() {}
@@ -95,16 +95,16 @@ impl Table {
     pub(crate) async fn record_seen(
         &self,
         sightings: &[Sighting],
-        waits: Waits,
+        wait: LockWait,
     ) -> Result<Recorded, StoreError> {
         if sightings.is_empty() {
             return Ok(Recorded::default());
         }
-        // The ages grow while a connection is waited for.
-        let asked_at = Instant::now();
+        // The ages grow while the statement waits for a connection.
+        let started_at = Instant::now();
         let mut ages = HashMap::with_capacity(sightings.len());
         let statement = || {
-            let waited = asked_at.elapsed();
+            let waited = started_at.elapsed();
             let age = |seen: &Sighting| sql::age_micros(seen.age.saturating_add(waited));
             ages.extend(sightings.iter().map(|seen| (seen.id, age(seen))));
             let sightings: Vec<_> =
@@ -112,7 +112,7 @@ impl Table {
             sql::record_seen(&sightings)
         };
         let rows: Vec<(i64, bool, i64)> =
-            self.fetch_all(statement, waits, StoreError::RecordSeen).await?;
+            self.fetch_all(statement, wait, StoreError::RecordSeen).await?;
         let mut recorded = Recorded::default();
         for (id, is_new, now) in rows {
             let age = ages.get(&id).copied().unwrap_or_default();
@@ -123,46 +123,47 @@ impl Table {
         Ok(recorded)
     }
 
-    pub(crate) async fn locked(&self, ids: &[i64]) -> Result<Vec<i64>, StoreError> {
+    pub(crate) async fn find_locked(&self, ids: &[i64]) -> Result<Vec<i64>, StoreError> {
         let rows: Vec<(i64,)> =
-            self.fetch_all(|| sql::locked(ids), Waits::Usual, StoreError::Locked).await?;
+            self.fetch_all(|| sql::find_locked(ids), LockWait::Usual, StoreError::Locked).await?;
         Ok(rows.into_iter().map(|(id,)| id).collect())
     }
 
     pub(crate) async fn count_stale(&self, oldest: Moment) -> Result<(u64, u64), StoreError> {
         let statement = || sql::count_stale(oldest);
         let rows: Vec<(i64, i64)> =
-            self.fetch_all(statement, Waits::Usual, StoreError::Count).await?;
+            self.fetch_all(statement, LockWait::Usual, StoreError::Count).await?;
         let (stale, all) = rows.first().copied().unwrap_or_default();
         Ok((stale.unsigned_abs(), all.unsigned_abs()))
     }
 
-    pub(crate) async fn stale(
+    pub(crate) async fn list_stale(
         &self,
         oldest: Moment,
         limit: u32,
         except: &[i64],
     ) -> Result<Vec<i64>, StoreError> {
-        let statement = || sql::stale(oldest, limit, except);
-        let rows: Vec<(i64,)> = self.fetch_all(statement, Waits::Usual, StoreError::List).await?;
+        let statement = || sql::list_stale(oldest, limit, except);
+        let rows: Vec<(i64,)> =
+            self.fetch_all(statement, LockWait::Usual, StoreError::List).await?;
         Ok(rows.into_iter().map(|(id,)| id).collect())
     }
 
-    pub(crate) async fn delete_these(
+    pub(crate) async fn delete_stale_among(
         &self,
         oldest: Moment,
         ids: &[i64],
     ) -> Result<Vec<Row>, StoreError> {
-        let statement = || sql::delete_these(oldest, ids);
+        let statement = || sql::delete_stale_among(oldest, ids);
         let rows: Vec<(i64, i64)> =
-            self.fetch_all(statement, Waits::Brief, StoreError::DeleteStale).await?;
+            self.fetch_all(statement, LockWait::Brief, StoreError::DeleteStale).await?;
         let gone = |(id, last_seen)| Row { id, last_seen: Moment::from_micros(last_seen) };
         Ok(rows.into_iter().map(gone).collect())
     }
 
     pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
         let rows: Vec<(i64,)> =
-            self.fetch_all(|| sql::NOW.to_owned(), Waits::Usual, StoreError::Clock).await?;
+            self.fetch_all(|| sql::NOW.to_owned(), LockWait::Usual, StoreError::Clock).await?;
         let (now,) = rows.into_iter().next().unwrap_or_default();
         Ok(Moment::from_micros(now))
     }
@@ -174,7 +175,7 @@ impl Table {
     ) -> Result<Vec<Row>, StoreError> {
         let statement = || sql::delete_stale(oldest, limit);
         let rows: Vec<(i64, i64)> =
-            self.fetch_all(statement, Waits::Usual, StoreError::DeleteStale).await?;
+            self.fetch_all(statement, LockWait::Usual, StoreError::DeleteStale).await?;
         let gone = |(id, last_seen)| Row { id, last_seen: Moment::from_micros(last_seen) };
         Ok(rows.into_iter().map(gone).collect())
     }
@@ -182,45 +183,47 @@ impl Table {
     pub(crate) async fn correct_future(&self, limit: u32) -> Result<u64, StoreError> {
         let statement = || sql::correct_future(limit);
         let rows: Vec<(i64,)> =
-            self.fetch_all(statement, Waits::Usual, StoreError::CorrectFuture).await?;
+            self.fetch_all(statement, LockWait::Usual, StoreError::CorrectFuture).await?;
         Ok(rows.first().map_or(0, |(count,)| count.unsigned_abs()))
     }
 
     // Decision: docs/decisions/0038-how-does-a-service-leave-a-read-only-server.md
     /// Runs a statement with a deadline, which sqlx does not have, and returns its rows.
     ///
-    /// A connection that may be the reason for a failure is closed: one that leads to a server which takes no writes
-    /// any more would otherwise never be replaced.
+    /// It closes a connection that may be the cause of a failure. Otherwise a connection to a
+    /// server that has become read-only would never be replaced.
     async fn fetch_all<R: for<'r> FromRow<'r, PgRow> + Send + Unpin>(
         &self,
         statement: impl FnOnce() -> String,
-        waits: Waits,
+        wait: LockWait,
         failed: fn(Cause) -> StoreError,
     ) -> Result<Vec<R>, StoreError> {
-        let mut connection = self.connections.take().await?;
-        let settings = match waits {
-            Waits::Usual => &self.settings,
-            Waits::Brief => &self.brief_settings,
+        let mut connection = self.connections.acquire().await?;
+        let settings = match wait {
+            LockWait::Usual => &self.settings,
+            LockWait::Brief => &self.brief_settings,
         };
         let script = settings.and(&statement());
         let session = &mut connection.session;
         let rows = run_within(QUERY_TIMEOUT, session, script, failed).await;
-        let works = match &rows {
+        let is_usable = match &rows {
             Ok(_) => true,
             Err(error) if error.failure().taints_connection() => false,
-            // A server reports an error first, and releases the locks of the statement then. A caller that looks for
-            // the row that was locked must not find these.
+            // The server reports an error before it releases the locks of the statement. The ping
+            // waits for that, because a caller that searches for the locked row must not find them.
             Err(_) => within(PING_TIMEOUT, StoreError::Ping, session.ping()).await.is_ok(),
         };
-        if works {
-            self.connections.keep(connection);
+        if is_usable {
+            self.connections.release(connection);
         }
         rows
     }
 }
 
+/// Checks the definition of the table.
+///
 /// # Errors
-/// [`StoreError::UnusableTable`]; or `Ping`, such as without a table.
+/// [`StoreError::UnusableTable`]; or `Ping`, for example if the table is missing.
 async fn check_table(
     limit: Duration,
     connection: &mut PgConnection,
@@ -235,7 +238,7 @@ async fn check_table(
     }
 }
 
-/// Like [`run`], with a deadline. The connection is of no use after it.
+/// Like [`run`], with a deadline. After a timeout, the connection is unusable.
 async fn run_within<R: for<'r> FromRow<'r, PgRow>>(
     limit: Duration,
     connection: &mut PgConnection,
@@ -246,7 +249,7 @@ async fn run_within<R: for<'r> FromRow<'r, PgRow>>(
     rows.unwrap_or(Err(StoreError::Timeout(limit)))
 }
 
-/// Runs what [`Settings::and`] makes of a statement, and returns its rows.
+/// Runs a script of [`Settings::and`], and returns the rows of its statement.
 async fn run<R: for<'r> FromRow<'r, PgRow>>(
     connection: &mut PgConnection,
     script: String,
@@ -257,12 +260,13 @@ async fn run<R: for<'r> FromRow<'r, PgRow>>(
     loop {
         match outcomes.try_next().await {
             Ok(Some(Either::Left(_))) => completed += 1,
-            // One by one as they come in, for sqlx's rows take several times as much memory as what is in them.
+            // Converted one by one, because sqlx's rows need several times the memory of their
+            // content.
             Ok(Some(Either::Right(row))) => {
                 rows.push(R::from_row(&row).map_err(|error| failed(error.into()))?);
             }
             Ok(None) => return Ok(rows),
-            // Nothing that concerns a row can be wrong with these.
+            // The settings come before the statement, so this error concerns no row.
             Err(error @ sqlx::Error::Database(_)) if completed < sql::SETTINGS => {
                 return Err(StoreError::Session(error.into()));
             }
@@ -271,7 +275,7 @@ async fn run<R: for<'r> FromRow<'r, PgRow>>(
     }
 }
 
-/// The table, read on one connection.
+/// Reads the table on one connection.
 pub(crate) struct Reader {
     connection: PgConnection,
     settings: Settings,
@@ -286,7 +290,7 @@ impl Reader {
         let mut connection =
             within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
         let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, zone);
-        // Whatever else it finds, such as no table, is an error of what is read.
+        // Other errors, such as a missing table, are left to the statement that reads.
         let checked = check_table(CONNECT_TIMEOUT, &mut connection, &settings).await;
         if let Err(error @ StoreError::UnusableTable(_)) = checked {
             return Err(error);
@@ -314,9 +318,9 @@ impl Reader {
     }
 }
 
-/// The options to connect with as `name`, which `pg_stat_activity` shows.
+/// The options for a connection that `pg_stat_activity` shows as `name`.
 ///
-/// They are those that every pooler knows, too: all others are set with each statement.
+/// They are limited to options that every pooler knows. All others are set with each statement.
 fn named(options: PgConnectOptions, name: &str) -> PgConnectOptions {
     options.application_name(name).extra_float_digits(None)
 }
@@ -326,24 +330,27 @@ mod tests {
     use super::*;
 
     #[tokio::test]
-    async fn a_monitor_that_panics_is_noticed() {
+    async fn panic_of_the_monitor_is_noticed() {
         let connections = Connections::new(PgConnectOptions::new(), 1);
         let (sender, status) = watch::channel(Ok(()));
         let (panic, panics) = tokio::sync::oneshot::channel::<()>();
         let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, &TimeZone::of_the_machine());
         let (_rejection, rejected) = watch::channel(None);
-        let table = Table::watched(
+        let table = Table::with_monitor(
             connections,
             (settings.clone(), settings),
             (status, rejected),
             async move {
                 let _status = sender;
-                panics.await.expect("this one panics");
+                panics.await.expect("the monitor panics here");
             },
         );
         let died = table.died();
         tokio::pin!(died);
-        assert!(timeout(Duration::from_millis(100), &mut died).await.is_err(), "not yet");
+        assert!(
+            timeout(Duration::from_millis(100), &mut died).await.is_err(),
+            "reported too early"
+        );
         drop(panic);
         assert!(timeout(Duration::from_secs(30), died).await.is_ok());
     }

@@ -28,10 +28,11 @@ const FORMAT: Format = Format {
     tables: &[embedded::Table { from: "object", into: "object", columns: "id, last_seen" }],
 };
 
-/// A row that is dated this much ahead is left as it is, for it will soon be right.
+/// A row that is dated less than this in the future is not corrected, because it will soon be
+/// right.
 const FUTURE_TOLERANCE_MS: i64 = 1_000;
 
-/// The table, written by this process alone.
+/// The table, which only this process writes.
 pub(crate) struct Table(Arc<File>);
 
 impl Table {
@@ -51,7 +52,7 @@ impl Table {
         self.0.died().await;
     }
 
-    /// Closes the file if nobody else has it.
+    /// Closes the file, unless another part of this process has it open.
     pub(crate) async fn close(self) {
         if let Some(file) = Arc::into_inner(self.0) {
             file.close().await;
@@ -59,15 +60,16 @@ impl Table {
     }
 
     pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
-        let asked_at = Instant::now();
+        let started_at = Instant::now();
         let sightings = sightings.to_vec();
         let record = self.0.transact(move |connection| {
             let now = now_ms(connection)?;
-            // The ages have grown while others were written.
-            let waited = asked_at.elapsed();
-            // In two, since an upsert does not say which of both it was. Most rows are there already.
+            // The ages have grown while this batch waited for others.
+            let waited = started_at.elapsed();
+            // Two statements, because an upsert does not return whether it inserted. The update
+            // comes first, because most rows exist.
             let mut update = connection.prepare_cached(
-                // A row that is dated in the future was never true.
+                // A row that is dated in the future is wrong, so an older sighting replaces it.
                 "UPDATE object SET last_seen = ?2 WHERE id = ?1 AND (last_seen < ?2 OR last_seen > ?3)",
             )?;
             let mut insert = connection.prepare_cached(
@@ -77,8 +79,8 @@ impl Table {
             for Sighting { id, age } in sightings {
                 let ms = ago_ms(now, age.saturating_add(waited));
                 let row = Row { id, last_seen: moment(ms) };
-                // There is nothing here to refuse a row for: any two integers are one, and nobody else
-                // adds constraints to a file of ours.
+                // A file rejects no row: any two integers are valid, and no other program adds
+                // constraints.
                 if update.execute((id, ms, now))? > 0 {
                     recorded.updated.push(row);
                 } else if insert.execute((id, ms))? > 0 {
@@ -143,7 +145,7 @@ impl Table {
     }
 }
 
-/// The table, read on a connection of its own, which the write-ahead log lets do so at any time.
+/// Reads the table on its own connection, which the write-ahead log allows at any time.
 pub(crate) struct Reader(Arc<Mutex<Connection>>);
 
 impl Reader {
@@ -191,12 +193,12 @@ impl Reader {
 
 /// The database's clock, read once for each batch, in milliseconds since 1970.
 fn now_ms(connection: &Connection) -> rusqlite::Result<i64> {
-    // SQLite gives seconds, as a float whose product may fall a hair short of the millisecond.
+    // SQLite returns seconds as a float, whose product may be slightly below the millisecond.
     let now = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
     connection.prepare_cached(now)?.query_row([], |row| row.get(0))
 }
 
-/// Of a number that this crate has written.
+/// Converts a `last_seen` of the file.
 fn moment(ms: i64) -> Moment {
     Moment::from_micros(micros(ms))
 }
@@ -205,7 +207,7 @@ fn micros(ms: i64) -> i64 {
     ms.saturating_mul(1_000)
 }
 
-/// The moment `age` ago, but none before 1970.
+/// The time `age` ago, but not before 1970.
 fn ago_ms(now_ms: i64, age: Duration) -> i64 {
     let age_ms = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
     now_ms.saturating_sub(age_ms).max(0)

@@ -1,4 +1,4 @@
-//! The table, for those who write it.
+//! Write access to the table.
 
 use std::time::Duration;
 
@@ -7,45 +7,45 @@ use tokio::sync::watch;
 use crate::config::Backend;
 use crate::{Config, Moment, StoreError, StoreStatus, postgres, sqlite};
 
-/// An object that was online.
+/// One "online" answer of the status API.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Sighting {
-    /// The object.
+    /// The object's id.
     pub id: i64,
-    /// How long ago the status API said so.
+    /// The time since the answer.
     pub age: Duration,
 }
 
-/// A row as it was committed, or as it was before it was deleted.
+/// A row as committed, or as it was before its deletion.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Row {
-    /// The object.
+    /// The object's id.
     pub id: i64,
-    /// When it was last seen.
+    /// When the object was last seen.
     pub last_seen: Moment,
 }
 
-/// What has become of a batch of sightings. Those that are in neither list were older than their rows,
-/// and have changed nothing.
+/// The result of recording a batch of sightings. A sighting in neither list was older than its row,
+/// and changed nothing.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Recorded {
-    /// Rows that were not there before.
+    /// New rows.
     pub inserted: Vec<Row>,
-    /// Rows that were there, and were moved forward.
+    /// Existing rows with a newer `last_seen`.
     pub updated: Vec<Row>,
 }
 
-/// How long a statement may wait for others.
+/// How long a statement may wait for locks, and run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Waits {
-    /// As the session is set.
+pub(crate) enum LockWait {
+    /// The usual time.
     Usual,
-    /// So that many statements take no longer than one usually may.
+    /// A short time, for a search by many statements.
     Brief,
 }
 
-/// The table `object`. A Postgres may be away at any time, also at the start; a file is open from
-/// the start on, and belongs to this process.
+/// The table `object`. A Postgres server may be away at any time, also at the start. A file is open
+/// from the start, and belongs to this process.
 pub struct Store(Kind);
 
 // Decision: docs/decisions/0058-why-are-the-two-backends-enums.md
@@ -55,16 +55,15 @@ enum Kind {
 }
 
 impl Store {
-    /// Starts to look after a Postgres in the background: connects up to `connections` times when it
-    /// can be reached, brings the schema up to date, and does so again whenever it has been away.
-    /// `name` is what `pg_stat_activity` shows.
+    /// Starts a store. With Postgres, it starts a monitor that migrates the schema whenever the
+    /// server comes (back), and opens up to `connections` connections for statements.
+    /// `pg_stat_activity` shows `name`.
     ///
-    /// Or opens the file, makes it first if it is not there, and looks for damage for up to a second
-    /// before it returns, which blocks the thread meanwhile. Stores of clones of one [`Config`] share
-    /// one file.
+    /// With a file, it opens or creates the file and checks it for damage, which blocks the thread
+    /// for up to a second. Stores of clones of one [`Config`] share the file.
     ///
     /// # Errors
-    /// [`StoreError::Open`], of a file only. The file is then as it was.
+    /// [`StoreError::Open`], only with a file. The file is then unchanged.
     pub fn start(config: &Config, name: &str, connections: u32) -> Result<Self, StoreError> {
         let kind = match config.backend() {
             Backend::Postgres(options) => {
@@ -77,7 +76,7 @@ impl Store {
         Ok(Self(kind))
     }
 
-    /// What traces call the database: `postgresql` or `sqlite`.
+    /// The name of the database system in traces: `postgresql` or `sqlite`.
     #[must_use]
     pub fn system(&self) -> &'static str {
         match &self.0 {
@@ -86,7 +85,7 @@ impl Store {
         }
     }
 
-    /// Whether the database answers and has our schema; of a file, whether it can be written.
+    /// Whether the database answers and has the schema; with a file, whether it can be written.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<StoreStatus> {
         match &self.0 {
@@ -95,8 +94,9 @@ impl Store {
         }
     }
 
-    /// Returns the reason if the table that was found first cannot be used, which no waiting changes. One
-    /// that becomes so later shows in the status only: a service that has worked does not end for it.
+    /// Waits until the first table that the monitor finds is unusable, and returns the reason.
+    /// Waiting would not help then, so a service ends. A table that becomes unusable later shows
+    /// only in the status, because a service that has worked must not end.
     pub async fn rejected(&self) -> String {
         match &self.0 {
             Kind::Postgres(table) => table.rejected().await,
@@ -104,8 +104,8 @@ impl Store {
         }
     }
 
-    /// Returns only if what writes has died, or what looks after a Postgres; a service must not outlive
-    /// it.
+    /// Returns only if the file's writing thread or the monitor of Postgres has died. A service
+    /// must not outlive it.
     pub async fn died(&self) {
         match &self.0 {
             Kind::Postgres(table) => table.died().await,
@@ -113,20 +113,22 @@ impl Store {
         }
     }
 
-    /// Notes that each object was online `age` ago by the database's clock, and never moves a row
-    /// back. Says what it has changed. The ids must be distinct and in ascending order: batches that overlap in different
-    /// orders would deadlock in Postgres. All are committed on return. An age that reaches back
-    /// before 1970 counts as 1970.
+    /// Records that each object was online `age` ago by the database's clock, commits, and returns
+    /// the changed rows. A row never moves back. An age that reaches back before 1970 counts as
+    /// 1970.
+    ///
+    /// The ids must be distinct and in ascending order: in Postgres, batches that overlap in
+    /// different orders would deadlock.
     ///
     /// # Errors
-    /// [`StoreError`]; then none is written, or perhaps all if [`StoreError::may_be_committed`]. What
-    /// to do about it is said by [`StoreError::failure`].
+    /// [`StoreError`]; then no sighting is written, or perhaps all if
+    /// [`StoreError::may_be_committed`]. [`StoreError::failure`] says what to do.
     pub async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
-        self.record(sightings, Waits::Usual).await
+        self.record(sightings, LockWait::Usual).await
     }
 
-    /// The same, but in a Postgres it waits 200 ms for a lock and 1 s for the whole, to find the row
-    /// of a batch that holds it up.
+    /// Like [`Store::record_seen`], but in Postgres it waits at most 200 ms for a lock and 1 s in
+    /// total. The caller uses it to find the row that holds up a batch.
     ///
     /// # Errors
     /// As [`Store::record_seen`].
@@ -134,31 +136,31 @@ impl Store {
         &self,
         sightings: &[Sighting],
     ) -> Result<Recorded, StoreError> {
-        self.record(sightings, Waits::Brief).await
+        self.record(sightings, LockWait::Brief).await
     }
 
-    async fn record(&self, sightings: &[Sighting], waits: Waits) -> Result<Recorded, StoreError> {
+    async fn record(&self, sightings: &[Sighting], wait: LockWait) -> Result<Recorded, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.record_seen(sightings, waits).await,
+            Kind::Postgres(table) => table.record_seen(sightings, wait).await,
             Kind::Sqlite(table) => table.record_seen(sightings).await,
         }
     }
 
-    /// Which of these rows another transaction has locked at this moment, so that a write would wait.
-    /// A row that is not in the table yet, or that a trigger or a foreign key holds up, is not found
-    /// by this.
+    /// The rows among `ids` that another transaction has locked now, so that a write would wait. It
+    /// does not find rows that are not in the table yet, or that a trigger or a foreign key holds
+    /// up.
     ///
     /// # Errors
     /// [`StoreError`]: `Locked` or `Timeout`.
-    pub async fn locked(&self, ids: &[i64]) -> Result<Vec<i64>, StoreError> {
+    pub async fn find_locked(&self, ids: &[i64]) -> Result<Vec<i64>, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.locked(ids).await,
-            // The only writer of a file is this process, one batch at a time.
+            Kind::Postgres(table) => table.find_locked(ids).await,
+            // Only this process writes the file, one batch at a time.
             Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }
 
-    /// What the database's clock says.
+    /// Reads the database's clock.
     ///
     /// # Errors
     /// [`StoreError`]: `Clock` or `Timeout`.
@@ -169,13 +171,13 @@ impl Store {
         }
     }
 
-    /// Dates up to `limit` rows that are dated in the future, more than a second from now, as now, and
-    /// says how many: the clock was set back, or another program wrote them. Otherwise they would stay
-    /// until then.
+    /// Sets up to `limit` rows that are dated more than a second in the future to the current time,
+    /// and returns their number. Such rows exist after the clock was set back, or if another
+    /// program wrote them; they would otherwise stay until that time.
     ///
     /// # Errors
-    /// [`StoreError`]: `CorrectFuture` or `Timeout`; then none is corrected, or, after a timeout, perhaps
-    /// all.
+    /// [`StoreError`]: `CorrectFuture` or `Timeout`; then no row is corrected, or, after a timeout,
+    /// perhaps all.
     pub async fn correct_future(&self, limit: u32) -> Result<u64, StoreError> {
         match &self.0 {
             Kind::Postgres(table) => table.correct_future(limit).await,
@@ -183,18 +185,18 @@ impl Store {
         }
     }
 
-    /// Deletes up to `limit` rows that were last seen before `oldest`, and says which; fewer than
-    /// `limit` means that no more are left that nobody else is busy with. Nothing was seen before 1970.
+    /// Deletes up to `limit` rows that were last seen before `oldest`, and returns them. Fewer than
+    /// `limit` rows mean that no unlocked stale rows are left.
     ///
-    /// It does not look at the clock itself: a clock that is set after its caller has looked at it
-    /// makes nothing stale.
+    /// It does not read the clock: if the clock is set after the caller has read it, no row becomes
+    /// stale by that.
     ///
-    /// A row that is being written at this moment is left out: it is not stale any more, or another
-    /// replica deletes it. So this never waits for an upsert, and an upsert waits at most for the
-    /// end of one such batch.
+    /// It skips rows that another transaction has locked: a row that is being updated is no longer
+    /// stale, and one that is being deleted needs no second delete. So it never waits for an
+    /// upsert, and an upsert waits at most for one such batch.
     ///
     /// # Errors
-    /// [`StoreError`]; then none is deleted, or perhaps all if [`StoreError::may_be_committed`].
+    /// [`StoreError`]; then no row is deleted, or perhaps all if [`StoreError::may_be_committed`].
     pub async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<Vec<Row>, StoreError> {
         match &self.0 {
             Kind::Postgres(table) => table.delete_stale(oldest, limit).await,
@@ -202,7 +204,7 @@ impl Store {
         }
     }
 
-    /// How many rows were last seen before `oldest`, and how many there are.
+    /// The number of rows that were last seen before `oldest`, and the number of all rows.
     ///
     /// # Errors
     /// [`StoreError`]: `Count` or `Timeout`.
@@ -213,32 +215,37 @@ impl Store {
         }
     }
 
-    /// Up to `limit` ids of rows that were last seen before `oldest`, without those in `except`; for
-    /// [`Store::delete_these`], when [`Store::delete_stale`] fails because of single rows. A file has
-    /// no such rows: nobody else locks them or adds triggers and foreign keys.
+    /// Up to `limit` ids of rows that were last seen before `oldest`, except those in `except`.
+    /// They are for [`Store::delete_stale_among`], if [`Store::delete_stale`] fails because of
+    /// single rows. A file has no such rows, because no other program locks them or adds triggers
+    /// and foreign keys.
     ///
     /// # Errors
     /// [`StoreError`]: `List` or `Timeout`.
-    pub async fn stale(
+    pub async fn list_stale(
         &self,
         oldest: Moment,
         limit: u32,
         except: &[i64],
     ) -> Result<Vec<i64>, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.stale(oldest, limit, except).await,
+            Kind::Postgres(table) => table.list_stale(oldest, limit, except).await,
             Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }
 
-    /// Deletes those of the rows `ids` that were last seen before `oldest`, as [`Store::delete_stale`]
-    /// does, and waits as briefly as [`Store::record_seen_briefly`].
+    /// Like [`Store::delete_stale`], but deletes only stale rows among `ids`, and waits as briefly
+    /// as [`Store::record_seen_briefly`].
     ///
     /// # Errors
     /// As [`Store::delete_stale`].
-    pub async fn delete_these(&self, oldest: Moment, ids: &[i64]) -> Result<Vec<Row>, StoreError> {
+    pub async fn delete_stale_among(
+        &self,
+        oldest: Moment,
+        ids: &[i64],
+    ) -> Result<Vec<Row>, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.delete_these(oldest, ids).await,
+            Kind::Postgres(table) => table.delete_stale_among(oldest, ids).await,
             Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }

@@ -1,20 +1,20 @@
-//! Which local time a `timestamp` without time zone means.
+//! The time zone of a column of type `timestamp` without time zone.
 
 use std::fmt;
 use std::str::FromStr;
 
-/// The name of a time zone, such as `Europe/Berlin`, as the database session gets it.
+/// The name of a time zone, such as `Europe/Berlin`, for the database session.
 ///
-/// The Go services' table keeps the local time of `TZ`. The database itself knows the zones, with
-/// their daylight saving changes, and reports a name that it does not know.
+/// The Go services' table contains local times of `TZ`. The database knows the time zones with
+/// their daylight saving changes, and rejects an unknown name.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TimeZone(String);
 
 impl TimeZone {
-    /// Far more than any name has; it is part of each statement.
+    /// Longer than any real name. The limit exists because each statement contains the name.
     const LENGTH_MAX: usize = 64;
 
-    /// The machine's own time zone; UTC if it has none, as in most containers.
+    /// The machine's time zone; UTC if it has none, as in most containers.
     #[must_use]
     pub fn of_the_machine() -> Self {
         let name = iana_time_zone::get_timezone().ok();
@@ -26,7 +26,7 @@ impl FromStr for TimeZone {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, Self::Err> {
-        // POSIX writes a name of the time zone database with a colon before it.
+        // POSIX writes a colon before a name of the time zone database.
         let name = text.strip_prefix(':').unwrap_or(text);
         if name == "/etc/localtime" {
             return Ok(Self::of_the_machine());
@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_of_time_zones_are_accepted() {
+    fn time_zone_names_are_accepted() {
         for name in ["UTC", "Europe/Berlin", "America/Port-au-Prince", "Etc/GMT+5", "<+03>-3"] {
             assert_eq!(name.parse::<TimeZone>().unwrap().to_string(), name);
         }
@@ -62,7 +62,7 @@ mod tests {
     }
 
     #[test]
-    fn text_that_could_end_the_sql_literal_is_refused() {
+    fn text_that_could_end_the_sql_literal_is_rejected() {
         for text in ["", ":", "UTC'; DROP TABLE object; --", "UTC\\", "/etc/passwd", "a b"] {
             assert!(text.parse::<TimeZone>().is_err(), "{text}");
         }

@@ -138,7 +138,7 @@ pub(super) async fn without_locked(
 ) -> Vec<(i64, Instant)> {
     let ids: Vec<i64> = rows.iter().map(|(id, _)| *id).collect();
     // If this fails, the next statement reports the locked rows.
-    let locked = table.store.locked(&ids).await.unwrap_or_default();
+    let locked = table.store.find_locked(&ids).await.unwrap_or_default();
     rows.retain(|(id, _)| !locked.contains(id));
     not_written.extend(locked.into_iter().map(|id| (id, NotWritten::HeldUp(reason.to_owned()))));
     rows

@@ -1,22 +1,22 @@
-//! The schema, and what of it a database already has.
+//! The migrations of the schema.
 //!
 //! Decision: docs/decisions/0048-which-process-creates-the-table.md
 
 use std::fmt::Write as _;
 
-/// Each with its version, in ascending order. Each must keep what it finds: a table `object` may be the
-/// Go services'.
+/// The migrations with their versions, in ascending order. Each must keep existing rows, because a
+/// table `object` may belong to the Go services.
 const MIGRATIONS: [(i64, &str); 1] =
     [(20_261_121_000_001, include_str!("../../../migrations/20261121000001_object.sql"))];
 
-/// The advisory lock of those who migrate, a number that nobody else will think of.
+/// The key of the advisory lock for migrations, which no other application is likely to use.
 const LOCK: i64 = i64::from_be_bytes(*b"lastseen");
 
-/// The statements that bring the schema up to date, for one transaction.
+/// The statements that migrate the schema, for one transaction.
 ///
-/// `_lastseen_migrations` is the record of what was done, and ours alone. An installation from before
-/// has it in `_sqlx_migrations`, which other applications use as well: it is left as it is, and what it
-/// records is done again, which changes nothing.
+/// `_lastseen_migrations` records the applied migrations, and belongs to Lastseen alone. An older
+/// installation recorded them in `_sqlx_migrations`, which other applications use as well. That
+/// table stays unchanged, and its migrations are applied again, which changes nothing.
 pub(super) fn script() -> String {
     let mut script = format!(
         "SELECT pg_advisory_xact_lock({LOCK});
@@ -24,7 +24,7 @@ pub(super) fn script() -> String {
              version bigint PRIMARY KEY,
              applied_at timestamptz NOT NULL DEFAULT now()
          );
-         -- A table that was dropped by itself would not come back otherwise.
+         -- Otherwise a table that was dropped alone would not be created again.
          DELETE FROM _lastseen_migrations WHERE to_regclass('object') IS NULL;\n"
     );
     for (version, sql) in MIGRATIONS {
@@ -48,7 +48,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_file_of_the_folder_is_a_migration() {
+    fn every_file_in_the_migrations_folder_is_applied() {
         let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../migrations");
         let mut versions: Vec<i64> = std::fs::read_dir(folder)
             .unwrap()

@@ -1,4 +1,4 @@
-//! Looking after the database: is it there, and has it our schema?
+//! Monitors the database: whether it answers and has the schema.
 
 use std::time::Duration;
 
@@ -14,44 +14,43 @@ use crate::error::Cause;
 use crate::{StoreError, StoreStatus, TimeZone};
 
 /// The status before the first attempt to connect.
-pub(super) const NOT_YET: &str = "not connected yet";
-/// Migrations may have to wait for another process that is at it.
+pub(super) const NOT_CONNECTED_YET: &str = "not connected yet";
+/// Migrations may have to wait for another process that migrates.
 const MIGRATE_TIMEOUT: Duration = Duration::from_mins(1);
 const INTERVAL: Duration = Duration::from_secs(1);
 
-/// A connection of the monitor's own, and what its statements need.
+/// The monitor's connection, and the time zone for its statements.
 struct Session {
     connection: PgConnection,
     zone: TimeZone,
 }
 
-/// Keeps `status` true, and the schema up to date whenever the database comes (back): it may have
-/// been set up anew meanwhile. Ends only with the task. If the first database that it sees has a table that
-/// cannot be used, `rejection` gets the reason.
+/// Updates `status`, and migrates the schema whenever the database comes (back), because it may
+/// have been created anew. Runs until its task is aborted. If the first database that it finds has
+/// an unusable table, `rejection` gets the reason.
 ///
-/// It has a connection of its own: a pool keeps trying by itself and then only says that it timed
-/// out, not why.
-pub(super) async fn watch(
+/// It has its own connection, because a pool would only report a timeout, not the cause.
+pub(super) async fn run(
     options: PgConnectOptions,
     zone: TimeZone,
     status: watch::Sender<StoreStatus>,
     rejection: watch::Sender<Option<String>>,
 ) {
-    // Whether the database has answered before: then the table was fine, or we were told to go on.
+    // Only the first table may be rejected; after that, the service keeps running.
     let mut is_first = true;
     let backoff = ExponentialBuilder::new()
         .with_min_delay(Duration::from_millis(100))
         .with_max_delay(Duration::from_millis(700))
         .with_jitter()
         .without_max_times();
-    let mut waits = backoff.build();
+    let mut delays = backoff.build();
     loop {
         let reason = match Session::open(&options, zone.clone()).await {
             Ok(mut session) => {
                 tracing::info!("connected to the database");
                 is_first = false;
                 _ = status.send_replace(Ok(()));
-                waits = backoff.build();
+                delays = backoff.build();
                 loop {
                     tokio::time::sleep(INTERVAL).await;
                     if let Err(error) = session.check().await {
@@ -66,19 +65,19 @@ pub(super) async fn watch(
                 error.to_string()
             }
         };
-        let before = status.send_replace(Err(reason.clone()));
-        // Once for each outage; the first attempt of all counts as one.
-        if before.is_ok() || before == Err(NOT_YET.to_owned()) {
+        let previous = status.send_replace(Err(reason.clone()));
+        // Warn once for each outage, and if the first attempt fails.
+        if previous.is_ok() || previous == Err(NOT_CONNECTED_YET.to_owned()) {
             tracing::warn!(reason, "no database; trying again until it is back");
         } else {
             tracing::debug!(reason, "still no database");
         }
-        tokio::time::sleep(waits.next().unwrap_or(INTERVAL)).await;
+        tokio::time::sleep(delays.next().unwrap_or(INTERVAL)).await;
     }
 }
 
 impl Session {
-    /// Connects, and brings the schema up to date. The table is in place then.
+    /// Connects, migrates the schema if the role may, and checks the table.
     async fn open(options: &PgConnectOptions, zone: TimeZone) -> Result<Self, StoreError> {
         let connection = within(CONNECT_TIMEOUT, StoreError::Connect, options.connect()).await?;
         let mut session = Self { connection, zone };
@@ -89,26 +88,25 @@ impl Session {
         Ok(session)
     }
 
-    /// Whether our role may make tables. One that may not leaves it to a process whose role may, and has
-    /// its own work as soon as the table is there.
+    /// Whether the role may create tables. A role that may not leaves that to another process, and
+    /// works as soon as the table exists.
     async fn may_migrate(&mut self) -> Result<bool, StoreError> {
         let rows: Vec<(bool,)> =
             self.run(PING_TIMEOUT, sql::MAY_MIGRATE, StoreError::Migrate).await?;
-        Ok(rows.first().is_none_or(|(may,)| *may))
+        Ok(rows.first().is_none_or(|(may_create,)| *may_create))
     }
 
     async fn migrate(&mut self) -> Result<(), StoreError> {
-        // Safe when several processes do it at once, for it takes a lock.
+        // Several processes may migrate at once, because the script takes a lock.
         let _: Vec<()> =
             self.run(MIGRATE_TIMEOUT, &migrations::script(), StoreError::Migrate).await?;
         Ok(())
     }
 
-    /// Asks for the table, so that a database which was set up anew under us is noticed, and whether it
-    /// can be used.
+    /// Checks that the table exists and is usable, and so notices a database that was created anew.
     ///
-    /// A server that takes no writes ends the connection: after a failover, the next one may lead to
-    /// the new primary.
+    /// A read-only server is an error, which ends the connection: after a failover, the next
+    /// connection may lead to the new primary.
     async fn check(&mut self) -> Result<(), StoreError> {
         let settings = self.settings(PING_TIMEOUT);
         check_table(PING_TIMEOUT, &mut self.connection, &settings).await?;

@@ -1,12 +1,12 @@
-//! The statements, as text.
+//! The SQL statements for Postgres.
 //!
-//! Each is sent as one simple query together with the settings that it needs, which makes it one
-//! transaction. So it works the same on a direct connection and behind a pooler, which may give each
-//! transaction another session: no state of a session is relied on, and no prepared statement.
-//! Only numbers and the name of a checked [`TimeZone`] become part of the text.
+//! Each statement is sent with the settings that it needs as one simple query, which is one
+//! transaction. It uses no prepared statement and no state of the session, so it works the same on
+//! a direct connection and behind a pooler, which may use another session for each transaction. The
+//! text contains only numbers and the name of a checked [`TimeZone`].
 //!
 //! The columns may be `bigint, timestamptz`, or `integer, timestamp` as in the Go services' table.
-//! Values are cast in SQL, and times cross the wire as microseconds since 1970.
+//! Values are cast in SQL, and times are sent as microseconds since 1970.
 //!
 //! Decision: docs/decisions/0045-why-is-each-statement-one-simple-query.md
 
@@ -15,21 +15,22 @@ use std::time::Duration;
 
 use crate::{Moment, TimeZone};
 
-/// How many statements [`Settings`] is.
+/// The number of statements in [`Settings`].
 pub(super) const SETTINGS: usize = 4;
 
-/// Ages beyond this one count as this one. It reaches back before 1970, and a database can calculate with it.
+/// The maximum age; higher ones count as this one. It reaches back before 1970, and does not
+/// overflow in the database.
 const AGE_MAX: Duration = Duration::from_hours(24 * 365 * 1_000);
 
 // Decision: docs/decisions/0046-how-is-the-table-of-the-go-services-used.md
-/// The moment that the column `last_seen` of the row `$row` means, as an SQL expression.
+/// An SQL expression for the moment in the column `last_seen` of the row `$row`.
 ///
 /// A `timestamp` without time zone is local time, which is ambiguous in the hour in which daylight
-/// saving time ends. Postgres takes the later of both moments. That would be an hour ahead before the
-/// clocks change: then the earlier one is meant. Nobody's clock is a minute ahead, so that a row is
-/// never taken for older than it is; one that was not seen for almost an hour may be taken for an
-/// hour younger. Times that no clock shows are cut first, because a cast fails near the ends of the
-/// type's range. The literals get the column's own type.
+/// saving time ends. Postgres chooses the later of both moments. Before the clocks change, that is
+/// in the future, and the earlier moment is the right one. Clocks differ by less than a minute, so
+/// a row never counts as older than it is; a row that was not seen for almost an hour may count as
+/// an hour younger. Extreme times are replaced first, because a cast fails near the ends of the
+/// type's range. The literals get the type of the column.
 macro_rules! moment {
     ($row:literal) => {
         concat!(
@@ -55,14 +56,14 @@ macro_rules! moment {
     };
 }
 
-/// Microseconds since 1970. A double holds them exactly until the year 2255.
+/// An SQL expression for microseconds since 1970, which a double holds exactly until the year 2255.
 macro_rules! micros {
     ($moment:expr) => {
         concat!("(date_part('epoch', ", $moment, ") * 1e6)::bigint")
     };
 }
 
-/// What a statement is preceded by, for its transaction only.
+/// The settings before a statement, which apply only to its transaction.
 #[derive(Clone, Debug)]
 pub(super) struct Settings(String);
 
@@ -76,20 +77,21 @@ impl Settings {
         ))
     }
 
-    /// The whole text for `statement`.
+    /// The complete script for `statement`.
     pub(super) fn and(&self, statement: &str) -> String {
         format!("{}{statement}", self.0)
     }
 }
 
-/// The age of a sighting in microseconds, as [`record_seen`] takes it.
+/// The age of a sighting in microseconds, for [`record_seen`].
 pub(super) fn age_micros(age: Duration) -> i64 {
     i64::try_from(age.min(AGE_MAX).as_micros()).unwrap_or(i64::MAX)
 }
 
 // Decision: docs/decisions/0040-how-are-inserts-distinguished-from-updates.md
-/// Rows `(id, is_new, now)`, in microseconds, of the sightings `(id, age in microseconds)` that
-/// changed something. A row that is dated in the future is moved back: it was never true.
+/// Records the sightings `(id, age in microseconds)`. Returns rows `(id, is_new, now in
+/// microseconds)` of the sightings that changed a row. A row that is dated in the future is wrong,
+/// so it moves back.
 pub(super) fn record_seen(sightings: &[(i64, i64)]) -> String {
     let mut ids = String::with_capacity(sightings.len() * 12);
     let mut ages = String::with_capacity(sightings.len() * 8);
@@ -107,15 +109,15 @@ pub(super) fn record_seen(sightings: &[(i64, i64)]) -> String {
          ORDER BY place
          ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
          WHERE seen.last_seen IS NULL OR {seen} < {new} OR {seen} > clock_timestamp()
-         -- An update has locked the row that was there, of which the new one keeps the trace.
+         -- After an update, xmax is not 0, because the update has locked the old row.
          RETURNING id::bigint, xmax = 0, {now}",
         now = micros!("now()"),
     )
 }
 
-/// Rows `(id)` of those among `ids` that another transaction has locked. An update of `last_seen`
-/// takes the same lock; it is released at the end of the statement.
-pub(super) fn locked(ids: &[i64]) -> String {
+/// Returns rows `(id)` of those among `ids` that another transaction has locked. It tries to take
+/// the same lock as an update of `last_seen`, and releases its locks at the end of the statement.
+pub(super) fn find_locked(ids: &[i64]) -> String {
     let ids = list(ids);
     format!(
         "WITH free AS (
@@ -131,31 +133,32 @@ fn list(ids: &[i64]) -> String {
     format!("'{{{}}}'::bigint[]", ids.join(","))
 }
 
-/// The condition that a row was last seen before `oldest`.
+/// An SQL condition: the row was last seen before `oldest`.
 fn is_stale(oldest: Moment) -> String {
     let oldest = i64::try_from(oldest.since_1970.as_micros()).unwrap_or(i64::MAX);
     let oldest = format!("timestamptz 'epoch' + {oldest} * interval '1 us'");
     let moment = moment!("object");
-    // The second part is the hour in which daylight saving time ends, of a column without time zone.
+    // The second part is for the hour in which daylight saving time ends, in a column without time
+    // zone.
     format!(
         "(last_seen < {oldest} OR (last_seen > now() + interval '1 min' AND {moment} < {oldest}))"
     )
 }
 
-/// One row `(stale, all)`: how many rows were last seen before `oldest`, and how many there are.
+/// Returns one row `(stale, all)`: the number of rows last seen before `oldest`, and of all rows.
 pub(super) fn count_stale(oldest: Moment) -> String {
     let is_stale = is_stale(oldest);
     format!("SELECT count(*) FILTER (WHERE {is_stale}), count(*) FROM object")
 }
 
-/// Rows `(id)` of up to `limit` rows that were last seen before `oldest`, without those in `except`.
-pub(super) fn stale(oldest: Moment, limit: u32, except: &[i64]) -> String {
+/// Returns rows `(id)` of up to `limit` rows last seen before `oldest`, except those in `except`.
+pub(super) fn list_stale(oldest: Moment, limit: u32, except: &[i64]) -> String {
     let (is_stale, except) = (is_stale(oldest), list(except));
     format!("SELECT id::bigint FROM object WHERE {is_stale} AND id <> ALL ({except}) LIMIT {limit}")
 }
 
-/// Rows `(id, last_seen)` of the deleted rows among `ids` that were last seen before `oldest`.
-pub(super) fn delete_these(oldest: Moment, ids: &[i64]) -> String {
+/// Deletes rows among `ids` that were last seen before `oldest`. Returns their `(id, last_seen)`.
+pub(super) fn delete_stale_among(oldest: Moment, ids: &[i64]) -> String {
     let (is_stale, ids) = (is_stale(oldest), list(ids));
     format!(
         "DELETE FROM object WHERE ctid = ANY (ARRAY(
@@ -166,11 +169,11 @@ pub(super) fn delete_these(oldest: Moment, ids: &[i64]) -> String {
     )
 }
 
-/// The database's clock.
+/// Returns one row with the database's clock in microseconds.
 pub(super) const NOW: &str = concat!("SELECT ", micros!("now()"));
 
 // Decision: docs/decisions/0042-why-do-deletes-skip-locked-rows.md
-/// Rows `(id, last_seen)` of up to `limit` deleted rows that were last seen before `oldest`.
+/// Deletes up to `limit` rows that were last seen before `oldest`. Returns their `(id, last_seen)`.
 pub(super) fn delete_stale(oldest: Moment, limit: u32) -> String {
     let is_stale = is_stale(oldest);
     format!(
@@ -183,8 +186,9 @@ pub(super) fn delete_stale(oldest: Moment, limit: u32) -> String {
     )
 }
 
-/// One row `(count)`: how many of up to `limit` rows that are dated in the future are now dated now.
-/// A second ahead is no more than the clocks of several machines differ by.
+/// Sets up to `limit` rows that are dated in the future to the current time. Returns one row
+/// `(count)`. Rows up to a second ahead stay, because the clocks of several machines may differ by
+/// that.
 pub(super) fn correct_future(limit: u32) -> String {
     format!(
         "WITH corrected AS (
@@ -198,7 +202,7 @@ pub(super) fn correct_future(limit: u32) -> String {
     )
 }
 
-/// Rows `(id, last_seen, now)`.
+/// Returns rows `(id, last_seen, now)` with ids from `first` on.
 pub(super) fn page(first: i64, limit: u32) -> String {
     format!(
         "SELECT id::bigint, {last_seen}, {now} FROM object
@@ -208,20 +212,20 @@ pub(super) fn page(first: i64, limit: u32) -> String {
     )
 }
 
-/// One row `(count)`.
+/// Returns one row `(count)`.
 pub(super) const COUNT: &str = "SELECT count(*) FROM object WHERE last_seen IS NOT NULL";
 
-/// One row `(may_create)`: whether our role may make tables. Without any schema it may, so that making
-/// them fails and the reason is reported.
+/// Returns one row `(may_create)`: whether the role may create tables. If there is no schema, it is
+/// true, so that the migration fails and its error is reported.
 pub(super) const MAY_MIGRATE: &str =
     "SELECT coalesce(has_schema_privilege(current_schema(), 'CREATE'), true)";
 
-/// One row `(is_read_only)`: whether the server takes no writes. On a standby, every transaction is
-/// read-only.
+/// Returns one row `(is_read_only)`: whether the server rejects writes. On a standby, every
+/// transaction is read-only.
 pub(super) const IS_READ_ONLY: &str = "SELECT current_setting('transaction_read_only')::bool";
 
-/// One row `(problems)`, NULL if the table can be used. It fails if the table is missing, or we may
-/// not read it.
+/// Returns one row `(problems)`, which is NULL if the table can be used. It fails if the table is
+/// missing or the role may not read it.
 pub(super) const CHECK_TABLE: &str = "
     SELECT NULL::text FROM object WHERE false;
     WITH object AS (SELECT * FROM pg_class WHERE oid = to_regclass('object')),

@@ -1,4 +1,4 @@
-//! What a case that holds for both databases runs on.
+//! The databases on which the shared tests run.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -8,7 +8,7 @@ use testbed::{Database, Scratch};
 
 use crate::{ready, seen};
 
-/// An empty database of its own, gone when dropped.
+/// An empty database, deleted when dropped.
 pub(crate) struct Backend {
     config: Config,
     _database: Option<Database>,
@@ -28,7 +28,7 @@ impl Backend {
         Self { config, _database: None, _directory: Some(directory) }
     }
 
-    /// Clones of one: what the roles of a process have.
+    /// A clone of the settings, as each role of a process has one.
     pub(crate) fn config(&self) -> Config {
         self.config.clone()
     }
@@ -40,7 +40,7 @@ impl Backend {
         store
     }
 
-    /// All that is committed, as somebody else sees it.
+    /// All committed rows, read on another connection.
     pub(crate) async fn objects(&self) -> Vec<Object> {
         let mut objects = Objects::open(&self.config).await.unwrap();
         objects.page(None, u32::MAX).await.unwrap()
@@ -51,7 +51,7 @@ impl Backend {
         objects.into_iter().find(|object| object.id == id).unwrap()
     }
 
-    /// In ascending order.
+    /// The ids of all rows, in ascending order.
     pub(crate) async fn ids(&self) -> Vec<i64> {
         self.objects().await.iter().map(|object| object.id).collect()
     }

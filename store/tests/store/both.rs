@@ -1,7 +1,7 @@
-//! What holds for both databases alike: one function for each case, and of that a test for each
-//! database. A function that is not in its file's list is dead code, which the compiler tells.
+//! Tests that run on both databases: each function becomes one test for each database. The compiler
+//! reports a function that is missing in its file's list as dead code.
 
-/// Makes the tests, such as `both::opening::sqlite::the_name_of_the_case`.
+/// Generates the tests, such as `both::opening::sqlite::NAME_OF_THE_FUNCTION`.
 macro_rules! on_both {
     ($($case:ident,)*) => {
         mod postgres {

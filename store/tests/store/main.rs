@@ -1,6 +1,7 @@
-//! The store on both its databases. One binary, because each takes seconds to link.
+//! Tests of the store with both databases. They are one binary, because each binary takes seconds
+//! to link.
 
-#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic, as tests may")]
 
 mod backend;
 mod both;
@@ -12,7 +13,7 @@ use std::time::Duration;
 use store::{Sighting, Store, StoreError};
 use tokio::time::timeout;
 
-/// Far more than anything here needs, because a machine that runs all tests at once is slow.
+/// Deadline of each wait. It is long, because a machine that runs all tests at once is slow.
 const DEADLINE: Duration = Duration::from_secs(30);
 const HOUR: Duration = Duration::from_hours(1);
 
@@ -20,7 +21,7 @@ fn seen(id: i64, age: Duration) -> Sighting {
     Sighting { id, age }
 }
 
-/// Deletes what is older than `ttl` by the database's clock, and says how much that was.
+/// Deletes rows older than `ttl` by the database's clock, and returns their number.
 async fn delete_stale(store: &Store, ttl: Duration, limit: u32) -> Result<u64, StoreError> {
     let now = store.now().await?;
     let gone = store.delete_stale(now.before(ttl), limit).await?;
@@ -33,10 +34,10 @@ async fn ready(store: &Store) {
     assert!(ready.is_ok(), "not ready: {:?}", *store.status().borrow());
 }
 
-/// Drops a store, and waits until it is gone.
+/// Drops a store, and waits until it has stopped.
 async fn close(store: Store) {
     let mut status = store.status();
     drop(store);
-    let gone = async { while status.changed().await.is_ok() {} };
-    timeout(DEADLINE, gone).await.unwrap();
+    let stopped = async { while status.changed().await.is_ok() {} };
+    timeout(DEADLINE, stopped).await.unwrap();
 }

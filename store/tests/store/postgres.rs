@@ -1,4 +1,4 @@
-//! What only a Postgres can do, or be in the way of.
+//! Tests of Postgres only.
 
 mod go_table;
 mod locks;
@@ -26,7 +26,7 @@ fn config(url: &str) -> Config {
     Config::at(url.parse().unwrap())
 }
 
-/// A store with the schema in place, on a database of its own.
+/// A store on a new database, with the schema in place.
 async fn open() -> (Database, Store) {
     let database = Database::new().await;
     let store = start(database.url(), 8);
@@ -34,7 +34,7 @@ async fn open() -> (Database, Store) {
     (database, store)
 }
 
-/// Writes the rows `ids`, each `age` old, past the store.
+/// Writes the rows `ids`, each `age` old, without the store.
 async fn insert(pool: &PgPool, ids: std::ops::RangeInclusive<i64>, age: Duration) {
     let sql = "INSERT INTO object (id, last_seen)
                SELECT id, now() - make_interval(secs => $3) FROM generate_series($1, $2) AS id";
@@ -47,13 +47,13 @@ async fn ids(pool: &PgPool) -> Vec<i64> {
     sqlx::query_scalar("SELECT id FROM object ORDER BY id").fetch_all(pool).await.unwrap()
 }
 
-/// How old a row is by the database's clock.
+/// The age of a row by the database's clock.
 async fn age_seconds(pool: &PgPool, id: i64) -> f64 {
     let sql = "SELECT extract(epoch FROM now() - last_seen)::float8 FROM object WHERE id = $1";
     sqlx::query_scalar(sql).bind(id).fetch_one(pool).await.unwrap()
 }
 
-/// How many statements wait for a lock in this database.
+/// The number of statements that wait for a lock in this database.
 async fn waiting(pool: &PgPool) -> i64 {
     let sql = "SELECT count(*) FROM pg_stat_activity
                WHERE datname = current_database() AND wait_event_type = 'Lock'";

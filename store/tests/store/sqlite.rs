@@ -1,4 +1,4 @@
-//! What only a file can be: another's, damaged, busy.
+//! Tests of files only: foreign, damaged and busy files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -11,15 +11,15 @@ use testbed::{Scratch, eventually};
 use crate::backend::insert;
 use crate::{HOUR, close, delete_stale, seen};
 
-/// SQLite's own default.
+/// SQLite's default page size.
 const PAGE_BYTES: usize = 4096;
 
 #[tokio::test]
-async fn a_second_owner_is_refused_and_the_first_goes_on() {
+async fn second_owner_is_rejected_and_the_first_continues() {
     let (_directory, path) = closed_file().await;
     let first = start(&path).unwrap();
     let Err(StoreError::Open(OpenError::InUse { path: busy, .. })) = start(&path) else {
-        panic!("it is not refused as being in use")
+        panic!("not rejected as in use")
     };
     assert_eq!(busy, path);
     first.record_seen(&[seen(0, Duration::ZERO)]).await.unwrap();
@@ -28,30 +28,30 @@ async fn a_second_owner_is_refused_and_the_first_goes_on() {
 }
 
 #[tokio::test]
-async fn what_another_program_keeps_is_refused_and_left_as_it_is() {
+async fn file_of_another_program_is_rejected_and_unchanged() {
     let (directory, path) = closed_file().await;
     for text in [String::new(), "Dear SQLite, ".repeat(1_000)] {
         let letter = directory.path().join("letter.txt");
         fs::write(&letter, text).unwrap();
-        refused_as_foreign(&letter).await;
+        assert_rejected_as_foreign(&letter).await;
     }
-    // The head's application_id.
+    // The application_id in the header.
     change(&path, |bytes| bytes[68..72].copy_from_slice(b"Mail"));
-    refused_as_foreign(&path).await;
+    assert_rejected_as_foreign(&path).await;
 }
 
 #[tokio::test]
-async fn a_file_of_a_newer_version_is_refused_and_left_as_it_is() {
+async fn file_of_a_newer_version_is_rejected_and_unchanged() {
     let (_directory, path) = closed_file().await;
-    // The head's user_version.
+    // The user_version in the header.
     change(&path, |bytes| bytes[60..64].copy_from_slice(&2_u32.to_be_bytes()));
-    let what = refused_as_foreign(&path).await;
+    let what = assert_rejected_as_foreign(&path).await;
     assert_eq!(what, "of version 2; this program knows version 1");
 }
 
 /// Field case 3.5.
 #[tokio::test]
-async fn damaged_table_is_kept_and_its_rows_carried_over() {
+async fn damaged_table_is_kept_and_its_rows_recovered() {
     let (directory, path) = closed_file().await;
     change(&path, |bytes| {
         let pages = bytes.len() / PAGE_BYTES;
@@ -60,9 +60,9 @@ async fn damaged_table_is_kept_and_its_rows_carried_over() {
     });
     let damaged = fs::read(&path).unwrap();
     let _store = start(&path).unwrap();
-    eventually("its rows are carried over", Duration::from_secs(30), async || {
+    eventually("the rows are recovered", Duration::from_secs(30), async || {
         let mut objects = Objects::open(&config(&path)).await.unwrap();
-        // A page has room for some 400 of them.
+        // The damaged page contained about 400 rows.
         (objects.page(None, u32::MAX).await.unwrap().len() > 19_000).then_some(())
     })
     .await;
@@ -71,18 +71,18 @@ async fn damaged_table_is_kept_and_its_rows_carried_over() {
 }
 
 #[tokio::test]
-async fn a_reader_of_a_file_that_is_not_there_does_not_make_it() {
+async fn reader_does_not_create_a_missing_file() {
     let directory = Scratch::new("store");
     let path = directory.path().join("objects.db");
     let Err(StoreError::Open(OpenError::Missing { .. })) = Objects::open(&config(&path)).await
     else {
-        panic!("it is not told as missing")
+        panic!("not reported as missing")
     };
-    assert!(fs::read_dir(directory.path()).unwrap().next().is_none(), "something was made");
+    assert!(fs::read_dir(directory.path()).unwrap().next().is_none(), "a file was created");
 }
 
 #[tokio::test]
-async fn a_sighting_grows_older_while_another_process_holds_up_the_file() {
+async fn sighting_ages_while_another_process_locks_the_file() {
     const WAIT: Duration = Duration::from_millis(300);
     let (_directory, path) = closed_file().await;
     let store = start(&path).unwrap();
@@ -124,7 +124,7 @@ async fn rows_dated_in_the_future_count_as_seen_now() {
     assert_eq!(store.correct_future(10).await.unwrap(), 0);
 }
 
-/// A directory with a file in it that holds 20,000 rows, and that nobody has open.
+/// A directory with a closed file that contains 20,000 rows.
 async fn closed_file() -> (Scratch, PathBuf) {
     let directory = Scratch::new("store");
     let path = directory.path().join("objects.db");
@@ -138,7 +138,7 @@ fn start(path: &Path) -> Result<Store, StoreError> {
     Store::start(&config(path), "test", 1)
 }
 
-/// It shares nothing with others of the same path, as in processes of their own.
+/// Settings that do not share the opened file, as in separate processes.
 fn config(path: &Path) -> Config {
     Config::at(DatabaseUrl::file(path.to_owned()))
 }
@@ -149,15 +149,15 @@ fn change(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
     fs::write(path, bytes).unwrap();
 }
 
-/// Neither the store nor a reader takes the file, and neither changes it. Returns what they take it
-/// for.
-async fn refused_as_foreign(path: &Path) -> String {
+/// Asserts that both the store and a reader reject the file and leave it unchanged. Returns what
+/// the errors say about the file.
+async fn assert_rejected_as_foreign(path: &Path) -> String {
     let before = fs::read(path).unwrap();
     let errors = [start(path).err(), Objects::open(&config(path)).await.err()];
-    assert!(fs::read(path).unwrap() == before, "it was changed");
+    assert!(fs::read(path).unwrap() == before, "the file was changed");
     let [by_store, by_reader] = errors.map(|error| match error {
         Some(StoreError::Open(OpenError::Foreign { what, .. })) => what,
-        other => panic!("{} is not refused as foreign: {other:?}", path.display()),
+        other => panic!("{} is not rejected as foreign: {other:?}", path.display()),
     });
     assert_eq!(by_store, by_reader);
     by_store

@@ -11,7 +11,7 @@ fn ids(page: &serde_json::Value) -> Vec<i64> {
 }
 
 #[tokio::test]
-async fn pages_go_through_all_objects_in_ascending_order() {
+async fn pages_list_all_objects_in_ascending_order() {
     let fixture = Fixture::new().await;
     let all = [i64::MIN, -5, 0, 3, 4, 8, i64::MAX];
     fixture.record(all).await;

@@ -6,13 +6,13 @@ use crate::backend::{Backend, insert};
 use crate::{HOUR, delete_stale, seen};
 
 on_both! {
-    pages_go_through_all_objects_in_ascending_order,
-    all_are_counted,
-    one_reader_sees_each_change_that_is_committed_meanwhile,
-    the_ages_of_a_page_are_taken_from_one_clock,
+    pages_list_all_objects_in_ascending_order,
+    all_objects_are_counted,
+    open_reader_sees_each_committed_change,
+    all_ages_of_a_page_are_from_one_clock_reading,
 }
 
-async fn pages_go_through_all_objects_in_ascending_order(backend: &Backend) {
+async fn pages_list_all_objects_in_ascending_order(backend: &Backend) {
     let store = backend.open().await;
     let ids = [i64::MIN, -5, 0, 3, 4, 8, i64::MAX - 1, i64::MAX];
     store.record_seen(&ids.map(|id| seen(id, HOUR))).await.unwrap();
@@ -30,7 +30,7 @@ async fn pages_go_through_all_objects_in_ascending_order(backend: &Backend) {
     assert!(objects.page(None, 0).await.unwrap().is_empty());
 }
 
-async fn all_are_counted(backend: &Backend) {
+async fn all_objects_are_counted(backend: &Backend) {
     let store = backend.open().await;
     let mut objects = Objects::open(&backend.config()).await.unwrap();
     assert_eq!(objects.count().await.unwrap(), 0);
@@ -41,7 +41,7 @@ async fn all_are_counted(backend: &Backend) {
     assert_eq!(objects.count().await.unwrap(), 1_000);
 }
 
-async fn one_reader_sees_each_change_that_is_committed_meanwhile(backend: &Backend) {
+async fn open_reader_sees_each_committed_change(backend: &Backend) {
     let store = backend.open().await;
     let mut objects = Objects::open(&backend.config()).await.unwrap();
     for id in 1..=20 {
@@ -52,7 +52,7 @@ async fn one_reader_sees_each_change_that_is_committed_meanwhile(backend: &Backe
     assert_eq!(objects.page(None, 10).await.unwrap().len(), 5);
 }
 
-async fn the_ages_of_a_page_are_taken_from_one_clock(backend: &Backend) {
+async fn all_ages_of_a_page_are_from_one_clock_reading(backend: &Backend) {
     let store = backend.open().await;
     insert(&store, 1..=10, HOUR).await;
     store.record_seen(&[seen(1, Duration::ZERO), seen(2, HOUR / 2)]).await.unwrap();

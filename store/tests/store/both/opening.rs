@@ -6,12 +6,12 @@ use crate::backend::{Backend, insert};
 use crate::{HOUR, close, delete_stale, ready, seen};
 
 on_both! {
-    what_is_recorded_survives_closing_and_opening_again,
-    stores_that_start_at_once_on_an_empty_database_all_become_ready,
-    a_store_stays_open_when_another_of_its_configs_clones_is_closed,
+    recorded_rows_survive_closing_and_reopening,
+    stores_that_start_together_on_an_empty_database_become_ready,
+    store_stays_open_when_another_clone_is_closed,
 }
 
-async fn what_is_recorded_survives_closing_and_opening_again(backend: &Backend) {
+async fn recorded_rows_survive_closing_and_reopening(backend: &Backend) {
     let store = backend.open().await;
     insert(&store, 1..=100, HOUR).await;
     let before = backend.object(7).await.last_seen;
@@ -25,10 +25,10 @@ async fn what_is_recorded_survives_closing_and_opening_again(backend: &Backend) 
     assert_eq!(delete_stale(&store, HOUR / 2, 1_000).await.unwrap(), 101);
 }
 
-async fn stores_that_start_at_once_on_an_empty_database_all_become_ready(backend: &Backend) {
+async fn stores_that_start_together_on_an_empty_database_become_ready(backend: &Backend) {
     let starts = (0..8).map(|_| {
         let config = backend.config();
-        // Each on a thread of its own, because opening a file is not asynchronous.
+        // Each on its own thread, because opening a file blocks.
         let runtime = tokio::runtime::Handle::current();
         tokio::task::spawn_blocking(move || {
             let _guard = runtime.enter();
@@ -46,7 +46,7 @@ async fn stores_that_start_at_once_on_an_empty_database_all_become_ready(backend
     assert_eq!(backend.ids().await, (1..=8).collect::<Vec<_>>());
 }
 
-async fn a_store_stays_open_when_another_of_its_configs_clones_is_closed(backend: &Backend) {
+async fn store_stays_open_when_another_clone_is_closed(backend: &Backend) {
     let (one, other) = (backend.open().await, backend.open().await);
     insert(&one, 1..=3, HOUR).await;
     let objects = Objects::open(&backend.config()).await.unwrap();

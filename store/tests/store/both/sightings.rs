@@ -8,21 +8,21 @@ use tokio::time::timeout;
 use crate::backend::Backend;
 use crate::{DEADLINE, HOUR, delete_stale, seen};
 
-/// The objects' times are cut to it.
+/// The precision of `last_seen` in a file.
 const MILLISECOND: Duration = Duration::from_millis(1);
 
 on_both! {
-    a_sighting_is_written_with_the_databases_clock_less_its_age,
-    a_sighting_is_there_for_others_as_soon_as_it_is_recorded,
-    a_later_record_moves_a_row_forward_and_never_back,
-    what_was_inserted_and_what_was_updated_is_told_apart_and_as_it_is_in_the_table,
-    a_sighting_that_is_older_than_its_row_is_not_told,
-    an_age_that_reaches_back_before_1970_counts_as_1970,
-    the_ends_of_64_bits_are_recorded_and_an_empty_batch_is_nothing,
+    last_seen_is_the_databases_clock_minus_the_age,
+    recorded_sighting_is_visible_to_others_at_once,
+    later_sighting_moves_a_row_forward_older_never_back,
+    inserted_and_updated_rows_are_returned_as_in_the_table,
+    sighting_older_than_its_row_is_not_returned,
+    age_that_reaches_back_before_1970_counts_as_1970,
+    extreme_ids_and_an_empty_batch_are_recorded,
     writers_whose_batches_overlap_never_deadlock,
 }
 
-async fn a_sighting_is_written_with_the_databases_clock_less_its_age(backend: &Backend) {
+async fn last_seen_is_the_databases_clock_minus_the_age(backend: &Backend) {
     let store = backend.open().await;
     let started = Instant::now();
     let sightings = [seen(-3, Duration::ZERO), seen(7, Duration::from_millis(90_500))];
@@ -36,7 +36,7 @@ async fn a_sighting_is_written_with_the_databases_clock_less_its_age(backend: &B
     }
 }
 
-async fn a_sighting_is_there_for_others_as_soon_as_it_is_recorded(backend: &Backend) {
+async fn recorded_sighting_is_visible_to_others_at_once(backend: &Backend) {
     let store = backend.open().await;
     for id in 1..=20 {
         store.record_seen(&[seen(id, Duration::ZERO)]).await.unwrap();
@@ -44,7 +44,7 @@ async fn a_sighting_is_there_for_others_as_soon_as_it_is_recorded(backend: &Back
     }
 }
 
-async fn a_later_record_moves_a_row_forward_and_never_back(backend: &Backend) {
+async fn later_sighting_moves_a_row_forward_older_never_back(backend: &Backend) {
     let store = backend.open().await;
     store.record_seen(&[seen(1, HOUR / 2), seen(2, HOUR / 2)]).await.unwrap();
     let before = backend.object(1).await.last_seen;
@@ -58,29 +58,27 @@ async fn a_later_record_moves_a_row_forward_and_never_back(backend: &Backend) {
     assert!(backend.object(1).await.age < HOUR / 6);
 }
 
-async fn what_was_inserted_and_what_was_updated_is_told_apart_and_as_it_is_in_the_table(
-    backend: &Backend,
-) {
+async fn inserted_and_updated_rows_are_returned_as_in_the_table(backend: &Backend) {
     let store = backend.open().await;
     let first = store.record_seen(&[seen(-7, HOUR), seen(5, HOUR)]).await.unwrap();
-    assert_eq!((told(&first.inserted).len(), first.updated.len()), (2, 0));
-    assert_eq!(told(&first.inserted), rows(backend).await);
+    assert_eq!((sorted(&first.inserted).len(), first.updated.len()), (2, 0));
+    assert_eq!(sorted(&first.inserted), rows(backend).await);
 
-    // None of this very millisecond, which is not stale yet.
+    // No sighting has age zero, because a row of this millisecond is not stale below.
     let batch = [seen(-7, HOUR / 4), seen(3, HOUR), seen(5, HOUR / 2)];
     let second = store.record_seen(&batch).await.unwrap();
     let rows = rows(backend).await;
-    assert_eq!(told(&second.inserted), [rows[1]]);
-    assert_eq!(told(&second.updated), [rows[0], rows[2]]);
+    assert_eq!(sorted(&second.inserted), [rows[1]]);
+    assert_eq!(sorted(&second.updated), [rows[0], rows[2]]);
 
-    // Deleted and seen again, it is new again.
+    // Once deleted, a row that is seen again counts as inserted.
     let now = store.now().await.unwrap();
     store.delete_stale(now, 100).await.unwrap();
     let third = store.record_seen(&[seen(3, Duration::ZERO)]).await.unwrap();
-    assert_eq!((told(&third.inserted), third.updated.len()), (self::rows(backend).await, 0));
+    assert_eq!((sorted(&third.inserted), third.updated.len()), (self::rows(backend).await, 0));
 }
 
-async fn a_sighting_that_is_older_than_its_row_is_not_told(backend: &Backend) {
+async fn sighting_older_than_its_row_is_not_returned(backend: &Backend) {
     let store = backend.open().await;
     store.record_seen(&[seen(1, HOUR / 2), seen(2, HOUR / 2)]).await.unwrap();
     let recorded = store.record_seen(&[seen(1, HOUR), seen(2, Duration::ZERO)]).await.unwrap();
@@ -89,11 +87,11 @@ async fn a_sighting_that_is_older_than_its_row_is_not_told(backend: &Backend) {
     assert_eq!(store.record_seen(&[]).await.unwrap(), Recorded::default());
 }
 
-/// As the table has it, too.
-fn told(rows: &[Row]) -> Vec<(i64, SystemTime)> {
-    let mut told: Vec<_> = rows.iter().map(|row| (row.id, row.last_seen.time())).collect();
-    told.sort_unstable();
-    told
+/// The rows in the format and order of [`rows`].
+fn sorted(rows: &[Row]) -> Vec<(i64, SystemTime)> {
+    let mut sorted: Vec<_> = rows.iter().map(|row| (row.id, row.last_seen.time())).collect();
+    sorted.sort_unstable();
+    sorted
 }
 
 async fn rows(backend: &Backend) -> Vec<(i64, SystemTime)> {
@@ -101,7 +99,7 @@ async fn rows(backend: &Backend) -> Vec<(i64, SystemTime)> {
     objects.iter().map(|object| (object.id, object.last_seen)).collect()
 }
 
-async fn an_age_that_reaches_back_before_1970_counts_as_1970(backend: &Backend) {
+async fn age_that_reaches_back_before_1970_counts_as_1970(backend: &Backend) {
     let store = backend.open().await;
     let years = Duration::from_hours(365 * 24);
     let ages = [40 * years, 100 * years, 400 * years, 10_000 * years, Duration::MAX];
@@ -118,7 +116,7 @@ async fn an_age_that_reaches_back_before_1970_counts_as_1970(backend: &Backend) 
     assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 4);
 }
 
-async fn the_ends_of_64_bits_are_recorded_and_an_empty_batch_is_nothing(backend: &Backend) {
+async fn extreme_ids_and_an_empty_batch_are_recorded(backend: &Backend) {
     let store = backend.open().await;
     store.record_seen(&[]).await.unwrap();
     assert!(backend.ids().await.is_empty());
@@ -134,7 +132,7 @@ async fn writers_whose_batches_overlap_never_deadlock(backend: &Backend) {
         let store = Arc::clone(&store);
         writers.spawn(async move {
             for round in 0..25 {
-                // Each batch of another stride, so that any two overlap in part.
+                // Batches have different strides, so that any two overlap in part.
                 let stride = usize::try_from(1 + (writer + round) % 5).unwrap();
                 let batch: Vec<Sighting> =
                     (1..=400).step_by(stride).map(|id| seen(id, Duration::ZERO)).collect();

@@ -9,16 +9,16 @@ use crate::{DEADLINE, HOUR, delete_stale, seen};
 const MINUTE: Duration = Duration::from_mins(1);
 
 on_both! {
-    only_what_is_older_than_the_ttl_is_deleted,
-    with_a_ttl_that_reaches_back_before_1970_nothing_is_stale,
-    a_row_is_as_old_as_it_was_when_the_clock_was_read,
-    what_was_deleted_is_told_with_when_it_was_last_seen,
+    only_rows_older_than_the_ttl_are_deleted,
+    nothing_is_stale_if_the_ttl_reaches_back_before_1970,
+    row_ages_are_relative_to_the_passed_clock_reading,
+    deleted_rows_are_returned_with_their_last_seen,
     one_call_deletes_no_more_than_its_limit,
-    two_replicas_at_once_delete_every_stale_row_once_and_report_so,
-    sightings_and_deletions_at_once_lose_nobody_who_was_seen,
+    two_replicas_together_delete_each_stale_row_once,
+    concurrent_sightings_and_deletions_lose_no_seen_object,
 }
 
-async fn only_what_is_older_than_the_ttl_is_deleted(backend: &Backend) {
+async fn only_rows_older_than_the_ttl_are_deleted(backend: &Backend) {
     let store = backend.open().await;
     insert(&store, 1..=3, HOUR + MINUTE).await;
     insert(&store, 4..=6, 50 * MINUTE).await;
@@ -27,7 +27,7 @@ async fn only_what_is_older_than_the_ttl_is_deleted(backend: &Backend) {
     assert_eq!(delete_stale(&store, HOUR, 100).await.unwrap(), 0);
 }
 
-async fn with_a_ttl_that_reaches_back_before_1970_nothing_is_stale(backend: &Backend) {
+async fn nothing_is_stale_if_the_ttl_reaches_back_before_1970(backend: &Backend) {
     let store = backend.open().await;
     store.record_seen(&[seen(1, HOUR), seen(2, Duration::MAX)]).await.unwrap();
     for ttl in [1_000_000 * HOUR, 10_000_000 * HOUR, Duration::MAX] {
@@ -36,7 +36,7 @@ async fn with_a_ttl_that_reaches_back_before_1970_nothing_is_stale(backend: &Bac
     assert_eq!(backend.ids().await, [1, 2]);
 }
 
-async fn a_row_is_as_old_as_it_was_when_the_clock_was_read(backend: &Backend) {
+async fn row_ages_are_relative_to_the_passed_clock_reading(backend: &Backend) {
     let store = backend.open().await;
     let before = store.now().await.unwrap();
     insert(&store, 1..=3, Duration::ZERO).await;
@@ -51,7 +51,7 @@ async fn a_row_is_as_old_as_it_was_when_the_clock_was_read(backend: &Backend) {
     assert_eq!(store.delete_stale(after, 100).await.unwrap().len(), 3);
 }
 
-async fn what_was_deleted_is_told_with_when_it_was_last_seen(backend: &Backend) {
+async fn deleted_rows_are_returned_with_their_last_seen(backend: &Backend) {
     let store = backend.open().await;
     insert(&store, 1..=3, 2 * HOUR).await;
     insert(&store, 4..=4, Duration::ZERO).await;
@@ -73,7 +73,7 @@ async fn one_call_deletes_no_more_than_its_limit(backend: &Backend) {
     }
 }
 
-async fn two_replicas_at_once_delete_every_stale_row_once_and_report_so(backend: &Backend) {
+async fn two_replicas_together_delete_each_stale_row_once(backend: &Backend) {
     const STALE: i64 = 5_000;
     const LIMIT: u32 = 100;
     let (one, other) = (backend.open().await, backend.open().await);
@@ -97,9 +97,9 @@ async fn two_replicas_at_once_delete_every_stale_row_once_and_report_so(backend:
     assert_eq!(backend.ids().await, (STALE + 1..=STALE + 5).collect::<Vec<_>>());
 }
 
-async fn sightings_and_deletions_at_once_lose_nobody_who_was_seen(backend: &Backend) {
+async fn concurrent_sightings_and_deletions_lose_no_seen_object(backend: &Backend) {
     const ROWS: i64 = 1_000;
-    // What the consumer and the routine have.
+    // The stores of the consumer and of the routine.
     let (consumers, routines) = (backend.open().await, backend.open().await);
     for first in (0..8).map(|round| round * ROWS) {
         let ids = first..=first + ROWS - 1;

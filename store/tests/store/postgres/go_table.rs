@@ -1,4 +1,5 @@
-//! The Go services' own table: `INTEGER, TIMESTAMP`, the local time of `TZ`. Field case 4.3.
+//! Tests with the Go services' table: `INTEGER, TIMESTAMP`, with local times of `TZ`. Field case
+//! 4.3.
 
 #![expect(
     clippy::duration_suboptimal_units,
@@ -19,9 +20,9 @@ const TABLE: &str = "
     CREATE TABLE object (id INTEGER NOT NULL, last_seen TIMESTAMP NOT NULL, PRIMARY KEY (id));
     CREATE INDEX idx_last_seen ON object (last_seen)";
 
-/// In Berlin, the clocks went from 03:00 back to 02:00 then: 2027-10-31 01:00 UTC.
+/// 2027-10-31 01:00 UTC, when the clocks in Berlin go back from 03:00 to 02:00.
 const AUTUMN: Duration = Duration::from_secs(1_824_944_400);
-/// And from 02:00 to 03:00 then: 2027-03-28 01:00 UTC.
+/// 2027-03-28 01:00 UTC, when the clocks in Berlin go forward from 02:00 to 03:00.
 const SPRING: Duration = Duration::from_secs(1_806_195_600);
 
 const SECOND: Duration = Duration::from_secs(1);
@@ -99,7 +100,7 @@ async fn go_services_table_is_used_unchanged() {
 }
 
 #[tokio::test]
-async fn id_beyond_32_bits_is_a_refused_row_of_an_integer_column() {
+async fn id_beyond_32_bits_is_a_rejected_row_of_an_integer_column() {
     let database = Database::new().await;
     table(&database).await;
     let store = store(&berlin(&database)).await;
@@ -111,8 +112,8 @@ async fn id_beyond_32_bits_is_a_refused_row_of_an_integer_column() {
     assert_eq!(delete_stale(&store, HOUR, 10).await.unwrap(), 0);
 }
 
-/// A row is fresh for the TTL and then deleted, whether it is written before, in or after the hour
-/// that the clocks show twice.
+/// A row lives for the TTL, whether it is written before, in or after the hour that local time
+/// repeats.
 #[tokio::test]
 async fn rows_live_for_their_ttl_when_the_clocks_go_back() {
     let database = Database::new().await;
@@ -136,14 +137,14 @@ async fn rows_live_for_their_ttl_when_the_clocks_go_back() {
         set(&clock, at).await;
         let recorded = store.record_seen(&[seen(id, Duration::ZERO)]).await.unwrap();
         assert_eq!(recorded.inserted.len(), 1);
-        // Time passes while this test runs, too.
+        // The range allows for the time that the test takes.
         set(&clock, at + 15 * SECOND).await;
         let now_old = age(&config, id).await;
         assert!((14 * SECOND..20 * SECOND).contains(&now_old), "{id}: {now_old:?}");
         assert_eq!(delete_stale(&store, TTL, 10).await.unwrap(), 0, "{id} is not stale yet");
         assert_eq!(store.correct_future(10).await.unwrap(), 0, "{id} is not in the future");
 
-        // It is seen again 15 s later, on the other side of the change or not.
+        // The object is seen again 15 s later, perhaps after the change of the clocks.
         let again = store.record_seen(&[seen(id, Duration::ZERO)]).await.unwrap();
         assert_eq!(again.updated.len(), 1, "{id} does not move forward");
         set(&clock, at + 40 * SECOND).await;
@@ -171,7 +172,7 @@ async fn rows_live_for_their_ttl_when_the_clocks_go_forward() {
 }
 
 #[tokio::test]
-async fn table_that_cannot_work_is_reported_with_the_reason() {
+async fn unusable_table_is_reported_with_the_reason() {
     let tables = [
         ("(id text PRIMARY KEY, last_seen timestamptz)", "column id has the type text"),
         ("(id uuid PRIMARY KEY, last_seen timestamptz)", "column id has the type uuid"),
@@ -230,7 +231,7 @@ async fn replace_table(pool: &PgPool, columns: &str) {
 }
 
 #[tokio::test]
-async fn time_zone_that_the_database_does_not_know_gives_no_row_up() {
+async fn unknown_time_zone_is_a_session_error_and_rejects_no_row() {
     let database = Database::new().await;
     table(&database).await;
     let mut config = berlin(&database);
@@ -272,7 +273,7 @@ async fn rows_dated_in_the_future_count_as_seen_now() {
         assert_eq!(store.correct_future(10).await.unwrap(), 1);
         assert_eq!(store.correct_future(10).await.unwrap(), 0);
         assert_eq!(objects.count().await.unwrap(), 5);
-        // All that are left are stale some day.
+        // All remaining rows become stale in the end.
         let mut deleted = 0;
         eventually("all rows become stale", DEADLINE, async || {
             deleted += delete_stale(&store, Duration::from_millis(1), 10).await.unwrap();

@@ -8,7 +8,7 @@ use super::{age_seconds, ids, insert, open, start, waiting};
 use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
 #[tokio::test]
-async fn a_row_that_another_transaction_has_locked_is_skipped_without_waiting_for_it() {
+async fn delete_skips_a_locked_row_without_waiting() {
     let (database, store) = open().await;
     insert(database.pool(), 1..=3, 2 * HOUR).await;
     let mut other = database.pool().begin().await.unwrap();
@@ -22,7 +22,7 @@ async fn a_row_that_another_transaction_has_locked_is_skipped_without_waiting_fo
 }
 
 #[tokio::test]
-async fn a_stale_row_whose_sighting_is_being_written_survives() {
+async fn stale_row_that_is_being_updated_survives() {
     let (database, store) = open().await;
     insert(database.pool(), 1..=1, 2 * HOUR).await;
     let mut sighting = database.pool().begin().await.unwrap();
@@ -36,13 +36,13 @@ async fn a_stale_row_whose_sighting_is_being_written_survives() {
 }
 
 #[tokio::test]
-async fn a_sighting_of_a_row_that_is_being_deleted_waits_and_brings_it_back() {
+async fn sighting_of_a_row_being_deleted_waits_and_inserts_it() {
     let (database, store) = open().await;
     store.record_seen(&[seen(1, HOUR)]).await.unwrap();
     let mut deletion = database.pool().begin().await.unwrap();
     sqlx::query("DELETE FROM object WHERE id = 1").execute(&mut *deletion).await.unwrap();
 
-    // It waits for a second at a time.
+    // Each attempt waits for a second.
     let upsert = tokio::spawn(async move {
         loop {
             match store.record_seen(&[seen(1, Duration::ZERO)]).await {
@@ -61,13 +61,13 @@ async fn a_sighting_of_a_row_that_is_being_deleted_waits_and_brings_it_back() {
 }
 
 #[tokio::test]
-async fn sightings_and_deletions_of_the_same_rows_do_not_fail_each_other() {
+async fn sightings_and_deletions_of_the_same_rows_all_succeed() {
     const ROWS: i64 = 3_000;
     let (database, store) = open().await;
     let online: Vec<Sighting> = (1..=ROWS).map(|id| seen(id, Duration::ZERO)).collect();
     for _ in 0..8 {
-        // The rows lie in the opposite order of their ids, so a deletion comes upon them from the
-        // other side than the sightings do: the best chance for a deadlock.
+        // The rows are stored in descending order of their ids, so deletions and sightings lock
+        // them in opposite orders, which would most easily deadlock.
         sqlx::query("TRUNCATE object").execute(database.pool()).await.unwrap();
         let stale = "INSERT INTO object
                      SELECT id, now() - interval '2 h' FROM generate_series($1, 1, -1) AS id";
@@ -84,7 +84,7 @@ async fn sightings_and_deletions_of_the_same_rows_do_not_fail_each_other() {
 }
 
 #[tokio::test]
-async fn a_sighting_grows_older_while_it_waits_for_a_connection() {
+async fn sighting_ages_while_it_waits_for_a_connection() {
     const WAIT: Duration = Duration::from_millis(300);
     let (database, _) = open().await;
     let store = start(database.url(), 1);
@@ -99,7 +99,7 @@ async fn a_sighting_grows_older_while_it_waits_for_a_connection() {
             tokio::time::sleep(WAIT).await;
             other.rollback().await.unwrap();
         });
-    // On a slow machine, the first may have waited in vain.
+    // On a slow machine, the first one may have timed out.
     drop(first);
     second.unwrap();
     assert!(age_seconds(database.pool(), 2).await >= WAIT.as_secs_f64());
@@ -107,7 +107,7 @@ async fn a_sighting_grows_older_while_it_waits_for_a_connection() {
 
 // Field case 4.2
 #[tokio::test]
-async fn a_locked_row_fails_its_batch_within_seconds_and_is_named() {
+async fn locked_row_fails_its_batch_soon_and_can_be_found() {
     let (database, store) = open().await;
     insert(database.pool(), 1..=3, HOUR).await;
     let mut other = database.pool().begin().await.unwrap();
@@ -119,15 +119,15 @@ async fn a_locked_row_fails_its_batch_within_seconds_and_is_named() {
         assert_eq!(error.failure(), Failure::BusyRow, "{error:?}");
         assert!(!error.may_be_committed());
     }
-    assert_eq!(store.locked(&[1, 2, 3, 4]).await.unwrap(), [2]);
+    assert_eq!(store.find_locked(&[1, 2, 3, 4]).await.unwrap(), [2]);
     other.rollback().await.unwrap();
-    assert_eq!(store.locked(&[1, 2, 3, 4]).await.unwrap(), [0; 0]);
+    assert_eq!(store.find_locked(&[1, 2, 3, 4]).await.unwrap(), [0; 0]);
     store.record_seen_briefly(&batch).await.unwrap();
     assert_eq!(ids(database.pool()).await, [1, 2, 3, 4]);
 }
 
 #[tokio::test]
-async fn a_statement_that_one_row_slows_down_ends_and_the_session_stays_usable() {
+async fn slow_row_times_out_and_the_connection_stays_usable() {
     let (database, store) = open().await;
     let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
                 $$ BEGIN PERFORM pg_sleep(60); RETURN NEW; END $$;
@@ -141,15 +141,15 @@ async fn a_statement_that_one_row_slows_down_ends_and_the_session_stays_usable()
 }
 
 #[tokio::test]
-async fn stale_rows_can_be_listed_and_deleted_one_by_one() {
+async fn stale_rows_can_be_listed_and_deleted_by_id() {
     let (database, store) = open().await;
     insert(database.pool(), 1..=4, 2 * HOUR).await;
     insert(database.pool(), 5..=6, Duration::ZERO).await;
     let oldest = store.now().await.unwrap().before(HOUR);
-    let mut stale = store.stale(oldest, 10, &[3]).await.unwrap();
+    let mut stale = store.list_stale(oldest, 10, &[3]).await.unwrap();
     stale.sort_unstable();
     assert_eq!(stale, [1, 2, 4]);
-    let gone = store.delete_these(oldest, &[1, 2, 6]).await.unwrap();
+    let gone = store.delete_stale_among(oldest, &[1, 2, 6]).await.unwrap();
     assert_eq!(gone.len(), 2);
     assert_eq!(store.count_stale(oldest).await.unwrap(), (2, 4));
 }

@@ -4,7 +4,7 @@ use testbed::{Database, free_port};
 use super::config;
 
 #[tokio::test]
-async fn a_database_that_refuses_is_told_as_the_reason() {
+async fn refused_connection_is_reported_as_the_reason() {
     let url = format!("postgres://postgres@127.0.0.1:{}/postgres", free_port());
     let Err(error) = Objects::open(&config(&url)).await else { panic!("connected to nothing") };
     assert!(matches!(error, StoreError::Connect(_)), "{error:?}");
@@ -12,7 +12,7 @@ async fn a_database_that_refuses_is_told_as_the_reason() {
 }
 
 #[tokio::test]
-async fn a_database_without_the_table_is_left_without_it() {
+async fn reader_does_not_create_a_missing_table() {
     let database = Database::new().await;
     let mut objects = Objects::open(&config(database.url())).await.unwrap();
     assert!(matches!(objects.count().await, Err(StoreError::Count(_))));
@@ -23,7 +23,7 @@ async fn a_database_without_the_table_is_left_without_it() {
 }
 
 #[tokio::test]
-async fn row_without_a_time_is_left_out() {
+async fn row_without_a_time_is_omitted() {
     let database = Database::new().await;
     let table = "CREATE TABLE object (id bigint primary key, last_seen timestamptz)";
     sqlx::query(table).execute(database.pool()).await.unwrap();

@@ -12,7 +12,7 @@ use url::Url;
 use super::{ids, start};
 use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
-/// `url` with another address in it.
+/// `url` with another address.
 fn at(address: SocketAddr, url: &str) -> String {
     let mut url = Url::parse(url).unwrap();
     url.set_host(Some(&address.ip().to_string())).unwrap();
@@ -20,19 +20,20 @@ fn at(address: SocketAddr, url: &str) -> String {
     url.to_string()
 }
 
-/// Where the database of `url` is, as `host:port`.
+/// The `host:port` of `url`.
 fn server(url: &str) -> String {
     let url = Url::parse(url).unwrap();
     format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5432))
 }
 
-async fn away(store: &Store) -> String {
+/// Waits until the database is away, and returns the reason.
+async fn wait_until_away(store: &Store) -> String {
     let mut status = store.status();
     let status = timeout(DEADLINE, status.wait_for(Result::is_err)).await.unwrap().unwrap();
     status.clone().unwrap_err()
 }
 
-/// A way to a server whose new connections can be led elsewhere, while the old ones stay on theirs.
+/// A proxy that can send new connections to another server, while old ones stay on theirs.
 struct Switch {
     address: SocketAddr,
     target: watch::Sender<SocketAddr>,
@@ -89,7 +90,7 @@ async fn silent_after(words: &'static [u8], server: String) -> SocketAddr {
 }
 
 #[tokio::test]
-async fn a_database_that_refuses_is_told_as_the_reason() {
+async fn refused_connection_is_reported_as_the_reason() {
     let url = format!("postgres://postgres@127.0.0.1:{}/postgres", free_port());
     let store = start(&url, 1);
     let mut status = store.status();
@@ -103,19 +104,19 @@ async fn a_database_that_refuses_is_told_as_the_reason() {
 }
 
 #[tokio::test]
-async fn a_store_that_starts_before_the_database_or_loses_it_comes_to_work_by_itself() {
+async fn store_recovers_from_a_late_or_lost_database() {
     let database = Database::new().await;
     let proxy = Proxy::start(server(database.url())).await;
     proxy.cut();
     let store = start(&at(proxy.addr(), database.url()), 2);
     assert!(delete_stale(&store, HOUR, 1).await.is_err());
-    away(&store).await;
+    wait_until_away(&store).await;
     proxy.restore();
     ready(&store).await;
     store.record_seen(&[seen(1, HOUR)]).await.unwrap();
 
     proxy.cut();
-    let reason = away(&store).await;
+    let reason = wait_until_away(&store).await;
     assert!(!reason.is_empty());
     assert!(store.record_seen(&[seen(2, HOUR)]).await.is_err());
     proxy.restore();
@@ -124,27 +125,26 @@ async fn a_store_that_starts_before_the_database_or_loses_it_comes_to_work_by_it
     assert_eq!(ids(database.pool()).await, [1, 3]);
 }
 
-/// It takes the 12 s that a statement may take, and the heartbeat of nobody is there to end it
-/// earlier. The old connections stay silent for good, as after a firewall has forgotten them: no
-/// close ever comes, and only new connections work.
+/// The test takes the 12 s of a statement's deadline. The old connections stay silent without being
+/// closed, as after a firewall has dropped them; only new connections work.
 #[tokio::test]
-async fn a_statement_to_a_silent_database_ends_in_an_error_and_the_next_one_finds_it_again() {
+async fn statement_to_a_silent_database_times_out_and_the_next_works() {
     let database = Database::new().await;
     let proxy = Proxy::start(server(database.url())).await;
     let switch = Switch::start(proxy.addr()).await;
-    // The routine's store, which has one connection only.
+    // Like the routine's store, which has one connection.
     let store = start(&at(switch.address, database.url()), 1);
     ready(&store).await;
     store.record_seen(&[seen(1, 2 * HOUR)]).await.unwrap();
     proxy.silence();
     let sightings = [seen(1, Duration::ZERO)];
     let record = timeout(DEADLINE, store.record_seen(&sightings));
-    let (recorded, reason) = tokio::join!(record, away(&store));
+    let (recorded, reason) = tokio::join!(record, wait_until_away(&store));
     assert!(matches!(recorded, Ok(Err(StoreError::Timeout(_)))), "{recorded:?}");
     assert!(reason.contains("no answer within"), "{reason}");
 
-    let fresh_way = Proxy::start(server(database.url())).await;
-    switch.target.send_replace(fresh_way.addr());
+    let new_proxy = Proxy::start(server(database.url())).await;
+    switch.target.send_replace(new_proxy.addr());
     ready(&store).await;
     eventually("sightings are recorded again", DEADLINE, async || {
         store.record_seen(&[seen(2, Duration::ZERO)]).await.ok()

@@ -1,4 +1,4 @@
-//! Behind pgbouncer with its default settings. Field case 9.5.
+//! Tests with pgbouncer in its default settings. Field case 9.5.
 
 use std::str::FromStr as _;
 use std::time::Duration;
@@ -26,8 +26,8 @@ async fn store_works_behind_a_pooler_in_statement_mode() {
     works_behind("statement", 3).await;
 }
 
-/// Several stores share fewer sessions than they have connections, with statements of several kinds
-/// and results of several types at once.
+/// Several stores share fewer sessions than they have connections, and run different statements at
+/// once.
 async fn works_behind(mode: &str, sessions: u32) {
     const STORES: i64 = 4;
     const ROWS: i64 = 300;
@@ -71,7 +71,7 @@ async fn works_behind(mode: &str, sessions: u32) {
     assert_eq!((page.len(), fresh), (all, all / 2));
     assert_eq!(delete_stale(&stores[0], HOUR, 10_000).await.unwrap(), (all / 2) as u64);
 
-    // Other applications get the sessions as they were.
+    // The sessions keep no settings that could affect other applications.
     let options = PgConnectOptions::from_str(bouncer.url()).unwrap().extra_float_digits(None);
     let mut other = options.connect().await.unwrap();
     let timeout = sqlx::raw_sql("SHOW statement_timeout").fetch_one(&mut other).await.unwrap();

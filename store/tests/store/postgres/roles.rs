@@ -1,4 +1,4 @@
-//! The roles of scripts/postgres-roles.sql.
+//! Tests of the roles that scripts/postgres-roles.sql creates.
 
 use std::path::Path;
 use std::time::Duration;
@@ -23,7 +23,7 @@ async fn make_roles(cluster: &PostgresCluster) {
     make_roles_with(cluster, &[("POSTGRES_REVOKE_PUBLIC", "yes")]).await;
 }
 
-/// Runs the script with the usual passwords, unless `more` has others.
+/// Runs the script with the usual passwords, except for those in `more`.
 async fn make_roles_with(cluster: &PostgresCluster, more: &[(&str, &str)]) {
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/postgres-roles.sql");
     let passwords = [
@@ -49,9 +49,9 @@ async fn run(pool: &PgPool, sql: &str) {
 }
 
 #[tokio::test]
-async fn the_roles_work_together_and_the_table_comes_back_with_their_rights_whoever_is_first() {
+async fn roles_work_in_any_start_order_and_after_the_table_is_lost() {
     let cluster = cluster_with_roles().await;
-    // Those who may not make the table wait for it.
+    // Roles that may not create the table wait for it.
     let (consumer, routine) = (store(&cluster, "consumer"), store(&cluster, "routine"));
     let mut status = consumer.status();
     let waits = status.wait_for(|status| {
@@ -60,9 +60,9 @@ async fn the_roles_work_together_and_the_table_comes_back_with_their_rights_whoe
     tokio::time::timeout(DEADLINE, waits).await.unwrap().unwrap();
 
     let _migration = store(&cluster, "migration");
-    for upheaval in ["", "DROP TABLE object, _lastseen_migrations"] {
-        if !upheaval.is_empty() {
-            run(cluster.pool(), upheaval).await;
+    for loss in ["", "DROP TABLE object, _lastseen_migrations"] {
+        if !loss.is_empty() {
+            run(cluster.pool(), loss).await;
         }
         eventually("the consumer records", DEADLINE, async || {
             consumer.record_seen(&[seen(1, 2 * HOUR), seen(2, Duration::ZERO)]).await.ok()
@@ -81,7 +81,7 @@ async fn the_roles_work_together_and_the_table_comes_back_with_their_rights_whoe
 }
 
 #[tokio::test]
-async fn the_rights_that_each_role_has_are_the_least_that_its_work_needs() {
+async fn each_role_has_only_the_rights_that_it_needs() {
     let cluster = cluster_with_roles().await;
     ready(&store(&cluster, "migration")).await;
     let (consumer, routine) = (store(&cluster, "consumer"), store(&cluster, "routine"));
@@ -120,11 +120,11 @@ async fn the_rights_that_each_role_has_are_the_least_that_its_work_needs() {
 }
 
 #[tokio::test]
-async fn no_role_can_do_what_is_not_its_work() {
+async fn no_role_can_exceed_its_rights() {
     let cluster = cluster_with_roles().await;
     ready(&store(&cluster, "migration")).await;
     run(cluster.pool(), "CREATE TABLE other (id int)").await;
-    let not_theirs = [
+    let forbidden = [
         ("consumer viewer", "DELETE FROM object"),
         ("viewer", "UPDATE object SET last_seen = now()"),
         ("routine viewer", "INSERT INTO object VALUES (1, now())"),
@@ -140,7 +140,7 @@ async fn no_role_can_do_what_is_not_its_work() {
     ];
     for role in ROLES {
         let mut connection = PgConnection::connect(&url(&cluster, role)).await.unwrap();
-        for (_, sql) in not_theirs.iter().filter(|(roles, _)| roles.contains(role)) {
+        for (_, sql) in forbidden.iter().filter(|(roles, _)| roles.contains(role)) {
             let refused = sqlx::query(*sql).execute(&mut connection).await;
             let refused = refused.map(drop).unwrap_err();
             let code = refused.as_database_error().unwrap().code();
@@ -197,12 +197,12 @@ async fn changed_password_is_applied_by_the_next_run_of_the_script() {
 }
 
 #[tokio::test]
-async fn a_table_that_was_there_before_the_roles_is_theirs_afterwards() {
+async fn existing_table_works_after_the_roles_are_created() {
     let cluster = PostgresCluster::start().await;
-    let everything = start(cluster.url(), 1);
-    ready(&everything).await;
-    everything.record_seen(&[seen(1, 2 * HOUR)]).await.unwrap();
-    drop(everything);
+    let superuser = start(cluster.url(), 1);
+    ready(&superuser).await;
+    superuser.record_seen(&[seen(1, 2 * HOUR)]).await.unwrap();
+    drop(superuser);
     cluster.ask_for_passwords().await;
     make_roles(&cluster).await;
     make_roles(&cluster).await;

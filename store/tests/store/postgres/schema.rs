@@ -6,7 +6,7 @@ use super::{ids, open, start};
 use crate::{DEADLINE, HOUR, delete_stale, ready, seen};
 
 #[tokio::test]
-async fn table_that_was_there_before_is_used_as_it_is() {
+async fn existing_table_is_used_unchanged() {
     let database = Database::new().await;
     let pool = database.pool();
     let table = "CREATE TABLE object (id bigint primary key, last_seen timestamptz)";
@@ -27,16 +27,16 @@ async fn table_that_was_there_before_is_used_as_it_is() {
 }
 
 #[tokio::test]
-async fn the_schema_comes_back_when_the_database_is_set_up_anew() {
-    comes_back_after(&["DROP SCHEMA public CASCADE", "CREATE SCHEMA public"]).await;
+async fn schema_is_created_again_when_the_database_is_set_up_anew() {
+    is_created_again_after(&["DROP SCHEMA public CASCADE", "CREATE SCHEMA public"]).await;
 }
 
 #[tokio::test]
-async fn the_table_comes_back_when_it_alone_was_dropped() {
-    comes_back_after(&["DROP TABLE object"]).await;
+async fn table_is_created_again_when_it_alone_was_dropped() {
+    is_created_again_after(&["DROP TABLE object"]).await;
 }
 
-async fn comes_back_after(loss: &[&'static str]) {
+async fn is_created_again_after(loss: &[&'static str]) {
     let (database, store) = open().await;
     store.record_seen(&[seen(1, HOUR)]).await.unwrap();
     for &sql in loss {
@@ -54,12 +54,12 @@ async fn comes_back_after(loss: &[&'static str]) {
 
 /// Field case 4.1.
 #[tokio::test]
-async fn another_applications_record_of_migrations_is_left_alone() {
+async fn migrations_table_of_another_application_is_left_unchanged() {
     let database = Database::new().await;
     let pool = database.pool();
-    let theirs = "CREATE TABLE _sqlx_migrations (version bigint PRIMARY KEY, description text);
+    let other = "CREATE TABLE _sqlx_migrations (version bigint PRIMARY KEY, description text);
                   INSERT INTO _sqlx_migrations VALUES (1, 'theirs')";
-    sqlx::raw_sql(theirs).execute(pool).await.unwrap();
+    sqlx::raw_sql(other).execute(pool).await.unwrap();
     let store = start(database.url(), 1);
     ready(&store).await;
     sqlx::raw_sql("DROP TABLE object").execute(pool).await.unwrap();
@@ -71,9 +71,9 @@ async fn another_applications_record_of_migrations_is_left_alone() {
     assert_eq!(sqlx::query_scalar::<_, String>(kept).fetch_all(pool).await.unwrap(), ["theirs"]);
 }
 
-/// Field case 4.1: the record was kept in `_sqlx_migrations` before.
+/// Field case 4.1: older versions recorded migrations in `_sqlx_migrations`.
 #[tokio::test]
-async fn installation_of_an_older_version_is_taken_over() {
+async fn installation_of_an_older_version_is_migrated() {
     let database = Database::new().await;
     let pool = database.pool();
     let before = "

@@ -22,30 +22,30 @@ fn url(cluster: &PostgresCluster, host: &str, authority: Option<&Path>) -> Strin
     format!("postgres://postgres:s3cret@{host}:{port}/postgres?sslmode=verify-full{trusted}")
 }
 
-/// Why there is no connection: the same for whoever writes and whoever reads.
-async fn refused(config: &Config) -> String {
+/// Asserts that both the store and a reader cannot connect, and returns the reason.
+async fn connection_error(config: &Config) -> String {
     let store = Store::start(config, "test", 1).unwrap();
     let mut status = store.status();
-    let refused = status.wait_for(|status| {
+    let failed = status.wait_for(|status| {
         status.as_ref().is_err_and(|reason| reason.starts_with("cannot connect"))
     });
-    let reason = timeout(DEADLINE, refused).await.unwrap().unwrap().clone().unwrap_err();
+    let reason = timeout(DEADLINE, failed).await.unwrap().unwrap().clone().unwrap_err();
     assert!(store.record_seen(&[seen(1, Duration::ZERO)]).await.is_err());
-    let Err(reader) = Objects::open(config).await else { panic!("a reader is let in: {reason}") };
+    let Err(reader) = Objects::open(config).await else { panic!("a reader connects: {reason}") };
     assert_eq!(reader.to_string(), reason);
     assert!(!reason.contains("s3cret"), "{reason}");
     reason
 }
 
-/// How many connections of clients there are that do not speak TLS, but for the asking one.
-async fn in_plain_text(cluster: &PostgresCluster) -> i64 {
+/// The number of client connections without TLS, except for the one that runs this query.
+async fn plain_text_connections(cluster: &PostgresCluster) -> i64 {
     let sql = "SELECT count(*) FROM pg_stat_ssl JOIN pg_stat_activity USING (pid)
                WHERE backend_type = 'client backend' AND NOT ssl AND application_name <> ''";
     sqlx::query_scalar(sql).fetch_one(cluster.pool()).await.unwrap()
 }
 
 #[tokio::test]
-async fn a_database_is_trusted_by_its_authority_and_its_name_or_not_at_all() {
+async fn database_needs_a_trusted_authority_and_the_right_name() {
     let authority = Authority::new();
     let cluster = PostgresCluster::start_with_tls(&authority).await;
     let file = authority.file();
@@ -64,25 +64,26 @@ async fn a_database_is_trusted_by_its_authority_and_its_name_or_not_at_all() {
 
     for stranger in [config(&url(&cluster, "localhost", None)), Settings::parse_from(single).config]
     {
-        let reason = refused(&stranger).await;
+        let reason = connection_error(&stranger).await;
         assert!(reason.contains("UnknownIssuer"), "{reason}");
     }
-    let reason = refused(&config(&url(&cluster, "127.0.0.1", Some(&file)))).await;
+    let reason = connection_error(&config(&url(&cluster, "127.0.0.1", Some(&file)))).await;
     assert!(reason.contains("not valid for name"), "{reason}");
-    assert_eq!(in_plain_text(&cluster).await, 0);
+    assert_eq!(plain_text_connections(&cluster).await, 0);
 }
 
 #[tokio::test]
-async fn a_database_without_tls_is_not_spoken_to_in_plain_text_instead() {
+async fn no_fallback_to_plain_text_without_tls() {
     let authority = Authority::new();
     let cluster = PostgresCluster::start().await;
-    let reason = refused(&config(&url(&cluster, "localhost", Some(&authority.file())))).await;
+    let reason =
+        connection_error(&config(&url(&cluster, "localhost", Some(&authority.file())))).await;
     assert!(reason.contains("does not support TLS"), "{reason}");
-    assert_eq!(in_plain_text(&cluster).await, 0);
+    assert_eq!(plain_text_connections(&cluster).await, 0);
 }
 
 #[test]
-fn a_mode_that_would_silently_mean_plain_text_is_refused() {
+fn mode_that_would_silently_mean_plain_text_is_rejected() {
     for mode in ["allow", "verify_full", ""] {
         let settings = Settings::try_parse_from(["x", &format!("--postgres-sslmode={mode}")]);
         let error = settings.map(drop).unwrap_err().to_string();
