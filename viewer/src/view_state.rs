@@ -549,7 +549,7 @@ mod tests {
         assert!(view.lock().pending.len() < SCAN_MAX, "pending changes exceed their bound");
         view.flush();
         let offline: Vec<i64> = (objects..2 * objects).collect();
-        let next = listed(&view, i64::MIN, Some(&offline), 100).next;
+        let next = listed(&view, i64::MIN, Some(&offline), 100).next_id;
         assert_eq!(next, Some(offline[SCAN_MAX]));
         // A reading that finds only one object.
         view.begin_reading();
