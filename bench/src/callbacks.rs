@@ -12,7 +12,7 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::sleep_until;
 
-use crate::world::per_second;
+use crate::servers::per_second;
 
 /// For how long after its end a load at a rate waits for what is late.
 const LATE: Duration = Duration::from_secs(2);

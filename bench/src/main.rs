@@ -10,18 +10,18 @@ mod callbacks;
 mod curve;
 mod limits;
 mod parts;
+mod servers;
 mod status_api;
 mod table;
 mod usage;
-mod world;
 
 use std::path::PathBuf;
 
 use clap::Parser;
 
 use crate::parts::Part;
+use crate::servers::World;
 use crate::table::Row;
-use crate::world::World;
 
 /// Measures Lastseen against its limits, each part by itself, and prints one table.
 #[derive(Debug, Parser)]

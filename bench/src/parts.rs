@@ -14,8 +14,8 @@ use std::path::Path;
 
 use clap::ValueEnum;
 
+use crate::servers::World;
 use crate::table::Row;
-use crate::world::World;
 
 /// One part of the bench.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -8,13 +8,13 @@
 
 #![expect(clippy::expect_used, reason = "it is a test, where a panic with a reason is how to fail")]
 
+mod audit;
 mod case;
 mod cases;
 mod figures;
 mod load;
 mod probe;
 mod rows;
-mod settling;
 mod status_api;
 mod table;
 mod world;

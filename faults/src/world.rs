@@ -14,11 +14,11 @@ use testbed::{
 };
 use tester::ledger::Entry;
 
+use crate::audit::{Books, Recovery, broker_config, due_at, treat_dead_letters};
 use crate::figures::{Allowed, Verdict};
 use crate::load::{Load, Rate};
 use crate::probe::Prober;
 use crate::rows;
-use crate::settling::{Books, Recovery, broker_config, due_at, treat_dead_letters};
 use crate::status_api::StatusApi;
 
 /// `QUEUE_NAME`.

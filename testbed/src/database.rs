@@ -7,7 +7,7 @@ use sqlx::{AssertSqlSafe, Connection as _};
 use url::Url;
 use uuid::Uuid;
 
-use crate::cleanup;
+use crate::async_drop;
 
 /// An administrator's connection to the shared server, from `TEST_DATABASE_URL`, such as
 /// `postgres://postgres@127.0.0.1:5432/postgres`.
@@ -72,7 +72,7 @@ impl Drop for Database {
     fn drop(&mut self) {
         let drop_it = format!("DROP DATABASE IF EXISTS {} WITH (FORCE)", self.name);
         let admin_url = self.admin_url.clone();
-        cleanup::block_on("drop a test's database", async move || {
+        async_drop::block_on("drop a test's database", async move || {
             execute(&admin_url, drop_it).await.map_err(|error| error.to_string())
         });
     }

@@ -17,10 +17,10 @@
 )]
 
 mod amqp;
+mod async_drop;
 mod authority;
 mod balancer;
 mod children;
-mod cleanup;
 mod collector;
 mod database;
 mod database_clock;

@@ -12,7 +12,7 @@ use lapin::{BasicProperties, Channel, Confirmation, Connection, ErrorKind};
 use tokio::sync::Mutex;
 use uuid::Uuid;
 
-use crate::{amqp, amqp_uri, cleanup, eventually};
+use crate::{amqp, amqp_uri, async_drop, eventually};
 
 /// The delays of the retry queues beside a queue: `<name>.retry.2s` and so on.
 pub const RETRY_LEVELS: [&str; 6] = ["2s", "4s", "8s", "16s", "32s", "60s"];
@@ -131,7 +131,7 @@ impl Default for Queue {
 impl Drop for Queue {
     fn drop(&mut self) {
         let (uri, name) = (self.uri.clone(), self.name.clone());
-        cleanup::block_on("delete a test's queues", async move || {
+        async_drop::block_on("delete a test's queues", async move || {
             let channel = async {
                 let connection = amqp::connect(&uri).await?;
                 let channel = connection.create_channel().await;

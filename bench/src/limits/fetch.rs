@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use tokio::task::JoinSet;
 
-use crate::world::per_second;
+use crate::servers::per_second;
 
 /// Asks for one object after the other, `concurrency` at a time, for so long, and gives how many
 /// answers came in a second. The client is reqwest, with nothing but a timeout.

@@ -10,7 +10,7 @@ use lapin::options::{BasicPublishOptions, ConfirmSelectOptions};
 use lapin::{BasicProperties, Confirmation};
 
 use super::amqp;
-use crate::world::per_second;
+use crate::servers::per_second;
 
 /// How much is written at once.
 const CHUNK_BYTES: usize = 256 << 10;

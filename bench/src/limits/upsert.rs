@@ -6,7 +6,7 @@ use std::time::Instant;
 use futures_util::FutureExt as _;
 use sqlx::{Connection as _, PgConnection};
 
-use crate::world::per_second;
+use crate::servers::per_second;
 
 /// Upserts batches of `rows` rows, one after the other on one connection, until that; all have even
 /// ids, of which it comes round to each after `population` of them. Gives how many rows were committed

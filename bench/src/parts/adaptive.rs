@@ -6,10 +6,10 @@ use testbed::eventually;
 use tokio::time::sleep;
 
 use crate::limits;
+use crate::servers::{World, per_second};
 use crate::status_api::{Pace, StatusApi};
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
-use crate::world::{World, per_second};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 const KNEE: u32 = 200;

@@ -9,9 +9,9 @@ use testbed::{Process, eventually};
 
 use crate::callbacks::Load;
 use crate::limits;
+use crate::servers::{Place, World};
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
-use crate::world::{Place, World};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 /// Enough for some seconds.

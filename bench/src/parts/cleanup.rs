@@ -7,9 +7,9 @@ use testbed::eventually;
 use tokio::time::sleep;
 
 use crate::limits;
+use crate::servers::{World, per_second};
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
-use crate::world::{World, per_second};
 
 const PATIENCE: Duration = Duration::from_mins(2);
 const STALE: u64 = 1_000_000;

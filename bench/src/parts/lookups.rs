@@ -6,10 +6,10 @@ use testbed::{Process, eventually};
 
 use super::callbacks::{PATIENT, callbacks_at};
 use crate::limits;
+use crate::servers::{Place, World, per_second};
 use crate::status_api::{Pace, StatusApi};
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
-use crate::world::{Place, World, per_second};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 const MESSAGES: i64 = 100_000;

@@ -6,9 +6,9 @@ use std::time::Duration;
 use super::callbacks::{PATIENT, address, callbacks_at};
 use crate::callbacks::Load;
 use crate::curve::{self, Point};
+use crate::servers::World;
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
-use crate::world::World;
 
 const IDS: u16 = 200;
 const NO_STATUS_API: &str = "http://127.0.0.1:1";

@@ -3,8 +3,8 @@
 use testbed::Collector;
 
 use super::callbacks::{NO_STATUS_API, PATIENT, callbacks_at};
+use crate::servers::World;
 use crate::table::Row;
-use crate::world::World;
 
 pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let collector = Collector::start(|_, _| {}).await;

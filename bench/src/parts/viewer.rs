@@ -16,9 +16,9 @@ use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 use tokio::time::{interval, timeout};
 
+use crate::servers::{Place, World, per_second};
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
-use crate::world::{Place, World, per_second};
 
 const PATIENCE: Duration = Duration::from_mins(1);
 /// Each of some objects, the first of which has a number that they divide.

@@ -12,8 +12,8 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use crate::limits;
+use crate::servers::{World, per_second};
 use crate::table::{Goal, Row};
-use crate::world::{World, per_second};
 
 const DURATION: Duration = Duration::from_secs(4);
 const ROWS_PER_UPSERT: u32 = 1_000;

@@ -6,9 +6,9 @@ use std::time::{Duration, SystemTime};
 use testbed::{Answer, Process, eventually};
 use tester::ledger::Entry;
 
+use crate::audit::due_at;
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
-use crate::settling::due_at;
 use crate::status_api::truth;
 use crate::world::{QUEUE, Setup, World};
 
