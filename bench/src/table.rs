@@ -174,7 +174,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_goal_that_is_missed_is_said_to_be() {
+    fn missed_goal_is_marked() {
         let mut row = Row::new("callbacks", "/s", 16_000.0);
         row.limit = Some(20_000.0);
         row.goals = vec![Goal::RatioAtLeast(0.8), Goal::OursAtLeast(16_700.0)];
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[test]
-    fn a_goal_about_what_was_not_measured_is_missed() {
+    fn goal_without_a_measurement_is_missed() {
         let row = Row::new("callbacks", "/s", 16_000.0);
         assert!(!row.reaches(Goal::RatioAtLeast(0.1)));
         assert!(!row.reaches(Goal::P99MsAtMost(1_000.0)));
@@ -190,7 +190,7 @@ mod tests {
     }
 
     #[test]
-    fn a_ratio_that_fell_by_more_than_a_tenth_is_told() {
+    fn ratio_that_fell_by_more_than_a_tenth_is_reported() {
         let row = |what: &str, ours| {
             let mut row = Row::new(what, "/s", ours);
             row.limit = Some(100.0);
@@ -209,7 +209,7 @@ mod tests {
     }
 
     #[test]
-    fn thousands_are_told_apart() {
+    fn thousands_are_separated_by_commas() {
         assert_eq!(
             [7.25, 100.4, 16_700.0, 1_234_567.0].map(rounded),
             ["7.2", "100", "16,700", "1,234,567"]

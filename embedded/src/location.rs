@@ -72,7 +72,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_url_names_a_path_and_nothing_else() {
+    fn url_of_a_file_is_only_a_path() {
         let path = |url| Location::<()>::from_url(url).map(|location| location.path);
         assert_eq!(path("sqlite:data/queue.db"), Some("data/queue.db".into()));
         assert_eq!(path("sqlite://queue.db"), Some("queue.db".into()));
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn clones_share_what_is_open_and_open_anew_what_was_closed() {
+    fn clones_share_an_open_file_and_reopen_a_closed_one() {
         let one = Location::<u32>::new("x".into());
         let other = one.clone();
         let first = one.open(|_| Ok::<_, ()>(1)).unwrap();

@@ -51,7 +51,7 @@ mod tests {
     }
 
     #[test]
-    fn every_test_that_the_field_cases_name_exists() {
+    fn every_test_cited_by_a_field_case_exists() {
         let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
         let mut words = BTreeSet::new();
         add_words(root, &mut words);
@@ -70,7 +70,7 @@ mod tests {
     }
 
     #[test]
-    fn each_case_can_be_run_alone_because_no_name_contains_another() {
+    fn no_case_name_contains_another_one() {
         let names: Vec<&str> = super::all().iter().map(|case| case.name).collect();
         for name in &names {
             let matched = names.iter().filter(|other| other.contains(name)).count();

@@ -102,7 +102,7 @@ mod tests {
     };
 
     #[test]
-    fn each_figure_that_should_be_zero_is_a_breach_unless_it_is_allowed() {
+    fn nonzero_figure_is_a_breach_unless_allowed() {
         assert!(FINE.breaches(Allowed::NOTHING).is_empty());
         let bad = Figures {
             not_2xx: 1,
@@ -132,7 +132,7 @@ mod tests {
     }
 
     #[test]
-    fn a_recovery_must_not_take_longer_than_allowed() {
+    fn slow_recovery_is_a_breach_unless_allowed() {
         let slow = Figures { recovery: Some(Duration::from_millis(10_100)), ..FINE };
         assert_eq!(slow.breaches(Allowed::NOTHING), ["recovery took 10.1s, more than 10s"]);
         let longer = Allowed { recovery: Duration::from_secs(20), ..Allowed::NOTHING };

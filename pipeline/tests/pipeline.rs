@@ -58,7 +58,7 @@ fn looked_up_twice(status_api: &StatusApi) -> Vec<i64> {
 }
 
 #[tokio::test]
-async fn the_testers_callbacks_fill_the_table_and_what_is_no_longer_seen_leaves_it() {
+async fn callbacks_fill_the_table_and_stale_rows_are_deleted() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let port = testbed::free_port();
     let surroundings = Surroundings {
@@ -196,7 +196,7 @@ async fn is_at_work(partner: &Partner, endpoint: &str, probe: &mut i64, pool: &P
 }
 
 #[tokio::test]
-async fn a_killed_producer_has_kept_its_promises() {
+async fn killed_producer_loses_no_accepted_id() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = even_ids_online(MILLISECOND);
     let surroundings =
@@ -231,7 +231,7 @@ async fn a_killed_producer_has_kept_its_promises() {
 }
 
 #[tokio::test]
-async fn stopping_under_load_finishes_what_is_in_flight_and_loses_nothing() {
+async fn services_stopped_under_load_drain_without_loss() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = even_ids_online(MILLISECOND * 300);
     let surroundings =
@@ -283,7 +283,7 @@ async fn stopping_under_load_finishes_what_is_in_flight_and_loses_nothing() {
 /// Each of two producers and two consumers is stopped and started again while callbacks come in, as it
 /// is when a new version is rolled out.
 #[tokio::test]
-async fn a_rolling_restart_is_felt_by_nobody() {
+async fn rolling_restart_fails_no_callback() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = even_ids_online(MILLISECOND * 300);
     let surroundings =

@@ -52,7 +52,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn no_port_is_given_twice_although_nobody_listens_there() {
+    fn unused_port_is_not_returned_twice() {
         let ports: HashSet<u16> = (0..2_000).map(|_| free_port()).collect();
         assert_eq!(ports.len(), 2_000);
         assert!(ports.iter().all(|port| PORTS.contains(port)));

@@ -35,7 +35,7 @@ fn copy_with_log(from: &Path, to: &Path) {
 
 /// Field case 6.10.
 #[tokio::test]
-async fn only_the_owner_may_read_what_is_made() {
+async fn created_files_are_readable_only_by_their_user() {
     let folder = Scratch::new("embedded");
     let file = open(&path_in(&folder)).await;
     insert(&file, 1).await.unwrap();
@@ -51,7 +51,7 @@ async fn only_the_owner_may_read_what_is_made() {
 }
 
 #[tokio::test]
-async fn a_missing_file_is_made_together_with_its_directories() {
+async fn missing_file_is_created_with_its_directories() {
     let folder = Scratch::new("embedded");
     let path = folder.path().join("new").join("newer").join("sample.db");
     let file = open(&path).await;
@@ -61,7 +61,7 @@ async fn a_missing_file_is_made_together_with_its_directories() {
 }
 
 #[tokio::test]
-async fn a_file_is_found_as_it_was_left() {
+async fn reopened_file_contains_all_committed_rows() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     for n in 1..4 {
@@ -73,7 +73,7 @@ async fn a_file_is_found_as_it_was_left() {
 }
 
 #[test]
-fn attaching_to_a_missing_file_makes_nothing() {
+fn attaching_to_a_missing_file_creates_nothing() {
     let folder = Scratch::new("embedded");
     let refused = attach(&folder.path().join("sub").join("sample.db"), FORMAT).unwrap_err();
     assert!(matches!(refused, OpenError::Missing { .. }), "{refused}");
@@ -83,7 +83,7 @@ fn attaching_to_a_missing_file_makes_nothing() {
 }
 
 #[tokio::test]
-async fn a_second_owner_is_refused_and_told_who_has_the_file() {
+async fn second_owner_is_refused_with_the_process_id_of_the_first() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let owner = File::open(&path, FORMAT).unwrap();
@@ -96,7 +96,7 @@ async fn a_second_owner_is_refused_and_told_who_has_the_file() {
 }
 
 #[tokio::test]
-async fn a_link_to_a_file_that_is_in_use_is_refused_as_well() {
+async fn link_to_a_file_in_use_is_refused() {
     let folder = Scratch::new("embedded");
     let _owner = File::open(&path_in(&folder), FORMAT).unwrap();
     let link = folder.path().join("link.db");
@@ -106,7 +106,7 @@ async fn a_link_to_a_file_that_is_in_use_is_refused_as_well() {
 }
 
 #[tokio::test]
-async fn who_is_attached_sees_what_the_owner_has_committed_and_can_write_too() {
+async fn attached_connection_sees_commits_of_the_owner_and_can_write() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let owner = File::open(&path, FORMAT).unwrap();
@@ -118,7 +118,7 @@ async fn who_is_attached_sees_what_the_owner_has_committed_and_can_write_too() {
 }
 
 #[test]
-fn a_foreign_file_is_refused_and_left_as_it_is() {
+fn foreign_file_is_refused_and_not_changed() {
     let text = |path: &Path| fs::write(path, "id;online\n42;yes\n".repeat(1_000)).unwrap();
     refuses_as_foreign("text", text);
     refuses_as_foreign("a short text", |path| fs::write(path, "x").unwrap());
@@ -149,7 +149,7 @@ fn refuses_as_foreign(case: &str, make: impl Fn(&Path)) {
 }
 
 #[tokio::test]
-async fn a_file_of_another_version_is_refused_and_left_as_it_is() {
+async fn file_of_another_version_is_refused_and_not_changed() {
     let (folder, elsewhere) = (Scratch::new("embedded"), Scratch::new("embedded"));
     let newer = Format { version: 2, ..FORMAT };
     let original = File::open(&path_in(&elsewhere), newer).unwrap();
@@ -183,7 +183,7 @@ async fn file_with_log(path: &Path) {
 }
 
 #[tokio::test]
-async fn a_file_with_a_log_is_opened_whole() {
+async fn file_is_opened_with_the_rows_in_its_log() {
     let folder = Scratch::new("embedded");
     file_with_log(&path_in(&folder)).await;
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
@@ -205,7 +205,7 @@ fn kept(folder: &Scratch, prefix: &str) -> Vec<String> {
 
 /// Field case 3.5.
 #[tokio::test]
-async fn damaged_file_is_kept_and_its_rows_carried_over() {
+async fn damaged_file_is_kept_and_its_rows_are_salvaged() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     file_with_log(&path).await;
@@ -243,7 +243,7 @@ async fn damaged_file_is_kept_and_its_rows_carried_over() {
 }
 
 #[tokio::test]
-async fn salvage_goes_on_at_the_next_start() {
+async fn interrupted_salvage_resumes_at_the_next_start() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     file_with_log(&path).await;
@@ -260,7 +260,7 @@ async fn salvage_goes_on_at_the_next_start() {
 }
 
 #[tokio::test]
-async fn log_whose_file_is_gone_is_kept_and_not_used_for_a_new_file() {
+async fn log_without_its_file_is_kept_and_not_used_for_a_new_file() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     file_with_log(&path).await;
@@ -275,7 +275,7 @@ async fn log_whose_file_is_gone_is_kept_and_not_used_for_a_new_file() {
 }
 
 #[tokio::test]
-async fn what_is_left_of_a_file_that_was_never_finished_is_no_obstacle() {
+async fn leftovers_of_an_interrupted_creation_are_replaced() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     for suffix in [".new", ".new-journal", ".new-wal", ".new-shm"] {

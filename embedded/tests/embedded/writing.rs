@@ -15,7 +15,7 @@ use tokio::time::timeout;
 use crate::{FORMAT, INSERT, PATIENCE, insert, numbers, open, path_in};
 
 #[tokio::test]
-async fn callers_at_once_share_commits_and_each_gets_its_own_answer() {
+async fn concurrent_callers_share_commits_and_get_their_own_results() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
     let square = |n: i64| {
@@ -48,7 +48,7 @@ fn held_up() -> (Hold, impl FnOnce(&Connection) -> rusqlite::Result<()> + Send) 
 }
 
 #[tokio::test]
-async fn work_that_fails_is_undone_by_itself_and_the_rest_of_its_group_is_kept() {
+async fn failed_request_is_rolled_back_without_the_rest_of_its_group() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
     let (hold, held_up) = held_up();
@@ -72,7 +72,7 @@ async fn work_that_fails_is_undone_by_itself_and_the_rest_of_its_group_is_kept()
 }
 
 #[tokio::test]
-async fn a_full_disk_undoes_the_group_and_is_over_when_there_is_room_again() {
+async fn full_disk_fails_the_group_until_space_is_free_again() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
     let limit = |pages: u32| {
@@ -100,7 +100,7 @@ async fn a_full_disk_undoes_the_group_and_is_over_when_there_is_room_again() {
 }
 
 #[tokio::test]
-async fn a_panic_in_the_work_ends_the_thread_and_everybody_hears_of_it() {
+async fn panic_in_a_request_ends_the_thread_and_fails_all_callers() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
     insert(&file, 1).await.unwrap();
@@ -118,7 +118,7 @@ async fn a_panic_in_the_work_ends_the_thread_and_everybody_hears_of_it() {
 }
 
 #[tokio::test]
-async fn what_a_caller_has_given_up_is_not_done_any_more() {
+async fn abandoned_request_is_not_executed() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
     let (hold, held_up) = held_up();
@@ -135,7 +135,7 @@ async fn what_a_caller_has_given_up_is_not_done_any_more() {
 }
 
 #[tokio::test]
-async fn the_status_tells_of_a_write_that_failed_and_of_the_first_that_can_be_done_again() {
+async fn status_reports_a_failed_write_and_the_recovery() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let file = File::open(&path, FORMAT).unwrap();
@@ -157,7 +157,7 @@ async fn the_status_tells_of_a_write_that_failed_and_of_the_first_that_can_be_do
 
 /// Busy callers must not keep it from trying.
 #[tokio::test]
-async fn a_file_that_could_not_be_written_is_tried_again_also_while_it_is_read() {
+async fn busy_readers_do_not_delay_the_write_probe() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let file = File::open(&path, FORMAT).unwrap();
@@ -208,7 +208,7 @@ async fn nothing_accepted_is_lost_when_a_file_in_use_is_removed() {
 }
 
 #[tokio::test]
-async fn idle_file_notices_that_its_log_was_replaced() {
+async fn replaced_log_of_an_idle_file_is_detected() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let file = File::open(&path, FORMAT).unwrap();
@@ -226,7 +226,7 @@ async fn idle_file_notices_that_its_log_was_replaced() {
 
 /// Field case 2.7.
 #[tokio::test]
-async fn log_is_cut_back_once_a_long_reader_has_finished() {
+async fn log_is_truncated_after_a_long_reader_has_finished() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let file = File::open(&path, FORMAT).unwrap();
@@ -245,7 +245,7 @@ async fn log_is_cut_back_once_a_long_reader_has_finished() {
 
 /// Field case 3.2. The disk hangs for longer than a caller waits.
 #[tokio::test]
-async fn status_of_a_slow_file_is_bad_until_a_write_is_fast_again() {
+async fn status_of_a_slow_file_is_an_error_until_a_write_is_fast() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let file = File::open(&path, FORMAT).unwrap();
@@ -259,7 +259,7 @@ async fn status_of_a_slow_file_is_bad_until_a_write_is_fast_again() {
 }
 
 #[tokio::test]
-async fn damage_that_shows_while_it_is_written_ends_the_thread() {
+async fn damage_found_during_use_ends_the_thread() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let file = File::open(&path, FORMAT).unwrap();
@@ -286,7 +286,7 @@ async fn damage_that_shows_while_it_is_written_ends_the_thread() {
 }
 
 #[tokio::test]
-async fn what_is_answered_is_synced_and_by_a_sqlite_without_the_reset_bug() {
+async fn commits_are_synced_by_a_sqlite_without_the_wal_reset_bug() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
     let settings = file.transact(|connection| {
@@ -300,7 +300,7 @@ async fn what_is_answered_is_synced_and_by_a_sqlite_without_the_reset_bug() {
 }
 
 #[tokio::test]
-async fn what_was_answered_survives_a_kill_at_any_moment() {
+async fn acknowledged_writes_survive_a_kill_at_any_moment() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     for _ in 0..5 {
@@ -323,7 +323,7 @@ async fn what_was_answered_survives_a_kill_at_any_moment() {
 }
 
 #[tokio::test]
-async fn ballast_that_somebody_removes_is_written_again() {
+async fn removed_ballast_is_written_again() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     let _file = File::open(&path, embedded::Format { ballast_bytes: 4_096, ..FORMAT }).unwrap();

@@ -63,7 +63,7 @@ fn has_data(answer: &str) -> bool {
 }
 
 #[tokio::test]
-async fn within_a_minute_each_panel_of_the_dashboard_has_data() {
+async fn every_dashboard_panel_has_data_within_a_minute() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let tester_port = free_port();
     let surroundings = Surroundings {

@@ -66,7 +66,7 @@ async fn assert_true(consumer: &Process) {
 }
 
 #[tokio::test]
-async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
+async fn metrics_are_well_formed_correct_and_documented() {
     let (queue, database, status_api) = (Queue::new(), Database::new().await, status_api());
     let surroundings =
         Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
@@ -133,7 +133,7 @@ async fn the_metrics_of_all_services_are_well_formed_true_and_written_down() {
 }
 
 #[tokio::test]
-async fn all_in_one_process_and_in_files_tells_the_same_of_its_queue() {
+async fn lastseen_on_files_exports_correct_queue_metrics() {
     let (home, status_api) = (Scratch::new("home"), status_api());
     let settings = [
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
@@ -158,7 +158,7 @@ async fn all_in_one_process_and_in_files_tells_the_same_of_its_queue() {
 }
 
 #[tokio::test]
-async fn what_waits_is_told_with_its_age_wherever_it_waits() {
+async fn waiting_messages_are_exported_with_their_age() {
     let status_api = StatusApi::start(|_, _| Answer::Hang);
     let (queue, database) = (Queue::new(), Database::new().await);
     let surroundings =

@@ -22,14 +22,14 @@ pub(crate) fn asked_for() -> BTreeSet<String> {
 }
 
 #[test]
-fn promtool_finds_nothing_wrong_and_each_alert_rings_when_it_should() {
+fn promtool_accepts_all_rules_and_every_alert_fires() {
     promtool(&["check", "config", "observability/prometheus.yml"], "");
     promtool(&["check", "rules", "--lint=all", "--lint-fatal", "observability/alerts.yml"], "");
     promtool(&["test", "rules", "observability/alerts-test.yml"], "");
 }
 
 #[test]
-fn each_alert_is_tested_and_leads_to_its_section_of_the_runbook() {
+fn every_alert_has_a_test_and_a_runbook_section() {
     let alerts: Vec<&str> =
         ALERTS.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
     assert!(alerts.len() >= 6, "{alerts:?}");

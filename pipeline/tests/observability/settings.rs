@@ -55,7 +55,7 @@ async fn listed(service: &str) -> Names {
 }
 
 #[tokio::test]
-async fn configuration_document_lists_all_settings_and_marks_live_ones() {
+async fn configuration_document_lists_and_marks_all_settings() {
     let mut expected = Names::default();
     for service in ["producer", "consumer", "routine", "viewer"] {
         let Names { all, live } = listed(service).await;

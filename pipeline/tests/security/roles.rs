@@ -7,7 +7,7 @@ use testbed::{PostgresCluster, Process, eventually};
 use crate::PATIENCE;
 
 #[tokio::test]
-async fn services_that_may_not_make_the_table_wait_for_the_process_that_makes_it_ever_again() {
+async fn services_without_create_right_wait_for_the_migration() {
     let database = PostgresCluster::start().await;
     database.ask_for_passwords().await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/postgres-roles.sql");

@@ -152,7 +152,7 @@ fn services() -> [(&'static str, &'static [&'static str]); 5] {
 }
 
 #[tokio::test]
-async fn no_secret_is_told_while_all_goes_well_or_the_password_is_wrong() {
+async fn no_secret_leaks_in_normal_operation_or_on_failed_login() {
     let (broker, database) = tokio::join!(RabbitNode::start(), PostgresCluster::start());
     let escaped = MARK.replace('\'', "''");
     let role = format!("CREATE ROLE marked SUPERUSER LOGIN PASSWORD '{escaped}'");
@@ -222,7 +222,7 @@ async fn no_secret_is_told_while_all_goes_well_or_the_password_is_wrong() {
 }
 
 #[tokio::test]
-async fn no_secret_is_told_while_nobody_can_be_reached() {
+async fn no_secret_leaks_while_all_servers_are_unreachable() {
     let peers = Peers::away();
     let folder = Scratch::new("secrets");
     for (binary, arguments) in services() {
@@ -271,7 +271,7 @@ fn file_variable(name: &str) -> &'static str {
 }
 
 #[tokio::test]
-async fn no_secret_is_told_by_help_or_by_the_refusal_of_a_bad_value() {
+async fn no_secret_leaks_in_help_or_in_errors_about_bad_values() {
     let peers = Peers::away();
     for binary in BINARIES {
         let help = spawn(binary, peers.settings(true), &["--help"]);

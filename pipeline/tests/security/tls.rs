@@ -18,7 +18,7 @@ async fn not_ready_because(service: &Process, parts: &[&str]) {
 }
 
 #[tokio::test]
-async fn services_that_are_told_the_authority_work_and_others_say_whom_they_do_not_trust() {
+async fn services_need_the_authority_and_report_untrusted_servers() {
     let authority = Authority::new();
     let (broker, database) = tokio::join!(
         RabbitNode::start_with_tls(&authority),
@@ -72,7 +72,7 @@ fn threads(process: &Process) -> usize {
 }
 
 #[tokio::test]
-async fn behind_amqps_a_peer_that_accepts_and_never_speaks_costs_no_thread() {
+async fn silent_amqps_peer_leaks_no_thread() {
     let silent = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = silent.local_addr().unwrap();
     silent.set_nonblocking(true).unwrap();
@@ -98,7 +98,7 @@ async fn behind_amqps_a_peer_that_accepts_and_never_speaks_costs_no_thread() {
 }
 
 #[tokio::test]
-async fn certificates_that_are_none_stop_the_start_and_are_not_shown() {
+async fn invalid_certificates_stop_the_start_and_are_not_printed() {
     let key =
         "-----BEGIN PRIVATE KEY-----\nTUlHSEFnRUFNQk1HQnlxR1NNNDk=\n-----END PRIVATE KEY-----";
     for value in [key, "no certificate"] {

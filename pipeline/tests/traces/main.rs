@@ -79,7 +79,7 @@ async fn ends_well(service: Process) {
 }
 
 #[tokio::test]
-async fn a_trace_leads_from_the_partners_span_to_the_commit() {
+async fn trace_connects_the_partners_span_with_the_commit() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let (told, (status_api, answers)) = (Told::start().await, status_api());
     let surroundings =
@@ -134,7 +134,7 @@ async fn a_trace_leads_from_the_partners_span_to_the_commit() {
 }
 
 #[tokio::test]
-async fn deliveries_that_share_a_lookup_are_linked_to_it() {
+async fn coalesced_deliveries_are_linked_to_their_lookup() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let (told, (status_api, answers)) = (Told::start().await, status_api());
     let surroundings =
@@ -174,7 +174,7 @@ async fn deliveries_that_share_a_lookup_are_linked_to_it() {
 }
 
 #[tokio::test]
-async fn without_a_collector_no_message_and_no_lookup_says_where_it_comes_from() {
+async fn without_a_collector_no_trace_context_is_propagated() {
     let status_api = StatusApi::start(|_, _| Answer::Online);
     let disabled = [(ENDPOINT, "http://127.0.0.1:1"), ("OTEL_SDK_DISABLED", "true")];
     for (id, variables) in [(1, &[][..]), (2, &disabled)] {
@@ -197,7 +197,7 @@ async fn without_a_collector_no_message_and_no_lookup_says_where_it_comes_from()
 }
 
 #[tokio::test]
-async fn what_waited_in_the_spool_belongs_to_its_trace_as_well() {
+async fn spooled_message_stays_in_its_trace() {
     let (queue, told) = (Queue::new(), Told::start().await);
     let mut uri = Url::parse(&amqp_uri()).unwrap();
     let broker = format!("{}:{}", uri.host_str().unwrap(), uri.port().unwrap_or(5672));
@@ -229,7 +229,7 @@ async fn what_waited_in_the_spool_belongs_to_its_trace_as_well() {
 }
 
 #[tokio::test]
-async fn a_collector_that_is_silent_holds_up_neither_callbacks_nor_the_end() {
+async fn silent_collector_delays_neither_callbacks_nor_shutdown() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = StatusApi::start(|_, _| Answer::Online);
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();

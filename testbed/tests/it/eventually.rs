@@ -3,7 +3,7 @@ use std::time::Duration;
 use testbed::eventually;
 
 #[tokio::test]
-async fn eventually_gives_the_first_value_that_the_condition_has() {
+async fn eventually_returns_the_first_value_of_the_condition() {
     let mut polls = 0;
     let value = eventually("the third poll", Duration::from_secs(10), async || {
         polls += 1;
@@ -14,7 +14,7 @@ async fn eventually_gives_the_first_value_that_the_condition_has() {
 
 #[tokio::test]
 #[should_panic(expected = "not within 50ms: the moon is blue")]
-async fn eventually_panics_with_what_it_waited_for() {
+async fn eventually_panics_with_the_awaited_condition() {
     eventually("the moon is blue", Duration::from_millis(50), async || None::<()>).await;
 }
 

@@ -21,7 +21,7 @@ async fn declare_quorum(uri: &str, name: &str) {
 }
 
 #[tokio::test]
-async fn a_rabbit_node_that_is_killed_and_booted_again_still_has_a_durable_message() {
+async fn durable_message_survives_a_kill_of_the_rabbit_node() {
     let mut node = RabbitNode::start().await;
     let queue = Queue::on(&node.amqp_uri());
     declare_quorum(&node.amqp_uri(), &queue.name).await;
@@ -40,7 +40,7 @@ async fn a_rabbit_node_that_is_killed_and_booted_again_still_has_a_durable_messa
 }
 
 #[tokio::test]
-async fn a_rabbit_cluster_outlives_any_one_of_its_nodes() {
+async fn rabbit_cluster_survives_the_loss_of_any_one_node() {
     let mut nodes = RabbitNode::start_cluster().await;
     let queue = Queue::on(&nodes[1].amqp_uri());
     declare_quorum(&nodes[0].amqp_uri(), &queue.name).await;
@@ -56,7 +56,7 @@ async fn a_rabbit_cluster_outlives_any_one_of_its_nodes() {
 }
 
 #[tokio::test]
-async fn a_rabbit_node_with_its_memory_alarm_raised_confirms_nothing_until_it_is_cleared() {
+async fn rabbit_node_with_a_memory_alarm_confirms_nothing() {
     let node = RabbitNode::start().await;
     let queue = Queue::on(&node.amqp_uri());
     declare_quorum(&node.amqp_uri(), &queue.name).await;
@@ -77,7 +77,7 @@ async fn a_rabbit_node_with_its_memory_alarm_raised_confirms_nothing_until_it_is
 }
 
 #[tokio::test]
-async fn a_postgres_cluster_that_is_killed_and_booted_again_still_has_a_committed_row() {
+async fn committed_row_survives_a_kill_of_the_postgres_cluster() {
     let mut cluster = PostgresCluster::start().await;
     sqlx::query("CREATE TABLE kept (id bigint)").execute(cluster.pool()).await.unwrap();
     sqlx::query("INSERT INTO kept VALUES (42)").execute(cluster.pool()).await.unwrap();
@@ -104,7 +104,7 @@ async fn a_postgres_cluster_that_is_killed_and_booted_again_still_has_a_committe
 }
 
 #[tokio::test]
-async fn a_postgres_cluster_can_be_stopped_immediately_and_replaced_by_an_empty_one() {
+async fn postgres_cluster_can_be_replaced_with_an_empty_one() {
     let mut cluster = PostgresCluster::start().await;
     sqlx::query("CREATE TABLE kept (id bigint)").execute(cluster.pool()).await.unwrap();
     cluster.stop_immediately().await;
@@ -120,7 +120,7 @@ async fn a_postgres_cluster_can_be_stopped_immediately_and_replaced_by_an_empty_
 }
 
 #[tokio::test]
-async fn a_postgres_cluster_whose_small_disk_is_full_takes_no_more_rows_until_there_is_room() {
+async fn postgres_cluster_with_a_full_disk_rejects_rows() {
     let cluster = PostgresCluster::start_on_a_small_disk().await;
     sqlx::query("CREATE TABLE rows (id bigint)").execute(cluster.pool()).await.unwrap();
     cluster.fill_small_disk().await;

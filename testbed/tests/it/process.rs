@@ -8,7 +8,7 @@ use testbed::{Process, eventually};
 use tokio::net::TcpStream;
 
 #[tokio::test]
-async fn a_process_tells_its_log_readiness_and_metrics_and_drains_when_asked() {
+async fn process_exposes_log_readiness_and_metrics_and_drains() {
     let sample = Process::spawn("testbed-sample", &[("GREETING", "hello".to_owned())], &[]);
     let line = sample.wait_for_log("greeting=").await;
     assert!(line.contains(r#"greeting="hello""#), "{line}");
@@ -31,7 +31,7 @@ async fn a_process_tells_its_log_readiness_and_metrics_and_drains_when_asked() {
 }
 
 #[tokio::test]
-async fn a_process_sees_no_variable_but_those_it_is_given() {
+async fn process_gets_only_the_given_environment_variables() {
     // Cargo sets CARGO_MANIFEST_DIR for this test; HOME is set on every machine.
     let sample = Process::spawn("testbed-sample", &[], &["--greeting", "hi"]);
     sample.wait_for_log("greeting=").await;
@@ -43,7 +43,7 @@ async fn a_process_sees_no_variable_but_those_it_is_given() {
 }
 
 #[tokio::test]
-async fn a_process_that_is_paused_does_nothing_until_it_is_resumed() {
+async fn paused_process_does_nothing_until_it_is_resumed() {
     let sample = Process::spawn("testbed-sample", &[], &[]);
     sample.ready().await;
     sample.pause().await;
@@ -54,7 +54,7 @@ async fn a_process_that_is_paused_does_nothing_until_it_is_resumed() {
 }
 
 #[tokio::test]
-async fn a_process_that_is_killed_or_dropped_is_gone() {
+async fn killed_or_dropped_process_has_ended() {
     let sample = Process::spawn("testbed-sample", &[], &[]);
     sample.admin().await;
     sample.kill();
@@ -72,20 +72,20 @@ async fn a_process_that_is_killed_or_dropped_is_gone() {
 
 #[tokio::test]
 #[should_panic(expected = "testbed-sample ended without")]
-async fn waiting_for_a_line_of_a_process_that_has_ended_fails_at_once() {
+async fn waiting_for_a_line_of_an_ended_process_fails_at_once() {
     let sample = Process::spawn("testbed-sample", &[], &["--no-such-flag"]);
     sample.wait_for_log("never").await;
 }
 
 #[test]
 #[should_panic(expected = "run `cargo build --workspace`")]
-fn a_binary_that_is_not_built_is_asked_for() {
+fn missing_binary_fails_with_the_build_command() {
     let _ = Process::spawn("no-such-service", &[], &[]);
 }
 
 /// The test runs itself once more as a process, which it kills while that one holds a [`Process`].
 #[tokio::test]
-async fn a_process_ends_also_when_its_test_is_killed() {
+async fn process_ends_when_its_test_is_killed() {
     const HOLDING: &str = "TESTBED_IS_TO_BE_KILLED";
     if std::env::var_os(HOLDING).is_some() {
         let sample = Process::spawn("testbed-sample", &[], &[]);
@@ -95,7 +95,7 @@ async fn a_process_ends_also_when_its_test_is_killed() {
         return;
     }
     let mut test = Command::new(std::env::current_exe().unwrap())
-        .args(["--exact", "--nocapture", "process::a_process_ends_also_when_its_test_is_killed"])
+        .args(["--exact", "--nocapture", "process::process_ends_when_its_test_is_killed"])
         .env(HOLDING, "yes")
         .stdout(Stdio::piped())
         .spawn()

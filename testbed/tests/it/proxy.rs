@@ -37,7 +37,7 @@ async fn echoes(stream: &mut TcpStream) -> bool {
 }
 
 #[tokio::test]
-async fn a_silent_proxy_keeps_connections_and_delivers_once_it_is_restored() {
+async fn silent_proxy_keeps_connections_and_delivers_when_restored() {
     let proxy = proxied_echo().await;
     let mut before = TcpStream::connect(proxy.addr()).await.unwrap();
     assert!(echoes(&mut before).await);
@@ -59,7 +59,7 @@ async fn a_silent_proxy_keeps_connections_and_delivers_once_it_is_restored() {
 }
 
 #[tokio::test]
-async fn a_cut_proxy_closes_old_and_new_connections_until_it_is_restored() {
+async fn cut_proxy_closes_all_connections_until_it_is_restored() {
     let proxy = proxied_echo().await;
     let mut before = TcpStream::connect(proxy.addr()).await.unwrap();
     assert!(echoes(&mut before).await);
@@ -80,7 +80,7 @@ async fn a_cut_proxy_closes_old_and_new_connections_until_it_is_restored() {
 }
 
 #[tokio::test]
-async fn a_proxy_passes_on_that_one_side_has_finished_sending() {
+async fn proxy_forwards_the_end_of_one_direction() {
     let proxy = proxied_echo().await;
     let mut stream = TcpStream::connect(proxy.addr()).await.unwrap();
     stream.write_all(b"all of it").await.unwrap();

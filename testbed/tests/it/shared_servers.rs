@@ -18,7 +18,7 @@ async fn declare(uri: &str, names: &[String]) {
 }
 
 #[tokio::test]
-async fn a_queue_counts_gives_and_takes_messages() {
+async fn queue_counts_returns_and_publishes_messages() {
     let queue = Queue::new();
     assert_eq!(queue.depth(&queue.name).await, None);
     declare(&amqp_uri(), std::slice::from_ref(&queue.name)).await;
@@ -33,12 +33,12 @@ async fn a_queue_counts_gives_and_takes_messages() {
 
 #[tokio::test]
 #[should_panic(expected = "is not there")]
-async fn publishing_to_a_queue_that_is_not_there_fails_the_test() {
+async fn publishing_to_a_missing_queue_panics() {
     Queue::new().publish_raw(b"lost").await;
 }
 
 #[tokio::test]
-async fn all_queues_of_a_name_are_gone_after_a_test_that_panics() {
+async fn queues_are_deleted_after_a_test_that_panics() {
     let queue = Queue::new();
     let name = queue.name.clone();
     let names =
@@ -56,7 +56,7 @@ async fn all_queues_of_a_name_are_gone_after_a_test_that_panics() {
 }
 
 #[tokio::test]
-async fn a_database_is_empty_and_goes_away_with_its_connections() {
+async fn database_starts_empty_and_is_dropped_with_its_connections() {
     let database = Database::new().await;
     let sql = "SELECT current_database(), (SELECT count(*) FROM pg_stat_user_tables)";
     let (name, tables): (String, i64) =

@@ -13,7 +13,7 @@ async fn look_up(api: &StatusApi, id: i64) -> Reply {
 }
 
 #[tokio::test]
-async fn the_status_api_answers_in_each_way() {
+async fn status_api_gives_every_kind_of_answer() {
     let api = StatusApi::start(|id, _| match id {
         1 => Answer::Online,
         2 => Answer::Offline,
@@ -61,7 +61,7 @@ async fn the_status_api_answers_in_each_way() {
 }
 
 #[tokio::test]
-async fn the_status_api_can_trickle() {
+async fn status_api_trickles_one_byte_per_second() {
     let api = StatusApi::start(|_, _| Answer::Trickle);
     let mut stream = TcpStream::connect(api.address()).await.unwrap();
     let asked = Instant::now();
@@ -75,7 +75,7 @@ async fn the_status_api_can_trickle() {
 }
 
 #[tokio::test]
-async fn a_note_is_told_of_an_answer_that_goes_out_and_of_no_other() {
+async fn hook_runs_only_for_answers_that_are_sent() {
     let told = Arc::new(AtomicU32::new(0));
     let telling = Arc::clone(&told);
     let api = StatusApi::start(move |_, lookup| {
@@ -99,7 +99,7 @@ async fn a_note_is_told_of_an_answer_that_goes_out_and_of_no_other() {
 }
 
 #[tokio::test]
-async fn the_status_api_can_answer_differently_from_lookup_to_lookup() {
+async fn status_api_answers_by_the_count_of_lookups_of_an_id() {
     let api = StatusApi::start(|_, lookup| match lookup {
         1 => Answer::Status(500),
         _ => Answer::Online,
@@ -111,7 +111,7 @@ async fn the_status_api_can_answer_differently_from_lookup_to_lookup() {
 }
 
 #[tokio::test]
-async fn the_status_api_breaks_off_what_is_in_flight_when_it_stops_and_can_come_back() {
+async fn stopped_status_api_cuts_off_lookups_and_can_restart() {
     let mut api = StatusApi::start(|_, _| Answer::Hang);
     let address = api.address();
     let hanging = tokio::spawn(http_get(address, "/objects/1"));
