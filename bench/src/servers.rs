@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use pipeline::Surroundings;
+use pipeline::System;
 use testbed::{Database, PostgresCluster, Process, Queue, RabbitNode, eventually};
 
 /// Names a broker to measure with, instead of a node of our own.
@@ -25,7 +25,7 @@ pub(crate) struct World {
 pub(crate) struct Place {
     pub(crate) queue: Queue,
     pub(crate) database: Database,
-    pub(crate) surroundings: Surroundings,
+    pub(crate) system: System,
 }
 
 impl World {
@@ -53,20 +53,20 @@ impl World {
     pub(crate) async fn place(&self, status_api: String) -> Place {
         let queue = Queue::on(&self.amqp_uri);
         let database = Database::on(&self.database_url).await;
-        let surroundings = Surroundings {
+        let system = System {
             amqp_uri: self.amqp_uri.clone(),
             queue: queue.name.clone(),
             database: database.environment(),
             status_api,
         };
-        Place { queue, database, surroundings }
+        Place { queue, database, system }
     }
 }
 
 impl Place {
     /// Has the queue declared, as ours is, and the table made.
     pub(crate) async fn prepare(&self) {
-        let producer = self.surroundings.spawn("producer", &[]);
+        let producer = self.system.spawn("producer", &[]);
         // A producer is ready without its broker, too.
         eventually("the queue is declared", PATIENCE, async || {
             self.queue.depth(&self.queue.name).await
@@ -81,7 +81,7 @@ impl Place {
 
     /// Starts a service and waits until it is ready.
     pub(crate) async fn spawn(&self, service: &str, variables: &[(&'static str, &str)]) -> Process {
-        let process = self.surroundings.spawn(service, variables);
+        let process = self.system.spawn(service, variables);
         process.ready().await;
         process
     }

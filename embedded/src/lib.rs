@@ -1,9 +1,8 @@
-//! A SQLite file that one process owns: opened or refused, and written by one thread that commits
-//! for all who wait. What is in it is its user's affair: `broker` keeps a queue in one, `store` the
-//! table.
+//! A SQLite file that one process owns. One thread writes it and commits the requests of all
+//! waiting callers as a group. `broker` keeps a queue in such a file, and `store` the table.
 //!
-//! What [`File::transact`] has returned survives the end of the process at any moment, and of the
-//! machine: the write-ahead log is on disk before (`synchronous=FULL`).
+//! When [`File::transact`] returns, its effect survives a crash of the process or the machine,
+//! because the write-ahead log is on disk (`synchronous=FULL`).
 
 mod ballast;
 mod location;
@@ -16,5 +15,5 @@ pub use location::Location;
 pub use open::{Format, OpenError, Table, attach};
 pub use writer::{File, WriteError};
 
-/// Whether the file can be written: `Ok`, or why not, in words for an operator.
+/// `Ok` if the file can be written, otherwise the reason for an operator.
 pub type FileStatus = Result<(), String>;

@@ -1,11 +1,11 @@
-//! Where a file is, as it stands in the settings.
+//! The location of a file, as the settings name it.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
-/// A `sqlite:PATH` URL. Its clones stand for one file that is opened once: the roles of a process
-/// share what the first of them has opened, `T`, for as long as one of them holds it.
+/// A `sqlite:PATH` URL. All clones share one open file `T`, so that the roles of a process open it
+/// only once. It is closed when the last role drops it.
 pub struct Location<T> {
     path: PathBuf,
     opened: Arc<Mutex<Weak<T>>>,
@@ -18,26 +18,26 @@ impl<T> Location<T> {
         Self { path, opened: Arc::default() }
     }
 
-    /// Reads `sqlite:PATH` or `sqlite://PATH`; `None` when it is neither.
+    /// Parses `sqlite:PATH` or `sqlite://PATH`; `None` for anything else.
     #[must_use]
     pub fn from_url(url: &str) -> Option<Self> {
         let path = url.strip_prefix("sqlite:")?;
         let path = path.strip_prefix("//").unwrap_or(path);
-        // Neither SQLite's databases in memory nor its options: both would be less than durable.
+        // SQLite's in-memory databases and its options are excluded: they would not be durable.
         let is_a_path = !path.is_empty() && !path.ends_with('/') && !path.contains([':', '?']);
         is_a_path.then(|| Self::new(path.into()))
     }
 
-    /// Where the file is.
+    /// The path of the file.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.path
     }
 
-    /// What another clone has opened, or else what `open` makes of the path.
+    /// Returns the file that another clone has open, or opens it by `open`.
     ///
     /// # Errors
-    /// Those of `open`.
+    /// The errors of `open`.
     pub fn open<E>(&self, open: impl FnOnce(&Path) -> Result<T, E>) -> Result<Arc<T>, E> {
         let mut opened = self.opened.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(opened) = opened.upgrade() {

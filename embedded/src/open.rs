@@ -1,4 +1,4 @@
-//! Opening a file, or refusing it with nothing changed.
+//! Opens a file, or refuses it without changing anything.
 
 use std::fs::{self, TryLockError};
 use std::io::{self, Read as _, Seek as _, Write as _};
@@ -13,78 +13,84 @@ use rusqlite::{Connection, ErrorCode, OpenFlags};
 
 use crate::open_files::{self, LOG};
 
-/// Another process may be at work on a part of the file, such as a command that an operator gave.
+/// How long to wait for a transaction of another process, such as an operator's command.
 pub(crate) const BUSY_TIMEOUT: Duration = Duration::from_secs(5);
-/// How long the start may take to look for damage: some 100 MB, a million messages.
+/// Time limit of the integrity check at the start: enough for about 100 MB, a million messages.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
-/// After a rush, the write-ahead log is cut back to this size.
+/// SQLite truncates a larger write-ahead log to this size.
 pub(crate) const LOG_BYTES: u32 = 16 << 20;
 
-/// What is kept in a file, and how such a file is known.
+/// The content of a file, and how to recognise such a file.
 #[derive(Clone, Copy, Debug)]
 pub struct Format {
-    /// What it is called in errors, such as "queue".
+    /// The name in errors and logs, such as "queue".
     pub name: &'static str,
-    /// SQLite's `application_id`: it tells our files from all others.
+    /// SQLite's `application_id`, which distinguishes these files from all others.
     pub application_id: u32,
     /// SQLite's `user_version`, raised whenever the schema changes.
     pub version: u32,
-    /// The statements that make an empty one.
+    /// The statements that create an empty file.
     pub schema: &'static str,
-    /// Space kept back on the disk for [`crate::File::transact_on_ballast`], in a file of its own; 0 for none.
+    /// Disk space reserved for [`crate::File::transact_on_ballast`], in a separate file; 0 for none.
     pub ballast_bytes: u64,
-    /// How much the file may hold; beyond it, only [`crate::File::transact_on_ballast`] goes on.
+    /// Size limit. Above it, only [`crate::File::transact_on_ballast`] is accepted.
     pub max_bytes: u64,
-    /// What is carried over to a new file when this one turns out to be damaged.
+    /// The tables whose rows are salvaged from a damaged file.
     pub tables: &'static [Table],
 }
 
-/// A table whose rows are carried over from a damaged file.
+/// A table whose rows are salvaged from a damaged file.
 #[derive(Clone, Copy, Debug)]
 pub struct Table {
-    /// Its name in the damaged file.
+    /// The table's name in the damaged file.
     pub from: &'static str,
-    /// The table of the new file that its rows go to; those that it has already stay as they are.
+    /// The table of the new file into which the rows are inserted. Existing rows stay unchanged.
     pub into: &'static str,
-    /// The columns that are carried over, separated by commas. One that numbers the rows must not be among
-    /// them, for the new file has numbers of its own.
+    /// The columns to copy, separated by commas. Leave out a column that numbers the rows, because
+    /// the new file assigns its own numbers.
     pub columns: &'static str,
 }
 
-/// Why a file was not opened. Nothing in it was changed.
+/// The reason why a file was not opened. The file is unchanged.
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// Another process owns it.
     #[error(
-        "{} is in use by another process{by}: stop that one, or give this one a place of its own",
+        "{} is in use by another process{owner}: stop that process, or use another path",
         path.display()
     )]
     InUse {
         /// The file.
         path: PathBuf,
-        /// " (process 42)", if it is known.
-        by: String,
+        /// " (process 42)", or empty if the owner is not known.
+        owner: String,
     },
-    /// There is none, and it was not to be made.
-    #[error("there is no {name} at {}; it is made when Lastseen first runs there", path.display())]
+    /// The file does not exist, and the caller does not create it.
+    #[error("there is no {name} at {}; Lastseen creates it when it first runs there", path.display())]
     Missing {
-        /// Where it should be.
+        /// The missing file.
         path: PathBuf,
         /// The format's name.
         name: &'static str,
     },
-    /// It is somebody else's.
-    #[error("{} is not a {name} of Lastseen ({what}); it is left as it is: move it away, or name another place", path.display())]
+    /// The file has another format.
+    #[error(
+        "{} is not a {name} of Lastseen ({what}) and was not changed: move it away, or use another path",
+        path.display()
+    )]
     Foreign {
         /// The file.
         path: PathBuf,
         /// The format's name.
         name: &'static str,
-        /// What it is instead.
+        /// The format that was found.
         what: String,
     },
-    /// It is ours but cannot be read as a whole.
-    #[error("{} is damaged ({what}); the process that owns it keeps it under another name and begins a new {name} at its next start", path.display())]
+    /// The file has the right format but cannot be read completely.
+    #[error(
+        "{} is damaged ({what}); the process that owns it renames it and creates a new {name} at its next start",
+        path.display()
+    )]
     Damaged {
         /// The file.
         path: PathBuf,
@@ -93,120 +99,120 @@ pub enum OpenError {
         /// The first damage found.
         what: String,
     },
-    /// The operating system refused.
+    /// An operation of the operating system failed.
     #[error("cannot {operation} {}", path.display())]
     Io {
-        /// What was tried.
+        /// The operation.
         operation: &'static str,
-        /// On which file or directory.
+        /// The file or directory.
         path: PathBuf,
-        /// Its answer.
+        /// The error of the operating system.
         source: io::Error,
     },
-    /// SQLite refused for another reason than those above.
+    /// SQLite refused the file for another reason.
     #[error("cannot open {}: {what}", path.display())]
     Sqlite {
         /// The file.
         path: PathBuf,
-        /// Its answer, in words.
+        /// The reason in words.
         what: String,
     },
 }
 
-/// Holds the file for this process until dropped; the operating system lets go of it as well when
-/// the process ends, however it ends.
+/// Locks the file for this process until dropped. The operating system also releases the lock when
+/// the process ends in any way.
 #[derive(Debug)]
 pub(crate) struct Lock(
     #[expect(dead_code, reason = "it is locked for as long as it is open")] fs::File,
 );
 
-/// Takes the file for this process, and makes it if it is not there. A damaged file is set aside, and a new one
-/// is made in its place: refused, it would keep the process from working at each start.
+/// Locks and opens the file for this process, and creates it if it is missing. A damaged file is
+/// renamed and replaced by a new one; otherwise no later start could succeed.
 ///
-/// `read` is what the caller needs to know of the file; damage may show there too.
-pub(crate) fn own<T>(
+/// `read` reads what the caller needs from the file, which may also reveal damage.
+pub(crate) fn open_exclusively<T>(
     path: &Path,
     format: Format,
     read: impl Fn(&Connection) -> rusqlite::Result<T>,
 ) -> Result<(Connection, Lock, T), OpenError> {
-    make_directory(directory_of(path))?;
+    create_directory(directory_of(path))?;
     let lock = lock(path)?;
-    if path.try_exists().map_err(failed("look for", path))? {
-        recognise(path, format)?;
-        match open_whole(path, format, &read) {
+    if path.try_exists().map_err(io_error("look for", path))? {
+        check_format(path, format)?;
+        match open_checked(path, format, &read) {
             Err(OpenError::Damaged { what, .. }) => set_aside(path, format, &what)?,
             Err(error) => return Err(error),
-            Ok((connection, known)) => return Ok((connection, lock, known)),
+            Ok((connection, value)) => return Ok((connection, lock, value)),
         }
-    } else if with_suffix(path, LOG).try_exists().map_err(failed("look for", path))? {
-        // SQLite would take it for the new file's.
-        set_aside(path, format, "only its -wal is there")?;
+    } else if with_suffix(path, LOG).try_exists().map_err(io_error("look for", path))? {
+        // SQLite would apply this log to the new file.
+        set_aside(path, format, "the file is missing, only its -wal exists")?;
     }
     create(path, format)?;
-    tracing::info!(path = %path.display(), "made an empty {}", format.name);
-    let (connection, known) = open_whole(path, format, &read)?;
-    Ok((connection, lock, known))
+    tracing::info!(path = %path.display(), "created an empty {}", format.name);
+    let (connection, value) = open_checked(path, format, &read)?;
+    Ok((connection, lock, value))
 }
 
-/// Renames the damaged file, for a person and for [`crate::salvage`].
+/// Renames a damaged file and keeps it for a person and for [`crate::salvage`].
 pub(crate) fn set_aside(path: &Path, format: Format, reason: &str) -> Result<(), OpenError> {
-    let aside = open_files::set_aside(path).map_err(failed("rename", path))?;
+    let aside = open_files::set_aside(path).map_err(io_error("rename", path))?;
     tracing::error!(
         path = %path.display(), kept_as = %aside.display(), reason,
-        "the {} is damaged: it is kept under another name, and what can be read of it goes to a new one",
+        "the {} is damaged: renamed it; all readable rows will be copied to a new file",
         format.name
     );
     Ok(())
 }
 
-/// Opens the file and looks for damage.
-fn open_whole<T>(
+/// Opens the file, checks its integrity and calls `read`.
+fn open_checked<T>(
     path: &Path,
     format: Format,
     read: impl Fn(&Connection) -> rusqlite::Result<T>,
 ) -> Result<(Connection, T), OpenError> {
     let connection = connect(path, format)?;
-    let known = look_for_damage(&connection, path, format)
-        .and_then(|()| read(&connection).map_err(|error| unopened(path, format, &error)));
-    match known {
-        Ok(known) => Ok((connection, known)),
+    let value = check_integrity(&connection, path, format)
+        .and_then(|()| read(&connection).map_err(|error| sqlite_error(path, format, &error)));
+    match value {
+        Ok(value) => Ok((connection, value)),
         Err(error) => {
-            keep_log_on_close(&connection).map_err(|error| unopened(path, format, &error))?;
+            keep_log_on_close(&connection).map_err(|error| sqlite_error(path, format, &error))?;
             Err(error)
         }
     }
 }
 
-/// Has the end of the connection leave the file and its log as they are: SQLite would move the log into the
-/// file, and remove whatever has the log's name by then.
+/// Makes the connection leave the file and its log unchanged when it closes. Otherwise SQLite moves
+/// the log into the file, and then removes any file that has the log's name.
 pub(crate) fn keep_log_on_close(connection: &Connection) -> rusqlite::Result<()> {
     connection.set_db_config(DbConfig::SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE, true).map(drop)
 }
 
-/// Sees that the file is whole, as far as there is time for: what is left out shows when it is read.
-fn look_for_damage(connection: &Connection, path: &Path, format: Format) -> Result<(), OpenError> {
+/// Checks the file for up to [`CHECK_TIMEOUT`]. Damage in the unchecked rest shows when it is read.
+fn check_integrity(connection: &Connection, path: &Path, format: Format) -> Result<(), OpenError> {
     let started = Instant::now();
     let out_of_time = move || started.elapsed() > CHECK_TIMEOUT;
     let check = || {
         connection.progress_handler(1_000, Some(out_of_time))?;
-        let verdict = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0));
+        let result = connection.query_row("PRAGMA quick_check(1)", [], |row| row.get(0));
         connection.progress_handler(0, None::<fn() -> bool>)?;
-        verdict
+        result
     };
     match check() {
-        Ok(verdict) if verdict == "ok" => Ok(()),
-        Ok(verdict) => Err(damaged(path, format, verdict)),
+        Ok(result) if result == "ok" => Ok(()),
+        Ok(damage) => Err(damaged(path, format, damage)),
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::OperationInterrupted) => Ok(()),
-        Err(error) => Err(unopened(path, format, &error)),
+        Err(error) => Err(sqlite_error(path, format, &error)),
     }
 }
 
-/// Opens a file beside the process that owns it, to look into it or for a short transaction.
+/// Opens a file that another process may own, for reading or for a short transaction.
 ///
 /// # Errors
-/// [`OpenError`], also when there is no such file: it is not made.
+/// [`OpenError`], also if the file does not exist; it is not created.
 pub fn attach(path: &Path, format: Format) -> Result<Connection, OpenError> {
-    recognise(path, format)?;
+    check_format(path, format)?;
     connect(path, format)
 }
 
@@ -217,74 +223,74 @@ fn connect(path: &Path, format: Format) -> Result<Connection, OpenError> {
         keep_temporary_data_in_memory(&connection)?;
         connection.busy_timeout(BUSY_TIMEOUT)?;
         connection.pragma_update(None, "synchronous", "FULL")?;
-        // macOS only: there, a plain fsync does not reach the medium.
+        // For macOS, where a plain fsync does not reach the medium.
         connection.pragma_update(None, "fullfsync", true)?;
         connection.pragma_update(None, "trusted_schema", false)?;
         connection.pragma_update_and_check(None, "journal_size_limit", LOG_BYTES, |_| Ok(()))?;
         Ok(connection)
     };
-    open().map_err(|error| unopened(path, format, &error))
+    open().map_err(|error| sqlite_error(path, format, &error))
 }
 
-/// SQLite moves a savepoint's journal of more than 64 KiB to a temporary file, whose directory may be
-/// full or read-only: then each large transaction would fail.
+/// Otherwise SQLite moves a savepoint's journal of more than 64 KiB to a temporary file, and each
+/// large transaction fails if the directory for temporary files is full or read-only.
 pub(crate) fn keep_temporary_data_in_memory(connection: &Connection) -> rusqlite::Result<()> {
     connection.pragma_update(None, "temp_store", "MEMORY")
 }
 
 // Decision: docs/decisions/0064-how-is-a-file-recognised.md
-/// Looks at the head of the file with nothing else touched: an ordinary open would begin by tidying up
-/// after whoever has written it.
+/// Reads the header of the file and changes nothing. An ordinary open would first recover what the
+/// last writer left.
 ///
-/// By SQLite's means, because the process may have the file open already, and closing a handle of one's
-/// own drops all locks that the process has on a file.
-fn recognise(path: &Path, format: Format) -> Result<(), OpenError> {
+/// It reads through SQLite, because this process may already have the file open: closing a plain
+/// file handle would drop all locks that the process has on the file.
+fn check_format(path: &Path, format: Format) -> Result<(), OpenError> {
     let Format { name, application_id, version, .. } = format;
-    if !path.try_exists().map_err(failed("look for", path))? {
+    if !path.try_exists().map_err(io_error("look for", path))? {
         return Err(OpenError::Missing { path: path.to_owned(), name });
     }
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
-    let head = || -> rusqlite::Result<(i64, i64)> {
-        let connection = Connection::open_with_flags(untouched(path), flags)?;
+    let header = || -> rusqlite::Result<(i64, i64)> {
+        let connection = Connection::open_with_flags(immutable_uri(path), flags)?;
         let number = |pragma| connection.pragma_query_value(None, pragma, |row| row.get(0));
         Ok((number("application_id")?, number("user_version")?))
     };
-    let what = match head() {
+    let what = match header() {
         Ok(found) if found == (application_id.into(), version.into()) => return Ok(()),
         Ok((found, found_version)) if found == i64::from(application_id) => {
-            format!("of version {found_version}; this program knows version {version}")
+            format!("its version is {found_version}, this program needs version {version}")
         }
         Ok(_) => "another program's SQLite file, or an empty one".to_owned(),
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::NotADatabase) => {
             "not a SQLite file".to_owned()
         }
-        Err(error) => return Err(unopened(path, format, &error)),
+        Err(error) => return Err(sqlite_error(path, format, &error)),
     };
     Err(OpenError::Foreign { path: path.to_owned(), name, what })
 }
 
-/// The path as a URI by which SQLite reads the file, and neither locks it nor looks at its log.
-fn untouched(path: &Path) -> String {
+/// A URI with which SQLite reads the file without locking it or using its log.
+fn immutable_uri(path: &Path) -> String {
     let path = percent_encode(path.as_os_str().as_bytes(), NON_ALPHANUMERIC);
     format!("file:{path}?immutable=1")
 }
 
-/// Makes an empty file under another name first, so that under its own it is never seen half made.
+/// Creates an empty file under another name and renames it, so that no partial file has its name.
 fn create(path: &Path, format: Format) -> Result<(), OpenError> {
     let unfinished = with_suffix(path, ".new");
     let leftovers = [".new", ".new-journal", ".new-wal", ".new-shm"];
     for leftover in leftovers.map(|suffix| with_suffix(path, suffix)) {
         match fs::remove_file(&leftover) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => {
-                return Err(failed("remove", &leftover)(error));
+                return Err(io_error("remove", &leftover)(error));
             }
             _ => {}
         }
     }
     // SQLite gives its -wal and -shm files the same mode.
-    private_file(&unfinished).map_err(failed("make", &unfinished))?;
+    create_private_file(&unfinished).map_err(io_error("create", &unfinished))?;
     let Format { application_id, version, schema, .. } = format;
-    let make = || {
+    let initialise = || {
         let connection = Connection::open(&unfinished)?;
         keep_temporary_data_in_memory(&connection)?;
         connection.execute_batch(&format!(
@@ -296,35 +302,35 @@ fn create(path: &Path, format: Format) -> Result<(), OpenError> {
         ))?;
         connection.pragma_update_and_check(None, "journal_mode", "WAL", |row| row.get(0))
     };
-    let mode: String = make().map_err(|error| unopened(&unfinished, format, &error))?;
+    let mode: String = initialise().map_err(|error| sqlite_error(&unfinished, format, &error))?;
     if mode != "wal" {
-        let source = io::Error::other("the file system does not let it be shared");
-        return Err(failed("keep a log beside", path)(source));
+        let source = io::Error::other("the file system does not support shared memory for it");
+        return Err(io_error("create a write-ahead log for", path)(source));
     }
-    fs::rename(&unfinished, path).map_err(failed("make", path))?;
-    sync(directory_of(path))
+    fs::rename(&unfinished, path).map_err(io_error("create", path))?;
+    sync_directory(directory_of(path))
 }
 
-/// Makes an empty file that only its owner may read, and opens it.
-pub(crate) fn private_file(path: &Path) -> io::Result<fs::File> {
+/// Creates an empty file that only this user may read, and opens it.
+pub(crate) fn create_private_file(path: &Path) -> io::Result<fs::File> {
     fs::OpenOptions::new().write(true).create(true).truncate(true).mode(0o600).open(path)
 }
 
-/// Makes the directory and those above it.
-pub(crate) fn make_directory(directory: &Path) -> Result<(), OpenError> {
-    if directory.try_exists().map_err(failed("look for", directory))? {
+/// Creates the directory and its parents.
+pub(crate) fn create_directory(directory: &Path) -> Result<(), OpenError> {
+    if directory.try_exists().map_err(io_error("look for", directory))? {
         return Ok(());
     }
-    let above = directory_of(directory);
-    make_directory(above)?;
-    fs::create_dir(directory).map_err(failed("make the directory", directory))?;
-    sync(above)
+    let parent = directory_of(directory);
+    create_directory(parent)?;
+    fs::create_dir(directory).map_err(io_error("create the directory", directory))?;
+    sync_directory(parent)
 }
 
-/// A name must be as durable as what will be written under it.
-pub(crate) fn sync(directory: &Path) -> Result<(), OpenError> {
+/// Makes the names in the directory as durable as the content of the files.
+pub(crate) fn sync_directory(directory: &Path) -> Result<(), OpenError> {
     let synced = fs::File::open(directory).and_then(|directory| directory.sync_all());
-    synced.map_err(failed("sync", directory))
+    synced.map_err(io_error("sync", directory))
 }
 
 pub(crate) fn directory_of(path: &Path) -> &Path {
@@ -332,7 +338,7 @@ pub(crate) fn directory_of(path: &Path) -> &Path {
     parent.unwrap_or(Path::new("."))
 }
 
-/// Beside the file and not on it: closing any handle of a file drops SQLite's own locks on it.
+/// Locks a separate file, because closing any handle of the SQLite file drops SQLite's locks on it.
 fn lock(path: &Path) -> Result<Lock, OpenError> {
     let lock_path = with_suffix(path, ".lock");
     let options = fs::File::options()
@@ -342,21 +348,21 @@ fn lock(path: &Path) -> Result<Lock, OpenError> {
         .truncate(false)
         .mode(0o600)
         .to_owned();
-    let mut file = options.open(&lock_path).map_err(failed("open", &lock_path))?;
+    let mut file = options.open(&lock_path).map_err(io_error("open", &lock_path))?;
     match file.try_lock() {
         Ok(()) => {}
-        Err(TryLockError::Error(error)) => return Err(failed("lock", &lock_path)(error)),
+        Err(TryLockError::Error(error)) => return Err(io_error("lock", &lock_path)(error)),
         Err(TryLockError::WouldBlock) => {
-            let mut by = String::new();
-            let known = file.read_to_string(&mut by).is_ok_and(|length| length > 0);
-            let by = if known { format!(" (process {})", by.trim()) } else { String::new() };
-            return Err(OpenError::InUse { path: path.to_owned(), by });
+            let mut pid = String::new();
+            let is_known = file.read_to_string(&mut pid).is_ok_and(|length| length > 0);
+            let owner = if is_known { format!(" (process {})", pid.trim()) } else { String::new() };
+            return Err(OpenError::InUse { path: path.to_owned(), owner });
         }
     }
-    // For whoever finds it locked; if it cannot be written, they only learn less.
-    let note = file.set_len(0).and_then(|()| file.rewind());
-    if note.and_then(|()| writeln!(file, "{}", std::process::id())).is_err() {
-        tracing::debug!(path = %lock_path.display(), "cannot note the process id");
+    // For the error of a process that finds the file locked. Without it, that error is less precise.
+    let emptied = file.set_len(0).and_then(|()| file.rewind());
+    if emptied.and_then(|()| writeln!(file, "{}", std::process::id())).is_err() {
+        tracing::debug!(path = %lock_path.display(), "cannot write the process id");
     }
     Ok(Lock(file))
 }
@@ -367,7 +373,7 @@ pub(crate) fn with_suffix(path: &Path, suffix: &str) -> PathBuf {
     name.into()
 }
 
-fn failed(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
+fn io_error(operation: &'static str, path: &Path) -> impl FnOnce(io::Error) -> OpenError {
     let path = path.to_owned();
     move |source| OpenError::Io { operation, path, source }
 }
@@ -376,16 +382,16 @@ fn damaged(path: &Path, format: Format, what: String) -> OpenError {
     OpenError::Damaged { path: path.to_owned(), name: format.name, what }
 }
 
-fn unopened(path: &Path, format: Format, error: &rusqlite::Error) -> OpenError {
+fn sqlite_error(path: &Path, format: Format, error: &rusqlite::Error) -> OpenError {
     let words = match (error.sqlite_error_code(), error) {
         (Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase), _) => {
             return damaged(path, format, error.to_string());
         }
         (Some(ErrorCode::DiskFull), _) => "the disk is full",
         (Some(ErrorCode::ReadOnly | ErrorCode::PermissionDenied), _) => {
-            "this user may not write it, or its directory"
+            "this user may not write the file or its directory"
         }
-        (Some(ErrorCode::CannotOpen), _) => "this user may not open it, or it is no file",
+        (Some(ErrorCode::CannotOpen), _) => "this user may not open it, or it is not a file",
         (_, rusqlite::Error::SqliteFailure(failure, _))
             if failure.extended_code == rusqlite::ffi::SQLITE_IOERR_SHMSIZE =>
         {

@@ -1,4 +1,4 @@
-//! The files that an open SQLite file consists of, and the names of those that were set aside.
+//! The files that make up an open SQLite file, and the names of damaged files that are kept.
 
 use std::fs::{self, Metadata};
 use std::io;
@@ -11,17 +11,17 @@ use crate::open::{directory_of, with_suffix};
 pub(crate) const LOG: &str = "-wal";
 pub(crate) const INDEX: &str = "-shm";
 const LOCK: &str = ".lock";
-/// Kept after damage; its readable rows are still to be carried over.
+/// A damaged file whose readable rows have not been copied yet.
 const DAMAGED: &str = ".damaged-";
-/// Kept after damage; its readable rows have been carried over.
+/// A damaged file whose readable rows have been copied.
 const SALVAGED: &str = ".salvaged-";
 
-/// Which file it is, whatever its name: device and inode.
+/// Device and inode, which identify a file regardless of its name.
 type Identity = (u64, u64);
 
 // Decision: docs/decisions/0061-how-is-a-removed-file-detected.md
-/// The files behind an open database. SQLite keeps writing to them after somebody has removed or
-/// replaced them, and what it writes then is gone with the process.
+/// The files of an open database. SQLite keeps writing to them after they were removed or replaced,
+/// and these writes are lost when the process ends.
 #[derive(Debug)]
 pub(crate) struct OpenFiles {
     main: (PathBuf, Option<Identity>),
@@ -29,35 +29,35 @@ pub(crate) struct OpenFiles {
 }
 
 impl OpenFiles {
-    /// Notes which files belong to the database at `path`, which must be open.
+    /// Records the identities of the files of the database at `path`, which must be open.
     pub(crate) fn of(path: &Path) -> Self {
-        let note = |path: PathBuf| {
+        let identified = |path: PathBuf| {
             let identity = fs::metadata(&path).ok().as_ref().map(identity);
             (path, identity)
         };
         Self {
-            main: note(path.to_owned()),
-            others: [LOG, INDEX, LOCK].map(|suffix| note(with_suffix(path, suffix))),
+            main: identified(path.to_owned()),
+            others: [LOG, INDEX, LOCK].map(|suffix| identified(with_suffix(path, suffix))),
         }
     }
 
-    /// The first file that is no longer at its place. A file that cannot be looked at counts as there.
+    /// The first file that was removed or replaced. A file that cannot be inspected counts as present.
     pub(crate) fn missing(&self) -> Option<&Path> {
-        let others = self.others.iter().find(|(path, noted)| !is_there(path, *noted));
+        let others = self.others.iter().find(|(path, identity)| !is_same_file(path, *identity));
         let missing = if self.has_main() { others } else { Some(&self.main) };
         missing.map(|(path, _)| path.as_path())
     }
 
     pub(crate) fn has_main(&self) -> bool {
-        is_there(&self.main.0, self.main.1)
+        is_same_file(&self.main.0, self.main.1)
     }
 
-    /// Makes way for a new log and index. Those of this database must not be needed any more; others that
-    /// have taken their place are kept under another name, since SQLite would take them for its own.
+    /// Removes the log and the index, which must not be needed any more. Foreign files with their
+    /// names are renamed, because SQLite would use them as its own.
     pub(crate) fn clear_log(&self) -> io::Result<()> {
-        for (path, noted) in &self.others[..2] {
+        for (path, recorded) in &self.others[..2] {
             let Ok(metadata) = fs::metadata(path) else { continue };
-            if Some(identity(&metadata)) == *noted {
+            if Some(identity(&metadata)) == *recorded {
                 fs::remove_file(path)?;
             } else {
                 fs::rename(path, with_suffix(path, &format!(".foreign-{}", unix_seconds())))?;
@@ -71,16 +71,16 @@ fn identity(metadata: &Metadata) -> Identity {
     (metadata.dev(), metadata.ino())
 }
 
-fn is_there(path: &Path, noted: Option<Identity>) -> bool {
-    let Some(noted) = noted else { return true };
+fn is_same_file(path: &Path, recorded: Option<Identity>) -> bool {
+    let Some(recorded) = recorded else { return true };
     match fs::metadata(path) {
-        Ok(metadata) => noted == identity(&metadata),
+        Ok(metadata) => recorded == identity(&metadata),
         Err(error) => error.kind() != io::ErrorKind::NotFound,
     }
 }
 
-/// Renames the damaged file at `path` together with its log, and returns the new path. A log whose file
-/// is gone is renamed as well.
+/// Renames the damaged file at `path` and its log, and returns the new path. The log is renamed
+/// even if the file is missing.
 pub(crate) fn set_aside(path: &Path) -> io::Result<PathBuf> {
     let aside = new_name(path);
     let renamed = |suffix| match fs::rename(with_suffix(path, suffix), with_suffix(&aside, suffix))
@@ -88,10 +88,10 @@ pub(crate) fn set_aside(path: &Path) -> io::Result<PathBuf> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         renamed => renamed,
     };
-    // The file first: without its log it would be opened as it was before the last transactions.
+    // The file first: if only its log were renamed, the file would open without the latest commits.
     renamed("")?;
     renamed(LOG)?;
-    // The index holds nothing of its own, and a new file must not find it.
+    // The index can be rebuilt from the log, and a new file must not use it.
     match fs::remove_file(with_suffix(path, INDEX)) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
@@ -100,7 +100,7 @@ pub(crate) fn set_aside(path: &Path) -> io::Result<PathBuf> {
     Ok(aside)
 }
 
-/// A name for a damaged file that nothing has yet.
+/// An unused name for a damaged file.
 pub(crate) fn new_name(path: &Path) -> PathBuf {
     let is_free = |name: &PathBuf| {
         let taken = |name: &Path| name.exists() || with_suffix(name, LOG).exists();
@@ -111,7 +111,7 @@ pub(crate) fn new_name(path: &Path) -> PathBuf {
     (now..now.saturating_add(1_000)).map(name).find(is_free).unwrap_or_else(|| name(now))
 }
 
-/// Renames a file that was set aside, for its readable rows have been carried over.
+/// Renames a damaged file after its readable rows have been copied.
 pub(crate) fn mark_salvaged(aside: &Path) -> io::Result<PathBuf> {
     let salvaged = salvaged_name(aside);
     for suffix in [LOG, INDEX, ""] {
@@ -129,8 +129,7 @@ fn salvaged_name(aside: &Path) -> PathBuf {
     aside.with_file_name(name)
 }
 
-/// What was set aside of the file at `path` and is still there: first the files that are to be salvaged, then
-/// those that have been.
+/// The kept damaged files of the file at `path`: first those to salvage, then the salvaged ones.
 pub(crate) fn kept(path: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {
     let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let entries = fs::read_dir(directory_of(path)).into_iter().flatten().flatten();
@@ -151,7 +150,7 @@ pub(crate) fn kept(path: &Path) -> (Vec<PathBuf>, Vec<PathBuf>) {
     (damaged, salvaged)
 }
 
-/// How large the file at `path` is, and how large its log; 0 for one that is not there.
+/// The sizes of the file at `path` and of its log in bytes; 0 for a missing file.
 pub(crate) fn sizes(path: &Path) -> (u64, u64) {
     let size = |path: &Path| fs::metadata(path).map_or(0, |metadata| metadata.len());
     (size(path), size(&with_suffix(path, LOG)))

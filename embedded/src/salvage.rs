@@ -1,4 +1,4 @@
-//! Carrying over what can be read of a damaged file.
+//! Copies the readable rows of a damaged file to a new one.
 //!
 //! Decision: docs/decisions/0060-how-is-a-damaged-file-handled.md
 
@@ -9,54 +9,54 @@ use rusqlite::{Connection, ErrorCode, OpenFlags, Row, params_from_iter};
 
 use crate::open::{self, Format, Table};
 
-/// Rows that one step carries over: some milliseconds, in which callers wait.
+/// Rows that one step copies, which takes a few milliseconds. Callers wait for that time.
 const STEP_ROWS: usize = 500;
-/// Failed reads after which the rest of a table stays where it is: some seconds, and more than the rows that
-/// one page of references leads to.
+/// Failed reads after which the rest of a table is skipped. That takes a few seconds, and one
+/// damaged interior page makes fewer reads fail.
 const FAILURES_MAX: u64 = 100_000;
 
-/// A damaged file that is being read, by ranges of row ids. A range that cannot be read is halved, down to
-/// single rows, so that damage to some pages costs the rows on these pages only.
+/// Reads a damaged file by ranges of row ids. An unreadable range is halved, down to single rows,
+/// so that a damaged page costs only the rows on that page.
 pub(crate) struct Salvage {
     source: Connection,
     aside: PathBuf,
-    /// What is still to be read; the next table is the last.
+    /// The tables to read; the next one is the last element.
     tables: Vec<Table>,
-    /// Ranges of the table that is being read. The next range is the last, and has the highest row ids:
-    /// below the lowest row there is no end to the ranges that lead to its page.
+    /// Ranges of the current table to read. The next one is the last element and has the highest
+    /// row ids, because below the lowest row there are endless empty ranges that lead to its page.
     ranges: Vec<Range>,
-    /// Reads of this table that have failed.
+    /// Failed reads of the current table.
     failures_in_table: u64,
     result: Salvaged,
 }
 
-/// Row ids, both ends included.
+/// An inclusive range of row ids.
 #[derive(Clone, Copy)]
 struct Range {
     first: i64,
     last: i64,
 }
 
-/// What was read of a range, in ascending order.
-struct Found {
+/// The rows that were read from a range, in ascending order.
+struct ReadRows {
     rows: Vec<Vec<Value>>,
-    /// The highest row id of them.
-    upto: Option<i64>,
-    ended: Ended,
+    /// The highest row id of `rows`.
+    last_id: Option<i64>,
+    end: ReadEnd,
 }
 
-/// Where a read ended.
+/// The reason why a read ended.
 #[derive(PartialEq, Eq)]
-enum Ended {
+enum ReadEnd {
     Complete,
     Limit,
     Damage,
 }
 
-/// What came of a salvage.
+/// The result of a salvage.
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Salvaged {
-    /// Rows that were carried over.
+    /// Rows that were copied.
     pub(crate) rows: u64,
     /// Reads that failed; 0 if everything could be read.
     pub(crate) failures: u64,
@@ -84,8 +84,8 @@ impl Salvage {
         &self.aside
     }
 
-    /// Carries over the next rows in a transaction of `into`. Returns what came of it all once it is at its
-    /// end. After an error the same rows come next.
+    /// Copies the next rows in one transaction of `into`. Returns the result when all tables are
+    /// done. After an error, the next step copies the same rows.
     pub(crate) fn step(&mut self, into: &mut Connection) -> rusqlite::Result<Option<Salvaged>> {
         let Some(&table) = self.tables.last() else { return Ok(Some(self.result)) };
         let next = self.ranges.last().filter(|_| self.failures_in_table < FAILURES_MAX);
@@ -95,20 +95,20 @@ impl Salvage {
             self.failures_in_table = 0;
             return Ok(None);
         };
-        let found = self.read(table, range);
-        let inserted = insert(into, table, &found.rows)?;
-        let failed = found.rows.len() as u64 - inserted + u64::from(found.ended == Ended::Damage);
+        let read = self.read(table, range);
+        let inserted = insert(into, table, &read.rows)?;
+        let failed = read.rows.len() as u64 - inserted + u64::from(read.end == ReadEnd::Damage);
         self.result.rows += inserted;
         self.result.failures += failed;
         self.failures_in_table += failed;
         self.ranges.pop();
-        self.ranges.extend(remaining(range, &found));
+        self.ranges.extend(remaining(range, &read));
         Ok(None)
     }
 
-    fn read(&self, table: Table, Range { first, last }: Range) -> Found {
-        let mut found = Found { rows: Vec::new(), upto: None, ended: Ended::Damage };
-        let mut read = || -> rusqlite::Result<Ended> {
+    fn read(&self, table: Table, Range { first, last }: Range) -> ReadRows {
+        let mut read = ReadRows { rows: Vec::new(), last_id: None, end: ReadEnd::Damage };
+        let mut fill = || -> rusqlite::Result<ReadEnd> {
             let Table { from, columns, .. } = table;
             let mut select = self.source.prepare_cached(&format!(
                 "SELECT rowid, {columns} FROM {from} WHERE rowid BETWEEN ?1 AND ?2
@@ -116,25 +116,25 @@ impl Salvage {
             ))?;
             let mut rows = select.query((first, last))?;
             while let Some(row) = rows.next()? {
-                let number: i64 = row.get(0)?;
-                // Out of order, as only damage can bring about.
-                if number < found.upto.map_or(first, |upto| upto.saturating_add(1)) || number > last
+                let id: i64 = row.get(0)?;
+                // Only damage can make rows appear out of order.
+                if id < read.last_id.map_or(first, |last_id| last_id.saturating_add(1)) || id > last
                 {
-                    return Ok(Ended::Damage);
+                    return Ok(ReadEnd::Damage);
                 }
-                found.rows.push(values(row)?);
-                found.upto = Some(number);
+                read.rows.push(values(row)?);
+                read.last_id = Some(id);
             }
-            Ok(if found.rows.len() < STEP_ROWS { Ended::Complete } else { Ended::Limit })
+            Ok(if read.rows.len() < STEP_ROWS { ReadEnd::Complete } else { ReadEnd::Limit })
         };
-        if let Ok(ended) = read() {
-            found.ended = ended;
+        if let Ok(end) = fill() {
+            read.end = end;
         }
-        found
+        read
     }
 }
 
-/// Inserts the rows, and returns how many the table has taken.
+/// Inserts the rows, and returns how many of them the table accepted.
 fn insert(into: &mut Connection, table: Table, rows: &[Vec<Value>]) -> rusqlite::Result<u64> {
     if rows.is_empty() {
         return Ok(0);
@@ -149,7 +149,7 @@ fn insert(into: &mut Connection, table: Table, rows: &[Vec<Value>]) -> rusqlite:
         for row in rows {
             match insert.execute(params_from_iter(row)) {
                 Ok(_) => {}
-                // Damaged in a way that shows in the values only.
+                // Damage that shows only in the values.
                 Err(error) if error.sqlite_error_code() == Some(ErrorCode::ConstraintViolation) => {
                     inserted -= 1;
                 }
@@ -161,21 +161,21 @@ fn insert(into: &mut Connection, table: Table, rows: &[Vec<Value>]) -> rusqlite:
     Ok(inserted)
 }
 
-/// What is left to be read of a range: both halves of it, if it begins with damage.
-fn remaining(range: Range, found: &Found) -> Vec<Range> {
-    let first = match found.upto {
+/// The ranges that are left to read: both halves of the rest if it begins with damage.
+fn remaining(range: Range, read: &ReadRows) -> Vec<Range> {
+    let first = match read.last_id {
         None => range.first,
         Some(i64::MAX) => return Vec::new(),
-        Some(upto) => upto + 1,
+        Some(last_id) => last_id + 1,
     };
     let last = range.last;
-    match found.ended {
-        Ended::Complete => Vec::new(),
+    match read.end {
+        ReadEnd::Complete => Vec::new(),
         _ if first > last => Vec::new(),
-        Ended::Limit => vec![Range { first, last }],
+        ReadEnd::Limit => vec![Range { first, last }],
         // This single row cannot be read.
-        Ended::Damage if first == last => Vec::new(),
-        Ended::Damage => {
+        ReadEnd::Damage if first == last => Vec::new(),
+        ReadEnd::Damage => {
             let middle = i64::midpoint(first, last).min(last - 1);
             vec![Range { first, last: middle }, Range { first: middle + 1, last }]
         }

@@ -1,4 +1,4 @@
-//! The books: what the partner was answered, held against what the status API was asked, what the
+//! The audit: what the partner was answered, held against what the status API was asked, what the
 //! table holds and which dead letters there are.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -16,31 +16,31 @@ use crate::world::QUEUE;
 
 /// For how long nothing may happen before what is missing counts as lost. A failed lookup may wait
 /// for up to 60 s before it is tried again.
-const STANDSTILL: Duration = Duration::from_secs(75);
-const LOOK_INTERVAL: Duration = Duration::from_millis(500);
+const NO_PROGRESS_TIMEOUT: Duration = Duration::from_secs(75);
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
 /// How a fault ended.
 pub(crate) struct Recovery {
-    pub(crate) over_at: SystemTime,
+    pub(crate) ended_at: SystemTime,
     /// Until a probe was through; `None` if none was.
     pub(crate) took: Option<Duration>,
 }
 
 /// All that is known about what happened in a world.
-pub(crate) struct Books<'a> {
+pub(crate) struct Audit<'a> {
     pub(crate) entries: Vec<Entry>,
     pub(crate) probes: &'a [(i64, SystemTime)],
     pub(crate) recoveries: &'a [Recovery],
-    pub(crate) nobody_listened: &'a [(SystemTime, Option<SystemTime>)],
+    pub(crate) producer_downtimes: &'a [(SystemTime, Option<SystemTime>)],
     /// What was under way to the queue while it was deleted does not count as accepted.
-    pub(crate) deletions: &'a [(SystemTime, SystemTime)],
+    pub(crate) queue_deletions: &'a [(SystemTime, SystemTime)],
     pub(crate) status_api: &'a StatusApi,
     pub(crate) table: &'a PgPool,
     pub(crate) broker_uri: &'a str,
 }
 
 /// Where ids have got to.
-struct Settled {
+struct AuditState {
     lookups: HashMap<i64, Lookups>,
     /// When each row was committed.
     rows: HashMap<i64, SystemTime>,
@@ -49,7 +49,7 @@ struct Settled {
     missing: Vec<i64>,
 }
 
-impl Books<'_> {
+impl Audit<'_> {
     /// Waits until all that was accepted is settled, or nothing happens any more, and does the sums.
     pub(crate) async fn close(self, allowed: Allowed) -> Verdict {
         let accepted = self.accepted();
@@ -90,18 +90,18 @@ impl Books<'_> {
 
     /// Each id that must not be lost, and when its callback was due.
     fn accepted(&self) -> Vec<(i64, SystemTime)> {
-        let went_with_the_queue = |entry: &Entry| {
+        let was_in_flight_at_deletion = |entry: &Entry| {
             let is_under_way =
-                |(from, until): &_| over_at(entry) >= *from && sent_at(entry) <= *until;
-            self.deletions.iter().any(is_under_way)
+                |(from, until): &_| ended_at(entry) >= *from && sent_at(entry) <= *until;
+            self.queue_deletions.iter().any(is_under_way)
         };
         let callbacks =
-            self.entries.iter().filter(|entry| is_2xx(entry) && !went_with_the_queue(entry));
+            self.entries.iter().filter(|entry| is_2xx(entry) && !was_in_flight_at_deletion(entry));
         let ids = callbacks.flat_map(|entry| entry.ids.iter().map(|id| (*id, due_at(entry))));
         ids.chain(self.probes.iter().copied()).collect()
     }
 
-    async fn settled(&self, accepted: &[(i64, SystemTime)]) -> Settled {
+    async fn settled(&self, accepted: &[(i64, SystemTime)]) -> AuditState {
         let mut dead_letters = Vec::new();
         let mut fewest = usize::MAX;
         let mut moved = Instant::now();
@@ -118,25 +118,25 @@ impl Books<'_> {
                 (fewest, moved) = (missing.len(), Instant::now());
             }
             // Looked at in any case, for a dead letter may be of an id that was settled before.
-            let letters = treat_dead_letters(self.broker_uri, DeadLetterAction::List).await;
+            let letters = process_dead_letters(self.broker_uri, DeadLetterAction::List).await;
             // `None` is one whose id cannot be read.
             dead_letters = letters.iter().map(|letter| letter.id).collect();
             let dead: HashSet<i64> = dead_letters.iter().copied().flatten().collect();
-            if missing.iter().all(|id| dead.contains(id)) || moved.elapsed() > STANDSTILL {
+            if missing.iter().all(|id| dead.contains(id)) || moved.elapsed() > NO_PROGRESS_TIMEOUT {
                 let missing = missing.into_iter().filter(|id| !dead.contains(id)).collect();
-                return Settled { lookups, rows, dead_letters, missing };
+                return AuditState { lookups, rows, dead_letters, missing };
             }
-            tokio::time::sleep(LOOK_INTERVAL).await;
+            tokio::time::sleep(CHECK_INTERVAL).await;
         }
     }
 
     /// Whether nobody could have answered it: the connection failed while the case had the producer
     /// killed. A callback that somebody kept waiting is not excused.
     fn is_excused(&self, entry: &Entry) -> bool {
-        let (due, over) = (due_at(entry), over_at(entry));
+        let (due, over) = (due_at(entry), ended_at(entry));
         matches!(entry.answer, Answer::Failed(_))
             && self
-                .nobody_listened
+                .producer_downtimes
                 .iter()
                 .any(|(from, until)| over >= *from && until.is_none_or(|until| due <= until))
     }
@@ -144,16 +144,16 @@ impl Books<'_> {
     /// The longest time from the end of a fault until the last of the ids accepted before it was
     /// settled. Of several faults it is the last one before that: what a further fault holds up is not
     /// the first one's.
-    fn caught_up(&self, accepted: &[(i64, SystemTime)], settled: &Settled) -> Duration {
+    fn caught_up(&self, accepted: &[(i64, SystemTime)], settled: &AuditState) -> Duration {
         let settled_at = |id: &i64| {
             let looked_up = settled.lookups.get(id).and_then(|lookups| lookups.answered_at);
             settled.rows.get(id).copied().or(looked_up)
         };
         let late = |(id, due): &(i64, SystemTime)| {
             let settled_at = settled_at(id)?;
-            let ends = self.recoveries.iter().map(|recovery| recovery.over_at);
-            let over_at = ends.filter(|over_at| (*due..=settled_at).contains(over_at)).max()?;
-            settled_at.duration_since(over_at).ok()
+            let ends = self.recoveries.iter().map(|recovery| recovery.ended_at);
+            let ended_at = ends.filter(|ended_at| (*due..=settled_at).contains(ended_at)).max()?;
+            settled_at.duration_since(ended_at).ok()
         };
         accepted.iter().filter_map(late).max().unwrap_or_default()
     }
@@ -203,7 +203,7 @@ fn sent_at(entry: &Entry) -> SystemTime {
 }
 
 /// When it was answered, given up or failed.
-fn over_at(entry: &Entry) -> SystemTime {
+fn ended_at(entry: &Entry) -> SystemTime {
     due_at(entry) + Duration::from_micros(entry.latency_us)
 }
 
@@ -220,9 +220,10 @@ pub(crate) fn broker_config(uri: &str) -> broker::Config {
 }
 
 /// The dead letters, when that has been done to all of them.
-pub(crate) async fn treat_dead_letters(
+pub(crate) async fn process_dead_letters(
     broker_uri: &str,
     treatment: DeadLetterAction,
+,
 ) -> Vec<DeadLetter> {
     let config = broker_config(broker_uri);
     let mut letters = Vec::new();

@@ -1,4 +1,4 @@
-//! All cases, a file for each part that fails.
+//! All cases, a file for each component that fails.
 
 use crate::case::Case;
 

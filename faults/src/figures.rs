@@ -57,7 +57,7 @@ impl Allowed {
         recovery: Duration::from_secs(10),
     };
     /// Only that ids are looked up again.
-    pub(crate) const REPEATS: Self = Self { looked_up_twice: true, ..Self::NOTHING };
+    pub(crate) const REPEATED_LOOKUPS: Self = Self { looked_up_twice: true, ..Self::NOTHING };
 }
 
 impl Figures {

@@ -8,7 +8,7 @@ use testbed::Process;
 use tester::ledger::{Answer, Entry};
 
 /// How long a partner waits for an answer.
-const PARTNERS_PATIENCE_US: u64 = 1_000_000;
+const PARTNER_TIMEOUT_US: u64 = 1_000_000;
 /// The first id of the load; each next one is new.
 const FIRST_ID: i64 = 1;
 
@@ -118,5 +118,5 @@ pub(crate) fn is_2xx(entry: &Entry) -> bool {
 
 /// Whether an answer was complete within a second of when the callback was due.
 pub(crate) fn is_in_time(entry: &Entry) -> bool {
-    matches!(entry.answer, Answer::Status(_)) && entry.latency_us <= PARTNERS_PATIENCE_US
+    matches!(entry.answer, Answer::Status(_)) && entry.latency_us <= PARTNER_TIMEOUT_US
 }

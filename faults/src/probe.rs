@@ -33,11 +33,11 @@ impl Prober {
 
     /// Posts probes until one of them has been accepted, and one is in the table or, where a time is given,
     /// any object that was looked up after it: a probe comes behind whatever waited before it.
-    pub(crate) async fn until_it_works(
+    pub(crate) async fn probe_until_committed(
         &mut self,
         endpoint: &str,
         table: &PgPool,
-        any_after: Option<SystemTime>,
+        committed_after: Option<SystemTime>,
     ) {
         let mut waiting = Vec::new();
         let mut ticks = tokio::time::interval(INTERVAL);
@@ -49,18 +49,22 @@ impl Prober {
                 self.accepted.push((id, SystemTime::now()));
                 waiting.push(id);
             }
-            if !waiting.is_empty() && is_any_stored(table, &waiting, any_after).await {
+            if !waiting.is_empty() && is_any_committed(table, &waiting, committed_after).await {
                 return;
             }
         }
     }
 }
 
-async fn is_any_stored(table: &PgPool, ids: &[i64], any_after: Option<SystemTime>) -> bool {
+async fn is_any_committed(
+    table: &PgPool,
+    ids: &[i64],
+    committed_after: Option<SystemTime>,
+) -> bool {
     const ANY: &str =
         "SELECT EXISTS (SELECT FROM object WHERE id = ANY($1) OR last_seen > to_timestamp($2))";
     let since_1970 = |time: SystemTime| time.duration_since(UNIX_EPOCH).unwrap_or_default();
-    let after = any_after.map(|time| since_1970(time).as_secs_f64());
+    let after = committed_after.map(|time| since_1970(time).as_secs_f64());
     let query = sqlx::query_scalar(ANY).bind(ids).bind(after).fetch_one(table);
     matches!(tokio::time::timeout(QUERY_TIMEOUT, query).await, Ok(Ok(true)))
 }

@@ -7,10 +7,10 @@ use sqlx::PgPool;
 
 /// Holds what is no longer in `object` through no fault of ours. A row's age is that at its deletion;
 /// one that went with its whole database has none.
-const GONE: &str = "CREATE TABLE gone (id bigint, committed_at float8, age_seconds float8)";
+const CREATE_GONE: &str = "CREATE TABLE gone (id bigint, committed_at float8, age_seconds float8)";
 
 /// From now on, what is deleted is noted as gone.
-const NOTE_DELETIONS: &str = "
+const RECORD_DELETIONS: &str = "
     CREATE FUNCTION note_deletion() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
         INSERT INTO gone VALUES (
             OLD.id,
@@ -26,7 +26,7 @@ const COMMITTED: &str = "
 
 /// Prepares a new database for [`committed`].
 pub(crate) async fn prepare(table: &PgPool) {
-    sqlx::raw_sql(GONE).execute(table).await.expect("a new database should take a table");
+    sqlx::raw_sql(CREATE_GONE).execute(table).await.expect("a new database should take a table");
 }
 
 /// Adds rows of objects that no callback is about: their ids are -2, -4 and so on.
@@ -44,7 +44,7 @@ pub(crate) async fn committed(table: &PgPool) -> HashMap<i64, SystemTime> {
 }
 
 /// Notes rows as gone.
-pub(crate) async fn note_gone(table: &PgPool, rows: &HashMap<i64, SystemTime>) {
+pub(crate) async fn record_gone(table: &PgPool, rows: &HashMap<i64, SystemTime>) {
     let since_1970 = |at: &SystemTime| at.duration_since(UNIX_EPOCH).unwrap_or_default();
     let (ids, times): (Vec<i64>, Vec<f64>) =
         rows.iter().map(|(id, at)| (*id, since_1970(at).as_secs_f64())).unzip();
@@ -54,8 +54,8 @@ pub(crate) async fn note_gone(table: &PgPool, rows: &HashMap<i64, SystemTime>) {
 }
 
 /// Has each row noted as gone when it is deleted. There must be a table.
-pub(crate) async fn note_deletions(table: &PgPool) {
-    let noted = sqlx::raw_sql(NOTE_DELETIONS).execute(table).await;
+pub(crate) async fn record_deletions(table: &PgPool) {
+    let noted = sqlx::raw_sql(RECORD_DELETIONS).execute(table).await;
     noted.expect("the table should take a trigger");
 }
 

@@ -4,24 +4,24 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
-use testbed::{Answer, Note};
+use testbed::{Answer, SentHook};
 
 /// How long an answer takes: a tenth of what the real API takes, so that a case can catch up soon.
 const LATENCY_MS: std::ops::Range<u64> = 20..50;
 
-/// What it answers instead of the truth.
-type Mood = dyn Fn(i64) -> Answer + Send + Sync;
+/// The answer to a lookup of an id, instead of the correct one.
+type Behaviour = dyn Fn(i64) -> Answer + Send + Sync;
 
 /// A status API like the real one, online for even ids.
 pub(crate) struct StatusApi {
     server: testbed::StatusApi,
-    day: Arc<Day>,
+    day: Arc<State>,
 }
 
 #[derive(Default)]
-struct Day {
+struct State {
     /// `None` on a good day.
-    mood: Mutex<Option<Arc<Mood>>>,
+    behaviour: Mutex<Option<Arc<Behaviour>>>,
     lookups: Mutex<HashMap<i64, Lookups>>,
 }
 
@@ -38,7 +38,7 @@ pub(crate) struct Lookups {
 
 impl StatusApi {
     pub(crate) fn start() -> Self {
-        let day = Arc::new(Day::default());
+        let day = Arc::new(State::default());
         let answering = Arc::clone(&day);
         Self { server: testbed::StatusApi::start(move |id, _| answering.answer(id)), day }
     }
@@ -48,18 +48,19 @@ impl StatusApi {
         self.server.endpoint()
     }
 
-    /// From now on answers this, after the usual time. [`truth`] is what it should be.
-    pub(crate) fn misbehaves(&self, mood: impl Fn(i64) -> Answer + Send + Sync + 'static) {
-        *self.day.mood.lock().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(mood));
+    /// Replaces the answers, which still take the usual time. [`correct_answer`] gives the default.
+    pub(crate) fn set_behaviour(&self, behaviour: impl Fn(i64) -> Answer + Send + Sync + 'static) {
+        *self.day.behaviour.lock().unwrap_or_else(PoisonError::into_inner) =
+            Some(Arc::new(behaviour));
     }
 
-    /// Answers the truth again.
-    pub(crate) fn behaves(&self) {
-        *self.day.mood.lock().unwrap_or_else(PoisonError::into_inner) = None;
+    /// Restores the correct answers.
+    pub(crate) fn reset_behaviour(&self) {
+        *self.day.behaviour.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Closes its port and all connections.
-    pub(crate) fn goes_down(&mut self) {
+    pub(crate) fn stop(&mut self) {
         self.server.stop();
         // What it had not answered yet is to be asked again.
         for lookups in self.day.lookups().values_mut() {
@@ -68,7 +69,7 @@ impl StatusApi {
     }
 
     /// Listens where it listened before.
-    pub(crate) fn comes_back(&mut self) {
+    pub(crate) fn restart(&mut self) {
         let answering = Arc::clone(&self.day);
         let address = self.server.address();
         self.server = testbed::StatusApi::start_on(address, move |id, _| answering.answer(id));
@@ -80,7 +81,7 @@ impl StatusApi {
     }
 
     /// For how many ids it has been asked more than `times` since it last came up, whatever the answer.
-    pub(crate) fn asked_more_than(&self, times: u32) -> usize {
+    pub(crate) fn ids_looked_up_more_than(&self, times: u32) -> usize {
         let mut counts: HashMap<i64, u32> = HashMap::new();
         for (id, _) in self.server.lookups() {
             *counts.entry(id).or_default() += 1;
@@ -99,14 +100,14 @@ impl StatusApi {
     }
 }
 
-impl Day {
+impl State {
     fn answer(self: &Arc<Self>, id: i64) -> Answer {
-        let mood = self.mood.lock().unwrap_or_else(PoisonError::into_inner).clone();
-        let mut answer = mood.map_or_else(|| truth(id), |mood| mood(id));
+        let behaviour = self.behaviour.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let mut answer = behaviour.map_or_else(|| correct_answer(id), |behaviour| behaviour(id));
         if is_decision(&answer) {
             self.lookups().entry(id).or_default().asked += 1;
             let day = Arc::clone(self);
-            answer = noted(Note::new(move || day.answered(id)), answer);
+            answer = noted(SentHook::new(move || day.answered(id)), answer);
         }
         let spread = LATENCY_MS.end - LATENCY_MS.start;
         let latency = LATENCY_MS.start + id.unsigned_abs() % spread;
@@ -126,7 +127,7 @@ impl Day {
 }
 
 /// Even ids are online.
-pub(crate) fn truth(id: i64) -> Answer {
+pub(crate) fn correct_answer(id: i64) -> Answer {
     if is_online(id) { Answer::Online } else { Answer::Offline }
 }
 
@@ -144,9 +145,9 @@ fn is_decision(answer: &Answer) -> bool {
 }
 
 /// The answer, with the note told after all waiting.
-fn noted(note: Note, answer: Answer) -> Answer {
+fn noted(note: SentHook, answer: Answer) -> Answer {
     match answer {
         Answer::After(delay, later) => Answer::After(delay, Box::new(noted(note, *later))),
-        answer => Answer::Noted(note, Box::new(answer)),
+        answer => Answer::Observed(note, Box::new(answer)),
     }
 }

@@ -7,14 +7,14 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
 
 use broker::{DeadLetter, DeadLetterAction, Publisher};
-use pipeline::Surroundings;
+use pipeline::System;
 use testbed::{
-    ON_A_READ_ONLY_ROOT, ON_A_SMALL_DISK, PostgresCluster, Process, Proxy, RabbitNode, Scratch,
+    PostgresCluster, Process, Proxy, RabbitNode, Scratch, WITH_READ_ONLY_ROOT, WITH_SMALL_DISK,
     eventually, free_port, postgres_environment,
 };
 use tester::ledger::Entry;
 
-use crate::audit::{Books, Recovery, broker_config, due_at, treat_dead_letters};
+use crate::audit::{Audit, Recovery, broker_config, due_at, process_dead_letters};
 use crate::figures::{Allowed, Verdict};
 use crate::load::{Load, Rate};
 use crate::probe::Prober;
@@ -24,13 +24,13 @@ use crate::status_api::StatusApi;
 /// `QUEUE_NAME`.
 pub(crate) const QUEUE: &str = "objects";
 /// For how many seconds the load runs before the fault.
-const LEAD_SECONDS: usize = 4;
+const LOAD_BEFORE_FAULT_SECONDS: usize = 4;
 /// How long it goes on after the last recovery.
-const TAIL: Duration = Duration::from_secs(3);
+const LOAD_AFTER_RECOVERY: Duration = Duration::from_secs(3);
 /// How long a case waits for its world to work, or to work again, before it gives up.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
 /// For how long after the death of one of several producers callbacks may still run into it.
-const CUTTING_OFF: Duration = Duration::from_millis(100);
+const CUT_OFF_MARGIN: Duration = Duration::from_millis(100);
 
 /// What is particular about a world. Variables come on top of those that each service gets anyway.
 #[expect(
@@ -42,7 +42,7 @@ pub(crate) struct Setup {
     pub(crate) rate: Rate,
     /// Whether the services reach broker and database through [`World::to_broker`] and
     /// [`World::to_database`], which can go silent or be cut.
-    pub(crate) through_proxies: bool,
+    pub(crate) has_proxies: bool,
     /// Whether the broker is a cluster of three nodes: [`World::broker`], on which all queues have their first
     /// leaders, and [`World::other_nodes`]; and to which of these three the services connect.
     pub(crate) cluster: Option<usize>,
@@ -57,7 +57,7 @@ pub(crate) struct Setup {
     /// How many consumers there are.
     pub(crate) consumers: usize,
     /// The command through which the producer is started, which ends in executing it.
-    pub(crate) producer_through: &'static [&'static str],
+    pub(crate) producer_wrapper: &'static [&'static str],
     /// Variables of the producer.
     pub(crate) producer: Vec<(&'static str, &'static str)>,
     /// Variables of each consumer.
@@ -70,14 +70,14 @@ impl Default for Setup {
     fn default() -> Self {
         Self {
             rate: Rate::USUAL,
-            through_proxies: false,
+            has_proxies: false,
             cluster: None,
             connections: None,
             small_spool_disk: false,
             read_only_root: false,
             small_database_disk: false,
             consumers: 1,
-            producer_through: &[],
+            producer_wrapper: &[],
             producer: Vec::new(),
             consumer: Vec::new(),
             routine: Vec::new(),
@@ -95,9 +95,9 @@ pub(crate) struct World {
     pub(crate) other_nodes: Vec<RabbitNode>,
     pub(crate) database: PostgresCluster,
     pub(crate) status_api: StatusApi,
-    /// In between only if [`Setup::through_proxies`] says so.
+    /// In between only if [`Setup::has_proxies`] says so.
     pub(crate) to_broker: Proxy,
-    /// In between only if [`Setup::through_proxies`] says so.
+    /// In between only if [`Setup::has_proxies`] says so.
     pub(crate) to_database: Proxy,
     pub(crate) producer: Option<Process>,
     pub(crate) consumers: Vec<Process>,
@@ -105,15 +105,15 @@ pub(crate) struct World {
     /// Only in cases that start one.
     pub(crate) viewer: Option<Process>,
     setup: Setup,
-    surroundings: Surroundings,
+    system: System,
     producer_address: SocketAddr,
     load: Option<Load>,
     prober: Prober,
     recoveries: Vec<Recovery>,
     /// From when to when nobody took callbacks, because the case had killed who did.
-    nobody_listened: Vec<(SystemTime, Option<SystemTime>)>,
+    producer_downtimes: Vec<(SystemTime, Option<SystemTime>)>,
     /// From when to when the broker was deleting the queue.
-    deletions: Vec<(SystemTime, SystemTime)>,
+    queue_deletions: Vec<(SystemTime, SystemTime)>,
     scratch: Scratch,
 }
 
@@ -122,7 +122,7 @@ impl World {
     pub(crate) async fn start(setup: Setup) -> Self {
         let mut world = Self::servers(setup).await;
         world.start_services();
-        world.is_ready().await;
+        world.wait_until_ready().await;
         world
     }
 
@@ -149,7 +149,7 @@ impl World {
         let status_api = StatusApi::start();
         let to_broker = Proxy::start(format!("127.0.0.1:{}", node.amqp_port())).await;
         let to_database = Proxy::start(format!("127.0.0.1:{}", database.port())).await;
-        let (amqp_uri, database_url) = if setup.through_proxies {
+        let (amqp_uri, database_url) = if setup.has_proxies {
             let (broker, database) = (to_broker.addr(), to_database.addr());
             (
                 format!("amqp://guest:guest@{broker}/%2f"),
@@ -158,7 +158,7 @@ impl World {
         } else {
             (node.amqp_uri(), database.url().to_owned())
         };
-        let surroundings = Surroundings {
+        let system = System {
             amqp_uri,
             queue: QUEUE.to_owned(),
             database: postgres_environment(&database_url),
@@ -176,13 +176,13 @@ impl World {
             routine: None,
             viewer: None,
             setup,
-            surroundings,
+            system,
             producer_address: SocketAddr::from(([127, 0, 0, 1], free_port())),
             load: None,
             prober: Prober::default(),
             recoveries: Vec::new(),
-            nobody_listened: Vec::new(),
-            deletions: Vec::new(),
+            producer_downtimes: Vec::new(),
+            queue_deletions: Vec::new(),
             scratch: Scratch::new("faults"),
         }
     }
@@ -195,7 +195,7 @@ impl World {
     }
 
     /// Waits until all services are ready.
-    pub(crate) async fn is_ready(&self) {
+    pub(crate) async fn wait_until_ready(&self) {
         for service in self.services() {
             service.ready().await;
         }
@@ -214,11 +214,11 @@ impl World {
         variables.extend(&self.setup.producer);
         if self.setup.small_spool_disk {
             fs::create_dir_all(self.spool()).expect("a scratch directory should be writable");
-            return self.surroundings.spawn_through(&ON_A_SMALL_DISK, "producer", &variables);
+            return self.system.spawn_wrapped(&WITH_SMALL_DISK, "producer", &variables);
         }
-        if !self.setup.producer_through.is_empty() {
-            let through = self.setup.producer_through;
-            return self.surroundings.spawn_through(through, "producer", &variables);
+        if !self.setup.producer_wrapper.is_empty() {
+            let through = self.setup.producer_wrapper;
+            return self.system.spawn_wrapped(through, "producer", &variables);
         }
         self.spawn("producer", &variables)
     }
@@ -245,14 +245,14 @@ impl World {
     fn spawn(&self, service: &str, variables: &[(&'static str, &str)]) -> Process {
         if self.setup.read_only_root {
             fs::create_dir_all(self.spool()).expect("a scratch directory should be writable");
-            return self.surroundings.spawn_through(&ON_A_READ_ONLY_ROOT, service, variables);
+            return self.system.spawn_wrapped(&WITH_READ_ONLY_ROOT, service, variables);
         }
-        self.surroundings.spawn(service, variables)
+        self.system.spawn(service, variables)
     }
 
     /// A viewer of the table.
     pub(crate) fn spawn_viewer(&self) -> Process {
-        self.surroundings.spawn("viewer", &[])
+        self.system.spawn("viewer", &[])
     }
 
     /// The producer.
@@ -266,13 +266,13 @@ impl World {
     }
 
     /// Waits until at least so many messages are in the producer's spool.
-    pub(crate) async fn spools(&self, least: f64) {
+    pub(crate) async fn wait_for_spooled(&self, least: f64) {
         let what = format!("{least} messages are in the spool");
         eventually(&what, PATIENCE, async || (self.spooled().await >= least).then_some(())).await;
     }
 
     /// Waits until the producer has begun to relay what is in its spool.
-    pub(crate) async fn relays_some(&self) {
+    pub(crate) async fn wait_for_first_relay(&self) {
         eventually("the producer relays", PATIENCE, async || {
             let relayed = self.producer().metric("lastseen_relayed_total").await;
             (relayed >= 1.0).then_some(())
@@ -282,7 +282,7 @@ impl World {
 
     /// Waits until the producer has relayed all that it has spooled since its start. By its counters, for the
     /// gauge is up to a second old.
-    pub(crate) async fn relays_all(&self) {
+    pub(crate) async fn wait_until_all_relayed(&self) {
         eventually("all is relayed", PATIENCE, async || {
             let relayed = self.producer().metric("lastseen_relayed_total").await;
             let spooled = self.producer().metric("lastseen_spooled_total").await;
@@ -302,7 +302,7 @@ impl World {
     }
 
     /// Starts the load, and lets it run for the usual while.
-    pub(crate) async fn comes_under_load(&mut self) {
+    pub(crate) async fn start_load(&mut self) {
         let path = self.scratch.path().join("ledger.jsonl");
         let load = self.load.insert(Load::start(
             &self.endpoint(),
@@ -310,7 +310,7 @@ impl World {
             self.setup.connections,
             path,
         ));
-        let enough = self.setup.rate.callbacks as usize * LEAD_SECONDS;
+        let enough = self.setup.rate.callbacks as usize * LOAD_BEFORE_FAULT_SECONDS;
         eventually("the load is under way", PATIENCE, async || {
             (load.accepted() >= enough).then_some(())
         })
@@ -318,38 +318,38 @@ impl World {
     }
 
     /// Lets things be as they are for so long.
-    pub(crate) async fn stays(&self, duration: Duration) {
+    pub(crate) async fn run_for(&self, duration: Duration) {
         tokio::time::sleep(duration).await;
     }
 
-    /// Kills the producer. Until [`World::producer_is_back`], a callback that is cut off or finds
+    /// Kills the producer. Until [`World::restart_producer`], a callback that is cut off or finds
     /// nobody to connect to does not count as unanswered.
-    pub(crate) async fn producer_is_killed(&mut self) {
+    pub(crate) async fn kill_producer(&mut self) {
         let producer = self.producer.take().expect("there should be a producer to kill");
-        self.nobody_listened.push((SystemTime::now(), None));
+        self.producer_downtimes.push((SystemTime::now(), None));
         producer.kill();
         producer.wait().await;
     }
 
     /// Starts another producer on the spool of the last, and waits until it takes callbacks.
-    pub(crate) async fn producer_is_back(&mut self) {
+    pub(crate) async fn restart_producer(&mut self) {
         let producer = self.producer.insert(self.spawn_producer());
         producer.wait_for_log("accepting callbacks").await;
-        if let Some((_, until @ None)) = self.nobody_listened.last_mut() {
-            *until = Some(SystemTime::now() + CUTTING_OFF);
+        if let Some((_, until @ None)) = self.producer_downtimes.last_mut() {
+            *until = Some(SystemTime::now() + CUT_OFF_MARGIN);
         }
     }
 
     /// Sends all dead letters back to the queue, and says which they were.
-    pub(crate) async fn redrives(&self) -> Vec<DeadLetter> {
-        treat_dead_letters(&self.broker_uri(), DeadLetterAction::Redrive).await
+    pub(crate) async fn redrive_dead_letters(&self) -> Vec<DeadLetter> {
+        process_dead_letters(&self.broker_uri(), DeadLetterAction::Redrive).await
     }
 
     /// Deletes the queue, as only an operator can. What is on its way into it at that moment is lost by
     /// the operator's will: RabbitMQ confirms it although the queue is gone, so that nobody can know.
     /// What was answered before, or comes in after, is still not to be lost.
-    pub(crate) async fn queue_is_deleted(&mut self) {
-        self.deletions.push(self.broker.delete_queue_once_empty(QUEUE).await);
+    pub(crate) async fn delete_queue(&mut self) {
+        self.queue_deletions.push(self.broker.delete_queue_once_empty(QUEUE).await);
     }
 
     /// What has come of the callbacks of the load that were due in that time.
@@ -360,7 +360,7 @@ impl World {
 
     /// Kills the database, and boots an empty one in its place. What was committed in the old one by
     /// then, to the last row that survived the kill, is gone with it and not lost by us.
-    pub(crate) async fn database_comes_back_empty(&mut self) {
+    pub(crate) async fn replace_database(&mut self) {
         self.database.kill().await;
         let mut former = self.database.replace().await;
         former.boot().await;
@@ -368,7 +368,7 @@ impl World {
         drop(former);
         self.database.boot().await;
         rows::prepare(self.database.pool()).await;
-        rows::note_gone(self.database.pool(), &committed).await;
+        rows::record_gone(self.database.pool(), &committed).await;
     }
 
     /// How many callbacks there are.
@@ -384,29 +384,30 @@ impl World {
 
     /// The fault is over. Posts probes until one of them has been accepted, and objects are looked up and
     /// committed again, and takes the time.
-    pub(crate) async fn recovers(&mut self) {
-        self.works_again(Some(SystemTime::now())).await;
+    pub(crate) async fn wait_for_recovery(&mut self) {
+        self.measure_recovery(Some(SystemTime::now())).await;
     }
 
     /// The same, but what is committed must be a probe: after this fault, what was being looked up when it
     /// came may be committed although nothing else is.
-    pub(crate) async fn recovers_to_the_probe(&mut self) {
-        self.works_again(None).await;
+    pub(crate) async fn wait_for_probe_recovery(&mut self) {
+        self.measure_recovery(None).await;
     }
 
-    async fn works_again(&mut self, any_after: Option<SystemTime>) {
-        let (over_at, over) = (SystemTime::now(), Instant::now());
+    async fn measure_recovery(&mut self, committed_after: Option<SystemTime>) {
+        let (ended_at, over) = (SystemTime::now(), Instant::now());
         let endpoint = self.endpoint();
-        let probing = self.prober.until_it_works(&endpoint, self.database.pool(), any_after);
+        let probing =
+            self.prober.probe_until_committed(&endpoint, self.database.pool(), committed_after);
         let took = tokio::time::timeout(PATIENCE, probing).await;
         let took = took.ok().map(|()| over.elapsed());
-        self.recoveries.push(Recovery { over_at, took });
+        self.recoveries.push(Recovery { ended_at, took });
     }
 
     /// Ends the load a little later, waits until all that was accepted is settled, and holds the
-    /// books against each other.
-    pub(crate) async fn settles(mut self, allowed: Allowed) -> Verdict {
-        self.stays(TAIL).await;
+    /// audit against each other.
+    pub(crate) async fn finish(mut self, allowed: Allowed) -> Verdict {
+        self.run_for(LOAD_AFTER_RECOVERY).await;
         let entries = match self.load.take() {
             Some(load) => load.stop().await,
             None => Vec::new(),
@@ -419,17 +420,17 @@ impl World {
         let excused =
             Allowed { looked_up_twice: allowed.looked_up_twice || spooled > 0.0, ..allowed };
         let broker_uri = self.broker_uri();
-        let books = Books {
+        let audit = Audit {
             entries,
             probes: self.prober.accepted(),
             recoveries: &self.recoveries,
-            nobody_listened: &self.nobody_listened,
-            deletions: &self.deletions,
+            producer_downtimes: &self.producer_downtimes,
+            queue_deletions: &self.queue_deletions,
             status_api: &self.status_api,
             table: self.database.pool(),
             broker_uri: &broker_uri,
         };
-        let mut verdict = books.close(excused).await;
+        let mut verdict = audit.close(excused).await;
         let twice = u32::try_from(verdict.figures.looked_up_twice).unwrap_or(u32::MAX);
         if !allowed.looked_up_twice && f64::from(twice) > spooled {
             verdict

@@ -14,7 +14,7 @@ use testbed::{Process, StatusApi};
 
 /// Where one pipeline of services finds its servers.
 #[derive(Clone, Debug)]
-pub struct Surroundings {
+pub struct System {
     /// `AMQP_URI`.
     pub amqp_uri: String,
     /// `QUEUE_NAME`.
@@ -25,7 +25,7 @@ pub struct Surroundings {
     pub status_api: String,
 }
 
-impl Surroundings {
+impl System {
     /// Those of a broker, a queue name on it, a database and a status API.
     #[must_use]
     pub fn new(
@@ -45,12 +45,12 @@ impl Surroundings {
     /// Starts the service of that name, with `extra` variables.
     #[must_use]
     pub fn spawn(&self, service: &str, extra: &[(&'static str, &str)]) -> Process {
-        self.spawn_through(&[], service, extra)
+        self.spawn_wrapped(&[], service, extra)
     }
 
-    /// Like [`Surroundings::spawn`], by a command as [`Process::spawn_through`] describes it.
+    /// Like [`System::spawn`], by a command as [`Process::spawn_wrapped`] describes it.
     #[must_use]
-    pub fn spawn_through(
+    pub fn spawn_wrapped(
         &self,
         wrapper: &[&str],
         service: &str,
@@ -65,7 +65,7 @@ impl Surroundings {
         ];
         environment.extend(self.database.iter().cloned());
         environment.extend(extra.iter().map(|(name, value)| (*name, (*value).to_owned())));
-        Process::spawn_through(wrapper, service, &environment, &[])
+        Process::spawn_wrapped(wrapper, service, &environment, &[])
     }
 }
 

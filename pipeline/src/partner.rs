@@ -27,14 +27,14 @@ pub struct Partner {
 
 impl Default for Partner {
     fn default() -> Self {
-        Self::with_patience(Duration::from_secs(1))
+        Self::with_timeout(Duration::from_secs(1))
     }
 }
 
 impl Partner {
     /// One that gives up later than a real one does, for tests that are not about time.
     #[must_use]
-    pub fn with_patience(patience: Duration) -> Self {
+    pub fn with_timeout(patience: Duration) -> Self {
         // It fails only when another test of this process has installed it before.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()

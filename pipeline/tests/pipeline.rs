@@ -5,7 +5,7 @@
 use std::collections::{HashMap, HashSet};
 use std::time::{Duration, Instant};
 
-use pipeline::{Partner, Surroundings, callback_endpoint};
+use pipeline::{Partner, System, callback_endpoint};
 use sqlx::PgPool;
 use testbed::{
     Answer, Balancer, Database, PostgresCluster, Process, Queue, RabbitNode, Scratch, StatusApi,
@@ -61,20 +61,20 @@ fn looked_up_twice(status_api: &StatusApi) -> Vec<i64> {
 async fn callbacks_fill_the_table_and_stale_rows_are_deleted() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let port = testbed::free_port();
-    let surroundings = Surroundings {
+    let system = System {
         amqp_uri: testbed::amqp_uri(),
         queue: queue.name.clone(),
         database: database.environment(),
         status_api: format!("http://127.0.0.1:{port}"),
     };
-    let producer = surroundings.spawn("producer", &[]);
-    let consumer = surroundings.spawn("consumer", &[]);
+    let producer = system.spawn("producer", &[]);
+    let consumer = system.spawn("consumer", &[]);
     let lifetimes = [("OBJECT_TTL", "4s"), ("ROUTINE_INTERVAL", "500ms")];
-    let routine = surroundings.spawn("routine", &lifetimes);
+    let routine = system.spawn("routine", &lifetimes);
     let endpoint = callback_endpoint(&producer).await;
     producer.ready().await;
     let tester_address = format!("127.0.0.1:{port}");
-    let tester = surroundings.spawn(
+    let tester = system.spawn(
         "tester",
         &[
             ("TESTER_ADDR", &tester_address),
@@ -121,14 +121,13 @@ async fn callbacks_fill_the_table_and_stale_rows_are_deleted() {
 async fn nothing_is_lost_when_broker_database_and_consumer_are_killed() {
     let (mut broker, mut database) = tokio::join!(RabbitNode::start(), PostgresCluster::start());
     let status_api = even_ids_online(MILLISECOND * 100);
-    let surroundings =
-        Surroundings::new(&broker.amqp_uri(), "objects", database.environment(), &status_api);
+    let system = System::new(&broker.amqp_uri(), "objects", database.environment(), &status_api);
 
     // The services come first, and wait for whoever is not there.
     tokio::join!(broker.kill(), database.kill());
-    let producer = surroundings.spawn("producer", &[]);
+    let producer = system.spawn("producer", &[]);
     let at_once = [("MAX_CONSUMERS", "300")];
-    let mut consumer = surroundings.spawn("consumer", &at_once);
+    let mut consumer = system.spawn("consumer", &at_once);
     eventually("the consumer says what it misses", PATIENCE, async || {
         let (status, reasons) = consumer.get("/readyz").await;
         let told = reasons.contains("broker") && reasons.contains("database");
@@ -163,7 +162,7 @@ async fn nothing_is_lost_when_broker_database_and_consumer_are_killed() {
     accepted(3_000).await;
     consumer.kill();
     consumer.wait().await;
-    consumer = surroundings.spawn("consumer", &at_once);
+    consumer = system.spawn("consumer", &at_once);
     is_at_work(&partner, &endpoint, &mut probe, database.pool()).await;
 
     load.await.unwrap();
@@ -199,15 +198,15 @@ async fn is_at_work(partner: &Partner, endpoint: &str, probe: &mut i64, pool: &P
 async fn killed_producer_loses_no_accepted_id() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = even_ids_online(MILLISECOND);
-    let surroundings =
-        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
-    let consumer = surroundings.spawn("consumer", &[]);
+    let system =
+        System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let consumer = system.spawn("consumer", &[]);
     let partner = Partner::default();
     // What one of them had in it when it was killed is relayed by the next.
     let spool = Scratch::new("spool");
     let spool_dir = [("SPOOL_DIR", spool.path().to_str().unwrap())];
     for round in 0..5 {
-        let producer = surroundings.spawn("producer", &spool_dir);
+        let producer = system.spawn("producer", &spool_dir);
         producer.ready().await;
         let endpoint = callback_endpoint(&producer).await;
         let before = partner.ledger().accepted.len();
@@ -222,7 +221,7 @@ async fn killed_producer_loses_no_accepted_id() {
     }
     let ledger = partner.ledger();
     assert!(ledger.unanswered > 0, "each kill should have broken some off");
-    let last = surroundings.spawn("producer", &spool_dir);
+    let last = system.spawn("producer", &spool_dir);
     all_arrive(&ledger.accepted, &status_api, database.pool()).await;
     for service in [last, consumer] {
         service.terminate();
@@ -234,10 +233,10 @@ async fn killed_producer_loses_no_accepted_id() {
 async fn services_stopped_under_load_drain_without_loss() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = even_ids_online(MILLISECOND * 300);
-    let surroundings =
-        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
-    let producer = surroundings.spawn("producer", &[("PUBLISH_TIMEOUT", "400ms")]);
-    let consumers = [(); 2].map(|()| surroundings.spawn("consumer", &[]));
+    let system =
+        System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let producer = system.spawn("producer", &[("PUBLISH_TIMEOUT", "400ms")]);
+    let consumers = [(); 2].map(|()| system.spawn("consumer", &[]));
     producer.ready().await;
     let endpoint = callback_endpoint(&producer).await;
     let partner = Partner::default();
@@ -286,14 +285,14 @@ async fn services_stopped_under_load_drain_without_loss() {
 async fn rolling_restart_fails_no_callback() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = even_ids_online(MILLISECOND * 300);
-    let surroundings =
-        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let system =
+        System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
     let addresses = [(); 2].map(|()| format!("127.0.0.1:{}", testbed::free_port()));
     let producer = |address: &String| {
         let late = ("PUBLISH_TIMEOUT", "400ms");
-        surroundings.spawn("producer", &[("PRODUCER_ADDR", address.as_str()), late])
+        system.spawn("producer", &[("PRODUCER_ADDR", address.as_str()), late])
     };
-    let consumer = || surroundings.spawn("consumer", &[]);
+    let consumer = || system.spawn("consumer", &[]);
     let mut producers = addresses.each_ref().map(producer);
     let mut consumers = [consumer(), consumer()];
     for service in producers.iter().chain(&consumers) {
@@ -301,7 +300,7 @@ async fn rolling_restart_fails_no_callback() {
     }
     let balancer = Balancer::start(addresses.each_ref().map(|a| a.parse().unwrap()).into()).await;
     let endpoint = format!("http://{}/callback", balancer.addr());
-    let partner = Partner::with_patience(PATIENCE);
+    let partner = Partner::with_timeout(PATIENCE);
     let load = partner.post_all(endpoint, 0..30_000, 5, MILLISECOND * 10);
     let mut accepted = 0;
     let mut goes_on = async || {

@@ -232,7 +232,7 @@ async fn concurrent_routines_count_each_deleted_row_once() {
 async fn clock_step_ahead_pauses_deletions_for_one_ttl() {
     const HOUR: Duration = Duration::from_hours(1);
     let database = database().await;
-    let clock = DatabaseClock::of(database.pool()).await;
+    let clock = DatabaseClock::install(database.pool()).await;
     let routine = process(&database, &[("OBJECT_TTL", "10s")], &[]);
     routine.ready().await;
     cleaned_up_again(&routine, "ok").await;
@@ -255,17 +255,17 @@ async fn clock_step_ahead_pauses_deletions_for_one_ttl() {
 async fn clock_step_back_and_its_correction_delete_nothing() {
     const HOUR: Duration = Duration::from_hours(1);
     let database = database().await;
-    let clock = DatabaseClock::of(database.pool()).await;
+    let clock = DatabaseClock::install(database.pool()).await;
     let routine = process(&database, &[("OBJECT_TTL", "10m")], &[]);
     routine.ready().await;
     insert(database.pool(), 1..=1, "0 s").await;
     cleaned_up_again(&routine, "ok").await;
 
-    clock.set_back(HOUR).await;
+    clock.set_behind(HOUR).await;
     insert(database.pool(), 2..=2, "1 h").await;
     cleaned_up_again(&routine, "ok").await;
     assert_eq!(ids(database.pool()).await, [1, 2]);
-    clock.set_right().await;
+    clock.reset().await;
     cleaned_up_again(&routine, "skipped").await;
     assert_eq!(ids(database.pool()).await, [1, 2]);
 }

@@ -14,7 +14,7 @@ pub struct DatabaseClock {
 impl DatabaseClock {
     /// Gives the database such a clock, which goes right. Sessions that are there already do not see
     /// it.
-    pub async fn of(pool: &PgPool) -> Self {
+    pub async fn install(pool: &PgPool) -> Self {
         let shadow = "
             CREATE TABLE public.wrong_by AS SELECT interval '0' AS step;
             CREATE FUNCTION public.now() RETURNS timestamptz STABLE LANGUAGE sql
@@ -34,12 +34,12 @@ impl DatabaseClock {
     }
 
     /// Sets it behind the right time.
-    pub async fn set_back(&self, step: Duration) {
+    pub async fn set_behind(&self, step: Duration) {
         self.set(-step.as_secs_f64()).await;
     }
 
     /// Sets it right.
-    pub async fn set_right(&self) {
+    pub async fn reset(&self) {
         self.set(0.0).await;
     }
 

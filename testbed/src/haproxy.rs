@@ -63,7 +63,7 @@ impl HaProxy {
     ///
     /// # Panics
     /// When it does not within half a minute.
-    pub async fn has_up(&self, backends: usize) {
+    pub async fn wait_for_healthy(&self, backends: usize) {
         let what = format!("HAProxy takes {backends} backends for healthy");
         eventually(&what, DEADLINE, async || (self.up().await? == backends).then_some(())).await;
     }

@@ -24,7 +24,7 @@ const STOP_DEADLINE: Duration = Duration::from_secs(30);
 /// Mounts a small disk at the directory `$0`, for itself alone, and becomes the server. Only root may
 /// mount, or whoever is root in a name space of its own; and there Postgres would refuse to run as
 /// root, so that it gets another one in which it is not.
-const ON_A_SMALL_DISK: &str =
+const WITH_SMALL_DISK: &str =
     r#"mount -t tmpfs -o size=24m small "$0" && exec unshare --user --map-user=1000 "$@""#;
 
 /// A Postgres cluster with its own files and port, which lets anybody in as `postgres`.
@@ -313,7 +313,7 @@ impl PostgresCluster {
     ///
     /// # Panics
     /// When the server does not take the change.
-    pub async fn ask_for_passwords(&self) {
+    pub async fn require_passwords(&self) {
         let rules =
             "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
         fs::write(self.folder().join("pg_hba.conf"), rules)
@@ -388,7 +388,7 @@ impl PostgresCluster {
         }
         let mut command = self.command("unshare");
         command
-            .args(["--user", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK])
+            .args(["--user", "--map-root-user", "--mount", "sh", "-c", WITH_SMALL_DISK])
             .arg(self.disk_path())
             .arg(server);
         command

@@ -38,7 +38,7 @@ impl Process {
     /// When the binary has not been built: cargo builds those of the tested package only.
     #[must_use]
     pub fn spawn(binary: &str, environment: &[(&str, String)], arguments: &[&str]) -> Self {
-        Self::spawn_through(&[], binary, environment, arguments)
+        Self::spawn_wrapped(&[], binary, environment, arguments)
     }
 
     /// Like [`Process::spawn`], by a command that ends in executing the one that follows it, such as
@@ -47,7 +47,7 @@ impl Process {
     /// # Panics
     /// As [`Process::spawn`].
     #[must_use]
-    pub fn spawn_through(
+    pub fn spawn_wrapped(
         wrapper: &[&str],
         binary: &str,
         environment: &[(&str, String)],

@@ -1,9 +1,9 @@
 //! A file system on which nothing can be written.
 
-/// For [`Process::spawn_through`](crate::Process::spawn_through): makes everything read-only for the
+/// For [`Process::spawn_wrapped`](crate::Process::spawn_wrapped): makes everything read-only for the
 /// process alone, as Kubernetes' `readOnlyRootFilesystem` does, the directories for temporary files
 /// included. Only its `SPOOL_DIR` and its `LASTSEEN_DIR`, if it has them, stay writable.
-pub const ON_A_READ_ONLY_ROOT: [&str; 7] = [
+pub const WITH_READ_ONLY_ROOT: [&str; 7] = [
     "unshare",
     "--user",
     "--map-root-user",

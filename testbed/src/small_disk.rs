@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use crate::process::Process;
 
-/// For [`Process::spawn_through`]: mounts a disk of 48 MiB at the process's `SPOOL_DIR`, or if it has
+/// For [`Process::spawn_wrapped`]: mounts a disk of 48 MiB at the process's `SPOOL_DIR`, or if it has
 /// none at its `LASTSEEN_DIR`, for itself alone, and becomes the process that follows. Only root may do
 /// so, and whoever is root in a name space of its own. The disk goes with the process.
-pub const ON_A_SMALL_DISK: [&str; 7] = [
+pub const WITH_SMALL_DISK: [&str; 7] = [
     "unshare",
     "--user",
     "--map-root-user",

@@ -42,7 +42,7 @@ pub enum Answer {
     /// The other answer, after that time.
     After(Duration, Box<Answer>),
     /// The other answer, once the token is cancelled.
-    Once(CancellationToken, Box<Answer>),
+    Gated(CancellationToken, Box<Answer>),
     /// 302 to that location.
     Redirect(String),
     /// [`Answer::Online`], its body at a byte a second.
@@ -51,23 +51,23 @@ pub enum Answer {
     Huge(usize),
     /// The other answer, of which the note is told just before it goes out. A client that has gone
     /// away by then gets none, and the note is not told.
-    Noted(Note, Box<Answer>),
+    Observed(SentHook, Box<Answer>),
 }
 
 /// What is to be told of an answer that goes out.
 #[derive(Clone)]
-pub struct Note(Arc<dyn Fn() + Send + Sync>);
+pub struct SentHook(Arc<dyn Fn() + Send + Sync>);
 
-impl Note {
+impl SentHook {
     /// A note that calls `told`.
     pub fn new(told: impl Fn() + Send + Sync + 'static) -> Self {
         Self(Arc::new(told))
     }
 }
 
-impl fmt::Debug for Note {
+impl fmt::Debug for SentHook {
     fn fmt(&self, out: &mut fmt::Formatter<'_>) -> fmt::Result {
-        out.write_str("Note")
+        out.write_str("SentHook")
     }
 }
 
@@ -152,7 +152,7 @@ impl StatusApi {
     /// Each lookup's id and when it came in, the oldest first.
     #[must_use]
     pub fn lookups(&self) -> Vec<(i64, Instant)> {
-        self.records.lookups.lock().unwrap_or_else(PoisonError::into_inner).in_order.clone()
+        self.records.lookups.lock().unwrap_or_else(PoisonError::into_inner).all.clone()
     }
 
     /// How many lookups of `id` there were.
@@ -177,8 +177,8 @@ impl StatusApi {
 
     /// The most lookups that ever waited at the same time.
     #[must_use]
-    pub fn peak_in_flight(&self) -> usize {
-        self.records.peak_in_flight.load(Ordering::SeqCst)
+    pub fn max_in_flight(&self) -> usize {
+        self.records.max_in_flight.load(Ordering::SeqCst)
     }
 }
 
@@ -192,12 +192,12 @@ impl Drop for StatusApi {
 struct Records {
     lookups: Mutex<Lookups>,
     in_flight: AtomicUsize,
-    peak_in_flight: AtomicUsize,
+    max_in_flight: AtomicUsize,
 }
 
 #[derive(Debug, Default)]
 struct Lookups {
-    in_order: Vec<(i64, Instant)>,
+    all: Vec<(i64, Instant)>,
     counts: HashMap<i64, u32>,
     traceparents: HashMap<i64, Vec<String>>,
 }
@@ -209,7 +209,7 @@ impl Records {
         if let Some(Ok(traceparent)) = headers.get("traceparent").map(HeaderValue::to_str) {
             lookups.traceparents.entry(id).or_default().push(traceparent.to_owned());
         }
-        lookups.in_order.push((id, Instant::now()));
+        lookups.all.push((id, Instant::now()));
         let count = lookups.counts.entry(id).or_default();
         *count += 1;
         *count
@@ -223,7 +223,7 @@ struct InFlight<'a>(&'a Records);
 impl<'a> InFlight<'a> {
     fn enter(records: &'a Records) -> Self {
         let now = records.in_flight.fetch_add(1, Ordering::SeqCst) + 1;
-        records.peak_in_flight.fetch_max(now, Ordering::SeqCst);
+        records.max_in_flight.fetch_max(now, Ordering::SeqCst);
         Self(records)
     }
 }
@@ -251,11 +251,11 @@ async fn look_up(
                 tokio::time::sleep(delay).await;
                 *later
             }
-            Answer::Once(token, answer) => {
+            Answer::Gated(token, answer) => {
                 token.cancelled().await;
                 *answer
             }
-            Answer::Noted(note, answer) => {
+            Answer::Observed(note, answer) => {
                 (note.0)();
                 *answer
             }
@@ -282,7 +282,7 @@ async fn respond(id: i64, answer: Answer) -> Response {
         }
         Answer::Trickle => (json, trickling(online(id))).into_response(),
         Answer::Huge(kib) => (json, behind_white_space(kib, online(id))).into_response(),
-        Answer::Hang | Answer::After(..) | Answer::Once(..) | Answer::Noted(..) => {
+        Answer::Hang | Answer::After(..) | Answer::Gated(..) | Answer::Observed(..) => {
             std::future::pending().await
         }
     }

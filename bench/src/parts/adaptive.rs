@@ -55,7 +55,7 @@ async fn measured(
     limits::publish(world.amqp_uri(), &place.queue.name, 1..=messages).await?;
     let max_consumers = max_consumers.to_string();
     let variables = [("MAX_CONSUMERS", max_consumers.as_str()), ("CONCURRENCY", concurrency)];
-    let consumer = place.surroundings.spawn("consumer", &variables);
+    let consumer = place.system.spawn("consumer", &variables);
     eventually("the first lookup is answered", PATIENCE, async || {
         (status_api.answered() > 0).then_some(())
     })

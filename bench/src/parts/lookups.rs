@@ -171,7 +171,7 @@ pub(crate) async fn measure_coalescing(world: &World) -> anyhow::Result<Vec<Row>
 fn spawn_consumers(place: &Place, processes: u16, at_once: u16) -> Vec<Process> {
     let max_consumers = at_once.to_string();
     let variables = [("MAX_CONSUMERS", max_consumers.as_str())];
-    (0..processes).map(|_| place.surroundings.spawn("consumer", &variables)).collect()
+    (0..processes).map(|_| place.system.spawn("consumer", &variables)).collect()
 }
 
 /// Waits until at least so many deliveries are settled, and gives how many are.

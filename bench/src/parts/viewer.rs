@@ -77,7 +77,7 @@ async fn commit(place: &Place, commits: &Mutex<Vec<Instant>>) -> anyhow::Result<
         "bench",
         1,
     )?;
-    let uri = place.surroundings.amqp_uri.parse().map_err(|()| anyhow::anyhow!("no AMQP URI"))?;
+    let uri = place.system.amqp_uri.parse().map_err(|()| anyhow::anyhow!("no AMQP URI"))?;
     let exchange = Exchange::on_rabbitmq(Access { uri, authorities: None }, &place.queue.name);
     let emitter = Emitter::start(&exchange, "bench");
     timeout(PATIENCE, store.status().wait_for(Result::is_ok)).await??;

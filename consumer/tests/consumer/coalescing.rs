@@ -8,7 +8,7 @@ fn blocked(then: Answer) -> (StatusApi, CancellationToken) {
     let token = CancellationToken::new();
     let go = token.clone();
     let api = StatusApi::start(move |id, lookup| match (id, lookup) {
-        (42, 1) => Answer::Once(go.clone(), Box::new(Answer::Online)),
+        (42, 1) => Answer::Gated(go.clone(), Box::new(Answer::Online)),
         (42, _) => then.clone(),
         _ => Answer::Online,
     });

@@ -50,7 +50,7 @@ async fn max_consumers_lookups_are_in_flight_and_never_more() {
     env.publish(1..=200).await;
     let consumer = env.start(&api.endpoint(), &["--max-consumers=20"]);
     env.wait_until_recorded(1..=200).await;
-    assert_eq!(api.peak_in_flight(), 20);
+    assert_eq!(api.max_in_flight(), 20);
     consumer.stop().await;
 }
 
@@ -60,7 +60,7 @@ async fn an_adaptive_limit_starts_at_fifty_and_rises() {
     let answers = CancellationToken::new();
     let held = answers.clone();
     let api = StatusApi::start(move |_, _| {
-        Answer::Once(held.clone(), Box::new(Answer::After(LATENCY, Box::new(Answer::Online))))
+        Answer::Gated(held.clone(), Box::new(Answer::After(LATENCY, Box::new(Answer::Online))))
     });
     env.publish(1..=2_000).await;
     let settings = ["--max-consumers=200", "--concurrency=adaptive"];
@@ -75,10 +75,10 @@ async fn an_adaptive_limit_starts_at_fifty_and_rises() {
         (env.queue.depth(&env.queue.name).await == Some(0)).then_some(())
     })
     .await;
-    assert_eq!(api.peak_in_flight(), 50);
+    assert_eq!(api.max_in_flight(), 50);
     answers.cancel();
     env.wait_until_recorded(1..=2_000).await;
-    assert!((51..=200).contains(&api.peak_in_flight()), "{}", api.peak_in_flight());
+    assert!((51..=200).contains(&api.max_in_flight()), "{}", api.max_in_flight());
     consumer.stop().await;
     env.assert_all_settled().await;
 }

@@ -173,7 +173,8 @@ async fn deliveries_that_waited_at_a_broker_outage_are_looked_up_once() {
     let (broker, amqp_uri) = proxied(&testbed::amqp_uri(), 5672).await;
     let go = CancellationToken::new();
     let noticed = go.clone();
-    let api = StatusApi::start(move |_, _| Answer::Once(noticed.clone(), Box::new(Answer::Online)));
+    let api =
+        StatusApi::start(move |_, _| Answer::Gated(noticed.clone(), Box::new(Answer::Online)));
     env.publish(1..=100).await;
     let amqp_uri = format!("--amqp-uri={amqp_uri}");
     let consumer = env.start(&api.endpoint(), &[&amqp_uri, "--max-consumers=3"]);

@@ -12,7 +12,7 @@ use crate::{PATIENCE, SECOND, SETTLE_TIME, TestEnv, looked_up};
 fn blocked() -> (StatusApi, CancellationToken) {
     let token = CancellationToken::new();
     let go = token.clone();
-    (StatusApi::start(move |_, _| Answer::Once(go.clone(), Box::new(Answer::Online))), token)
+    (StatusApi::start(move |_, _| Answer::Gated(go.clone(), Box::new(Answer::Online))), token)
 }
 
 async fn wait_until_in_flight(api: &StatusApi, count: usize) {
@@ -32,7 +32,7 @@ async fn assert_lookups_follow(further: &[&str]) {
         let gates = gates.clone();
         move |id, _| {
             let gate = gates[usize::try_from(id / 100).unwrap()].clone();
-            Answer::Once(gate, Box::new(Answer::Online))
+            Answer::Gated(gate, Box::new(Answer::Online))
         }
     });
     let further: Vec<_> = further.iter().copied().chain(["--max-consumers=10"]).collect();

@@ -57,7 +57,7 @@ async fn repeated_messages_of_an_object_make_one_row() {
     let answer = CancellationToken::new();
     let answered = answer.clone();
     let api =
-        StatusApi::start(move |_, _| Answer::Once(answered.clone(), Box::new(Answer::Online)));
+        StatusApi::start(move |_, _| Answer::Gated(answered.clone(), Box::new(Answer::Online)));
     env.publish([7; 20]).await;
     env.publish([8, 7, 9]).await;
     let settings = ["--coalesce=off", "--status-timeout=1m", "--write-batch-linger=500ms"];

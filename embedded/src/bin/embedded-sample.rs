@@ -1,5 +1,5 @@
-//! The smallest owner of a file, for the tests of `embedded`: writes one number after the other and
-//! prints each when it is on disk, until it is killed.
+//! A minimal owner of a file, for the tests of `embedded`. It writes consecutive numbers and prints
+//! each one when it is on disk, until it is killed.
 
 use std::path::Path;
 

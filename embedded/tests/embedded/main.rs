@@ -14,7 +14,7 @@ use testbed::Scratch;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// The same as that of `embedded-sample`.
+/// The format of `embedded-sample`.
 const FORMAT: Format = Format {
     name: "sample",
     application_id: u32::from_be_bytes(*b"LSte"),
@@ -31,7 +31,7 @@ fn path_in(folder: &Scratch) -> PathBuf {
     folder.path().join("sample.db")
 }
 
-/// Opens a file that somebody may just be closing.
+/// Opens a file that another owner may be closing.
 async fn open(path: &Path) -> File {
     testbed::eventually("the file can be opened", PATIENCE, async || {
         match File::open(path, FORMAT) {
@@ -47,7 +47,7 @@ async fn insert(file: &File, n: i64) -> Result<usize, embedded::WriteError> {
     file.transact(move |connection| connection.execute(INSERT, [n])).await
 }
 
-/// The numbers in the file, as another connection sees them.
+/// The numbers in the file, read through another connection.
 fn numbers(path: &Path) -> Vec<i64> {
     all_numbers(&embedded::attach(path, FORMAT).unwrap())
 }

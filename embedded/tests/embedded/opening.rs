@@ -1,4 +1,4 @@
-//! What is opened, and what is refused with nothing changed.
+//! Opening, refusing and salvaging files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -17,19 +17,18 @@ fn names(folder: &Scratch) -> impl Iterator<Item = String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap())
 }
 
-/// All files in `folder` with what is in them, but for the note of who has locked one. Nothing
-/// may remove a file meanwhile.
+/// All files in `folder` and their contents, except the lock file. No file may be removed meanwhile.
 fn contents(folder: &Scratch) -> BTreeMap<String, Vec<u8>> {
     let names = names(folder).filter(|name| name != "sample.db.lock");
     names.map(|name| (name.clone(), fs::read(folder.path().join(name)).unwrap())).collect()
 }
 
-/// Copies a database together with its write-ahead log, as it is after a kill.
+/// Copies a database and its write-ahead log, as a killed process leaves them.
 fn copy_with_log(from: &Path, to: &Path) {
     for suffix in ["", "-wal"] {
         let name = |path: &Path| format!("{}{suffix}", path.display());
         let bytes = fs::copy(name(from), name(to)).unwrap();
-        assert!(bytes > 0, "the case needs a log with something in it");
+        assert!(bytes > 0, "the test needs a log that is not empty");
     }
 }
 
@@ -167,7 +166,7 @@ async fn file_of_another_version_is_refused_and_not_changed() {
     assert_eq!(crate::all_numbers(&attach(&path_in(&folder), newer).unwrap()), [1]);
 }
 
-/// A file with some hundred pages of rows, and a row more in its log.
+/// Creates a file with about a hundred pages of rows, and one more row in its log.
 async fn file_with_log(path: &Path) {
     let elsewhere = Scratch::new("embedded");
     let original = path_in(&elsewhere);
@@ -198,8 +197,8 @@ fn damage_the_middle(path: &Path, pages: usize) {
     file.write_all_at(&vec![0xA5; pages * 4_096], middle).unwrap();
 }
 
-/// What is kept beside the file, by what its name begins with.
-fn kept(folder: &Scratch, prefix: &str) -> Vec<String> {
+/// The names in `folder` that start with `prefix`.
+fn names_with_prefix(folder: &Scratch, prefix: &str) -> Vec<String> {
     names(folder).filter(|name| name.starts_with(prefix)).collect()
 }
 
@@ -216,18 +215,18 @@ async fn damaged_file_is_kept_and_its_rows_are_salvaged() {
     let newer = "INSERT OR REPLACE INTO number VALUES (1, 'newer')";
     file.transact(move |connection| connection.execute(newer, [])).await.unwrap();
     let kept_as = eventually("the damaged file is salvaged", PATIENCE, async || {
-        let names = kept(&folder, "sample.db.salvaged-");
+        let names = names_with_prefix(&folder, "sample.db.salvaged-");
         names.into_iter().find(|name| !name.ends_with("-wal") && !name.ends_with("-shm"))
     })
     .await;
     let kept_as = folder.path().join(kept_as);
     assert!(fs::read(&kept_as).unwrap() == damaged, "the damaged file was changed");
-    let carried_over = numbers(&path);
-    // A page holds some twenty of the 5,001 rows.
-    assert!((4_900..5_002).contains(&carried_over.len()), "{}", carried_over.len());
-    // Both ends, what was in the log only, and what came since.
+    let salvaged = numbers(&path);
+    // A page holds about twenty of the 5,001 rows.
+    assert!((4_900..5_002).contains(&salvaged.len()), "{}", salvaged.len());
+    // Both ends, the row that was only in the log, and the row inserted after the damage.
     for number in [1, 5_000, 9_999, 10_000] {
-        assert!(carried_over.contains(&number), "{number} is missing");
+        assert!(salvaged.contains(&number), "{number} is missing");
     }
     let filler = "SELECT filler FROM number WHERE n = 1";
     let connection = attach(&path, FORMAT).unwrap();
@@ -247,13 +246,13 @@ async fn interrupted_salvage_resumes_at_the_next_start() {
     let folder = Scratch::new("embedded");
     let path = path_in(&folder);
     file_with_log(&path).await;
-    // As a process leaves it that ends right after it has renamed a damaged file.
+    // The state after a process has renamed a damaged file and then ended.
     for suffix in ["", "-wal"] {
         let aside = format!("{}.damaged-7{suffix}", path.display());
         fs::rename(format!("{}{suffix}", path.display()), aside).unwrap();
     }
     let _file = File::open(&path, FORMAT).unwrap();
-    eventually("all rows are carried over", PATIENCE, async || {
+    eventually("all rows are salvaged", PATIENCE, async || {
         (numbers(&path).len() == 5_001).then_some(())
     })
     .await;
@@ -269,7 +268,7 @@ async fn log_without_its_file_is_kept_and_not_used_for_a_new_file() {
     let file = File::open(&path, FORMAT).unwrap();
     insert(&file, 1).await.unwrap();
     assert_eq!(numbers(&path), [1]);
-    let kept = kept(&folder, "sample.db.damaged-");
+    let kept = names_with_prefix(&folder, "sample.db.damaged-");
     assert_eq!(kept.len(), 1, "{kept:?}");
     assert!(fs::read(folder.path().join(&kept[0])).unwrap() == log, "it was changed");
 }
@@ -285,5 +284,5 @@ async fn leftovers_of_an_interrupted_creation_are_replaced() {
     insert(&file, 1).await.unwrap();
     file.close().await;
     assert_eq!(numbers(&path), [1]);
-    assert_eq!(kept(&folder, "sample.db.new"), <[String; 0]>::default());
+    assert_eq!(names_with_prefix(&folder, "sample.db.new"), <[String; 0]>::default());
 }

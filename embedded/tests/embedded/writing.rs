@@ -1,4 +1,4 @@
-//! The thread that writes.
+//! The writing thread.
 
 use std::future::poll_fn;
 use std::os::unix::fs::FileExt as _;
@@ -30,19 +30,19 @@ async fn concurrent_callers_share_commits_and_get_their_own_results() {
     assert_eq!(numbers(&path_in(&folder)).len(), 3_000);
 }
 
-/// The thread's hold on work that keeps it busy.
-struct Hold {
-    begun: oneshot::Receiver<()>,
-    go_on: mpsc::Sender<()>,
+/// Controls a request that blocks the writing thread.
+struct BlockedThread {
+    blocked: oneshot::Receiver<()>,
+    unblock: mpsc::Sender<()>,
 }
 
-/// Work that keeps the thread busy until it is told to go on: what is asked for once it has begun shares
-/// the next commit.
-fn held_up() -> (Hold, impl FnOnce(&Connection) -> rusqlite::Result<()> + Send) {
-    let ((started, begun), (go_on, told)) = (oneshot::channel(), mpsc::channel());
-    (Hold { begun, go_on }, move |_: &Connection| {
+/// A request that blocks the writing thread until it is unblocked. All requests that are submitted
+/// meanwhile share the next commit.
+fn blocking_request() -> (BlockedThread, impl FnOnce(&Connection) -> rusqlite::Result<()> + Send) {
+    let ((started, blocked), (unblock, unblocked)) = (oneshot::channel(), mpsc::channel());
+    (BlockedThread { blocked, unblock }, move |_: &Connection| {
         let _ = started.send(());
-        let _ = told.recv();
+        let _ = unblocked.recv();
         Ok(())
     })
 }
@@ -51,16 +51,16 @@ fn held_up() -> (Hold, impl FnOnce(&Connection) -> rusqlite::Result<()> + Send) 
 async fn failed_request_is_rolled_back_without_the_rest_of_its_group() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
-    let (hold, held_up) = held_up();
+    let (thread, blocking) = blocking_request();
     let failing = file.transact(|connection| {
         connection.execute(INSERT, [2])?;
         connection.execute("INSERT INTO nowhere VALUES (1)", [])
     });
-    let (_, (first, failed, last, ())) = tokio::join!(file.transact(held_up), async {
-        hold.begun.await.unwrap();
-        // They are asked for in this order, the last of them before the thread goes on.
+    let (_, (first, failed, last, ())) = tokio::join!(file.transact(blocking), async {
+        thread.blocked.await.unwrap();
+        // They are submitted in this order, all of them before the thread is unblocked.
         tokio::join!(insert(&file, 1), failing, insert(&file, 3), async {
-            hold.go_on.send(()).unwrap();
+            thread.unblock.send(()).unwrap();
         })
     });
     let error = failed.unwrap_err().to_string();
@@ -68,7 +68,7 @@ async fn failed_request_is_rolled_back_without_the_rest_of_its_group() {
     first.unwrap();
     last.unwrap();
     assert_eq!(numbers(&path_in(&folder)), [1, 3]);
-    assert_eq!(*file.status().borrow(), Ok(()), "the file can be written all the same");
+    assert_eq!(*file.status().borrow(), Ok(()), "the file can still be written");
 }
 
 #[tokio::test]
@@ -82,14 +82,14 @@ async fn full_disk_fails_the_group_until_space_is_free_again() {
         })
     };
     insert(&file, 1).await.unwrap();
-    // To SQLite it is the same as a disk that is full.
+    // SQLite handles this limit like a full disk.
     limit(1).await.unwrap();
     let large = "INSERT INTO number VALUES (2, hex(zeroblob(100000)))";
-    let (hold, held_up) = held_up();
-    let (_, (small, large, ())) = tokio::join!(file.transact(held_up), async {
-        hold.begun.await.unwrap();
+    let (thread, blocking) = blocking_request();
+    let (_, (small, large, ())) = tokio::join!(file.transact(blocking), async {
+        thread.blocked.await.unwrap();
         let large = file.transact(move |connection| connection.execute(large, []));
-        tokio::join!(insert(&file, 3), large, async { hold.go_on.send(()).unwrap() })
+        tokio::join!(insert(&file, 3), large, async { thread.unblock.send(()).unwrap() })
     });
     let error = large.unwrap_err().to_string();
     assert!(error.contains("full"), "{error}");
@@ -111,7 +111,7 @@ async fn panic_in_a_request_ends_the_thread_and_fails_all_callers() {
     panicked.await.unwrap_err();
     timeout(PATIENCE, file.died()).await.unwrap();
     insert(&file, 3).await.unwrap_err();
-    // And the file is free again, with nothing of the work in it.
+    // The file is unlocked, and contains nothing of the request that panicked.
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
     insert(&file, 4).await.unwrap();
     assert_eq!(numbers(&path_in(&folder)), [1, 4]);
@@ -121,14 +121,14 @@ async fn panic_in_a_request_ends_the_thread_and_fails_all_callers() {
 async fn abandoned_request_is_not_executed() {
     let folder = Scratch::new("embedded");
     let file = File::open(&path_in(&folder), FORMAT).unwrap();
-    let (hold, held_up) = held_up();
-    let (_, last) = tokio::join!(file.transact(held_up), async {
-        hold.begun.await.unwrap();
+    let (thread, blocking) = blocking_request();
+    let (_, last) = tokio::join!(file.transact(blocking), async {
+        thread.blocked.await.unwrap();
         let mut given_up = Box::pin(insert(&file, 1));
         poll_fn(|context| Poll::Ready(given_up.as_mut().poll(context).is_pending())).await;
         drop(given_up);
-        let go_on = async { hold.go_on.send(()).unwrap() };
-        tokio::join!(insert(&file, 2), go_on).0
+        let unblock = async { thread.unblock.send(()).unwrap() };
+        tokio::join!(insert(&file, 2), unblock).0
     });
     last.unwrap();
     assert_eq!(numbers(&path_in(&folder)), [2]);
@@ -141,7 +141,7 @@ async fn status_reports_a_failed_write_and_the_recovery() {
     let file = File::open(&path, FORMAT).unwrap();
     let mut status = file.status();
     assert_eq!(*status.borrow_and_update(), Ok(()));
-    // Held for longer than a writer waits for it.
+    // The transaction is held for longer than a writer waits for it.
     let other = embedded::attach(&path, FORMAT).unwrap();
     other.execute_batch("BEGIN IMMEDIATE").unwrap();
     let error = insert(&file, 1).await.unwrap_err().to_string();
@@ -149,13 +149,13 @@ async fn status_reports_a_failed_write_and_the_recovery() {
     let reason = status.borrow_and_update().clone().unwrap_err();
     assert!(reason.contains("locked"), "{reason}");
     other.execute_batch("ROLLBACK").unwrap();
-    // Without anybody asking for anything.
+    // Without any request.
     timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
     insert(&file, 2).await.unwrap();
     assert_eq!(numbers(&path), [2]);
 }
 
-/// Busy callers must not keep it from trying.
+/// The thread must also probe the file while it is busy with requests.
 #[tokio::test]
 async fn busy_readers_do_not_delay_the_write_probe() {
     let folder = Scratch::new("embedded");
@@ -173,8 +173,8 @@ async fn busy_readers_do_not_delay_the_write_probe() {
     .await;
 }
 
-/// Field case 3.6. SQLite goes on writing to files that have been removed, and all of that is gone with the
-/// process: it must be noticed before a caller relies on it.
+/// Field case 3.6. SQLite keeps writing to removed files, and these writes are lost when the
+/// process ends. The removal must be detected before a caller relies on a write.
 #[tokio::test]
 async fn nothing_accepted_is_lost_when_a_file_in_use_is_removed() {
     for suffix in ["", "-wal", "-shm", ".lock"] {
@@ -199,7 +199,7 @@ async fn nothing_accepted_is_lost_when_a_file_in_use_is_removed() {
         assert!(file.status().borrow().is_err(), "{suffix}");
         for path in [path, path_in(&left)] {
             let _file = open(&path).await;
-            eventually("all that was accepted is there", PATIENCE, async || {
+            eventually("the file contains all accepted numbers", PATIENCE, async || {
                 (numbers(&path) == accepted).then_some(())
             })
             .await;
@@ -240,7 +240,7 @@ async fn log_is_truncated_after_a_long_reader_has_finished() {
     }
     drop(reader);
     // Without another write.
-    eventually("the log is cut back", PATIENCE, async || (log() <= 16 << 20).then_some(())).await;
+    eventually("the log is truncated", PATIENCE, async || (log() <= 16 << 20).then_some(())).await;
 }
 
 /// Field case 3.2. The disk hangs for longer than a caller waits.
@@ -254,7 +254,7 @@ async fn status_of_a_slow_file_is_an_error_until_a_write_is_fast() {
     timeout(Duration::from_millis(500), insert(&file, 1)).await.unwrap_err();
     assert!(file.status().borrow().is_err());
     other.execute_batch("ROLLBACK").unwrap();
-    // Without anybody asking for anything.
+    // Without any request.
     timeout(PATIENCE, file.status().wait_for(Result::is_ok)).await.unwrap().unwrap();
 }
 
@@ -268,9 +268,9 @@ async fn damage_found_during_use_ends_the_thread() {
     file.transact(move |connection| connection.execute(many, [])).await.unwrap();
     file.close().await;
     let file = open(&path).await;
-    let forget = |connection: &Connection| connection.execute_batch("PRAGMA shrink_memory");
-    file.transact(forget).await.unwrap();
-    // Behind its back, in all but the first pages.
+    let drop_cache = |connection: &Connection| connection.execute_batch("PRAGMA shrink_memory");
+    file.transact(drop_cache).await.unwrap();
+    // Overwrite all but the first pages.
     let length = std::fs::metadata(&path).unwrap().len();
     let garbage = vec![0xA5; usize::try_from(length).unwrap() - 16_384];
     let damaged = std::fs::File::options().write(true).open(&path).unwrap();
@@ -280,7 +280,7 @@ async fn damage_found_during_use_ends_the_thread() {
     };
     file.transact(read).await.unwrap_err();
     timeout(PATIENCE, file.died()).await.unwrap();
-    // The next owner has a file that works.
+    // The next owner gets a working file.
     let file = open(&path).await;
     insert(&file, 30_000).await.unwrap();
 }
@@ -305,18 +305,19 @@ async fn acknowledged_writes_survive_a_kill_at_any_moment() {
     let path = path_in(&folder);
     for _ in 0..5 {
         let sample = Process::spawn("embedded-sample", &[], &[path.to_str().unwrap()]);
-        let answered = || {
+        let acknowledged = || {
             let line = sample.log().pop()?;
             line.strip_prefix("number=").map(|n| n.parse::<usize>().unwrap())
         };
-        eventually("it has written some", PATIENCE, async || answered().filter(|n| *n > 50)).await;
+        let enough = async || acknowledged().filter(|n| *n > 50);
+        eventually("the sample has written 50 numbers", PATIENCE, enough).await;
         sample.kill();
-        let answered = answered().unwrap();
+        let acknowledged = acknowledged().unwrap();
         let file = open(&path).await;
         let written = numbers(&path);
-        assert!(written.len() >= answered, "{} of {answered}", written.len());
+        assert!(written.len() >= acknowledged, "{} of {acknowledged}", written.len());
         assert_eq!(written, (1..).take(written.len()).collect::<Vec<_>>());
-        // The next one begins anew.
+        // The next sample starts with an empty table.
         file.transact(|connection| connection.execute("DELETE FROM number", [])).await.unwrap();
         file.close().await;
     }
@@ -329,5 +330,5 @@ async fn removed_ballast_is_written_again() {
     let _file = File::open(&path, embedded::Format { ballast_bytes: 4_096, ..FORMAT }).unwrap();
     let ballast = path.with_extension("db.ballast");
     std::fs::remove_file(&ballast).unwrap();
-    eventually("it is there again", PATIENCE, async || ballast.exists().then_some(())).await;
+    eventually("the ballast exists again", PATIENCE, async || ballast.exists().then_some(())).await;
 }

@@ -9,7 +9,7 @@ use tester::ledger::Entry;
 use crate::audit::due_at;
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
-use crate::status_api::truth;
+use crate::status_api::correct_answer;
 use crate::world::{QUEUE, Setup, World};
 
 /// How long a case waits until what it did shows.
@@ -27,7 +27,7 @@ pub(super) fn cases() -> Vec<Case> {
             .in_make_test(),
         Case::new("broker_outage", "broker killed -9, away for 25 s and its boot", outage),
         Case::new("broker_silent", "broker silent for 12 s (black hole)", silent),
-        Case::new("broker_speechless", "broker accepts and never speaks, 12 s", speechless),
+        Case::new("broker_speechless", "broker accepts and never speaks, 12 s", never_speaking),
         Case::new("broker_flapping", "broker gone for 2 s of every 4 s, for a minute", flapping),
         Case::new("broker_memory_alarm", "broker's memory alarm for 8 s", memory_alarm)
             .in_make_test(),
@@ -61,49 +61,49 @@ pub(super) fn cases() -> Vec<Case> {
 
 async fn stopped() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.stop().await;
-    producer_spools(&world, "cannot reach").await;
-    world.stays(Duration::from_mins(1)).await;
+    wait_for_spooling(&world, "cannot reach").await;
+    world.run_for(Duration::from_mins(1)).await;
     world.broker.boot().await;
-    world.recovers().await;
+    world.wait_for_recovery().await;
     // What was being looked up goes back to the queue with the connection.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn killed() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     for _ in 0..3 {
         world.broker.kill().await;
         world.broker.boot().await;
-        world.recovers().await;
+        world.wait_for_recovery().await;
     }
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// A quarter of an hour differs in nothing but the size of the spool, which has many thousand messages
 /// after half a minute too.
 async fn outage() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.kill().await;
-    producer_spools(&world, "cannot reach").await;
+    wait_for_spooling(&world, "cannot reach").await;
     let away_from = SystemTime::now();
-    world.stays(Duration::from_secs(25)).await;
+    world.run_for(Duration::from_secs(25)).await;
     let away_until = SystemTime::now();
     world.broker.boot().await;
     let back_from = SystemTime::now();
-    world.recovers().await;
+    world.wait_for_recovery().await;
     let spooled = producer(&world).metric("lastseen_spooled_total").await;
-    world.relays_all().await;
+    world.wait_until_all_relayed().await;
     let back_until = SystemTime::now();
     let waited = world.entries_due(away_from..away_until);
     let meanwhile = world.entries_due(back_from..back_until);
     let looked_up_at = looked_up_at(&world, &waited).await;
-    let mut verdict = world.settles(Allowed::REPEATS).await;
-    verdict.breaches.extend(out_of_order(&waited, &looked_up_at));
-    verdict.breaches.extend(slowed(&meanwhile));
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
+    verdict.breaches.extend(order_breach(&waited, &looked_up_at));
+    verdict.breaches.extend(latency_breach(&meanwhile));
     if spooled < 10_000.0 {
         verdict.breaches.push(format!("only {spooled} messages were spooled"));
     }
@@ -111,77 +111,78 @@ async fn outage() -> Verdict {
 }
 
 async fn silent() -> Verdict {
-    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
-    world.comes_under_load().await;
+    let mut world = World::start(Setup { has_proxies: true, ..Setup::default() }).await;
+    world.start_load().await;
     world.to_broker.silence();
     // Longer than two heartbeats, so that both sides give the connections up.
-    world.stays(Duration::from_secs(12)).await;
+    world.run_for(Duration::from_secs(12)).await;
     world.to_broker.restore();
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
-async fn speechless() -> Verdict {
-    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
-    world.comes_under_load().await;
+async fn never_speaking() -> Verdict {
+    let mut world = World::start(Setup { has_proxies: true, ..Setup::default() }).await;
+    world.start_load().await;
     world.to_broker.cut();
     world.to_broker.silence();
-    producer_spools(&world, "does not speak AMQP").await;
-    world.stays(Duration::from_secs(12)).await;
+    wait_for_spooling(&world, "does not speak AMQP").await;
+    world.run_for(Duration::from_secs(12)).await;
     world.to_broker.restore();
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn flapping() -> Verdict {
-    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
-    world.comes_under_load().await;
+    let mut world = World::start(Setup { has_proxies: true, ..Setup::default() }).await;
+    world.start_load().await;
     for _ in 0..FLAPS {
-        world.stays(Duration::from_secs(2)).await;
+        world.run_for(Duration::from_secs(2)).await;
         world.to_broker.cut();
-        world.stays(Duration::from_secs(2)).await;
+        world.run_for(Duration::from_secs(2)).await;
         world.to_broker.restore();
     }
-    world.recovers().await;
+    world.wait_for_recovery().await;
     let lost = times_logged(producer(&world), "no broker; trying again");
     assert!(lost >= FLAPS, "the producer noticed {lost} ends of its connections");
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn memory_alarm() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.set_memory_alarm(true).await;
-    producer_spools(&world, "blocked: low on memory").await;
-    world.stays(Duration::from_secs(8)).await;
+    wait_for_spooling(&world, "blocked: low on memory").await;
+    world.run_for(Duration::from_secs(8)).await;
     world.broker.set_memory_alarm(false).await;
-    world.recovers().await;
+    world.wait_for_recovery().await;
     // What was on its way when the broker stopped to read is spooled, and then read all the same.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn disk_alarm() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.set_disk_alarm(true).await;
-    producer_spools(&world, "blocked: low on disk").await;
-    world.stays(Duration::from_secs(8)).await;
+    wait_for_spooling(&world, "blocked: low on disk").await;
+    world.run_for(Duration::from_secs(8)).await;
     world.broker.set_disk_alarm(false).await;
-    world.recovers().await;
+    world.wait_for_recovery().await;
     // As after the alarm of the memory.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn queue_deleted() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     for _ in 0..3 {
         // Else the relay could have something under way to the queue that was accepted long before.
-        world.relays_all().await;
-        world.queue_is_deleted().await;
-        // Until its consumer works it must not be deleted again: what dead-letters for a quorum queue dies on
-        // RabbitMQ 3.10 if that is deleted while it starts, for all queues and until the node is restarted.
-        world.recovers_to_the_probe().await;
+        world.wait_until_all_relayed().await;
+        world.delete_queue().await;
+        // Delete the queue again only when its consumer works. On RabbitMQ 3.10, the process that
+        // dead-letters for quorum queues dies if a queue is deleted while that process starts. It
+        // then stays down for all queues until the node is restarted.
+        world.wait_for_probe_recovery().await;
     }
     let gone = times_logged(producer(&world), "the queue is gone");
     assert!(gone > 0, "the producer has not noticed that the queue is gone");
@@ -189,7 +190,7 @@ async fn queue_deleted() -> Verdict {
     let lost = times_logged(producer(&world), "no broker; trying again");
     assert!(lost >= 3, "the producer noticed {lost} ends of its connections");
     // What was being looked up is not known to be done: its connection ends with the queue.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn queue_full() -> Verdict {
@@ -197,40 +198,40 @@ async fn queue_full() -> Verdict {
     let limit = r#"{"max-length":1000,"overflow":"reject-publish"}"#;
     let policy = ["set_policy", "full", "^objects$", limit, "--apply-to", "queues"];
     world.broker.rabbitmqctl(&policy).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     let consumer = world.consumers.remove(0);
     consumer.terminate();
     consumer.wait().await;
-    producer_spools(&world, "").await;
-    world.stays(Duration::from_secs(8)).await;
+    wait_for_spooling(&world, "").await;
+    world.run_for(Duration::from_secs(8)).await;
     let refused = producer(&world).metric(REFUSED).await;
     assert!(refused > 0.0, "the broker has not refused anything");
     world.consumers.push(world.spawn_consumer());
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn queue_adopted() -> Verdict {
     let mut world = World::servers(Setup::default()).await;
     world.broker.declare_queue(QUEUE, &[]).await;
     world.start_services();
-    world.is_ready().await;
+    world.wait_until_ready().await;
     for service in [producer(&world), &world.consumers[0]] {
         service.wait_for_log("the queue has another type; using it as it is").await;
     }
-    world.comes_under_load().await;
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.start_load().await;
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn queue_refused() -> Verdict {
-    let mut world = World::servers(Setup { through_proxies: true, ..Setup::default() }).await;
+    let mut world = World::servers(Setup { has_proxies: true, ..Setup::default() }).await;
     world.broker.declare_queue(QUEUE, &[("x-max-length", 1_000)]).await;
     world.start_services();
     producer(&world).ready().await;
-    world.comes_under_load().await;
+    world.start_load().await;
     let reason = "queue objects exists with other arguments";
-    producer_spools(&world, reason).await;
+    wait_for_spooling(&world, reason).await;
     let consumer = &world.consumers[0];
     eventually("the consumer says why it is not ready", PATIENCE, async || {
         let (status, page) = consumer.get("/readyz").await;
@@ -242,31 +243,31 @@ async fn queue_refused() -> Verdict {
         (world.to_broker.accepted(), lines)
     };
     let before = seen(&world);
-    world.stays(Duration::from_secs(10)).await;
+    world.run_for(Duration::from_secs(10)).await;
     let after = seen(&world);
     let (attempts, lines) = (after.0 - before.0, after.1 - before.1);
     // Two services with two publishers or consumers each, which try about every second.
     assert!(attempts <= 80, "{attempts} connections within 10 s");
     assert!(lines <= 10, "{lines} lines logged within 10 s");
     world.broker.delete_queue(QUEUE).await;
-    world.recovers().await;
-    world.is_ready().await;
-    world.settles(Allowed::NOTHING).await
+    world.wait_for_recovery().await;
+    world.wait_until_ready().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn connections_closed() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     for _ in 0..3 {
         world.broker.rabbitmqctl(&["close_all_connections", "--global", "maintenance"]).await;
-        world.recovers_to_the_probe().await;
+        world.wait_for_probe_recovery().await;
     }
     for service in [producer(&world), &world.consumers[0]] {
         let lost = times_logged(service, "no broker; trying again");
         assert!(lost >= 3, "a service noticed {lost} ends of its connections");
     }
     // What was being looked up goes back to the queue with the connection.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn consumer_timeout() -> Verdict {
@@ -277,29 +278,28 @@ async fn consumer_timeout() -> Verdict {
                     application:set_env(rabbit, channel_tick_interval, 1000).";
     world.broker.rabbitmqctl(&["eval", settings]).await;
     world.start_services();
-    world.is_ready().await;
-    world.comes_under_load().await;
-    world.status_api.misbehaves(|id| match id % 250 {
-        0 => Answer::After(Duration::from_secs(6), Box::new(truth(id))),
-        _ => truth(id),
+    world.wait_until_ready().await;
+    world.start_load().await;
+    world.status_api.set_behaviour(|id| match id % 250 {
+        0 => Answer::After(Duration::from_secs(6), Box::new(correct_answer(id))),
+        _ => correct_answer(id),
     });
     // Field case 9.1: RabbitMQ 3.10 closes the channel, and 4.3 cancels the consumer. The reason is not always in
     // the log: deliveries of the lost channel may be noticed first.
     world.consumers[0].wait_for_log("no broker; trying again").await;
-    world.stays(Duration::from_secs(10)).await;
-    world.status_api.behaves();
-    world.recovers().await;
+    world.run_for(Duration::from_secs(10)).await;
+    world.status_api.reset_behaviour();
+    world.wait_for_recovery().await;
     // All that the consumer has goes back to the queue with its channel, and is looked up again.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 fn producer(world: &World) -> &Process {
     world.producer.as_ref().expect("no case here ends the producer")
 }
 
-/// Waits until the producer, which stays ready, does without the broker for this reason and has taken
-/// something all the same.
-async fn producer_spools(world: &World, reason: &str) {
+/// Waits until the producer reports `reason` for the missing broker, is ready and has spooled.
+async fn wait_for_spooling(world: &World, reason: &str) {
     let what = format!("the producer spools, without broker: {reason}");
     eventually(&what, PATIENCE, async || {
         let (status, page) = producer(world).get("/readyz").await;
@@ -326,8 +326,8 @@ async fn looked_up_at(world: &World, entries: &[Entry]) -> HashMap<i64, SystemTi
 
 /// A breach if ids were looked up that had come in long after others that were not yet. The order is
 /// not exact: many are relayed at once, and looked up at once.
-fn out_of_order(entries: &[Entry], looked_up_at: &HashMap<i64, SystemTime>) -> Option<String> {
-    const ROUGHLY: Duration = Duration::from_secs(3);
+fn order_breach(entries: &[Entry], looked_up_at: &HashMap<i64, SystemTime>) -> Option<String> {
+    const TOLERANCE: Duration = Duration::from_secs(3);
     let in_order = |entry: &Entry| entry.ids.iter().map(|id| looked_up_at[id]).min();
     let mut entries: Vec<&Entry> = entries.iter().collect();
     entries.sort_by_key(|entry| in_order(entry));
@@ -337,11 +337,11 @@ fn out_of_order(entries: &[Entry], looked_up_at: &HashMap<i64, SystemTime>) -> O
         newest.duration_since(due_at(entry)).unwrap_or_default()
     });
     let most = ahead.max().unwrap_or_default();
-    (most > ROUGHLY).then(|| format!("a callback was relayed before one {most:.1?} older"))
+    (most > TOLERANCE).then(|| format!("a callback was relayed before one {most:.1?} older"))
 }
 
 /// A breach if more than one in a hundred of these callbacks waited for the broker in vain.
-fn slowed(entries: &[Entry]) -> Option<String> {
+fn latency_breach(entries: &[Entry]) -> Option<String> {
     const PUBLISH_TIMEOUT_US: u64 = 300_000;
     let waited = |entry: &&Entry| entry.latency_us > entry.late_us + PUBLISH_TIMEOUT_US;
     let slow = entries.iter().filter(waited).count();

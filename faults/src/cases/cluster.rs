@@ -38,54 +38,54 @@ pub(super) fn cases() -> Vec<Case> {
 async fn leader_killed() -> Verdict {
     let mut world = World::start(Setup { cluster: Some(1), ..Setup::default() }).await;
     assert!(world.broker.leads(QUEUE).await, "the queue's leader is on another node");
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.kill().await;
-    world.recovers_to_the_probe().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_probe_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// Field case 3.1
 async fn own_node_killed() -> Verdict {
-    let setup = Setup { cluster: Some(0), through_proxies: true, ..Setup::default() };
+    let setup = Setup { cluster: Some(0), has_proxies: true, ..Setup::default() };
     let mut world = World::start(setup).await;
     assert!(world.broker.leads(QUEUE).await, "the queue's leader is on another node");
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.kill().await;
     world.to_broker.switch_to(address(&world.other_nodes[0]));
-    world.recovers_to_the_probe().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_probe_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// Field case 3.1
 async fn minority() -> Verdict {
     let mut world = World::start(Setup { cluster: Some(1), ..Setup::default() }).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.kill().await;
     world.other_nodes[1].kill().await;
-    world.stays(Duration::from_secs(10)).await;
+    world.run_for(Duration::from_secs(10)).await;
     tokio::join!(world.broker.boot(), world.other_nodes[1].boot());
-    world.recovers_to_the_probe().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_probe_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// Field case 3.1
 async fn rolling_restart() -> Verdict {
-    let setup = Setup { cluster: Some(0), through_proxies: true, ..Setup::default() };
+    let setup = Setup { cluster: Some(0), has_proxies: true, ..Setup::default() };
     let mut world = World::start(setup).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     let second = address(&world.other_nodes[0]);
     world.to_broker.switch_to(second);
     world.broker.restart().await;
-    world.recovers().await;
+    world.wait_for_recovery().await;
     let third = address(&world.other_nodes[1]);
     world.to_broker.switch_to(third);
     world.other_nodes[0].restart().await;
-    world.recovers().await;
+    world.wait_for_recovery().await;
     let first = address(&world.broker);
     world.to_broker.switch_to(first);
     world.other_nodes[1].restart().await;
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// Where a proxy finds the node.

@@ -36,31 +36,31 @@ pub(super) fn cases() -> Vec<Case> {
 const KILLS: u32 = 25;
 const DELIVERY_LIMIT: u32 = 20;
 /// Enough lookups to be amid them.
-const AMID: usize = 200;
+const IN_FLIGHT: usize = 200;
 const PATIENCE: Duration = Duration::from_secs(30);
 
 async fn killed() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     for _ in 0..5 {
-        is_killed(&mut world).await;
+        kill_consumer(&mut world).await;
         world.consumers.push(world.spawn_consumer());
-        world.recovers().await;
+        world.wait_for_recovery().await;
     }
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn crash_loop() -> Verdict {
     // Or it would take thousands ahead, and begin with others each time.
     let setup = Setup { consumer: vec![("COALESCE", "off")], ..Setup::default() };
     let mut world = World::start(setup).await;
-    world.comes_under_load().await;
-    crashes(&mut world).await;
-    let unlucky = world.status_api.asked_more_than(DELIVERY_LIMIT);
-    world.recovers().await;
+    world.start_load().await;
+    crash_repeatedly(&mut world).await;
+    let unlucky = world.status_api.ids_looked_up_more_than(DELIVERY_LIMIT);
+    world.wait_for_recovery().await;
     // None is a dead letter: our queue says how often a message may come back, which is 100 times.
-    let mut verdict = world.settles(Allowed::REPEATS).await;
-    if unlucky < AMID {
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
+    if unlucky < IN_FLIGHT {
         verdict.breaches.push(format!("only {unlucky} messages were delivered so often"));
     }
     verdict
@@ -71,21 +71,21 @@ async fn delivery_limit() -> Verdict {
     let limit = format!(r#"{{"delivery-limit":{DELIVERY_LIMIT}}}"#);
     let policy = ["set_policy", "limit", &format!("^{QUEUE}$"), &limit, "--apply-to", "queues"];
     world.broker.rabbitmqctl(&policy).await;
-    world.comes_under_load().await;
-    crashes(&mut world).await;
-    world.recovers().await;
-    let mut letters = world.redrives().await;
+    world.start_load().await;
+    crash_repeatedly(&mut world).await;
+    world.wait_for_recovery().await;
+    let mut letters = world.redrive_dead_letters().await;
     // A broker may move messages to the dead letters for some time after it gave them up.
     loop {
-        world.stays(Duration::from_secs(1)).await;
-        let more = world.redrives().await;
+        world.run_for(Duration::from_secs(1)).await;
+        let more = world.redrive_dead_letters().await;
         if more.is_empty() {
             break;
         }
         letters.extend(more);
     }
-    let mut verdict = world.settles(Allowed::REPEATS).await;
-    if letters.len() < AMID {
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
+    if letters.len() < IN_FLIGHT {
         verdict.breaches.push(format!("the broker has given up only {}", letters.len()));
     }
     if let Some(letter) = letters.iter().find(|letter| !letter.reason.contains("delivery_limit")) {
@@ -96,14 +96,14 @@ async fn delivery_limit() -> Verdict {
 
 async fn stopped() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.consumers[0].pause().await;
     // Longer than the broker waits for a heartbeat, which is three times 5 s at most.
-    world.stays(Duration::from_mins(1)).await;
+    world.run_for(Duration::from_mins(1)).await;
     let consumers = world.broker.rabbitmqctl(&["list_consumers", "queue_name"]).await;
     world.consumers[0].resume();
-    world.recovers().await;
-    let mut verdict = world.settles(Allowed::REPEATS).await;
+    world.wait_for_recovery().await;
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
     if consumers.contains(QUEUE) {
         verdict.breaches.push("the broker had not given it up".to_owned());
     }
@@ -112,36 +112,36 @@ async fn stopped() -> Verdict {
 
 async fn one_of_two() -> Verdict {
     let mut world = World::start(Setup { consumers: 2, ..Setup::default() }).await;
-    world.comes_under_load().await;
-    is_killed(&mut world).await;
-    world.recovers().await;
+    world.start_load().await;
+    kill_consumer(&mut world).await;
+    world.wait_for_recovery().await;
     let taken_over = r#"lastseen_deliveries_total{redelivered="true"}"#;
     let taken_over = world.consumers[0].metric(taken_over).await;
-    let mut verdict = world.settles(Allowed::REPEATS).await;
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
     if taken_over < 1.0 {
         verdict.breaches.push("it held nothing that the other could take over".to_owned());
     }
     verdict
 }
 
-/// Kills the consumer and starts another, again and again, while no lookup is answered: so the next
-/// one takes the same messages.
-async fn crashes(world: &mut World) {
-    world.status_api.misbehaves(|_| Answer::Hang);
+/// Kills the consumer and starts another one, [`KILLS`] times. The status API answers no lookup
+/// meanwhile, so that each consumer gets the same messages.
+async fn crash_repeatedly(world: &mut World) {
+    world.status_api.set_behaviour(|_| Answer::Hang);
     for _ in 0..KILLS {
-        in_flight(world, "the consumer is amid its lookups", |count| count >= AMID).await;
-        is_killed(world).await;
+        in_flight(world, "the consumer is amid its lookups", |count| count >= IN_FLIGHT).await;
+        kill_consumer(world).await;
         in_flight(world, "its lookups are broken off", |count| count == 0).await;
         world.consumers.push(world.spawn_consumer());
     }
-    world.status_api.behaves();
+    world.status_api.reset_behaviour();
 }
 
 async fn in_flight(world: &World, what: &str, is_so: impl Fn(usize) -> bool) {
     eventually(what, PATIENCE, async || is_so(world.status_api.in_flight()).then_some(())).await;
 }
 
-async fn is_killed(world: &mut World) {
+async fn kill_consumer(world: &mut World) {
     let killed = world.consumers.remove(0);
     killed.kill();
     killed.wait().await;

@@ -52,39 +52,39 @@ pub(super) fn cases() -> Vec<Case> {
 
 async fn killed() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.database.kill().await;
-    world.stays(Duration::from_secs(5)).await;
+    world.run_for(Duration::from_secs(5)).await;
     world.database.boot().await;
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn stopped() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     for _ in 0..3 {
         world.database.stop_immediately().await;
-        world.stays(Duration::from_secs(1)).await;
+        world.run_for(Duration::from_secs(1)).await;
         world.database.boot().await;
-        world.recovers().await;
+        world.wait_for_recovery().await;
     }
-    world.settles(Allowed::NOTHING).await
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn silent() -> Verdict {
-    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
-    world.comes_under_load().await;
+    let mut world = World::start(Setup { has_proxies: true, ..Setup::default() }).await;
+    world.start_load().await;
     world.to_database.silence();
-    world.stays(Duration::from_secs(12)).await;
+    world.run_for(Duration::from_secs(12)).await;
     world.to_database.restore();
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn read_only() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     execute(world.database.pool(), "ALTER SYSTEM SET default_transaction_read_only = on").await;
     execute(world.database.pool(), "SELECT pg_reload_conf()").await;
     terminate_backends(world.database.pool()).await;
@@ -93,17 +93,17 @@ async fn read_only() -> Verdict {
         (status == 503 && body.contains("read-only")).then_some(())
     })
     .await;
-    world.stays(Duration::from_secs(8)).await;
+    world.run_for(Duration::from_secs(8)).await;
     execute(world.database.pool(), "ALTER SYSTEM RESET default_transaction_read_only").await;
     execute(world.database.pool(), "SELECT pg_reload_conf()").await;
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn failover() -> Verdict {
-    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
+    let mut world = World::start(Setup { has_proxies: true, ..Setup::default() }).await;
     let standby = world.database.start_standby().await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.database.demote().await;
     for process in world.consumers.iter().chain(&world.routine) {
         eventually("the service is not ready, and says why", PATIENCE, async || {
@@ -112,42 +112,42 @@ async fn failover() -> Verdict {
         })
         .await;
     }
-    world.stays(Duration::from_secs(3)).await;
+    world.run_for(Duration::from_secs(3)).await;
     standby.promote().await;
     world.to_database.switch_to(format!("127.0.0.1:{}", standby.port()));
-    // It stays where it is, and answers whoever still asks it.
+    // The former primary keeps running and serves the connections that are still open.
     let _former = std::mem::replace(&mut world.database, standby);
-    world.recovers().await;
-    world.is_ready().await;
-    world.settles(Allowed::NOTHING).await
+    world.wait_for_recovery().await;
+    world.wait_until_ready().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn disk_full() -> Verdict {
     let mut world = World::start(Setup { small_database_disk: true, ..Setup::default() }).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.database.fill_small_disk().await;
     world.consumers[0].wait_for_log("No space left on device").await;
-    world.stays(Duration::from_secs(8)).await;
+    world.run_for(Duration::from_secs(8)).await;
     world.database.clear_small_disk().await;
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn row_locked() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     for hold in [Duration::from_secs(6), Duration::from_secs(13)] {
-        let id = rows_to_come(&mut world).await;
+        let id = insert_rows_ahead_of_load(&mut world).await;
         let mut other = world.database.pool().begin().await.expect("the database should be there");
         lock(&mut other, id).await.expect("nobody else should want it yet");
         consumer_waits_for_a_lock(&world).await;
-        world.stays(hold).await;
+        world.run_for(hold).await;
         other.rollback().await.expect("the database should be there");
-        world.recovers().await;
-        row_is_seen(&world, id).await;
+        world.wait_for_recovery().await;
+        wait_until_row_is_written(&world, id).await;
     }
     world.consumers[0].wait_for_log("canceling statement due to lock timeout").await;
-    world.settles(Allowed::NOTHING).await
+    world.finish(Allowed::NOTHING).await
 }
 
 // Field case 4.2
@@ -155,37 +155,41 @@ async fn row_held() -> Verdict {
     let held = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 120 });
     let routine = vec![("OBJECT_TTL", "5s")];
     let mut world = World::start(Setup { routine, ..Setup::default() }).await;
-    rows::note_deletions(world.database.pool()).await;
-    let repeated = Repeated::start(world.endpoint());
-    repeated.are_all_in(world.database.pool()).await;
+    rows::record_deletions(world.database.pool()).await;
+    let repeated = RepeatedCallbacks::start(world.endpoint());
+    repeated.wait_until_stored(world.database.pool()).await;
     let mut other = world.database.pool().begin().await.expect("the database should be there");
-    lock(&mut other, Repeated::FIRST_ID).await.expect("the row should be free for a moment");
+    lock(&mut other, RepeatedCallbacks::FIRST_ID)
+        .await
+        .expect("the row should be free for a moment");
     let mut fewest = usize::MAX;
     let until = Instant::now() + held;
     while Instant::now() < until {
-        world.stays(Duration::from_millis(500)).await;
-        fewest = fewest.min(repeated.count_in(world.database.pool()).await);
+        world.run_for(Duration::from_millis(500)).await;
+        fewest = fewest.min(repeated.count_stored(world.database.pool()).await);
     }
     other.rollback().await.expect("the database should be there");
-    world.comes_under_load().await;
-    world.recovers().await;
-    let mut verdict = world.settles(Allowed::REPEATS).await;
-    if fewest < Repeated::COUNT {
-        verdict.breaches.push(format!("of {} rows, only {fewest} stayed", Repeated::COUNT));
+    world.start_load().await;
+    world.wait_for_recovery().await;
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
+    if fewest < RepeatedCallbacks::COUNT {
+        verdict
+            .breaches
+            .push(format!("of {} rows, only {fewest} stayed", RepeatedCallbacks::COUNT));
     }
     verdict
 }
 
-/// Callbacks about the same objects, every second until it is dropped. They are no part of the books.
-struct Repeated(JoinHandle<()>);
+/// Posts callbacks about the same objects every second until it is dropped. The audit ignores them.
+struct RepeatedCallbacks(JoinHandle<()>);
 
-impl Drop for Repeated {
+impl Drop for RepeatedCallbacks {
     fn drop(&mut self) {
         self.0.abort();
     }
 }
 
-impl Repeated {
+impl RepeatedCallbacks {
     /// Even, so that they are online, and far from the others.
     const FIRST_ID: i64 = 2_000_000_000_000;
     const COUNT: usize = 50;
@@ -206,14 +210,14 @@ impl Repeated {
         Self(tokio::spawn(post))
     }
 
-    async fn are_all_in(&self, pool: &PgPool) {
+    async fn wait_until_stored(&self, pool: &PgPool) {
         eventually("the repeated objects are in the table", PATIENCE, async || {
-            (self.count_in(pool).await == Self::COUNT).then_some(())
+            (self.count_stored(pool).await == Self::COUNT).then_some(())
         })
         .await;
     }
 
-    async fn count_in(&self, pool: &PgPool) -> usize {
+    async fn count_stored(&self, pool: &PgPool) -> usize {
         assert!(!self.0.is_finished(), "the callbacks should go on");
         let count = "SELECT count(*) FROM object WHERE id = ANY($1)";
         let count = sqlx::query_scalar(count).bind(Self::ids()).fetch_one(pool);
@@ -226,12 +230,12 @@ async fn deadlock() -> Verdict {
     // So that two ids of the same callback are in one batch.
     let consumer = vec![("WRITE_BATCH_LINGER", "500ms")];
     let mut world = World::start(Setup { consumer, ..Setup::default() }).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     // Before the consumer gives up waiting for the lock.
     execute(world.database.pool(), "ALTER SYSTEM SET deadlock_timeout = '100ms'").await;
     execute(world.database.pool(), "SELECT pg_reload_conf()").await;
     while deadlocks(world.database.pool()).await < 3 {
-        let id = rows_to_come(&mut world).await;
+        let id = insert_rows_ahead_of_load(&mut world).await;
         let mut other = world.database.pool().begin().await.expect("the database should be there");
         // It is the consumer that is to find the deadlock, and so to be its victim.
         execute(&mut *other, "SET LOCAL deadlock_timeout = '1min'").await;
@@ -241,23 +245,23 @@ async fn deadlock() -> Verdict {
         // different batches, there is no deadlock this time.
         lock(&mut other, id).await.expect("the other side should have been the victim");
         other.rollback().await.expect("the database should be there");
-        row_is_seen(&world, id).await;
-        row_is_seen(&world, id + 2).await;
+        wait_until_row_is_written(&world, id).await;
+        wait_until_row_is_written(&world, id + 2).await;
     }
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn backend_terminated() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     let mut terminated = 0;
     for _ in 0..30 {
         terminated += terminate_backends(world.database.pool()).await;
-        world.stays(Duration::from_millis(200)).await;
+        world.run_for(Duration::from_millis(200)).await;
     }
-    world.recovers().await;
-    let mut verdict = world.settles(Allowed::NOTHING).await;
+    world.wait_for_recovery().await;
+    let mut verdict = world.finish(Allowed::NOTHING).await;
     // Both services connect anew each time, if not within 200 ms.
     if terminated < 20 {
         verdict.breaches.push(format!("only {terminated} backends were there to be terminated"));
@@ -267,16 +271,16 @@ async fn backend_terminated() -> Verdict {
 
 async fn empty() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
-    world.database_comes_back_empty().await;
-    world.recovers().await;
-    world.is_ready().await;
-    world.settles(Allowed::NOTHING).await
+    world.start_load().await;
+    world.replace_database().await;
+    world.wait_for_recovery().await;
+    world.wait_until_ready().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 /// Writes two rows that the load will come to in a second or so, by one callback, last seen a while ago.
 /// Gives the first; the other one is two above.
-async fn rows_to_come(world: &mut World) -> i64 {
+async fn insert_rows_ahead_of_load(world: &mut World) -> i64 {
     let ahead = i64::from(world.rate().callbacks * world.rate().ids) * 3 / 2;
     // The first of its callback, and even.
     let id = (world.next_id() + ahead) / 10 * 10 + 6;
@@ -303,9 +307,9 @@ async fn consumer_waits_for_a_lock(world: &World) {
     .await;
 }
 
-/// Waits until a row of [`rows_to_come`] has been written by the consumer, for in the books it counts
-/// from the start.
-async fn row_is_seen(world: &World, id: i64) {
+/// Waits until the consumer has written a row of [`insert_rows_ahead_of_load`]. The audit cannot
+/// check this, because it finds the inserted row.
+async fn wait_until_row_is_written(world: &World, id: i64) {
     let seen = "SELECT last_seen > now() - interval '5 min' FROM object WHERE id = $1";
     eventually("a locked row is written after all", PATIENCE, async || {
         let seen = sqlx::query_scalar(seen).bind(id).fetch_one(world.database.pool());

@@ -35,9 +35,9 @@ const LINES_PER_SECOND: usize = 40;
 async fn files_exhausted() -> Verdict {
     // Over one connection, which is never idle for long enough to be closed: no new one could be accepted.
     let rate = Rate { callbacks: Rate::USUAL.callbacks / 2, ..Rate::USUAL };
-    let setup = Setup { through_proxies: true, connections: Some(1), rate, ..Setup::default() };
+    let setup = Setup { has_proxies: true, connections: Some(1), rate, ..Setup::default() };
     let mut world = World::start(setup).await;
-    world.comes_under_load().await;
+    world.start_load().await;
 
     let said = |world: &World| -> Vec<usize> {
         world.services().map(|service| service.log().len()).collect()
@@ -53,15 +53,15 @@ async fn files_exhausted() -> Verdict {
         proxy.restore();
     }
     let seconds = 6;
-    world.stays(Duration::from_secs(seconds)).await;
+    world.run_for(Duration::from_secs(seconds)).await;
     let said_after = said(&world);
     for (service, limit) in world.services().zip(limits) {
         let _ = service.limit_open_files(limit);
     }
     drop(refused);
-    world.recovers().await;
+    world.wait_for_recovery().await;
 
-    let mut verdict = world.settles(Allowed::REPEATS).await;
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
     for (before, after) in said_before.iter().zip(said_after) {
         let lines = after - before;
         if lines > LINES_PER_SECOND * usize::try_from(seconds).unwrap_or(usize::MAX) {
@@ -72,7 +72,7 @@ async fn files_exhausted() -> Verdict {
 }
 
 #[derive(Clone, Copy)]
-enum Part {
+enum Component {
     Broker,
     Database,
     StatusApi,
@@ -82,7 +82,7 @@ enum Part {
 }
 
 async fn any_order() -> Verdict {
-    use Part::{Broker, Consumer, Database, Producer, Routine, StatusApi};
+    use Component::{Broker, Consumer, Database, Producer, Routine, StatusApi};
     let orders = [
         [Producer, Consumer, Routine, StatusApi, Database, Broker],
         [Broker, Routine, Consumer, Producer, Database, StatusApi],
@@ -94,67 +94,67 @@ async fn any_order() -> Verdict {
     let mut world = World::servers(Setup { rate, ..Setup::default() }).await;
     let mut under_load = false;
     for order in orders {
-        everything_ends(&mut world).await;
-        for part in order {
-            starts(&mut world, part).await;
-            if matches!(part, Producer) && !under_load {
-                world.comes_under_load().await;
+        stop_everything(&mut world).await;
+        for component in order {
+            start_component(&mut world, component).await;
+            if matches!(component, Producer) && !under_load {
+                world.start_load().await;
                 under_load = true;
             }
-            world.stays(Duration::from_secs(1)).await;
+            world.run_for(Duration::from_secs(1)).await;
         }
-        world.recovers().await;
-        world.is_ready().await;
+        world.wait_for_recovery().await;
+        world.wait_until_ready().await;
     }
     // Consumers have been killed.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
-async fn everything_ends(world: &mut World) {
+async fn stop_everything(world: &mut World) {
     if world.producer.is_some() {
-        world.producer_is_killed().await;
+        world.kill_producer().await;
     }
     for service in world.consumers.drain(..).chain(world.routine.take()) {
         service.kill();
     }
     world.broker.kill().await;
     world.database.kill().await;
-    world.status_api.goes_down();
+    world.status_api.stop();
 }
 
-async fn starts(world: &mut World, part: Part) {
-    match part {
-        Part::Broker => world.broker.boot().await,
-        Part::Database => world.database.boot().await,
-        Part::StatusApi => world.status_api.comes_back(),
-        Part::Producer => world.producer_is_back().await,
-        Part::Consumer => {
+async fn start_component(world: &mut World, component: Component) {
+    match component {
+        Component::Broker => world.broker.boot().await,
+        Component::Database => world.database.boot().await,
+        Component::StatusApi => world.status_api.restart(),
+        Component::Producer => world.restart_producer().await,
+        Component::Consumer => {
             let consumer = world.spawn_consumer();
             world.consumers.push(consumer);
         }
-        Part::Routine => world.routine = Some(world.spawn_routine()),
+        Component::Routine => world.routine = Some(world.spawn_routine()),
     }
 }
 
 async fn network_slow() -> Verdict {
-    let mut world = World::start(Setup { through_proxies: true, ..Setup::default() }).await;
-    world.comes_under_load().await;
+    let mut world = World::start(Setup { has_proxies: true, ..Setup::default() }).await;
+    world.start_load().await;
     for proxy in [&world.to_broker, &world.to_database] {
         let (least, most) = (Duration::from_millis(10), Duration::from_millis(30));
         // A packet that is lost goes out again after 200 ms, which is Linux's shortest time.
         proxy.slow_down(least..most, Duration::from_millis(200));
     }
     let (count, sum) = publishing(&world).await;
-    world.stays(Duration::from_secs(15)).await;
+    world.run_for(Duration::from_secs(15)).await;
     let (later_count, later_sum) = publishing(&world).await;
     let mean = (later_sum - sum) / (later_count - count);
     assert!(mean > 0.02, "a publish took {mean} s on average, less than there and back");
     for proxy in [&world.to_broker, &world.to_database] {
         proxy.restore();
     }
-    world.recovers().await;
+    world.wait_for_recovery().await;
     // A confirm that comes after `PUBLISH_TIMEOUT` finds its callback in the spool as well.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// How many batches the producer has published, and how many seconds that took.

@@ -68,70 +68,70 @@ pub(super) fn cases() -> Vec<Case> {
 
 async fn killed() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     for _ in 0..5 {
-        world.producer_is_killed().await;
-        world.producer_is_back().await;
-        world.recovers().await;
+        world.kill_producer().await;
+        world.restart_producer().await;
+        world.wait_for_recovery().await;
     }
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// The spool must have all that it had before the kill, each time. The last kill is meant for the relay:
 /// what it has under way to the broker then must still be in the spool.
 async fn killed_without_broker() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.kill().await;
     let mut least = 1.0;
     for _ in 0..3 {
-        world.spools(least).await;
-        world.stays(Duration::from_secs(2)).await;
+        world.wait_for_spooled(least).await;
+        world.run_for(Duration::from_secs(2)).await;
         let spooled = world.spooled().await;
-        world.producer_is_killed().await;
-        world.producer_is_back().await;
+        world.kill_producer().await;
+        world.restart_producer().await;
         // It takes callbacks before it has told of its spool.
-        world.spools(1.0).await;
+        world.wait_for_spooled(1.0).await;
         let found = world.spooled().await;
         assert!(found >= spooled, "of {spooled} messages in the spool, {found} survived the kill");
         least = found + 1.0;
     }
     world.broker.boot().await;
-    world.relays_some().await;
-    world.producer_is_killed().await;
-    world.producer_is_back().await;
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_first_relay().await;
+    world.kill_producer().await;
+    world.restart_producer().await;
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn disk_full() -> Verdict {
-    let mut world = World::start(on_a_small_disk()).await;
-    world.comes_under_load().await;
+    let mut world = World::start(with_small_spool_disk()).await;
+    world.start_load().await;
     let filling = fill_disk(world.producer(), &world.spool());
-    world.stays(Duration::from_secs(10)).await;
+    world.run_for(Duration::from_secs(10)).await;
     fs::remove_file(filling).expect("the filling should be there");
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 async fn disk_full_without_broker() -> Verdict {
-    let mut world = World::start(on_a_small_disk()).await;
-    world.comes_under_load().await;
+    let mut world = World::start(with_small_spool_disk()).await;
+    world.start_load().await;
     world.broker.kill().await;
-    world.spools(1_000.0).await;
+    world.wait_for_spooled(1_000.0).await;
     let filling = fill_disk(world.producer(), &world.spool());
     eventually("the producer says that its disk is full", PATIENCE, async || {
         let (status, reason) = world.producer().get("/readyz").await;
         (status == 503 && reason.contains("disk is full")).then_some(())
     })
     .await;
-    world.stays(Duration::from_secs(5)).await;
+    world.run_for(Duration::from_secs(5)).await;
     world.broker.boot().await;
-    world.recovers().await;
-    world.relays_all().await;
+    world.wait_for_recovery().await;
+    world.wait_until_all_relayed().await;
     fs::remove_file(filling).expect("the filling should be there");
     // While the broker is away and the disk is full, no durable store is left.
-    world.settles(Allowed { not_2xx: true, ..Allowed::REPEATS }).await
+    world.finish(Allowed { not_2xx: true, ..Allowed::REPEATED_LOOKUPS }).await
 }
 
 /// Where the spool's directory should be there is a file: root may write into every directory.
@@ -139,11 +139,11 @@ async fn unwritable() -> Verdict {
     let mut world = World::servers(Setup::default()).await;
     fs::write(world.spool(), "in the way").expect("a scratch directory should be writable");
     world.start_services();
-    world.is_ready().await;
-    world.comes_under_load().await;
+    world.wait_until_ready().await;
+    world.start_load().await;
     let (_, ready) = world.producer().get("/readyz").await;
     assert!(ready.contains("without spool: "), "{ready}");
-    world.stays(Duration::from_secs(4)).await;
+    world.run_for(Duration::from_secs(4)).await;
     fs::remove_file(world.spool()).expect("the file should still be in the way");
     eventually("the producer has its spool", PATIENCE, async || {
         let (_, ready) = world.producer().get("/readyz").await;
@@ -152,40 +152,40 @@ async fn unwritable() -> Verdict {
     .await;
     // It serves from now on.
     world.broker.kill().await;
-    world.spools(100.0).await;
+    world.wait_for_spooled(100.0).await;
     world.broker.boot().await;
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// Field case 3.4.
 async fn read_only_root() -> Verdict {
     let mut world = World::start(Setup { read_only_root: true, ..Setup::default() }).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.kill().await;
-    world.spools(3_000.0).await;
+    world.wait_for_spooled(3_000.0).await;
     world.broker.boot().await;
-    world.recovers().await;
-    world.relays_all().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_recovery().await;
+    world.wait_until_all_relayed().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// Field case 3.5.
 async fn damaged() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     world.broker.kill().await;
-    world.spools(2_000.0).await;
-    world.producer_is_killed().await;
+    world.wait_for_spooled(2_000.0).await;
+    world.kill_producer().await;
     let lost = damage_a_page(&world.spool().join("spool.db")).await;
-    world.producer_is_back().await;
-    world.producer().wait_for_log("has been carried over").await;
+    world.restart_producer().await;
+    world.producer().wait_for_log("of the damaged file have been copied").await;
     let (_, ready) = world.producer().get("/readyz").await;
     assert!(ready.contains("intact spool: "), "{ready}");
     world.broker.boot().await;
-    world.recovers().await;
+    world.wait_for_recovery().await;
     assert!(Partner::default().post(&world.endpoint(), &lost).await, "they should be accepted");
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// Overwrites a page in the middle of a spool that nobody has open, and returns the ids of the messages on it.
@@ -242,22 +242,22 @@ async fn rolling_restart() -> Verdict {
     };
     let mut producers = addresses.map(|address| spawn(&world, address));
     let haproxy = HaProxy::start(world.producer_address(), &addresses).await;
-    haproxy.has_up(2).await;
-    world.is_ready().await;
-    world.comes_under_load().await;
+    haproxy.wait_for_healthy(2).await;
+    world.wait_until_ready().await;
+    world.start_load().await;
     for (producer, address) in producers.iter_mut().zip(addresses) {
         producer.terminate();
-        haproxy.has_up(1).await;
+        haproxy.wait_for_healthy(1).await;
         let ended = producer.wait().await;
         assert!(ended.success(), "the producer should drain: {ended}");
         *producer = spawn(&world, address);
-        haproxy.has_up(2).await;
+        haproxy.wait_for_healthy(2).await;
     }
-    world.recovers().await;
+    world.wait_for_recovery().await;
     let [first, _second] = producers;
     world.producer = Some(first);
     // A callback that is answered late by the broker is in the spool as well.
-    world.settles(Allowed::REPEATS).await
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 /// Field case 2.3
@@ -270,27 +270,27 @@ async fn idle_connections_hard_limit() -> Verdict {
     idle_connections(&["sh", "-c", r#"ulimit -n 256 && exec "$0" "$@""#]).await
 }
 
-async fn idle_connections(producer_through: &'static [&'static str]) -> Verdict {
+async fn idle_connections(producer_wrapper: &'static [&'static str]) -> Verdict {
     // No more connections than a hard limit of 256 leaves.
-    let setup = Setup { producer_through, connections: Some(16), ..Setup::default() };
+    let setup = Setup { producer_wrapper, connections: Some(16), ..Setup::default() };
     let mut world = World::start(setup).await;
     let mut idle = Vec::new();
     for _ in 0..330 {
         let connected = TcpStream::connect(world.producer_address()).await;
         idle.push(connected.expect("the kernel should take the connection"));
     }
-    world.comes_under_load().await;
+    world.start_load().await;
     let (status, _) = world.producer().get("/livez").await;
     assert_eq!(status, 200);
     let admin = [("ADMIN_ADDR", world.producer().admin().await.to_string())];
     let healthcheck = Process::spawn("producer", &admin, &["healthcheck"]);
     assert!(healthcheck.wait().await.success(), "{:?}", healthcheck.log());
-    world.stays(Duration::from_secs(5)).await;
+    world.run_for(Duration::from_secs(5)).await;
     drop(idle);
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
-fn on_a_small_disk() -> Setup {
+fn with_small_spool_disk() -> Setup {
     Setup { small_spool_disk: true, ..Setup::default() }
 }

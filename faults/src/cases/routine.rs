@@ -36,20 +36,20 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 async fn one_of_two_killed() -> Verdict {
-    let mut world = World::start(cleaning_up()).await;
-    rows::note_deletions(world.database.pool()).await;
+    let mut world = World::start(short_ttl()).await;
+    rows::record_deletions(world.database.pool()).await;
     let other = world.spawn_routine();
     other.ready().await;
-    world.comes_under_load().await;
+    world.start_load().await;
     let first = world.routine.replace(other).expect("there should be a routine");
     rows_are_deleted(&world, 500).await;
     first.kill();
     first.wait().await;
-    world.recovers().await;
-    world.stays(TTL + MARGIN).await;
+    world.wait_for_recovery().await;
+    world.run_for(TTL + MARGIN).await;
     let oldest = rows::oldest(world.database.pool()).await;
     let ages = rows::ages_when_deleted(world.database.pool()).await;
-    let mut verdict = world.settles(Allowed::NOTHING).await;
+    let mut verdict = world.finish(Allowed::NOTHING).await;
     let (youngest, oldest_deleted) = ages.expect("rows should have been deleted");
     verdict.breaches.extend(too_early(youngest).into_iter().chain(too_late(oldest_deleted)));
     verdict.breaches.extend(too_late(oldest));
@@ -57,42 +57,42 @@ async fn one_of_two_killed() -> Verdict {
 }
 
 async fn without_database() -> Verdict {
-    let mut world = World::start(Setup { through_proxies: true, ..cleaning_up() }).await;
-    rows::note_deletions(world.database.pool()).await;
-    world.comes_under_load().await;
+    let mut world = World::start(Setup { has_proxies: true, ..short_ttl() }).await;
+    rows::record_deletions(world.database.pool()).await;
+    world.start_load().await;
     rows_are_deleted(&world, 500).await;
     world.to_database.cut();
-    is_missed(&world).await;
+    wait_until_not_ready(&world).await;
     let before = rows::deleted(world.database.pool()).await;
-    world.stays(Duration::from_secs(8)).await;
+    world.run_for(Duration::from_secs(8)).await;
     assert_eq!(rows::deleted(world.database.pool()).await, before, "nobody should reach it");
     world.to_database.restore();
-    world.recovers().await;
+    world.wait_for_recovery().await;
     // What was seen during the outage, and written late, is stale soon; all of it goes.
-    world.stays(TTL + MARGIN).await;
+    world.run_for(TTL + MARGIN).await;
     let oldest = rows::oldest(world.database.pool()).await;
     let ages = rows::ages_when_deleted(world.database.pool()).await;
-    let mut verdict = world.settles(Allowed::NOTHING).await;
+    let mut verdict = world.finish(Allowed::NOTHING).await;
     let (youngest, _) = ages.expect("rows should have been deleted");
     verdict.breaches.extend(too_early(youngest).into_iter().chain(too_late(oldest)));
     verdict
 }
 
-/// The books want each row that was written: were it deleted, it would be lost.
+/// The audit expects each row that was written, and counts a deleted one as lost.
 async fn clock_ahead() -> Verdict {
-    let (mut world, clock) = by_a_clock().await;
+    let (mut world, clock) = start_with_clock().await;
     clock.set_ahead(HOUR).await;
     let routine = world.routine.as_ref().expect("there should be a routine");
     routine.wait_for_log("stepped ahead").await;
-    world.stays(Duration::from_secs(6)).await;
-    clock.set_right().await;
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.run_for(Duration::from_secs(6)).await;
+    clock.reset().await;
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 /// Field case 3.11. The new routine has no earlier reading of the clock. The pause is longer than the case.
 async fn clock_set_before_start() -> Verdict {
-    let (mut world, clock) = by_a_clock().await;
+    let (mut world, clock) = start_with_clock().await;
     let routine = world.routine.take().expect("there should be a routine");
     routine.kill();
     routine.wait().await;
@@ -100,37 +100,37 @@ async fn clock_set_before_start() -> Verdict {
     let routine = world.spawn_routine();
     routine.wait_for_log("most rows look stale").await;
     world.routine = Some(routine);
-    world.stays(Duration::from_secs(4)).await;
-    clock.set_right().await;
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.run_for(Duration::from_secs(4)).await;
+    clock.reset().await;
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 /// What is written while the clock is behind looks an hour old when it is right again.
 async fn clock_back() -> Verdict {
-    let (mut world, clock) = by_a_clock().await;
-    clock.set_back(HOUR).await;
-    world.stays(Duration::from_secs(6)).await;
-    clock.set_right().await;
+    let (mut world, clock) = start_with_clock().await;
+    clock.set_behind(HOUR).await;
+    world.run_for(Duration::from_secs(6)).await;
+    clock.reset().await;
     let routine = world.routine.as_ref().expect("there should be a routine");
     routine.wait_for_log("stepped ahead").await;
-    world.recovers().await;
-    world.settles(Allowed::NOTHING).await
+    world.wait_for_recovery().await;
+    world.finish(Allowed::NOTHING).await
 }
 
 /// A world under load, in which nothing becomes stale as long as the database's clock is right.
-async fn by_a_clock() -> (World, DatabaseClock) {
+async fn start_with_clock() -> (World, DatabaseClock) {
     let routine = vec![("OBJECT_TTL", "30m")];
     let mut world = World::servers(Setup { routine, ..Setup::default() }).await;
-    let clock = DatabaseClock::of(world.database.pool()).await;
+    let clock = DatabaseClock::install(world.database.pool()).await;
     world.start_services();
-    world.is_ready().await;
-    world.comes_under_load().await;
+    world.wait_until_ready().await;
+    world.start_load().await;
     (world, clock)
 }
 
 /// Rows become stale soon.
-fn cleaning_up() -> Setup {
+fn short_ttl() -> Setup {
     Setup { routine: vec![("OBJECT_TTL", "4s")], ..Setup::default() }
 }
 
@@ -142,7 +142,7 @@ async fn rows_are_deleted(world: &World, count: i64) {
 }
 
 /// Waits until the routine says that the database is away.
-async fn is_missed(world: &World) {
+async fn wait_until_not_ready(world: &World) {
     let routine = world.routine.as_ref().expect("there should be a routine");
     eventually("the routine misses the database", PATIENCE, async || {
         let (status, body) = routine.get("/readyz").await;

@@ -7,7 +7,7 @@ use testbed::{Answer, eventually};
 
 use crate::case::Case;
 use crate::figures::{Allowed, Verdict};
-use crate::status_api::truth;
+use crate::status_api::correct_answer;
 use crate::world::{Setup, World};
 
 pub(super) fn cases() -> Vec<Case> {
@@ -63,11 +63,11 @@ pub(super) fn cases() -> Vec<Case> {
 }
 
 /// For how long it is away.
-const DOWN: Duration = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 120 });
+const DOWN_FOR: Duration = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 120 });
 /// For how long it ails once the consumer has noticed.
-const AILING: Duration = Duration::from_secs(10);
+const FAILING_FOR: Duration = Duration::from_secs(10);
 /// So many failed lookups make the consumer notice.
-const NOTICEABLE: f64 = 20.0;
+const MIN_FAILURES: f64 = 20.0;
 /// Longer than a lookup may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -78,71 +78,74 @@ fn no_attempt_to_spare() -> Setup {
 
 async fn down() -> Verdict {
     let mut world = World::start(no_attempt_to_spare()).await;
-    world.comes_under_load().await;
-    world.status_api.goes_down();
-    is_noticed(&world, "transport").await;
-    world.stays(DOWN).await;
-    world.status_api.comes_back();
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.start_load().await;
+    world.status_api.stop();
+    wait_until_noticed(&world, "transport").await;
+    world.run_for(DOWN_FOR).await;
+    world.status_api.restart();
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn all_500() -> Verdict {
-    ailing(|_| Answer::Status(500), "status").await
+    run_failing(|_| Answer::Status(500), "status").await
 }
 
 async fn hanging() -> Verdict {
-    ailing(|_| Answer::Hang, "timeout").await
+    run_failing(|_| Answer::Hang, "timeout").await
 }
 
 async fn trickling() -> Verdict {
-    ailing(|_| Answer::Trickle, "timeout").await
+    run_failing(|_| Answer::Trickle, "timeout").await
 }
 
 async fn garbage() -> Verdict {
-    ailing(|_| Answer::Body("<html>Welcome to our proxy</html>".to_owned()), "garbage").await
+    run_failing(|_| Answer::Body("<html>Welcome to our proxy</html>".to_owned()), "garbage").await
 }
 
 async fn wrong_id() -> Verdict {
     // If it were believed, ids that are never online would be in the table.
     let online = |id| Answer::Body(format!(r#"{{"id":{id},"online":true}}"#));
-    ailing(move |id| online(id + 1), "wrong_id").await
+    run_failing(move |id| online(id + 1), "wrong_id").await
 }
 
 /// Under a status API that fails all lookups in one way, which the consumer counts as `outcome`.
-async fn ailing(mood: impl Fn(i64) -> Answer + Send + Sync + 'static, outcome: &str) -> Verdict {
+async fn run_failing(
+    behaviour: impl Fn(i64) -> Answer + Send + Sync + 'static,
+    outcome: &str,
+) -> Verdict {
     let mut world = World::start(no_attempt_to_spare()).await;
-    world.comes_under_load().await;
-    world.status_api.misbehaves(mood);
-    is_noticed(&world, outcome).await;
-    world.stays(AILING).await;
-    world.status_api.behaves();
-    world.recovers().await;
-    world.settles(Allowed::REPEATS).await
+    world.start_load().await;
+    world.status_api.set_behaviour(behaviour);
+    wait_until_noticed(&world, outcome).await;
+    world.run_for(FAILING_FOR).await;
+    world.status_api.reset_behaviour();
+    world.wait_for_recovery().await;
+    world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn html_404() -> Verdict {
     const PAGE: &str = "<html><head><title>404 Not Found</title></head><body>nginx</body></html>";
-    ailing(|_| Answer::Page(404, "text/html", PAGE.to_owned()), "not_found").await
+    run_failing(|_| Answer::Page(404, "text/html", PAGE.to_owned()), "not_found").await
 }
 
 /// One backend in three works, and nobody knows which one a lookup goes to.
 async fn partial() -> Verdict {
     let setup = Setup { consumer: vec![("MAX_ATTEMPTS", "2")], ..Setup::default() };
     let mut world = World::start(setup).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     let lookups = AtomicU64::new(0);
-    world.status_api.misbehaves(move |id| {
+    world.status_api.set_behaviour(move |id| {
         // Two of three: four of five would now and then open the breaker, and then no failure counts.
         let number = lookups.fetch_add(1, Ordering::Relaxed);
-        if number.is_multiple_of(3) { truth(id) } else { Answer::Status(500) }
+        if number.is_multiple_of(3) { correct_answer(id) } else { Answer::Status(500) }
     });
-    world.stays(AILING * 2).await;
+    world.run_for(FAILING_FOR * 2).await;
     let failed = failures(&world, "status").await;
-    world.status_api.behaves();
-    world.recovers().await;
-    let mut verdict = world.settles(Allowed::REPEATS).await;
-    if failed < NOTICEABLE {
+    world.status_api.reset_behaviour();
+    world.wait_for_recovery().await;
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
+    if failed < MIN_FAILURES {
         verdict.breaches.push(format!("only {failed} lookups failed"));
     }
     verdict
@@ -152,15 +155,15 @@ async fn huge() -> Verdict {
     const GIB_IN_KIB: usize = 1_024 * 1_024;
     const ROOM_KIB: u64 = 64 * 1_024;
     let mut world = World::start(no_attempt_to_spare()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     let before = world.consumers[0].peak_rss_kib();
-    world.status_api.misbehaves(|_| Answer::Huge(GIB_IN_KIB));
-    is_noticed(&world, "garbage").await;
-    world.stays(AILING).await;
+    world.status_api.set_behaviour(|_| Answer::Huge(GIB_IN_KIB));
+    wait_until_noticed(&world, "garbage").await;
+    world.run_for(FAILING_FOR).await;
     let peak = world.consumers[0].peak_rss_kib();
-    world.status_api.behaves();
-    world.recovers().await;
-    let mut verdict = world.settles(Allowed::NOTHING).await;
+    world.status_api.reset_behaviour();
+    world.wait_for_recovery().await;
+    let mut verdict = world.finish(Allowed::NOTHING).await;
     if peak > before + ROOM_KIB {
         verdict.breaches.push(format!("the consumer grew from {before} KiB to {peak} KiB"));
     }
@@ -171,15 +174,15 @@ async fn all_429() -> Verdict {
     // One after each pause, what was under way when the first was answered, and as much again.
     const FEW: usize = 100;
     let mut world = World::start(no_attempt_to_spare()).await;
-    world.comes_under_load().await;
+    world.start_load().await;
     let before = world.status_api.asked();
     let wait = || Answer::StatusWithHeader(429, "retry-after", "2".to_owned());
-    world.status_api.misbehaves(move |_| wait());
-    world.stays(AILING).await;
+    world.status_api.set_behaviour(move |_| wait());
+    world.run_for(FAILING_FOR).await;
     let asked = world.status_api.asked() - before;
-    world.status_api.behaves();
-    world.recovers().await;
-    let mut verdict = world.settles(Allowed::NOTHING).await;
+    world.status_api.reset_behaviour();
+    world.wait_for_recovery().await;
+    let mut verdict = world.finish(Allowed::NOTHING).await;
     if !(1..=FEW).contains(&asked) {
         verdict.breaches.push(format!("{asked} lookups although it asked to be left alone"));
     }
@@ -188,14 +191,16 @@ async fn all_429() -> Verdict {
 
 async fn half() -> Verdict {
     let mut world = World::start(Setup::default()).await;
-    world.comes_under_load().await;
-    let before = spared_per_second(&world, AILING).await;
-    world.status_api.misbehaves(|id| if is_spared(id) { truth(id) } else { Answer::Status(500) });
-    let meanwhile = spared_per_second(&world, AILING).await;
+    world.start_load().await;
+    let before = unaffected_per_second(&world, FAILING_FOR).await;
+    world.status_api.set_behaviour(|id| {
+        if is_unaffected(id) { correct_answer(id) } else { Answer::Status(500) }
+    });
+    let meanwhile = unaffected_per_second(&world, FAILING_FOR).await;
     let failed = failures(&world, "status").await;
-    world.status_api.behaves();
-    world.recovers().await;
-    let mut verdict = world.settles(Allowed::NOTHING).await;
+    world.status_api.reset_behaviour();
+    world.wait_for_recovery().await;
+    let mut verdict = world.finish(Allowed::NOTHING).await;
     if meanwhile < 0.9 * before {
         verdict.breaches.push(format!(
             "of the ids that it answered, it was asked for {meanwhile:.0} per second, and for {before:.0} before"
@@ -208,18 +213,18 @@ async fn half() -> Verdict {
 }
 
 /// Half of the ids, and of them half are online.
-fn is_spared(id: i64) -> bool {
+fn is_unaffected(id: i64) -> bool {
     id % 4 < 2
 }
 
 /// How many of the ids that are spared were looked up for the first time in each second of the next
 /// `duration`.
-async fn spared_per_second(world: &World, duration: Duration) -> f64 {
+async fn unaffected_per_second(world: &World, duration: Duration) -> f64 {
     let from = SystemTime::now();
-    world.stays(duration).await;
+    world.run_for(duration).await;
     let (until, lookups) = (SystemTime::now(), world.status_api.lookups());
     let meanwhile = |at: SystemTime| (from..until).contains(&at);
-    let spared = lookups.iter().filter(|(id, _)| is_spared(**id));
+    let spared = lookups.iter().filter(|(id, _)| is_unaffected(**id));
     let count = spared.filter(|(_, lookups)| lookups.answered_at.is_some_and(meanwhile));
     let seconds = until.duration_since(from).unwrap_or(duration).as_secs_f64();
     #[expect(clippy::cast_precision_loss, reason = "there are thousands")]
@@ -228,11 +233,11 @@ async fn spared_per_second(world: &World, duration: Duration) -> f64 {
 }
 
 /// Waits until the consumer has had failures of that kind, and says that it has no status API.
-async fn is_noticed(world: &World, outcome: &str) {
+async fn wait_until_noticed(world: &World, outcome: &str) {
     eventually("the consumer notices how the status API is", PATIENCE, async || {
         let (status, reason) = world.consumers[0].get("/readyz").await;
         let ready = status == 200 || !reason.contains("status API");
-        (!ready && failures(world, outcome).await >= NOTICEABLE).then_some(())
+        (!ready && failures(world, outcome).await >= MIN_FAILURES).then_some(())
     })
     .await;
 }

@@ -35,7 +35,7 @@ const ANSWER_MAX: Duration = Duration::from_secs(5);
 
 // Field case 2.2
 async fn slow_event_readers() -> Verdict {
-    // The readers take their part of the machine.
+    // The readers use a part of the machine.
     let rate = Rate { callbacks: Rate::USUAL.callbacks / 5, ..Rate::USUAL };
     let mut world = World::start(Setup { rate, ..Setup::default() }).await;
     rows::insert_foreign(world.database.pool(), OBJECTS).await;
@@ -44,7 +44,7 @@ async fn slow_event_readers() -> Verdict {
     let url = viewer_url(viewer).await;
     let address: SocketAddr =
         url.trim_start_matches("http://").parse().expect("a viewer should log its address");
-    world.comes_under_load().await;
+    world.start_load().await;
 
     let viewer = world.viewer.as_ref().expect("the case has started a viewer");
     let before = viewer.rss_kib();
@@ -58,15 +58,15 @@ async fn slow_event_readers() -> Verdict {
         if !answer.is_ok_and(|answer| answer.status == 200) {
             slowest = Duration::MAX;
         }
-        world.stays(READ_INTERVAL).await;
+        world.run_for(READ_INTERVAL).await;
     }
     let mut cut_off = 0;
     while let Some(read) = readers.join_next().await {
         cut_off += usize::from(!read.is_ok_and(|is_open| is_open));
     }
-    world.recovers().await;
+    world.wait_for_recovery().await;
 
-    let mut verdict = world.settles(Allowed::REPEATS).await;
+    let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
     let grown = peak - before;
     println!(
         "the viewer grew by {grown} KiB; its slowest answer took {slowest:?}; {cut_off} cut off"

@@ -7,7 +7,7 @@ mod go;
 
 use std::time::{Duration, SystemTime};
 
-use pipeline::{Partner, Surroundings, callback_endpoint, viewer_url};
+use pipeline::{Partner, System, callback_endpoint, viewer_url};
 use sqlx::PgPool;
 use testbed::{Answer, Database, Process, Queue, RabbitNode, StatusApi, eventually, http_get};
 use tokio::task::{JoinSet, LocalSet};
@@ -61,7 +61,7 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
     });
     let status_api =
         stand_in.as_ref().map_or_else(|| format!("http://127.0.0.1:{port}"), StatusApi::endpoint);
-    let surroundings = Surroundings {
+    let system = System {
         amqp_uri: amqp_uri.clone(),
         queue: queue.clone(),
         database: database.environment(),
@@ -70,7 +70,7 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
     let spawn = |service: &str, extra: &[(&'static str, &str)]| {
         let mut variables = vec![("QUEUE_TYPE", "classic"), ("TZ", "Europe/Berlin")];
         variables.extend(extra);
-        surroundings.spawn(service, &variables)
+        system.spawn(service, &variables)
     };
     let mut go = JoinSet::new();
     let mut services = Vec::new();
@@ -101,7 +101,7 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
     } else {
         let endpoint = endpoint.clone();
         go.spawn(async move {
-            let partner = Partner::with_patience(PATIENCE);
+            let partner = Partner::with_timeout(PATIENCE);
             let mut ticks = tokio::time::interval(Duration::from_millis(500));
             loop {
                 ticks.tick().await;
@@ -133,7 +133,7 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
         is_filled(ours, pool, &url).await;
     }
     if ours.producer && ours.consumer {
-        listed(&surroundings).await;
+        listed(&system).await;
     }
     for service in services.iter().chain(&tester) {
         complains_of_nothing(ours, service);
@@ -204,9 +204,9 @@ async fn shown(url: &str) -> Vec<(i64, Duration)> {
 }
 
 /// `lastseen objects` shows them, too.
-async fn listed(surroundings: &Surroundings) {
+async fn listed(system: &System) {
     let value = |name| {
-        let variable = surroundings.database.iter().find(|(other, _)| *other == name);
+        let variable = system.database.iter().find(|(other, _)| *other == name);
         variable.unwrap().1.as_str()
     };
     let url = format!(
@@ -230,11 +230,11 @@ async fn id_that_the_go_table_cannot_hold_becomes_a_dead_letter() {
     let (queue, database) = (Queue::new(), Database::new().await);
     sqlx::raw_sql(go::TABLE).execute(database.pool()).await.unwrap();
     let status_api = StatusApi::start(|_, _| Answer::Online);
-    let surroundings =
-        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let system =
+        System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
     let classic = [("QUEUE_TYPE", "classic"), ("TZ", "Europe/Berlin")];
-    let producer = surroundings.spawn("producer", &classic);
-    let _consumer = surroundings.spawn("consumer", &classic);
+    let producer = system.spawn("producer", &classic);
+    let _consumer = system.spawn("consumer", &classic);
     producer.ready().await;
     let too_large = i64::from(i32::MAX) + 1;
     let partner = Partner::default();

@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Instant;
 
-use pipeline::{Surroundings, callback_endpoint};
+use pipeline::{System, callback_endpoint};
 use serde_json::Value;
 use testbed::{Database, Process, Prometheus, Queue, eventually, free_port};
 
@@ -66,19 +66,19 @@ fn has_data(answer: &str) -> bool {
 async fn every_dashboard_panel_has_data_within_a_minute() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let tester_port = free_port();
-    let surroundings = Surroundings {
+    let system = System {
         amqp_uri: testbed::amqp_uri(),
         queue: queue.name.clone(),
         database: database.environment(),
         status_api: format!("http://127.0.0.1:{tester_port}"),
     };
-    let producer = surroundings.spawn("producer", &[]);
-    let consumer = surroundings.spawn("consumer", &[]);
-    let routine = surroundings.spawn("routine", &[]);
-    let viewer = surroundings.spawn("viewer", &[]);
+    let producer = system.spawn("producer", &[]);
+    let consumer = system.spawn("consumer", &[]);
+    let routine = system.spawn("routine", &[]);
+    let viewer = system.spawn("viewer", &[]);
     let endpoint = callback_endpoint(&producer).await;
     let address = format!("127.0.0.1:{tester_port}");
-    let tester = surroundings.spawn(
+    let tester = system.spawn(
         "tester",
         &[("TESTER_ADDR", address.as_str()), ("CALLBACK_ENDPOINT", endpoint.as_str())],
     );

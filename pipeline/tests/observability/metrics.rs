@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
 
-use pipeline::{Partner, Surroundings, callback_endpoint};
+use pipeline::{Partner, System, callback_endpoint};
 use testbed::{Answer, Database, Process, Queue, Scratch, StatusApi, eventually};
 
 use crate::promtool::promtool;
@@ -40,7 +40,7 @@ fn is(count: u32) -> impl Fn(f64) -> bool {
 
 /// Posts callbacks until one lookup has failed for good, and the others are done.
 async fn work(endpoint: &str, consumer: &Process) {
-    let partner = Partner::with_patience(PATIENCE);
+    let partner = Partner::with_timeout(PATIENCE);
     // A failure counts once the API has answered others, before it and after.
     eventually("an object is given up", PATIENCE, async || {
         assert!(partner.post(endpoint, &[2, 4, 7]).await);
@@ -68,18 +68,18 @@ async fn assert_true(consumer: &Process) {
 #[tokio::test]
 async fn metrics_are_well_formed_correct_and_documented() {
     let (queue, database, status_api) = (Queue::new(), Database::new().await, status_api());
-    let surroundings =
-        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
-    let producer = surroundings.spawn("producer", &[]);
+    let system =
+        System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let producer = system.spawn("producer", &[]);
     let settings = [("MAX_ATTEMPTS", "1"), ("WRITE_BATCH_LINGER", "1ms")];
-    let consumer = surroundings.spawn("consumer", &settings);
-    let routine = surroundings.spawn("routine", &[("ROUTINE_INTERVAL", "100ms")]);
-    let viewer = surroundings.spawn("viewer", &[]);
+    let consumer = system.spawn("consumer", &settings);
+    let routine = system.spawn("routine", &[("ROUTINE_INTERVAL", "100ms")]);
+    let viewer = system.spawn("viewer", &[]);
     let endpoint = callback_endpoint(&producer).await;
     producer.ready().await;
     let address = ("TESTER_ADDR", "127.0.0.1:0");
     let callbacks = [("CALLBACK_ENDPOINT", endpoint.as_str()), ("CALLBACK_INTERVAL", "100ms")];
-    let tester = surroundings.spawn("tester", &[address, callbacks[0], callbacks[1]]);
+    let tester = system.spawn("tester", &[address, callbacks[0], callbacks[1]]);
     let services = [producer, consumer, routine, viewer, tester];
     for service in &services {
         service.ready().await;
@@ -161,12 +161,12 @@ async fn lastseen_on_files_exports_correct_queue_metrics() {
 async fn waiting_messages_are_exported_with_their_age() {
     let status_api = StatusApi::start(|_, _| Answer::Hang);
     let (queue, database) = (Queue::new(), Database::new().await);
-    let surroundings =
-        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
-    let producer = surroundings.spawn("producer", &[]);
+    let system =
+        System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
+    let producer = system.spawn("producer", &[]);
     // It may take two messages and no more.
     let settings = [("MAX_CONSUMERS", "1"), ("COALESCE", "off"), ("STATUS_TIMEOUT", "60s")];
-    let consumer = surroundings.spawn("consumer", &settings);
+    let consumer = system.spawn("consumer", &settings);
     let home = Scratch::new("home");
     let settings = [
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
@@ -181,7 +181,7 @@ async fn waiting_messages_are_exported_with_their_age() {
     for service in [&producer, &consumer, &lastseen] {
         service.ready().await;
     }
-    let partner = Partner::with_patience(PATIENCE);
+    let partner = Partner::with_timeout(PATIENCE);
     for (producer, consumer) in [(&producer, &consumer), (&lastseen, &lastseen)] {
         assert!(partner.post(&callback_endpoint(producer).await, &[1, 2, 3, 4, 5]).await);
         metric(consumer, "lastseen_unsettled_messages", is(2)).await;

@@ -9,7 +9,7 @@ use crate::PATIENCE;
 #[tokio::test]
 async fn services_without_create_right_wait_for_the_migration() {
     let database = PostgresCluster::start().await;
-    database.ask_for_passwords().await;
+    database.require_passwords().await;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../scripts/postgres-roles.sql");
     let passwords = [
         ("POSTGRES_MIGRATION_PASSWORD", "m"),

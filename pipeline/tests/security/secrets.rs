@@ -157,7 +157,7 @@ async fn no_secret_leaks_in_normal_operation_or_on_failed_login() {
     let escaped = MARK.replace('\'', "''");
     let role = format!("CREATE ROLE marked SUPERUSER LOGIN PASSWORD '{escaped}'");
     sqlx::query(sqlx::AssertSqlSafe(role)).execute(database.pool()).await.unwrap();
-    database.ask_for_passwords().await;
+    database.require_passwords().await;
     broker.rabbitmqctl(&["add_user", "marked", MARK]).await;
     broker.rabbitmqctl(&["set_permissions", "marked", ".*", ".*", ".*"]).await;
     let status_api = StatusApi::start(|id, _| match id {

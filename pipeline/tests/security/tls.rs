@@ -2,7 +2,7 @@
 
 use std::net::TcpListener;
 
-use pipeline::{Partner, Surroundings, callback_endpoint};
+use pipeline::{Partner, System, callback_endpoint};
 use testbed::{Answer, Authority, PostgresCluster, Process, RabbitNode, StatusApi, eventually};
 
 use crate::PATIENCE;
@@ -31,13 +31,13 @@ async fn services_need_the_authority_and_report_untrusted_servers() {
         ("POSTGRES_SSLMODE", "verify-full".to_owned()),
     ];
     let amqps = broker.amqps_uri("localhost");
-    let surroundings = Surroundings::new(&amqps, "objects", by_name, &status_api);
+    let system = System::new(&amqps, "objects", by_name, &status_api);
     let file = authority.file().display().to_string();
     let told = [("AMQP_CA_FILE", file.as_str()), ("POSTGRES_SSLROOTCERT", &file)];
 
-    let producer = surroundings.spawn("producer", &told[..1]);
-    let consumer = surroundings.spawn("consumer", &told);
-    let routine = surroundings.spawn("routine", &told[1..]);
+    let producer = system.spawn("producer", &told[..1]);
+    let consumer = system.spawn("consumer", &told);
+    let routine = system.spawn("routine", &told[1..]);
     for service in [&producer, &consumer, &routine] {
         service.ready().await;
     }
@@ -50,17 +50,17 @@ async fn services_need_the_authority_and_report_untrusted_servers() {
     })
     .await;
 
-    let by_system = surroundings.spawn("producer", &[("SSL_CERT_FILE", &file)]);
+    let by_system = system.spawn("producer", &[("SSL_CERT_FILE", &file)]);
     by_system.ready().await;
 
     let unknown = "UnknownIssuer";
-    let stranger = surroundings.spawn("consumer", &[]);
+    let stranger = system.spawn("consumer", &[]);
     not_ready_because(&stranger, &["broker", "database", unknown]).await;
     stranger.wait_for_log(unknown).await;
-    let stranger = surroundings.spawn("producer", &[]);
+    let stranger = system.spawn("producer", &[]);
     // With its spool it is ready all the same.
     stranger.wait_for_log(unknown).await;
-    let other_name = Surroundings { amqp_uri: broker.amqps_uri("127.0.0.1"), ..surroundings };
+    let other_name = System { amqp_uri: broker.amqps_uri("127.0.0.1"), ..system };
     let stranger =
         other_name.spawn("consumer", &[told[0], told[1], ("POSTGRES_HOST", "127.0.0.1")]);
     not_ready_because(&stranger, &["broker", "database", "not valid for name"]).await;

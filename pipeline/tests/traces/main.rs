@@ -7,7 +7,7 @@ mod spans;
 use std::time::Duration;
 
 use lapin::message::BasicGetMessage;
-use pipeline::{Partner, Surroundings, callback_endpoint};
+use pipeline::{Partner, System, callback_endpoint};
 use reqwest::Client;
 use service::CancellationToken;
 use testbed::{Answer, Database, Process, Proxy, Queue, StatusApi, amqp_uri, eventually};
@@ -32,7 +32,7 @@ fn status_api() -> (StatusApi, CancellationToken) {
     let answers = CancellationToken::new();
     let held = answers.clone();
     let status_api =
-        StatusApi::start(move |_, _| Answer::Once(held.clone(), Box::new(Answer::Online)));
+        StatusApi::start(move |_, _| Answer::Gated(held.clone(), Box::new(Answer::Online)));
     (status_api, answers)
 }
 
@@ -82,15 +82,14 @@ async fn ends_well(service: Process) {
 async fn trace_connects_the_partners_span_with_the_commit() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let (told, (status_api, answers)) = (Told::start().await, status_api());
-    let surroundings =
-        Surroundings::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
+    let system = System::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
     let collector = told.collector.endpoint();
     let traced = [(ENDPOINT, collector.as_str()), ("OTEL_EXPORTER_OTLP_HEADERS", HEADERS)];
-    let producer = surroundings.spawn("producer", &traced);
+    let producer = system.spawn("producer", &traced);
     // Both results are one batch, however slow the machine.
     let one_batch = [("WRITE_BATCH_MAX", "2"), ("WRITE_BATCH_LINGER", "1m")];
     let named = ("OTEL_SERVICE_NAME", "the consumer");
-    let consumer = surroundings.spawn("consumer", &[&traced[..], &one_batch, &[named]].concat());
+    let consumer = system.spawn("consumer", &[&traced[..], &one_batch, &[named]].concat());
     tokio::join!(producer.ready(), consumer.ready());
     let endpoint = callback_endpoint(&producer).await;
     for (partner, ids) in PARTNERS.iter().zip([[2].as_slice(), &[4]]) {
@@ -137,12 +136,11 @@ async fn trace_connects_the_partners_span_with_the_commit() {
 async fn coalesced_deliveries_are_linked_to_their_lookup() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let (told, (status_api, answers)) = (Told::start().await, status_api());
-    let surroundings =
-        Surroundings::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
+    let system = System::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
     let collector = told.collector.endpoint();
     let traced = [(ENDPOINT, collector.as_str()), ("OTEL_EXPORTER_OTLP_HEADERS", HEADERS), SOON];
-    let producer = surroundings.spawn("producer", &traced);
-    let consumer = surroundings.spawn("consumer", &traced);
+    let producer = system.spawn("producer", &traced);
+    let consumer = system.spawn("consumer", &traced);
     tokio::join!(producer.ready(), consumer.ready());
     let endpoint = callback_endpoint(&producer).await;
     // The others come while the first is looked up, and wait for the next lookup.
@@ -179,16 +177,15 @@ async fn without_a_collector_no_trace_context_is_propagated() {
     let disabled = [(ENDPOINT, "http://127.0.0.1:1"), ("OTEL_SDK_DISABLED", "true")];
     for (id, variables) in [(1, &[][..]), (2, &disabled)] {
         let (queue, database) = (Queue::new(), Database::new().await);
-        let surroundings =
-            Surroundings::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
-        let producer = surroundings.spawn("producer", variables);
+        let system = System::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
+        let producer = system.spawn("producer", variables);
         producer.ready().await;
         let endpoint = callback_endpoint(&producer).await;
         post(&endpoint, PARTNERS[0], &[id]).await;
         let message = published(&queue).await;
         assert_eq!(header(&message), None);
 
-        let consumer = surroundings.spawn("consumer", variables);
+        let consumer = system.spawn("consumer", variables);
         post(&endpoint, PARTNERS[0], &[id]).await;
         asked(&status_api, &[id]).await;
         assert!(status_api.traceparents(id).is_empty());
@@ -205,7 +202,7 @@ async fn spooled_message_stays_in_its_trace() {
     uri.set_host(Some(&proxy.addr().ip().to_string())).unwrap();
     uri.set_port(Some(proxy.addr().port())).unwrap();
     proxy.cut();
-    let surroundings = Surroundings {
+    let system = System {
         amqp_uri: uri.to_string(),
         queue: queue.name.clone(),
         database: Vec::new(),
@@ -213,7 +210,7 @@ async fn spooled_message_stays_in_its_trace() {
     };
     let collector = told.collector.endpoint();
     let traced = [(ENDPOINT, collector.as_str()), ("OTEL_EXPORTER_OTLP_HEADERS", HEADERS), SOON];
-    let producer = surroundings.spawn("producer", &traced);
+    let producer = system.spawn("producer", &traced);
     producer.ready().await;
     post(&callback_endpoint(&producer).await, PARTNERS[0], &[1]).await;
     proxy.restore();
@@ -233,12 +230,11 @@ async fn silent_collector_delays_neither_callbacks_nor_shutdown() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let status_api = StatusApi::start(|_, _| Answer::Online);
     let silent = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
-    let surroundings =
-        Surroundings::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
+    let system = System::new(&amqp_uri(), &queue.name, database.environment(), &status_api);
     let collector = format!("http://{}", silent.local_addr().unwrap());
     let traced = [(ENDPOINT, collector.as_str()), SOON];
-    let producer = surroundings.spawn("producer", &traced);
-    let consumer = surroundings.spawn("consumer", &traced);
+    let producer = system.spawn("producer", &traced);
+    let consumer = system.spawn("consumer", &traced);
     tokio::join!(producer.ready(), consumer.ready());
     let endpoint = callback_endpoint(&producer).await;
     let partner = Partner::default();

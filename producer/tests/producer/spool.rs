@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use rusqlite::Connection;
 use testbed::{
-    ON_A_READ_ONLY_ROOT, ON_A_SMALL_DISK, Process, Proxy, Queue, Scratch, eventually, fill_disk,
+    Process, Proxy, Queue, Scratch, WITH_READ_ONLY_ROOT, WITH_SMALL_DISK, eventually, fill_disk,
 };
 
 use crate::harness::{DEADLINE, Producer, client};
@@ -50,7 +50,7 @@ async fn full_spool_is_answered_503_until_the_broker_is_back() {
     })
     .await;
     let reason = refused.assert_problem(503);
-    assert!(reason.contains("it holds the 1048576 bytes that it may"), "{reason}");
+    assert!(reason.contains("it has reached its limit of 1048576 bytes"), "{reason}");
     assert!(producer.health.missing().iter().any(|(_, reason)| reason.contains("1048576")));
     // Despite SQLite's overhead, the file holds about as many messages as fit into its limit.
     assert!((5_000..50_000).contains(&accepted.len()), "{}", accepted.len());
@@ -205,7 +205,7 @@ async fn spool_on_a_full_disk_is_relayed_and_emptied() {
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
         ("SPOOL_DIR", scratch.path().display().to_string()),
     ];
-    let producer = Process::spawn_through(&ON_A_SMALL_DISK, "producer", &settings, &[]);
+    let producer = Process::spawn_wrapped(&WITH_SMALL_DISK, "producer", &settings, &[]);
     let address = producer.wait_for_log("accepting callbacks").await;
     let address = address.split("address=").nth(1).unwrap().trim().to_owned();
     let client = client();
@@ -283,7 +283,7 @@ async fn spool_is_relayed_on_a_read_only_root() {
         ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
         ("SPOOL_DIR", scratch.path().display().to_string()),
     ];
-    let producer = Process::spawn_through(&ON_A_READ_ONLY_ROOT, "producer", &settings, &[]);
+    let producer = Process::spawn_wrapped(&WITH_READ_ONLY_ROOT, "producer", &settings, &[]);
     let address = producer.wait_for_log("accepting callbacks").await;
     let url = format!("http://{}/callback", address.split("address=").nth(1).unwrap().trim());
     let client = client();

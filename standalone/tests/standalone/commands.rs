@@ -53,7 +53,7 @@ async fn run_counting(home: &Home, arguments: &[&str], count: usize) -> Vec<Stri
 async fn make_dead_letters(home: &Home, lastseen: &Process, endpoint: &str, ids: &[i64]) {
     let settled = || lastseen.metric("lastseen_settled_total{disposition=\"dead_letter\"}");
     let before = settled().await;
-    let partner = Partner::with_patience(PATIENCE);
+    let partner = Partner::with_timeout(PATIENCE);
     let mut others = (1..).map(|id: i64| -id);
     // Only a tenth of all lookups fail. With a larger share, the failures would count against the
     // API and not against the messages.

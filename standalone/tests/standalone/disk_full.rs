@@ -2,7 +2,7 @@ use std::collections::HashSet;
 use std::fs;
 
 use pipeline::{Partner, callback_endpoint};
-use testbed::{ON_A_SMALL_DISK, Process, eventually, fill_disk};
+use testbed::{Process, WITH_SMALL_DISK, eventually, fill_disk};
 
 use crate::{Home, MILLISECOND, PATIENCE, even_ids_online};
 
@@ -12,7 +12,7 @@ async fn full_disk_refuses_callbacks_until_space_is_freed() {
     let home = Home::with_status_api(&status_api);
     fs::create_dir(home.file("")).unwrap();
     let arguments = ["--no-tester"];
-    let lastseen = Process::spawn_through(&ON_A_SMALL_DISK, "lastseen", &home.settings, &arguments);
+    let lastseen = Process::spawn_wrapped(&WITH_SMALL_DISK, "lastseen", &home.settings, &arguments);
     lastseen.ready().await;
     let endpoint = callback_endpoint(&lastseen).await;
     let partner = Partner::default();

@@ -52,7 +52,7 @@ async fn damaged_queue_is_kept_and_its_readable_part_used() {
 
     let (lastseen, _) = home.start(&["--no-tester"]).await;
     lastseen.wait_for_log("a damaged queue is kept").await;
-    let kept_as = lastseen.wait_for_log("has been carried over").await;
+    let kept_as = lastseen.wait_for_log("of the damaged file have been copied").await;
     let kept_as = kept_as.split("kept_as=").nth(1).unwrap().split(' ').next().unwrap();
     assert!(std::fs::read(kept_as.trim()).unwrap() == damaged, "it was changed");
     let (_, ready) = lastseen.get("/readyz").await;

@@ -2,7 +2,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use testbed::{Answer, Note, Reply, StatusApi, eventually, http_get};
+use testbed::{Answer, Reply, SentHook, StatusApi, eventually, http_get};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
@@ -55,7 +55,7 @@ async fn status_api_gives_every_kind_of_answer() {
         (api.in_flight() == 0).then_some(())
     })
     .await;
-    assert_eq!(api.peak_in_flight(), 1);
+    assert_eq!(api.max_in_flight(), 1);
     let ids: Vec<i64> = api.lookups().into_iter().map(|(id, _)| id).collect();
     assert_eq!(ids, [1, 2, 3, 4, 5, 6, 7, 8, 9]);
 }
@@ -80,10 +80,10 @@ async fn hook_runs_only_for_answers_that_are_sent() {
     let telling = Arc::clone(&told);
     let api = StatusApi::start(move |_, lookup| {
         let telling = Arc::clone(&telling);
-        let note = Note::new(move || {
+        let note = SentHook::new(move || {
             telling.fetch_add(1, Ordering::SeqCst);
         });
-        let answer = Answer::Noted(note, Box::new(Answer::Online));
+        let answer = Answer::Observed(note, Box::new(Answer::Online));
         Answer::After(Duration::from_millis(if lookup == 1 { 0 } else { 200 }), Box::new(answer))
     });
     assert_eq!(look_up(&api, 1).await.body, r#"{"id":1,"online":true}"#);

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use pipeline::{Partner, Surroundings, callback_endpoint, viewer_url};
+use pipeline::{Partner, System, callback_endpoint, viewer_url};
 use testbed::{Answer, Database, Process, Queue, StatusApi, eventually, free_port};
 
 use crate::PATIENCE;
@@ -35,15 +35,14 @@ async fn wait_for_event(subscriber: &mut Subscriber, kind: &str, id: i64) {
 async fn posted_object_comes_online_in_the_stream_and_is_gone_later() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let api = StatusApi::start(|id, _| if id % 2 == 0 { Answer::Online } else { Answer::Offline });
-    let surroundings =
-        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &api);
-    let producer = surroundings.spawn("producer", &[]);
-    let consumer = surroundings.spawn("consumer", &[]);
+    let system = System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &api);
+    let producer = system.spawn("producer", &[]);
+    let consumer = system.spawn("consumer", &[]);
     let lifetimes = [("OBJECT_TTL", "8s"), ("ROUTINE_INTERVAL", "200ms")];
-    let routine = surroundings.spawn("routine", &lifetimes);
+    let routine = system.spawn("routine", &lifetimes);
     let metrics = format!("http://{}/metrics,http://127.0.0.1:1/metrics", consumer.admin().await);
     let settings = [("VIEWER_METRICS", metrics.as_str())];
-    let mut viewer = surroundings.spawn("viewer", &settings);
+    let mut viewer = system.spawn("viewer", &settings);
     for service in [&producer, &consumer, &routine, &viewer] {
         wait_until_fully_ready(service).await;
     }
@@ -66,7 +65,7 @@ async fn posted_object_comes_online_in_the_stream_and_is_gone_later() {
     assert!(partner.post(&endpoint, &[4]).await);
     eventually("object 4 is looked up", PATIENCE, async || (api.lookups_of(4) > 0).then_some(()))
         .await;
-    viewer = surroundings.spawn("viewer", &settings);
+    viewer = system.spawn("viewer", &settings);
     wait_until_fully_ready(&viewer).await;
     let mut again = subscriber(&viewer, Some(&stream.last_id)).await;
     // The new process numbers its changes anew, so the stream begins with a snapshot. Object 4 may
@@ -126,11 +125,10 @@ async fn invalid_setting_ends_it_with_78_and_a_log_of_what_is_allowed() {
 async fn paused_viewer_does_not_affect_the_write_side() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let api = StatusApi::start(|_, _| Answer::Online);
-    let surroundings =
-        Surroundings::new(&testbed::amqp_uri(), &queue.name, database.environment(), &api);
-    let producer = surroundings.spawn("producer", &[]);
-    let consumer = surroundings.spawn("consumer", &[]);
-    let viewer = surroundings.spawn("viewer", &[]);
+    let system = System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &api);
+    let producer = system.spawn("producer", &[]);
+    let consumer = system.spawn("consumer", &[]);
+    let viewer = system.spawn("viewer", &[]);
     for service in [&producer, &consumer, &viewer] {
         service.ready().await;
     }

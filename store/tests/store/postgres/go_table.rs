@@ -118,7 +118,7 @@ async fn id_beyond_32_bits_is_a_rejected_row_of_an_integer_column() {
 async fn rows_live_for_their_ttl_when_the_clocks_go_back() {
     let database = Database::new().await;
     table(&database).await;
-    let clock = DatabaseClock::of(database.pool()).await;
+    let clock = DatabaseClock::install(database.pool()).await;
     let config = berlin(&database);
     set(&clock, AUTUMN - 2 * HOUR).await;
     let store = store(&config).await;
@@ -158,7 +158,7 @@ async fn rows_live_for_their_ttl_when_the_clocks_go_back() {
 async fn rows_live_for_their_ttl_when_the_clocks_go_forward() {
     let database = Database::new().await;
     table(&database).await;
-    let clock = DatabaseClock::of(database.pool()).await;
+    let clock = DatabaseClock::install(database.pool()).await;
     let config = berlin(&database);
     set(&clock, SPRING - 10 * SECOND).await;
     let store = store(&config).await;

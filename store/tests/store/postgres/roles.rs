@@ -14,7 +14,7 @@ const ROLES: [&str; 4] = ["migration", "consumer", "routine", "viewer"];
 
 async fn cluster_with_roles() -> PostgresCluster {
     let cluster = PostgresCluster::start().await;
-    cluster.ask_for_passwords().await;
+    cluster.require_passwords().await;
     make_roles(&cluster).await;
     cluster
 }
@@ -159,7 +159,7 @@ async fn no_role_can_exceed_its_rights() {
 #[tokio::test]
 async fn database_that_may_be_shared_stays_open_to_other_roles() {
     let cluster = PostgresCluster::start().await;
-    cluster.ask_for_passwords().await;
+    cluster.require_passwords().await;
     make_roles_with(&cluster, &[]).await;
     run(cluster.pool(), "CREATE ROLE stranger LOGIN PASSWORD 'x'").await;
     let stranger = format!("postgres://stranger:x@127.0.0.1:{}/postgres", cluster.port());
@@ -203,7 +203,7 @@ async fn existing_table_works_after_the_roles_are_created() {
     ready(&superuser).await;
     superuser.record_seen(&[seen(1, 2 * HOUR)]).await.unwrap();
     drop(superuser);
-    cluster.ask_for_passwords().await;
+    cluster.require_passwords().await;
     make_roles(&cluster).await;
     make_roles(&cluster).await;
     for role in ROLES {
