@@ -1,4 +1,4 @@
-//! Connections to a broker for the test's own use.
+//! Connections of a test to a broker.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub fn amqp_uri() -> String {
     clippy::disallowed_methods,
     reason = "amqp::connect is what is tested; here a timeout is enough, and a leaked thread ends with the test"
 )]
-/// Opens a connection, or says why there is none.
+/// Opens a connection.
 ///
 /// # Errors
 /// When there is no broker, or it does not answer within 5 s.

@@ -1,14 +1,14 @@
-//! Async work in a `drop`.
+//! Runs async cleanup in a `drop`.
 
 use std::time::Duration;
 
-/// A server that a test has killed or silenced must not hold up the end of the test.
+/// Time limit, so that a server that the test has killed or silenced does not block its end.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Does `work` to its end on a thread with a runtime of its own, because `drop` is not async, often
-/// runs inside a runtime where blocking on a future panics, and may run in one that is going down.
+/// Runs `work` to completion on a thread with its own runtime, because `drop` is not async. It often
+/// runs inside a runtime, where blocking on a future panics, or in one that is shutting down.
 ///
-/// It never panics, for it runs while a test panics, and a second panic would abort the process.
+/// It never panics, because it may run while a test panics: a second panic would abort the process.
 pub(crate) fn block_on<F>(what: &str, work: impl FnOnce() -> F + Send + 'static)
 where
     F: Future<Output = Result<(), String>>,
@@ -19,7 +19,7 @@ where
             .build()
             .map_err(|error| error.to_string())?;
         let done = runtime.block_on(async { tokio::time::timeout(DEADLINE, work()).await });
-        // A library's thread that still waits for the server would keep an orderly shutdown waiting.
+        // A library's thread that still waits for the server would block an orderly shutdown.
         runtime.shutdown_background();
         done.unwrap_or_else(|_| Err(format!("it took longer than {DEADLINE:?}")))
     });

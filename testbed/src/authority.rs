@@ -1,4 +1,4 @@
-//! A certificate authority of one's own.
+//! A private certificate authority.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, chown};
@@ -8,8 +8,8 @@ use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 
 use crate::scratch::Scratch;
 
-/// A private authority, which no system trusts, and one certificate of it: for the name `localhost`,
-/// and not for the address 127.0.0.1.
+/// A certificate authority that no system trusts, and one server certificate. The certificate is
+/// valid for the name `localhost`, and not for the address 127.0.0.1.
 #[derive(Debug)]
 pub struct Authority {
     pem: String,
@@ -18,7 +18,7 @@ pub struct Authority {
     scratch: Scratch,
 }
 
-/// The files that a server wants to be told.
+/// The certificate files of a server.
 #[derive(Debug)]
 pub(crate) struct ServerFiles {
     pub(crate) certificate: PathBuf,
@@ -26,44 +26,44 @@ pub(crate) struct ServerFiles {
 }
 
 impl Authority {
-    /// Makes the authority, the certificate, and their keys.
+    /// Creates the authority, the certificate and their keys.
     #[must_use]
     pub fn new() -> Self {
-        let mut authority = CertificateParams::new([]).expect("no name is a bad one");
+        let mut authority = CertificateParams::new([]).expect("an empty list of names is valid");
         authority.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
         authority.distinguished_name.push(DnType::CommonName, "Lastseen's test authority");
-        let authority_key = KeyPair::generate().expect("a key can be made");
-        let own = authority.self_signed(&authority_key).expect("a key signs its own certificate");
+        let authority_key = KeyPair::generate().expect("a key can be generated");
+        let root = authority.self_signed(&authority_key).expect("a key signs its own certificate");
         let issuer = Issuer::new(authority, authority_key);
 
         let server = CertificateParams::new(["localhost".to_owned()]);
         let server = server.expect("localhost should be a name");
-        let key = KeyPair::generate().expect("a key can be made");
+        let key = KeyPair::generate().expect("a key can be generated");
         let certificate = server.signed_by(&key, &issuer).expect("an authority signs");
         let scratch = Scratch::new("authority");
-        let made = Self {
-            pem: own.pem(),
+        let authority = Self {
+            pem: root.pem(),
             certificate: certificate.pem(),
             key: key.serialize_pem(),
             scratch,
         };
-        fs::write(made.file(), &made.pem).expect("a scratch file should be writable");
-        made
+        fs::write(authority.file(), &authority.pem).expect("a scratch file should be writable");
+        authority
     }
 
-    /// Its own certificate, as PEM.
+    /// The certificate of the authority, as PEM.
     #[must_use]
     pub fn pem(&self) -> &str {
         &self.pem
     }
 
-    /// The file with its own certificate.
+    /// The file with the certificate of the authority.
     #[must_use]
     pub fn file(&self) -> PathBuf {
         self.scratch.path().join("authority.pem")
     }
 
-    /// Lays the server's certificate and its key down in `folder`, the key for that user alone.
+    /// Writes the server's certificate and key to `folder`, readable only by `owner`.
     pub(crate) fn write_to(&self, folder: &Path, owner: Option<(u32, u32)>) -> ServerFiles {
         let files =
             ServerFiles { certificate: folder.join("server.pem"), key: folder.join("server.key") };

@@ -1,4 +1,4 @@
-//! What stands in front of several producers.
+//! A TCP load balancer in front of several producers.
 
 use std::net::SocketAddr;
 
@@ -9,10 +9,8 @@ use tokio::task::JoinSet;
 use crate::free_port;
 use crate::ports::local;
 
-/// A plain TCP balancer: each connection goes to the next of its backends, or, when that refuses it,
-/// to the one after. It knows nothing of HTTP, asks nobody for their health, and sends nothing twice.
-///
-/// It stops on drop.
+/// A plain TCP balancer. It passes each connection to the next backend, or to the one after if that
+/// one refuses it. It does not parse HTTP, check health or retry. It stops on drop.
 #[derive(Debug)]
 pub struct Balancer {
     address: SocketAddr,
@@ -20,7 +18,7 @@ pub struct Balancer {
 }
 
 impl Balancer {
-    /// Starts to balance over `backends`; none of them has to be there yet.
+    /// Starts to balance over `backends`, which may start later.
     ///
     /// # Panics
     /// When it cannot listen.
@@ -33,7 +31,7 @@ impl Balancer {
         Self { address, _accepting: accepting }
     }
 
-    /// Where to connect to instead of the backends.
+    /// The address to connect to instead of the backends.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.address
@@ -49,7 +47,7 @@ async fn accept(listener: TcpListener, mut backends: Vec<SocketAddr>) {
         connections.spawn(async move {
             for backend in backends {
                 if let Ok(mut server) = TcpStream::connect(backend).await {
-                    // Whichever side breaks off, the other sees it.
+                    // When one side closes the connection, the other side is closed as well.
                     let _ = copy_bidirectional(&mut client, &mut server).await;
                     return;
                 }

@@ -1,15 +1,15 @@
-//! The child processes of a process that is not ours to wait for them.
+//! Finds the child processes of another process.
 
 use std::fs;
 use std::path::Path;
 
 use rustix::process::Pid;
 
-/// The processes that `parent` has started, once it is stopped and can start no more.
+/// Waits until `parent` is stopped and cannot start more processes, and returns its children.
 pub(crate) fn children_once_stopped(parent: Pid) -> Vec<Pid> {
     let parent = parent.as_raw_nonzero().get();
-    // It takes effect at once on a process that sleeps, and soon on one that runs. A zombie is as
-    // good as stopped.
+    // The stop signal takes effect at once on a sleeping process and soon on a running one. A zombie
+    // cannot start processes either.
     while stat(Path::new(&format!("/proc/{parent}")))
         .is_some_and(|stat| !matches!(stat.state, 'T' | 'Z'))
     {

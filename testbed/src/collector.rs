@@ -1,4 +1,4 @@
-//! A collector of traces.
+//! A trace collector.
 
 use std::net::SocketAddr;
 
@@ -14,7 +14,7 @@ use tokio::task::JoinHandle;
 use crate::free_port;
 use crate::ports::local;
 
-/// Takes spans by OTLP over HTTP, until it is dropped.
+/// Receives spans by OTLP over HTTP until it is dropped.
 #[derive(Debug)]
 pub struct Collector {
     address: SocketAddr,
@@ -22,19 +22,21 @@ pub struct Collector {
 }
 
 impl Collector {
-    /// Starts it on a free port. `taken` gets the headers and the body, in protobuf, of each request.
-    pub async fn start(taken: impl Fn(&HeaderMap, &Bytes) + Clone + Send + Sync + 'static) -> Self {
+    /// Starts it on a free port. `receive` gets the headers and the protobuf body of each request.
+    pub async fn start(
+        receive: impl Fn(&HeaderMap, &Bytes) + Clone + Send + Sync + 'static,
+    ) -> Self {
         let listener =
             TcpListener::bind(local(free_port())).await.expect("a free port can be listened on");
         let address = listener.local_addr().expect("a listener has an address");
-        let take = async move |headers: HeaderMap, body: Bytes| taken(&headers, &body);
-        let router = Router::new().route("/v1/traces", post(take));
+        let handle = async move |headers: HeaderMap, body: Bytes| receive(&headers, &body);
+        let router = Router::new().route("/v1/traces", post(handle));
         let limits = Limits { max_connections: 100, ..Limits::default() };
         let serving = tokio::spawn(serve(listener, router, limits, CancellationToken::new()));
         Self { address, serving }
     }
 
-    /// What to set `OTEL_EXPORTER_OTLP_ENDPOINT` to.
+    /// The value for `OTEL_EXPORTER_OTLP_ENDPOINT`.
     #[must_use]
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)

@@ -1,4 +1,4 @@
-//! A database of one's own on the shared server.
+//! A private database on the shared server.
 
 use std::time::Duration;
 
@@ -20,7 +20,7 @@ pub fn database_url() -> String {
         .expect("TEST_DATABASE_URL should be set: run the tests by `make test`, which starts the shared servers and sets it")
 }
 
-/// A fresh, empty database; dropped, together with the connections to it, on drop.
+/// A new, empty database. On drop, it and all connections to it are removed.
 #[derive(Debug)]
 pub struct Database {
     name: String,
@@ -35,12 +35,12 @@ impl Database {
         Self::on(&database_url()).await
     }
 
-    /// Creates the database on the server where `admin_url` leads.
+    /// Creates the database on the server at `admin_url`.
     pub async fn on(admin_url: &str) -> Self {
         let name = format!("lastseen_test_{}", Uuid::now_v7().simple());
         let mut url = Url::parse(admin_url).expect("an administrator's URL should be a URL");
         url.set_path(&name);
-        // From template1 it would fail whenever somebody is connected to that.
+        // Creating it from template1 fails while a client is connected to template1.
         execute(admin_url, format!("CREATE DATABASE {name} TEMPLATE template0")).await.expect(
             "an administrator's URL should lead to a server where databases can be created",
         );
@@ -49,19 +49,19 @@ impl Database {
         Self { name, admin_url: admin_url.to_owned(), url, pool }
     }
 
-    /// Where it is, as a `postgres://` URL.
+    /// Its `postgres://` URL.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// A few connections for the test's own use.
+    /// A few connections for the test.
     #[must_use]
     pub fn pool(&self) -> &PgPool {
         &self.pool
     }
 
-    /// Where it is, as our services want to be told.
+    /// The `POSTGRES_*` variables for the services.
     #[must_use]
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         postgres_environment(&self.url)
@@ -78,8 +78,8 @@ impl Drop for Database {
     }
 }
 
-/// A postgres URL as the variables `POSTGRES_HOST`, `_PORT`, `_USER`, `_PASSWORD` and `_DB`.
-/// A password that the URL does not have is given as `unused`, for our services insist on one.
+/// Converts a postgres URL to the variables `POSTGRES_HOST`, `_PORT`, `_USER`, `_PASSWORD` and `_DB`.
+/// A missing password becomes `unused`, because the services need one.
 ///
 /// # Panics
 /// When `url` is no URL with a host.
@@ -96,7 +96,7 @@ pub fn postgres_environment(url: &str) -> Vec<(&'static str, String)> {
     ]
 }
 
-/// A pool that connects when it is first used.
+/// A small pool that connects when it is first used.
 #[expect(clippy::disallowed_methods, reason = "a test that hangs fails")]
 pub(crate) fn small_pool(url: &str) -> PgPool {
     PgPoolOptions::new()
@@ -108,7 +108,7 @@ pub(crate) fn small_pool(url: &str) -> PgPool {
 
 async fn execute(url: &str, sql: String) -> Result<(), sqlx::Error> {
     let mut connection = PgConnection::connect(url).await?;
-    // The names in it are made of letters, digits and underscores only.
+    // The names in the statement contain only letters, digits and underscores.
     sqlx::query(AssertSqlSafe(sql)).execute(&mut connection).await?;
     connection.close().await
 }

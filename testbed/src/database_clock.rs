@@ -1,19 +1,18 @@
-//! A database's clock, to set.
+//! A database clock that a test can set.
 
 use std::time::Duration;
 
 use sqlx::PgPool;
 
-/// The clock of one database, which its sessions see in place of the server's: `now()` and
-/// `clock_timestamp()` of a schema that they look through before Postgres's own.
+/// The clock that sessions of one database see instead of the server's clock. It shadows `now()` and
+/// `clock_timestamp()` by a schema that precedes `pg_catalog` in the search path.
 #[derive(Debug)]
 pub struct DatabaseClock {
     pool: PgPool,
 }
 
 impl DatabaseClock {
-    /// Gives the database such a clock, which goes right. Sessions that are there already do not see
-    /// it.
+    /// Installs the clock with the correct time. Existing sessions do not see it.
     pub async fn install(pool: &PgPool) -> Self {
         let shadow = "
             CREATE TABLE public.wrong_by AS SELECT interval '0' AS step;
@@ -28,17 +27,17 @@ impl DatabaseClock {
         Self { pool: pool.clone() }
     }
 
-    /// Sets it ahead of the right time.
+    /// Sets the clock ahead of the correct time.
     pub async fn set_ahead(&self, step: Duration) {
         self.set(step.as_secs_f64()).await;
     }
 
-    /// Sets it behind the right time.
+    /// Sets the clock behind the correct time.
     pub async fn set_behind(&self, step: Duration) {
         self.set(-step.as_secs_f64()).await;
     }
 
-    /// Sets it right.
+    /// Sets the clock to the correct time.
     pub async fn reset(&self) {
         self.set(0.0).await;
     }

@@ -1,13 +1,14 @@
-//! Waiting on conditions.
+//! Waits for conditions.
 
 use std::time::Duration;
 
 const POLL_INTERVAL: Duration = Duration::from_millis(25);
 
-/// Polls until `condition` gives a value, and hands it over.
+/// Polls until `condition` returns a value, and returns that value.
 ///
 /// # Panics
-/// With `what` when there is none `within` that time; a poll that hangs is cut off by it as well.
+/// When there is no value `within` that time, with `what` in the message. This also cuts off a poll
+/// that hangs.
 pub async fn eventually<T>(
     what: &str,
     within: Duration,

@@ -12,8 +12,8 @@ use crate::{eventually, free_port, http_get, ports, programs};
 
 const DEADLINE: Duration = Duration::from_secs(30);
 
-/// An `HAProxy` that checks `/readyz` of its backends every two seconds, with its defaults otherwise, opens a
-/// new connection for each request, and sends nothing twice. It is killed on drop.
+/// An `HAProxy` that checks `/readyz` of its backends every two seconds, opens a new connection for
+/// each request and never retries. Other settings have their defaults. It is killed on drop.
 #[derive(Debug)]
 pub struct HaProxy {
     _group: ProcessGroup,
@@ -23,7 +23,7 @@ pub struct HaProxy {
 }
 
 impl HaProxy {
-    /// Starts it on `address`, and returns when it runs. None of `backends` has to be there yet.
+    /// Starts it on `address`, and returns when it runs. The `backends` may start later.
     ///
     /// # Panics
     /// When it is not installed, or refuses to start.
@@ -55,22 +55,24 @@ impl HaProxy {
             .stderr(errors);
         let group = ProcessGroup::spawn(&mut command, scratch.path());
         let haproxy = Self { _group: group, statistics_port, log, _scratch: scratch };
-        eventually("HAProxy runs", DEADLINE, async || haproxy.up().await.map(drop)).await;
+        eventually("HAProxy runs", DEADLINE, async || haproxy.healthy().await.map(drop)).await;
         haproxy
     }
 
-    /// Waits until it takes exactly so many of its backends for healthy.
+    /// Waits until exactly `backends` of its backends are healthy.
     ///
     /// # Panics
-    /// When it does not within half a minute.
+    /// When that takes longer than half a minute.
     pub async fn wait_for_healthy(&self, backends: usize) {
-        let what = format!("HAProxy takes {backends} backends for healthy");
-        eventually(&what, DEADLINE, async || (self.up().await? == backends).then_some(())).await;
+        let what = format!("HAProxy reports {backends} healthy backends");
+        eventually(&what, DEADLINE, async || (self.healthy().await? == backends).then_some(()))
+            .await;
     }
 
-    async fn up(&self) -> Option<usize> {
+    /// The number of healthy backends; `None` while `HAProxy` does not answer.
+    async fn healthy(&self) -> Option<usize> {
         let reply = http_get(ports::local(self.statistics_port), "/;csv").await.ok()?;
-        // Proxy, server, and so on; the status is the 18th column, such as "UP" or "DOWN 1/2".
+        // Columns: the proxy, the server, and as the 18th the status, such as "UP" or "DOWN 1/2".
         let is_up = |line: &&str| {
             let mut columns = line.split(',');
             let (proxy, server) = (columns.next(), columns.next());

@@ -1,4 +1,4 @@
-//! The smallest HTTP client that can ask our own servers.
+//! A minimal HTTP client for our own servers.
 
 use std::io;
 use std::net::SocketAddr;
@@ -9,22 +9,22 @@ use tokio::net::TcpStream;
 
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// An HTTP answer as it came over the wire.
+/// An HTTP response as it came over the wire.
 #[derive(Clone, Debug)]
 pub struct Reply {
     /// The status code.
     pub status: u16,
     /// The status line and the headers.
     pub head: String,
-    /// All after the first empty line.
+    /// Everything after the first empty line.
     pub body: String,
 }
 
-/// Asks for `path` by HTTP/1.0, which makes the server close the connection after its answer and
-/// send it in one piece.
+/// Gets `path` by HTTP/1.0, so that the server sends an unchunked response and then closes the
+/// connection.
 ///
 /// # Errors
-/// When there is no complete answer within 10 s.
+/// When there is no complete response within 10 s.
 pub async fn http_get(address: SocketAddr, path: &str) -> io::Result<Reply> {
     tokio::time::timeout(DEADLINE, async {
         let mut stream = TcpStream::connect(address).await?;

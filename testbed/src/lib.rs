@@ -1,14 +1,14 @@
-//! Real servers and processes that a test starts for itself, and isolation on the shared ones. It is
-//! a dev-dependency only: whatever goes wrong in here is a panic that says what, because a test has
-//! nobody to hand an error to.
+//! Real servers and processes for tests. It is a dev-dependency only, and every failure is a panic
+//! with a reason, because a test cannot handle errors.
 //!
-//! - On the shared servers: [`Queue`] and [`Database`], each of its own name, gone when dropped.
-//! - Of one's own, to kill and to boot again: [`RabbitNode`], [`PostgresCluster`], with TLS if the test
-//!   has an [`Authority`]; [`Prometheus`].
-//! - What stands around our services: [`StatusApi`], [`Proxy`], [`Balancer`], [`HaProxy`], [`Collector`]; and a service itself: [`Process`].
+//! - [`Queue`] and [`Database`] have unique names on the shared servers and are removed on drop.
+//! - [`RabbitNode`] and [`PostgresCluster`] belong to one test, which can kill and boot them, with TLS
+//!   by an [`Authority`]. So does [`Prometheus`].
+//! - [`StatusApi`], [`Proxy`], [`Balancer`], [`HaProxy`] and [`Collector`] are the peers of services.
+//! - [`Process`] is a service.
 //!
-//! What a test starts ends with it, even when it panics. What is a process ends also when the test
-//! process is killed.
+//! Everything that a test starts ends with the test, even when it panics. Processes also end when
+//! the test process is killed.
 
 #![expect(
     clippy::expect_used,

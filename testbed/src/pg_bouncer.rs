@@ -1,4 +1,4 @@
-//! A pgbouncer of one's own.
+//! A private pgbouncer.
 
 use std::fmt::Write as _;
 use std::fs::{self, File};
@@ -15,7 +15,7 @@ use crate::{eventually, free_port, ports, programs};
 
 const START_DEADLINE: Duration = Duration::from_secs(30);
 
-/// A pgbouncer with its own port and Debian's default settings, killed on drop.
+/// A pgbouncer with its own port and Debian's default settings. It is killed on drop.
 #[derive(Debug)]
 pub struct PgBouncer {
     _group: ProcessGroup,
@@ -25,8 +25,8 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts it before the database at `url`, with `pool_mode` `session`, `transaction` or `statement`
-    /// and up to `pool_size` connections to the server.
+    /// Starts it in front of the database at `url`, with the `pool_mode` `session`, `transaction` or
+    /// `statement` and up to `pool_size` connections to the server.
     ///
     /// # Panics
     /// When it is not installed, or does not start.
@@ -35,7 +35,7 @@ impl PgBouncer {
         let mut url = Url::parse(url).expect("a postgres URL should be a URL");
         let host = url.host_str().expect("a postgres URL should have a host");
         let server_port = url.port().unwrap_or(5432);
-        // An empty one would be a syntax error.
+        // An empty password would be a syntax error.
         let password = url.password().map(|password| format!(" password='{password}'"));
         let (user, password) = (url.username(), password.unwrap_or_default());
         let mut config = format!(
@@ -44,7 +44,7 @@ impl PgBouncer {
              auth_type = any\npool_mode = {pool_mode}\ndefault_pool_size = {pool_size}\n"
         );
         if geteuid().is_root() {
-            // It refuses to run as root. Writing to a string cannot fail.
+            // pgbouncer refuses to run as root. Writing to a string cannot fail.
             _ = writeln!(config, "user = nobody");
         }
         let file = scratch.path().join("pgbouncer.ini");
@@ -58,14 +58,14 @@ impl PgBouncer {
         url.set_host(Some("127.0.0.1")).expect("an address is a host");
         url.set_port(Some(port)).expect("a postgres URL can have a port");
         let bouncer = Self { _group: group, url: url.into(), log, _scratch: scratch };
-        eventually("pgbouncer takes connections", START_DEADLINE, async || {
+        eventually("pgbouncer accepts connections", START_DEADLINE, async || {
             tokio::net::TcpStream::connect(ports::local(port)).await.ok()
         })
         .await;
         bouncer
     }
 
-    /// The database behind it, as a `postgres://` URL.
+    /// The `postgres://` URL of the database through pgbouncer.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url

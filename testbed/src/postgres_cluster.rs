@@ -1,4 +1,4 @@
-//! A Postgres cluster of one's own, to kill and to boot again.
+//! A Postgres cluster that belongs to one test, which can kill it and boot it again.
 
 use std::ffi::OsStr;
 use std::fs::{self, File};
@@ -21,23 +21,23 @@ use crate::{eventually, free_port, ports, programs};
 
 const BOOT_DEADLINE: Duration = Duration::from_mins(1);
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
-/// Mounts a small disk at the directory `$0`, for itself alone, and becomes the server. Only root may
-/// mount, or whoever is root in a name space of its own; and there Postgres would refuse to run as
-/// root, so that it gets another one in which it is not.
+/// Mounts a small disk at the directory `$0`, visible only to itself, and then runs the server.
+/// Mounting needs root, at least in a user namespace. Postgres refuses to run as root, so it runs in
+/// a second namespace as another user.
 const WITH_SMALL_DISK: &str =
     r#"mount -t tmpfs -o size=24m small "$0" && exec unshare --user --map-user=1000 "$@""#;
 
-/// A Postgres cluster with its own files and port, which lets anybody in as `postgres`.
+/// A Postgres cluster with its own files and port, which needs no password.
 #[derive(Debug)]
 pub struct PostgresCluster {
     /// `None` while it is down.
     postmaster: Option<ProcessGroup>,
-    /// Who runs it, when it is not who runs the test: Postgres refuses to run as root.
+    /// The user of the server if the test runs as root, because Postgres refuses to run as root.
     user: Option<User>,
     port: u16,
     url: String,
     pool: PgPool,
-    /// Whether its tables are on a small disk.
+    /// Whether the tables are on a small disk.
     has_small_disk: bool,
     scratch: Scratch,
 }
@@ -56,17 +56,17 @@ impl PostgresCluster {
         cluster
     }
 
-    /// Like [`PostgresCluster::start`], speaking TLS with the authority's certificate to whoever asks
-    /// for it.
+    /// Like [`PostgresCluster::start`], and accepts TLS with a certificate of `authority`.
     pub async fn start_with_tls(authority: &Authority) -> Self {
         let mut cluster = Self::create(free_port(), Some(authority)).await;
         cluster.boot().await;
         cluster
     }
 
-    /// Like [`PostgresCluster::start`], with its tables on a disk of 24 MiB, which
-    /// [`PostgresCluster::fill_small_disk`] fills. It cannot be booted again: the disk goes with its processes.
-    /// The rest of its files is where there is room, for a Postgres without room for its log ends.
+    /// Like [`PostgresCluster::start`], with the tables on a disk of 24 MiB, which
+    /// [`PostgresCluster::fill_small_disk`] fills. The cluster cannot be booted again, because the disk
+    /// disappears with its processes. Other files are elsewhere: without room for its log, Postgres
+    /// ends.
     pub async fn start_on_a_small_disk() -> Self {
         let mut cluster = Self::create(free_port(), None).await;
         let disk = cluster.disk_path();
@@ -83,15 +83,15 @@ impl PostgresCluster {
         cluster
     }
 
-    /// Starts a standby that follows this cluster by streaming replication, on another port. From then
-    /// on this cluster commits nothing that the standby has not written.
+    /// Starts a synchronous standby of this cluster on another port. From then on, this cluster
+    /// commits only what the standby has written.
     ///
     /// # Panics
-    /// When this one is down, or the standby does not follow within 60 s.
+    /// When this cluster is down, or the standby does not replicate within 60 s.
     pub async fn start_standby(&self) -> Self {
-        let mut standby = Self::bare(free_port());
-        let mut backup = standby.command(programs::find("pg_basebackup", &installed()));
-        let from =
+        let mut standby = Self::without_files(free_port());
+        let mut backup = standby.command(programs::find("pg_basebackup", &program_folders()));
+        let source =
             format!("host=127.0.0.1 port={} user=postgres application_name=standby", self.port);
         backup
             .args([
@@ -101,29 +101,28 @@ impl PostgresCluster {
                 "--write-recovery-conf",
             ])
             .arg("-d")
-            .arg(from)
+            .arg(source)
             .arg("-D")
             .arg(standby.folder());
         programs::run(backup).await;
         standby.boot().await;
-        let follow =
+        let require_standby =
             ["ALTER SYSTEM SET synchronous_standby_names = '*'", "SELECT pg_reload_conf()"];
-        for sql in follow {
+        for sql in require_standby {
             let done = sqlx::query(sql).execute(&self.pool).await;
             done.unwrap_or_else(|error| panic!("{sql}: {error}"));
         }
         eventually("the standby is synchronous", BOOT_DEADLINE, async || {
             let states = "SELECT count(*) FROM pg_stat_replication WHERE sync_state = 'sync'";
-            let following = sqlx::query_scalar(states).fetch_one(&self.pool).await;
-            let following: i64 = following.expect("the cluster should run");
-            (following > 0).then_some(())
+            let synchronous = sqlx::query_scalar(states).fetch_one(&self.pool).await;
+            let synchronous: i64 = synchronous.expect("the cluster should run");
+            (synchronous > 0).then_some(())
         })
         .await;
         standby
     }
 
-    /// Makes this cluster read-only while it runs, also for the sessions that are there, and waits
-    /// until it is.
+    /// Makes this running cluster read-only, also for existing sessions, and waits until it is.
     ///
     /// # Panics
     /// When it is down.
@@ -134,17 +133,17 @@ impl PostgresCluster {
             let done = sqlx::query(sql).execute(&self.pool).await;
             done.unwrap_or_else(|error| panic!("{sql}: {error}"));
         }
-        eventually("the cluster takes no writes", BOOT_DEADLINE, async || {
+        eventually("the cluster rejects writes", BOOT_DEADLINE, async || {
             let mut probe = PgConnection::connect(&self.url).await.ok()?;
             sqlx::query("CREATE TEMP TABLE probe ()").execute(&mut probe).await.err()
         })
         .await;
     }
 
-    /// Makes a standby a primary, which waits for no standby of its own, and waits until it takes writes.
+    /// Promotes this standby to a primary without a standby, and waits until it accepts writes.
     ///
     /// # Panics
-    /// When it is down, or no standby.
+    /// When it is down or not a standby.
     pub async fn promote(&self) {
         let promote = [
             "SELECT pg_promote(true, 60)",
@@ -157,8 +156,8 @@ impl PostgresCluster {
         }
     }
 
-    /// Puts another, empty cluster in the place of this one, which must be down. Gives back the one
-    /// that was here, which keeps its files and gets another port. Both are down.
+    /// Replaces this cluster, which must be down, with an empty one. Returns the former cluster, which
+    /// keeps its files and gets another port. Both are down.
     ///
     /// # Panics
     /// When it runs.
@@ -166,44 +165,43 @@ impl PostgresCluster {
         assert!(self.postmaster.is_none(), "the cluster runs");
         let empty = Self::create(self.port, None).await;
         let mut former = std::mem::replace(self, empty);
-        former.move_to(free_port());
+        former.set_port(free_port());
         former
     }
 
-    /// Where its database `postgres` is, as a `postgres://` URL.
+    /// The `postgres://` URL of its database `postgres`.
     #[must_use]
     pub fn url(&self) -> &str {
         &self.url
     }
 
-    /// A few connections for the test's own use; those that a kill broke are replaced at next use.
+    /// A few connections for the test. Those that a kill broke are replaced at their next use.
     #[must_use]
     pub fn pool(&self) -> &PgPool {
         &self.pool
     }
 
-    /// Where it is, as our services want to be told.
+    /// The `POSTGRES_*` variables for the services.
     #[must_use]
     pub fn environment(&self) -> Vec<(&'static str, String)> {
         postgres_environment(&self.url)
     }
 
-    /// Its port, for a proxy.
+    /// The port, for a proxy.
     #[must_use]
     pub fn port(&self) -> u16 {
         self.port
     }
 
-    /// Starts it on the same files and port, and waits until it takes connections, that is until it
-    /// has recovered.
+    /// Starts it on the same files and port, and waits until it has recovered and accepts connections.
     ///
     /// # Panics
-    /// When it runs already, or is not there within 60 s.
+    /// When it already runs, or does not accept connections within 60 s.
     pub async fn boot(&mut self) {
         assert!(self.postmaster.is_none(), "the cluster runs already");
         let log = File::options().create(true).append(true).open(self.log_path());
         let log = log.expect("a scratch file should be writable");
-        let mut command = self.server();
+        let mut command = self.server_command();
         command
             .arg("-D")
             .arg(self.folder())
@@ -212,7 +210,7 @@ impl PostgresCluster {
             .stderr(log);
         let postmaster =
             self.postmaster.insert(ProcessGroup::spawn(&mut command, self.scratch.path()));
-        eventually("the Postgres cluster takes connections", BOOT_DEADLINE, async || {
+        eventually("the Postgres cluster accepts connections", BOOT_DEADLINE, async || {
             if let Some(status) = postmaster.try_wait() {
                 panic!("the Postgres cluster ended while booting: {status}");
             }
@@ -222,18 +220,18 @@ impl PostgresCluster {
         .await;
     }
 
-    /// Kills all of its processes at once, as a power cut would, and waits until its port is closed.
-    /// Nothing happens when it is down.
+    /// Kills all of its processes at once, like a power failure, and waits until its port is closed.
+    /// Does nothing if it is down.
     pub async fn kill(&mut self) {
         self.kill_all();
-        ports::closed(self.port).await;
+        ports::wait_until_closed(self.port).await;
     }
 
-    /// Ends it as `pg_ctl stop -m immediate` does: without a checkpoint, so that it has to recover when
-    /// it boots. Waits until its port is closed.
+    /// Stops it like `pg_ctl stop -m immediate`: without a checkpoint, so that it must recover when it
+    /// boots. Waits until its port is closed.
     ///
     /// # Panics
-    /// When it is down, or does not end within 30 s.
+    /// When it is down, or does not stop within 30 s.
     pub async fn stop_immediately(&mut self) {
         let mut postmaster = self.postmaster.take().expect("it should run");
         postmaster.signal(Signal::QUIT);
@@ -241,52 +239,52 @@ impl PostgresCluster {
             postmaster.try_wait()
         })
         .await;
-        ports::closed(self.port).await;
+        ports::wait_until_closed(self.port).await;
     }
 
-    /// Fills the tables' disk, to the last byte.
+    /// Fills the disk of the tables completely.
     ///
     /// # Panics
-    /// When it is down, or its tables are on no small disk.
+    /// When it is down, or has no small disk.
     pub async fn fill_small_disk(&self) {
         let rows = "SELECT repeat('x', 8000) FROM generate_series(1, 4000)";
-        let error = self.write_filling(rows).await.expect_err("24 MiB should be too few");
+        let error = self.write_filler(rows).await.expect_err("24 MiB should be too small");
         assert!(error.to_string().contains("No space left on device"), "{error}");
     }
 
-    /// Makes room on it again.
+    /// Frees the space on the disk of the tables again.
     ///
     /// # Panics
-    /// When it is down, or its tables are on no small disk.
+    /// When it is down, or has no small disk.
     pub async fn clear_small_disk(&self) {
-        let cleared = self.write_filling("SELECT 1 WHERE false").await;
-        cleared.expect("a file on a full disk can be cut short");
+        let cleared = self.write_filler("SELECT 1 WHERE false").await;
+        cleared.expect("a file on a full disk can be truncated");
     }
 
-    /// Writes a file by the server, which is the only one that sees the disk.
-    async fn write_filling(&self, rows: &str) -> Result<(), sqlx::Error> {
-        assert!(self.has_small_disk, "it has no small disk");
-        let copy = format!("COPY ({rows}) TO '{}'", self.disk_path().join("filling").display());
+    /// Makes the server write a file, because only the server sees the disk.
+    async fn write_filler(&self, rows: &str) -> Result<(), sqlx::Error> {
+        assert!(self.has_small_disk, "the cluster has no small disk");
+        let copy = format!("COPY ({rows}) TO '{}'", self.disk_path().join("filler").display());
         sqlx::query(AssertSqlSafe(copy)).execute(&self.pool).await.map(drop)
     }
 
     fn kill_all(&mut self) {
         let Some(mut postmaster) = self.postmaster.take() else { return };
-        // Each of its children leads a group of its own, so that killing the postmaster's group would
-        // leave them to finish their statement. While it is stopped it can neither start new ones
-        // nor see that the others are gone.
+        // Each child leads its own process group, so that killing the postmaster's group would let
+        // them finish their statements. A stopped postmaster neither starts new children nor notices
+        // that the others have ended.
         postmaster.signal(Signal::STOP);
         for child in children_once_stopped(postmaster.pid()) {
             if let Err(error) = kill_process(child, Signal::KILL) {
-                eprintln!("testbed: Postgres's child {child} was gone already: {error}");
+                eprintln!("testbed: cannot kill Postgres's child {child}: {error}");
             }
         }
         postmaster.kill();
         self.remove_shared_memory();
     }
 
-    /// The kernel keeps the 56 bytes by which a postmaster sees that another one runs on its files,
-    /// and has room for some thousands of them only.
+    /// Removes the shared memory segment by which a postmaster detects another one on its files. The
+    /// kernel keeps it after a kill, and allows only a few thousand segments.
     fn remove_shared_memory(&self) {
         let pid_file = fs::read_to_string(self.folder().join("postmaster.pid"));
         let Ok(pid_file) = pid_file else { return };
@@ -298,39 +296,39 @@ impl PostgresCluster {
         }
     }
 
-    /// Runs a file of SQL by psql as `postgres`, with that environment; the first error ends it.
+    /// Runs an SQL file by psql as `postgres`, up to the first error.
     ///
     /// # Panics
     /// When it fails.
     pub async fn run_sql(&self, file: &Path, environment: &[(&str, &str)]) {
-        let mut command = Command::new(programs::find("psql", &installed()));
+        let mut command = Command::new(programs::find("psql", &program_folders()));
         command.args(["-XqAt", "-v", "ON_ERROR_STOP=1", "-d", &self.url, "-f"]).arg(file);
         command.envs(environment.iter().copied());
         programs::run(command).await;
     }
 
-    /// Has everybody give a password from now on who is not `postgres`.
+    /// From now on, all users except `postgres` need a password.
     ///
     /// # Panics
-    /// When the server does not take the change.
+    /// When the server does not reload its files.
     pub async fn require_passwords(&self) {
         let rules =
             "host all postgres 127.0.0.1/32 trust\nhost all all 127.0.0.1/32 scram-sha-256\n";
         fs::write(self.folder().join("pg_hba.conf"), rules)
             .expect("a scratch file should be writable");
         let reload = sqlx::query("SELECT pg_reload_conf()").execute(&self.pool).await;
-        reload.expect("the server should read its files again");
+        reload.expect("the server should reload its files");
     }
 
     /// Sets up an empty cluster.
     async fn create(port: u16, authority: Option<&Authority>) -> Self {
-        let cluster = Self::bare(port);
+        let cluster = Self::without_files(port);
         cluster.initialize(authority).await;
         cluster
     }
 
-    /// A place for the files of a cluster.
-    fn bare(port: u16) -> Self {
+    /// A cluster without files.
+    fn without_files(port: u16) -> Self {
         let scratch = Scratch::new("postgres");
         let user = geteuid().is_root().then(postgres_user);
         let url = url_at(port);
@@ -343,7 +341,7 @@ impl PostgresCluster {
         cluster
     }
 
-    fn move_to(&mut self, port: u16) {
+    fn set_port(&mut self, port: u16) {
         self.port = port;
         self.url = url_at(port);
         self.pool = small_pool(&self.url);
@@ -356,13 +354,13 @@ impl PostgresCluster {
     }
 
     async fn initialize(&self, authority: Option<&Authority>) {
-        let mut command = self.command(programs::find("initdb", &installed()));
+        let mut command = self.command(programs::find("initdb", &program_folders()));
         command
             .args(["-U", "postgres", "-A", "trust", "-E", "UTF8", "--locale=C", "--no-sync"])
             .arg("-D")
             .arg(self.folder());
         programs::run(command).await;
-        // Shared memory in files goes away with them, even after a kill.
+        // Shared memory in files is removed with them, even after a kill.
         let mut settings = "listen_addresses = '127.0.0.1'\n\
              unix_socket_directories = ''\n\
              dynamic_shared_memory_type = mmap\n\
@@ -380,9 +378,9 @@ impl PostgresCluster {
             .expect("a scratch file should be writable");
     }
 
-    /// The server itself, however it is started.
-    fn server(&self) -> Command {
-        let server = programs::find("postgres", &installed());
+    /// The command that runs the server.
+    fn server_command(&self) -> Command {
+        let server = programs::find("postgres", &program_folders());
         if !self.has_small_disk {
             return self.command(server);
         }
@@ -431,16 +429,16 @@ fn url_at(port: u16) -> String {
     format!("postgres://postgres@127.0.0.1:{port}/postgres")
 }
 
-/// Such as `15.3`.
+/// The version of the server, such as `15.3`.
 pub(crate) fn version() -> String {
-    let mut command = Command::new(programs::find("postgres", &installed()));
+    let mut command = Command::new(programs::find("postgres", &program_folders()));
     let printed = programs::output(command.arg("--version"));
     // postgres (PostgreSQL) 15.3 (Debian 15.3-0+deb12u1)
     printed.split_whitespace().nth(2).unwrap_or_default().to_owned()
 }
 
-/// Where Debian puts each version's programs, the newest first.
-fn installed() -> Vec<PathBuf> {
+/// The folders into which Debian installs the programs of each version, the newest first.
+fn program_folders() -> Vec<PathBuf> {
     let versions = fs::read_dir(programs::servers_root().join("usr/lib/postgresql"))
         .into_iter()
         .flatten()

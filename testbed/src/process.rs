@@ -1,4 +1,4 @@
-//! A service of this workspace as a process of its own.
+//! Runs a service of this workspace as a process.
 
 use std::ffi::OsStr;
 use std::fs::{self, DirEntry};
@@ -16,33 +16,34 @@ use crate::process_log::ProcessLog;
 use crate::scratch::Scratch;
 use crate::{eventually, http_get, programs};
 
-/// How long a test waits for a process to say or do something. It is far more than any of them
-/// needs, because a machine that runs all tests at once is slow.
+/// How long a test waits for a process. It is far longer than any process needs, because a machine
+/// that runs all tests at once is slow.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// A running service, killed on drop. When the test fails, the end of its log is shown.
+/// A running service. It is killed on drop. When the test fails, the end of its log is printed.
 #[derive(Debug)]
 pub struct Process {
     binary: String,
     group: Mutex<ProcessGroup>,
     log: ProcessLog,
-    /// Its working directory.
+    /// The working directory.
     _scratch: Scratch,
 }
 
 impl Process {
-    /// Starts `binary` with exactly that environment, `PATH`, an `ADMIN_ADDR` with a free port and a
-    /// `DRAIN_DELAY` of zero unless others are given; in an empty directory, so that it reads no `.env`.
+    /// Starts `binary` in an empty directory, so that it reads no `.env`. Its environment is `PATH`,
+    /// an `ADMIN_ADDR` with a free port, a `DRAIN_DELAY` of zero, and `environment`, which takes
+    /// precedence.
     ///
     /// # Panics
-    /// When the binary has not been built: cargo builds those of the tested package only.
+    /// When the binary has not been built: cargo builds only the binaries of the tested package.
     #[must_use]
     pub fn spawn(binary: &str, environment: &[(&str, String)], arguments: &[&str]) -> Self {
         Self::spawn_wrapped(&[], binary, environment, arguments)
     }
 
-    /// Like [`Process::spawn`], by a command that ends in executing the one that follows it, such as
-    /// `nice`: the process is that one's then.
+    /// Like [`Process::spawn`], but starts `binary` through `wrapper`: a command that finally replaces
+    /// itself by the command in its arguments, such as `nice`.
     ///
     /// # Panics
     /// As [`Process::spawn`].
@@ -65,7 +66,7 @@ impl Process {
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("ADMIN_ADDR", "127.0.0.1:0")
-            // No balancer has to notice that it stops.
+            // There is no balancer that must first detect that the process stops.
             .env("DRAIN_DELAY", "0s")
             .envs(environment.iter().map(|(name, value)| (name, value)))
             .current_dir(scratch.path())
@@ -80,41 +81,45 @@ impl Process {
         Self { binary: binary.to_owned(), group: Mutex::new(group), log, _scratch: scratch }
     }
 
-    /// Its process id.
+    /// The process id.
     #[must_use]
     pub fn pid(&self) -> u32 {
         self.group().pid().as_raw_nonzero().get().unsigned_abs()
     }
 
-    /// Whether it has not ended.
+    /// Whether the process has not ended.
     #[must_use]
     pub fn is_running(&self) -> bool {
         self.group().try_wait().is_none()
     }
 
-    /// All lines that it has printed so far, to either output.
+    /// All lines that the process has printed so far to both outputs.
     #[must_use]
     pub fn log(&self) -> Vec<String> {
         self.log.lines()
     }
 
-    /// The first line with `substring` in it, now or as soon as it is printed.
+    /// Waits for a line that contains `substring`, and returns the first one.
     ///
     /// # Panics
-    /// When the process ends without having printed it, or does not print it within a minute.
+    /// When the process ends without such a line, or does not print one within a minute.
     pub async fn wait_for_log(&self, substring: &str) -> String {
         let what = format!("{} logs {substring:?}", self.binary);
         eventually(&what, PATIENCE, async || {
-            // Looked at first: a line that is printed in between is then seen below.
-            let complete = self.log.is_complete();
+            // Checked first: a line that is printed between the checks is found by the second one.
+            let is_complete = self.log.is_complete();
             let line = self.log.find(substring);
-            assert!(!complete || line.is_some(), "{} ended without {substring:?}", self.binary);
+            assert!(
+                !is_complete || line.is_some(),
+                "{} ended without logging {substring:?}",
+                self.binary
+            );
             line
         })
         .await
     }
 
-    /// Its admin address, once it has told it.
+    /// Waits until the process has logged its admin address, and returns it.
     pub async fn admin(&self) -> SocketAddr {
         let line = self.wait_for_log("admin=").await;
         let value = line.split("admin=").nth(1).and_then(|rest| rest.split_whitespace().next());
@@ -123,31 +128,31 @@ impl Process {
             .unwrap_or_else(|| panic!("no admin address in {line:?}"))
     }
 
-    /// Status and body of `path` on the admin address.
+    /// Gets `path` from the admin address. Returns the status and the body.
     ///
     /// # Panics
-    /// When there is no answer.
+    /// When there is no response.
     pub async fn get(&self, path: &str) -> (u16, String) {
         let reply = http_get(self.admin().await, path).await;
         let reply = reply.unwrap_or_else(|error| panic!("{} at {path}: {error}", self.binary));
         (reply.status, reply.body)
     }
 
-    /// Waits until it is ready.
+    /// Waits until the process is ready.
     ///
     /// # Panics
-    /// When it ends, or is not ready within a minute.
+    /// When the process ends, or is not ready within a minute.
     pub async fn ready(&self) {
         let what = format!("{} is ready", self.binary);
         eventually(&what, PATIENCE, async || {
-            assert!(self.is_running(), "{} has ended and will not get ready", self.binary);
+            assert!(self.is_running(), "{} ended before it was ready", self.binary);
             (self.get("/readyz").await.0 == 200).then_some(())
         })
         .await;
     }
 
     /// The sum of all samples in /metrics whose line starts with `name_prefix`, which can include
-    /// labels; 0 when there is none, which is what a counter is before it first counts.
+    /// labels. It is 0 without a sample, like a counter before its first increment.
     pub async fn metric(&self, name_prefix: &str) -> f64 {
         let (status, body) = self.get("/metrics").await;
         assert_eq!(status, 200, "{body}");
@@ -160,19 +165,19 @@ impl Process {
             .sum()
     }
 
-    /// How much memory it occupies, in KiB.
+    /// The resident memory in KiB.
     ///
     /// # Panics
-    /// When it has ended.
+    /// When the process has ended.
     #[must_use]
     pub fn rss_kib(&self) -> u64 {
         self.memory_kib("VmRSS:")
     }
 
-    /// The most memory that it has occupied so far, in KiB.
+    /// The peak of the resident memory in KiB.
     ///
     /// # Panics
-    /// When it has ended.
+    /// When the process has ended.
     #[must_use]
     pub fn peak_rss_kib(&self) -> u64 {
         self.memory_kib("VmHWM:")
@@ -180,45 +185,45 @@ impl Process {
 
     fn memory_kib(&self, field: &str) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.pid()));
-        let status = status.expect("a process that runs has a status");
+        let status = status.expect("a running process has a status");
         let value = status.lines().find_map(|line| line.strip_prefix(field));
         value
             .and_then(|value| value.trim().strip_suffix(" kB"))
             .and_then(|value| value.parse().ok())
-            .expect("a process that runs has a resident set")
+            .expect("a running process has a resident set")
     }
 
-    /// Lets it have no more than so many files and connections open, and gives how many it could have
-    /// before. What is open stays open, however many those are.
+    /// Sets the soft limit of open files and connections, and returns the previous one. All open ones
+    /// stay open.
     ///
     /// # Panics
-    /// When it has ended.
+    /// When the process has ended.
     #[must_use]
-    pub fn limit_open_files(&self, most: u64) -> u64 {
-        // The hard limit, which it has inherited, stays: only root could raise it again.
-        let limit = Rlimit { current: Some(most), maximum: getrlimit(Resource::Nofile).maximum };
+    pub fn limit_open_files(&self, limit: u64) -> u64 {
+        // The inherited hard limit stays, because only root could raise it again.
+        let limit = Rlimit { current: Some(limit), maximum: getrlimit(Resource::Nofile).maximum };
         let before = prlimit(Some(self.group().pid()), Resource::Nofile, limit);
         before.expect("a child can be limited").current.unwrap_or(u64::MAX)
     }
 
-    /// Asks it to drain and end, by SIGTERM.
+    /// Sends SIGTERM, so that the process drains and ends.
     pub fn terminate(&self) {
         self.group().signal(Signal::TERM);
     }
 
-    /// Takes the processor away from it, as a debugger or a frozen virtual machine would, and returns when
-    /// none of its threads runs any more.
+    /// Pauses the process, as a debugger or a frozen virtual machine would, and returns when none of
+    /// its threads runs.
     ///
     /// # Panics
-    /// When it does not stop within a minute.
+    /// When the process does not stop within a minute.
     pub async fn pause(&self) {
         self.group().signal(Signal::STOP);
-        // The signal has one thread stop the others, once it comes to run.
+        // One thread handles the signal when it is scheduled, and stops the others.
         eventually("all threads are stopped", PATIENCE, async || {
             let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).ok()?;
             let is_stopped = |task: io::Result<DirEntry>| {
                 let stat = fs::read_to_string(task?.path().join("stat"))?;
-                // The name is in brackets, and may have any character; the state follows it.
+                // The state follows the name, which is in parentheses and may contain any character.
                 Ok::<_, io::Error>(
                     stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")),
                 )
@@ -228,20 +233,20 @@ impl Process {
         .await;
     }
 
-    /// Lets it go on where it was paused.
+    /// Resumes the paused process.
     pub fn resume(&self) {
         self.group().signal(Signal::CONT);
     }
 
-    /// Kills it, and returns when it is gone.
+    /// Kills the process, and returns when it has ended.
     pub fn kill(&self) {
         self.group().kill();
     }
 
-    /// How it ended, once it has and its log is complete.
+    /// Waits until the process has ended and its log is complete, and returns its exit status.
     ///
     /// # Panics
-    /// When it does not end within a minute.
+    /// When the process does not end within a minute.
     pub async fn wait(&self) -> ExitStatus {
         let what = format!("{} ends", self.binary);
         eventually(&what, PATIENCE, async || {
@@ -263,7 +268,7 @@ impl Drop for Process {
     }
 }
 
-/// `target/<profile>`: test executables are in `deps` below it.
+/// `target/<profile>`. Test executables are in its folder `deps`.
 fn target_folder() -> PathBuf {
     let executable = std::env::current_exe().expect("a process knows its executable");
     let mut folder = executable.parent().expect("a file is in a folder");

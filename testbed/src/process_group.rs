@@ -6,13 +6,13 @@ use std::process::{Child, ChildStderr, ChildStdout, Command, ExitStatus, Stdio};
 
 use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 
-/// Reads from its standard input until the test process is gone, however it went; then kills the
-/// process group `$0` and removes the directory `$1`. Without it, a test that is stopped by ctrl-c
-/// or killed by CI leaves its servers running.
+/// Waits until its standard input closes, because the test process has ended in any way. Then it
+/// kills the process group `$0` and removes the directory `$1`. Without it, a test that is stopped
+/// by ctrl-c or killed by CI leaves its servers running.
 const WATCHDOG: &str = r#"read -r _; kill -s KILL -- "-$0"; rm -rf -- "$1""#;
 
-/// A child process that leads a process group of its own, so that it can be signalled together with
-/// the children that stayed in the group. It is killed on drop, and when the test process dies.
+/// A child process that leads its own process group, so that its children in the group can be killed
+/// with it. The group is killed on drop, and when the test process ends.
 #[derive(Debug)]
 pub(crate) struct ProcessGroup {
     leader: Child,
@@ -21,7 +21,7 @@ pub(crate) struct ProcessGroup {
 }
 
 impl ProcessGroup {
-    /// Starts `command`; `scratch` is what has to go when the test process dies and cannot do it.
+    /// Starts `command`. The watchdog removes `scratch` if the test process dies.
     pub(crate) fn spawn(command: &mut Command, scratch: &Path) -> Self {
         let leader = command
             .stdin(Stdio::null())
@@ -44,23 +44,23 @@ impl ProcessGroup {
         Pid::from_child(&self.leader)
     }
 
-    /// The ends of the leader's pipes; they can be taken once.
+    /// The leader's output pipes, which can be taken once.
     pub(crate) fn take_output(&mut self) -> (ChildStdout, ChildStderr) {
         let stdout = self.leader.stdout.take().expect("its standard output should be a pipe");
         let stderr = self.leader.stderr.take().expect("its standard error should be a pipe");
         (stdout, stderr)
     }
 
-    /// Sends `signal` to the leader only; nothing happens when it has ended.
+    /// Sends `signal` to the leader only. Does nothing if it has ended.
     pub(crate) fn signal(&mut self, signal: Signal) {
-        // Once it has been waited for, its id may belong to somebody else.
+        // After the wait for it, another process may have its id.
         if self.try_wait().is_none() {
             kill_process(self.pid(), signal)
                 .expect("a child can be signalled until it is waited for");
         }
     }
 
-    /// How the leader ended, if it has.
+    /// The exit status of the leader, if it has ended.
     pub(crate) fn try_wait(&mut self) -> Option<ExitStatus> {
         if self.ended.is_none() {
             self.ended = self.leader.try_wait().expect("a child can be waited for");
@@ -68,10 +68,10 @@ impl ProcessGroup {
         self.ended
     }
 
-    /// Kills the whole group and waits until its leader is gone.
+    /// Kills the whole group and waits until its leader has ended.
     pub(crate) fn kill(&mut self) -> ExitStatus {
         let ended = self.ended.unwrap_or_else(|| {
-            // Until the wait below, the id cannot belong to anybody else.
+            // Until the wait below, no other process can have the id.
             if let Err(error) = kill_process_group(self.pid(), Signal::KILL) {
                 eprintln!("testbed: cannot kill process group {}: {error}", self.pid());
             }
@@ -85,7 +85,7 @@ impl ProcessGroup {
 impl Drop for ProcessGroup {
     fn drop(&mut self) {
         self.kill();
-        // Its work is done; it has to go before it sees its standard input close.
+        // The watchdog must end before its standard input closes.
         if self.watchdog.kill().and_then(|()| self.watchdog.wait()).is_err() {
             eprintln!("testbed: a watchdog is left behind");
         }

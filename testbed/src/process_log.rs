@@ -1,4 +1,4 @@
-//! What a process prints, as it prints it.
+//! Collects the output of a process while it runs.
 
 use std::fs::{self, File};
 use std::io::{BufRead as _, BufReader, Read, Write as _};
@@ -7,7 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
-/// The lines of a process, also copied to a file that stays for whoever looks into a failure.
+/// The output lines of a process. They are also written to a file, which stays for the analysis of
+/// failures.
 #[derive(Debug)]
 pub(crate) struct ProcessLog {
     lines: Arc<Mutex<Lines>>,
@@ -21,8 +22,8 @@ struct Lines {
 }
 
 impl ProcessLog {
-    /// A log that is copied to `<folder>/<binary>-<test process>-<number>.log`: other test processes
-    /// write there as well.
+    /// Creates a log with the file `<folder>/<binary>-<test process>-<number>.log`. The name contains
+    /// the test process, because several test processes share the folder.
     pub(crate) fn new(folder: &Path, binary: &str) -> Self {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed) + 1;
@@ -35,8 +36,7 @@ impl ProcessLog {
         }
     }
 
-    /// Collects what comes out of `pipe`, on a thread, so that the process never waits for a test
-    /// that is busy.
+    /// Collects the lines of `pipe` on a thread, so that the process never waits for a busy test.
     pub(crate) fn collect(&mut self, pipe: impl Read + Send + 'static) {
         let lines = Arc::clone(&self.lines);
         self.readers.push(std::thread::spawn(move || {
@@ -60,7 +60,7 @@ impl ProcessLog {
         lines.in_memory.iter().find(|line| line.contains(substring)).cloned()
     }
 
-    /// Whether the process has closed its pipes and every line is in.
+    /// Whether the process has closed its pipes and every line is collected.
     pub(crate) fn is_complete(&self) -> bool {
         self.readers.iter().all(JoinHandle::is_finished)
     }

@@ -1,16 +1,17 @@
-//! Where the servers' programs are, and the last lines of their logs.
+//! Finds and runs the programs of servers, and prints the last lines of their logs.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use crate::{postgres_cluster, rabbit_node};
 
-/// The folder below which the servers are installed: `TEST_SERVERS_ROOT`, as `scripts/with-servers --newest` sets it, or `/`.
+/// The root of the servers' installation: `TEST_SERVERS_ROOT`, which `scripts/with-servers --newest`
+/// sets, or `/`.
 pub(crate) fn servers_root() -> PathBuf {
     std::env::var_os("TEST_SERVERS_ROOT").map_or_else(|| PathBuf::from("/"), PathBuf::from)
 }
 
-/// Finds a program in one of `folders`, else on `PATH`.
+/// Finds a program in one of `folders`, otherwise on `PATH`.
 ///
 /// # Panics
 /// When it is in none of them.
@@ -25,25 +26,25 @@ pub(crate) fn find(program: &str, folders: &[PathBuf]) -> PathBuf {
         .unwrap_or_else(|| panic!("{program} is neither in {folders:?} nor on PATH: install it"))
 }
 
-/// Runs a command to its end, and gives what it printed.
+/// Runs a command and returns its output.
 ///
 /// # Panics
 /// When it fails.
 pub(crate) async fn run(mut command: Command) -> String {
-    // Without its environment, in which there may be passwords.
-    let shown = command.get_program().display().to_string();
+    // Not the whole command: its environment may contain passwords.
+    let name = command.get_program().display().to_string();
     command.stdin(Stdio::null());
     let output = tokio::task::spawn_blocking(move || command.output())
         .await
         .expect("running a command should not panic")
-        .unwrap_or_else(|error| panic!("{shown} does not start: {error}"));
+        .unwrap_or_else(|error| panic!("cannot start {name}: {error}"));
     let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{shown}: {printed}{errors}");
+    assert!(output.status.success(), "{name} failed: {printed}{errors}");
     printed
 }
 
-/// Shows the end of a server's log in the output of a test that fails.
+/// Prints the end of a server's log if the test panics.
 pub(crate) fn print_tail_if_panicking(log: &Path) {
     if !std::thread::panicking() {
         return;
@@ -53,13 +54,14 @@ pub(crate) fn print_tail_if_panicking(log: &Path) {
     print_tail(&log.display().to_string(), &lines);
 }
 
-/// Shows the last lines of `log`.
+/// Prints the last lines of `log`.
 pub(crate) fn print_tail(name: &str, log: &[String]) {
     let tail = &log[log.len().saturating_sub(40)..];
     eprintln!("---- the end of {name} ----\n{}\n----", tail.join("\n"));
 }
 
-/// Which RabbitMQ and which Postgres [`crate::RabbitNode`] and [`crate::PostgresCluster`] start.
+/// The versions of RabbitMQ and Postgres that [`crate::RabbitNode`] and [`crate::PostgresCluster`]
+/// start.
 ///
 /// # Panics
 /// When one of them is not installed.
@@ -68,7 +70,7 @@ pub fn server_versions() -> [String; 2] {
     [rabbit_node::version(), postgres_cluster::version()]
 }
 
-/// What a program prints on its standard output, without its last line feed.
+/// The standard output of a program without surrounding white space.
 pub(crate) fn output(command: &mut Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("cannot run {command:?}: {error}"));
     String::from_utf8_lossy(&output.stdout).trim().to_owned()

@@ -1,4 +1,4 @@
-//! A Prometheus of one's own.
+//! A private Prometheus.
 
 use std::fs::{self, File};
 use std::path::PathBuf;
@@ -13,7 +13,7 @@ use crate::{eventually, free_port, http_get, ports, programs};
 
 const START_DEADLINE: Duration = Duration::from_secs(30);
 
-/// A Prometheus with its own files and port, killed on drop.
+/// A Prometheus with its own files and port. It is killed on drop.
 #[derive(Debug)]
 pub struct Prometheus {
     _group: ProcessGroup,
@@ -23,11 +23,11 @@ pub struct Prometheus {
 }
 
 impl Prometheus {
-    /// Starts it with that `prometheus.yml`, and returns when it answers. Files that it names have to be
-    /// named from the root.
+    /// Starts it with `config` as its `prometheus.yml`, and returns when it answers. Paths in the
+    /// configuration must be absolute.
     ///
     /// # Panics
-    /// When it is not installed, or refuses the configuration.
+    /// When it is not installed or rejects the configuration.
     pub async fn start(config: &str) -> Self {
         let (scratch, port) = (Scratch::new("prometheus"), free_port());
         let log = scratch.path().join("log");
@@ -53,10 +53,10 @@ impl Prometheus {
         prometheus
     }
 
-    /// What it answers to a query, as JSON of its HTTP API.
+    /// Returns the JSON response of its HTTP API to `query`.
     ///
     /// # Panics
-    /// When it does not take it for a query.
+    /// When it rejects the query.
     pub async fn query(&self, query: &str) -> String {
         let query: String = form_urlencoded::byte_serialize(query.as_bytes()).collect();
         let path = format!("/api/v1/query?query={query}");

@@ -1,4 +1,4 @@
-//! A network that fails.
+//! A proxy that simulates network failures.
 
 use std::io;
 use std::net::SocketAddr;
@@ -14,14 +14,14 @@ use tokio::sync::watch;
 use crate::free_port;
 use crate::ports::local;
 
-/// A TCP proxy in front of a server, whose connections can go silent or be cut.
+/// A TCP proxy in front of a server. It can silence, slow down or cut its connections.
 ///
-/// It stops on drop, or with the runtime that it was started in.
+/// It stops on drop, or with the runtime in which it was started.
 #[derive(Debug)]
 pub struct Proxy {
     address: SocketAddr,
     network: watch::Sender<Network>,
-    /// Where new connections go to.
+    /// The target of new connections.
     target: Arc<Mutex<String>>,
     counts: Arc<Counts>,
 }
@@ -49,13 +49,13 @@ struct Lag {
 struct Network {
     traffic: Traffic,
     lag: Option<Lag>,
-    /// How often it was cut. A connection ends when this is no longer what it was at its start;
-    /// looking at `traffic` it would miss a cut that is restored at once.
+    /// The number of cuts. A connection ends when this number changes. It cannot watch `traffic`
+    /// instead, because it would miss a cut that is restored at once.
     cuts: u64,
 }
 
 impl Proxy {
-    /// Starts to forward to `target`, such as `127.0.0.1:5672`; nobody has to be there yet.
+    /// Starts to forward to `target`, such as `127.0.0.1:5672`, which may start later.
     pub async fn start(target: impl Into<String>) -> Self {
         let listener =
             TcpListener::bind(local(free_port())).await.expect("a free port can be listened on");
@@ -68,38 +68,37 @@ impl Proxy {
         Self { address, network, target, counts }
     }
 
-    /// Where to connect to instead of the target.
+    /// The address to connect to instead of the target.
     #[must_use]
     pub fn addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// Sends new connections to another target, as a load balancer does whose backend has failed. Those
-    /// that are open stay as they are.
+    /// Forwards new connections to another target, like a load balancer whose backend has failed. Open
+    /// connections keep their target.
     pub fn switch_to(&self, target: impl Into<String>) {
         *self.target.lock().unwrap_or_else(PoisonError::into_inner) = target.into();
     }
 
-    /// How many connections were made to it so far, also while it refused them.
+    /// The number of connections that clients have opened so far, including refused ones.
     #[must_use]
     pub fn accepted(&self) -> u64 {
         self.counts.accepted.load(Ordering::Relaxed)
     }
 
-    /// How many pieces of what was sent it has held back so far, because it was silent.
+    /// The number of reads whose bytes it has held back so far because it was silent.
     #[must_use]
     pub fn held(&self) -> u64 {
         self.counts.held.load(Ordering::Relaxed)
     }
 
-    /// From now on nothing is forwarded, in either direction. Connections stay open, and new ones
-    /// are accepted, and get nothing. What is sent meanwhile arrives once it is restored, as after an
-    /// outage that TCP outlived.
+    /// Stops forwarding in both directions. Connections stay open, and new ones are accepted. The bytes
+    /// sent meanwhile arrive after [`Proxy::restore`], as after an outage that TCP survived.
     pub fn silence(&self) {
         self.network.send_modify(|network| network.traffic = Traffic::Silent);
     }
 
-    /// Closes all connections, and from now on each new one as soon as it is accepted.
+    /// Closes all connections, and each new one as soon as it is accepted.
     pub fn cut(&self) {
         self.network.send_modify(|network| {
             network.traffic = Traffic::Refused;
@@ -107,13 +106,13 @@ impl Proxy {
         });
     }
 
-    /// From now on each piece of what is forwarded is held up: for a random time out of `delay`, and
-    /// every hundredth, or so, for `stall` on top, which is what TCP makes of a lost packet. The order stays.
+    /// Delays all forwarded bytes by a random time of `delay`, and about every hundredth piece also by
+    /// `stall`, like TCP after a lost packet. The order stays the same.
     pub fn slow_down(&self, delay: Range<Duration>, stall: Duration) {
         self.network.send_modify(|network| network.lag = Some(Lag { delay, stall }));
     }
 
-    /// Forwards again, and at once: new connections, and those that were only silent or slow.
+    /// Forwards without delay again, on new connections and on those that were silent or slow.
     pub fn restore(&self) {
         self.network.send_modify(|network| {
             network.traffic = Traffic::Flows;
@@ -131,13 +130,13 @@ async fn accept(
     loop {
         let accepted = tokio::select! {
             accepted = listener.accept() => accepted,
-            // An error says that the proxy has been dropped.
+            // An error means that the proxy was dropped.
             changed = network.changed() => if changed.is_ok() { continue } else { return },
         };
         let (client, _) = accepted.expect("a test has few connections");
         counts.accepted.fetch_add(1, Ordering::Relaxed);
-        let now = network.borrow().clone();
-        if now.traffic == Traffic::Refused {
+        let current = network.borrow().clone();
+        if current.traffic == Traffic::Refused {
             continue;
         }
         let target = target.lock().unwrap_or_else(PoisonError::into_inner).clone();
@@ -145,22 +144,22 @@ async fn accept(
         let counts = Arc::clone(&counts);
         tokio::spawn(async move {
             tokio::select! {
-                _ = cut.wait_for(|network| network.cuts != now.cuts) => {}
-                // An error ends the connection, and there is nobody else to tell.
-                _ = carry(client, &target, network, &counts.held) => {}
+                _ = cut.wait_for(|network| network.cuts != current.cuts) => {}
+                // An error ends the connection. There is nothing else to do about it.
+                _ = forward_both_ways(client, &target, network, &counts.held) => {}
             }
         });
     }
 }
 
-/// Carries bytes both ways until both sides have closed, or one has failed.
-async fn carry(
+/// Forwards bytes both ways until both sides have closed or one has failed.
+async fn forward_both_ways(
     mut client: TcpStream,
     target: &str,
     network: watch::Receiver<Network>,
     held: &AtomicU64,
 ) -> io::Result<()> {
-    flowing(&network).await?;
+    wait_until_flowing(&network).await?;
     let mut server = TcpStream::connect(target).await?;
     client.set_nodelay(true)?;
     server.set_nodelay(true)?;
@@ -185,10 +184,10 @@ async fn forward(
         if network.borrow().traffic == Traffic::Silent {
             held.fetch_add(1, Ordering::Relaxed);
         }
-        flowing(network).await?;
+        wait_until_flowing(network).await?;
         let lag = network.borrow().lag.clone();
         if let Some(lag) = lag {
-            tokio::time::sleep(lag.time()).await;
+            tokio::time::sleep(lag.random_delay()).await;
         }
         if length == 0 {
             return to.shutdown().await;
@@ -198,13 +197,13 @@ async fn forward(
 }
 
 impl Lag {
-    fn time(&self) -> Duration {
+    fn random_delay(&self) -> Duration {
         let delay = rand::random_range(self.delay.clone());
         if rand::random_ratio(1, 100) { delay + self.stall } else { delay }
     }
 }
 
-async fn flowing(network: &watch::Receiver<Network>) -> io::Result<()> {
+async fn wait_until_flowing(network: &watch::Receiver<Network>) -> io::Result<()> {
     let mut network = network.clone();
     let flows = network.wait_for(|network| network.traffic == Traffic::Flows).await;
     flows.map(drop).map_err(|_| io::ErrorKind::ConnectionAborted.into())

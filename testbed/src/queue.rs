@@ -1,4 +1,4 @@
-//! A queue of one's own on a shared broker.
+//! A private queue on a shared broker.
 
 use std::time::Duration;
 
@@ -21,13 +21,14 @@ const PERSISTENT: u8 = 2;
 const NOT_FOUND: u16 = 404;
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// A queue name that nobody else has, and a look at what is in the queues of that name.
+/// A unique queue name, and access to the messages in the queues of that name.
 ///
-/// It declares nothing: the code under test does. On drop, the queue, its `.dead`, its `.retry.*` and
-/// the exchange `.events` are deleted, whether they are there or not. A connection is opened at first use.
+/// It declares nothing, because the code under test does. On drop, the queue, its `.dead`, its
+/// `.retry.*` and the exchange `.events` are deleted if they exist. The connection is opened at its
+/// first use.
 #[derive(Debug)]
 pub struct Queue {
-    /// What to set `QUEUE_NAME` to.
+    /// The value for `QUEUE_NAME`.
     pub name: String,
     uri: String,
     connection: Mutex<Option<Connection>>,
@@ -53,8 +54,8 @@ impl Queue {
         format!("{}.dead", self.name)
     }
 
-    /// How many messages of queue `name` are ready, that is neither taken nor unacked; `None` when
-    /// there is no such queue.
+    /// The number of ready messages in queue `name`, which excludes unacked ones; `None` if there is no
+    /// such queue.
     pub async fn depth(&self, name: &str) -> Option<u32> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let channel = self.channel().await;
@@ -62,14 +63,14 @@ impl Queue {
         match within_deadline("queue.declare", declared).await {
             Ok(queue) => Some(queue.message_count()),
             Err(error) if is_not_found(&error) => None,
-            Err(error) => panic!("cannot look at queue {name}: {error}"),
+            Err(error) => panic!("cannot inspect queue {name}: {error}"),
         }
     }
 
-    /// Takes the first ready message out of queue `name` for good; `None` when there is none.
+    /// Removes the first ready message from queue `name`; `None` if there is none.
     ///
     /// # Panics
-    /// When the broker cannot look.
+    /// When the broker does not answer the request.
     pub async fn get(&self, name: &str) -> Option<BasicGetMessage> {
         let got = self.try_get(name).await;
         got.unwrap_or_else(|error| panic!("cannot get from queue {name}: {error}"))
@@ -78,21 +79,21 @@ impl Queue {
     /// Like [`Queue::get`].
     ///
     /// # Errors
-    /// When the broker cannot look, such as while a cluster elects a leader.
+    /// When the broker rejects the request, such as while a cluster elects a leader.
     pub async fn try_get(&self, name: &str) -> lapin::Result<Option<BasicGetMessage>> {
         let channel = self.channel().await;
         let got = channel.basic_get(name.into(), BasicGetOptions { no_ack: true });
         within_deadline("basic.get", got).await
     }
 
-    /// Publishes a persistent message with any body to the queue, again if the broker refuses it, as a cluster does
-    /// while it elects a leader, and waits until the broker has it.
+    /// Publishes a persistent message with any body to the queue, and waits for the publisher confirm.
+    /// Tries again if the broker nacks it, as a cluster does while it elects a leader.
     ///
     /// # Panics
-    /// When the queue has not been declared yet, or the broker does not accept the message.
+    /// When the queue does not exist, or the broker does not accept the message.
     pub async fn publish_raw(&self, body: &[u8]) {
         eventually("the broker accepts a message", DEADLINE, async || {
-            // A channel that had a queue's former leader may be refused for good.
+            // A new channel: one that has published to a former leader may always be nacked.
             let channel = self.channel().await;
             let confirms = channel.confirm_select(ConfirmSelectOptions::default()).await;
             confirms.expect("the broker should confirm");
@@ -100,22 +101,24 @@ impl Queue {
             let persistent = BasicProperties::default().with_delivery_mode(PERSISTENT);
             let name = self.name.as_str().into();
             let published = channel.basic_publish("".into(), name, mandatory, body, persistent);
-            let confirmation = published.await.expect("the broker should be there").await;
+            let confirmation = published.await.expect("the broker should be reachable").await;
             match confirmation.expect("the broker should confirm") {
                 Confirmation::Ack(None) => Some(()),
                 Confirmation::Nack(_) => None,
-                returned => panic!("queue {} is not there: {returned:?}", self.name),
+                returned => panic!("queue {} does not exist: {returned:?}", self.name),
             }
         })
         .await;
     }
 
-    /// A fresh channel: an error, even an expected one, closes the channel it happens on.
+    /// Opens a new channel, because any error, even an expected one, closes its channel.
     async fn channel(&self) -> Channel {
         let mut slot = self.connection.lock().await;
         let connection = match slot.take() {
             Some(connection) if connection.status().connected() => connection,
-            _ => amqp::connect(&self.uri).await.expect("the test's broker should take connections"),
+            _ => {
+                amqp::connect(&self.uri).await.expect("the test's broker should accept connections")
+            }
         };
         let channel = slot.insert(connection).create_channel();
         within_deadline("channel.open", channel).await.expect("a channel should open")
@@ -140,7 +143,7 @@ impl Drop for Queue {
             let (_connection, channel) = channel.await?;
             let retries = RETRY_LEVELS.iter().map(|level| format!("{name}.retry.{level}"));
             for queue in retries.chain([format!("{name}.dead"), name.clone()]) {
-                // A queue that is not there counts as deleted.
+                // The broker also confirms the deletion of a missing queue.
                 let deleted = channel.queue_delete(queue.into(), QueueDeleteOptions::default());
                 deleted.await.map_err(|error| error.to_string())?;
             }

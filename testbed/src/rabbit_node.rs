@@ -26,8 +26,8 @@ const STOP_DEADLINE: Duration = Duration::from_mins(1);
 const WATERMARK: &str = "0.4";
 const DISK_FREE_LIMIT: &str = "1MB";
 
-/// A RabbitMQ node without plugins. It has its own files, ports, cookie and epmd, so that it interferes
-/// neither with the machine's RabbitMQ nor with another test's. It boots in about 4 s.
+/// A RabbitMQ node without plugins. Its own files, ports, cookie and epmd separate it from the
+/// RabbitMQ of the machine and of other tests. It boots in about 4 s.
 #[derive(Debug)]
 pub struct RabbitNode {
     /// `None` while it is down.
@@ -35,18 +35,18 @@ pub struct RabbitNode {
     epmd: Arc<Epmd>,
     name: String,
     amqp_port: u16,
-    /// 0 when it has no such listener.
+    /// 0 if it has no TLS listener.
     tls_port: u16,
     distribution_port: u16,
     scratch: Scratch,
 }
 
-/// The port mapper of one node, or of all nodes of a cluster. It stays up all the time, as it does when a
-/// node on a real machine dies. The test starts it because an epmd that a node starts is a daemon, which
-/// nobody could find again.
+/// The port mapper of one node, or of all nodes of a cluster. It keeps running when a node dies, as on
+/// a real machine. The test starts it, because an epmd that is started by a node is a daemon, which
+/// the test could not find and end.
 #[derive(Debug)]
 struct Epmd {
-    // Before its files.
+    // Dropped before its files.
     _server: ProcessGroup,
     port: u16,
     _scratch: Scratch,
@@ -75,8 +75,7 @@ impl RabbitNode {
         node
     }
 
-    /// Like [`RabbitNode::start`], with a listener for TLS besides, that has the authority's
-    /// certificate.
+    /// Like [`RabbitNode::start`], with an additional TLS listener with a certificate of `authority`.
     pub async fn start_with_tls(authority: &Authority) -> Self {
         let mut node = Self::set_up(Epmd::start().await, "");
         node.tls_port = free_port();
@@ -94,7 +93,7 @@ impl RabbitNode {
     }
 
     /// Boots three empty nodes that form a cluster, which takes about 10 s. A quorum queue has a member
-    /// on each; its first leader is on the node that declared it.
+    /// on each node. Its first leader is on the node that declared it.
     pub async fn start_cluster() -> [Self; 3] {
         let (epmd, cookie) = (Epmd::start().await, Uuid::now_v7().simple().to_string());
         let [mut first, mut second, mut third] =
@@ -112,7 +111,7 @@ impl RabbitNode {
         [first, second, third]
     }
 
-    /// The files and ports of a node, whose cookie RabbitMQ makes if it is empty.
+    /// Creates the files and chooses the ports of a node. RabbitMQ creates the cookie if it is empty.
     fn set_up(epmd: Arc<Epmd>, cookie: &str) -> Self {
         let scratch = Scratch::new("rabbitmq");
         let node = Self {
@@ -148,8 +147,8 @@ impl RabbitNode {
     /// Appends lines to its configuration, which it reads when it boots.
     fn configure(&self, lines: &str) {
         let path = self.scratch.path().join("rabbitmq.conf");
-        let known = fs::read_to_string(path).unwrap_or_default();
-        self.write("rabbitmq.conf", &(known + lines));
+        let existing = fs::read_to_string(path).unwrap_or_default();
+        self.write("rabbitmq.conf", &(existing + lines));
     }
 
     fn write(&self, name: &str, content: &str) -> PathBuf {
@@ -158,13 +157,13 @@ impl RabbitNode {
         path
     }
 
-    /// Where it is, for guest, on the default vhost.
+    /// Its AMQP URI, as guest on the default vhost.
     #[must_use]
     pub fn amqp_uri(&self) -> String {
         format!("amqp://guest:guest@127.0.0.1:{}/%2f", self.amqp_port)
     }
 
-    /// Where its listener for TLS is, by that `host`, for guest, on the default vhost.
+    /// The URI of its TLS listener by the name `host`, as guest on the default vhost.
     #[must_use]
     pub fn amqps_uri(&self, host: &str) -> String {
         format!("amqps://guest:guest@{host}:{}/%2f", self.tls_port)
@@ -176,7 +175,7 @@ impl RabbitNode {
         self.amqp_port
     }
 
-    /// Whether it was booted and neither stopped nor killed since.
+    /// Whether it was booted, and not stopped or killed since.
     #[must_use]
     pub fn is_up(&self) -> bool {
         self.server.is_some()
@@ -192,10 +191,10 @@ impl RabbitNode {
         leaders.lines().any(|line| line.split_whitespace().eq([queue, &self.name]))
     }
 
-    /// Starts it on the same files and ports, and waits until it takes AMQP connections.
+    /// Starts it on the same files and ports, and waits until it accepts AMQP connections.
     ///
     /// # Panics
-    /// When it runs already, or is not there within three minutes.
+    /// When it already runs, or does not accept connections within three minutes.
     pub async fn boot(&mut self) {
         assert!(self.server.is_none(), "the node runs already");
         let log = File::options().create(true).append(true).open(self.log_path());
@@ -204,11 +203,11 @@ impl RabbitNode {
         command
             .stdout(log.try_clone().expect("a file handle can be duplicated"))
             .stderr(log)
-            // The script then becomes the server instead of standing between it and our signals.
+            // Makes the script replace itself by the server, so that signals reach the server.
             .env("RUNNING_UNDER_SYSTEMD", "true");
         let (port, uri) = (self.amqp_port, self.amqp_uri());
         let server = self.server.insert(ProcessGroup::spawn(&mut command, self.scratch.path()));
-        eventually("the RabbitMQ node takes connections", BOOT_DEADLINE, async || {
+        eventually("the RabbitMQ node accepts connections", BOOT_DEADLINE, async || {
             if let Some(status) = server.try_wait() {
                 panic!("the RabbitMQ node ended while booting: {status}");
             }
@@ -221,58 +220,57 @@ impl RabbitNode {
         .await;
     }
 
-    /// Kills it as the kernel would, and waits until its port is closed. Nothing happens when it is
-    /// down.
+    /// Kills it with SIGKILL, and waits until its port is closed. Does nothing if it is down.
     ///
-    /// First it waits, for up to a second, until RabbitMQ has saved the names of quorum queues just
-    /// declared: killed before that, it would lose them with all their messages.
+    /// It first waits up to a second until RabbitMQ has saved the names of newly declared quorum
+    /// queues. If it were killed before, it would lose them with all their messages.
     pub async fn kill(&mut self) {
         if self.server.is_some() {
             let folder = self.scratch.path().join("mnesia").join(&self.name).join("quorum");
             let names = folder.join(&self.name).join("names.dets");
-            let what = "RabbitMQ has saved which quorum queues there are";
-            eventually(what, SAVE_DEADLINE, async || ra_has_saved(&names).then_some(())).await;
+            let what = "RabbitMQ has saved the names of its quorum queues";
+            eventually(what, SAVE_DEADLINE, async || has_ra_saved(&names).then_some(())).await;
         }
         drop(self.server.take());
-        ports::closed(self.amqp_port).await;
+        ports::wait_until_closed(self.amqp_port).await;
     }
 
-    /// Stops it in good order, as an operator would.
+    /// Stops it gracefully, as an operator would.
     ///
     /// # Panics
-    /// When it is down, or not down within 60 s.
+    /// When it is down, or does not stop within 60 s.
     pub async fn stop(&mut self) {
-        let server = self.server.as_mut().expect("only a node that runs can be stopped");
+        let server = self.server.as_mut().expect("only a running node can be stopped");
         server.signal(Signal::TERM);
         eventually("the RabbitMQ node stops", STOP_DEADLINE, async || server.try_wait()).await;
         self.server = None;
-        ports::closed(self.amqp_port).await;
+        ports::wait_until_closed(self.amqp_port).await;
     }
 
-    /// Stops it in good order and boots it again.
+    /// Stops it gracefully and boots it again.
     pub async fn restart(&mut self) {
         self.stop().await;
         self.boot().await;
     }
 
-    /// Raises or clears the memory alarm; while it is up, the broker reads nothing from connections
+    /// Raises or clears the memory alarm. While it is raised, the broker does not read from connections
     /// that publish.
     pub async fn set_memory_alarm(&self, raised: bool) {
         let watermark = if raised { "0" } else { WATERMARK };
         self.rabbitmqctl(&["set_vm_memory_high_watermark", watermark]).await;
     }
 
-    /// Raises or clears the disk alarm, which does the same as that of the memory.
+    /// Raises or clears the disk alarm, which has the same effect as the memory alarm.
     pub async fn set_disk_alarm(&self, raised: bool) {
-        // In bytes: more than any disk has.
+        // In bytes, and more than any disk has.
         let limit = if raised { "1000000000000000" } else { DISK_FREE_LIMIT };
         self.rabbitmqctl(&["set_disk_free_limit", limit]).await;
     }
 
-    /// Declares a durable queue with these arguments and no others, so a classic one.
+    /// Declares a durable classic queue with these arguments only.
     ///
     /// # Panics
-    /// When there is another of that name.
+    /// When there is another queue of that name.
     pub async fn declare_queue(&self, name: &str, arguments: &[(&str, i32)]) {
         let mut table = FieldTable::default();
         for (key, value) in arguments {
@@ -280,28 +278,31 @@ impl RabbitNode {
         }
         let durable = QueueDeclareOptions { durable: true, ..QueueDeclareOptions::default() };
         let (_connection, channel) = self.channel().await;
-        channel.queue_declare(name.into(), durable, table).await.expect("the queue is free");
+        channel
+            .queue_declare(name.into(), durable, table)
+            .await
+            .expect("the queue can be declared");
     }
 
-    /// Deletes a queue with all that is in it.
+    /// Deletes a queue and its messages.
     ///
     /// # Panics
-    /// When the broker is not there.
+    /// When the broker is not reachable.
     pub async fn delete_queue(&self, name: &str) {
         let (_connection, channel) = self.channel().await;
         let deleted = channel.queue_delete(name.into(), QueueDeleteOptions::default()).await;
         deleted.expect("a queue can be deleted");
     }
 
-    /// Deletes a queue once it is there and all that came in has been delivered, and gives from when to
-    /// when the broker was at it: what came in meanwhile may have gone with the queue.
+    /// Waits until a queue exists and all its messages are delivered, and deletes it. Returns the times
+    /// before and after the deletion: messages that arrived in between may be lost with the queue.
     ///
     /// # Panics
-    /// When the broker is not there, or the queue is not emptied within a minute.
+    /// When the broker is not reachable, or the queue does not become empty within a minute.
     pub async fn delete_queue_once_empty(&self, name: &str) -> (SystemTime, SystemTime) {
         let (passive, none) =
             (QueueDeclareOptions { passive: true, ..Default::default() }, FieldTable::default());
-        eventually("all that came in is delivered", DRAIN_DEADLINE, async || {
+        eventually("all messages are delivered", DRAIN_DEADLINE, async || {
             let (_connection, channel) = self.channel().await;
             let from = SystemTime::now();
             let queue = channel.queue_declare(name.into(), passive, none.clone()).await.ok()?;
@@ -315,7 +316,7 @@ impl RabbitNode {
         .await
     }
 
-    /// Runs `rabbitmqctl` on the node, which takes a second or two, and gives what it printed.
+    /// Runs `rabbitmqctl` on the node, which takes a second or two, and returns its output.
     ///
     /// # Panics
     /// When it fails.
@@ -325,15 +326,15 @@ impl RabbitNode {
         programs::run(command).await
     }
 
-    /// Runs a script that calls `rabbitmqctl`, as beside the node in its container, with that
-    /// environment, and gives what it printed, errors included.
+    /// Runs a script that calls `rabbitmqctl`, as in the node's container, and returns its output
+    /// including errors.
     ///
     /// # Panics
     /// When it fails.
     pub async fn run_script(&self, script: &Path, environment: &[(&str, &str)]) -> String {
         let mut command = Command::new("sh");
         command.args(["-c", "exec \"$0\" 2>&1"]).arg(script);
-        let mut command = self.within(command);
+        let mut command = self.with_environment(command);
         let path = std::env::var("PATH").unwrap_or_default();
         command
             .env("PATH", format!("{}:{path}", scripts().display()))
@@ -343,23 +344,23 @@ impl RabbitNode {
 
     async fn channel(&self) -> (Connection, Channel) {
         let connection = amqp::connect(&self.amqp_uri()).await;
-        let connection = connection.expect("the node should take connections");
+        let connection = connection.expect("the node should accept connections");
         let channel = connection.create_channel().await.expect("a channel should open");
         (connection, channel)
     }
 
     fn command(&self, script: &str) -> Command {
-        self.within(Command::new(programs::find(script, &[scripts()])))
+        self.with_environment(Command::new(programs::find(script, &[scripts()])))
     }
 
-    /// Gives the command the environment by which the node, and nothing else, is found.
-    fn within(&self, mut command: Command) -> Command {
+    /// Sets the environment of the command so that it uses this node and no other one.
+    fn with_environment(&self, mut command: Command) -> Command {
         let folder = self.scratch.path();
         command
             .env_clear()
             .env("PATH", std::env::var_os("PATH").unwrap_or_default())
             .env("LANG", "C.UTF-8")
-            // The Erlang cookie is there.
+            // The folder of the Erlang cookie.
             .env("HOME", folder)
             .env("ERL_EPMD_ADDRESS", "127.0.0.1")
             .env("ERL_EPMD_PORT", self.epmd.port.to_string())
@@ -396,22 +397,22 @@ fn scripts() -> PathBuf {
     programs::servers_root().join("usr/lib/rabbitmq/bin")
 }
 
-/// Such as `3.10.8`.
+/// The version of RabbitMQ, such as `3.10.8`.
 pub(crate) fn version() -> String {
     let mut command = Command::new(programs::find("rabbitmqctl", &[scripts()]));
-    // Its home is where it would keep a cookie.
+    // It may create a cookie in its home.
     command.arg("version").env("HOME", std::env::temp_dir());
     programs::output(&mut command)
 }
 
-/// Whether the file by which Ra, the Raft of quorum queues, finds a queue's log has all that it
-/// should have.
+/// Whether Ra, the Raft implementation of quorum queues, has saved the file by which it finds the
+/// logs of the queues.
 ///
-/// It is saved only after half a second without a change (Ra 2.2, `auto_save` in `ra_directory`). A
-/// queue that is not in it when the node is killed comes back without its messages, and without a
-/// leader for good, so that every call to it hangs. This is RabbitMQ's to mend and not what our
-/// tests are about. In the header of a dets file, the third word is 0 while a change is not saved.
-fn ra_has_saved(names: &Path) -> bool {
+/// It saves the file only after half a second without a change (Ra 2.2, `auto_save` in
+/// `ra_directory`). If the node is killed before, a new queue comes back without its messages and
+/// never gets a leader, so that every call to it hangs. That is a defect of RabbitMQ, which our tests
+/// do not cover. In the header of a dets file, the third word is 0 while a change is not saved.
+fn has_ra_saved(names: &Path) -> bool {
     let content = fs::read(names).expect("a node that has booted has this file");
     content.get(8..12).is_some_and(|word| word != [0; 4])
 }

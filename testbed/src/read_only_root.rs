@@ -1,8 +1,8 @@
-//! A file system on which nothing can be written.
+//! A read-only root file system.
 
-/// For [`Process::spawn_wrapped`](crate::Process::spawn_wrapped): makes everything read-only for the
-/// process alone, as Kubernetes' `readOnlyRootFilesystem` does, the directories for temporary files
-/// included. Only its `SPOOL_DIR` and its `LASTSEEN_DIR`, if it has them, stay writable.
+/// A wrapper for [`Process::spawn_wrapped`](crate::Process::spawn_wrapped) that makes all file systems
+/// read-only for the process, including the directories for temporary files, like Kubernetes'
+/// `readOnlyRootFilesystem`. Only its `SPOOL_DIR` and `LASTSEEN_DIR` stay writable.
 pub const WITH_READ_ONLY_ROOT: [&str; 7] = [
     "unshare",
     "--user",

@@ -1,24 +1,24 @@
-//! Directories that go away with their owner.
+//! Temporary directories that are removed on drop.
 
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-/// A new empty directory, removed with all that is in it on drop.
+/// A new, empty directory. On drop, it and its content are removed.
 #[derive(Debug)]
 pub struct Scratch(PathBuf);
 
 impl Scratch {
-    /// Makes one whose name tells `what` it is for.
+    /// Creates a directory whose name contains `purpose`.
     #[must_use]
-    pub fn new(what: &str) -> Self {
-        let name = format!("lastseen-{what}-{}", Uuid::now_v7().simple());
+    pub fn new(purpose: &str) -> Self {
+        let name = format!("lastseen-{purpose}-{}", Uuid::now_v7().simple());
         let path = std::env::temp_dir().join(name);
         std::fs::create_dir(&path).expect("the temporary directory should be writable");
         Self(path)
     }
 
-    /// Where it is.
+    /// The path of the directory.
     #[must_use]
     pub fn path(&self) -> &Path {
         &self.0

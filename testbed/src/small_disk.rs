@@ -1,4 +1,4 @@
-//! A disk that is soon full.
+//! A small disk that a test can fill.
 
 use std::fs;
 use std::io::ErrorKind;
@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::process::Process;
 
-/// For [`Process::spawn_wrapped`]: mounts a disk of 48 MiB at the process's `SPOOL_DIR`, or if it has
-/// none at its `LASTSEEN_DIR`, for itself alone, and becomes the process that follows. Only root may do
-/// so, and whoever is root in a name space of its own. The disk goes with the process.
+/// A wrapper for [`Process::spawn_wrapped`] that mounts a disk of 48 MiB at the process's `SPOOL_DIR`,
+/// or without one at its `LASTSEEN_DIR`. Only the process sees the disk, which disappears with it.
+/// Mounting needs root, at least in a user namespace.
 pub const WITH_SMALL_DISK: [&str; 7] = [
     "unshare",
     "--user",
@@ -19,17 +19,16 @@ pub const WITH_SMALL_DISK: [&str; 7] = [
     r#"mount -t tmpfs -o size=48m small "${SPOOL_DIR:-$LASTSEEN_DIR}" && exec "$0" "$@""#,
 ];
 
-/// Fills the small disk that `process` has at `directory`. Removing the file that it gives makes room
-/// again.
+/// Fills the small disk of `process` at `directory`. Returns a file whose removal frees the space.
 ///
 /// # Panics
-/// When there is room for 64 MiB.
+/// When 64 MiB fit on the disk.
 #[must_use]
 pub fn fill_disk(process: &Process, directory: &Path) -> PathBuf {
-    // Seen from outside, its disk is below its own root.
+    // Other processes reach the disk through the root directory of `process`.
     let root = PathBuf::from(format!("/proc/{}/root", process.pid()));
-    let filling = root.join(directory.strip_prefix("/").unwrap_or(directory)).join("filling");
-    let written = fs::write(&filling, vec![0; 64 << 20]);
+    let filler = root.join(directory.strip_prefix("/").unwrap_or(directory)).join("filler");
+    let written = fs::write(&filler, vec![0; 64 << 20]);
     assert_eq!(written.map_err(|error| error.kind()), Err(ErrorKind::StorageFull));
-    filling
+    filler
 }

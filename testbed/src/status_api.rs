@@ -1,4 +1,4 @@
-//! The status API as it is on good and on bad days.
+//! A simulated status API that can answer correctly or fail in many ways.
 
 use std::collections::HashMap;
 use std::convert::Infallible;
@@ -22,46 +22,46 @@ use tokio::net::TcpSocket;
 use crate::free_port;
 use crate::ports::local;
 
-/// What the API answers to one lookup.
+/// The answer to one lookup.
 #[derive(Clone, Debug)]
 pub enum Answer {
     /// 200 with `{"id":…,"online":true}`.
     Online,
     /// 200 with `{"id":…,"online":false}`.
     Offline,
-    /// That status, without a body.
+    /// This status without a body.
     Status(u16),
-    /// That status with one header of that name and value.
+    /// This status with one header of this name and value.
     StatusWithHeader(u16, &'static str, String),
-    /// None, until the client gives up.
+    /// No answer until the client gives up.
     Hang,
-    /// 200 with that body, as JSON.
+    /// 200 with this body as JSON.
     Body(String),
-    /// That status with a body of that content type.
+    /// This status with a body of this content type.
     Page(u16, &'static str, String),
-    /// The other answer, after that time.
+    /// The inner answer after this time.
     After(Duration, Box<Answer>),
-    /// The other answer, once the token is cancelled.
+    /// The inner answer after the token is cancelled.
     Gated(CancellationToken, Box<Answer>),
-    /// 302 to that location.
+    /// 302 to this location.
     Redirect(String),
-    /// [`Answer::Online`], its body at a byte a second.
+    /// [`Answer::Online`] with one byte of the body per second.
     Trickle,
-    /// [`Answer::Online`], behind so many KiB of white space. It is made as it is sent.
+    /// [`Answer::Online`] after this many KiB of white space, which are generated while they are sent.
     Huge(usize),
-    /// The other answer, of which the note is told just before it goes out. A client that has gone
-    /// away by then gets none, and the note is not told.
+    /// The inner answer. The hook runs just before the answer is sent, and does not run if the client
+    /// has disconnected.
     Observed(SentHook, Box<Answer>),
 }
 
-/// What is to be told of an answer that goes out.
+/// A function that runs just before an answer is sent.
 #[derive(Clone)]
 pub struct SentHook(Arc<dyn Fn() + Send + Sync>);
 
 impl SentHook {
-    /// A note that calls `told`.
-    pub fn new(told: impl Fn() + Send + Sync + 'static) -> Self {
-        Self(Arc::new(told))
+    /// Creates a hook that calls `function`.
+    pub fn new(function: impl Fn() + Send + Sync + 'static) -> Self {
+        Self(Arc::new(function))
     }
 }
 
@@ -73,10 +73,10 @@ impl fmt::Debug for SentHook {
 
 type Behaviour = dyn Fn(i64, u32) -> Answer + Send + Sync;
 
-/// A real HTTP server for `GET /objects/{id}` that behaves as told and remembers who asked.
+/// A real HTTP server for `GET /objects/{id}` with configurable answers, which records the lookups.
 ///
-/// It has a thread and a runtime of its own: what the test does cannot hold it up, and when it stops
-/// it is gone at once with its connections, like a server that was killed.
+/// It has its own thread and runtime, so that a busy test does not delay it. When it stops, all its
+/// connections close at once, like those of a killed server.
 #[derive(Debug)]
 pub struct StatusApi {
     address: SocketAddr,
@@ -86,13 +86,13 @@ pub struct StatusApi {
 }
 
 impl StatusApi {
-    /// Starts it on a free port. `behaviour` is asked for each lookup, with the id and with how many
-    /// times that id has been looked up, this time included.
+    /// Starts it on a free port. `behaviour` determines the answer to each lookup from the id and the
+    /// number of lookups of that id so far, including this one.
     pub fn start(behaviour: impl Fn(i64, u32) -> Answer + Send + Sync + 'static) -> Self {
         Self::start_on(local(free_port()), behaviour)
     }
 
-    /// Starts it where another one was, or where one has been missed so far.
+    /// Starts it on `address`, where another one may have been before.
     pub fn start_on(
         address: SocketAddr,
         behaviour: impl Fn(i64, u32) -> Answer + Send + Sync + 'static,
@@ -104,13 +104,13 @@ impl StatusApi {
         let listener = {
             let _entered = runtime.enter();
             let socket = TcpSocket::new_v4().expect("a socket should open");
-            // The connections of the one before it may still be on their way out.
-            socket.set_reuseaddr(true).expect("a socket takes that option");
+            // Connections of a previous server on this address may still be closing.
+            socket.set_reuseaddr(true).expect("a socket has this option");
             socket
                 .bind(address)
                 .unwrap_or_else(|error| panic!("cannot listen on {address}: {error}"));
-            // With std's short backlog, hundreds of connections at once would wait a second for
-            // their SYN to be sent again.
+            // With std's short backlog, hundreds of simultaneous connections would wait a second for
+            // their SYN to be retransmitted.
             socket.listen(4_096).expect("a bound socket can listen")
         };
         let address = listener.local_addr().expect("a listener has an address");
@@ -121,7 +121,7 @@ impl StatusApi {
         let thread = std::thread::spawn(move || {
             #[expect(
                 clippy::disallowed_methods,
-                reason = "our own server goes on for a while when a client has closed its sending side, but here such a client has given up"
+                reason = "our own server keeps serving a client that has closed its sending side, but here such a client has given up"
             )]
             let serving = async { axum::serve(listener, router).await };
             runtime.block_on(stopped.run_until_cancelled(serving));
@@ -129,7 +129,7 @@ impl StatusApi {
         Self { address, records, stop, thread: Some(thread) }
     }
 
-    /// Closes its port and all connections. What it has recorded stays readable.
+    /// Closes its port and all connections. Its records stay readable.
     pub fn stop(&mut self) {
         self.stop.cancel();
         if self.thread.take().is_some_and(|thread| thread.join().is_err()) {
@@ -137,45 +137,45 @@ impl StatusApi {
         }
     }
 
-    /// Where it listens, or did.
+    /// The address on which it listens, or listened before it stopped.
     #[must_use]
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// What to set `TESTER_ENDPOINT` to: `http://127.0.0.1:PORT`.
+    /// The value for `TESTER_ENDPOINT`: `http://127.0.0.1:PORT`.
     #[must_use]
     pub fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// Each lookup's id and when it came in, the oldest first.
+    /// The id and the arrival time of each lookup, the oldest first.
     #[must_use]
     pub fn lookups(&self) -> Vec<(i64, Instant)> {
         self.records.lookups.lock().unwrap_or_else(PoisonError::into_inner).all.clone()
     }
 
-    /// How many lookups of `id` there were.
+    /// The number of lookups of `id`.
     #[must_use]
     pub fn lookups_of(&self, id: i64) -> usize {
         let lookups = self.records.lookups.lock().unwrap_or_else(PoisonError::into_inner);
         lookups.counts.get(&id).map_or(0, |count| *count as usize)
     }
 
-    /// What the lookups of `id` said in the header of that name, those that said anything.
+    /// The `traceparent` headers of the lookups of `id`, without lookups that had none.
     #[must_use]
     pub fn traceparents(&self, id: i64) -> Vec<String> {
         let lookups = self.records.lookups.lock().unwrap_or_else(PoisonError::into_inner);
         lookups.traceparents.get(&id).cloned().unwrap_or_default()
     }
 
-    /// How many lookups wait for their answer now.
+    /// The number of lookups that wait for their answer now.
     #[must_use]
     pub fn in_flight(&self) -> usize {
         self.records.in_flight.load(Ordering::SeqCst)
     }
 
-    /// The most lookups that ever waited at the same time.
+    /// The highest number of lookups that waited at the same time.
     #[must_use]
     pub fn max_in_flight(&self) -> usize {
         self.records.max_in_flight.load(Ordering::SeqCst)
@@ -203,8 +203,8 @@ struct Lookups {
 }
 
 impl Records {
-    /// Notes a lookup of `id` and gives how many there were, this one included.
-    fn note(&self, id: i64, headers: &HeaderMap) -> u32 {
+    /// Records a lookup of `id` and returns the number of its lookups, including this one.
+    fn record(&self, id: i64, headers: &HeaderMap) -> u32 {
         let mut lookups = self.lookups.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(Ok(traceparent)) = headers.get("traceparent").map(HeaderValue::to_str) {
             lookups.traceparents.entry(id).or_default().push(traceparent.to_owned());
@@ -216,8 +216,8 @@ impl Records {
     }
 }
 
-/// Counts a lookup as in flight until it is answered, or its client has gone away and hyper drops
-/// what was to answer it.
+/// Counts a lookup as in flight until it is answered, or its client disconnects and hyper drops the
+/// handler.
 struct InFlight<'a>(&'a Records);
 
 impl<'a> InFlight<'a> {
@@ -244,7 +244,7 @@ async fn look_up(
     headers: HeaderMap,
 ) -> Response {
     let _in_flight = InFlight::enter(&records);
-    let mut answer = behaviour(id, records.note(id, &headers));
+    let mut answer = behaviour(id, records.record(id, &headers));
     loop {
         answer = match answer {
             Answer::After(delay, later) => {
@@ -255,8 +255,8 @@ async fn look_up(
                 token.cancelled().await;
                 *answer
             }
-            Answer::Observed(note, answer) => {
-                (note.0)();
+            Answer::Observed(hook, answer) => {
+                (hook.0)();
                 *answer
             }
             answer => break respond(id, answer).await,

@@ -1,4 +1,4 @@
-//! The smallest service there is, for the tests of `testbed::Process`.
+//! A minimal service for the tests of `testbed::Process`.
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -7,7 +7,7 @@ use service::{Description, Health, Reloadable};
 
 #[derive(Clone, Debug, clap::Args)]
 struct Settings {
-    /// What to log at the start
+    /// Text to log at the start
     #[arg(long, default_value = "nothing")]
     greeting: String,
 }
@@ -15,7 +15,7 @@ struct Settings {
 fn main() -> ExitCode {
     let description = Description {
         name: "testbed-sample",
-        about: "Does nothing until it is told to stop",
+        about: "Does nothing until it is stopped",
         admin_address: ":0",
         drain_delay: "0s",
         reloadable: &[],

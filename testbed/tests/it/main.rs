@@ -1,6 +1,6 @@
-//! The testbed itself, against real servers. One binary, because each takes seconds to link.
+//! Tests of the testbed against real servers. They are one binary, because each takes seconds to link.
 
-#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+#![expect(clippy::unwrap_used, reason = "helpers of tests may panic, too")]
 
 mod eventually;
 mod infrastructure;

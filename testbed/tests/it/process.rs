@@ -12,7 +12,7 @@ async fn process_exposes_log_readiness_and_metrics_and_drains() {
     let sample = Process::spawn("testbed-sample", &[("GREETING", "hello".to_owned())], &[]);
     let line = sample.wait_for_log("greeting=").await;
     assert!(line.contains(r#"greeting="hello""#), "{line}");
-    assert!(line.contains("lastseen-testbed-sample-"), "not in a folder of its own: {line}");
+    assert!(line.contains("lastseen-testbed-sample-"), "not in its own folder: {line}");
     sample.ready().await;
     assert_eq!(sample.get("/livez").await, (200, "alive\n".to_owned()));
     assert_eq!(sample.get("/nothing").await.0, 404);
@@ -47,8 +47,8 @@ async fn paused_process_does_nothing_until_it_is_resumed() {
     let sample = Process::spawn("testbed-sample", &[], &[]);
     sample.ready().await;
     sample.pause().await;
-    let asked = tokio::time::timeout(Duration::from_millis(300), sample.get("/livez"));
-    assert!(asked.await.is_err(), "it answers");
+    let response = tokio::time::timeout(Duration::from_millis(300), sample.get("/livez"));
+    assert!(response.await.is_err(), "it answers");
     sample.resume();
     assert_eq!(sample.get("/livez").await.0, 200);
 }
@@ -83,20 +83,20 @@ fn missing_binary_fails_with_the_build_command() {
     let _ = Process::spawn("no-such-service", &[], &[]);
 }
 
-/// The test runs itself once more as a process, which it kills while that one holds a [`Process`].
+/// The test runs itself again as a process, and kills that process while it holds a [`Process`].
 #[tokio::test]
 async fn process_ends_when_its_test_is_killed() {
-    const HOLDING: &str = "TESTBED_IS_TO_BE_KILLED";
-    if std::env::var_os(HOLDING).is_some() {
+    const IS_INNER: &str = "TESTBED_IS_TO_BE_KILLED";
+    if std::env::var_os(IS_INNER).is_some() {
         let sample = Process::spawn("testbed-sample", &[], &[]);
         println!("admin address {}", sample.admin().await);
-        // Should nobody kill it, it ends all the same.
+        // It also ends if it is not killed.
         tokio::time::sleep(Duration::from_secs(30)).await;
         return;
     }
     let mut test = Command::new(std::env::current_exe().unwrap())
         .args(["--exact", "--nocapture", "process::process_ends_when_its_test_is_killed"])
-        .env(HOLDING, "yes")
+        .env(IS_INNER, "yes")
         .stdout(Stdio::piped())
         .spawn()
         .unwrap();

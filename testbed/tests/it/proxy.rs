@@ -6,11 +6,11 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
-/// Long enough for what should not come to have come, if it could.
+/// Time in which unexpected bytes would arrive.
 const A_WHILE: Duration = Duration::from_millis(200);
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// A proxy in front of a server that sends back what it gets.
+/// A proxy in front of an echo server.
 async fn proxied_echo() -> Proxy {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap();

@@ -32,7 +32,7 @@ async fn queue_counts_returns_and_publishes_messages() {
 }
 
 #[tokio::test]
-#[should_panic(expected = "is not there")]
+#[should_panic(expected = "does not exist")]
 async fn publishing_to_a_missing_queue_panics() {
     Queue::new().publish_raw(b"lost").await;
 }

@@ -38,9 +38,9 @@ async fn status_api_gives_every_kind_of_answer() {
     let redirect = look_up(&api, 6).await;
     assert_eq!(redirect.status, 302);
     assert!(redirect.head.contains("location: http://elsewhere/objects/6"), "{}", redirect.head);
-    let asked = Instant::now();
+    let started = Instant::now();
     assert_eq!(look_up(&api, 7).await.status, 200);
-    assert!(asked.elapsed() >= Duration::from_millis(80));
+    assert!(started.elapsed() >= Duration::from_millis(80));
     let huge = look_up(&api, 8).await;
     assert_eq!(huge.body.len(), 1_000 * 1_024 + r#"{"id":8,"online":true}"#.len());
     assert_eq!(huge.body.trim_start(), r#"{"id":8,"online":true}"#);
@@ -51,7 +51,7 @@ async fn status_api_gives_every_kind_of_answer() {
         eventually("it is in flight", DEADLINE, async || (api.in_flight() == 1).then_some(())),
     );
     assert!(hung.is_err());
-    eventually("the client's leaving is seen", DEADLINE, async || {
+    eventually("the disconnect of the client is detected", DEADLINE, async || {
         (api.in_flight() == 0).then_some(())
     })
     .await;
@@ -64,38 +64,38 @@ async fn status_api_gives_every_kind_of_answer() {
 async fn status_api_trickles_one_byte_per_second() {
     let api = StatusApi::start(|_, _| Answer::Trickle);
     let mut stream = TcpStream::connect(api.address()).await.unwrap();
-    let asked = Instant::now();
+    let started = Instant::now();
     stream.write_all(b"GET /objects/1 HTTP/1.0\r\n\r\n").await.unwrap();
     let mut answer = Vec::new();
     while !answer.ends_with(br#"{"id"#) {
         let byte = tokio::time::timeout(DEADLINE, stream.read_u8()).await;
         answer.push(byte.unwrap().unwrap());
     }
-    assert!(asked.elapsed() >= Duration::from_secs(4), "four bytes in {:?}", asked.elapsed());
+    assert!(started.elapsed() >= Duration::from_secs(4), "four bytes in {:?}", started.elapsed());
 }
 
 #[tokio::test]
 async fn hook_runs_only_for_answers_that_are_sent() {
-    let told = Arc::new(AtomicU32::new(0));
-    let telling = Arc::clone(&told);
+    let sent = Arc::new(AtomicU32::new(0));
+    let counter = Arc::clone(&sent);
     let api = StatusApi::start(move |_, lookup| {
-        let telling = Arc::clone(&telling);
-        let note = SentHook::new(move || {
-            telling.fetch_add(1, Ordering::SeqCst);
+        let counter = Arc::clone(&counter);
+        let hook = SentHook::new(move || {
+            counter.fetch_add(1, Ordering::SeqCst);
         });
-        let answer = Answer::Observed(note, Box::new(Answer::Online));
+        let answer = Answer::Observed(hook, Box::new(Answer::Online));
         Answer::After(Duration::from_millis(if lookup == 1 { 0 } else { 200 }), Box::new(answer))
     });
     assert_eq!(look_up(&api, 1).await.body, r#"{"id":1,"online":true}"#);
-    assert_eq!(told.load(Ordering::SeqCst), 1);
+    assert_eq!(sent.load(Ordering::SeqCst), 1);
 
     let impatient = tokio::time::timeout(Duration::from_millis(100), look_up(&api, 1)).await;
     assert!(impatient.is_err());
-    eventually("the client's leaving is seen", DEADLINE, async || {
+    eventually("the disconnect of the client is detected", DEADLINE, async || {
         (api.in_flight() == 0).then_some(())
     })
     .await;
-    assert_eq!((api.lookups_of(1), told.load(Ordering::SeqCst)), (2, 1));
+    assert_eq!((api.lookups_of(1), sent.load(Ordering::SeqCst)), (2, 1));
 }
 
 #[tokio::test]
