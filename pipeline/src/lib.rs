@@ -1,10 +1,10 @@
-//! Drives the whole system in tests: a [`Partner`] that posts callbacks and keeps a ledger of what
-//! it was promised, and the environment in which the services run.
+//! Helpers of the end-to-end tests: a [`Partner`] that posts callbacks and keeps a ledger of the
+//! responses, and a [`System`] that starts the services.
 
 #![expect(
     clippy::expect_used,
     clippy::missing_panics_doc,
-    reason = "it serves tests only, where a panic with a reason is how to fail"
+    reason = "only tests use it, and a test fails by panicking"
 )]
 
 mod partner;
@@ -12,21 +12,21 @@ mod partner;
 pub use partner::{Ledger, Partner};
 use testbed::{Process, StatusApi};
 
-/// Where one pipeline of services finds its servers.
+/// The servers that the services of one system use.
 #[derive(Clone, Debug)]
 pub struct System {
     /// `AMQP_URI`.
     pub amqp_uri: String,
     /// `QUEUE_NAME`.
     pub queue: String,
-    /// The `POSTGRES_*` variables, or another way to the database.
+    /// The variables that locate the database, such as `POSTGRES_*`.
     pub database: Vec<(&'static str, String)>,
     /// `TESTER_ENDPOINT`.
     pub status_api: String,
 }
 
 impl System {
-    /// Those of a broker, a queue name on it, a database and a status API.
+    /// A system with this broker, queue name, database and status API.
     #[must_use]
     pub fn new(
         amqp_uri: &str,
@@ -42,13 +42,13 @@ impl System {
         }
     }
 
-    /// Starts the service of that name, with `extra` variables.
+    /// Starts `service` with `extra` variables.
     #[must_use]
     pub fn spawn(&self, service: &str, extra: &[(&'static str, &str)]) -> Process {
         self.spawn_wrapped(&[], service, extra)
     }
 
-    /// Like [`System::spawn`], by a command as [`Process::spawn_wrapped`] describes it.
+    /// Like [`System::spawn`], through a `wrapper` as in [`Process::spawn_wrapped`].
     #[must_use]
     pub fn spawn_wrapped(
         &self,
@@ -69,16 +69,16 @@ impl System {
     }
 }
 
-/// Where a producer takes callbacks, as it says in its log.
+/// The callback URL of a producer, from its log.
 pub async fn callback_endpoint(producer: &Process) -> String {
     let line = producer.wait_for_log("accepting callbacks").await;
-    let address = line.split("address=").nth(1).expect("the line should end in the address");
+    let address = line.split("address=").nth(1).expect("the line should end with the address");
     format!("http://{}/callback", address.trim())
 }
 
-/// Where a viewer is, as it says in its log: `http://` and its address.
+/// The base URL of a viewer, from its log.
 pub async fn viewer_url(viewer: &Process) -> String {
     let line = viewer.wait_for_log("serving the page and the API").await;
-    let address = line.split("address=").nth(1).expect("the line should end in the address");
+    let address = line.split("address=").nth(1).expect("the line should end with the address");
     format!("http://{}", address.trim())
 }

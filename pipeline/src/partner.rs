@@ -1,4 +1,4 @@
-//! The partner, as strict as a real one: it gives up after a second and never sends anything twice.
+//! A partner as strict as a real one: it gives up after a second and never retries.
 
 use std::ops::Range;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -7,14 +7,14 @@ use std::time::Duration;
 use reqwest::Client;
 use tokio::task::JoinHandle;
 
-/// What became of the callbacks.
+/// The responses to the callbacks.
 #[derive(Clone, Debug, Default)]
 pub struct Ledger {
-    /// The ids of all callbacks that were answered 2xx: these must not be lost.
+    /// The ids of all callbacks that were answered 2xx. They must not be lost.
     pub accepted: Vec<i64>,
-    /// The answers that were not 2xx, whole.
+    /// Status and body of the other responses.
     pub refused: Vec<String>,
-    /// How many got no answer: connection refused or broken, or no answer within a second.
+    /// The number of callbacks without a response: connection refused or broken, or a timeout.
     pub unanswered: usize,
 }
 
@@ -32,32 +32,32 @@ impl Default for Partner {
 }
 
 impl Partner {
-    /// One that gives up later than a real one does, for tests that are not about time.
+    /// A partner with a longer timeout than a real one, for tests that are not about time.
     #[must_use]
-    pub fn with_timeout(patience: Duration) -> Self {
-        // It fails only when another test of this process has installed it before.
+    pub fn with_timeout(timeout: Duration) -> Self {
+        // It fails only if another test of this process has installed the provider.
         let _ = rustls::crypto::ring::default_provider().install_default();
         let client = Client::builder()
-            .timeout(patience)
+            .timeout(timeout)
             .no_proxy()
             .build()
             .expect("a plain client should build");
         Self { client, ledger: Arc::default() }
     }
 
-    /// What has been answered so far.
+    /// The responses so far.
     #[must_use]
     pub fn ledger(&self) -> Ledger {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Posts one callback and says whether it was accepted.
+    /// Posts one callback and returns whether it was accepted.
     pub async fn post(&self, endpoint: &str, ids: &[i64]) -> bool {
         post(&self.client, &self.ledger, endpoint, ids).await
     }
 
-    /// Posts the `ids` once each, `per_callback` at a time, one callback every `interval`, whatever
-    /// becomes of the ones before.
+    /// Posts each of `ids` once, with `per_callback` ids in a callback and one callback every
+    /// `interval`. It does not wait for responses in between.
     #[must_use]
     pub fn post_all(
         &self,
@@ -86,16 +86,16 @@ impl Partner {
 
 async fn post(client: &Client, ledger: &Mutex<Ledger>, endpoint: &str, ids: &[i64]) -> bool {
     let body = serde_json::json!({ "object_ids": ids }).to_string();
-    let answer = client.post(endpoint).body(body).send().await;
+    let response = client.post(endpoint).body(body).send().await;
     let lock = || ledger.lock().unwrap_or_else(PoisonError::into_inner);
-    match answer {
-        Ok(answer) if answer.status().is_success() => {
+    match response {
+        Ok(response) if response.status().is_success() => {
             lock().accepted.extend_from_slice(ids);
             true
         }
-        Ok(answer) => {
-            let status = answer.status();
-            let body = answer.text().await.unwrap_or_default();
+        Ok(response) => {
+            let status = response.status();
+            let body = response.text().await.unwrap_or_default();
             lock().refused.push(format!("{status}: {body}"));
             false
         }

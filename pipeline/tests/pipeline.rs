@@ -1,4 +1,4 @@
-//! The whole pipeline as separate processes, on good days and on bad ones.
+//! The whole pipeline as separate processes, in normal operation and during failures.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -14,10 +14,10 @@ use testbed::{
 
 const MILLISECOND: Duration = Duration::from_millis(1);
 const PATIENCE: Duration = Duration::from_mins(1);
-/// The pipeline must be at work again so soon after a server is back.
+/// The pipeline must work again this soon after a server is back.
 const RECOVERY: Duration = Duration::from_secs(10);
 
-/// A status API that is quick and, like the real one, online for even ids.
+/// A fast status API on which, as on the real one, the even ids are online.
 fn even_ids_online(latency: Duration) -> StatusApi {
     StatusApi::start(move |id, _| {
         let answer = if id % 2 == 0 { Answer::Online } else { Answer::Offline };
@@ -31,18 +31,19 @@ async fn stored(pool: &PgPool) -> HashSet<i64> {
 }
 
 /// Waits until each accepted id has been looked up and, if it is even, stored.
-async fn all_arrive(accepted: &[i64], status_api: &StatusApi, pool: &PgPool) {
+async fn wait_until_processed(accepted: &[i64], status_api: &StatusApi, pool: &PgPool) {
     eventually("every accepted id is looked up, and stored if online", PATIENCE, async || {
         let looked_up: HashSet<i64> = status_api.lookups().iter().map(|(id, _)| *id).collect();
         let stored = stored(pool).await;
-        let arrived = |id: &i64| looked_up.contains(id) && (id % 2 != 0 || stored.contains(id));
-        accepted.iter().all(arrived).then_some(())
+        let is_processed =
+            |id: &i64| looked_up.contains(id) && (id % 2 != 0 || stored.contains(id));
+        accepted.iter().all(is_processed).then_some(())
     })
     .await;
 }
 
-/// Unless messages were `spooled`: what a busy machine's broker confirms too late goes through the spool as well, and
-/// is looked up twice, whichever process is stopped.
+/// Checks that no id was looked up twice, unless messages were `spooled`. A message that the broker of
+/// a busy machine confirms too late also goes through the spool, and is then looked up twice.
 #[track_caller]
 fn assert_looked_up_once(status_api: &StatusApi, spooled: f64) {
     let twice = looked_up_twice(status_api);
@@ -99,7 +100,7 @@ async fn callbacks_fill_the_table_and_stale_rows_are_deleted() {
     .fetch_one(database.pool())
     .await
     .unwrap();
-    // The TTL, an interval, and what a busy machine takes.
+    // The TTL, the interval, and 2 s for a busy machine.
     assert!(oldest < 4.0 + 0.5 + 2.0, "a row is {oldest} s old");
 
     tester.kill();
@@ -123,15 +124,15 @@ async fn nothing_is_lost_when_broker_database_and_consumer_are_killed() {
     let status_api = even_ids_online(MILLISECOND * 100);
     let system = System::new(&broker.amqp_uri(), "objects", database.environment(), &status_api);
 
-    // The services come first, and wait for whoever is not there.
+    // The services start first, and wait for the broker and the database.
     tokio::join!(broker.kill(), database.kill());
     let producer = system.spawn("producer", &[]);
     let at_once = [("MAX_CONSUMERS", "300")];
     let mut consumer = system.spawn("consumer", &at_once);
-    eventually("the consumer says what it misses", PATIENCE, async || {
+    eventually("the consumer reports the missing servers", PATIENCE, async || {
         let (status, reasons) = consumer.get("/readyz").await;
-        let told = reasons.contains("broker") && reasons.contains("database");
-        (status == 503 && told).then_some(())
+        let names_both = reasons.contains("broker") && reasons.contains("database");
+        (status == 503 && names_both).then_some(())
     })
     .await;
     tokio::join!(broker.boot(), database.boot());
@@ -140,10 +141,10 @@ async fn nothing_is_lost_when_broker_database_and_consumer_are_killed() {
     let endpoint = callback_endpoint(&producer).await;
     let partner = Partner::default();
     let mut probe = 1_000_000;
-    // 10,000 ids in callbacks of 20, over some 25 s; the faults fall into that time.
+    // 10,000 ids in callbacks of 20 take about 25 s. The faults happen during that time.
     let load = partner.post_all(endpoint.clone(), 0..10_000, 20, MILLISECOND * 50);
     let accepted = async |count| {
-        eventually("the load goes on", PATIENCE, async || {
+        eventually("the load continues", PATIENCE, async || {
             (partner.ledger().accepted.len() >= count).then_some(())
         })
         .await;
@@ -152,46 +153,46 @@ async fn nothing_is_lost_when_broker_database_and_consumer_are_killed() {
     accepted(1_000).await;
     broker.kill().await;
     broker.boot().await;
-    is_at_work(&partner, &endpoint, &mut probe, database.pool()).await;
+    wait_for_recovery(&partner, &endpoint, &mut probe, database.pool()).await;
 
     accepted(2_000).await;
     database.kill().await;
     database.boot().await;
-    is_at_work(&partner, &endpoint, &mut probe, database.pool()).await;
+    wait_for_recovery(&partner, &endpoint, &mut probe, database.pool()).await;
 
     accepted(3_000).await;
     consumer.kill();
     consumer.wait().await;
     consumer = system.spawn("consumer", &at_once);
-    is_at_work(&partner, &endpoint, &mut probe, database.pool()).await;
+    wait_for_recovery(&partner, &endpoint, &mut probe, database.pool()).await;
 
     load.await.unwrap();
     let ledger = partner.ledger();
-    // While the broker is away, a disk that is slow for a moment is a reason to refuse a callback. There is no other.
+    // While the broker is away, a slow disk is the only reason to refuse a callback.
     let slow_disk =
         |refusal: &String| refusal.contains("the spool did not store the messages within");
     assert!(ledger.refused.iter().all(slow_disk), "{:?}", ledger.refused);
-    all_arrive(&ledger.accepted, &status_api, database.pool()).await;
-    assert!(producer.is_running() && consumer.is_running(), "they heal without a restart");
+    wait_until_processed(&ledger.accepted, &status_api, database.pool()).await;
+    assert!(producer.is_running() && consumer.is_running(), "they recover without a restart");
 }
 
-/// Posts an even id of its own until one is accepted, and sees it stored, all within [`RECOVERY`].
-async fn is_at_work(partner: &Partner, endpoint: &str, probe: &mut i64, pool: &PgPool) {
-    let back = Instant::now();
-    eventually("the pipeline goes on by itself", RECOVERY, async || {
+/// Posts new even ids until one is accepted and stored, all within [`RECOVERY`].
+async fn wait_for_recovery(partner: &Partner, endpoint: &str, probe: &mut i64, pool: &PgPool) {
+    let started = Instant::now();
+    eventually("the pipeline recovers on its own", RECOVERY, async || {
         *probe += 2;
         let id = *probe;
         if !partner.post(endpoint, &[id]).await {
             return None;
         }
-        eventually("what was accepted is stored", RECOVERY, async || {
+        eventually("the accepted id is stored", RECOVERY, async || {
             stored(pool).await.contains(&id).then_some(())
         })
         .await;
         Some(())
     })
     .await;
-    println!("at work again after {:?}", back.elapsed());
+    println!("recovered after {:?}", started.elapsed());
 }
 
 #[tokio::test]
@@ -202,7 +203,7 @@ async fn killed_producer_loses_no_accepted_id() {
         System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
     let consumer = system.spawn("consumer", &[]);
     let partner = Partner::default();
-    // What one of them had in it when it was killed is relayed by the next.
+    // Each producer relays the messages that the one before left in the spool.
     let spool = Scratch::new("spool");
     let spool_dir = [("SPOOL_DIR", spool.path().to_str().unwrap())];
     for round in 0..5 {
@@ -212,7 +213,7 @@ async fn killed_producer_loses_no_accepted_id() {
         let before = partner.ledger().accepted.len();
         let first = round * 10_000;
         let load = partner.post_all(endpoint, first..first + 10_000, 50, MILLISECOND * 2);
-        eventually("the load is under way", PATIENCE, async || {
+        eventually("the load has started", PATIENCE, async || {
             (partner.ledger().accepted.len() >= before + 500).then_some(())
         })
         .await;
@@ -220,9 +221,9 @@ async fn killed_producer_loses_no_accepted_id() {
         load.await.unwrap();
     }
     let ledger = partner.ledger();
-    assert!(ledger.unanswered > 0, "each kill should have broken some off");
+    assert!(ledger.unanswered > 0, "the kills should have cut off some callbacks");
     let last = system.spawn("producer", &spool_dir);
-    all_arrive(&ledger.accepted, &status_api, database.pool()).await;
+    wait_until_processed(&ledger.accepted, &status_api, database.pool()).await;
     for service in [last, consumer] {
         service.terminate();
         assert_eq!(service.wait().await.code(), Some(0));
@@ -254,15 +255,15 @@ async fn services_stopped_under_load_drain_without_loss() {
     load.await.unwrap();
     let ledger = partner.ledger();
     assert_eq!((ledger.refused, ledger.unanswered), (Vec::new(), 0));
-    all_arrive(&ledger.accepted, &status_api, database.pool()).await;
+    wait_until_processed(&ledger.accepted, &status_api, database.pool()).await;
 
     let spooled = producer.metric("lastseen_spooled_total").await;
     assert_looked_up_once(&status_api, spooled);
 
-    // And the producer: whoever is in the middle of a callback gets its answer.
+    // The same for the producer: a callback in flight must be answered.
     let endpoint = callback_endpoint(&producer).await;
     let load = partner.post_all(endpoint, 10_000..12_000, 10, MILLISECOND * 10);
-    eventually("the load is under way", PATIENCE, async || {
+    eventually("the load has started", PATIENCE, async || {
         (partner.ledger().accepted.len() >= 3_300).then_some(())
     })
     .await;
@@ -271,16 +272,16 @@ async fn services_stopped_under_load_drain_without_loss() {
     load.await.unwrap();
     let ledger = partner.ledger();
     let refused = ledger.refused;
-    assert!(refused.is_empty(), "a draining producer answers what it has taken: {refused:?}");
-    all_arrive(&ledger.accepted, &status_api, database.pool()).await;
+    assert!(refused.is_empty(), "a draining producer refused callbacks: {refused:?}");
+    wait_until_processed(&ledger.accepted, &status_api, database.pool()).await;
     staying.terminate();
     assert_eq!(staying.wait().await.code(), Some(0));
     assert_eq!(queue.depth(&queue.name).await, Some(0));
     assert_eq!(queue.depth(&queue.dead()).await, Some(0));
 }
 
-/// Each of two producers and two consumers is stopped and started again while callbacks come in, as it
-/// is when a new version is rolled out.
+/// Two producers and two consumers are restarted one after the other while callbacks arrive, as in
+/// the rollout of a new version.
 #[tokio::test]
 async fn rolling_restart_fails_no_callback() {
     let (queue, database) = (Queue::new(), Database::new().await);
@@ -289,8 +290,8 @@ async fn rolling_restart_fails_no_callback() {
         System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
     let addresses = [(); 2].map(|()| format!("127.0.0.1:{}", testbed::free_port()));
     let producer = |address: &String| {
-        let late = ("PUBLISH_TIMEOUT", "400ms");
-        system.spawn("producer", &[("PRODUCER_ADDR", address.as_str()), late])
+        let timeout = ("PUBLISH_TIMEOUT", "400ms");
+        system.spawn("producer", &[("PRODUCER_ADDR", address.as_str()), timeout])
     };
     let consumer = || system.spawn("consumer", &[]);
     let mut producers = addresses.each_ref().map(producer);
@@ -303,9 +304,9 @@ async fn rolling_restart_fails_no_callback() {
     let partner = Partner::with_timeout(PATIENCE);
     let load = partner.post_all(endpoint, 0..30_000, 5, MILLISECOND * 10);
     let mut accepted = 0;
-    let mut goes_on = async || {
+    let mut wait_for_load = async || {
         accepted += 500;
-        eventually("the load goes on", PATIENCE, async || {
+        eventually("the load continues", PATIENCE, async || {
             (partner.ledger().accepted.len() >= accepted).then_some(())
         })
         .await;
@@ -313,29 +314,29 @@ async fn rolling_restart_fails_no_callback() {
     };
 
     let mut spooled = 0.0;
-    for (place, address) in producers.iter_mut().zip(&addresses) {
-        goes_on().await;
-        spooled += place.metric("lastseen_spooled_total").await;
-        place.terminate();
-        assert_eq!(place.wait().await.code(), Some(0), "it should drain");
-        goes_on().await;
-        *place = producer(address);
-        place.ready().await;
+    for (running, address) in producers.iter_mut().zip(&addresses) {
+        wait_for_load().await;
+        spooled += running.metric("lastseen_spooled_total").await;
+        running.terminate();
+        assert_eq!(running.wait().await.code(), Some(0), "it should drain");
+        wait_for_load().await;
+        *running = producer(address);
+        running.ready().await;
     }
-    for place in &mut consumers {
-        goes_on().await;
-        place.terminate();
-        assert_eq!(place.wait().await.code(), Some(0), "it should drain");
-        goes_on().await;
-        *place = consumer();
-        place.ready().await;
+    for running in &mut consumers {
+        wait_for_load().await;
+        running.terminate();
+        assert_eq!(running.wait().await.code(), Some(0), "it should drain");
+        wait_for_load().await;
+        *running = consumer();
+        running.ready().await;
     }
     assert!(!load.is_finished(), "the load should outlast the restarts");
     load.abort();
     _ = load.await;
     let ledger = partner.ledger();
     assert_eq!((ledger.refused, ledger.unanswered), (Vec::new(), 0));
-    all_arrive(&ledger.accepted, &status_api, database.pool()).await;
+    wait_until_processed(&ledger.accepted, &status_api, database.pool()).await;
     for producer in &producers {
         spooled += producer.metric("lastseen_spooled_total").await;
     }

@@ -1,4 +1,4 @@
-//! The Go services, as far as ours can notice them.
+//! Stand-ins for the Go services, with their messages and their SQL.
 
 use std::time::Duration;
 
@@ -11,14 +11,14 @@ use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::task::JoinSet;
 
-/// As their migration makes it.
+/// The table as the Go services' migration creates it.
 pub(crate) const TABLE: &str = "
     CREATE TABLE object (id INTEGER NOT NULL, last_seen TIMESTAMP NOT NULL, PRIMARY KEY (id));
     CREATE INDEX idx_last_seen ON object (last_seen)";
 
 const PERSISTENT: u8 = 2;
 
-/// Takes callbacks and publishes their ids as `{"ID":42}`. Returns where.
+/// Accepts callbacks and publishes their ids as `{"ID":42}`. Returns the callback URL.
 pub(crate) async fn producer(running: &mut JoinSet<()>, amqp_uri: &str, queue: &str) -> String {
     let connection = testbed::connect(amqp_uri).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
@@ -31,14 +31,14 @@ pub(crate) async fn producer(running: &mut JoinSet<()>, amqp_uri: &str, queue: &
         loop {
             let (mut client, _) = listener.accept().await.unwrap();
             let Some(callback) = body(&mut client).await else { continue };
-            let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
-            _ = client.write_all(answer).await;
+            let response = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\nconnection: close\r\n\r\n";
+            _ = client.write_all(response).await;
             for id in callback["object_ids"].as_array().unwrap() {
                 let message = format!(r#"{{"ID":{id}}}"#);
                 let persistent = BasicProperties::default().with_delivery_mode(PERSISTENT);
-                let (name, usual) = (queue.as_str().into(), BasicPublishOptions::default());
+                let (name, options) = (queue.as_str().into(), BasicPublishOptions::default());
                 let published =
-                    channel.basic_publish("".into(), name, usual, message.as_bytes(), persistent);
+                    channel.basic_publish("".into(), name, options, message.as_bytes(), persistent);
                 published.await.unwrap();
             }
         }
@@ -46,7 +46,7 @@ pub(crate) async fn producer(running: &mut JoinSet<()>, amqp_uri: &str, queue: &
     endpoint
 }
 
-/// The JSON of a request with a `Content-Length`.
+/// Reads the JSON body of a request with a `Content-Length`.
 async fn body(client: &mut TcpStream) -> Option<Value> {
     let mut request = Vec::new();
     loop {
@@ -63,7 +63,7 @@ async fn body(client: &mut TcpStream) -> Option<Value> {
     }
 }
 
-/// Looks up what is in the queue, and writes the local time of Berlin.
+/// Looks up the objects in the queue, and writes the local time of Berlin.
 pub(crate) fn consumer(
     running: &mut JoinSet<()>,
     (amqp_uri, queue): (String, String),
@@ -95,7 +95,7 @@ pub(crate) fn consumer(
     });
 }
 
-/// Deletes what was not seen for 4 s.
+/// Deletes rows that were last seen more than 4 s ago.
 pub(crate) fn routine(running: &mut JoinSet<()>, pool: PgPool) {
     running.spawn(async move {
         let delete = "DELETE FROM object

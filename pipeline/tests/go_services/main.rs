@@ -1,5 +1,5 @@
-//! Our services beside the Go services, which are played by their SQL and their messages, on the Go
-//! services' own table. Field case 4.3.
+//! Our services together with stand-ins for the Go services, on the table of the Go services. Field
+//! case 4.3.
 
 #![expect(clippy::expect_used, clippy::unwrap_used, reason = "a test fails by panicking")]
 
@@ -15,9 +15,9 @@ use tokio::task::{JoinSet, LocalSet};
 const PATIENCE: Duration = Duration::from_mins(1);
 const TTL: &str = "4s";
 
-/// Which of the services are ours; the others are the Go services'.
+/// The services that are ours; the others are Go services.
 #[derive(Clone, Copy, Debug)]
-#[expect(clippy::struct_excessive_bools, reason = "every combination of these is tried")]
+#[expect(clippy::struct_excessive_bools, reason = "every combination of these is tested")]
 struct Ours {
     producer: bool,
     consumer: bool,
@@ -37,21 +37,21 @@ async fn every_combination_works_with_the_go_services_table() {
             }
         }
     }
-    // A few at once: each mostly waits.
+    // Several at once, because each one mostly waits.
     let mut number = 0;
-    for some in combinations.chunks(8) {
-        let (mut running, here) = (JoinSet::new(), LocalSet::new());
-        for &ours in some {
+    for group in combinations.chunks(8) {
+        let (mut running, local_set) = (JoinSet::new(), LocalSet::new());
+        for &ours in group {
             number += 1;
-            let is_whole = number == combinations.len();
-            let queue = if is_whole { "bitburst".to_owned() } else { format!("bitburst-{number}") };
-            running.spawn_local_on(combination(ours, broker.amqp_uri(), queue), &here);
+            let is_last = number == combinations.len();
+            let queue = if is_last { "bitburst".to_owned() } else { format!("bitburst-{number}") };
+            running.spawn_local_on(test_combination(ours, broker.amqp_uri(), queue), &local_set);
         }
-        here.run_until(running.join_all()).await;
+        local_set.run_until(running.join_all()).await;
     }
 }
 
-async fn combination(ours: Ours, amqp_uri: String, queue: String) {
+async fn test_combination(ours: Ours, amqp_uri: String, queue: String) {
     let database = Database::new().await;
     let pool = database.pool();
     sqlx::raw_sql(go::TABLE).execute(pool).await.unwrap();
@@ -84,7 +84,7 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
     } else {
         go::producer(&mut go, &amqp_uri, &queue).await
     };
-    // Before the consumer, which reports a status API that does not answer.
+    // Before the consumer, which would log a missing status API.
     let tester = ours.tester.then(|| {
         let address = format!("127.0.0.1:{port}");
         let variables = [
@@ -127,22 +127,22 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
         service.ready().await;
     }
 
-    is_filled(ours, pool, &url).await;
+    wait_until_filled(ours, pool, &url).await;
     if let Some(soak) = soak() {
         tokio::time::sleep(soak).await;
-        is_filled(ours, pool, &url).await;
+        wait_until_filled(ours, pool, &url).await;
     }
     if ours.producer && ours.consumer {
-        listed(&system).await;
+        check_listing(&system).await;
     }
     for service in services.iter().chain(&tester) {
-        complains_of_nothing(ours, service);
+        check_log(ours, service);
     }
 
-    // Nobody calls back any more; what is looked up is not seen again.
+    // Without callbacks and lookups, no row is renewed.
     drop((tester, stand_in));
     if !ours.tester {
-        // The Go services go on, all but their tester.
+        // This also stops the Go partner. A Go routine must keep running.
         go.abort_all();
         if !ours.routine {
             go::routine(&mut go, pool.clone());
@@ -154,14 +154,14 @@ async fn combination(ours: Ours, amqp_uri: String, queue: String) {
     .await;
 }
 
-/// For how much longer each combination runs, if `SOAK` says so, such as `SOAK=2m`.
+/// The additional run time of each combination, if `SOAK` sets it, such as `SOAK=2m`.
 fn soak() -> Option<Duration> {
     let soak = std::env::var("SOAK").ok()?;
     Some(humantime::parse_duration(&soak).expect("SOAK should be a duration such as 2m"))
 }
 
-/// Waits until table and viewer have what is online.
-async fn is_filled(ours: Ours, pool: &PgPool, url: &str) {
+/// Waits until the table and the viewer contain the online objects.
+async fn wait_until_filled(ours: Ours, pool: &PgPool, url: &str) {
     eventually(&format!("{ours:?}: the table fills"), PATIENCE, async || {
         (ids(pool).await.len() >= 5).then_some(())
     })
@@ -175,20 +175,21 @@ async fn is_filled(ours: Ours, pool: &PgPool, url: &str) {
     .await;
 }
 
-fn complains_of_nothing(ours: Ours, service: &Process) {
+/// Checks that the service has logged no warning and no error.
+fn check_log(ours: Ours, service: &Process) {
     let log = service.log();
-    // Something that is not done in time says only that this machine is busy.
-    let is_complaint = |line: &&String| {
+    // A warning about time only shows that this machine is busy.
+    let is_problem = |line: &&String| {
         (line.contains(" WARN ") || line.contains(" ERROR ")) && !line.contains("in time")
     };
-    assert_eq!(log.iter().find(is_complaint), None, "{ours:?}");
+    assert_eq!(log.iter().find(is_problem), None, "{ours:?}");
 }
 
 async fn ids(pool: &PgPool) -> Vec<i64> {
     sqlx::query_scalar("SELECT id::bigint FROM object").fetch_all(pool).await.unwrap()
 }
 
-/// What the viewer shows, each with its age by our clock.
+/// The objects that the viewer shows, with their ages by the clock of the test.
 async fn shown(url: &str) -> Vec<(i64, Duration)> {
     let address = url.strip_prefix("http://").unwrap().parse().unwrap();
     let reply = http_get(address, "/objects?limit=1000").await.unwrap();
@@ -203,8 +204,8 @@ async fn shown(url: &str) -> Vec<(i64, Duration)> {
     objects.collect()
 }
 
-/// `lastseen objects` shows them, too.
-async fn listed(system: &System) {
+/// Checks that `lastseen objects` lists the objects, too.
+async fn check_listing(system: &System) {
     let value = |name| {
         let variable = system.database.iter().find(|(other, _)| *other == name);
         variable.unwrap().1.as_str()
@@ -224,7 +225,7 @@ async fn listed(system: &System) {
     assert!(lines.iter().filter(|line| line.contains("\"last_seen\"")).count() >= 5, "{lines:?}");
 }
 
-/// An id of more than 32 bits cannot be written to an integer column, and is not tried for ever.
+/// An id of more than 32 bits cannot be written to an integer column, and must not be retried forever.
 #[tokio::test]
 async fn id_that_the_go_table_cannot_hold_becomes_a_dead_letter() {
     let (queue, database) = (Queue::new(), Database::new().await);

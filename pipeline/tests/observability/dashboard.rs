@@ -1,4 +1,4 @@
-//! The dashboard, beside a system at work and a real Prometheus.
+//! The dashboard, tested with a running system and a real Prometheus.
 
 use std::collections::BTreeSet;
 use std::time::Instant;
@@ -12,11 +12,11 @@ use crate::PATIENCE;
 const DASHBOARD: &str = include_str!("../../../observability/grafana/dashboards/lastseen.json");
 const DATASOURCE: &str =
     include_str!("../../../observability/grafana/provisioning/datasources/prometheus.yml");
-/// That of docker-compose.yml, which finds the services by their names in the network.
+/// The configuration for docker-compose.yml, which finds the services by their names in the network.
 const PROMETHEUS: &str = include_str!("../../../observability/prometheus.yml");
 const ALERTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../observability/alerts.yml");
 
-/// All panels that show something, and what they ask for.
+/// The titles and queries of all panels, without row headings.
 fn panels() -> Vec<(String, Vec<String>)> {
     let dashboard: Value = serde_json::from_str(DASHBOARD).unwrap();
     let panels = dashboard["panels"].as_array().unwrap();
@@ -31,9 +31,9 @@ fn panels() -> Vec<(String, Vec<String>)> {
                 let uid = target["datasource"]["uid"].as_str().unwrap();
                 assert!(DATASOURCE.contains(&format!("uid: {uid}\n")), "{target}");
                 let query = target["expr"].as_str().unwrap();
-                // Or it could have data of anything.
+                // Otherwise a query of other metrics could pass.
                 assert!(query.contains("lastseen_"), "{query}");
-                // Grafana puts in four times the scrape interval, at least.
+                // Grafana inserts at least four times the scrape interval.
                 query.replace("$__rate_interval", "1m")
             });
             (panel["title"].as_str().unwrap().to_owned(), queries.collect())
@@ -41,7 +41,7 @@ fn panels() -> Vec<(String, Vec<String>)> {
         .collect()
 }
 
-/// The Prometheus of docker-compose.yml, which finds each of `services` where it is.
+/// Starts Prometheus with the configuration of docker-compose.yml, and the addresses of `services`.
 async fn prometheus(services: &[(&str, &Process)]) -> Prometheus {
     let mut config = PROMETHEUS.replace("alerts.yml]", &format!("{ALERTS}]"));
     for (name, service) in services {
@@ -54,7 +54,7 @@ async fn prometheus(services: &[(&str, &Process)]) -> Prometheus {
     Prometheus::start(&config).await
 }
 
-/// Whether there is something to show: one value, at least, that is a number.
+/// Whether the response contains at least one finite value.
 fn has_data(answer: &str) -> bool {
     let answer: Value = serde_json::from_str(answer).unwrap();
     let samples = answer["data"]["result"].as_array().unwrap();
@@ -91,15 +91,15 @@ async fn every_dashboard_panel_has_data_within_a_minute() {
     ];
     let started = Instant::now();
     let prometheus = prometheus(&services).await;
-    assert!(!has_data(&prometheus.query("lastseen_of_which_nobody_tells").await));
+    assert!(!has_data(&prometheus.query("lastseen_nonexistent_metric").await));
     let panels = panels();
     assert!(panels.len() > 20, "{panels:?}");
     for (title, queries) in panels {
         assert!(!queries.is_empty(), "{title}");
         for query in queries {
             let what = format!("{title} has data by {query}");
-            let left = PATIENCE.saturating_sub(started.elapsed());
-            eventually(&what, left, async || {
+            let remaining = PATIENCE.saturating_sub(started.elapsed());
+            eventually(&what, remaining, async || {
                 has_data(&prometheus.query(&query).await).then_some(())
             })
             .await;

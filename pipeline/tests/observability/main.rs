@@ -1,10 +1,6 @@
-//! What the services tell of themselves: that it is well-formed, true, and all written down.
+//! Metrics, alerts, dashboard and settings of the services.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "the helpers of tests are tests as well"
-)]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "helpers of tests may panic, too")]
 
 mod dashboard;
 mod metrics;
@@ -18,7 +14,7 @@ use testbed::Process;
 
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// What it says at `/metrics`.
+/// The text of `/metrics` of a service.
 async fn scrape(service: &Process) -> String {
     let (status, text) = service.get("/metrics").await;
     assert_eq!(status, 200, "{text}");

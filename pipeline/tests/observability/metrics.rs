@@ -1,4 +1,4 @@
-//! The metrics of each service while it works.
+//! The metrics of each service under load.
 
 use std::collections::BTreeSet;
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -7,10 +7,10 @@ use pipeline::{Partner, System, callback_endpoint};
 use testbed::{Answer, Database, Process, Queue, Scratch, StatusApi, eventually};
 
 use crate::promtool::promtool;
-use crate::rules::asked_for;
+use crate::rules::queried_metrics;
 use crate::{PATIENCE, scrape};
 
-/// Online, offline, and one that always fails.
+/// A status API with online and offline ids, and one id whose lookups always fail.
 fn status_api() -> StatusApi {
     StatusApi::start(|id, _| match id {
         13 => Answer::Status(500),
@@ -25,24 +25,24 @@ pub(crate) fn names(text: &str) -> BTreeSet<String> {
     types.filter_map(|rest| rest.split(' ').next()).map(str::to_owned).collect()
 }
 
-/// Waits until a metric of the service has a value that will do, and gives that.
-async fn metric(service: &Process, name: &str, will_do: impl Fn(f64) -> bool) -> f64 {
+/// Waits until a metric of the service has an expected value, and returns it.
+async fn metric(service: &Process, name: &str, is_expected: impl Fn(f64) -> bool) -> f64 {
     eventually(name, PATIENCE, async || {
-        Some(service.metric(&format!("{name} ")).await).filter(|value| will_do(*value))
+        Some(service.metric(&format!("{name} ")).await).filter(|value| is_expected(*value))
     })
     .await
 }
 
-/// Whether a value is that count.
+/// Whether a value equals `count`.
 fn is(count: u32) -> impl Fn(f64) -> bool {
     move |value| (value - f64::from(count)).abs() < 0.5
 }
 
-/// Posts callbacks until one lookup has failed for good, and the others are done.
+/// Posts callbacks until one message has become a dead letter and the others are settled.
 async fn work(endpoint: &str, consumer: &Process) {
     let partner = Partner::with_timeout(PATIENCE);
-    // A failure counts once the API has answered others, before it and after.
-    eventually("an object is given up", PATIENCE, async || {
+    // A failure counts only if the API has answered other lookups before and after it.
+    eventually("a message becomes a dead letter", PATIENCE, async || {
         assert!(partner.post(endpoint, &[2, 4, 7]).await);
         assert!(partner.post(endpoint, &[13]).await);
         (consumer.metric("lastseen_settled_total{disposition=\"dead_letter\"}").await >= 1.0)
@@ -52,13 +52,13 @@ async fn work(endpoint: &str, consumer: &Process) {
     metric(consumer, "lastseen_dead_letters", |count| count >= 1.0).await;
 }
 
-/// What a consumer tells must be so, wherever its queue lies.
-async fn assert_true(consumer: &Process) {
+/// Checks the values of a consumer's metrics, on a queue of either backend.
+async fn check_values(consumer: &Process) {
     let online = consumer.metric("lastseen_lookups_total{outcome=\"online\"}").await;
     assert!(online >= 2.0, "{online}");
-    let aged = "lastseen_callback_to_commit_seconds_count";
-    let aged = metric(consumer, aged, |aged| aged >= online).await;
-    let seconds = consumer.metric("lastseen_callback_to_commit_seconds_sum").await / aged;
+    let commits = "lastseen_callback_to_commit_seconds_count";
+    let commits = metric(consumer, commits, |commits| commits >= online).await;
+    let seconds = consumer.metric("lastseen_callback_to_commit_seconds_sum").await / commits;
     assert!(0.0 < seconds && seconds < 10.0, "{seconds} s from a callback to the commit");
     metric(consumer, "lastseen_queue_messages", is(0)).await;
     metric(consumer, "lastseen_process_resident_memory_bytes", |bytes| bytes > 1e6).await;
@@ -104,7 +104,7 @@ async fn metrics_are_well_formed_correct_and_documented() {
     assert!((now - 30.0..=now).contains(&cleaned_at), "cleaned up at {cleaned_at}, now {now}");
     tester.terminate();
     tester.wait().await;
-    assert_true(consumer).await;
+    check_values(consumer).await;
 
     let (_, documented) =
         include_str!("../../../docs/operations.md").split_once("\n## Metrics\n").unwrap();
@@ -114,22 +114,22 @@ async fn metrics_are_well_formed_correct_and_documented() {
         .filter_map(|line| line.strip_prefix("| `lastseen_")?.split(['`', '{']).next())
         .map(|rest| format!("lastseen_{rest}"))
         .collect();
-    let mut told = BTreeSet::from(["lastseen_commit_seconds".to_owned()]);
-    let mut missing = asked_for();
+    let mut exported = BTreeSet::from(["lastseen_commit_seconds".to_owned()]);
+    let mut missing = queried_metrics();
     for service in [producer, consumer, routine, viewer] {
         let text = scrape(service).await;
         promtool(&["check", "metrics"], &text);
-        told.extend(names(&text));
+        exported.extend(names(&text));
         let samples = text.lines().filter_map(|line| line.split(['{', ' ']).next());
         samples.for_each(|name| _ = missing.remove(name));
     }
     assert!(
         missing.is_empty(),
-        "what the alerts or the dashboard ask for is not there: {missing:?}"
+        "the alerts or the dashboard query metrics that no service exports: {missing:?}"
     );
     let testers = documented.iter().filter(|name| name.starts_with("lastseen_tester_"));
-    told.extend(testers.cloned());
-    assert_eq!(told, documented, "what the services tell, and docs/operations.md");
+    exported.extend(testers.cloned());
+    assert_eq!(exported, documented, "exported metrics, and those in docs/operations.md");
 }
 
 #[tokio::test]
@@ -151,7 +151,7 @@ async fn lastseen_on_files_exports_correct_queue_metrics() {
         metric(&lastseen, &format!("lastseen_ready{{role=\"{role}\"}}"), is(1)).await;
     }
     work(&callback_endpoint(&lastseen).await, &lastseen).await;
-    assert_true(&lastseen).await;
+    check_values(&lastseen).await;
     let text = scrape(&lastseen).await;
     promtool(&["check", "metrics"], &text);
     assert!(names(&text).contains("lastseen_commit_seconds"), "{text}");
@@ -164,7 +164,7 @@ async fn waiting_messages_are_exported_with_their_age() {
     let system =
         System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &status_api);
     let producer = system.spawn("producer", &[]);
-    // It may take two messages and no more.
+    // With these settings it has at most two unsettled messages.
     let settings = [("MAX_CONSUMERS", "1"), ("COALESCE", "off"), ("STATUS_TIMEOUT", "60s")];
     let consumer = system.spawn("consumer", &settings);
     let home = Scratch::new("home");
@@ -192,7 +192,7 @@ async fn waiting_messages_are_exported_with_their_age() {
         assert!(later < PATIENCE.as_secs_f64(), "{later}");
         metric(consumer, "lastseen_lookups_in_flight", is(1)).await;
     }
-    // They would wait for their lookups.
+    // A graceful stop would wait for the lookups.
     for service in [producer, consumer, lastseen] {
         service.kill();
     }

@@ -1,12 +1,12 @@
-//! Prometheus's own judgement.
+//! Checks by Prometheus's promtool.
 
 use std::io::Write as _;
 use std::process::{Command, Stdio};
 
-/// Runs promtool from the root of the repository.
+/// Runs promtool in the root of the repository.
 ///
 /// # Panics
-/// With what it says, when it has something to object to.
+/// When promtool finds a problem, with its output.
 #[track_caller]
 pub(crate) fn promtool(arguments: &[&str], input: &str) {
     let child = Command::new("promtool")
@@ -19,7 +19,7 @@ pub(crate) fn promtool(arguments: &[&str], input: &str) {
     let mut child = child.expect("promtool is missing: `make test` fetches it on Debian");
     child.stdin.take().unwrap().write_all(input.as_bytes()).unwrap();
     let output = child.wait_with_output().unwrap();
-    let said = [output.stdout, output.stderr].concat();
-    let said = String::from_utf8_lossy(&said);
-    assert!(output.status.success(), "promtool {arguments:?}: {said}\n{input}");
+    let printed = [output.stdout, output.stderr].concat();
+    let printed = String::from_utf8_lossy(&printed);
+    assert!(output.status.success(), "promtool {arguments:?}: {printed}\n{input}");
 }

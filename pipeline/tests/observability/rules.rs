@@ -9,8 +9,8 @@ const TESTS: &str = include_str!("../../../observability/alerts-test.yml");
 const RUNBOOK: &str = include_str!("../../../docs/operations.md");
 const DASHBOARD: &str = include_str!("../../../observability/grafana/dashboards/lastseen.json");
 
-/// What the alerts and the dashboard ask for.
-pub(crate) fn asked_for() -> BTreeSet<String> {
+/// The metrics that the alerts and the dashboard query.
+pub(crate) fn queried_metrics() -> BTreeSet<String> {
     let mut names = BTreeSet::new();
     for text in [ALERTS, DASHBOARD] {
         for (at, _) in text.match_indices("lastseen_") {
@@ -33,16 +33,16 @@ fn every_alert_has_a_test_and_a_runbook_section() {
     let alerts: Vec<&str> =
         ALERTS.lines().filter_map(|line| line.trim().strip_prefix("- alert: ")).collect();
     assert!(alerts.len() >= 6, "{alerts:?}");
-    let leads: Vec<&str> =
+    let runbook_urls: Vec<&str> =
         ALERTS.lines().filter_map(|line| line.trim().strip_prefix("runbook_url: ")).collect();
     let sections =
         alerts.iter().map(|alert| format!("docs/operations.md#{}", alert.to_lowercase()));
-    assert_eq!(leads, sections.collect::<Vec<_>>());
+    assert_eq!(runbook_urls, sections.collect::<Vec<_>>());
     for alert in alerts {
         assert!(RUNBOOK.contains(&format!("\n### {alert}\n")), "no section {alert}");
-        let rings = TESTS.split("alertname: ").any(|test| {
+        let fires = TESTS.split("alertname: ").any(|test| {
             test.strip_prefix(alert).is_some_and(|rest| rest.trim_start().starts_with("exp_alerts"))
         });
-        assert!(rings, "no test by which {alert} rings");
+        assert!(fires, "no test makes {alert} fire");
     }
 }

@@ -11,8 +11,7 @@ const FILE: &str = include_str!("../../../settings/lastseen.env");
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Names {
     all: BTreeSet<String>,
-    /// The settings that can change while a service runs.
-    live: BTreeSet<String>,
+    reloadable: BTreeSet<String>,
 }
 
 /// The settings in the tables of `docs/configuration.md`.
@@ -28,7 +27,7 @@ fn documented() -> Names {
             let prefix = if name.starts_with('_') { "POSTGRES" } else { "" };
             let name = format!("{prefix}{name}");
             if cell.ends_with('●') {
-                names.live.insert(name.clone());
+                names.reloadable.insert(name.clone());
             }
             names.all.insert(name);
         }
@@ -47,10 +46,10 @@ async fn listed(service: &str) -> Names {
     let aliases = aliases.filter_map(|alias| alias.strip_suffix(']'));
     let aliases = aliases.map(|alias| alias.to_uppercase().replace('-', "_"));
     let text = help.join(" ");
-    let (_, live) = text.split_once("can change while the process runs: ").unwrap();
+    let (_, reloadable) = text.split_once("can change while the process runs: ").unwrap();
     Names {
         all: values.map(str::to_owned).chain(aliases).collect(),
-        live: live.trim_end_matches('.').split(", ").map(str::to_owned).collect(),
+        reloadable: reloadable.trim_end_matches('.').split(", ").map(str::to_owned).collect(),
     }
 }
 
@@ -58,14 +57,14 @@ async fn listed(service: &str) -> Names {
 async fn configuration_document_lists_and_marks_all_settings() {
     let mut expected = Names::default();
     for service in ["producer", "consumer", "routine", "viewer"] {
-        let Names { all, live } = listed(service).await;
+        let Names { all, reloadable } = listed(service).await;
         expected.all.extend(all);
-        expected.live.extend(live);
+        expected.reloadable.extend(reloadable);
     }
-    // Only `lastseen` lists the first one. Services without a database read the second one without listing it.
+    // Only `lastseen` has LASTSEEN_DIR. Services without a database read TZ without listing it.
     expected.all.extend(["LASTSEEN_DIR".to_owned(), "TZ".to_owned()]);
     assert_eq!(documented(), expected);
-    for name in expected.live {
+    for name in expected.reloadable {
         assert!(FILE.contains(&name), "settings/lastseen.env does not name {name}");
     }
 }

@@ -1,4 +1,4 @@
-//! What keeps strangers out and secrets in, of the services as separate processes.
+//! Database roles, TLS and secrets of the services as separate processes.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

@@ -1,4 +1,4 @@
-//! Services that log in as roles which may not make the table, and the process that may.
+//! Services whose database roles may not create the table, and the migration that may.
 
 use std::path::Path;
 
@@ -24,35 +24,35 @@ async fn services_without_create_right_wait_for_the_migration() {
     };
 
     let routine = Process::spawn("routine", &url("routine:r"), &[]);
-    let without_table = async || {
+    let waits_for_table = async || {
         eventually("the routine waits for the table", PATIENCE, async || {
             let (status, reason) = routine.get("/readyz").await;
             (status == 503 && reason.contains("does not exist")).then_some(())
         })
         .await;
     };
-    without_table().await;
+    waits_for_table().await;
     let migration = Process::spawn("lastseen", &url("migration:m"), &["migrate"]);
     routine.ready().await;
 
-    let lost =
+    let dropped =
         sqlx::query("DROP TABLE object, _lastseen_migrations").execute(database.pool()).await;
-    lost.unwrap();
-    eventually("the table is ready again", PATIENCE, async || {
-        let told = migration.log().iter().filter(|line| *line == "the table is ready").count();
-        (told == 2).then_some(())
+    dropped.unwrap();
+    eventually("the table is created again", PATIENCE, async || {
+        let count = migration.log().iter().filter(|line| *line == "the table is ready").count();
+        (count == 2).then_some(())
     })
     .await;
     routine.ready().await;
-    let right = "SELECT has_table_privilege('lastseen_consumer', 'object', 'INSERT')";
-    let granted: bool = sqlx::query_scalar(right).fetch_one(database.pool()).await.unwrap();
-    assert!(granted, "the consumer's rights come with the table");
+    let privilege = "SELECT has_table_privilege('lastseen_consumer', 'object', 'INSERT')";
+    let is_granted: bool = sqlx::query_scalar(privilege).fetch_one(database.pool()).await.unwrap();
+    assert!(is_granted, "the new table should have the consumer's privileges");
 
     migration.terminate();
     assert_eq!(migration.wait().await.code(), Some(0));
     let once = Process::spawn("lastseen", &url("migration:m"), &["migrate", "--once"]);
     assert_eq!(once.wait().await.code(), Some(0));
-    let of_nothing = Process::spawn("lastseen", &[], &["migrate"]);
-    assert_eq!(of_nothing.wait().await.code(), Some(78));
-    of_nothing.wait_for_log("DATABASE_URL must be set").await;
+    let without_url = Process::spawn("lastseen", &[], &["migrate"]);
+    assert_eq!(without_url.wait().await.code(), Some(78));
+    without_url.wait_for_log("DATABASE_URL must be set").await;
 }

@@ -1,4 +1,4 @@
-//! No secret is ever told: not in a log, not in an error, not on a page, in whichever form.
+//! No secret leaks into a log, an error or a response, in any form.
 
 use std::collections::BTreeMap;
 
@@ -9,12 +9,12 @@ use testbed::{
 
 use crate::PATIENCE;
 
-/// What marks each secret. The signs are among those that a URL needs to have encoded, so that the
-/// three forms in which it could come out differ.
+/// The value of each secret. It contains characters that a URL must encode, so that the forms in
+/// which it could leak differ.
 const MARK: &str = "s3cret:Mark/€";
 
-/// The places where a secret can be, each with its value; `{mark}` is the percent-encoded secret and
-/// `{plain}` the secret itself. One more secret is one more line.
+/// The settings that can contain a secret, with their values. `{mark}` stands for the percent-encoded
+/// secret and `{plain}` for the secret itself.
 const SECRETS: [(&str, &str); 4] = [
     ("AMQP_URI", "amqp://marked:{mark}@{broker}/%2f"),
     ("DATABASE_URL", "postgres://marked:{mark}@{database}/postgres"),
@@ -22,7 +22,7 @@ const SECRETS: [(&str, &str); 4] = [
     ("TESTER_ENDPOINT", "http://marked:{mark}@{status_api}"),
 ];
 
-/// The same places with values that are not allowed.
+/// The same settings with invalid values.
 const BAD: [(&str, &str); 6] = [
     ("AMQP_URI", "amqp://marked:{mark}@host:none/%2f"),
     ("AMQP_URI", "http://marked:{plain}@host"),
@@ -34,7 +34,7 @@ const BAD: [(&str, &str); 6] = [
 
 const BINARIES: [&str; 6] = ["producer", "consumer", "routine", "viewer", "tester", "lastseen"];
 
-/// Where the peers are: host and port of each.
+/// Host and port of each peer.
 #[derive(Clone)]
 struct Peers {
     broker: String,
@@ -43,10 +43,10 @@ struct Peers {
 }
 
 impl Peers {
-    /// Peers that nobody can reach.
-    fn away() -> Self {
-        let nowhere = || format!("127.0.0.1:{}", testbed::free_port());
-        Self { broker: nowhere(), database: nowhere(), status_api: nowhere() }
+    /// Peers that are not reachable.
+    fn unreachable() -> Self {
+        let address = || format!("127.0.0.1:{}", testbed::free_port());
+        Self { broker: address(), database: address(), status_api: address() }
     }
 
     fn fill(&self, template: &str) -> String {
@@ -58,7 +58,8 @@ impl Peers {
             .replace("{status_api}", &self.status_api)
     }
 
-    /// All settings with a secret that `binary` has, but for `DATABASE_URL` or what it replaces.
+    /// All settings that can contain a secret, with `DATABASE_URL` or with the variables that it
+    /// replaces.
     fn settings(&self, by_url: bool) -> BTreeMap<&'static str, String> {
         let mut settings: BTreeMap<_, _> =
             SECRETS.iter().map(|(name, value)| (*name, self.fill(value))).collect();
@@ -77,42 +78,42 @@ fn percent_encoded() -> String {
     url::form_urlencoded::byte_serialize(MARK.as_bytes()).collect()
 }
 
-/// The forms in which a secret would be found: as it is, escaped, percent-encoded, as bytes, and in
-/// base64 at each of the three places where it can begin within a longer text.
+/// The forms in which a secret could leak: as it is, escaped, percent-encoded, as bytes, and in base64
+/// at each of the three possible offsets within a longer text.
 fn forms() -> Vec<String> {
     let mut forms = vec![MARK.to_owned(), percent_encoded(), MARK.escape_debug().to_string()];
     forms.push(MARK.escape_default().to_string());
-    // As `Debug` shows bytes: so lapin would log the login.
+    // `Debug` of bytes, the form in which lapin would log the login.
     forms.push(format!("{:?}", MARK.as_bytes()).trim_matches(['[', ']']).to_owned());
-    // What a careless cut at one of the signs would leave.
+    // The part that a careless split at a special character leaves.
     forms.push("s3cret".to_owned());
     for before in ["", "x", "xx"] {
         let whole = base64(format!("{before}{MARK}").as_bytes());
-        // The first and the last signs depend on what is around.
+        // The first and last characters depend on the surrounding text.
         forms.push(whole[4..whole.len() - 4].to_owned());
     }
     forms
 }
 
 fn base64(bytes: &[u8]) -> String {
-    const SIGNS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
-    let sign = |group: u32, shift: u32| char::from(SIGNS[((group >> shift) & 63) as usize]);
+    const ALPHABET: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let digit = |group: u32, shift: u32| char::from(ALPHABET[((group >> shift) & 63) as usize]);
     let groups = bytes.chunks(3).map(|chunk| {
-        let byte = |place: usize| u32::from(chunk.get(place).copied().unwrap_or(0));
+        let byte = |index: usize| u32::from(chunk.get(index).copied().unwrap_or(0));
         (byte(0) << 16) | (byte(1) << 8) | byte(2)
     });
-    groups.flat_map(|group| [18, 12, 6, 0].map(|shift| sign(group, shift))).collect()
+    groups.flat_map(|group| [18, 12, 6, 0].map(|shift| digit(group, shift))).collect()
 }
 
-/// No secret is in `text`.
+/// Checks that `text` contains no secret.
 fn assert_clean(what: &str, text: &str) {
     for form in forms() {
         let leak = text.lines().find(|line| line.contains(&form));
-        assert!(leak.is_none(), "{what} tells {form:?}: {leak:?}");
+        assert!(leak.is_none(), "{what} contains {form:?}: {leak:?}");
     }
 }
 
-/// Nothing that the process has printed, and no page of it, has a secret in it.
+/// Checks that neither the log nor a response of the process contains a secret.
 async fn assert_all_clean(what: &str, process: &Process) {
     for page in ["/livez", "/readyz", "/metrics", "/nowhere"] {
         let (_, body) = process.get(page).await;
@@ -139,8 +140,7 @@ fn spawn(
     Process::spawn(binary, &settings, arguments)
 }
 
-/// The services that have secrets, with the arguments by which each takes all its settings; those that
-/// take callbacks come first.
+/// The services that have secrets, with their arguments. The first two accept callbacks.
 fn services() -> [(&'static str, &'static [&'static str]); 5] {
     [
         ("producer", &[]),
@@ -205,16 +205,16 @@ async fn no_secret_leaks_in_normal_operation_or_on_failed_login() {
         }
     }
 
-    // The same secret, and a server that does not take it.
+    // The same secret, and servers that reject it.
     sqlx::query("ALTER ROLE marked PASSWORD 'another'").execute(database.pool()).await.unwrap();
     broker.rabbitmqctl(&["change_password", "marked", "another"]).await;
     for (binary, arguments) in services() {
         let process = spawn(binary, peers.settings(true), arguments);
-        eventually("it is refused", PATIENCE, async || {
-            let told = |line: &String| {
+        eventually("the login is refused", PATIENCE, async || {
+            let is_refusal = |line: &String| {
                 line.contains("cannot log in") || line.contains("password authentication failed")
             };
-            process.log().iter().any(told).then_some(())
+            process.log().iter().any(is_refusal).then_some(())
         })
         .await;
         assert_all_clean(binary, &process).await;
@@ -223,7 +223,7 @@ async fn no_secret_leaks_in_normal_operation_or_on_failed_login() {
 
 #[tokio::test]
 async fn no_secret_leaks_while_all_servers_are_unreachable() {
-    let peers = Peers::away();
+    let peers = Peers::unreachable();
     let folder = Scratch::new("secrets");
     for (binary, arguments) in services() {
         for in_files in [false, true] {
@@ -244,10 +244,10 @@ async fn no_secret_leaks_while_all_servers_are_unreachable() {
                 let address = callback_endpoint(&process).await;
                 let address = address.trim_start_matches("http://").trim_end_matches("/callback");
                 let refused = http_get(address.parse().unwrap(), "/callback").await.unwrap();
-                assert_clean("an error answer", &format!("{}{}", refused.head, refused.body));
+                assert_clean("an error response", &format!("{}{}", refused.head, refused.body));
                 let partner = Partner::default();
                 partner.post(&callback_endpoint(&process).await, &[1]).await;
-                assert_clean("a callback's answer", &partner.ledger().refused.join("\n"));
+                assert_clean("the response to a callback", &partner.ledger().refused.join("\n"));
             }
             assert_all_clean(binary, &process).await;
         }
@@ -259,20 +259,20 @@ async fn no_secret_leaks_while_all_servers_are_unreachable() {
     }
 }
 
-/// The variable that names a file with the value.
+/// The variable that names a file with the value of a setting.
 fn file_variable(name: &str) -> &'static str {
     match name {
         "AMQP_URI" => "AMQP_URI_FILE",
         "DATABASE_URL" => "DATABASE_URL_FILE",
         "POSTGRES_PASSWORD" => "POSTGRES_PASSWORD_FILE",
         "TESTER_ENDPOINT" => "TESTER_ENDPOINT_FILE",
-        other => panic!("how is {other} given by a file?"),
+        other => panic!("{other} has no _FILE variable here"),
     }
 }
 
 #[tokio::test]
 async fn no_secret_leaks_in_help_or_in_errors_about_bad_values() {
-    let peers = Peers::away();
+    let peers = Peers::unreachable();
     for binary in BINARIES {
         let help = spawn(binary, peers.settings(true), &["--help"]);
         assert_eq!(help.wait().await.code(), Some(0));
@@ -280,7 +280,7 @@ async fn no_secret_leaks_in_help_or_in_errors_about_bad_values() {
         let mistyped = format!("--amqp-url={MARK}");
         let refused = spawn(binary, peers.settings(true), &[&mistyped]);
         assert_eq!(refused.wait().await.code(), Some(78));
-        assert_clean(&format!("{binary} with a flag that is none"), &refused.log().join("\n"));
+        assert_clean(&format!("{binary} with an unknown flag"), &refused.log().join("\n"));
     }
     for (name, value) in BAD {
         let takes = |binary: &&&str| match name {

@@ -1,4 +1,4 @@
-//! The services at a broker and a database whose certificates are of a private authority.
+//! Services with a broker and a database whose certificates are from a private authority.
 
 use std::net::TcpListener;
 
@@ -7,9 +7,9 @@ use testbed::{Answer, Authority, PostgresCluster, Process, RabbitNode, StatusApi
 
 use crate::PATIENCE;
 
-/// What /readyz says, as soon as all of `parts` are in it.
-async fn not_ready_because(service: &Process, parts: &[&str]) {
-    let what = format!("/readyz tells {parts:?}");
+/// Waits until the service is not ready and its reasons contain all of `parts`.
+async fn wait_for_reasons(service: &Process, parts: &[&str]) {
+    let what = format!("/readyz contains {parts:?}");
     eventually(&what, PATIENCE, async || {
         let (status, reasons) = service.get("/readyz").await;
         (status == 503 && parts.iter().all(|part| reasons.contains(part))).then_some(())
@@ -33,11 +33,11 @@ async fn services_need_the_authority_and_report_untrusted_servers() {
     let amqps = broker.amqps_uri("localhost");
     let system = System::new(&amqps, "objects", by_name, &status_api);
     let file = authority.file().display().to_string();
-    let told = [("AMQP_CA_FILE", file.as_str()), ("POSTGRES_SSLROOTCERT", &file)];
+    let authorities = [("AMQP_CA_FILE", file.as_str()), ("POSTGRES_SSLROOTCERT", &file)];
 
-    let producer = system.spawn("producer", &told[..1]);
-    let consumer = system.spawn("consumer", &told);
-    let routine = system.spawn("routine", &told[1..]);
+    let producer = system.spawn("producer", &authorities[..1]);
+    let consumer = system.spawn("consumer", &authorities);
+    let routine = system.spawn("routine", &authorities[1..]);
     for service in [&producer, &consumer, &routine] {
         service.ready().await;
     }
@@ -50,23 +50,24 @@ async fn services_need_the_authority_and_report_untrusted_servers() {
     })
     .await;
 
-    let by_system = system.spawn("producer", &[("SSL_CERT_FILE", &file)]);
-    by_system.ready().await;
+    let with_system_store = system.spawn("producer", &[("SSL_CERT_FILE", &file)]);
+    with_system_store.ready().await;
 
     let unknown = "UnknownIssuer";
-    let stranger = system.spawn("consumer", &[]);
-    not_ready_because(&stranger, &["broker", "database", unknown]).await;
-    stranger.wait_for_log(unknown).await;
-    let stranger = system.spawn("producer", &[]);
-    // With its spool it is ready all the same.
-    stranger.wait_for_log(unknown).await;
+    let untrusting = system.spawn("consumer", &[]);
+    wait_for_reasons(&untrusting, &["broker", "database", unknown]).await;
+    untrusting.wait_for_log(unknown).await;
+    let untrusting = system.spawn("producer", &[]);
+    // It is ready, because it has a spool.
+    untrusting.wait_for_log(unknown).await;
     let other_name = System { amqp_uri: broker.amqps_uri("127.0.0.1"), ..system };
-    let stranger =
-        other_name.spawn("consumer", &[told[0], told[1], ("POSTGRES_HOST", "127.0.0.1")]);
-    not_ready_because(&stranger, &["broker", "database", "not valid for name"]).await;
+    let [broker_ca, database_ca] = authorities;
+    let untrusting =
+        other_name.spawn("consumer", &[broker_ca, database_ca, ("POSTGRES_HOST", "127.0.0.1")]);
+    wait_for_reasons(&untrusting, &["broker", "database", "not valid for name"]).await;
 }
 
-/// Threads of a process.
+/// The number of threads of a process.
 fn threads(process: &Process) -> usize {
     std::fs::read_dir(format!("/proc/{}/task", process.pid())).unwrap().count()
 }
@@ -82,7 +83,7 @@ async fn silent_amqps_peer_leaks_no_thread() {
     ];
     let producer = Process::spawn("producer", &environment, &[]);
     let mut open = Vec::new();
-    // Each is held open, as a peer that hangs holds it.
+    // Each connection is held open, like those of a peer that hangs.
     let mut attempts = async |count: usize| {
         eventually("it tries again", PATIENCE, async || {
             open.extend(silent.accept().ok());
@@ -94,7 +95,8 @@ async fn silent_amqps_peer_leaks_no_thread() {
     producer.wait_for_log("does not speak AMQP").await;
     let before = threads(&producer);
     attempts(6).await;
-    assert!(threads(&producer) <= before, "{before} became {}", threads(&producer));
+    let after = threads(&producer);
+    assert!(after <= before, "{after} threads, {before} before");
 }
 
 #[tokio::test]

@@ -1,4 +1,4 @@
-//! What a collector was told.
+//! A collector that records spans, and access to their fields.
 
 use std::sync::{Arc, Mutex};
 
@@ -8,34 +8,34 @@ pub(crate) use opentelemetry_proto::tonic::trace::v1::Span;
 use prost::Message as _;
 use testbed::Collector;
 
-/// Those who send spans must send this header along.
+/// The header that each export request must contain, as `OTEL_EXPORTER_OTLP_HEADERS`.
 pub(crate) const HEADERS: &str = "authorization=Bearer%20s3cret";
 
-/// A collector, and all spans that it was told, with the names of their services.
-pub(crate) struct Told {
+/// A collector that records all spans with the names of their services.
+pub(crate) struct SpanCollector {
     pub(crate) collector: Collector,
     spans: Arc<Mutex<Vec<(String, Span)>>>,
 }
 
-impl Told {
+impl SpanCollector {
     pub(crate) async fn start() -> Self {
         let spans = Arc::new(Mutex::new(Vec::new()));
-        let telling = Arc::clone(&spans);
+        let recorded = Arc::clone(&spans);
         let collector = Collector::start(move |headers, body| {
             assert_eq!(headers["authorization"], "Bearer s3cret");
             let request = ExportTraceServiceRequest::decode(body.as_ref()).unwrap();
-            for of_resource in request.resource_spans {
-                let resource = of_resource.resource.unwrap();
+            for resource_spans in request.resource_spans {
+                let resource = resource_spans.resource.unwrap();
                 let service = text(&resource.attributes, "service.name").unwrap();
-                let spans = of_resource.scope_spans.into_iter().flat_map(|scope| scope.spans);
-                telling.lock().unwrap().extend(spans.map(|span| (service.clone(), span)));
+                let spans = resource_spans.scope_spans.into_iter().flat_map(|scope| scope.spans);
+                recorded.lock().unwrap().extend(spans.map(|span| (service.clone(), span)));
             }
         })
         .await;
         Self { collector, spans }
     }
 
-    /// The spans of that name, the earliest first.
+    /// The spans with this name, the earliest first.
     pub(crate) fn named(&self, service: &str, name: &str) -> Vec<Span> {
         let spans = self.spans.lock().unwrap();
         let named = spans.iter().filter(|(of, span)| of == service && span.name == name);
@@ -44,17 +44,17 @@ impl Told {
         named
     }
 
-    /// The only span of that name that is a step of `parent`.
-    pub(crate) fn step_of(&self, parent: &Span, service: &str, name: &str) -> Span {
-        let mut steps = self.named(service, name);
-        steps.retain(|span| span.parent_span_id == parent.span_id);
-        let [step] = steps.as_slice() else { panic!("{name} of {parent:?}: {steps:?}") };
-        assert_eq!(step.trace_id, parent.trace_id, "{step:?}");
-        step.clone()
+    /// The only child of `parent` with this name.
+    pub(crate) fn child_of(&self, parent: &Span, service: &str, name: &str) -> Span {
+        let mut children = self.named(service, name);
+        children.retain(|span| span.parent_span_id == parent.span_id);
+        let [child] = children.as_slice() else { panic!("{name} of {parent:?}: {children:?}") };
+        assert_eq!(child.trace_id, parent.trace_id, "{child:?}");
+        child.clone()
     }
 }
 
-/// An attribute, as text.
+/// An attribute as text.
 pub(crate) fn attribute(span: &Span, name: &str) -> Option<String> {
     text(&span.attributes, name)
 }
@@ -69,12 +69,12 @@ fn text(attributes: &[KeyValue], name: &str) -> Option<String> {
     }
 }
 
-/// The ids of the spans that it is linked to.
+/// The ids of the spans to which a span is linked.
 pub(crate) fn linked(span: &Span) -> Vec<&[u8]> {
     span.links.iter().map(|link| link.span_id.as_slice()).collect()
 }
 
-/// How the span is named in a header.
+/// The `traceparent` header that names the span.
 pub(crate) fn traceparent_of(span: &Span) -> String {
     traceparent(&span.trace_id, &span.span_id)
 }
