@@ -1,8 +1,8 @@
-# One image with the five services and `lastseen`; the command says which of them runs.
+# One image with the five services and `lastseen`. The container's command selects the program.
 FROM rust:1-bookworm AS build
 WORKDIR /build
 
-# The dependencies, in a layer that lasts until a manifest changes: each crate is empty here.
+# Builds the dependencies with empty crates, so that the layer stays valid until a manifest changes.
 COPY Cargo.toml Cargo.lock ./
 COPY amqp/Cargo.toml amqp/
 COPY authenticity/Cargo.toml authenticity/
@@ -26,20 +26,20 @@ RUN for crate in */; do mkdir "$crate/src" && touch "$crate/src/lib.rs"; done \
  && for service in producer consumer routine standalone tester viewer; do echo 'fn main() {}' >"$service/src/main.rs"; done \
  && cargo build --release --locked -p producer -p consumer -p routine -p standalone -p tester -p viewer
 
-# The files keep their dates, which may lie before those of the empty crates: without the touch, cargo
-# would find nothing to do.
+# COPY keeps the dates of files, which may be older than the empty crates. Without the touch, cargo
+# would not rebuild anything.
 COPY . .
 RUN find . -path ./target -prune -o -name '*.rs' -exec touch {} + \
  && cargo build --release --locked -p producer -p consumer -p routine -p standalone -p tester -p viewer
 
 FROM debian:bookworm-slim
-# For TLS to a broker, a database or a status API elsewhere.
+# For TLS to an external broker, database or status API.
 COPY --from=build /etc/ssl/certs/ca-certificates.crt /etc/ssl/certs/
 COPY --from=build /build/target/release/producer /build/target/release/consumer \
      /build/target/release/routine /build/target/release/lastseen /build/target/release/tester \
      /build/target/release/viewer \
      /usr/local/bin/
-# The default folders of the producer's spool and of lastseen's files, ./spool and ./data, are on this volume. It takes over the owner.
+# The default folders of the spool (./spool) and of lastseen's files (./data) are on this volume, which gets the same owner.
 RUN mkdir /var/lib/lastseen && chown 65532:65532 /var/lib/lastseen
 WORKDIR /var/lib/lastseen
 VOLUME /var/lib/lastseen

@@ -1,16 +1,16 @@
--- The roles that Lastseen's services log in as, each with what its statements need and no more.
+-- Creates the roles of Lastseen's services, each with only the privileges that its statements need.
 --
--- docker-compose.yml runs this at each start of Postgres. Elsewhere a superuser runs it in the
+-- docker-compose.yml runs this script at each start of Postgres. Elsewhere, a superuser runs it in the
 -- database, with the four passwords in the environment (psql 14 or later):
 --
 --   psql -d DATABASE -f scripts/postgres-roles.sql
 --
--- It can be repeated: to change the passwords, for a table that is there already, or after the
--- schema `public` was set up anew.
+-- It can be run again: to change the passwords, for an existing table, or after the schema `public`
+-- was recreated.
 --
 -- With POSTGRES_REVOKE_PUBLIC=yes, only these roles and superusers can connect to the database
--- afterwards: set it if no other application uses the database. With POSTGRES_ADMIN_PASSWORD, the role
--- that runs this gets that password.
+-- afterwards. Set it if no other application uses the database. With POSTGRES_ADMIN_PASSWORD, the role
+-- that runs the script gets that password.
 \set ON_ERROR_STOP on
 \getenv migration_password POSTGRES_MIGRATION_PASSWORD
 \getenv consumer_password POSTGRES_CONSUMER_PASSWORD
@@ -36,13 +36,13 @@ ALTER ROLE lastseen_viewer LOGIN PASSWORD :'viewer_password';
 ALTER ROLE CURRENT_USER PASSWORD :'admin_password';
 \endif
 
--- By default everybody may connect and make temporary tables and, before Postgres 15, any table. Another
--- application may rely on that.
+-- By default, every role can connect and create temporary tables, and before Postgres 15 any table.
+-- Another application may rely on that.
 \if :is_ours_alone
 SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()) \gexec
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
 \else
-\warn Every role can still connect to this database and make temporary tables. If no other application uses it, set POSTGRES_REVOKE_PUBLIC=yes and run this again.
+\warn Every role can still connect to this database and create temporary tables. If no other application uses it, set POSTGRES_REVOKE_PUBLIC=yes and run this again.
 \endif
 SELECT format(
     'GRANT CONNECT ON DATABASE %I TO lastseen_migration, lastseen_consumer, lastseen_routine, lastseen_viewer',
@@ -50,12 +50,12 @@ SELECT format(
 GRANT USAGE, CREATE ON SCHEMA public TO lastseen_migration;
 GRANT USAGE ON SCHEMA public TO lastseen_consumer, lastseen_routine, lastseen_viewer;
 
--- These rights come with the table, also when it is made anew: by default privileges, because a
--- grant would go with the table that it was made for. The record of the migrations has them too.
+-- Default privileges also apply when the table is created again, whereas a grant disappears with its
+-- table. They also apply to the table of the migrations.
 --
--- The consumer's upsert inserts, updates, and reads the row that it may update. The routine deletes
--- the rows that it has found by reading; it locks them first (FOR UPDATE SKIP LOCKED), and Postgres
--- lets nobody lock a row who may not update it. The viewer only reads.
+-- The consumer's upsert inserts, updates, and reads the row that it may update. The routine reads stale
+-- rows, locks them (FOR UPDATE SKIP LOCKED), for which Postgres requires the UPDATE privilege, and
+-- deletes them. The viewer only reads.
 ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
     GRANT SELECT, INSERT, UPDATE ON TABLES TO lastseen_consumer;
 ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
@@ -63,7 +63,7 @@ ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
 ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
     GRANT SELECT ON TABLES TO lastseen_viewer;
 
--- A table that somebody else made before.
+-- For a table that another role has created before.
 ALTER TABLE IF EXISTS object OWNER TO lastseen_migration;
 ALTER TABLE IF EXISTS _lastseen_migrations OWNER TO lastseen_migration;
 SELECT unnest(ARRAY[
