@@ -1,5 +1,5 @@
-//! The audit: what the partner was answered, held against what the status API was asked, what the
-//! table holds and which dead letters there are.
+//! The audit, which compares the responses to callbacks with the lookups of the status API, the
+//! rows of the table and the dead letters.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
@@ -14,46 +14,48 @@ use crate::rows::committed;
 use crate::status_api::{Lookups, StatusApi, is_online};
 use crate::world::QUEUE;
 
-/// For how long nothing may happen before what is missing counts as lost. A failed lookup may wait
-/// for up to 60 s before it is tried again.
+/// Time without progress after which missing ids count as lost. A failed lookup may wait up to 60 s
+/// before it is tried again.
 const NO_PROGRESS_TIMEOUT: Duration = Duration::from_secs(75);
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// How a fault ended.
+/// The recovery from one fault.
 pub(crate) struct Recovery {
+    /// The end of the fault.
     pub(crate) ended_at: SystemTime,
-    /// Until a probe was through; `None` if none was.
+    /// The time until the system worked again; `None` if it did not.
     pub(crate) took: Option<Duration>,
 }
 
-/// All that is known about what happened in a world.
+/// The records of a case, which the audit compares.
 pub(crate) struct Audit<'a> {
     pub(crate) entries: Vec<Entry>,
     pub(crate) probes: &'a [(i64, SystemTime)],
     pub(crate) recoveries: &'a [Recovery],
     pub(crate) producer_downtimes: &'a [(SystemTime, Option<SystemTime>)],
-    /// What was under way to the queue while it was deleted does not count as accepted.
+    /// Callbacks in flight during the deletion of the queue do not count as accepted.
     pub(crate) queue_deletions: &'a [(SystemTime, SystemTime)],
     pub(crate) status_api: &'a StatusApi,
     pub(crate) table: &'a PgPool,
     pub(crate) broker_uri: &'a str,
 }
 
-/// Where ids have got to.
-struct AuditState {
+/// The state of the system when all ids are settled, or nothing happens any more.
+struct FinalState {
     lookups: HashMap<i64, Lookups>,
-    /// When each row was committed.
+    /// The commit time of each row.
     rows: HashMap<i64, SystemTime>,
     dead_letters: Vec<Option<i64>>,
-    /// The ids of which nothing is known.
+    /// The accepted ids that are neither settled nor dead letters.
     missing: Vec<i64>,
 }
 
 impl Audit<'_> {
-    /// Waits until all that was accepted is settled, or nothing happens any more, and does the sums.
-    pub(crate) async fn close(self, allowed: Allowed) -> Verdict {
+    /// Waits until all accepted ids are settled or there is no more progress, and checks the
+    /// figures.
+    pub(crate) async fn run(self, allowed: Allowed) -> Verdict {
         let accepted = self.accepted();
-        let settled = self.settled(&accepted).await;
+        let settled = self.final_state(&accepted).await;
         let late = self.entries.iter().filter(|entry| !is_in_time(entry));
         let (cut_off, unanswered): (Vec<&Entry>, Vec<_>) =
             late.partition(|entry| self.is_excused(entry));
@@ -65,9 +67,13 @@ impl Audit<'_> {
             unanswered: unanswered.len(),
             cut_off: cut_off.len(),
             lost: settled.missing.len(),
-            looked_up_twice: settled.lookups.values().filter(|lookups| lookups.asked > 1).count(),
+            looked_up_twice: settled
+                .lookups
+                .values()
+                .filter(|lookups| lookups.received > 1)
+                .count(),
             dead_letters: settled.dead_letters.len(),
-            // `None`, which is never, comes out as the longest.
+            // `None` counts as the longest recovery.
             recovery: took.max_by_key(|took| took.unwrap_or(Duration::MAX)).flatten(),
             caught_up: self.caught_up(&accepted, &settled),
         };
@@ -77,9 +83,9 @@ impl Audit<'_> {
             breaches.push(format!("{offline} objects that were never online are in the table"));
         }
         if !breaches.is_empty() {
-            breaches.push(self.answers());
+            breaches.push(self.response_counts());
             if let Some(entry) = unanswered.iter().min_by_key(|entry| due_at(entry)) {
-                breaches.push(self.first_unanswered(entry));
+                breaches.push(self.describe_first_unanswered(entry));
             }
             if let Some(id) = settled.missing.first() {
                 breaches.push(format!("one of the lost ids is {id}"));
@@ -88,12 +94,11 @@ impl Audit<'_> {
         Verdict { figures, breaches }
     }
 
-    /// Each id that must not be lost, and when its callback was due.
+    /// Each id that must not be lost, and the due time of its callback.
     fn accepted(&self) -> Vec<(i64, SystemTime)> {
         let was_in_flight_at_deletion = |entry: &Entry| {
-            let is_under_way =
-                |(from, until): &_| ended_at(entry) >= *from && sent_at(entry) <= *until;
-            self.queue_deletions.iter().any(is_under_way)
+            let overlaps = |(from, until): &_| ended_at(entry) >= *from && sent_at(entry) <= *until;
+            self.queue_deletions.iter().any(overlaps)
         };
         let callbacks =
             self.entries.iter().filter(|entry| is_2xx(entry) && !was_in_flight_at_deletion(entry));
@@ -101,10 +106,10 @@ impl Audit<'_> {
         ids.chain(self.probes.iter().copied()).collect()
     }
 
-    async fn settled(&self, accepted: &[(i64, SystemTime)]) -> AuditState {
+    async fn final_state(&self, accepted: &[(i64, SystemTime)]) -> FinalState {
         let mut dead_letters = Vec::new();
-        let mut fewest = usize::MAX;
-        let mut moved = Instant::now();
+        let mut fewest_missing = usize::MAX;
+        let mut last_progress = Instant::now();
         loop {
             let (lookups, rows) = (self.status_api.lookups(), committed(self.table).await);
             let dead: HashSet<i64> = dead_letters.iter().copied().flatten().collect();
@@ -114,24 +119,26 @@ impl Audit<'_> {
             };
             let missing: Vec<i64> =
                 accepted.iter().map(|(id, _)| *id).filter(|id| !is_settled(id)).collect();
-            if missing.len() < fewest {
-                (fewest, moved) = (missing.len(), Instant::now());
+            if missing.len() < fewest_missing {
+                (fewest_missing, last_progress) = (missing.len(), Instant::now());
             }
-            // Looked at in any case, for a dead letter may be of an id that was settled before.
+            // Read even if nothing is missing: a settled id may also have a dead letter.
             let letters = process_dead_letters(self.broker_uri, DeadLetterAction::List).await;
-            // `None` is one whose id cannot be read.
+            // `None` is a dead letter whose id cannot be read.
             dead_letters = letters.iter().map(|letter| letter.id).collect();
             let dead: HashSet<i64> = dead_letters.iter().copied().flatten().collect();
-            if missing.iter().all(|id| dead.contains(id)) || moved.elapsed() > NO_PROGRESS_TIMEOUT {
+            if missing.iter().all(|id| dead.contains(id))
+                || last_progress.elapsed() > NO_PROGRESS_TIMEOUT
+            {
                 let missing = missing.into_iter().filter(|id| !dead.contains(id)).collect();
-                return AuditState { lookups, rows, dead_letters, missing };
+                return FinalState { lookups, rows, dead_letters, missing };
             }
             tokio::time::sleep(CHECK_INTERVAL).await;
         }
     }
 
-    /// Whether nobody could have answered it: the connection failed while the case had the producer
-    /// killed. A callback that somebody kept waiting is not excused.
+    /// Whether no process could have responded: the connection failed while the case had killed the
+    /// producer. A callback that a process kept waiting is not excused.
     fn is_excused(&self, entry: &Entry) -> bool {
         let (due, over) = (due_at(entry), ended_at(entry));
         matches!(entry.answer, Answer::Failed(_))
@@ -141,10 +148,9 @@ impl Audit<'_> {
                 .any(|(from, until)| over >= *from && until.is_none_or(|until| due <= until))
     }
 
-    /// The longest time from the end of a fault until the last of the ids accepted before it was
-    /// settled. Of several faults it is the last one before that: what a further fault holds up is not
-    /// the first one's.
-    fn caught_up(&self, accepted: &[(i64, SystemTime)], settled: &AuditState) -> Duration {
+    /// The longest time from the end of a fault until the last id accepted before it was settled.
+    /// For each id, the last fault before it was settled counts, because that one delayed it.
+    fn caught_up(&self, accepted: &[(i64, SystemTime)], settled: &FinalState) -> Duration {
         let settled_at = |id: &i64| {
             let looked_up = settled.lookups.get(id).and_then(|lookups| lookups.answered_at);
             settled.rows.get(id).copied().or(looked_up)
@@ -158,25 +164,25 @@ impl Audit<'_> {
         accepted.iter().filter_map(late).max().unwrap_or_default()
     }
 
-    /// When that was, for whoever looks into a failure.
-    fn first_unanswered(&self, entry: &Entry) -> String {
+    /// The times of the first callback without a response, for the analysis of a failure.
+    fn describe_first_unanswered(&self, entry: &Entry) -> String {
         let first = self.entries.iter().map(due_at).min().unwrap_or(UNIX_EPOCH);
         let after = due_at(entry).duration_since(first).unwrap_or_default();
         let (late, took) = (entry.late_us / 1_000, entry.latency_us / 1_000);
         let answer = &entry.answer;
         format!(
-            "the first without an answer was due {after:.1?} after the load began, was sent {late} ms late, \
-             and came to {answer:?} after {took} ms"
+            "the first callback without a response was due {after:.1?} after the load began, was sent {late} ms late, \
+             and ended with {answer:?} after {took} ms"
         )
     }
 
-    /// What was answered how often, for whoever looks into a failure.
-    fn answers(&self) -> String {
+    /// The number of each kind of response, for the analysis of a failure.
+    fn response_counts(&self) -> String {
         let mut counts = BTreeMap::new();
         for entry in &self.entries {
             let answer = match &entry.answer {
                 Answer::Status(status) => status.to_string(),
-                Answer::Timeout => "no answer".to_owned(),
+                Answer::Timeout => "no response".to_owned(),
                 Answer::Failed(reason) => reason.clone(),
             };
             *counts.entry(answer).or_insert(0_usize) += 1;
@@ -187,7 +193,7 @@ impl Audit<'_> {
         let load = std::fs::read_to_string("/proc/loadavg").unwrap_or_default();
         let load: Vec<&str> = load.split(' ').take(2).collect();
         format!(
-            "answers: {}; the load generator was up to {late} ms late, the machine's load average over 1 and 5 minutes is {}",
+            "responses: {}; the load generator was up to {late} ms late, the machine's load average over 1 and 5 minutes is {}",
             counts.join(", "),
             load.join(" and ")
         )
@@ -202,7 +208,7 @@ fn sent_at(entry: &Entry) -> SystemTime {
     due_at(entry) + Duration::from_micros(entry.late_us)
 }
 
-/// When it was answered, given up or failed.
+/// The time at which the callback was answered, was abandoned or failed.
 fn ended_at(entry: &Entry) -> SystemTime {
     due_at(entry) + Duration::from_micros(entry.latency_us)
 }
@@ -210,7 +216,7 @@ fn ended_at(entry: &Entry) -> SystemTime {
 /// The services' queue on the broker at `uri`.
 pub(crate) fn broker_config(uri: &str) -> broker::Config {
     broker::Config {
-        amqp_uri: uri.parse().expect("a node's URI should be one"),
+        amqp_uri: uri.parse().expect("a node's URI should be valid"),
         queue: broker::QueueConfig {
             queue_name: QUEUE.to_owned(),
             queue_type: broker::QueueType::Quorum,
@@ -219,7 +225,7 @@ pub(crate) fn broker_config(uri: &str) -> broker::Config {
     }
 }
 
-/// The dead letters, when that has been done to all of them.
+/// Applies `treatment` to all dead letters, and returns them.
 pub(crate) async fn process_dead_letters(
     broker_uri: &str,
     treatment: DeadLetterAction,

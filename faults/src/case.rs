@@ -1,4 +1,4 @@
-//! What a case is.
+//! A fault case.
 
 use std::pin::Pin;
 
@@ -6,19 +6,19 @@ use crate::figures::Verdict;
 
 type Run = Box<dyn Fn() -> Pin<Box<dyn Future<Output = Verdict>>> + Send>;
 
-/// One fault, and how it is brought about.
+/// One fault and the function that causes and measures it.
 pub(crate) struct Case {
-    /// By which it is run alone. No name may contain another.
+    /// The name, with which the case can be run alone. No name may contain another one.
     pub(crate) name: &'static str,
-    /// What happens, for the table.
+    /// The fault, for the table.
     pub(crate) fault: &'static str,
-    /// Whether it belongs to those that are quick, and cover most.
+    /// Whether `make test` runs the case, and not only `make faults`.
     pub(crate) runs_in_make_test: bool,
     pub(crate) run: Run,
 }
 
 impl Case {
-    /// A case of `make faults` only.
+    /// A case that only `make faults` runs.
     pub(crate) fn new<F>(name: &'static str, fault: &'static str, run: fn() -> F) -> Self
     where
         F: Future<Output = Verdict> + 'static,
@@ -27,7 +27,7 @@ impl Case {
         Self { name, fault, runs_in_make_test: false, run }
     }
 
-    /// Runs it in `make test` too.
+    /// Makes `make test` run the case, too.
     pub(crate) fn in_make_test(self) -> Self {
         Self { runs_in_make_test: true, ..self }
     }

@@ -1,4 +1,4 @@
-//! All cases, a file for each component that fails.
+//! All cases, in one file for each component that fails.
 
 use crate::case::Case;
 
@@ -34,7 +34,7 @@ mod tests {
     use std::fs;
     use std::path::Path;
 
-    /// All words of the sources below `folder`.
+    /// Adds all words in the sources below `folder`.
     fn add_words(folder: &Path, words: &mut BTreeSet<String>) {
         for entry in fs::read_dir(folder).unwrap() {
             let entry = entry.unwrap();
@@ -59,8 +59,8 @@ mod tests {
         let is_name = |word: &&str| word.len() >= 10 && word.contains('_');
         let mut found = 0;
         for row in table.lines().filter(|line| line.starts_with("| ")) {
-            let shown_by = row.split(" | ").nth(2).unwrap();
-            let quoted = shown_by.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
+            let cited = row.split(" | ").nth(2).unwrap();
+            let quoted = cited.split(|c: char| !c.is_ascii_alphanumeric() && c != '_');
             for name in quoted.filter(is_name) {
                 assert!(words.contains(name), "there is no test {name}: {row}");
                 found += 1;

@@ -1,71 +1,73 @@
-//! What a case measured, and what of it is a breach.
+//! The figures that a case measures, and the check for breaches.
 
 use std::time::Duration;
 
 /// The figures of one row.
 #[derive(Clone, Debug)]
 pub(crate) struct Figures {
-    /// Callbacks answered 2xx within a second of when they were due.
+    /// Callbacks with a 2xx response within a second of their due time.
     pub(crate) accepted: usize,
-    /// Callbacks answered otherwise, in that time.
+    /// Callbacks with another response in that time.
     pub(crate) not_2xx: usize,
-    /// Callbacks without a complete answer in that time.
+    /// Callbacks without a complete response in that time.
     pub(crate) unanswered: usize,
-    /// Callbacks that were cut off, or found nobody to connect to, while the case had the producer
-    /// killed: there was nobody who could have answered.
+    /// Callbacks whose connection was refused or broke while the case had killed the producer, so
+    /// that no process could respond.
     pub(crate) cut_off: usize,
-    /// Ids of accepted callbacks of which nothing is known in the end.
+    /// Ids of accepted callbacks that were neither settled nor became dead letters.
     pub(crate) lost: usize,
-    /// Ids for which the status API was asked again although it had said what it knew.
+    /// Ids that were looked up again after the status API had said online or offline.
     pub(crate) looked_up_twice: usize,
-    /// Dead letters in the end.
+    /// Dead letters at the end.
     pub(crate) dead_letters: usize,
-    /// The longest recovery; `None` if it did not recover at all.
+    /// The longest recovery; `None` if the system did not recover.
     pub(crate) recovery: Option<Duration>,
-    /// The longest time from the end of a fault until all that was accepted before it was settled.
+    /// The longest time from the end of a fault until all ids accepted before it were settled.
     pub(crate) caught_up: Duration,
 }
 
-/// How a case ended.
+/// The result of a case.
 pub(crate) struct Verdict {
     pub(crate) figures: Figures,
-    /// Why it has failed, if it has. A case may add what it has seen itself.
+    /// The reasons why the case failed. A case may add its own.
     pub(crate) breaches: Vec<String>,
 }
 
-/// What the fault of a case excuses. A lost id, a callback without an answer, and a service that
-/// ends by itself are excused by nothing.
+/// The effects that the fault of a case excuses. A lost id, a callback without a response, and a
+/// service that ends on its own are never excused.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Allowed {
-    /// Answers that are not 2xx, because no durable store is left.
+    /// Responses other than 2xx, because no durable store is left.
     pub(crate) not_2xx: bool,
-    /// Ids that are looked up again, because who had them is gone, or because the broker confirmed
-    /// them after they had gone to the spool. A busy machine alone can bring about the latter.
+    /// Repeated lookups of an id, because the process that handled it is gone, or because the
+    /// broker confirmed its message after it had been spooled. The latter can also happen on a busy
+    /// machine.
     pub(crate) looked_up_twice: bool,
     /// Dead letters.
     pub(crate) dead_letters: bool,
-    /// How long the recovery may take.
+    /// Maximum duration of the recovery.
     pub(crate) recovery: Duration,
 }
 
 impl Allowed {
-    /// Nothing: all is answered 2xx, looked up once, and works again within 10 s.
+    /// Excuses nothing: every callback is answered 2xx, every id is looked up once, and recovery
+    /// takes at most 10 s.
     pub(crate) const NOTHING: Self = Self {
         not_2xx: false,
         looked_up_twice: false,
         dead_letters: false,
         recovery: Duration::from_secs(10),
     };
-    /// Only that ids are looked up again.
+    /// Excuses repeated lookups only.
     pub(crate) const REPEATED_LOOKUPS: Self = Self { looked_up_twice: true, ..Self::NOTHING };
 }
 
 impl Figures {
-    /// What is not allowed, in words.
+    /// The figures that are not allowed, in words.
     pub(crate) fn breaches(&self, allowed: Allowed) -> Vec<String> {
         let counts = [
             (self.lost, false, "accepted ids are lost"),
-            (self.unanswered, false, "callbacks had no answer within a second"),
+            (self.unanswered, false, "callbacks had no response within a second"),
             (self.not_2xx, allowed.not_2xx, "callbacks were not answered 2xx"),
             (self.looked_up_twice, allowed.looked_up_twice, "ids were looked up twice"),
             (self.dead_letters, allowed.dead_letters, "messages are dead letters"),
@@ -74,7 +76,7 @@ impl Figures {
         let mut breaches: Vec<String> =
             breaches.map(|(count, _, what)| format!("{count} {what}")).collect();
         match self.recovery {
-            None => breaches.push("it did not recover".to_owned()),
+            None => breaches.push("the system did not recover".to_owned()),
             Some(took) if took > allowed.recovery => {
                 breaches
                     .push(format!("recovery took {took:.1?}, more than {:?}", allowed.recovery));
@@ -125,8 +127,8 @@ mod tests {
             breaches,
             [
                 "3 accepted ids are lost",
-                "2 callbacks had no answer within a second",
-                "it did not recover"
+                "2 callbacks had no response within a second",
+                "the system did not recover"
             ]
         );
     }

@@ -1,12 +1,13 @@
-//! What the whole system loses, and for how long it is away, when its parts fail.
+//! The fault suite, which measures the losses and the recovery time of the whole system under
+//! faults.
 //!
-//! A case brings up a `World` of its own, puts it under load, does something to it, and
-//! lets it settle; the world then holds what the partner was answered against what the status API
-//! was asked and what the table holds. Each case gives one row of the table in `FAULTS.md`.
+//! A case starts its own `World` and a load, causes a fault, and waits until the system has
+//! recovered. The audit then compares the responses to callbacks with the lookups of the status API
+//! and the rows of the table. Each case gives one row of `FAULTS.md`.
 //!
-//! `make test` runs those cases that are marked so, `make faults` runs all.
+//! `make faults` runs all cases, and `make test` those that are marked for it.
 
-#![expect(clippy::expect_used, reason = "it is a test, where a panic with a reason is how to fail")]
+#![expect(clippy::expect_used, reason = "it is a test, which fails by panicking")]
 
 mod audit;
 mod case;
@@ -28,19 +29,19 @@ use libtest_mimic::{Arguments, Failed, Trial};
 use crate::case::Case;
 use crate::table::Row;
 
-/// Set to `all`, it makes a run offer every case, and not only those of `make test`.
-const WHICH: &str = "FAULTS";
-/// Names the file into which the rows of this run are written.
+/// The variable that selects all cases with the value `all`, instead of those of `make test`.
+const SELECTION: &str = "FAULTS";
+/// The variable that names the file into which the rows of this run are written.
 const TABLE_FILE: &str = "FAULTS_FILE";
 
-/// Runs the cases that the command line and the environment ask for, one after the other, and prints
+/// Runs the cases that the command line and the environment select, one after the other, and prints
 /// their table.
 #[must_use]
 pub fn run() -> ExitCode {
     let mut arguments = Arguments::from_args();
-    // The load of a case needs the machine for itself.
+    // The load of one case needs the whole machine.
     arguments.test_threads = Some(1);
-    let all = std::env::var(WHICH).is_ok_and(|which| which == "all");
+    let all = std::env::var(SELECTION).is_ok_and(|selection| selection == "all");
     let rows = Arc::new(Mutex::new(Vec::new()));
     let cases = cases::all();
     let names: Vec<&'static str> = cases.iter().map(|case| case.name).collect();
@@ -71,7 +72,7 @@ pub fn run() -> ExitCode {
     conclusion.exit_code()
 }
 
-/// Runs one case to its row; a panic on the way is a breach.
+/// Runs one case and returns its row. A panic is a breach.
 fn run_case(case: &Case) -> Row {
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
@@ -79,14 +80,18 @@ fn run_case(case: &Case) -> Row {
         .build()
         .expect("a runtime should start");
     let outcome = catch_unwind(AssertUnwindSafe(|| runtime.block_on((case.run)())));
-    // A library's thread that still waits for a dead server must not keep the suite waiting.
+    // A library's thread that still waits for a dead server must not block the suite.
     runtime.shutdown_background();
     match outcome {
         Ok(verdict) => Row::new(case, Some(verdict.figures), verdict.breaches),
         Err(panic) => {
             let reason = panic.downcast_ref::<String>().map(String::as_str);
             let reason = reason.or_else(|| panic.downcast_ref::<&str>().copied());
-            Row::new(case, None, vec![format!("it broke off: {}", reason.unwrap_or("a panic"))])
+            Row::new(
+                case,
+                None,
+                vec![format!("the case panicked: {}", reason.unwrap_or("no message"))],
+            )
         }
     }
 }

@@ -7,12 +7,12 @@ use std::path::PathBuf;
 use testbed::Process;
 use tester::ledger::{Answer, Entry};
 
-/// How long a partner waits for an answer.
+/// How long a partner waits for a response.
 const PARTNER_TIMEOUT_US: u64 = 1_000_000;
-/// The first id of the load; each next one is new.
+/// The first id of the load. Each id is used once.
 const FIRST_ID: i64 = 1;
 
-/// How many callbacks there are.
+/// The rate of a load.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Rate {
     /// Callbacks per second.
@@ -22,7 +22,7 @@ pub(crate) struct Rate {
 }
 
 impl Rate {
-    /// 500 callbacks/s of 5 ids; a fifth of it in a debug build, which is for `make test`.
+    /// 500 callbacks/s of 5 ids, or a fifth of that in a debug build, for `make test`.
     pub(crate) const USUAL: Self =
         Self { callbacks: if cfg!(debug_assertions) { 100 } else { 500 }, ids: 5 };
 }
@@ -31,14 +31,14 @@ impl Rate {
 pub(crate) struct Load {
     tester: Process,
     path: PathBuf,
-    /// How much of the file has been read.
+    /// The number of bytes of the file that have been read.
     offset: u64,
     entries: Vec<Entry>,
 }
 
 impl Load {
-    /// Starts it against `endpoint`, with its ledger in `path`; over so many connections at most if it
-    /// is told how many.
+    /// Starts the load on `endpoint` with its ledger in `path`. With `connections`, it uses at most
+    /// that many.
     pub(crate) fn start(
         endpoint: &str,
         rate: Rate,
@@ -50,7 +50,7 @@ impl Load {
         let ids = format!("--ids={}", rate.ids);
         let first = format!("--object-id-min={FIRST_ID}");
         let last = format!("--object-id-max={FIRST_ID}");
-        // Enough for a second without any answer, and half as much again.
+        // One and a half times the connections that a second without any response needs.
         let enough = (rate.callbacks * 3 / 2).clamp(16, 2_000);
         let connections = format!("--connections={}", connections.unwrap_or(enough));
         let endpoint = format!("--callback-endpoint={endpoint}");
@@ -74,7 +74,7 @@ impl Load {
         Self { tester, path, offset: 0, entries: Vec::new() }
     }
 
-    /// What has come of the callbacks so far.
+    /// The ledger entries of the callbacks so far.
     pub(crate) fn entries(&mut self) -> &[Entry] {
         let mut text = String::new();
         if let Ok(mut file) = File::open(&self.path) {
@@ -83,25 +83,25 @@ impl Load {
                 .and_then(|_| file.read_to_string(&mut text));
             read.expect("a ledger should be readable");
         }
-        // The last line may not be whole yet.
-        let whole = text.rfind('\n').map_or(0, |end| end + 1);
-        self.offset += whole as u64;
+        // The last line may be incomplete.
+        let complete = text.rfind('\n').map_or(0, |end| end + 1);
+        self.offset += complete as u64;
         self.entries.extend(
-            text[..whole]
+            text[..complete]
                 .lines()
                 .map(|line| serde_json::from_str(line).expect("a line of the ledger is JSON")),
         );
         &self.entries
     }
 
-    /// How many callbacks have been accepted so far.
+    /// The number of callbacks that have been accepted so far.
     pub(crate) fn accepted(&mut self) -> usize {
         self.entries().iter().filter(|entry| is_2xx(entry)).count()
     }
 
-    /// Lets it finish what is under way, and gives what came of all callbacks. What was due and not
-    /// sent at this moment is nobody's: there are connections enough for the rate, and only a load
-    /// generator which lacks the time leaves anything behind.
+    /// Finishes the callbacks in flight, and returns the entries of all callbacks. Callbacks that
+    /// were due but not sent do not count: there are enough connections for the rate, so that only
+    /// a load generator without processor time leaves any.
     pub(crate) async fn stop(mut self) -> Vec<Entry> {
         self.tester.terminate();
         let status = self.tester.wait().await;
@@ -111,12 +111,12 @@ impl Load {
     }
 }
 
-/// Whether it was answered 2xx, however late.
+/// Whether the callback was answered 2xx, even if late.
 pub(crate) fn is_2xx(entry: &Entry) -> bool {
     matches!(entry.answer, Answer::Status(200..300))
 }
 
-/// Whether an answer was complete within a second of when the callback was due.
+/// Whether the response was complete within a second of the due time of the callback.
 pub(crate) fn is_in_time(entry: &Entry) -> bool {
     matches!(entry.answer, Answer::Status(_)) && entry.latency_us <= PARTNER_TIMEOUT_US
 }

@@ -1,4 +1,4 @@
-//! Callbacks that show whether the whole way is open again.
+//! Callbacks that show whether the system works again, from the callback to the commit.
 
 use std::ops::RangeFrom;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
@@ -7,12 +7,12 @@ use pipeline::Partner;
 use sqlx::PgPool;
 
 const INTERVAL: Duration = Duration::from_millis(100);
-/// How long the table may take to answer before it counts as away.
+/// Time limit of a query, after which the table counts as away.
 const QUERY_TIMEOUT: Duration = Duration::from_secs(2);
-/// Far from the ids of the load; even, so that they end in the table.
+/// Far from the ids of the load.
 const FIRST_ID: i64 = 1_000_000_000_000;
 
-/// Posts callbacks of one id each, and looks for them in the table.
+/// Posts callbacks of one id each, and checks whether the ids appear in the table.
 pub(crate) struct Prober {
     partner: Partner,
     ids: RangeFrom<i64>,
@@ -26,20 +26,21 @@ impl Default for Prober {
 }
 
 impl Prober {
-    /// All that were accepted, and when.
+    /// All accepted ids, with the time of the response.
     pub(crate) fn accepted(&self) -> &[(i64, SystemTime)] {
         &self.accepted
     }
 
-    /// Posts probes until one of them has been accepted, and one is in the table or, where a time is given,
-    /// any object that was looked up after it: a probe comes behind whatever waited before it.
+    /// Posts probes until one of them has been accepted and one is in the table. With
+    /// `committed_after`, any object that was last seen after that time also counts, because a
+    /// probe waits behind the backlog.
     pub(crate) async fn probe_until_committed(
         &mut self,
         endpoint: &str,
         table: &PgPool,
         committed_after: Option<SystemTime>,
     ) {
-        let mut waiting = Vec::new();
+        let mut pending = Vec::new();
         let mut ticks = tokio::time::interval(INTERVAL);
         loop {
             ticks.tick().await;
@@ -47,9 +48,9 @@ impl Prober {
                 && self.partner.post(endpoint, &[id]).await
             {
                 self.accepted.push((id, SystemTime::now()));
-                waiting.push(id);
+                pending.push(id);
             }
-            if !waiting.is_empty() && is_any_committed(table, &waiting, committed_after).await {
+            if !pending.is_empty() && is_any_committed(table, &pending, committed_after).await {
                 return;
             }
         }

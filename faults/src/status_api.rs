@@ -1,4 +1,4 @@
-//! The status API of a world: quick, with moods, and with a memory of who was asked for when.
+//! The status API of a world: fast, with configurable answers, and with a record of the lookups.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime};
 
 use testbed::{Answer, SentHook};
 
-/// How long an answer takes: a tenth of what the real API takes, so that a case can catch up soon.
+/// Latency of an answer: a tenth of the real API's, so that a case can catch up soon.
 const LATENCY_MS: std::ops::Range<u64> = 20..50;
 
 /// The answer to a lookup of an id, instead of the correct one.
@@ -15,12 +15,12 @@ type Behaviour = dyn Fn(i64) -> Answer + Send + Sync;
 /// A status API like the real one, online for even ids.
 pub(crate) struct StatusApi {
     server: testbed::StatusApi,
-    day: Arc<State>,
+    state: Arc<State>,
 }
 
 #[derive(Default)]
 struct State {
-    /// `None` on a good day.
+    /// `None` for the correct answers.
     behaviour: Mutex<Option<Arc<Behaviour>>>,
     lookups: Mutex<HashMap<i64, Lookups>>,
 }
@@ -28,59 +28,60 @@ struct State {
 /// The lookups of one id whose answer is "online" or "offline".
 #[derive(Clone, Copy, Debug, Default)]
 pub(crate) struct Lookups {
-    /// How often it was asked. If it was again, then for no fault of this API.
-    pub(crate) asked: u32,
-    /// How often whoever asked was still there when the answer went out.
+    /// The number of lookups. A second one is not due to this API.
+    pub(crate) received: u32,
+    /// The number of answers that were sent to a client that still waited.
     pub(crate) answered: u32,
-    /// When that was the first time.
+    /// The time of the first such answer.
     pub(crate) answered_at: Option<SystemTime>,
 }
 
 impl StatusApi {
     pub(crate) fn start() -> Self {
-        let day = Arc::new(State::default());
-        let answering = Arc::clone(&day);
-        Self { server: testbed::StatusApi::start(move |id, _| answering.answer(id)), day }
+        let state = Arc::new(State::default());
+        let state_of_server = Arc::clone(&state);
+        Self { server: testbed::StatusApi::start(move |id, _| state_of_server.answer(id)), state }
     }
 
-    /// What to set `TESTER_ENDPOINT` to.
+    /// The value for `TESTER_ENDPOINT`.
     pub(crate) fn endpoint(&self) -> String {
         self.server.endpoint()
     }
 
     /// Replaces the answers, which still take the usual time. [`correct_answer`] gives the default.
     pub(crate) fn set_behaviour(&self, behaviour: impl Fn(i64) -> Answer + Send + Sync + 'static) {
-        *self.day.behaviour.lock().unwrap_or_else(PoisonError::into_inner) =
+        *self.state.behaviour.lock().unwrap_or_else(PoisonError::into_inner) =
             Some(Arc::new(behaviour));
     }
 
     /// Restores the correct answers.
     pub(crate) fn reset_behaviour(&self) {
-        *self.day.behaviour.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.state.behaviour.lock().unwrap_or_else(PoisonError::into_inner) = None;
     }
 
     /// Closes its port and all connections.
     pub(crate) fn stop(&mut self) {
         self.server.stop();
-        // What it had not answered yet is to be asked again.
-        for lookups in self.day.lookups().values_mut() {
-            lookups.asked = lookups.answered;
+        // A second lookup for an unanswered one is not a repetition.
+        for lookups in self.state.lookups().values_mut() {
+            lookups.received = lookups.answered;
         }
     }
 
-    /// Listens where it listened before.
+    /// Listens on the same address again.
     pub(crate) fn restart(&mut self) {
-        let answering = Arc::clone(&self.day);
+        let state_of_server = Arc::clone(&self.state);
         let address = self.server.address();
-        self.server = testbed::StatusApi::start_on(address, move |id, _| answering.answer(id));
+        self.server =
+            testbed::StatusApi::start_on(address, move |id, _| state_of_server.answer(id));
     }
 
-    /// How many lookups there have been since it last came up, whatever the answer.
-    pub(crate) fn asked(&self) -> usize {
+    /// The number of lookups since the last start, with any answer.
+    pub(crate) fn lookup_count(&self) -> usize {
         self.server.lookups().len()
     }
 
-    /// For how many ids it has been asked more than `times` since it last came up, whatever the answer.
+    /// The number of ids with more than `times` lookups since the last start, with any answer.
     pub(crate) fn ids_looked_up_more_than(&self, times: u32) -> usize {
         let mut counts: HashMap<i64, u32> = HashMap::new();
         for (id, _) in self.server.lookups() {
@@ -89,14 +90,14 @@ impl StatusApi {
         counts.values().filter(|count| **count > times).count()
     }
 
-    /// How many lookups wait for their answer now.
+    /// The number of lookups that wait for their answer now.
     pub(crate) fn in_flight(&self) -> usize {
         self.server.in_flight()
     }
 
     /// The lookups so far, by id.
     pub(crate) fn lookups(&self) -> HashMap<i64, Lookups> {
-        self.day.lookups().clone()
+        self.state.lookups().clone()
     }
 }
 
@@ -105,9 +106,9 @@ impl State {
         let behaviour = self.behaviour.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let mut answer = behaviour.map_or_else(|| correct_answer(id), |behaviour| behaviour(id));
         if is_decision(&answer) {
-            self.lookups().entry(id).or_default().asked += 1;
-            let day = Arc::clone(self);
-            answer = noted(SentHook::new(move || day.answered(id)), answer);
+            self.lookups().entry(id).or_default().received += 1;
+            let state = Arc::clone(self);
+            answer = observed(SentHook::new(move || state.answered(id)), answer);
         }
         let spread = LATENCY_MS.end - LATENCY_MS.start;
         let latency = LATENCY_MS.start + id.unsigned_abs() % spread;
@@ -144,10 +145,10 @@ fn is_decision(answer: &Answer) -> bool {
     }
 }
 
-/// The answer, with the note told after all waiting.
-fn noted(note: SentHook, answer: Answer) -> Answer {
+/// The answer with a hook that runs after all delays.
+fn observed(hook: SentHook, answer: Answer) -> Answer {
     match answer {
-        Answer::After(delay, later) => Answer::After(delay, Box::new(noted(note, *later))),
-        answer => Answer::Observed(note, Box::new(answer)),
+        Answer::After(delay, later) => Answer::After(delay, Box::new(observed(hook, *later))),
+        answer => Answer::Observed(hook, Box::new(answer)),
     }
 }

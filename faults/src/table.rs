@@ -69,8 +69,8 @@ pub(crate) fn text(rows: &[Row]) -> String {
     format!("\n{HEAD}{lines}")
 }
 
-/// Writes the rows into the section of these servers in the file at `path`. The other sections stay as they are, and so do the rows of
-/// cases that were not run; rows are in the order of `names`.
+/// Writes the rows into the section of these servers in the file at `path`. The other sections stay
+/// as they are, and so do the rows of cases that were not run; rows are in the order of `names`.
 pub(crate) fn write(path: &Path, names: &[&str], rows: &[Row]) {
     let before = std::fs::read_to_string(path).unwrap_or_default();
     let servers = servers();

@@ -1,4 +1,4 @@
-//! One whole system for one case: its servers, its services, its partner.
+//! A whole system for one case: servers, services and partner.
 
 use std::fs;
 use std::net::SocketAddr;
@@ -23,40 +23,39 @@ use crate::status_api::StatusApi;
 
 /// `QUEUE_NAME`.
 pub(crate) const QUEUE: &str = "objects";
-/// For how many seconds the load runs before the fault.
+/// Seconds of load before the fault.
 const LOAD_BEFORE_FAULT_SECONDS: usize = 4;
-/// How long it goes on after the last recovery.
+/// Time for which the load continues after the last recovery.
 const LOAD_AFTER_RECOVERY: Duration = Duration::from_secs(3);
-/// How long a case waits for its world to work, or to work again, before it gives up.
+/// Time limit for the start and for a recovery of the world.
 pub(crate) const PATIENCE: Duration = Duration::from_mins(1);
-/// For how long after the death of one of several producers callbacks may still run into it.
+/// Time after the restart of a killed producer in which callbacks may still be cut off.
 const CUT_OFF_MARGIN: Duration = Duration::from_millis(100);
 
-/// What is particular about a world. Variables come on top of those that each service gets anyway.
-#[expect(
-    clippy::struct_excessive_bools,
-    reason = "each says whether the world has one peculiarity"
-)]
+/// The configuration of a world. Variables are set in addition to those that each service always
+/// gets.
+#[expect(clippy::struct_excessive_bools, reason = "each one is an independent option")]
 pub(crate) struct Setup {
-    /// How many callbacks there are.
+    /// The rate of the load.
     pub(crate) rate: Rate,
     /// Whether the services reach broker and database through [`World::to_broker`] and
-    /// [`World::to_database`], which can go silent or be cut.
+    /// [`World::to_database`], which can be silenced or cut.
     pub(crate) has_proxies: bool,
-    /// Whether the broker is a cluster of three nodes: [`World::broker`], on which all queues have their first
-    /// leaders, and [`World::other_nodes`]; and to which of these three the services connect.
+    /// Makes the broker a cluster of three nodes: [`World::broker`], which has the first leaders of
+    /// all queues, and [`World::other_nodes`]. The value is the index of the node to which the
+    /// services connect.
     pub(crate) cluster: Option<usize>,
-    /// How many connections the load may use; as many as it needs if it is not said.
+    /// Maximum number of connections of the load; `None` for as many as it needs.
     pub(crate) connections: Option<u32>,
-    /// Whether the producer's spool is on a disk of 48 MiB, which goes with the producer.
+    /// Whether the producer's spool is on a disk of 48 MiB, which disappears with the producer.
     pub(crate) small_spool_disk: bool,
-    /// Whether nothing is writable for the services but the producer's spool.
+    /// Whether the services can write only to the producer's spool.
     pub(crate) read_only_root: bool,
-    /// Whether the table is on a small disk: [`PostgresCluster::fill_small_disk`].
+    /// Whether the table is on a small disk; see [`PostgresCluster::fill_small_disk`].
     pub(crate) small_database_disk: bool,
-    /// How many consumers there are.
+    /// The number of consumers.
     pub(crate) consumers: usize,
-    /// The command through which the producer is started, which ends in executing it.
+    /// The wrapper with which the producer is started; see [`Process::spawn_wrapped`].
     pub(crate) producer_wrapper: &'static [&'static str],
     /// Variables of the producer.
     pub(crate) producer: Vec<(&'static str, &'static str)>,
@@ -85,24 +84,24 @@ impl Default for Setup {
     }
 }
 
-/// Servers, services and load of one case. All of it ends with it.
+/// Servers, services and load of one case, which all end with it.
 ///
-/// Who is in `producer`, `consumers` and `routine` at the end of the case must still run: a case
-/// that ends one puts another into its place, or takes it out.
+/// The processes in `producer`, `consumers` and `routine` must still run at the end of the case. A
+/// case that ends one of them must replace or remove it.
 pub(crate) struct World {
     pub(crate) broker: RabbitNode,
-    /// Empty unless [`Setup::cluster`] asks for a cluster.
+    /// Empty without [`Setup::cluster`].
     pub(crate) other_nodes: Vec<RabbitNode>,
     pub(crate) database: PostgresCluster,
     pub(crate) status_api: StatusApi,
-    /// In between only if [`Setup::has_proxies`] says so.
+    /// Used only with [`Setup::has_proxies`].
     pub(crate) to_broker: Proxy,
-    /// In between only if [`Setup::has_proxies`] says so.
+    /// Used only with [`Setup::has_proxies`].
     pub(crate) to_database: Proxy,
     pub(crate) producer: Option<Process>,
     pub(crate) consumers: Vec<Process>,
     pub(crate) routine: Option<Process>,
-    /// Only in cases that start one.
+    /// `None` in cases that do not start one.
     pub(crate) viewer: Option<Process>,
     setup: Setup,
     system: System,
@@ -110,24 +109,24 @@ pub(crate) struct World {
     load: Option<Load>,
     prober: Prober,
     recoveries: Vec<Recovery>,
-    /// From when to when nobody took callbacks, because the case had killed who did.
+    /// Start and end of each time in which no producer ran, because the case had killed it.
     producer_downtimes: Vec<(SystemTime, Option<SystemTime>)>,
-    /// From when to when the broker was deleting the queue.
+    /// Times before and after each deletion of the queue.
     queue_deletions: Vec<(SystemTime, SystemTime)>,
     scratch: Scratch,
 }
 
 impl World {
-    /// Everything up and ready.
+    /// Starts servers and services, and waits until they are ready.
     pub(crate) async fn start(setup: Setup) -> Self {
-        let mut world = Self::servers(setup).await;
+        let mut world = Self::start_servers(setup).await;
         world.start_services();
         world.wait_until_ready().await;
         world
     }
 
-    /// The servers only: broker, database, status API.
-    pub(crate) async fn servers(setup: Setup) -> Self {
+    /// Starts only the servers: broker, database and status API.
+    pub(crate) async fn start_servers(setup: Setup) -> Self {
         let database = async {
             if setup.small_database_disk {
                 return PostgresCluster::start_on_a_small_disk().await;
@@ -201,12 +200,13 @@ impl World {
         }
     }
 
-    /// A producer where the load goes to. Each one finds the spool that the one before it left.
+    /// Starts a producer at the address to which the load is posted, with the spool of the last
+    /// one.
     pub(crate) fn spawn_producer(&self) -> Process {
         self.spawn_producer_at(self.producer_address, &self.spool())
     }
 
-    /// A producer that listens there, with its spool there.
+    /// Starts a producer with this address and this spool.
     pub(crate) fn spawn_producer_at(&self, address: SocketAddr, spool: &Path) -> Process {
         let (spool, address) = (spool.display().to_string(), address.to_string());
         let mut variables =
@@ -217,8 +217,8 @@ impl World {
             return self.system.spawn_wrapped(&WITH_SMALL_DISK, "producer", &variables);
         }
         if !self.setup.producer_wrapper.is_empty() {
-            let through = self.setup.producer_wrapper;
-            return self.system.spawn_wrapped(through, "producer", &variables);
+            let wrapper = self.setup.producer_wrapper;
+            return self.system.spawn_wrapped(wrapper, "producer", &variables);
         }
         self.spawn("producer", &variables)
     }
@@ -228,14 +228,14 @@ impl World {
         self.scratch.path().join("spool")
     }
 
-    /// A consumer with room for all lookups that the load leads to.
+    /// Starts a consumer with a limit that is high enough for all lookups of the load.
     pub(crate) fn spawn_consumer(&self) -> Process {
         let mut variables = vec![("MAX_CONSUMERS", "300")];
         variables.extend(&self.setup.consumer);
         self.spawn("consumer", &variables)
     }
 
-    /// A routine that deletes nothing which a case could want to see, unless told so.
+    /// Starts a routine. By default, its TTL is so long that it deletes no row of a case.
     pub(crate) fn spawn_routine(&self) -> Process {
         let mut variables = vec![("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "500ms")];
         variables.extend(&self.setup.routine);
@@ -250,7 +250,7 @@ impl World {
         self.system.spawn(service, variables)
     }
 
-    /// A viewer of the table.
+    /// Starts a viewer.
     pub(crate) fn spawn_viewer(&self) -> Process {
         self.system.spawn("viewer", &[])
     }
@@ -260,18 +260,18 @@ impl World {
         self.producer.as_ref().expect("there should be a producer")
     }
 
-    /// How many messages wait in the producer's spool.
+    /// The number of messages in the producer's spool.
     pub(crate) async fn spooled(&self) -> f64 {
         self.producer().metric("lastseen_spool_messages").await
     }
 
-    /// Waits until at least so many messages are in the producer's spool.
-    pub(crate) async fn wait_for_spooled(&self, least: f64) {
-        let what = format!("{least} messages are in the spool");
-        eventually(&what, PATIENCE, async || (self.spooled().await >= least).then_some(())).await;
+    /// Waits until at least `minimum` messages are in the producer's spool.
+    pub(crate) async fn wait_for_spooled(&self, minimum: f64) {
+        let what = format!("{minimum} messages are in the spool");
+        eventually(&what, PATIENCE, async || (self.spooled().await >= minimum).then_some(())).await;
     }
 
-    /// Waits until the producer has begun to relay what is in its spool.
+    /// Waits until the producer has relayed the first message from its spool.
     pub(crate) async fn wait_for_first_relay(&self) {
         eventually("the producer relays", PATIENCE, async || {
             let relayed = self.producer().metric("lastseen_relayed_total").await;
@@ -280,10 +280,10 @@ impl World {
         .await;
     }
 
-    /// Waits until the producer has relayed all that it has spooled since its start. By its counters, for the
-    /// gauge is up to a second old.
+    /// Waits until the producer has relayed all messages that it has spooled since its start. It
+    /// compares counters, because the gauge is up to a second old.
     pub(crate) async fn wait_until_all_relayed(&self) {
-        eventually("all is relayed", PATIENCE, async || {
+        eventually("all spooled messages are relayed", PATIENCE, async || {
             let relayed = self.producer().metric("lastseen_relayed_total").await;
             let spooled = self.producer().metric("lastseen_spooled_total").await;
             (relayed >= spooled).then_some(())
@@ -291,17 +291,17 @@ impl World {
         .await;
     }
 
-    /// Where the producer listens.
+    /// The address of the producer.
     pub(crate) fn producer_address(&self) -> SocketAddr {
         self.producer_address
     }
 
-    /// Where callbacks are posted to.
+    /// The callback URL.
     pub(crate) fn endpoint(&self) -> String {
         format!("http://{}/callback", self.producer_address)
     }
 
-    /// Starts the load, and lets it run for the usual while.
+    /// Starts the load, and lets it run for [`LOAD_BEFORE_FAULT_SECONDS`].
     pub(crate) async fn start_load(&mut self) {
         let path = self.scratch.path().join("ledger.jsonl");
         let load = self.load.insert(Load::start(
@@ -311,19 +311,19 @@ impl World {
             path,
         ));
         let enough = self.setup.rate.callbacks as usize * LOAD_BEFORE_FAULT_SECONDS;
-        eventually("the load is under way", PATIENCE, async || {
+        eventually("the load has started", PATIENCE, async || {
             (load.accepted() >= enough).then_some(())
         })
         .await;
     }
 
-    /// Lets things be as they are for so long.
+    /// Lets the system run for `duration`.
     pub(crate) async fn run_for(&self, duration: Duration) {
         tokio::time::sleep(duration).await;
     }
 
-    /// Kills the producer. Until [`World::restart_producer`], a callback that is cut off or finds
-    /// nobody to connect to does not count as unanswered.
+    /// Kills the producer. Until [`World::restart_producer`], a callback whose connection is
+    /// refused or breaks does not count as unanswered.
     pub(crate) async fn kill_producer(&mut self) {
         let producer = self.producer.take().expect("there should be a producer to kill");
         self.producer_downtimes.push((SystemTime::now(), None));
@@ -331,7 +331,7 @@ impl World {
         producer.wait().await;
     }
 
-    /// Starts another producer on the spool of the last, and waits until it takes callbacks.
+    /// Starts another producer on the same spool, and waits until it accepts callbacks.
     pub(crate) async fn restart_producer(&mut self) {
         let producer = self.producer.insert(self.spawn_producer());
         producer.wait_for_log("accepting callbacks").await;
@@ -340,26 +340,26 @@ impl World {
         }
     }
 
-    /// Sends all dead letters back to the queue, and says which they were.
+    /// Sends all dead letters back to the queue, and returns them.
     pub(crate) async fn redrive_dead_letters(&self) -> Vec<DeadLetter> {
         process_dead_letters(&self.broker_uri(), DeadLetterAction::Redrive).await
     }
 
-    /// Deletes the queue, as only an operator can. What is on its way into it at that moment is lost by
-    /// the operator's will: RabbitMQ confirms it although the queue is gone, so that nobody can know.
-    /// What was answered before, or comes in after, is still not to be lost.
+    /// Deletes the queue, as an operator could. Messages in flight to the queue at that moment may
+    /// be lost, because RabbitMQ confirms them although the queue is gone. Callbacks that were
+    /// answered before or arrive later must not be lost.
     pub(crate) async fn delete_queue(&mut self) {
         self.queue_deletions.push(self.broker.delete_queue_once_empty(QUEUE).await);
     }
 
-    /// What has come of the callbacks of the load that were due in that time.
+    /// The ledger entries of the callbacks that were due in `during`.
     pub(crate) fn entries_due(&mut self, during: Range<SystemTime>) -> Vec<Entry> {
         let entries = self.load.as_mut().map(Load::entries).unwrap_or_default();
         entries.iter().filter(|entry| during.contains(&due_at(entry))).cloned().collect()
     }
 
-    /// Kills the database, and boots an empty one in its place. What was committed in the old one by
-    /// then, to the last row that survived the kill, is gone with it and not lost by us.
+    /// Kills the database, and boots an empty one in its place. The rows that were committed in the
+    /// old one are recorded as gone, because the services have not lost them.
     pub(crate) async fn replace_database(&mut self) {
         self.database.kill().await;
         let mut former = self.database.replace().await;
@@ -371,36 +371,36 @@ impl World {
         rows::record_gone(self.database.pool(), &committed).await;
     }
 
-    /// How many callbacks there are.
+    /// The rate of the load.
     pub(crate) fn rate(&self) -> Rate {
         self.setup.rate
     }
 
-    /// The first id that the load has not come to; those after it will follow, one after the other.
+    /// The first id that the load has not posted yet. Later ids follow in ascending order.
     pub(crate) fn next_id(&mut self) -> i64 {
         let last = self.load.iter_mut().flat_map(Load::entries).flat_map(|entry| &entry.ids);
         last.max().map_or(1, |last| last + 1)
     }
 
-    /// The fault is over. Posts probes until one of them has been accepted, and objects are looked up and
-    /// committed again, and takes the time.
+    /// Marks the end of the fault, and measures the time until a probe has been accepted and an
+    /// object that was looked up after this call is committed.
     pub(crate) async fn wait_for_recovery(&mut self) {
         self.measure_recovery(Some(SystemTime::now())).await;
     }
 
-    /// The same, but what is committed must be a probe: after this fault, what was being looked up when it
-    /// came may be committed although nothing else is.
+    /// Like [`World::wait_for_recovery`], but the committed object must be a probe. It is for
+    /// faults after which lookups that began before the end of the fault can still be committed.
     pub(crate) async fn wait_for_probe_recovery(&mut self) {
         self.measure_recovery(None).await;
     }
 
     async fn measure_recovery(&mut self, committed_after: Option<SystemTime>) {
-        let (ended_at, over) = (SystemTime::now(), Instant::now());
+        let (ended_at, started) = (SystemTime::now(), Instant::now());
         let endpoint = self.endpoint();
         let probing =
             self.prober.probe_until_committed(&endpoint, self.database.pool(), committed_after);
         let took = tokio::time::timeout(PATIENCE, probing).await;
-        let took = took.ok().map(|()| over.elapsed());
+        let took = took.ok().map(|()| started.elapsed());
         self.recoveries.push(Recovery { ended_at, took });
     }
 
@@ -416,8 +416,8 @@ impl World {
             Some(producer) => producer.metric("lastseen_spooled_total").await,
             None => 0.0,
         };
-        // A disk that is slow for a moment delays the broker's confirms, whatever the case does.
-        let excused =
+        // A slow disk can delay publisher confirms in any case, so that messages are spooled.
+        let allowed_now =
             Allowed { looked_up_twice: allowed.looked_up_twice || spooled > 0.0, ..allowed };
         let broker_uri = self.broker_uri();
         let audit = Audit {
@@ -430,7 +430,7 @@ impl World {
             table: self.database.pool(),
             broker_uri: &broker_uri,
         };
-        let mut verdict = audit.close(excused).await;
+        let mut verdict = audit.run(allowed_now).await;
         let twice = u32::try_from(verdict.figures.looked_up_twice).unwrap_or(u32::MAX);
         if !allowed.looked_up_twice && f64::from(twice) > spooled {
             verdict
@@ -439,7 +439,7 @@ impl World {
         }
         let ended = self.services().filter(|service| !service.is_running()).count();
         if ended > 0 {
-            verdict.breaches.push(format!("{ended} services ended by themselves"));
+            verdict.breaches.push(format!("{ended} services ended on their own"));
         }
         verdict
     }
@@ -451,13 +451,13 @@ impl World {
         node.amqp_uri()
     }
 
-    /// All services, as the end of the case wants them to run.
+    /// All services that must run at the end of the case.
     pub(crate) fn services(&self) -> impl Iterator<Item = &Process> {
         self.producer.iter().chain(&self.consumers).chain(&self.routine).chain(&self.viewer)
     }
 }
 
-/// Declares all queues by the node at `uri`, which makes it their leader.
+/// Declares all queues on the node at `uri`, which makes it their leader.
 async fn declare_queues(uri: &str) {
     let publisher = Publisher::start(&broker_config(uri), "faults: first leader");
     let publisher = publisher.expect("a publisher opens no file");

@@ -1,4 +1,4 @@
-//! The fault suite as a test of its own harness; see the library.
+//! Runs the fault suite with its own test harness; see the library.
 
 use std::process::ExitCode;
 

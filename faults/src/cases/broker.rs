@@ -1,4 +1,4 @@
-//! What happens to the broker.
+//! Faults of the broker.
 
 use std::collections::HashMap;
 use std::time::{Duration, SystemTime};
@@ -12,12 +12,12 @@ use crate::figures::{Allowed, Verdict};
 use crate::status_api::correct_answer;
 use crate::world::{QUEUE, Setup, World};
 
-/// How long a case waits until what it did shows.
+/// How long a case waits for the effect of an action.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// How often it goes in a minute, when it is there for 2 s and then gone for 2 s.
+/// Outages of 2 s every 4 s, for one minute.
 const FLAPS: usize = 15;
-/// What the broker has answered with a nack.
+/// The number of messages that the broker has nacked.
 const REFUSED: &str = r#"lastseen_published_total{outcome="refused"}"#;
 
 pub(super) fn cases() -> Vec<Case> {
@@ -67,7 +67,7 @@ async fn stopped() -> Verdict {
     world.run_for(Duration::from_mins(1)).await;
     world.broker.boot().await;
     world.wait_for_recovery().await;
-    // What was being looked up goes back to the queue with the connection.
+    // Deliveries in flight return to the queue when the connection ends.
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
@@ -82,8 +82,7 @@ async fn killed() -> Verdict {
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
-/// A quarter of an hour differs in nothing but the size of the spool, which has many thousand messages
-/// after half a minute too.
+/// Longer outages differ only in the size of the spool, which reaches many thousand messages here.
 async fn outage() -> Verdict {
     let mut world = World::start(Setup::default()).await;
     world.start_load().await;
@@ -98,12 +97,12 @@ async fn outage() -> Verdict {
     let spooled = producer(&world).metric("lastseen_spooled_total").await;
     world.wait_until_all_relayed().await;
     let back_until = SystemTime::now();
-    let waited = world.entries_due(away_from..away_until);
-    let meanwhile = world.entries_due(back_from..back_until);
-    let looked_up_at = looked_up_at(&world, &waited).await;
+    let spooled_entries = world.entries_due(away_from..away_until);
+    let entries_during_relay = world.entries_due(back_from..back_until);
+    let looked_up_at = wait_for_lookups(&world, &spooled_entries).await;
     let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
-    verdict.breaches.extend(order_breach(&waited, &looked_up_at));
-    verdict.breaches.extend(latency_breach(&meanwhile));
+    verdict.breaches.extend(order_breach(&spooled_entries, &looked_up_at));
+    verdict.breaches.extend(latency_breach(&entries_during_relay));
     if spooled < 10_000.0 {
         verdict.breaches.push(format!("only {spooled} messages were spooled"));
     }
@@ -156,7 +155,7 @@ async fn memory_alarm() -> Verdict {
     world.run_for(Duration::from_secs(8)).await;
     world.broker.set_memory_alarm(false).await;
     world.wait_for_recovery().await;
-    // What was on its way when the broker stopped to read is spooled, and then read all the same.
+    // Messages in flight when the broker stopped reading are spooled, and later read by the broker.
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
@@ -168,7 +167,7 @@ async fn disk_alarm() -> Verdict {
     world.run_for(Duration::from_secs(8)).await;
     world.broker.set_disk_alarm(false).await;
     world.wait_for_recovery().await;
-    // As after the alarm of the memory.
+    // As after the memory alarm.
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
@@ -176,7 +175,7 @@ async fn queue_deleted() -> Verdict {
     let mut world = World::start(Setup::default()).await;
     world.start_load().await;
     for _ in 0..3 {
-        // Else the relay could have something under way to the queue that was accepted long before.
+        // Otherwise the relay could have messages in flight that were accepted long before.
         world.wait_until_all_relayed().await;
         world.delete_queue().await;
         // Delete the queue again only when its consumer works. On RabbitMQ 3.10, the process that
@@ -186,10 +185,10 @@ async fn queue_deleted() -> Verdict {
     }
     let gone = times_logged(producer(&world), "the queue is gone");
     assert!(gone > 0, "the producer has not noticed that the queue is gone");
-    // Now and then the broker's channel dies of it first.
+    // Sometimes the broker's channel ends first.
     let lost = times_logged(producer(&world), "no broker; trying again");
     assert!(lost >= 3, "the producer noticed {lost} ends of its connections");
-    // What was being looked up is not known to be done: its connection ends with the queue.
+    // Deliveries in flight cannot be acked, because their connection ends with the queue.
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
@@ -212,7 +211,7 @@ async fn queue_full() -> Verdict {
 }
 
 async fn queue_adopted() -> Verdict {
-    let mut world = World::servers(Setup::default()).await;
+    let mut world = World::start_servers(Setup::default()).await;
     world.broker.declare_queue(QUEUE, &[]).await;
     world.start_services();
     world.wait_until_ready().await;
@@ -225,7 +224,7 @@ async fn queue_adopted() -> Verdict {
 }
 
 async fn queue_refused() -> Verdict {
-    let mut world = World::servers(Setup { has_proxies: true, ..Setup::default() }).await;
+    let mut world = World::start_servers(Setup { has_proxies: true, ..Setup::default() }).await;
     world.broker.declare_queue(QUEUE, &[("x-max-length", 1_000)]).await;
     world.start_services();
     producer(&world).ready().await;
@@ -233,20 +232,20 @@ async fn queue_refused() -> Verdict {
     let reason = "queue objects exists with other arguments";
     wait_for_spooling(&world, reason).await;
     let consumer = &world.consumers[0];
-    eventually("the consumer says why it is not ready", PATIENCE, async || {
+    eventually("the consumer reports why it is not ready", PATIENCE, async || {
         let (status, page) = consumer.get("/readyz").await;
         (status == 503 && page.contains(reason)).then_some(())
     })
     .await;
-    let seen = |world: &World| {
+    let attempts_and_lines = |world: &World| {
         let lines = producer(world).log().len() + world.consumers[0].log().len();
         (world.to_broker.accepted(), lines)
     };
-    let before = seen(&world);
+    let before = attempts_and_lines(&world);
     world.run_for(Duration::from_secs(10)).await;
-    let after = seen(&world);
+    let after = attempts_and_lines(&world);
     let (attempts, lines) = (after.0 - before.0, after.1 - before.1);
-    // Two services with two publishers or consumers each, which try about every second.
+    // Two services with two publishers or consumers each, which connect about once a second.
     assert!(attempts <= 80, "{attempts} connections within 10 s");
     assert!(lines <= 10, "{lines} lines logged within 10 s");
     world.broker.delete_queue(QUEUE).await;
@@ -266,14 +265,14 @@ async fn connections_closed() -> Verdict {
         let lost = times_logged(service, "no broker; trying again");
         assert!(lost >= 3, "a service noticed {lost} ends of its connections");
     }
-    // What was being looked up goes back to the queue with the connection.
+    // Deliveries in flight return to the queue when the connection ends.
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 async fn consumer_timeout() -> Verdict {
     let setup = Setup { consumer: vec![("STATUS_TIMEOUT", "20s")], ..Setup::default() };
-    let mut world = World::servers(setup).await;
-    // A channel takes the timeout when it is opened, and looks at it every minute otherwise.
+    let mut world = World::start_servers(setup).await;
+    // A channel reads the timeout when it is opened, and by default checks it every minute.
     let settings = "application:set_env(rabbit, consumer_timeout, 3000), \
                     application:set_env(rabbit, channel_tick_interval, 1000).";
     world.broker.rabbitmqctl(&["eval", settings]).await;
@@ -284,18 +283,18 @@ async fn consumer_timeout() -> Verdict {
         0 => Answer::After(Duration::from_secs(6), Box::new(correct_answer(id))),
         _ => correct_answer(id),
     });
-    // Field case 9.1: RabbitMQ 3.10 closes the channel, and 4.3 cancels the consumer. The reason is not always in
-    // the log: deliveries of the lost channel may be noticed first.
+    // Field case 9.1: RabbitMQ 3.10 closes the channel, and 4.3 cancels the consumer. The reason is
+    // not always in the log: deliveries of the lost channel may be noticed first.
     world.consumers[0].wait_for_log("no broker; trying again").await;
     world.run_for(Duration::from_secs(10)).await;
     world.status_api.reset_behaviour();
     world.wait_for_recovery().await;
-    // All that the consumer has goes back to the queue with its channel, and is looked up again.
+    // All deliveries of the consumer return to the queue with its channel, and are looked up again.
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
 fn producer(world: &World) -> &Process {
-    world.producer.as_ref().expect("no case here ends the producer")
+    world.producer.as_ref().expect("no case in this file ends the producer")
 }
 
 /// Waits until the producer reports `reason` for the missing broker, is ready and has spooled.
@@ -314,9 +313,9 @@ fn times_logged(service: &Process, text: &str) -> usize {
     service.log().iter().filter(|line| line.contains(text)).count()
 }
 
-/// When each id in `entries` was looked up, once all of them have been.
-async fn looked_up_at(world: &World, entries: &[Entry]) -> HashMap<i64, SystemTime> {
-    eventually("all that waited is looked up", PATIENCE, async || {
+/// Waits until all ids in `entries` have been looked up, and returns the times of their lookups.
+async fn wait_for_lookups(world: &World, entries: &[Entry]) -> HashMap<i64, SystemTime> {
+    eventually("all spooled ids are looked up", PATIENCE, async || {
         let lookups = world.status_api.lookups();
         let ids = entries.iter().flat_map(|entry| &entry.ids);
         ids.map(|id| Some((*id, lookups.get(id)?.answered_at?))).collect()
@@ -324,8 +323,8 @@ async fn looked_up_at(world: &World, entries: &[Entry]) -> HashMap<i64, SystemTi
     .await
 }
 
-/// A breach if ids were looked up that had come in long after others that were not yet. The order is
-/// not exact: many are relayed at once, and looked up at once.
+/// A breach if ids were looked up long before older ones. The order is only approximate, because
+/// many messages are relayed and looked up at once.
 fn order_breach(entries: &[Entry], looked_up_at: &HashMap<i64, SystemTime>) -> Option<String> {
     const TOLERANCE: Duration = Duration::from_secs(3);
     let in_order = |entry: &Entry| entry.ids.iter().map(|id| looked_up_at[id]).min();
@@ -340,7 +339,8 @@ fn order_breach(entries: &[Entry], looked_up_at: &HashMap<i64, SystemTime>) -> O
     (most > TOLERANCE).then(|| format!("a callback was relayed before one {most:.1?} older"))
 }
 
-/// A breach if more than one in a hundred of these callbacks waited for the broker in vain.
+/// A breach if more than one in a hundred of these callbacks waited for the whole
+/// `PUBLISH_TIMEOUT`.
 fn latency_breach(entries: &[Entry]) -> Option<String> {
     const PUBLISH_TIMEOUT_US: u64 = 300_000;
     let waited = |entry: &&Entry| entry.latency_us > entry.late_us + PUBLISH_TIMEOUT_US;

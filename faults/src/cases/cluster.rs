@@ -1,4 +1,4 @@
-//! What happens to a broker of three nodes.
+//! Faults of a broker cluster of three nodes.
 
 use std::time::Duration;
 
@@ -34,7 +34,7 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// Field case 3.1: RabbitMQ refuses all that comes by channels which have published to the dead leader.
+/// Field case 3.1: RabbitMQ nacks all messages on channels that have published to the dead leader.
 async fn leader_killed() -> Verdict {
     let mut world = World::start(Setup { cluster: Some(1), ..Setup::default() }).await;
     assert!(world.broker.leads(QUEUE).await, "the queue's leader is on another node");
@@ -88,7 +88,7 @@ async fn rolling_restart() -> Verdict {
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
-/// Where a proxy finds the node.
+/// The address of the node for a proxy.
 fn address(node: &RabbitNode) -> String {
     format!("127.0.0.1:{}", node.amqp_port())
 }

@@ -1,4 +1,4 @@
-//! What happens to the consumers.
+//! Faults of the consumers.
 
 use std::time::Duration;
 
@@ -32,10 +32,10 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// More often than RabbitMQ 4 by default delivers a message.
+/// More often than RabbitMQ 4 delivers a message by default.
 const KILLS: u32 = 25;
 const DELIVERY_LIMIT: u32 = 20;
-/// Enough lookups to be amid them.
+/// The number of lookups in flight at which the consumer is killed.
 const IN_FLIGHT: usize = 200;
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -51,17 +51,17 @@ async fn killed() -> Verdict {
 }
 
 async fn crash_loop() -> Verdict {
-    // Or it would take thousands ahead, and begin with others each time.
+    // With coalescing it would prefetch thousands of messages, and start with other ones each time.
     let setup = Setup { consumer: vec![("COALESCE", "off")], ..Setup::default() };
     let mut world = World::start(setup).await;
     world.start_load().await;
     crash_repeatedly(&mut world).await;
-    let unlucky = world.status_api.ids_looked_up_more_than(DELIVERY_LIMIT);
+    let often_delivered = world.status_api.ids_looked_up_more_than(DELIVERY_LIMIT);
     world.wait_for_recovery().await;
-    // None is a dead letter: our queue says how often a message may come back, which is 100 times.
+    // None becomes a dead letter, because our queue allows 100 deliveries of a message.
     let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
-    if unlucky < IN_FLIGHT {
-        verdict.breaches.push(format!("only {unlucky} messages were delivered so often"));
+    if often_delivered < IN_FLIGHT {
+        verdict.breaches.push(format!("only {often_delivered} messages were delivered that often"));
     }
     verdict
 }
@@ -75,7 +75,7 @@ async fn delivery_limit() -> Verdict {
     crash_repeatedly(&mut world).await;
     world.wait_for_recovery().await;
     let mut letters = world.redrive_dead_letters().await;
-    // A broker may move messages to the dead letters for some time after it gave them up.
+    // The broker may move messages to the dead letters with some delay.
     loop {
         world.run_for(Duration::from_secs(1)).await;
         let more = world.redrive_dead_letters().await;
@@ -86,7 +86,7 @@ async fn delivery_limit() -> Verdict {
     }
     let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
     if letters.len() < IN_FLIGHT {
-        verdict.breaches.push(format!("the broker has given up only {}", letters.len()));
+        verdict.breaches.push(format!("the broker dead-lettered only {} messages", letters.len()));
     }
     if let Some(letter) = letters.iter().find(|letter| !letter.reason.contains("delivery_limit")) {
         verdict.breaches.push(format!("a dead letter because of {:?}", letter.reason));
@@ -98,14 +98,14 @@ async fn stopped() -> Verdict {
     let mut world = World::start(Setup::default()).await;
     world.start_load().await;
     world.consumers[0].pause().await;
-    // Longer than the broker waits for a heartbeat, which is three times 5 s at most.
+    // Longer than the broker waits for a heartbeat, which is at most three times 5 s.
     world.run_for(Duration::from_mins(1)).await;
     let consumers = world.broker.rabbitmqctl(&["list_consumers", "queue_name"]).await;
     world.consumers[0].resume();
     world.wait_for_recovery().await;
     let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
     if consumers.contains(QUEUE) {
-        verdict.breaches.push("the broker had not given it up".to_owned());
+        verdict.breaches.push("the broker still listed the stopped consumer".to_owned());
     }
     verdict
 }
@@ -115,11 +115,11 @@ async fn one_of_two() -> Verdict {
     world.start_load().await;
     kill_consumer(&mut world).await;
     world.wait_for_recovery().await;
-    let taken_over = r#"lastseen_deliveries_total{redelivered="true"}"#;
-    let taken_over = world.consumers[0].metric(taken_over).await;
+    let redeliveries = r#"lastseen_deliveries_total{redelivered="true"}"#;
+    let redeliveries = world.consumers[0].metric(redeliveries).await;
     let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
-    if taken_over < 1.0 {
-        verdict.breaches.push("it held nothing that the other could take over".to_owned());
+    if redeliveries < 1.0 {
+        verdict.breaches.push("the killed consumer had no delivery for the other one".to_owned());
     }
     verdict
 }
@@ -129,16 +129,17 @@ async fn one_of_two() -> Verdict {
 async fn crash_repeatedly(world: &mut World) {
     world.status_api.set_behaviour(|_| Answer::Hang);
     for _ in 0..KILLS {
-        in_flight(world, "the consumer is amid its lookups", |count| count >= IN_FLIGHT).await;
+        wait_for_in_flight(world, "lookups are in flight", |count| count >= IN_FLIGHT).await;
         kill_consumer(world).await;
-        in_flight(world, "its lookups are broken off", |count| count == 0).await;
+        wait_for_in_flight(world, "no lookup is in flight", |count| count == 0).await;
         world.consumers.push(world.spawn_consumer());
     }
     world.status_api.reset_behaviour();
 }
 
-async fn in_flight(world: &World, what: &str, is_so: impl Fn(usize) -> bool) {
-    eventually(what, PATIENCE, async || is_so(world.status_api.in_flight()).then_some(())).await;
+async fn wait_for_in_flight(world: &World, what: &str, is_expected: impl Fn(usize) -> bool) {
+    eventually(what, PATIENCE, async || is_expected(world.status_api.in_flight()).then_some(()))
+        .await;
 }
 
 async fn kill_consumer(world: &mut World) {

@@ -1,4 +1,4 @@
-//! What happens to the database.
+//! Faults of the database.
 
 use std::time::{Duration, Instant};
 
@@ -88,7 +88,7 @@ async fn read_only() -> Verdict {
     execute(world.database.pool(), "ALTER SYSTEM SET default_transaction_read_only = on").await;
     execute(world.database.pool(), "SELECT pg_reload_conf()").await;
     terminate_backends(world.database.pool()).await;
-    eventually("the consumer is not ready, and says why", PATIENCE, async || {
+    eventually("the consumer reports the read-only database", PATIENCE, async || {
         let (status, body) = world.consumers[0].get("/readyz").await;
         (status == 503 && body.contains("read-only")).then_some(())
     })
@@ -106,7 +106,7 @@ async fn failover() -> Verdict {
     world.start_load().await;
     world.database.demote().await;
     for process in world.consumers.iter().chain(&world.routine) {
-        eventually("the service is not ready, and says why", PATIENCE, async || {
+        eventually("the service reports the read-only database", PATIENCE, async || {
             let (status, body) = process.get("/readyz").await;
             (status == 503 && body.contains("read-only")).then_some(())
         })
@@ -138,11 +138,12 @@ async fn row_locked() -> Verdict {
     world.start_load().await;
     for hold in [Duration::from_secs(6), Duration::from_secs(13)] {
         let id = insert_rows_ahead_of_load(&mut world).await;
-        let mut other = world.database.pool().begin().await.expect("the database should be there");
-        lock(&mut other, id).await.expect("nobody else should want it yet");
+        let mut other =
+            world.database.pool().begin().await.expect("the database should be reachable");
+        lock(&mut other, id).await.expect("no other session should lock it yet");
         consumer_waits_for_a_lock(&world).await;
         world.run_for(hold).await;
-        other.rollback().await.expect("the database should be there");
+        other.rollback().await.expect("the database should be reachable");
         world.wait_for_recovery().await;
         wait_until_row_is_written(&world, id).await;
     }
@@ -158,7 +159,7 @@ async fn row_held() -> Verdict {
     rows::record_deletions(world.database.pool()).await;
     let repeated = RepeatedCallbacks::start(world.endpoint());
     repeated.wait_until_stored(world.database.pool()).await;
-    let mut other = world.database.pool().begin().await.expect("the database should be there");
+    let mut other = world.database.pool().begin().await.expect("the database should be reachable");
     lock(&mut other, RepeatedCallbacks::FIRST_ID)
         .await
         .expect("the row should be free for a moment");
@@ -168,7 +169,7 @@ async fn row_held() -> Verdict {
         world.run_for(Duration::from_millis(500)).await;
         fewest = fewest.min(repeated.count_stored(world.database.pool()).await);
     }
-    other.rollback().await.expect("the database should be there");
+    other.rollback().await.expect("the database should be reachable");
     world.start_load().await;
     world.wait_for_recovery().await;
     let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
@@ -218,33 +219,34 @@ impl RepeatedCallbacks {
     }
 
     async fn count_stored(&self, pool: &PgPool) -> usize {
-        assert!(!self.0.is_finished(), "the callbacks should go on");
+        assert!(!self.0.is_finished(), "the callbacks should continue");
         let count = "SELECT count(*) FROM object WHERE id = ANY($1)";
         let count = sqlx::query_scalar(count).bind(Self::ids()).fetch_one(pool);
-        let count: i64 = count.await.expect("the database should be there");
+        let count: i64 = count.await.expect("the database should be reachable");
         usize::try_from(count).unwrap_or_default()
     }
 }
 
 async fn deadlock() -> Verdict {
-    // So that two ids of the same callback are in one batch.
+    // Puts two ids of the same callback into one batch.
     let consumer = vec![("WRITE_BATCH_LINGER", "500ms")];
     let mut world = World::start(Setup { consumer, ..Setup::default() }).await;
     world.start_load().await;
-    // Before the consumer gives up waiting for the lock.
+    // Shorter than the lock timeout of the consumer.
     execute(world.database.pool(), "ALTER SYSTEM SET deadlock_timeout = '100ms'").await;
     execute(world.database.pool(), "SELECT pg_reload_conf()").await;
     while deadlocks(world.database.pool()).await < 3 {
         let id = insert_rows_ahead_of_load(&mut world).await;
-        let mut other = world.database.pool().begin().await.expect("the database should be there");
-        // It is the consumer that is to find the deadlock, and so to be its victim.
+        let mut other =
+            world.database.pool().begin().await.expect("the database should be reachable");
+        // Makes the consumer detect the deadlock, so that it is the victim.
         execute(&mut *other, "SET LOCAL deadlock_timeout = '1min'").await;
-        lock(&mut other, id + 2).await.expect("nobody else should want it yet");
+        lock(&mut other, id + 2).await.expect("no other session should lock it yet");
         consumer_waits_for_a_lock(&world).await;
-        // By now a batch with both has the lower one, and waits for the higher one. If both are in
-        // different batches, there is no deadlock this time.
-        lock(&mut other, id).await.expect("the other side should have been the victim");
-        other.rollback().await.expect("the database should be there");
+        // A batch with both rows has locked the lower one by now, and waits for the higher one. If
+        // the rows are in different batches, there is no deadlock this time.
+        lock(&mut other, id).await.expect("the consumer should have been the victim");
+        other.rollback().await.expect("the database should be reachable");
         wait_until_row_is_written(&world, id).await;
         wait_until_row_is_written(&world, id + 2).await;
     }
@@ -262,9 +264,9 @@ async fn backend_terminated() -> Verdict {
     }
     world.wait_for_recovery().await;
     let mut verdict = world.finish(Allowed::NOTHING).await;
-    // Both services connect anew each time, if not within 200 ms.
+    // Both services reconnect each time, but not always within 200 ms.
     if terminated < 20 {
-        verdict.breaches.push(format!("only {terminated} backends were there to be terminated"));
+        verdict.breaches.push(format!("only {terminated} backends were terminated"));
     }
     verdict
 }
@@ -278,16 +280,16 @@ async fn empty() -> Verdict {
     world.finish(Allowed::NOTHING).await
 }
 
-/// Writes two rows that the load will come to in a second or so, by one callback, last seen a while ago.
-/// Gives the first; the other one is two above.
+/// Inserts two rows, last seen a while ago, whose ids the load will post in one callback in about a
+/// second. Returns the first id; the other one is two higher.
 async fn insert_rows_ahead_of_load(world: &mut World) -> i64 {
     let ahead = i64::from(world.rate().callbacks * world.rate().ids) * 3 / 2;
-    // The first of its callback, and even.
+    // The first even id of a callback.
     let id = (world.next_id() + ahead) / 10 * 10 + 6;
     let rows = "INSERT INTO object SELECT id, now() - interval '10 min'
                 FROM generate_series($1, $1 + 2, 2) AS id";
     let written = sqlx::query(rows).bind(id).execute(world.database.pool()).await;
-    written.expect("the load should not have come to these rows yet");
+    written.expect("the load should not have posted these ids yet");
     id
 }
 
@@ -301,7 +303,7 @@ async fn consumer_waits_for_a_lock(world: &World) {
                    WHERE application_name = 'consumer' AND wait_event_type = 'Lock'";
     eventually("the consumer waits for a lock", PATIENCE, async || {
         let waiting = sqlx::query_scalar(waiting).fetch_one(world.database.pool());
-        let waiting: i64 = waiting.await.expect("the database should be there");
+        let waiting: i64 = waiting.await.expect("the database should be reachable");
         (waiting > 0).then_some(())
     })
     .await;
@@ -311,25 +313,25 @@ async fn consumer_waits_for_a_lock(world: &World) {
 /// check this, because it finds the inserted row.
 async fn wait_until_row_is_written(world: &World, id: i64) {
     let seen = "SELECT last_seen > now() - interval '5 min' FROM object WHERE id = $1";
-    eventually("a locked row is written after all", PATIENCE, async || {
+    eventually("the formerly locked row is written", PATIENCE, async || {
         let seen = sqlx::query_scalar(seen).bind(id).fetch_one(world.database.pool());
-        let seen: bool = seen.await.expect("the row should be there");
+        let seen: bool = seen.await.expect("the row should exist");
         seen.then_some(())
     })
     .await;
 }
 
-/// How many deadlocks the server has found in this database.
+/// The number of deadlocks that the server has detected in this database.
 async fn deadlocks(pool: &PgPool) -> i64 {
     let deadlocks = "SELECT deadlocks FROM pg_stat_database WHERE datname = current_database()";
-    sqlx::query_scalar(deadlocks).fetch_one(pool).await.expect("the database should be there")
+    sqlx::query_scalar(deadlocks).fetch_one(pool).await.expect("the database should be reachable")
 }
 
-/// Ends all connections of our services, and says how many there were.
+/// Terminates all backends of our services, and returns their number.
 async fn terminate_backends(pool: &PgPool) -> i64 {
     let terminate = "SELECT count(pg_terminate_backend(pid)) FROM pg_stat_activity
                      WHERE application_name IN ('consumer', 'routine')";
-    sqlx::query_scalar(terminate).fetch_one(pool).await.expect("the database should be there")
+    sqlx::query_scalar(terminate).fetch_one(pool).await.expect("the database should be reachable")
 }
 
 async fn execute(connection: impl sqlx::PgExecutor<'_>, sql: &'static str) {

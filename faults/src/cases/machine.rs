@@ -1,4 +1,4 @@
-//! What happens to the machine that all of it runs on.
+//! Faults of the machine, and starts in any order.
 
 use std::time::Duration;
 
@@ -29,32 +29,33 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// A service that tries again without a pause would say so in its log some thousand times a second.
+/// Limit that a service without pauses between its retries would exceed a hundred times.
 const LINES_PER_SECOND: usize = 40;
 
 async fn files_exhausted() -> Verdict {
-    // Over one connection, which is never idle for long enough to be closed: no new one could be accepted.
+    // One connection that is never idle long enough to be closed, because no new one can be
+    // accepted.
     let rate = Rate { callbacks: Rate::USUAL.callbacks / 2, ..Rate::USUAL };
     let setup = Setup { has_proxies: true, connections: Some(1), rate, ..Setup::default() };
     let mut world = World::start(setup).await;
     world.start_load().await;
 
-    let said = |world: &World| -> Vec<usize> {
+    let log_lines = |world: &World| -> Vec<usize> {
         world.services().map(|service| service.log().len()).collect()
     };
-    let said_before = said(&world);
+    let lines_before = log_lines(&world);
     let limits: Vec<u64> = world.services().map(|service| service.limit_open_files(8)).collect();
     let refused = TcpStream::connect(world.producer_address()).await;
-    let refused = refused.expect("the kernel should take the connection");
+    let refused = refused.expect("the kernel should accept the connection");
     world.producer().wait_for_log("cannot accept a connection").await;
-    // Now they need new ones.
+    // Now the services need new connections.
     for proxy in [&world.to_broker, &world.to_database] {
         proxy.cut();
         proxy.restore();
     }
     let seconds = 6;
     world.run_for(Duration::from_secs(seconds)).await;
-    let said_after = said(&world);
+    let lines_after = log_lines(&world);
     for (service, limit) in world.services().zip(limits) {
         let _ = service.limit_open_files(limit);
     }
@@ -62,7 +63,7 @@ async fn files_exhausted() -> Verdict {
     world.wait_for_recovery().await;
 
     let mut verdict = world.finish(Allowed::REPEATED_LOOKUPS).await;
-    for (before, after) in said_before.iter().zip(said_after) {
+    for (before, after) in lines_before.iter().zip(lines_after) {
         let lines = after - before;
         if lines > LINES_PER_SECOND * usize::try_from(seconds).unwrap_or(usize::MAX) {
             verdict.breaches.push(format!("a service logged {lines} lines in {seconds} s"));
@@ -88,10 +89,10 @@ async fn any_order() -> Verdict {
         [Broker, Routine, Consumer, Producer, Database, StatusApi],
         [Database, Consumer, StatusApi, Broker, Routine, Producer],
     ];
-    // How long it takes to catch up is not what this is about.
+    // A small load, because the time to catch up does not matter here.
     let rate = Rate { ids: 1, ..Rate::USUAL };
-    // Nobody has declared a queue or made a table yet.
-    let mut world = World::servers(Setup { rate, ..Setup::default() }).await;
+    // There is no queue and no table yet.
+    let mut world = World::start_servers(Setup { rate, ..Setup::default() }).await;
     let mut under_load = false;
     for order in orders {
         stop_everything(&mut world).await;
@@ -141,23 +142,23 @@ async fn network_slow() -> Verdict {
     world.start_load().await;
     for proxy in [&world.to_broker, &world.to_database] {
         let (least, most) = (Duration::from_millis(10), Duration::from_millis(30));
-        // A packet that is lost goes out again after 200 ms, which is Linux's shortest time.
+        // Linux retransmits a lost packet after at least 200 ms.
         proxy.slow_down(least..most, Duration::from_millis(200));
     }
     let (count, sum) = publishing(&world).await;
     world.run_for(Duration::from_secs(15)).await;
     let (later_count, later_sum) = publishing(&world).await;
     let mean = (later_sum - sum) / (later_count - count);
-    assert!(mean > 0.02, "a publish took {mean} s on average, less than there and back");
+    assert!(mean > 0.02, "a publish took {mean} s on average, less than a round trip");
     for proxy in [&world.to_broker, &world.to_database] {
         proxy.restore();
     }
     world.wait_for_recovery().await;
-    // A confirm that comes after `PUBLISH_TIMEOUT` finds its callback in the spool as well.
+    // If a confirm arrives after `PUBLISH_TIMEOUT`, its message is also in the spool.
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
-/// How many batches the producer has published, and how many seconds that took.
+/// The number of batches that the producer has published, and the seconds that this took.
 async fn publishing(world: &World) -> (f64, f64) {
     let count = world.producer().metric("lastseen_publish_seconds_count").await;
     (count, world.producer().metric("lastseen_publish_seconds_sum").await)

@@ -1,4 +1,4 @@
-//! What happens to the producer.
+//! Faults of the producer and its spool.
 
 use std::collections::HashSet;
 use std::fs;
@@ -77,8 +77,8 @@ async fn killed() -> Verdict {
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
-/// The spool must have all that it had before the kill, each time. The last kill is meant for the relay:
-/// what it has under way to the broker then must still be in the spool.
+/// The spool must keep all messages at each kill. The last kill hits the relay: its messages in
+/// flight to the broker must still be in the spool.
 async fn killed_without_broker() -> Verdict {
     let mut world = World::start(Setup::default()).await;
     world.start_load().await;
@@ -90,7 +90,7 @@ async fn killed_without_broker() -> Verdict {
         let spooled = world.spooled().await;
         world.kill_producer().await;
         world.restart_producer().await;
-        // It takes callbacks before it has told of its spool.
+        // It accepts callbacks before it exports the size of its spool.
         world.wait_for_spooled(1.0).await;
         let found = world.spooled().await;
         assert!(found >= spooled, "of {spooled} messages in the spool, {found} survived the kill");
@@ -107,9 +107,9 @@ async fn killed_without_broker() -> Verdict {
 async fn disk_full() -> Verdict {
     let mut world = World::start(with_small_spool_disk()).await;
     world.start_load().await;
-    let filling = fill_disk(world.producer(), &world.spool());
+    let filler = fill_disk(world.producer(), &world.spool());
     world.run_for(Duration::from_secs(10)).await;
-    fs::remove_file(filling).expect("the filling should be there");
+    fs::remove_file(filler).expect("the filler should exist");
     world.wait_for_recovery().await;
     world.finish(Allowed::NOTHING).await
 }
@@ -119,8 +119,8 @@ async fn disk_full_without_broker() -> Verdict {
     world.start_load().await;
     world.broker.kill().await;
     world.wait_for_spooled(1_000.0).await;
-    let filling = fill_disk(world.producer(), &world.spool());
-    eventually("the producer says that its disk is full", PATIENCE, async || {
+    let filler = fill_disk(world.producer(), &world.spool());
+    eventually("the producer reports that its disk is full", PATIENCE, async || {
         let (status, reason) = world.producer().get("/readyz").await;
         (status == 503 && reason.contains("disk is full")).then_some(())
     })
@@ -129,14 +129,14 @@ async fn disk_full_without_broker() -> Verdict {
     world.broker.boot().await;
     world.wait_for_recovery().await;
     world.wait_until_all_relayed().await;
-    fs::remove_file(filling).expect("the filling should be there");
-    // While the broker is away and the disk is full, no durable store is left.
+    fs::remove_file(filler).expect("the filler should exist");
+    // While the broker is away and the disk is full, there is no durable store.
     world.finish(Allowed { not_2xx: true, ..Allowed::REPEATED_LOOKUPS }).await
 }
 
-/// Where the spool's directory should be there is a file: root may write into every directory.
+/// A file takes the place of the spool's directory, because root may write to any directory.
 async fn unwritable() -> Verdict {
-    let mut world = World::servers(Setup::default()).await;
+    let mut world = World::start_servers(Setup::default()).await;
     fs::write(world.spool(), "in the way").expect("a scratch directory should be writable");
     world.start_services();
     world.wait_until_ready().await;
@@ -150,7 +150,7 @@ async fn unwritable() -> Verdict {
         (!ready.contains("without spool: ")).then_some(())
     })
     .await;
-    // It serves from now on.
+    // The spool works from now on.
     world.broker.kill().await;
     world.wait_for_spooled(100.0).await;
     world.broker.boot().await;
@@ -184,15 +184,18 @@ async fn damaged() -> Verdict {
     assert!(ready.contains("intact spool: "), "{ready}");
     world.broker.boot().await;
     world.wait_for_recovery().await;
-    assert!(Partner::default().post(&world.endpoint(), &lost).await, "they should be accepted");
+    assert!(
+        Partner::default().post(&world.endpoint(), &lost).await,
+        "the lost ids should be accepted"
+    );
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
-/// Overwrites a page in the middle of a spool that nobody has open, and returns the ids of the messages on it.
+/// Overwrites a page in the middle of a closed spool, and returns the ids of the messages on it.
 async fn damage_a_page(path: &Path) -> Vec<i64> {
-    let spool = Spool::open(path, u64::MAX).expect("the spool should be whole");
+    let spool = Spool::open(path, u64::MAX).expect("the spool should be intact");
     let messages = spool.oldest(1 << 20).await.expect("the spool should be readable");
-    // The end moves what is in the log to the file.
+    // Closing moves the log into the file.
     spool.close().await;
     let mut bytes = fs::read(path).expect("the spool should be readable");
     let pages = bytes.len() / PAGE_BYTES;
@@ -209,18 +212,18 @@ async fn damage_a_page(path: &Path) -> Vec<i64> {
 
 const PAGE_BYTES: usize = 4_096;
 
-/// The numbers of the rows on a page of SQLite's file format; `None` if the page is none with rows of a table.
+/// The numbers of the rows on a page of SQLite's file format; `None` if it has no rows of a table.
 fn numbers_on(page: &[u8]) -> Option<HashSet<i64>> {
     let at = |offset: usize| usize::from(u16::from_be_bytes([page[offset], page[offset + 1]]));
     let cells = at(3);
     (page[0] == 0x0D && cells > 10).then(|| {
         let cell = |index: usize| &page[at(8 + 2 * index)..];
-        // Its length, and then its number.
+        // A cell starts with its length, which its row number follows.
         (0..cells).map(|index| varint(varint(cell(index)).1).0).collect()
     })
 }
 
-/// A number in SQLite's encoding, of fewer than nine bytes, and what comes after it.
+/// Decodes a SQLite varint of fewer than nine bytes. Returns it and the bytes after it.
 fn varint(bytes: &[u8]) -> (i64, &[u8]) {
     let length = bytes.iter().take_while(|byte| **byte >= 0x80).count() + 1;
     let number = bytes[..length].iter().fold(0, |sum, byte| sum << 7 | i64::from(byte & 0x7F));
@@ -232,7 +235,7 @@ async fn rolling_restart() -> Verdict {
     let rate = Rate { callbacks: 150, ids: 5 };
     // The default of `DRAIN_DELAY`, which tests set to zero.
     let producer = vec![("DRAIN_DELAY", "8s")];
-    let mut world = World::servers(Setup { rate, producer, ..Setup::default() }).await;
+    let mut world = World::start_servers(Setup { rate, producer, ..Setup::default() }).await;
     world.consumers = vec![world.spawn_consumer()];
     world.routine = Some(world.spawn_routine());
     let addresses = [(); 2].map(|()| SocketAddr::from(([127, 0, 0, 1], free_port())));
@@ -256,7 +259,7 @@ async fn rolling_restart() -> Verdict {
     world.wait_for_recovery().await;
     let [first, _second] = producers;
     world.producer = Some(first);
-    // A callback that is answered late by the broker is in the spool as well.
+    // If the broker confirms a message late, it is also in the spool.
     world.finish(Allowed::REPEATED_LOOKUPS).await
 }
 
@@ -277,7 +280,7 @@ async fn idle_connections(producer_wrapper: &'static [&'static str]) -> Verdict 
     let mut idle = Vec::new();
     for _ in 0..330 {
         let connected = TcpStream::connect(world.producer_address()).await;
-        idle.push(connected.expect("the kernel should take the connection"));
+        idle.push(connected.expect("the kernel should accept the connection"));
     }
     world.start_load().await;
     let (status, _) = world.producer().get("/livez").await;

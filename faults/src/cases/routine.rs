@@ -1,4 +1,4 @@
-//! What happens to the routine, and to the clock that it goes by.
+//! Faults of the routine, and of the database's clock that it uses.
 
 use std::time::Duration;
 
@@ -10,10 +10,10 @@ use crate::rows;
 use crate::world::{PATIENCE, Setup, World};
 
 const HOUR: Duration = Duration::from_hours(1);
-/// `OBJECT_TTL` where rows are to become stale.
+/// `OBJECT_TTL` in cases in which rows become stale.
 const TTL: Duration = Duration::from_secs(4);
-/// For how long a row may be stale: `ROUTINE_INTERVAL`, which is 500 ms here, and what a busy machine
-/// takes.
+/// How long a row may be stale: `ROUTINE_INTERVAL`, which is 500 ms here, and time for a busy
+/// machine.
 const MARGIN: Duration = Duration::from_secs(3);
 
 pub(super) fn cases() -> Vec<Case> {
@@ -42,7 +42,7 @@ async fn one_of_two_killed() -> Verdict {
     other.ready().await;
     world.start_load().await;
     let first = world.routine.replace(other).expect("there should be a routine");
-    rows_are_deleted(&world, 500).await;
+    wait_until_deleted(&world, 500).await;
     first.kill();
     first.wait().await;
     world.wait_for_recovery().await;
@@ -51,8 +51,10 @@ async fn one_of_two_killed() -> Verdict {
     let ages = rows::ages_when_deleted(world.database.pool()).await;
     let mut verdict = world.finish(Allowed::NOTHING).await;
     let (youngest, oldest_deleted) = ages.expect("rows should have been deleted");
-    verdict.breaches.extend(too_early(youngest).into_iter().chain(too_late(oldest_deleted)));
-    verdict.breaches.extend(too_late(oldest));
+    verdict.breaches.extend(
+        early_deletion_breach(youngest).into_iter().chain(late_deletion_breach(oldest_deleted)),
+    );
+    verdict.breaches.extend(late_deletion_breach(oldest));
     verdict
 }
 
@@ -60,21 +62,27 @@ async fn without_database() -> Verdict {
     let mut world = World::start(Setup { has_proxies: true, ..short_ttl() }).await;
     rows::record_deletions(world.database.pool()).await;
     world.start_load().await;
-    rows_are_deleted(&world, 500).await;
+    wait_until_deleted(&world, 500).await;
     world.to_database.cut();
     wait_until_not_ready(&world).await;
     let before = rows::deleted(world.database.pool()).await;
     world.run_for(Duration::from_secs(8)).await;
-    assert_eq!(rows::deleted(world.database.pool()).await, before, "nobody should reach it");
+    assert_eq!(
+        rows::deleted(world.database.pool()).await,
+        before,
+        "no routine should reach the database"
+    );
     world.to_database.restore();
     world.wait_for_recovery().await;
-    // What was seen during the outage, and written late, is stale soon; all of it goes.
+    // Sightings from the outage are written late and soon stale. All of these rows must be deleted.
     world.run_for(TTL + MARGIN).await;
     let oldest = rows::oldest(world.database.pool()).await;
     let ages = rows::ages_when_deleted(world.database.pool()).await;
     let mut verdict = world.finish(Allowed::NOTHING).await;
     let (youngest, _) = ages.expect("rows should have been deleted");
-    verdict.breaches.extend(too_early(youngest).into_iter().chain(too_late(oldest)));
+    verdict
+        .breaches
+        .extend(early_deletion_breach(youngest).into_iter().chain(late_deletion_breach(oldest)));
     verdict
 }
 
@@ -90,7 +98,8 @@ async fn clock_ahead() -> Verdict {
     world.finish(Allowed::NOTHING).await
 }
 
-/// Field case 3.11. The new routine has no earlier reading of the clock. The pause is longer than the case.
+/// Field case 3.11. The new routine has no earlier reading of the clock, and pauses for longer than
+/// the case takes.
 async fn clock_set_before_start() -> Verdict {
     let (mut world, clock) = start_with_clock().await;
     let routine = world.routine.take().expect("there should be a routine");
@@ -106,7 +115,7 @@ async fn clock_set_before_start() -> Verdict {
     world.finish(Allowed::NOTHING).await
 }
 
-/// What is written while the clock is behind looks an hour old when it is right again.
+/// Rows written while the clock is behind look an hour old when the clock is correct again.
 async fn clock_back() -> Verdict {
     let (mut world, clock) = start_with_clock().await;
     clock.set_behind(HOUR).await;
@@ -118,10 +127,10 @@ async fn clock_back() -> Verdict {
     world.finish(Allowed::NOTHING).await
 }
 
-/// A world under load, in which nothing becomes stale as long as the database's clock is right.
+/// A world under load, in which no row becomes stale while the database's clock is correct.
 async fn start_with_clock() -> (World, DatabaseClock) {
     let routine = vec![("OBJECT_TTL", "30m")];
-    let mut world = World::servers(Setup { routine, ..Setup::default() }).await;
+    let mut world = World::start_servers(Setup { routine, ..Setup::default() }).await;
     let clock = DatabaseClock::install(world.database.pool()).await;
     world.start_services();
     world.wait_until_ready().await;
@@ -129,32 +138,32 @@ async fn start_with_clock() -> (World, DatabaseClock) {
     (world, clock)
 }
 
-/// Rows become stale soon.
+/// A setup in which rows soon become stale.
 fn short_ttl() -> Setup {
     Setup { routine: vec![("OBJECT_TTL", "4s")], ..Setup::default() }
 }
 
-async fn rows_are_deleted(world: &World, count: i64) {
+async fn wait_until_deleted(world: &World, count: i64) {
     eventually("rows are deleted", PATIENCE, async || {
         (rows::deleted(world.database.pool()).await >= count).then_some(())
     })
     .await;
 }
 
-/// Waits until the routine says that the database is away.
+/// Waits until the routine reports that the database is away.
 async fn wait_until_not_ready(world: &World) {
     let routine = world.routine.as_ref().expect("there should be a routine");
-    eventually("the routine misses the database", PATIENCE, async || {
+    eventually("the routine reports the missing database", PATIENCE, async || {
         let (status, body) = routine.get("/readyz").await;
         (status == 503 && body.contains("database")).then_some(())
     })
     .await;
 }
 
-fn too_early(youngest: Duration) -> Option<String> {
+fn early_deletion_breach(youngest: Duration) -> Option<String> {
     (youngest < TTL).then(|| format!("a row was deleted {youngest:.1?} after it was seen"))
 }
 
-fn too_late(oldest: Duration) -> Option<String> {
+fn late_deletion_breach(oldest: Duration) -> Option<String> {
     (oldest > TTL + MARGIN).then(|| format!("a row was still there {oldest:.1?} after it was seen"))
 }

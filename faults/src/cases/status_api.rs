@@ -1,4 +1,4 @@
-//! What happens to the status API.
+//! Faults of the status API.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime};
@@ -62,22 +62,22 @@ pub(super) fn cases() -> Vec<Case> {
     ]
 }
 
-/// For how long it is away.
+/// Duration of an outage.
 const DOWN_FOR: Duration = Duration::from_secs(if cfg!(debug_assertions) { 20 } else { 120 });
-/// For how long it ails once the consumer has noticed.
+/// Duration of a failure after the consumer has noticed it.
 const FAILING_FOR: Duration = Duration::from_secs(10);
-/// So many failed lookups make the consumer notice.
+/// The number of failed lookups after which the consumer must have noticed.
 const MIN_FAILURES: f64 = 20.0;
 /// Longer than a lookup may take.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A world in which each failed lookup that counted would make a dead letter.
-fn no_attempt_to_spare() -> Setup {
+/// A setup in which each failed lookup that counts makes a dead letter.
+fn with_single_attempt() -> Setup {
     Setup { consumer: vec![("MAX_ATTEMPTS", "1")], ..Setup::default() }
 }
 
 async fn down() -> Verdict {
-    let mut world = World::start(no_attempt_to_spare()).await;
+    let mut world = World::start(with_single_attempt()).await;
     world.start_load().await;
     world.status_api.stop();
     wait_until_noticed(&world, "transport").await;
@@ -104,17 +104,17 @@ async fn garbage() -> Verdict {
 }
 
 async fn wrong_id() -> Verdict {
-    // If it were believed, ids that are never online would be in the table.
+    // If the consumer accepted this answer, the table would contain ids that are never online.
     let online = |id| Answer::Body(format!(r#"{{"id":{id},"online":true}}"#));
     run_failing(move |id| online(id + 1), "wrong_id").await
 }
 
-/// Under a status API that fails all lookups in one way, which the consumer counts as `outcome`.
+/// Runs a case in which all lookups fail in one way, which the consumer counts as `outcome`.
 async fn run_failing(
     behaviour: impl Fn(i64) -> Answer + Send + Sync + 'static,
     outcome: &str,
 ) -> Verdict {
-    let mut world = World::start(no_attempt_to_spare()).await;
+    let mut world = World::start(with_single_attempt()).await;
     world.start_load().await;
     world.status_api.set_behaviour(behaviour);
     wait_until_noticed(&world, outcome).await;
@@ -129,14 +129,14 @@ async fn html_404() -> Verdict {
     run_failing(|_| Answer::Page(404, "text/html", PAGE.to_owned()), "not_found").await
 }
 
-/// One backend in three works, and nobody knows which one a lookup goes to.
+/// One backend in three works, and a lookup reaches any of them.
 async fn partial() -> Verdict {
     let setup = Setup { consumer: vec![("MAX_ATTEMPTS", "2")], ..Setup::default() };
     let mut world = World::start(setup).await;
     world.start_load().await;
     let lookups = AtomicU64::new(0);
     world.status_api.set_behaviour(move |id| {
-        // Two of three: four of five would now and then open the breaker, and then no failure counts.
+        // Two of three: four of five would sometimes open the breaker, and then no failure counts.
         let number = lookups.fetch_add(1, Ordering::Relaxed);
         if number.is_multiple_of(3) { correct_answer(id) } else { Answer::Status(500) }
     });
@@ -153,8 +153,8 @@ async fn partial() -> Verdict {
 
 async fn huge() -> Verdict {
     const GIB_IN_KIB: usize = 1_024 * 1_024;
-    const ROOM_KIB: u64 = 64 * 1_024;
-    let mut world = World::start(no_attempt_to_spare()).await;
+    const GROWTH_MAX_KIB: u64 = 64 * 1_024;
+    let mut world = World::start(with_single_attempt()).await;
     world.start_load().await;
     let before = world.consumers[0].peak_rss_kib();
     world.status_api.set_behaviour(|_| Answer::Huge(GIB_IN_KIB));
@@ -164,27 +164,27 @@ async fn huge() -> Verdict {
     world.status_api.reset_behaviour();
     world.wait_for_recovery().await;
     let mut verdict = world.finish(Allowed::NOTHING).await;
-    if peak > before + ROOM_KIB {
+    if peak > before + GROWTH_MAX_KIB {
         verdict.breaches.push(format!("the consumer grew from {before} KiB to {peak} KiB"));
     }
     verdict
 }
 
 async fn all_429() -> Verdict {
-    // One after each pause, what was under way when the first was answered, and as much again.
-    const FEW: usize = 100;
-    let mut world = World::start(no_attempt_to_spare()).await;
+    // One after each pause, the lookups in flight at the first 429, and as many again.
+    const LOOKUPS_MAX: usize = 100;
+    let mut world = World::start(with_single_attempt()).await;
     world.start_load().await;
-    let before = world.status_api.asked();
-    let wait = || Answer::StatusWithHeader(429, "retry-after", "2".to_owned());
-    world.status_api.set_behaviour(move |_| wait());
+    let before = world.status_api.lookup_count();
+    let too_many = || Answer::StatusWithHeader(429, "retry-after", "2".to_owned());
+    world.status_api.set_behaviour(move |_| too_many());
     world.run_for(FAILING_FOR).await;
-    let asked = world.status_api.asked() - before;
+    let lookups = world.status_api.lookup_count() - before;
     world.status_api.reset_behaviour();
     world.wait_for_recovery().await;
     let mut verdict = world.finish(Allowed::NOTHING).await;
-    if !(1..=FEW).contains(&asked) {
-        verdict.breaches.push(format!("{asked} lookups although it asked to be left alone"));
+    if !(1..=LOOKUPS_MAX).contains(&lookups) {
+        verdict.breaches.push(format!("{lookups} lookups in spite of Retry-After"));
     }
     verdict
 }
@@ -203,7 +203,7 @@ async fn half() -> Verdict {
     let mut verdict = world.finish(Allowed::NOTHING).await;
     if meanwhile < 0.9 * before {
         verdict.breaches.push(format!(
-            "of the ids that it answered, it was asked for {meanwhile:.0} per second, and for {before:.0} before"
+            "{meanwhile:.0} lookups per second of unaffected ids, {before:.0} before the failure"
         ));
     }
     if failed < before {
@@ -212,29 +212,29 @@ async fn half() -> Verdict {
     verdict
 }
 
-/// Half of the ids, and of them half are online.
+/// True for half of the ids, of which half are online.
 fn is_unaffected(id: i64) -> bool {
     id % 4 < 2
 }
 
-/// How many of the ids that are spared were looked up for the first time in each second of the next
+/// The number of unaffected ids per second whose first lookup is answered within the next
 /// `duration`.
 async fn unaffected_per_second(world: &World, duration: Duration) -> f64 {
     let from = SystemTime::now();
     world.run_for(duration).await;
     let (until, lookups) = (SystemTime::now(), world.status_api.lookups());
     let meanwhile = |at: SystemTime| (from..until).contains(&at);
-    let spared = lookups.iter().filter(|(id, _)| is_unaffected(**id));
-    let count = spared.filter(|(_, lookups)| lookups.answered_at.is_some_and(meanwhile));
+    let unaffected = lookups.iter().filter(|(id, _)| is_unaffected(**id));
+    let count = unaffected.filter(|(_, lookups)| lookups.answered_at.is_some_and(meanwhile));
     let seconds = until.duration_since(from).unwrap_or(duration).as_secs_f64();
     #[expect(clippy::cast_precision_loss, reason = "there are thousands")]
     let count = count.count() as f64;
     count / seconds
 }
 
-/// Waits until the consumer has had failures of that kind, and says that it has no status API.
+/// Waits until the consumer has counted failures of this outcome, and reports a missing status API.
 async fn wait_until_noticed(world: &World, outcome: &str) {
-    eventually("the consumer notices how the status API is", PATIENCE, async || {
+    eventually("the consumer notices the failure of the status API", PATIENCE, async || {
         let (status, reason) = world.consumers[0].get("/readyz").await;
         let ready = status == 200 || !reason.contains("status API");
         (!ready && failures(world, outcome).await >= MIN_FAILURES).then_some(())
@@ -242,7 +242,7 @@ async fn wait_until_noticed(world: &World, outcome: &str) {
     .await;
 }
 
-/// How many lookups of the consumer have come to that.
+/// The number of the consumer's lookups with this outcome.
 async fn failures(world: &World, outcome: &str) -> f64 {
     let name = format!(r#"lastseen_lookups_total{{outcome="{outcome}"}}"#);
     world.consumers[0].metric(&name).await

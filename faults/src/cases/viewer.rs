@@ -1,4 +1,4 @@
-//! The viewer under clients that take more than their share.
+//! The viewer with slow clients.
 
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
@@ -28,10 +28,10 @@ const READERS: usize = 1_000;
 const BYTES_PER_READ: usize = 5_000;
 const READ_INTERVAL: Duration = Duration::from_millis(500);
 const READ_FOR: Duration = Duration::from_secs(25);
-/// By how much the viewer's resident set may grow.
+/// Allowed growth of the viewer's resident memory.
 const GROWTH_MAX_KIB: u64 = 64 << 10;
-/// How long a request may take meanwhile: the page gives up after this time.
-const ANSWER_MAX: Duration = Duration::from_secs(5);
+/// Maximum latency of a request meanwhile. The page gives up after this time.
+const LATENCY_MAX: Duration = Duration::from_secs(5);
 
 // Field case 2.2
 async fn slow_event_readers() -> Verdict {
@@ -51,11 +51,11 @@ async fn slow_event_readers() -> Verdict {
     let mut readers: JoinSet<bool> = (0..READERS).map(|_| read_slowly(address)).collect();
     let (began, mut peak, mut slowest) = (Instant::now(), before, Duration::ZERO);
     while began.elapsed() < READ_FOR {
-        let asked = Instant::now();
-        let answer = http_get(address, "/stats").await;
-        slowest = slowest.max(asked.elapsed());
+        let sent_at = Instant::now();
+        let response = http_get(address, "/stats").await;
+        slowest = slowest.max(sent_at.elapsed());
         peak = peak.max(viewer.rss_kib());
-        if !answer.is_ok_and(|answer| answer.status == 200) {
+        if !response.is_ok_and(|response| response.status == 200) {
             slowest = Duration::MAX;
         }
         world.run_for(READ_INTERVAL).await;
@@ -74,7 +74,7 @@ async fn slow_event_readers() -> Verdict {
     if grown > GROWTH_MAX_KIB {
         verdict.breaches.push(format!("the viewer grew by {grown} KiB for {READERS} readers"));
     }
-    if slowest > ANSWER_MAX {
+    if slowest > LATENCY_MAX {
         verdict.breaches.push(format!("the viewer's slowest answer took {slowest:?}"));
     }
     if cut_off > 0 {
@@ -101,8 +101,9 @@ async fn read_slowly(viewer: SocketAddr) -> bool {
     true
 }
 
-/// With the usual buffer, the kernel would read far ahead of the client. One smaller than a segment of the loopback
-/// would make the sender wait for its persist timer.
+/// Connects with a small receive buffer. With the usual one, the kernel would read far ahead of the
+/// client. With one smaller than a segment of the loopback, the sender would wait for its persist
+/// timer.
 async fn connect_with_small_buffer(viewer: SocketAddr) -> std::io::Result<TcpStream> {
     let socket = TcpSocket::new_v4()?;
     socket.set_recv_buffer_size(128 << 10)?;
