@@ -1,5 +1,5 @@
-//! A partner that costs next to nothing: callbacks over plain sockets, each connection with one at a
-//! time.
+//! A partner with little overhead, which posts callbacks over plain sockets. Each connection has
+//! one callback in flight.
 
 use std::io::Write as _;
 use std::net::SocketAddr;
@@ -14,40 +14,42 @@ use tokio::time::sleep_until;
 
 use crate::servers::per_second;
 
-/// For how long after its end a load at a rate waits for what is late.
-const LATE: Duration = Duration::from_secs(2);
+/// How long a load with a rate continues after its end to post late callbacks.
+const LATE_MAX: Duration = Duration::from_secs(2);
 
-/// What to post.
+/// The load to post.
 #[derive(Clone, Copy)]
 pub(crate) struct Load {
     pub(crate) producer: SocketAddr,
     pub(crate) connections: u16,
-    /// In each callback; each id is in one callback only.
+    /// The number of ids in each callback. Each id is in one callback only.
     pub(crate) ids: u16,
-    /// Callbacks per second, whether they are answered or not; as fast as is answered if it is not said.
+    /// Callbacks per second, regardless of responses. With `None`, each connection posts its next
+    /// callback after a response.
     pub(crate) rate: Option<f64>,
-    /// Not measured.
+    /// Time before the measurement.
     pub(crate) warm_up: Duration,
     pub(crate) duration: Duration,
 }
 
-/// What was answered.
-pub(crate) struct Answers {
+/// The measured responses.
+pub(crate) struct LoadResult {
     pub(crate) accepted_per_second: f64,
-    /// Answers other than 200, and none at all within a second or so.
+    /// Responses other than 200, and callbacks that were not sent in time.
     pub(crate) refused_per_second: f64,
-    /// Of what was accepted, in microseconds from when it was sent; at a rate, from when it was due.
+    /// Latencies of accepted callbacks in microseconds since they were sent or, with a rate, were
+    /// due.
     latencies: Histogram<u64>,
 }
 
-impl Answers {
+impl LoadResult {
     pub(crate) fn latency_ms(&self, quantile: f64) -> f64 {
         Duration::from_micros(self.latencies.value_at_quantile(quantile)).as_secs_f64() * 1e3
     }
 }
 
-/// What came of the callbacks of one connection.
-struct Tally {
+/// The results of one connection.
+struct ConnectionResult {
     latencies: Histogram<u64>,
     refused: u64,
 }
@@ -57,8 +59,8 @@ impl Load {
     ///
     /// # Errors
     /// When a connection breaks.
-    pub(crate) async fn run(self) -> anyhow::Result<Answers> {
-        // In a thread of its own, so that nothing else here waits for the same core.
+    pub(crate) async fn run(self) -> anyhow::Result<LoadResult> {
+        // On its own thread, so that it does not share a core with other work of this program.
         tokio::task::spawn_blocking(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
             runtime.block_on(self.post())
@@ -66,7 +68,7 @@ impl Load {
         .await?
     }
 
-    async fn post(self) -> anyhow::Result<Answers> {
+    async fn post(self) -> anyhow::Result<LoadResult> {
         let starts = Instant::now();
         let mut connections = JoinSet::new();
         for number in 0..self.connections {
@@ -74,32 +76,32 @@ impl Load {
         }
         let (mut latencies, mut refused) = (Histogram::new(3)?, 0);
         while let Some(ended) = connections.join_next().await {
-            let of_one = ended??;
-            latencies.add(&of_one.latencies)?;
-            refused += of_one.refused;
+            let result = ended??;
+            latencies.add(&result.latencies)?;
+            refused += result.refused;
         }
-        Ok(Answers {
+        Ok(LoadResult {
             accepted_per_second: per_second(latencies.len(), self.duration),
             refused_per_second: per_second(refused, self.duration),
             latencies,
         })
     }
 
-    async fn post_on_one(self, number: u16, starts: Instant) -> anyhow::Result<Tally> {
+    async fn post_on_one(self, number: u16, starts: Instant) -> anyhow::Result<ConnectionResult> {
         let mut stream = TcpStream::connect(self.producer).await?;
         stream.set_nodelay(true)?;
         let (begins, ends) = (starts + self.warm_up, starts + self.warm_up + self.duration);
-        let mut tally = Tally { latencies: Histogram::new(3)?, refused: 0 };
-        let (mut request, mut answer) = (Vec::new(), Vec::with_capacity(1_024));
-        // Ids far apart for each connection, so that all are distinct.
+        let mut tally = ConnectionResult { latencies: Histogram::new(3)?, refused: 0 };
+        let (mut request, mut response) = (Vec::new(), Vec::with_capacity(1_024));
+        // Each connection has its own range of ids, so that all ids are distinct.
         let mut next = i64::from(number) << 40;
-        // The connections take turns.
-        let turns =
+        // The connections post in turn.
+        let period =
             self.rate.map(|rate| Duration::from_secs_f64(f64::from(self.connections) / rate));
         let mut due = starts
-            + turns.unwrap_or_default().mul_f64(f64::from(number) / f64::from(self.connections));
+            + period.unwrap_or_default().mul_f64(f64::from(number) / f64::from(self.connections));
         loop {
-            match turns {
+            match period {
                 Some(_) => sleep_until(due.into()).await,
                 None => due = Instant::now(),
             }
@@ -107,25 +109,25 @@ impl Load {
                 return Ok(tally);
             }
             let is_measured = due >= begins;
-            if Instant::now() > ends + LATE {
+            if Instant::now() > ends + LATE_MAX {
                 tally.refused += u64::from(is_measured);
-                due += turns.unwrap_or_default();
+                due += period.unwrap_or_default();
                 continue;
             }
             encode(&mut request, next, self.ids)?;
             next += i64::from(self.ids);
             stream.write_all(&request).await?;
-            let status = read_answer(&mut stream, &mut answer).await?;
+            let status = read_response(&mut stream, &mut response).await?;
             let now = Instant::now();
-            // As fast as is answered, what ends after the end is not of that time.
-            if is_measured && (turns.is_some() || now < ends) {
+            // Without a rate, a response after the end does not belong to the measured time.
+            if is_measured && (period.is_some() || now < ends) {
                 if status == 200 {
                     tally.latencies.record(u64::try_from((now - due).as_micros())?)?;
                 } else {
                     tally.refused += 1;
                 }
             }
-            due += turns.unwrap_or_default();
+            due += period.unwrap_or_default();
         }
     }
 }
@@ -147,8 +149,8 @@ fn encode(request: &mut Vec<u8>, first: i64, ids: u16) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Reads one whole answer and gives its status.
-async fn read_answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Result<u16> {
+/// Reads one complete response and returns its status.
+async fn read_response(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Result<u16> {
     buffer.clear();
     loop {
         ensure!(stream.read_buf(buffer).await? > 0, "the producer has closed the connection");
@@ -159,9 +161,9 @@ async fn read_answer(stream: &mut TcpStream, buffer: &mut Vec<u8>) -> anyhow::Re
             .headers
             .iter()
             .find(|header| header.name.eq_ignore_ascii_case("content-length"));
-        let length = std::str::from_utf8(length.context("an answer without a length")?.value)?;
+        let length = std::str::from_utf8(length.context("a response without a length")?.value)?;
         if buffer.len() == head + length.parse::<usize>()? {
-            return response.code.context("an answer without a status");
+            return response.code.context("a response without a status");
         }
     }
 }

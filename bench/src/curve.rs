@@ -1,4 +1,4 @@
-//! The curve of what is offered against what is accepted, and how fast.
+//! Draws the accepted load and its latency against the offered load.
 
 use std::path::Path;
 
@@ -6,25 +6,25 @@ use anyhow::Context as _;
 use plotters::coord::types::RangedCoordf64;
 use plotters::prelude::*;
 
-/// What came of so much load.
+/// The result of one offered load.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Point {
     pub(crate) has_spool: bool,
-    /// Both beside what the broker confirms.
+    /// Relative to the rate that the broker confirms, like `accepted`.
     pub(crate) offered: f64,
     pub(crate) accepted: f64,
-    /// Of what was accepted.
+    /// Latency of accepted callbacks.
     pub(crate) p99_ms: f64,
 }
 
 const SIZE: (u32, u32) = (860, 360);
-/// With a spool and without, told apart by lightness, too.
+/// The lines with and without a spool, which also differ in lightness.
 const COLOURS: [(bool, RGBColor, &str); 2] =
     [(true, RGBColor(0, 90, 181), "with a spool"), (false, RGBColor(220, 150, 30), "without")];
 
 type Chart<'a> = ChartContext<'a, SVGBackend<'a>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 
-/// Draws them as two charts side by side, as SVG.
+/// Draws the points in two charts side by side, as SVG.
 ///
 /// # Errors
 /// When the file cannot be written.
@@ -35,8 +35,8 @@ pub(crate) fn draw(path: &Path, points: &[Point]) -> anyhow::Result<()> {
     let accepted: fn(&Point) -> f64 = |point| point.accepted;
     let p99: fn(&Point) -> f64 = |point| point.p99_ms;
     let charts = [
-        (left, "accepted, beside what the broker confirms", 3.2, accepted),
-        (right, "p99 of what is accepted, in ms", 1_000.0, p99),
+        (left, "accepted, relative to the broker's capacity", 3.2, accepted),
+        (right, "p99 latency of accepted callbacks, ms", 1_000.0, p99),
     ];
     for (area, title, top, value) in charts {
         let mut chart: Chart = ChartBuilder::on(&area)
@@ -47,12 +47,13 @@ pub(crate) fn draw(path: &Path, points: &[Point]) -> anyhow::Result<()> {
             .build_cartesian_2d(0.0..3.2, 0.0..top)?;
         chart
             .configure_mesh()
-            .x_desc("offered, beside what the broker confirms")
+            .x_desc("offered, relative to the broker's capacity")
             .light_line_style(WHITE)
             .draw()?;
         for (has_spool, colour, name) in COLOURS {
-            let of_it = points.iter().filter(|point| point.has_spool == has_spool);
-            let line: Vec<(f64, f64)> = of_it.map(|point| (point.offered, value(point))).collect();
+            let selected = points.iter().filter(|point| point.has_spool == has_spool);
+            let line: Vec<(f64, f64)> =
+                selected.map(|point| (point.offered, value(point))).collect();
             let legend =
                 move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2));
             chart

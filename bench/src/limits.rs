@@ -1,4 +1,4 @@
-//! The limits: the plainest programs that do what ours do. Nothing is handled in them but success.
+//! The limits: the plainest programs that do the same as our services. They handle only success.
 
 mod amqp;
 mod fetch;

@@ -1,10 +1,8 @@
-//! Measures Lastseen, and in the same run the limit: what the plainest program that does the same
-//! gets from the same servers on the same machine. The ratio is what can be compared between machines.
+//! Measures Lastseen, and in the same run the limit: the result of the plainest program that does
+//! the same with the same servers on the same machine. Only the ratios can be compared between
+//! machines.
 
-#![expect(
-    clippy::expect_used,
-    reason = "a measurement that breaks off has nobody to hand an error to"
-)]
+#![expect(clippy::expect_used, reason = "a failed measurement ends the program")]
 
 mod callbacks;
 mod curve;
@@ -20,22 +18,23 @@ use std::path::PathBuf;
 use clap::Parser;
 
 use crate::parts::Part;
-use crate::servers::World;
+use crate::servers::Servers;
 use crate::table::Row;
 
-/// Measures Lastseen against its limits, each part by itself, and prints one table.
+/// Measures Lastseen against its limits, one part after the other, and prints one table
 #[derive(Debug, Parser)]
 struct Arguments {
-    /// The parts to measure; all of them if none is named
+    /// Parts to measure; all parts by default
     #[arg(value_enum)]
     parts: Vec<Part>,
-    /// Writes the rows there as well, as JSON
+    /// File to which the rows are also written, as JSON
     #[arg(long)]
     json: Option<PathBuf>,
-    /// Draws there, as SVG, what became of more and more load (part overload)
+    /// File to which the curve of part overload is drawn, as SVG
     #[arg(long)]
     curve: Option<PathBuf>,
-    /// Fails if a ratio is more than a tenth below that of an earlier run's JSON
+    /// JSON file of an earlier run; fails if a ratio is more than a tenth below the one in this
+    /// file
     #[arg(long)]
     check: Option<PathBuf>,
 }
@@ -44,26 +43,30 @@ struct Arguments {
 async fn main() -> anyhow::Result<()> {
     let Arguments { parts, json, curve, check } = Arguments::parse();
     let parts = if parts.is_empty() { Part::all() } else { parts };
-    // The HTTP client wants to know which cryptography to use, though nothing here is encrypted.
+    // The HTTP client needs a cryptography provider, although nothing here is encrypted.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    let world = World::start().await;
-    let (mut rows, mut broken_off) = (Vec::<Row>::new(), Vec::new());
+    let servers = Servers::start().await;
+    let (mut rows, mut failures) = (Vec::<Row>::new(), Vec::new());
     for part in parts {
         eprintln!("measuring: {part}");
-        match part.measure(&world, curve.as_deref()).await {
+        match part.measure(&servers, curve.as_deref()).await {
             Ok(measured) => rows.extend(measured),
-            // The others have taken minutes.
-            Err(error) => broken_off.push(format!("{part}: {error:#}")),
+            // Continue, because the other parts take minutes.
+            Err(error) => failures.push(format!("{part}: {error:#}")),
         }
     }
     println!("{}", table::text(&rows));
     if let Some(path) = json {
         table::write(&path, &rows)?;
     }
-    anyhow::ensure!(broken_off.is_empty(), "broken off:\n{}", broken_off.join("\n"));
+    anyhow::ensure!(failures.is_empty(), "failed parts:\n{}", failures.join("\n"));
     if let Some(path) = check {
         let fallen = table::fallen(&path, &rows)?;
-        anyhow::ensure!(fallen.is_empty(), "fallen by more than a tenth:\n{}", fallen.join("\n"));
+        anyhow::ensure!(
+            fallen.is_empty(),
+            "ratios fell by more than a tenth:\n{}",
+            fallen.join("\n")
+        );
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! What is measured.
+//! The parts of the bench.
 
 mod adaptive;
 mod callbacks;
@@ -14,7 +14,7 @@ use std::path::Path;
 
 use clap::ValueEnum;
 
-use crate::servers::World;
+use crate::servers::Servers;
 use crate::table::Row;
 
 /// One part of the bench.
@@ -22,7 +22,7 @@ use crate::table::Row;
 pub(crate) enum Part {
     /// The producer: callbacks of 1 and of 200 ids
     Callbacks,
-    /// The producer, with up to three times the callbacks that it can pass on
+    /// The producer, with up to three times the callbacks that the broker confirms
     Overload,
     /// The consumer, with a status API that answers at once
     Lookups,
@@ -34,7 +34,7 @@ pub(crate) enum Part {
     Adaptive,
     /// The consumer's batch writer, alone
     Writes,
-    /// Producer and consumer, with a million messages that wait
+    /// Producer and consumer, with a million messages in the queue
     Backlog,
     /// The routine, with a million stale rows
     Cleanup,
@@ -49,27 +49,27 @@ impl Part {
         Self::value_variants().to_vec()
     }
 
-    /// Measures it, and draws what the overload gives into the file at `curve`.
+    /// Measures the part. Part overload draws its curve into the file at `curve`.
     ///
     /// # Errors
-    /// When something breaks off.
+    /// When the measurement fails.
     pub(crate) async fn measure(
         self,
-        world: &World,
+        servers: &Servers,
         curve: Option<&Path>,
     ) -> anyhow::Result<Vec<Row>> {
         let mut rows = match self {
-            Self::Callbacks => callbacks::measure(world).await?,
-            Self::Overload => overload::measure(world, curve).await?,
-            Self::Lookups => lookups::measure_instant(world).await?,
-            Self::Slow => lookups::measure_slow(world).await?,
-            Self::Coalescing => lookups::measure_coalescing(world).await?,
-            Self::Adaptive => adaptive::measure(world).await?,
-            Self::Writes => writes::measure(world).await?,
-            Self::Backlog => lookups::measure_backlog(world).await?,
-            Self::Cleanup => cleanup::measure(world).await?,
-            Self::Viewer => viewer::measure(world).await?,
-            Self::Traces => traces::measure(world).await?,
+            Self::Callbacks => callbacks::measure(servers).await?,
+            Self::Overload => overload::measure(servers, curve).await?,
+            Self::Lookups => lookups::measure_instant(servers).await?,
+            Self::Slow => lookups::measure_slow(servers).await?,
+            Self::Coalescing => lookups::measure_coalescing(servers).await?,
+            Self::Adaptive => adaptive::measure(servers).await?,
+            Self::Writes => writes::measure(servers).await?,
+            Self::Backlog => lookups::measure_backlog(servers).await?,
+            Self::Cleanup => cleanup::measure(servers).await?,
+            Self::Viewer => viewer::measure(servers).await?,
+            Self::Traces => traces::measure(servers).await?,
         };
         for row in &mut rows {
             row.part = self.to_string();

@@ -10,26 +10,26 @@ const AMQP_URI: &str = "BENCH_AMQP_URI";
 /// Names a Postgres to measure with, instead of a cluster of our own.
 const DATABASE_URL: &str = "BENCH_DATABASE_URL";
 
-/// How long something may take that is not measured.
+/// Time limit of steps that are not measured.
 const PATIENCE: Duration = Duration::from_mins(1);
 
-/// A broker and a database server. Each measurement has a queue and a database of its own on them.
-pub(crate) struct World {
+/// A broker and a database server. Each measurement has its own queue and database on them.
+pub(crate) struct Servers {
     amqp_uri: String,
     database_url: String,
     _broker: Option<RabbitNode>,
     _database: Option<PostgresCluster>,
 }
 
-/// One queue and one database, gone when it is dropped.
-pub(crate) struct Place {
+/// One queue and one database for the services of one measurement, which are removed on drop.
+pub(crate) struct Deployment {
     pub(crate) queue: Queue,
     pub(crate) database: Database,
     pub(crate) system: System,
 }
 
-impl World {
-    /// Starts what the environment does not name.
+impl Servers {
+    /// Starts the servers that the environment does not name.
     pub(crate) async fn start() -> Self {
         let (mut broker, mut database) = (None, None);
         let amqp_uri = if let Ok(uri) = std::env::var(AMQP_URI) {
@@ -49,8 +49,8 @@ impl World {
         &self.amqp_uri
     }
 
-    /// A place in which the status API is at `status_api`. Its queue is not declared yet.
-    pub(crate) async fn place(&self, status_api: String) -> Place {
+    /// A deployment whose status API is at `status_api`. Its queue is not declared yet.
+    pub(crate) async fn deployment(&self, status_api: String) -> Deployment {
         let queue = Queue::on(&self.amqp_uri);
         let database = Database::on(&self.database_url).await;
         let system = System {
@@ -59,15 +59,15 @@ impl World {
             database: database.environment(),
             status_api,
         };
-        Place { queue, database, system }
+        Deployment { queue, database, system }
     }
 }
 
-impl Place {
-    /// Has the queue declared, as ours is, and the table made.
+impl Deployment {
+    /// Declares the queue and creates the table, by starting a producer and a routine.
     pub(crate) async fn prepare(&self) {
         let producer = self.system.spawn("producer", &[]);
-        // A producer is ready without its broker, too.
+        // Wait for the queue, because a producer is also ready without its broker.
         eventually("the queue is declared", PATIENCE, async || {
             self.queue.depth(&self.queue.name).await
         })
@@ -87,7 +87,7 @@ impl Place {
     }
 }
 
-/// What happens in a second, if `count` things take so long.
+/// The rate of `count` events in the time `took`.
 #[expect(clippy::cast_precision_loss, reason = "nothing here is counted beyond 2^53")]
 pub(crate) fn per_second(count: u64, took: Duration) -> f64 {
     count as f64 / took.as_secs_f64()

@@ -1,4 +1,4 @@
-//! A status API that costs next to nothing, so that what is measured is who asks it.
+//! A status API with little overhead, so that the consumer determines the measurement.
 
 use std::net::SocketAddr;
 use std::ops::Range;
@@ -12,8 +12,8 @@ use tokio::net::{TcpSocket, TcpStream};
 
 const BACKLOG: u32 = 16_384;
 
-/// A server for `GET /objects/{id}` with a thread of its own. Every object is online, so that each
-/// lookup leads to a write.
+/// A server for `GET /objects/{id}` on its own thread. Every object is online, so that each lookup
+/// leads to a write.
 pub(crate) struct StatusApi {
     address: SocketAddr,
     records: Arc<Records>,
@@ -25,20 +25,20 @@ struct Records {
     in_flight: AtomicU32,
 }
 
-/// How long answers take.
+/// The latency of answers.
 #[derive(Clone, Debug)]
 pub(crate) struct Pace {
-    /// Each time out of it is as likely as any other.
+    /// The range of the uniformly distributed latency.
     pub(crate) latency: Range<Duration>,
-    /// With more lookups at once than so many, the latency grows with the square of their number.
+    /// With more lookups in flight, the latency grows with the square of their number.
     pub(crate) knee: Option<u32>,
 }
 
 impl Pace {
-    pub(crate) const AT_ONCE: Self = Self { latency: Duration::ZERO..Duration::ZERO, knee: None };
+    pub(crate) const INSTANT: Self = Self { latency: Duration::ZERO..Duration::ZERO, knee: None };
 
-    /// How long a lookup takes that begins as one of so many.
-    fn of(&self, in_flight: u32) -> Option<Duration> {
+    /// The latency of a lookup that begins with `in_flight` lookups; `None` for no delay.
+    fn delay(&self, in_flight: u32) -> Option<Duration> {
         if self.latency.is_empty() {
             return None;
         }
@@ -51,53 +51,56 @@ impl StatusApi {
     /// Starts it.
     ///
     /// # Errors
-    /// When no runtime or socket can be had.
+    /// When a runtime or a socket cannot be created.
     pub(crate) fn start(pace: Pace) -> anyhow::Result<Self> {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         let socket = TcpSocket::new_v4()?;
         socket.bind(SocketAddr::from(([127, 0, 0, 1], 0)))?;
         let address = socket.local_addr()?;
         let records = Arc::new(Records::default());
-        let kept = Arc::clone(&records);
+        let server_records = Arc::clone(&records);
         std::thread::spawn(move || {
             runtime.block_on(async move {
                 let listener = socket.listen(BACKLOG).expect("a bound socket can listen");
                 loop {
                     let (stream, _) =
-                        listener.accept().await.expect("there should be files enough");
-                    tokio::spawn(answer(stream, pace.clone(), Arc::clone(&kept)));
+                        listener.accept().await.expect("there should be enough file descriptors");
+                    tokio::spawn(answer(stream, pace.clone(), Arc::clone(&server_records)));
                 }
             });
         });
         Ok(Self { address, records })
     }
 
-    /// What to set `TESTER_ENDPOINT` to.
+    /// The value for `TESTER_ENDPOINT`.
     pub(crate) fn endpoint(&self) -> String {
         format!("http://{}", self.address)
     }
 
-    /// How many lookups it has answered.
+    /// The number of answered lookups.
     pub(crate) fn answered(&self) -> u64 {
         self.records.answered.load(Ordering::Relaxed)
     }
 }
 
-/// Answers one request after the other until the client has gone.
+/// Answers one request after the other until the client disconnects.
 async fn answer(mut stream: TcpStream, pace: Pace, records: Arc<Records>) -> anyhow::Result<()> {
     stream.set_nodelay(true)?;
     let (mut request, mut response) = (Vec::with_capacity(1_024), Vec::with_capacity(256));
     loop {
         request.clear();
         while !request.ends_with(b"\r\n\r\n") {
-            anyhow::ensure!(stream.read_buf(&mut request).await? > 0, "the client has gone");
+            anyhow::ensure!(
+                stream.read_buf(&mut request).await? > 0,
+                "the client has disconnected"
+            );
         }
         let line = std::str::from_utf8(&request)?;
         let path = line.strip_prefix("GET /objects/").context("not a lookup")?;
         let id = path.split(' ').next().unwrap_or_default();
         let in_flight = records.in_flight.fetch_add(1, Ordering::Relaxed) + 1;
-        if let Some(latency) = pace.of(in_flight) {
-            // Also if the client goes away meanwhile, as with most servers.
+        if let Some(latency) = pace.delay(in_flight) {
+            // It continues if the client disconnects, like most servers.
             tokio::time::sleep(latency).await;
         }
         records.in_flight.fetch_sub(1, Ordering::Relaxed);
@@ -109,7 +112,7 @@ async fn answer(mut stream: TcpStream, pace: Pace, records: Arc<Records>) -> any
         );
         response.extend(head.as_bytes());
         response.extend(body.as_bytes());
-        // Counted first: who has the answer finds it counted.
+        // Counted first, so that a client that has the answer finds it counted.
         records.answered.fetch_add(1, Ordering::Relaxed);
         stream.write_all(&response).await?;
     }

@@ -1,4 +1,4 @@
-//! The table of what was measured.
+//! The table of measurements.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -13,12 +13,12 @@ const HEAD: &str = "\
 | --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 ";
 
-/// One measurement of ours beside its limit.
+/// One measurement of our services and its limit.
 #[derive(Debug, Serialize)]
 pub(crate) struct Row {
     pub(crate) part: String,
     pub(crate) what: String,
-    /// What `limit` and `ours` count.
+    /// The unit of `limit` and `ours`.
     pub(crate) unit: &'static str,
     pub(crate) limit: Option<f64>,
     pub(crate) ours: f64,
@@ -26,11 +26,11 @@ pub(crate) struct Row {
     pub(crate) p99_ms: Option<f64>,
     pub(crate) cost: Option<Cost>,
     pub(crate) goals: Vec<Goal>,
-    /// What else was seen.
+    /// Further observations.
     pub(crate) note: Option<String>,
 }
 
-/// What is to be reached.
+/// A goal of a measurement.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) enum Goal {
     RatioAtLeast(f64),
@@ -41,7 +41,7 @@ pub(crate) enum Goal {
 }
 
 impl Row {
-    /// A measurement of which only the figure is known so far.
+    /// A measurement with only its main figure.
     pub(crate) fn new(what: impl Into<String>, unit: &'static str, ours: f64) -> Self {
         Self {
             part: String::new(),
@@ -61,7 +61,7 @@ impl Row {
         self.limit.map(|limit| self.ours / limit)
     }
 
-    /// Whether it reaches `goal`; without the figure that the goal is about, it does not.
+    /// Whether the row reaches `goal`. A row without the figure of the goal does not.
     fn reaches(&self, goal: Goal) -> bool {
         match goal {
             Goal::RatioAtLeast(least) => self.ratio().is_some_and(|ratio| ratio >= least),
@@ -76,7 +76,7 @@ impl Row {
         let optional = |value: Option<f64>, digits: usize| {
             value.map_or_else(|| "–".to_owned(), |value| format!("{value:.digits$}"))
         };
-        let goals = self.goals.iter().map(|goal| self.verdict(*goal));
+        let goals = self.goals.iter().map(|goal| self.goal_text(*goal));
         let last: Vec<String> = goals.chain(self.note.clone()).collect();
         format!(
             "| {} | {} | {} | {} {} | {} | {} | {} | {} | {} | {} |",
@@ -94,7 +94,7 @@ impl Row {
         )
     }
 
-    fn verdict(&self, goal: Goal) -> String {
+    fn goal_text(&self, goal: Goal) -> String {
         let text = match goal {
             Goal::RatioAtLeast(least) => format!("ratio ≥ {least}"),
             Goal::OursAtLeast(least) => format!("≥ {}", rounded(least)),
@@ -132,11 +132,11 @@ struct Stored {
     ours: f64,
 }
 
-/// Which rows have fallen by more than a tenth, by their ratio, since those in the file at `path`. Those
-/// without a limit or a goal are not compared: they say as much about the machine, or more, as about us.
+/// Describes the rows whose ratio has fallen by more than a tenth since the file at `path`. Rows
+/// without a limit or a goal are not compared, because they depend mostly on the machine.
 ///
 /// # Errors
-/// When the file cannot be read, or is none of ours.
+/// When the file cannot be read or parsed.
 pub(crate) fn fallen(path: &Path, rows: &[Row]) -> anyhow::Result<Vec<String>> {
     let text =
         std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
@@ -153,15 +153,15 @@ pub(crate) fn fallen(path: &Path, rows: &[Row]) -> anyhow::Result<Vec<String>> {
     Ok(fallen.collect())
 }
 
-/// With commas between the thousands, and digits behind the point only for what is small.
+/// Formats a number with commas between thousands, and with a decimal only below 100.
 fn rounded(value: f64) -> String {
     if value < 100.0 {
         return format!("{value:.1}");
     }
     let digits = format!("{value:.0}");
     let mut text = String::new();
-    for (place, digit) in digits.chars().enumerate() {
-        if place > 0 && (digits.len() - place).is_multiple_of(3) {
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
             text.push(',');
         }
         text.push(digit);
@@ -199,9 +199,9 @@ mod tests {
         };
         let path = std::env::temp_dir().join(format!("bench-{}.json", std::process::id()));
         write(&path, &[row("a", 80.0), row("b", 80.0)]).unwrap();
-        // What was not measured before cannot have fallen.
+        // Row "c" was not measured before, so it cannot have fallen.
         let mut rows = vec![row("a", 73.0), row("b", 71.0), row("c", 1.0)];
-        // And what nobody has a goal for is only for comparison.
+        // A row without a goal is only for comparison.
         rows.push(Row { goals: Vec::new(), ..row("a", 1.0) });
         let fallen = fallen(&path, &rows);
         std::fs::remove_file(&path).unwrap();

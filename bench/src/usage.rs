@@ -1,18 +1,18 @@
-//! What a process of ours has used.
+//! The memory and processor time of a process.
 
 use serde::Serialize;
 use testbed::Process;
 
-/// What something cost a process.
+/// The cost of some work of a process.
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) struct Cost {
-    /// The most memory that it has occupied.
+    /// Peak of the resident memory.
     pub(crate) peak_mb: f64,
-    /// Processor time per 100,000 of what was counted.
+    /// Processor time per 100,000 units of work.
     pub(crate) cpu_seconds_per_100k: f64,
 }
 
-/// Begins at a moment and ends with a [`Cost`].
+/// Measures the [`Cost`] since its start.
 pub(crate) struct Meter<'a> {
     process: &'a Process,
     cpu_seconds_before: f64,
@@ -23,7 +23,7 @@ impl<'a> Meter<'a> {
         Self { process, cpu_seconds_before: cpu_seconds(process) }
     }
 
-    /// The cost of `count` since the start.
+    /// The cost of `count` units of work since the start.
     pub(crate) fn cost_of(&self, count: f64) -> Cost {
         let used = cpu_seconds(self.process) - self.cpu_seconds_before;
         Cost {
@@ -38,12 +38,12 @@ pub(crate) fn megabytes(kib: u64) -> f64 {
     kib as f64 * 1_024.0 / 1e6
 }
 
-/// The time that `process` has spent on processors, its own and the kernel's for it.
+/// The processor time of `process`, in user and kernel mode.
 #[expect(clippy::cast_precision_loss, reason = "no process is that old")]
 fn cpu_seconds(process: &Process) -> f64 {
     let stat = std::fs::read_to_string(format!("/proc/{}/stat", process.pid()));
-    let stat = stat.expect("a process that runs has a stat");
-    // What comes before the last bracket is its name, which may hold spaces.
+    let stat = stat.expect("a running process has a stat file");
+    // The name before the last parenthesis may contain spaces.
     let fields = stat.rsplit(')').next().unwrap_or_default();
     let ticks: u64 = fields
         .split_whitespace()

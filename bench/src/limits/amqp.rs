@@ -1,4 +1,4 @@
-//! As much of AMQP 0-9-1 as it takes to publish with confirms over a plain socket.
+//! The part of AMQP 0-9-1 that is needed to publish with confirms over a plain socket.
 
 use std::io::{BufReader, Read, Write as _};
 use std::net::TcpStream;
@@ -10,10 +10,10 @@ const METHOD: u8 = 1;
 const HEADER: u8 = 2;
 const BODY: u8 = 3;
 const FRAME_END: u8 = 0xce;
-/// Everything but the connection itself goes by this channel.
+/// The only channel.
 const CHANNEL: u16 = 1;
 const FRAME_MAX: u32 = 131_072;
-/// Of a content header's flags, the one that says that the delivery mode follows, and nothing else.
+/// The flag of a content header whose only property is the delivery mode.
 const DELIVERY_MODE: u16 = 1 << 12;
 const PERSISTENT: u8 = 2;
 
@@ -26,24 +26,24 @@ const BASIC_PUBLISH: [u16; 2] = [60, 40];
 const BASIC_ACK: [u16; 2] = [60, 80];
 const CONFIRM_SELECT: [u16; 2] = [85, 10];
 
-/// What the broker says about publishes.
+/// A publisher confirm.
 pub(super) struct Ack {
     pub(super) tag: u64,
-    /// Whether it is about all before as well.
+    /// Whether it also confirms all earlier messages.
     pub(super) multiple: bool,
 }
 
-/// Opens a connection with one channel that confirms. Gives both its directions.
+/// Opens a connection with one channel in confirm mode. Returns the sending and the receiving half.
 pub(super) fn open(uri: &str) -> anyhow::Result<(TcpStream, Confirms)> {
     let uri: AMQPUri = uri.parse().map_err(|error| anyhow::anyhow!("{error}"))?;
     let user = &uri.authority.userinfo;
     let address = (uri.authority.host.as_str(), uri.authority.port);
     let mut socket = TcpStream::connect(address).context("cannot reach the broker")?;
     socket.set_nodelay(true)?;
-    let mut answers = Confirms(BufReader::with_capacity(1 << 16, socket.try_clone()?));
+    let mut confirms = Confirms(BufReader::with_capacity(1 << 16, socket.try_clone()?));
 
     socket.write_all(b"AMQP\x00\x00\x09\x01")?;
-    answers.method()?;
+    confirms.method()?;
     let mut start_ok = vec![0; 4];
     short_string(&mut start_ok, "PLAIN");
     let secret = format!("\0{}\0{}", user.username, user.password);
@@ -51,8 +51,8 @@ pub(super) fn open(uri: &str) -> anyhow::Result<(TcpStream, Confirms)> {
     start_ok.extend(secret.as_bytes());
     short_string(&mut start_ok, "en_US");
     socket.write_all(&method(0, CONNECTION_START_OK, &start_ok))?;
-    answers.method()?;
-    // One channel, frames as usual, no heartbeats.
+    confirms.method()?;
+    // One channel, the usual frame size, no heartbeats.
     let mut tune_ok = CHANNEL.to_be_bytes().to_vec();
     tune_ok.extend(FRAME_MAX.to_be_bytes());
     tune_ok.extend([0, 0]);
@@ -61,15 +61,15 @@ pub(super) fn open(uri: &str) -> anyhow::Result<(TcpStream, Confirms)> {
     short_string(&mut open, &uri.vhost);
     open.extend([0, 0]);
     socket.write_all(&method(0, CONNECTION_OPEN, &open))?;
-    answers.method()?;
+    confirms.method()?;
     socket.write_all(&method(CHANNEL, CHANNEL_OPEN, &[0]))?;
-    answers.method()?;
+    confirms.method()?;
     socket.write_all(&method(CHANNEL, CONFIRM_SELECT, &[0]))?;
-    answers.method()?;
-    Ok((socket, answers))
+    confirms.method()?;
+    Ok((socket, confirms))
 }
 
-/// The frames that publish a persistent message to `queue`.
+/// Appends the frames that publish a persistent message to `queue`.
 pub(super) fn publish(out: &mut Vec<u8>, queue: &str, body: &[u8]) {
     let mut arguments = vec![0, 0, 0];
     short_string(&mut arguments, queue);
@@ -84,7 +84,7 @@ pub(super) fn publish(out: &mut Vec<u8>, queue: &str, body: &[u8]) {
     frame(out, BODY, CHANNEL, body);
 }
 
-/// What comes back.
+/// The receiving half of the connection.
 pub(super) struct Confirms(BufReader<TcpStream>);
 
 impl Confirms {
@@ -94,12 +94,12 @@ impl Confirms {
     /// For a nack, or when the broker closes the connection.
     pub(super) fn next(&mut self) -> anyhow::Result<Ack> {
         let (name, arguments) = self.method()?;
-        ensure!(name == BASIC_ACK, "the broker said {name:?} instead of an ack");
+        ensure!(name == BASIC_ACK, "the broker sent {name:?} instead of an ack");
         let (tag, rest) = arguments.split_first_chunk().context("an ack without a tag")?;
         Ok(Ack { tag: u64::from_be_bytes(*tag), multiple: rest.first() == Some(&1) })
     }
 
-    /// Whether the next one has to come over the network first.
+    /// Whether the buffer holds no further bytes.
     pub(super) fn is_drained(&self) -> bool {
         self.0.buffer().is_empty()
     }

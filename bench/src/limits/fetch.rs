@@ -1,4 +1,4 @@
-//! Looking objects up.
+//! Plain lookups.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
@@ -8,8 +8,8 @@ use tokio::task::JoinSet;
 
 use crate::servers::per_second;
 
-/// Asks for one object after the other, `concurrency` at a time, for so long, and gives how many
-/// answers came in a second. The client is reqwest, with nothing but a timeout.
+/// Looks up one object after the other for `duration`, with `concurrency` lookups in flight.
+/// Returns the number of answers per second. The client is reqwest with only a timeout.
 pub(crate) async fn fetch(
     endpoint: &str,
     concurrency: usize,

@@ -1,4 +1,4 @@
-//! Publishing with confirms.
+//! Plain publishing with confirms.
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -12,13 +12,13 @@ use lapin::{BasicProperties, Confirmation};
 use super::amqp;
 use crate::servers::per_second;
 
-/// How much is written at once.
+/// Size of one write.
 const CHUNK_BYTES: usize = 256 << 10;
-/// How many publishes of lapin's are polled together.
+/// The number of lapin's publishes that are polled together.
 const TOGETHER: usize = 1_000;
 
-/// Publishes a message about each of `ids` to `queue`, and gives how many were confirmed in a second: frames that were encoded before, in large chunks over one socket. Nothing
-/// faster can be said to a broker.
+/// Publishes a message for each of `ids` to `queue`, and returns the number of confirms per second.
+/// It writes encoded frames in large chunks to one socket. No client can publish faster.
 pub(crate) async fn publish(
     uri: &str,
     queue: &str,
@@ -37,7 +37,7 @@ fn publish_over_a_socket(uri: &str, frames: Vec<u8>, count: u64) -> anyhow::Resu
     let (mut socket, mut confirms) = amqp::open(uri)?;
     let started = Instant::now();
     std::thread::scope(|scope| {
-        let writing = scope.spawn(move || {
+        let writer = scope.spawn(move || {
             frames
                 .chunks(CHUNK_BYTES)
                 .try_for_each(|chunk| socket.write_all(chunk))
@@ -57,13 +57,13 @@ fn publish_over_a_socket(uri: &str, frames: Vec<u8>, count: u64) -> anyhow::Resu
             }
         }
         let took = started.elapsed();
-        writing.join().map_err(|_| anyhow::anyhow!("the writer panicked"))??;
+        writer.join().map_err(|_| anyhow::anyhow!("the writer panicked"))??;
         Ok(per_second(count, took))
     })
 }
 
-/// The same with at most `window` messages that are not confirmed: what the broker does for as many
-/// callers, each of whom waits for its answer.
+/// Like [`publish`], but with at most `window` unconfirmed messages, as if that many callers each
+/// waited for their confirm.
 pub(crate) async fn publish_in_a_window(
     uri: &str,
     queue: &str,
@@ -104,7 +104,7 @@ pub(crate) async fn publish_in_a_window(
     tokio::task::spawn_blocking(publish).await?
 }
 
-/// The same by lapin's plainest loop: publishes are polled together, a thousand at a time.
+/// Like [`publish`], with lapin in the plainest loop: a thousand publishes are polled together.
 pub(crate) async fn publish_by_lapin(uri: &str, queue: &str, count: u64) -> anyhow::Result<f64> {
     let connection = testbed::connect(uri).await.map_err(anyhow::Error::msg)?;
     let channel = connection.create_channel().await?;
@@ -121,10 +121,10 @@ pub(crate) async fn publish_by_lapin(uri: &str, queue: &str, count: u64) -> anyh
     };
     let started = Instant::now();
     let mut ids = 1..=i64::try_from(count)?;
-    let mut under_way: FuturesUnordered<_> = ids.by_ref().take(TOGETHER).map(publish).collect();
-    while let Some(published) = under_way.next().await {
+    let mut in_flight: FuturesUnordered<_> = ids.by_ref().take(TOGETHER).map(publish).collect();
+    while let Some(published) = in_flight.next().await {
         published?;
-        under_way.extend(ids.next().map(publish));
+        in_flight.extend(ids.next().map(publish));
     }
     Ok(per_second(count, started.elapsed()))
 }

@@ -1,4 +1,4 @@
-//! Writing rows.
+//! Plain upserts.
 
 use std::pin::pin;
 use std::time::Instant;
@@ -8,9 +8,8 @@ use sqlx::{Connection as _, PgConnection};
 
 use crate::servers::per_second;
 
-/// Upserts batches of `rows` rows, one after the other on one connection, until that; all have even
-/// ids, of which it comes round to each after `population` of them. Gives how many rows were committed
-/// in a second.
+/// Upserts batches of `rows` rows, one after the other on one connection, until `until` completes.
+/// It cycles through `population` even ids. Returns the number of committed rows per second.
 pub(crate) async fn upsert(
     url: &str,
     rows: u32,

@@ -1,4 +1,4 @@
-//! A million stale rows among two million, while the others are written.
+//! The routine deletes a million of two million rows while the others are updated.
 
 use std::time::{Duration, Instant};
 
@@ -7,23 +7,23 @@ use testbed::eventually;
 use tokio::time::sleep;
 
 use crate::limits;
-use crate::servers::{World, per_second};
+use crate::servers::{Servers, per_second};
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
 
 const PATIENCE: Duration = Duration::from_mins(2);
 const STALE: u64 = 1_000_000;
-/// Those that are written.
+/// The rows that are updated.
 const FRESH: u32 = 1_000_000;
 const ROWS_PER_UPSERT: u32 = 1_000;
-const WITHOUT_IT: Duration = Duration::from_secs(5);
+const WITHOUT_ROUTINE: Duration = Duration::from_secs(5);
 
-pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
-    let place = world.place("http://127.0.0.1:1".to_owned()).await;
-    place.prepare().await;
-    let url = place.database.url();
+pub(crate) async fn measure(servers: &Servers) -> anyhow::Result<Vec<Row>> {
+    let deployment = servers.deployment("http://127.0.0.1:1".to_owned()).await;
+    deployment.prepare().await;
+    let url = deployment.database.url();
     let mut table = PgConnection::connect(url).await?;
-    // Stale and fresh by turns, so that both are on each page.
+    // Stale and fresh rows alternate, so that both are on each page.
     sqlx::query(
         "INSERT INTO object SELECT id, CASE WHEN id % 2 = 0 THEN now() ELSE now() - interval '2 h' END
          FROM generate_series(0, 1999999) AS id",
@@ -31,16 +31,16 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     .execute(&mut table)
     .await?;
     sqlx::query("VACUUM ANALYZE object").execute(&mut table).await?;
-    let without = limits::upsert(url, ROWS_PER_UPSERT, FRESH, sleep(WITHOUT_IT)).await?;
+    let without = limits::upsert(url, ROWS_PER_UPSERT, FRESH, sleep(WITHOUT_ROUTINE)).await?;
 
     let variables = [("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "500ms")];
     let started = Instant::now();
-    let routine = place.spawn("routine", &variables).await;
+    let routine = deployment.spawn("routine", &variables).await;
     let meter = Meter::start(&routine);
     let mut took = Duration::ZERO;
     let gone = async {
-        eventually("all that is stale is gone", PATIENCE, async || {
-            // A table scan for each look would slow both down.
+        eventually("all stale rows are deleted", PATIENCE, async || {
+            // The metric, because a table scan for each poll would slow both down.
             (routine.metric("lastseen_deleted_rows_total").await >= 1e6).then_some(())
         })
         .await;
@@ -55,22 +55,22 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let mut upserts = Row::new("upserts meanwhile, beside those without it", "rows/s", with);
     upserts.limit = Some(without);
     upserts.goals = vec![Goal::RatioAtLeast(0.7)];
-    Ok(vec![deleted, upserts, rounds(world).await?])
+    Ok(vec![deleted, upserts, rounds(servers).await?])
 }
 
-/// How large the table is after many rounds of rows that come and go.
-async fn rounds(world: &World) -> anyhow::Result<Row> {
+/// Measures the size of the table after many rounds of inserts and deletes.
+async fn rounds(servers: &Servers) -> anyhow::Result<Row> {
     const ROUNDS: u32 = 20;
-    /// When it has as much room as it will need.
+    /// The round after which the table should not grow any more.
     const SETTLED: u32 = 5;
-    let place = world.place("http://127.0.0.1:1".to_owned()).await;
-    place.prepare().await;
-    let mut table = PgConnection::connect(place.database.url()).await?;
+    let deployment = servers.deployment("http://127.0.0.1:1".to_owned()).await;
+    deployment.prepare().await;
+    let mut table = PgConnection::connect(deployment.database.url()).await?;
     let variables = [("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "100ms")];
-    let _routine = place.spawn("routine", &variables).await;
+    let _routine = deployment.spawn("routine", &variables).await;
     let (mut settled, mut bytes) = (0, 0);
     for round in 1..=ROUNDS {
-        // One of two is written anew each time, the other is stale and goes.
+        // In each round, every other row is updated, and the others are stale and deleted.
         sqlx::query(
             "INSERT INTO object AS seen
              SELECT id, CASE WHEN id % 2 = 0 THEN now() ELSE now() - interval '2 h' END
@@ -79,13 +79,13 @@ async fn rounds(world: &World) -> anyhow::Result<Row> {
         )
         .execute(&mut table)
         .await?;
-        eventually("what is stale is gone", PATIENCE, async || {
+        eventually("all stale rows are deleted", PATIENCE, async || {
             let stale = "SELECT count(*) FROM object WHERE id % 2 = 1";
             let left: i64 = sqlx::query_scalar(stale).fetch_one(&mut table).await.ok()?;
             (left == 0).then_some(())
         })
         .await;
-        // As autovacuum does once a minute by default, which would make this last for half an hour.
+        // Autovacuum runs once a minute by default, with which the rounds would take half an hour.
         sqlx::query("VACUUM object").execute(&mut table).await?;
         let size = "SELECT pg_total_relation_size('object')";
         bytes = sqlx::query_scalar::<_, i64>(size).fetch_one(&mut table).await?;
@@ -93,7 +93,7 @@ async fn rounds(world: &World) -> anyhow::Result<Row> {
             settled = bytes;
         }
     }
-    #[expect(clippy::cast_precision_loss, reason = "it is some megabytes")]
+    #[expect(clippy::cast_precision_loss, reason = "it is a few megabytes")]
     let megabytes = |bytes: i64| bytes as f64 / 1e6;
     let what = format!("size of the table after {ROUNDS} rounds, 50,000 rows come and go in each");
     let mut row = Row::new(what, "MB", megabytes(bytes));

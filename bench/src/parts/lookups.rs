@@ -1,12 +1,12 @@
-//! From the delivery to the committed row.
+//! The consumer, from the delivery to the committed row.
 
 use std::time::{Duration, Instant};
 
 use testbed::{Process, eventually};
 
-use super::callbacks::{PATIENT, callbacks_at};
+use super::callbacks::{LONG_TIMEOUT, callbacks_at};
 use crate::limits;
-use crate::servers::{Place, World, per_second};
+use crate::servers::{Deployment, Servers, per_second};
 use crate::status_api::{Pace, StatusApi};
 use crate::table::{Goal, Row};
 use crate::usage::Meter;
@@ -14,30 +14,30 @@ use crate::usage::Meter;
 const PATIENCE: Duration = Duration::from_mins(1);
 const MESSAGES: i64 = 100_000;
 const AT_ONCE: u16 = 300;
-/// The status API's, and the mean of it.
+/// The latency of the slow status API.
 const SLOW: Pace =
     Pace { latency: Duration::from_millis(300)..Duration::from_millis(4_300), knee: None };
 const SLOW_MEAN_SECONDS: f64 = 2.3;
-/// When the measuring begins, after the first lookup of a backlog, and how long it takes.
+/// Time from the first lookup of a backlog to the measurement.
 const SLOW_RAMP: Duration = Duration::from_secs(10);
 const SLOW_DURATION: Duration = Duration::from_secs(8);
 
-pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
-    let status_api = StatusApi::start(Pace::AT_ONCE)?;
+pub(crate) async fn measure_instant(servers: &Servers) -> anyhow::Result<Vec<Row>> {
+    let status_api = StatusApi::start(Pace::INSTANT)?;
     let seconds = Duration::from_secs(4);
     let limit = limits::fetch(&status_api.endpoint(), AT_ONCE.into(), seconds).await?;
     let mut rows = Vec::new();
-    // What the machine does meanwhile shows in the difference between the first and the last.
+    // The difference between the first and the last row shows the noise of the machine.
     for has_viewer in [false, true, false] {
-        let place = world.place(status_api.endpoint()).await;
-        place.prepare().await;
-        limits::publish(world.amqp_uri(), &place.queue.name, 1..=MESSAGES).await?;
-        // One that hears of nothing any more, and whose queue nobody empties.
-        let viewer = if has_viewer { Some(place.spawn("viewer", &[]).await) } else { None };
+        let deployment = servers.deployment(status_api.endpoint()).await;
+        deployment.prepare().await;
+        limits::publish(servers.amqp_uri(), &deployment.queue.name, 1..=MESSAGES).await?;
+        // A paused viewer, whose queue of events fills up.
+        let viewer = if has_viewer { Some(deployment.spawn("viewer", &[]).await) } else { None };
         if let Some(viewer) = &viewer {
             viewer.pause().await;
         }
-        rows.push(looked_up_at_once(&place).await?);
+        rows.push(measure_backlog_lookup(&deployment).await?);
     }
     let (first, last) = (rows[0].ours, rows[2].ours);
     rows[0].limit = Some(limit);
@@ -50,39 +50,39 @@ pub(crate) async fn measure_instant(world: &World) -> anyhow::Result<Vec<Row>> {
     Ok(rows)
 }
 
-/// Looks up most of [`MESSAGES`] at a status API that answers at once.
-async fn looked_up_at_once(place: &Place) -> anyhow::Result<Row> {
+/// Measures the lookup of most of [`MESSAGES`] with a status API that answers at once.
+async fn measure_backlog_lookup(deployment: &Deployment) -> anyhow::Result<Row> {
     let at_once = AT_ONCE.to_string();
-    let consumer = place.spawn("consumer", &[("MAX_CONSUMERS", at_once.as_str())]).await;
+    let consumer = deployment.spawn("consumer", &[("MAX_CONSUMERS", at_once.as_str())]).await;
     let meter = Meter::start(&consumer);
     let before = settled(&consumer).await;
     let started = Instant::now();
     // What is left at the end comes in as the queue runs dry.
     let enough = before + (MESSAGES.unsigned_abs() - before) / 10 * 9;
-    let after = settles(&consumer, enough).await;
+    let after = wait_for_settled(&consumer, enough).await;
     let rate = per_second(after - before, started.elapsed());
     let mut row = Row::new("answers at once, 300 in flight", "objects/s", rate);
     row.cost = Some(meter.cost_of(per_second(after - before, Duration::from_secs(1))));
     Ok(row)
 }
 
-/// What a million messages that wait cost those who publish and those who consume.
-pub(crate) async fn measure_backlog(world: &World) -> anyhow::Result<Vec<Row>> {
+/// Measures how a million waiting messages affect publishing and consuming.
+pub(crate) async fn measure_backlog(servers: &Servers) -> anyhow::Result<Vec<Row>> {
     const BACKLOG: i64 = 1_000_000;
-    let status_api = StatusApi::start(Pace::AT_ONCE)?;
+    let status_api = StatusApi::start(Pace::INSTANT)?;
     let mut rows = Vec::new();
     for backlog in [0, BACKLOG] {
-        let place = world.place(status_api.endpoint()).await;
-        place.prepare().await;
-        let queue = &place.queue.name;
+        let deployment = servers.deployment(status_api.endpoint()).await;
+        deployment.prepare().await;
+        let queue = &deployment.queue.name;
         if backlog > 0 {
-            limits::publish(world.amqp_uri(), queue, 1..=backlog).await?;
+            limits::publish(servers.amqp_uri(), queue, 1..=backlog).await?;
         }
-        rows.push(callbacks_at(&place, 1, 64, &PATIENT).await?);
+        rows.push(callbacks_at(&deployment, 1, 64, &LONG_TIMEOUT).await?);
         if backlog == 0 {
-            limits::publish(world.amqp_uri(), queue, 1..=MESSAGES).await?;
+            limits::publish(servers.amqp_uri(), queue, 1..=MESSAGES).await?;
         }
-        rows.push(looked_up_at_once(&place).await?);
+        rows.push(measure_backlog_lookup(&deployment).await?);
     }
     let with = rows.split_off(2);
     Ok(with
@@ -100,24 +100,24 @@ pub(crate) async fn measure_backlog(world: &World) -> anyhow::Result<Vec<Row>> {
         .collect())
 }
 
-pub(crate) async fn measure_slow(world: &World) -> anyhow::Result<Vec<Row>> {
+pub(crate) async fn measure_slow(servers: &Servers) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (processes, at_once) in [(1, 300), (1, 2_000), (2, 2_000), (1, 10_000)] {
-        rows.push(slow(world, processes, at_once).await?);
+        rows.push(slow(servers, processes, at_once).await?);
     }
     Ok(rows)
 }
 
-async fn slow(world: &World, processes: u16, at_once: u16) -> anyhow::Result<Row> {
+async fn slow(servers: &Servers, processes: u16, at_once: u16) -> anyhow::Result<Row> {
     let status_api = StatusApi::start(SLOW)?;
-    let place = world.place(status_api.endpoint()).await;
-    place.prepare().await;
+    let deployment = servers.deployment(status_api.endpoint()).await;
+    deployment.prepare().await;
     let limit = f64::from(processes) * f64::from(at_once) / SLOW_MEAN_SECONDS;
     let seconds = (SLOW_RAMP + SLOW_DURATION).as_secs_f64() + 5.0;
-    #[expect(clippy::cast_possible_truncation, reason = "it is some 100,000")]
+    #[expect(clippy::cast_possible_truncation, reason = "it is about 100,000")]
     let messages = (limit * seconds) as i64 + 3 * i64::from(at_once) * i64::from(processes);
-    limits::publish(world.amqp_uri(), &place.queue.name, 1..=messages).await?;
-    let consumers = spawn_consumers(&place, processes, at_once);
+    limits::publish(servers.amqp_uri(), &deployment.queue.name, 1..=messages).await?;
+    let consumers = spawn_consumers(&deployment, processes, at_once);
     eventually("the first lookup is answered", PATIENCE, async || {
         (status_api.answered() > 0).then_some(())
     })
@@ -134,8 +134,8 @@ async fn slow(world: &World, processes: u16, at_once: u16) -> anyhow::Result<Row
     );
     let mut row = Row::new(what, "lookups/s", ours);
     row.limit = Some(limit);
-    let of_one = per_second(answered, Duration::from_secs(1)) / f64::from(processes);
-    row.cost = Some(meter.cost_of(of_one));
+    let per_process = per_second(answered, Duration::from_secs(1)) / f64::from(processes);
+    row.cost = Some(meter.cost_of(per_process));
     row.goals = vec![Goal::RatioAtLeast(0.98)];
     if at_once == 10_000 {
         row.goals.push(Goal::PeakMbAtMost(150.0));
@@ -143,20 +143,19 @@ async fn slow(world: &World, processes: u16, at_once: u16) -> anyhow::Result<Row
     Ok(row)
 }
 
-/// Many messages about few objects: how few lookups they need, and whether each message was acked after
-/// one that began when it had been published.
-pub(crate) async fn measure_coalescing(world: &World) -> anyhow::Result<Vec<Row>> {
+/// Measures the number of lookups for many messages about few objects.
+pub(crate) async fn measure_coalescing(servers: &Servers) -> anyhow::Result<Vec<Row>> {
     const MESSAGES: u64 = 20_000;
     const OBJECTS: i64 = 100;
     let status_api = StatusApi::start(SLOW)?;
-    let place = world.place(status_api.endpoint()).await;
-    place.prepare().await;
+    let deployment = servers.deployment(status_api.endpoint()).await;
+    deployment.prepare().await;
     let ids = (0..).map(|number| number % OBJECTS).take(usize::try_from(MESSAGES)?);
-    limits::publish(world.amqp_uri(), &place.queue.name, ids).await?;
+    limits::publish(servers.amqp_uri(), &deployment.queue.name, ids).await?;
     let started = Instant::now();
-    let consumer = place.spawn("consumer", &[]).await;
+    let consumer = deployment.spawn("consumer", &[]).await;
     let meter = Meter::start(&consumer);
-    settles(&consumer, MESSAGES).await;
+    wait_for_settled(&consumer, MESSAGES).await;
     let took = started.elapsed();
     #[expect(clippy::cast_precision_loss, reason = "it is below 20,000")]
     let lookups = status_api.answered() as f64;
@@ -168,17 +167,17 @@ pub(crate) async fn measure_coalescing(world: &World) -> anyhow::Result<Vec<Row>
     Ok(vec![row])
 }
 
-fn spawn_consumers(place: &Place, processes: u16, at_once: u16) -> Vec<Process> {
+fn spawn_consumers(deployment: &Deployment, processes: u16, at_once: u16) -> Vec<Process> {
     let max_consumers = at_once.to_string();
     let variables = [("MAX_CONSUMERS", max_consumers.as_str())];
-    (0..processes).map(|_| place.system.spawn("consumer", &variables)).collect()
+    (0..processes).map(|_| deployment.system.spawn("consumer", &variables)).collect()
 }
 
-/// Waits until at least so many deliveries are settled, and gives how many are.
-async fn settles(consumer: &Process, least: u64) -> u64 {
+/// Waits until at least `minimum` deliveries are settled, and returns their number.
+async fn wait_for_settled(consumer: &Process, minimum: u64) -> u64 {
     eventually("the backlog is looked up", PATIENCE, async || {
         let settled = settled(consumer).await;
-        (settled >= least).then_some(settled)
+        (settled >= minimum).then_some(settled)
     })
     .await
 }

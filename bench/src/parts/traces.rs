@@ -1,12 +1,12 @@
-//! What traces cost the producer.
+//! The cost of traces in the producer.
 
 use testbed::Collector;
 
-use super::callbacks::{NO_STATUS_API, PATIENT, callbacks_at};
-use crate::servers::World;
+use super::callbacks::{LONG_TIMEOUT, NO_STATUS_API, callbacks_at};
+use crate::servers::Servers;
 use crate::table::Row;
 
-pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
+pub(crate) async fn measure(servers: &Servers) -> anyhow::Result<Vec<Row>> {
     let collector = Collector::start(|_, _| {}).await;
     let endpoint = collector.endpoint();
     let on = ("OTEL_EXPORTER_OTLP_ENDPOINT", endpoint.as_str());
@@ -14,9 +14,9 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
     let mut rows = Vec::new();
     for (traces, variables) in [("no traces", &[][..]), ("1% traced", &few), ("all traced", &[on])]
     {
-        let place = world.place(NO_STATUS_API.to_owned()).await;
-        let variables = [&PATIENT[..], variables].concat();
-        let mut row = callbacks_at(&place, 1, 64, &variables).await?;
+        let deployment = servers.deployment(NO_STATUS_API.to_owned()).await;
+        let variables = [&LONG_TIMEOUT[..], variables].concat();
+        let mut row = callbacks_at(&deployment, 1, 64, &variables).await?;
         row.what = format!("{}, {traces}", row.what);
         rows.push(row);
     }

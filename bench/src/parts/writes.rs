@@ -12,29 +12,29 @@ use tokio::task::JoinSet;
 use tokio::time::sleep;
 
 use crate::limits;
-use crate::servers::{World, per_second};
+use crate::servers::{Servers, per_second};
 use crate::table::{Goal, Row};
 
 const DURATION: Duration = Duration::from_secs(4);
 const ROWS_PER_UPSERT: u32 = 1_000;
-/// How many objects there are.
+/// The number of objects.
 const POPULATION: u32 = 100_000;
-/// As many as wait for their commit in a consumer with many lookups: a batch that is written, and one that
-/// gathers.
+/// The number of results that wait for their commit, as in a consumer with many lookups: one batch
+/// that is being written, and the next one.
 const WAITING: i64 = 2_000;
 
-/// The settings of a consumer, of which the writer needs a part.
+/// The settings of a consumer. The writer needs only a part of them.
 #[derive(clap::Parser)]
 struct Settings {
     #[command(flatten)]
     consumer: consumer::Config,
 }
 
-pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
-    let place = world.place("http://127.0.0.1:1".to_owned()).await;
-    place.prepare().await;
-    let url = place.database.url();
-    // Once round, so that both find all rows there.
+pub(crate) async fn measure(servers: &Servers) -> anyhow::Result<Vec<Row>> {
+    let deployment = servers.deployment("http://127.0.0.1:1".to_owned()).await;
+    deployment.prepare().await;
+    let url = deployment.database.url();
+    // Insert all rows first, so that both measurements only update.
     limits::upsert(url, ROWS_PER_UPSERT, POPULATION, sleep(DURATION / 2)).await?;
     let limit = limits::upsert(url, ROWS_PER_UPSERT, POPULATION, sleep(DURATION)).await?;
 
@@ -59,8 +59,8 @@ pub(crate) async fn measure(world: &World) -> anyhow::Result<Vec<Row>> {
         });
     }
     let mut written = 0;
-    while let Some(of_one) = waiting.join_next().await {
-        written += of_one??;
+    while let Some(count) = waiting.join_next().await {
+        written += count??;
     }
     let ours = per_second(written, started.elapsed());
     let mut row = Row::new("the batch writer, 2,000 results at once", "rows/s", ours);
