@@ -31,7 +31,8 @@ pub struct Format {
     pub version: u32,
     /// The statements that create an empty file.
     pub schema: &'static str,
-    /// Disk space reserved for [`crate::File::transact_on_ballast`], in a separate file; 0 for none.
+    /// Disk space reserved for [`crate::File::transact_on_ballast`], in a separate file; 0 for
+    /// none.
     pub ballast_bytes: u64,
     /// Size limit. Above it, only [`crate::File::transact_on_ballast`] is accepted.
     pub max_bytes: u64,
@@ -359,7 +360,8 @@ fn lock(path: &Path) -> Result<Lock, OpenError> {
             return Err(OpenError::InUse { path: path.to_owned(), owner });
         }
     }
-    // For the error of a process that finds the file locked. Without it, that error is less precise.
+    // For the error of a process that finds the file locked. Without it, that error is less
+    // precise.
     let emptied = file.set_len(0).and_then(|()| file.rewind());
     if emptied.and_then(|()| writeln!(file, "{}", std::process::id())).is_err() {
         tracing::debug!(path = %lock_path.display(), "cannot write the process id");

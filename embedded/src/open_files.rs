@@ -41,7 +41,8 @@ impl OpenFiles {
         }
     }
 
-    /// The first file that was removed or replaced. A file that cannot be inspected counts as present.
+    /// The first file that was removed or replaced. A file that cannot be inspected counts as
+    /// present.
     pub(crate) fn missing(&self) -> Option<&Path> {
         let others = self.others.iter().find(|(path, identity)| !is_same_file(path, *identity));
         let missing = if self.has_main() { others } else { Some(&self.main) };

@@ -164,8 +164,9 @@ impl File {
         ))
     }
 
-    /// Runs `work` within a transaction, shared with other callers, and returns when the transaction
-    /// is committed and on disk. If this future is dropped, the work may still be executed.
+    /// Runs `work` within a transaction, shared with other callers, and returns when the
+    /// transaction is committed and on disk. If this future is dropped, the work may still be
+    /// executed.
     ///
     /// # Errors
     /// [`WriteError`] if `work` or the commit fails: then nothing of it is written.
@@ -357,7 +358,8 @@ impl Writer {
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
-            // On a hanging disk, callers give up and submit again: abandoned requests must not pile up.
+            // On a hanging disk, callers give up and submit again: abandoned requests must not pile
+            // up.
             group.retain(|request| !request.is_abandoned());
             if group.iter().any(|request| request.may_grow_file())
                 && let Some(reason) = self.growth_refusal()
@@ -401,8 +403,8 @@ impl Writer {
         let mut outcome = committed.as_ref().map_err(|error| self.error(error)).copied();
         let has_written = committed.is_ok() && self.connection.total_changes() != changes_before;
         let gone = self.files.missing().map(Path::to_owned);
-        // The commit may be in a removed file, which is lost when this process ends. Callers must not
-        // rely on it before it is saved to another file.
+        // The commit may be in a removed file, which is lost when this process ends. Callers must
+        // not rely on it before it is saved to another file.
         if let Some(gone) = &gone
             && !self.save_commits()
             && has_written
@@ -437,7 +439,8 @@ impl Writer {
         }
     }
 
-    /// Executes all requests of the group in one transaction. A request that fails is rolled back alone.
+    /// Executes all requests of the group in one transaction. A request that fails is rolled back
+    /// alone.
     fn commit(&mut self, group: &mut [Box<dyn Request>]) -> rusqlite::Result<()> {
         let transaction =
             self.connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
@@ -471,8 +474,8 @@ impl Writer {
         is_full.then(|| format!("it has reached its limit of {max_bytes} bytes"))
     }
 
-    /// Saves the commits of this process from removed files to an existing file, so that no accepted
-    /// write is lost. Returns whether that succeeded.
+    /// Saves the commits of this process from removed files to an existing file, so that no
+    /// accepted write is lost. Returns whether that succeeded.
     fn save_commits(&mut self) -> bool {
         let saved = if self.files.has_main() { self.checkpoint_log() } else { self.copy() };
         match saved {
@@ -500,7 +503,8 @@ impl Writer {
         self.files.clear_log().map_err(|error| error.to_string())
     }
 
-    /// Writes a copy of the whole file beside the path of the removed one. The next start salvages it.
+    /// Writes a copy of the whole file beside the path of the removed one. The next start salvages
+    /// it.
     fn copy(&self) -> Result<(), String> {
         let directory = open::directory_of(&self.path);
         open::create_directory(directory).map_err(|error| error.to_string())?;
@@ -591,8 +595,9 @@ impl Writer {
         }
     }
 
-    /// Reports kept damaged files, and starts to salvage the oldest one that is not salvaged yet. It
-    /// first runs after one [`CHECK_INTERVAL`], because a file may be opened before logging is set up.
+    /// Reports kept damaged files, and starts to salvage the oldest one that is not salvaged yet.
+    /// It first runs after one [`CHECK_INTERVAL`], because a file may be opened before logging is
+    /// set up.
     fn check_kept_files(&mut self) {
         let (damaged, salvaged) = open_files::kept(&self.path);
         #[expect(clippy::cast_precision_loss, reason = "there are few")]

@@ -42,8 +42,8 @@ async fn wait_until_processed(accepted: &[i64], status_api: &StatusApi, pool: &P
     .await;
 }
 
-/// Checks that no id was looked up twice, unless messages were `spooled`. A message that the broker of
-/// a busy machine confirms too late also goes through the spool, and is then looked up twice.
+/// Checks that no id was looked up twice, unless messages were `spooled`. A message that the broker
+/// of a busy machine confirms too late also goes through the spool, and is then looked up twice.
 #[track_caller]
 fn assert_looked_up_once(status_api: &StatusApi, spooled: f64) {
     let twice = looked_up_twice(status_api);

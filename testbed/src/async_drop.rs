@@ -5,8 +5,8 @@ use std::time::Duration;
 /// Time limit, so that a server that the test has killed or silenced does not block its end.
 const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Runs `work` to completion on a thread with its own runtime, because `drop` is not async. It often
-/// runs inside a runtime, where blocking on a future panics, or in one that is shutting down.
+/// Runs `work` to completion on a thread with its own runtime, because `drop` is not async. It
+/// often runs inside a runtime, where blocking on a future panics, or in one that is shutting down.
 ///
 /// It never panics, because it may run while a test panics: a second panic would abort the process.
 pub(crate) fn block_on<F>(what: &str, work: impl FnOnce() -> F + Send + 'static)

@@ -8,8 +8,8 @@ use rustix::process::Pid;
 /// Waits until `parent` is stopped and cannot start more processes, and returns its children.
 pub(crate) fn children_once_stopped(parent: Pid) -> Vec<Pid> {
     let parent = parent.as_raw_nonzero().get();
-    // The stop signal takes effect at once on a sleeping process and soon on a running one. A zombie
-    // cannot start processes either.
+    // The stop signal takes effect at once on a sleeping process and soon on a running one. A
+    // zombie cannot start processes either.
     while stat(Path::new(&format!("/proc/{parent}")))
         .is_some_and(|stat| !matches!(stat.state, 'T' | 'Z'))
     {

@@ -78,8 +78,8 @@ impl Drop for Database {
     }
 }
 
-/// Converts a postgres URL to the variables `POSTGRES_HOST`, `_PORT`, `_USER`, `_PASSWORD` and `_DB`.
-/// A missing password becomes `unused`, because the services need one.
+/// Converts a postgres URL to the variables `POSTGRES_HOST`, `_PORT`, `_USER`, `_PASSWORD` and
+/// `_DB`. A missing password becomes `unused`, because the services need one.
 ///
 /// # Panics
 /// When `url` is no URL with a host.

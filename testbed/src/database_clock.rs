@@ -4,8 +4,8 @@ use std::time::Duration;
 
 use sqlx::PgPool;
 
-/// The clock that sessions of one database see instead of the server's clock. It shadows `now()` and
-/// `clock_timestamp()` by a schema that precedes `pg_catalog` in the search path.
+/// The clock that sessions of one database see instead of the server's clock. It shadows `now()`
+/// and `clock_timestamp()` by a schema that precedes `pg_catalog` in the search path.
 #[derive(Debug)]
 pub struct DatabaseClock {
     pool: PgPool,

@@ -2,9 +2,9 @@
 //! with a reason, because a test cannot handle errors.
 //!
 //! - [`Queue`] and [`Database`] have unique names on the shared servers and are removed on drop.
-//! - [`RabbitNode`] and [`PostgresCluster`] belong to one test, which can kill and boot them, with TLS
-//!   by an [`Authority`]. So does [`Prometheus`].
-//! - [`StatusApi`], [`Proxy`], [`Balancer`], [`HaProxy`] and [`Collector`] are the peers of services.
+//! - [`RabbitNode`] and [`PostgresCluster`] belong to one test, which can kill and boot them, with
+//!   TLS by an [`Authority`]. So does [`Prometheus`].
+//! - [`StatusApi`], [`Proxy`], [`Balancer`], [`HaProxy`] and [`Collector`] are peers of services.
 //! - [`Process`] is a service.
 //!
 //! Everything that a test starts ends with the test, even when it panics. Processes also end when

@@ -25,8 +25,8 @@ pub struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts it in front of the database at `url`, with the `pool_mode` `session`, `transaction` or
-    /// `statement` and up to `pool_size` connections to the server.
+    /// Starts it in front of the database at `url`, with the `pool_mode` `session`, `transaction`
+    /// or `statement` and up to `pool_size` connections to the server.
     ///
     /// # Panics
     /// When it is not installed, or does not start.

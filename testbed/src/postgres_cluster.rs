@@ -22,8 +22,8 @@ use crate::{eventually, free_port, ports, programs};
 const BOOT_DEADLINE: Duration = Duration::from_mins(1);
 const STOP_DEADLINE: Duration = Duration::from_secs(30);
 /// Mounts a small disk at the directory `$0`, visible only to itself, and then runs the server.
-/// Mounting needs root, at least in a user namespace. Postgres refuses to run as root, so it runs in
-/// a second namespace as another user.
+/// Mounting needs root, at least in a user namespace. Postgres refuses to run as root, so it runs
+/// in a second namespace as another user.
 const WITH_SMALL_DISK: &str =
     r#"mount -t tmpfs -o size=24m small "$0" && exec unshare --user --map-user=1000 "$@""#;
 
@@ -64,9 +64,9 @@ impl PostgresCluster {
     }
 
     /// Like [`PostgresCluster::start`], with the tables on a disk of 24 MiB, which
-    /// [`PostgresCluster::fill_small_disk`] fills. The cluster cannot be booted again, because the disk
-    /// disappears with its processes. Other files are elsewhere: without room for its log, Postgres
-    /// ends.
+    /// [`PostgresCluster::fill_small_disk`] fills. The cluster cannot be booted again, because the
+    /// disk disappears with its processes. Other files are elsewhere: without room for its log,
+    /// Postgres ends.
     pub async fn start_on_a_small_disk() -> Self {
         let mut cluster = Self::create(free_port(), None).await;
         let disk = cluster.disk_path();
@@ -156,8 +156,8 @@ impl PostgresCluster {
         }
     }
 
-    /// Replaces this cluster, which must be down, with an empty one. Returns the former cluster, which
-    /// keeps its files and gets another port. Both are down.
+    /// Replaces this cluster, which must be down, with an empty one. Returns the former cluster,
+    /// which keeps its files and gets another port. Both are down.
     ///
     /// # Panics
     /// When it runs.
@@ -193,7 +193,8 @@ impl PostgresCluster {
         self.port
     }
 
-    /// Starts it on the same files and port, and waits until it has recovered and accepts connections.
+    /// Starts it on the same files and port, and waits until it has recovered and accepts
+    /// connections.
     ///
     /// # Panics
     /// When it already runs, or does not accept connections within 60 s.
@@ -220,15 +221,15 @@ impl PostgresCluster {
         .await;
     }
 
-    /// Kills all of its processes at once, like a power failure, and waits until its port is closed.
-    /// Does nothing if it is down.
+    /// Kills all of its processes at once, like a power failure, and waits until its port is
+    /// closed. Does nothing if it is down.
     pub async fn kill(&mut self) {
         self.kill_all();
         ports::wait_until_closed(self.port).await;
     }
 
-    /// Stops it like `pg_ctl stop -m immediate`: without a checkpoint, so that it must recover when it
-    /// boots. Waits until its port is closed.
+    /// Stops it like `pg_ctl stop -m immediate`: without a checkpoint, so that it must recover when
+    /// it boots. Waits until its port is closed.
     ///
     /// # Panics
     /// When it is down, or does not stop within 30 s.
@@ -271,8 +272,8 @@ impl PostgresCluster {
     fn kill_all(&mut self) {
         let Some(mut postmaster) = self.postmaster.take() else { return };
         // Each child leads its own process group, so that killing the postmaster's group would let
-        // them finish their statements. A stopped postmaster neither starts new children nor notices
-        // that the others have ended.
+        // them finish their statements. A stopped postmaster neither starts new children nor
+        // notices that the others have ended.
         postmaster.signal(Signal::STOP);
         for child in children_once_stopped(postmaster.pid()) {
             if let Err(error) = kill_process(child, Signal::KILL) {
@@ -283,8 +284,8 @@ impl PostgresCluster {
         self.remove_shared_memory();
     }
 
-    /// Removes the shared memory segment by which a postmaster detects another one on its files. The
-    /// kernel keeps it after a kill, and allows only a few thousand segments.
+    /// Removes the shared memory segment by which a postmaster detects another one on its files.
+    /// The kernel keeps it after a kill, and allows only a few thousand segments.
     fn remove_shared_memory(&self) {
         let pid_file = fs::read_to_string(self.folder().join("postmaster.pid"));
         let Ok(pid_file) = pid_file else { return };

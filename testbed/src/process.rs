@@ -31,9 +31,9 @@ pub struct Process {
 }
 
 impl Process {
-    /// Starts `binary` in an empty directory, so that it reads no `.env`. Its environment is `PATH`,
-    /// an `ADMIN_ADDR` with a free port, a `DRAIN_DELAY` of zero, and `environment`, which takes
-    /// precedence.
+    /// Starts `binary` in an empty directory, so that it reads no `.env`. Its environment is
+    /// `PATH`, an `ADMIN_ADDR` with a free port, a `DRAIN_DELAY` of zero, and `environment`, which
+    /// takes precedence.
     ///
     /// # Panics
     /// When the binary has not been built: cargo builds only the binaries of the tested package.
@@ -42,8 +42,8 @@ impl Process {
         Self::spawn_wrapped(&[], binary, environment, arguments)
     }
 
-    /// Like [`Process::spawn`], but starts `binary` through `wrapper`: a command that finally replaces
-    /// itself by the command in its arguments, such as `nice`.
+    /// Like [`Process::spawn`], but starts `binary` through `wrapper`: a command that finally
+    /// replaces itself by the command in its arguments, such as `nice`.
     ///
     /// # Panics
     /// As [`Process::spawn`].
@@ -193,8 +193,8 @@ impl Process {
             .expect("a running process has a resident set")
     }
 
-    /// Sets the soft limit of open files and connections, and returns the previous one. All open ones
-    /// stay open.
+    /// Sets the soft limit of open files and connections, and returns the previous one. All open
+    /// ones stay open.
     ///
     /// # Panics
     /// When the process has ended.
@@ -211,8 +211,8 @@ impl Process {
         self.group().signal(Signal::TERM);
     }
 
-    /// Pauses the process, as a debugger or a frozen virtual machine would, and returns when none of
-    /// its threads runs.
+    /// Pauses the process, as a debugger or a frozen virtual machine would, and returns when none
+    /// of its threads runs.
     ///
     /// # Panics
     /// When the process does not stop within a minute.
@@ -223,7 +223,8 @@ impl Process {
             let tasks = fs::read_dir(format!("/proc/{}/task", self.pid())).ok()?;
             let is_stopped = |task: io::Result<DirEntry>| {
                 let stat = fs::read_to_string(task?.path().join("stat"))?;
-                // The state follows the name, which is in parentheses and may contain any character.
+                // The state follows the name, which is in parentheses and may contain any
+                // character.
                 Ok::<_, io::Error>(
                     stat.rsplit(')').next().is_some_and(|rest| rest.starts_with(" T")),
                 )

@@ -11,8 +11,8 @@ use rustix::process::{Pid, Signal, kill_process, kill_process_group};
 /// by ctrl-c or killed by CI leaves its servers running.
 const WATCHDOG: &str = r#"read -r _; kill -s KILL -- "-$0"; rm -rf -- "$1""#;
 
-/// A child process that leads its own process group, so that its children in the group can be killed
-/// with it. The group is killed on drop, and when the test process ends.
+/// A child process that leads its own process group, so that its children in the group can be
+/// killed with it. The group is killed on drop, and when the test process ends.
 #[derive(Debug)]
 pub(crate) struct ProcessGroup {
     leader: Child,

@@ -22,8 +22,8 @@ struct Lines {
 }
 
 impl ProcessLog {
-    /// Creates a log with the file `<folder>/<binary>-<test process>-<number>.log`. The name contains
-    /// the test process, because several test processes share the folder.
+    /// Creates a log with the file `<folder>/<binary>-<test process>-<number>.log`. The name
+    /// contains the test process, because several test processes share the folder.
     pub(crate) fn new(folder: &Path, binary: &str) -> Self {
         static STARTED: AtomicU32 = AtomicU32::new(0);
         let number = STARTED.fetch_add(1, Ordering::Relaxed) + 1;

@@ -5,8 +5,8 @@ use std::process::{Command, Stdio};
 
 use crate::{postgres_cluster, rabbit_node};
 
-/// The root of the servers' installation: `TEST_SERVERS_ROOT`, which `scripts/with-servers --newest`
-/// sets, or `/`.
+/// The root of the servers' installation: `TEST_SERVERS_ROOT`, which `scripts/with-servers
+/// --newest` sets, or `/`.
 pub(crate) fn servers_root() -> PathBuf {
     std::env::var_os("TEST_SERVERS_ROOT").map_or_else(|| PathBuf::from("/"), PathBuf::from)
 }

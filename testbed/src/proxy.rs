@@ -74,8 +74,8 @@ impl Proxy {
         self.address
     }
 
-    /// Forwards new connections to another target, like a load balancer whose backend has failed. Open
-    /// connections keep their target.
+    /// Forwards new connections to another target, like a load balancer whose backend has failed.
+    /// Open connections keep their target.
     pub fn switch_to(&self, target: impl Into<String>) {
         *self.target.lock().unwrap_or_else(PoisonError::into_inner) = target.into();
     }
@@ -92,8 +92,8 @@ impl Proxy {
         self.counts.held.load(Ordering::Relaxed)
     }
 
-    /// Stops forwarding in both directions. Connections stay open, and new ones are accepted. The bytes
-    /// sent meanwhile arrive after [`Proxy::restore`], as after an outage that TCP survived.
+    /// Stops forwarding in both directions. Connections stay open, and new ones are accepted. The
+    /// bytes sent meanwhile arrive after [`Proxy::restore`], as after an outage that TCP survived.
     pub fn silence(&self) {
         self.network.send_modify(|network| network.traffic = Traffic::Silent);
     }
@@ -106,8 +106,8 @@ impl Proxy {
         });
     }
 
-    /// Delays all forwarded bytes by a random time of `delay`, and about every hundredth piece also by
-    /// `stall`, like TCP after a lost packet. The order stays the same.
+    /// Delays all forwarded bytes by a random time of `delay`, and about every hundredth piece also
+    /// by `stall`, like TCP after a lost packet. The order stays the same.
     pub fn slow_down(&self, delay: Range<Duration>, stall: Duration) {
         self.network.send_modify(|network| network.lag = Some(Lag { delay, stall }));
     }

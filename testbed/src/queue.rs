@@ -54,8 +54,8 @@ impl Queue {
         format!("{}.dead", self.name)
     }
 
-    /// The number of ready messages in queue `name`, which excludes unacked ones; `None` if there is no
-    /// such queue.
+    /// The number of ready messages in queue `name`, which excludes unacked ones; `None` if there
+    /// is no such queue.
     pub async fn depth(&self, name: &str) -> Option<u32> {
         let passive = QueueDeclareOptions { passive: true, ..QueueDeclareOptions::default() };
         let channel = self.channel().await;
@@ -86,8 +86,8 @@ impl Queue {
         within_deadline("basic.get", got).await
     }
 
-    /// Publishes a persistent message with any body to the queue, and waits for the publisher confirm.
-    /// Tries again if the broker nacks it, as a cluster does while it elects a leader.
+    /// Publishes a persistent message with any body to the queue, and waits for the publisher
+    /// confirm. Tries again if the broker nacks it, as a cluster does while it elects a leader.
     ///
     /// # Panics
     /// When the queue does not exist, or the broker does not accept the message.

@@ -41,9 +41,9 @@ pub struct RabbitNode {
     scratch: Scratch,
 }
 
-/// The port mapper of one node, or of all nodes of a cluster. It keeps running when a node dies, as on
-/// a real machine. The test starts it, because an epmd that is started by a node is a daemon, which
-/// the test could not find and end.
+/// The port mapper of one node, or of all nodes of a cluster. It keeps running when a node dies, as
+/// on a real machine. The test starts it, because an epmd that is started by a node is a daemon,
+/// which the test could not find and end.
 #[derive(Debug)]
 struct Epmd {
     // Dropped before its files.
@@ -75,7 +75,8 @@ impl RabbitNode {
         node
     }
 
-    /// Like [`RabbitNode::start`], with an additional TLS listener with a certificate of `authority`.
+    /// Like [`RabbitNode::start`], with an additional TLS listener with a certificate of
+    /// `authority`.
     pub async fn start_with_tls(authority: &Authority) -> Self {
         let mut node = Self::set_up(Epmd::start().await, "");
         node.tls_port = free_port();
@@ -92,8 +93,8 @@ impl RabbitNode {
         node
     }
 
-    /// Boots three empty nodes that form a cluster, which takes about 10 s. A quorum queue has a member
-    /// on each node. Its first leader is on the node that declared it.
+    /// Boots three empty nodes that form a cluster, which takes about 10 s. A quorum queue has a
+    /// member on each node. Its first leader is on the node that declared it.
     pub async fn start_cluster() -> [Self; 3] {
         let (epmd, cookie) = (Epmd::start().await, Uuid::now_v7().simple().to_string());
         let [mut first, mut second, mut third] =
@@ -111,7 +112,8 @@ impl RabbitNode {
         [first, second, third]
     }
 
-    /// Creates the files and chooses the ports of a node. RabbitMQ creates the cookie if it is empty.
+    /// Creates the files and chooses the ports of a node. RabbitMQ creates the cookie if it is
+    /// empty.
     fn set_up(epmd: Arc<Epmd>, cookie: &str) -> Self {
         let scratch = Scratch::new("rabbitmq");
         let node = Self {
@@ -253,8 +255,8 @@ impl RabbitNode {
         self.boot().await;
     }
 
-    /// Raises or clears the memory alarm. While it is raised, the broker does not read from connections
-    /// that publish.
+    /// Raises or clears the memory alarm. While it is raised, the broker does not read from
+    /// connections that publish.
     pub async fn set_memory_alarm(&self, raised: bool) {
         let watermark = if raised { "0" } else { WATERMARK };
         self.rabbitmqctl(&["set_vm_memory_high_watermark", watermark]).await;
@@ -294,8 +296,9 @@ impl RabbitNode {
         deleted.expect("a queue can be deleted");
     }
 
-    /// Waits until a queue exists and all its messages are delivered, and deletes it. Returns the times
-    /// before and after the deletion: messages that arrived in between may be lost with the queue.
+    /// Waits until a queue exists and all its messages are delivered, and deletes it. Returns the
+    /// times before and after the deletion: messages that arrived in between may be lost with the
+    /// queue.
     ///
     /// # Panics
     /// When the broker is not reachable, or the queue does not become empty within a minute.
@@ -392,7 +395,8 @@ impl Drop for RabbitNode {
     }
 }
 
-/// RabbitMQ's own scripts, which run as any user. Debian's scripts in /usr/sbin insist on the user rabbitmq.
+/// RabbitMQ's own scripts, which run as any user. Debian's scripts in /usr/sbin insist on the user
+/// rabbitmq.
 fn scripts() -> PathBuf {
     programs::servers_root().join("usr/lib/rabbitmq/bin")
 }
@@ -410,8 +414,9 @@ pub(crate) fn version() -> String {
 ///
 /// It saves the file only after half a second without a change (Ra 2.2, `auto_save` in
 /// `ra_directory`). If the node is killed before, a new queue comes back without its messages and
-/// never gets a leader, so that every call to it hangs. That is a defect of RabbitMQ, which our tests
-/// do not cover. In the header of a dets file, the third word is 0 while a change is not saved.
+/// never gets a leader, so that every call to it hangs. That is a defect of RabbitMQ, which our
+/// tests do not cover. In the header of a dets file, the third word is 0 while a change is not
+/// saved.
 fn has_ra_saved(names: &Path) -> bool {
     let content = fs::read(names).expect("a node that has booted has this file");
     content.get(8..12).is_some_and(|word| word != [0; 4])

@@ -1,8 +1,8 @@
 //! A read-only root file system.
 
-/// A wrapper for [`Process::spawn_wrapped`](crate::Process::spawn_wrapped) that makes all file systems
-/// read-only for the process, including the directories for temporary files, like Kubernetes'
-/// `readOnlyRootFilesystem`. Only its `SPOOL_DIR` and `LASTSEEN_DIR` stay writable.
+/// A wrapper for [`Process::spawn_wrapped`](crate::Process::spawn_wrapped) that makes all file
+/// systems read-only for the process, including the directories for temporary files, like
+/// Kubernetes' `readOnlyRootFilesystem`. Only its `SPOOL_DIR` and `LASTSEEN_DIR` stay writable.
 pub const WITH_READ_ONLY_ROOT: [&str; 7] = [
     "unshare",
     "--user",

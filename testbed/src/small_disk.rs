@@ -6,9 +6,9 @@ use std::path::{Path, PathBuf};
 
 use crate::process::Process;
 
-/// A wrapper for [`Process::spawn_wrapped`] that mounts a disk of 48 MiB at the process's `SPOOL_DIR`,
-/// or without one at its `LASTSEEN_DIR`. Only the process sees the disk, which disappears with it.
-/// Mounting needs root, at least in a user namespace.
+/// A wrapper for [`Process::spawn_wrapped`] that mounts a disk of 48 MiB at the process's
+/// `SPOOL_DIR`, or without one at its `LASTSEEN_DIR`. Only the process sees the disk, which
+/// disappears with it. Mounting needs root, at least in a user namespace.
 pub const WITH_SMALL_DISK: [&str; 7] = [
     "unshare",
     "--user",

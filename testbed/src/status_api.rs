@@ -47,10 +47,11 @@ pub enum Answer {
     Redirect(String),
     /// [`Answer::Online`] with one byte of the body per second.
     Trickle,
-    /// [`Answer::Online`] after this many KiB of white space, which are generated while they are sent.
+    /// [`Answer::Online`] after this many KiB of white space, which are generated while they are
+    /// sent.
     Huge(usize),
-    /// The inner answer. The hook runs just before the answer is sent, and does not run if the client
-    /// has disconnected.
+    /// The inner answer. The hook runs just before the answer is sent, and does not run if the
+    /// client has disconnected.
     Observed(SentHook, Box<Answer>),
 }
 
@@ -86,8 +87,8 @@ pub struct StatusApi {
 }
 
 impl StatusApi {
-    /// Starts it on a free port. `behaviour` determines the answer to each lookup from the id and the
-    /// number of lookups of that id so far, including this one.
+    /// Starts it on a free port. `behaviour` determines the answer to each lookup from the id and
+    /// the number of lookups of that id so far, including this one.
     pub fn start(behaviour: impl Fn(i64, u32) -> Answer + Send + Sync + 'static) -> Self {
         Self::start_on(local(free_port()), behaviour)
     }
@@ -109,8 +110,8 @@ impl StatusApi {
             socket
                 .bind(address)
                 .unwrap_or_else(|error| panic!("cannot listen on {address}: {error}"));
-            // With std's short backlog, hundreds of simultaneous connections would wait a second for
-            // their SYN to be retransmitted.
+            // With std's short backlog, hundreds of simultaneous connections would wait a second
+            // for their SYN to be retransmitted.
             socket.listen(4_096).expect("a bound socket can listen")
         };
         let address = listener.local_addr().expect("a listener has an address");

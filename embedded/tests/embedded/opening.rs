@@ -17,7 +17,8 @@ fn names(folder: &Scratch) -> impl Iterator<Item = String> {
     entries.map(|entry| entry.unwrap().file_name().into_string().unwrap())
 }
 
-/// All files in `folder` and their contents, except the lock file. No file may be removed meanwhile.
+/// All files in `folder` and their contents, except the lock file. No file may be removed
+/// meanwhile.
 fn contents(folder: &Scratch) -> BTreeMap<String, Vec<u8>> {
     let names = names(folder).filter(|name| name != "sample.db.lock");
     names.map(|name| (name.clone(), fs::read(folder.path().join(name)).unwrap())).collect()

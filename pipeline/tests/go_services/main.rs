@@ -225,7 +225,8 @@ async fn check_listing(system: &System) {
     assert!(lines.iter().filter(|line| line.contains("\"last_seen\"")).count() >= 5, "{lines:?}");
 }
 
-/// An id of more than 32 bits cannot be written to an integer column, and must not be retried forever.
+/// An id of more than 32 bits cannot be written to an integer column, and must not be retried
+/// forever.
 #[tokio::test]
 async fn id_that_the_go_table_cannot_hold_becomes_a_dead_letter() {
     let (queue, database) = (Queue::new(), Database::new().await);

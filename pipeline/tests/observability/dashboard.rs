@@ -12,7 +12,8 @@ use crate::PATIENCE;
 const DASHBOARD: &str = include_str!("../../../observability/grafana/dashboards/lastseen.json");
 const DATASOURCE: &str =
     include_str!("../../../observability/grafana/provisioning/datasources/prometheus.yml");
-/// The configuration for docker-compose.yml, which finds the services by their names in the network.
+/// The configuration for docker-compose.yml, which finds the services by their names in the
+/// network.
 const PROMETHEUS: &str = include_str!("../../../observability/prometheus.yml");
 const ALERTS: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../observability/alerts.yml");
 

@@ -21,7 +21,8 @@ fn documented() -> Names {
     let mut names = Names::default();
     for row in settings.lines().filter(|line| line.starts_with("| `")) {
         let cell = row.split(" | ").next().unwrap();
-        // A cell may hold the short form `POSTGRES_HOST`, `_PORT`, and lists `AMQP_CA` as `AMQP_CA_FILE`.
+        // A cell may hold the short form `POSTGRES_HOST`, `_PORT`, and lists `AMQP_CA` as
+        // `AMQP_CA_FILE`.
         let quoted = cell.split('`').skip(1).step_by(2);
         for name in quoted.map(|name| name.trim_end_matches("_FILE")) {
             let prefix = if name.starts_with('_') { "POSTGRES" } else { "" };

@@ -13,8 +13,8 @@ use crate::PATIENCE;
 /// which it could leak differ.
 const MARK: &str = "s3cret:Mark/€";
 
-/// The settings that can contain a secret, with their values. `{mark}` stands for the percent-encoded
-/// secret and `{plain}` for the secret itself.
+/// The settings that can contain a secret, with their values. `{mark}` stands for the
+/// percent-encoded secret and `{plain}` for the secret itself.
 const SECRETS: [(&str, &str); 4] = [
     ("AMQP_URI", "amqp://marked:{mark}@{broker}/%2f"),
     ("DATABASE_URL", "postgres://marked:{mark}@{database}/postgres"),
@@ -78,8 +78,8 @@ fn percent_encoded() -> String {
     url::form_urlencoded::byte_serialize(MARK.as_bytes()).collect()
 }
 
-/// The forms in which a secret could leak: as it is, escaped, percent-encoded, as bytes, and in base64
-/// at each of the three possible offsets within a longer text.
+/// The forms in which a secret could leak: as it is, escaped, percent-encoded, as bytes, and in
+/// base64 at each of the three possible offsets within a longer text.
 fn forms() -> Vec<String> {
     let mut forms = vec![MARK.to_owned(), percent_encoded(), MARK.escape_debug().to_string()];
     forms.push(MARK.escape_default().to_string());
@@ -178,7 +178,8 @@ async fn no_secret_leaks_in_normal_operation_or_on_failed_login() {
             process.ready().await;
             running.push((binary, process));
         }
-        // One object is online, and the lookup of the other fails, so that it becomes a dead letter.
+        // One object is online, and the lookup of the other fails, so that it becomes a dead
+        // letter.
         let looked_up = || [status_api.lookups_of(0), status_api.lookups_of(1)];
         let before = looked_up();
         for (binary, process) in &running[..2] {

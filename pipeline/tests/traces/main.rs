@@ -1,4 +1,5 @@
-//! Traces of callbacks through all services. Neither callbacks nor shutdown depend on the collector.
+//! Traces of callbacks through all services. Neither callbacks nor shutdown depend on the
+//! collector.
 
 #![expect(clippy::unwrap_used, reason = "a test fails by panicking")]
 

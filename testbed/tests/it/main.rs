@@ -1,4 +1,5 @@
-//! Tests of the testbed against real servers. They are one binary, because each takes seconds to link.
+//! Tests of the testbed against real servers. They are one binary, because each takes seconds to
+//! link.
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests may panic, too")]
 
