@@ -229,7 +229,6 @@ pub(crate) fn broker_config(uri: &str) -> broker::Config {
 pub(crate) async fn process_dead_letters(
     broker_uri: &str,
     treatment: DeadLetterAction,
-,
 ) -> Vec<DeadLetter> {
     let config = broker_config(broker_uri);
     let mut letters = Vec::new();
