@@ -176,6 +176,12 @@ async fn held_up_rows_do_not_delay_other_rows() {
     sqlx::query("CREATE TABLE missing (id bigint)").execute(pool).await.unwrap();
     other.rollback().await.unwrap();
     wait_until_written(&[]).await;
+    // A repeated message is looked up once the first one is settled. A consumer that is stopped
+    // before gives it back.
+    eventually("the repeated messages are looked up", PATIENCE, async || {
+        HELD_UP.iter().all(|&id| api.lookups_of(id) >= 2).then_some(())
+    })
+    .await;
     consumer.stop().await;
     env.assert_all_settled().await;
 }

@@ -161,7 +161,7 @@ async fn file_of_another_version_is_refused_and_not_changed() {
     {
         let refused = refused.unwrap();
         assert!(matches!(refused, OpenError::Foreign { .. }), "{refused}");
-        assert!(refused.to_string().contains("version 2"), "{refused}");
+        assert!(refused.to_string().contains("its version is 2"), "{refused}");
     }
     assert!(contents(&folder) == before, "it was changed");
     assert_eq!(crate::all_numbers(&attach(&path_in(&folder), newer).unwrap()), [1]);

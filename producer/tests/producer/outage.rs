@@ -156,7 +156,7 @@ async fn callback_above_capacity_without_a_spool_is_503_at_once() {
     let (_, answer) = first_answer_above_publisher_capacity(&producer).await;
     answer.assert_problem(503);
     assert_eq!(answer.header("retry-after"), "1");
-    assert!(format!("{answer:?}").contains("to confirm already"), "{answer:?}");
+    assert!(format!("{answer:?}").contains("unconfirmed already"), "{answer:?}");
 }
 
 #[tokio::test]

@@ -46,7 +46,7 @@ async fn file_of_a_newer_version_is_rejected_and_unchanged() {
     // The user_version in the header.
     change(&path, |bytes| bytes[60..64].copy_from_slice(&2_u32.to_be_bytes()));
     let what = assert_rejected_as_foreign(&path).await;
-    assert_eq!(what, "of version 2; this program knows version 1");
+    assert_eq!(what, "its version is 2, this program needs version 1");
 }
 
 /// Field case 3.5.

@@ -58,7 +58,7 @@ impl Switch {
     }
 }
 
-/// The way to a server, on which each connection is silent once the server has said `words`.
+/// A proxy to `server` whose connections become silent once the server has sent `words`.
 async fn silent_after(words: &'static [u8], server: String) -> SocketAddr {
     let listener = TcpListener::bind(("127.0.0.1", free_port())).await.unwrap();
     let address = listener.local_addr().unwrap();
@@ -125,6 +125,23 @@ async fn store_recovers_from_a_late_or_lost_database() {
     assert_eq!(ids(database.pool()).await, [1, 3]);
 }
 
+#[tokio::test]
+async fn connection_that_a_silent_database_never_opens_is_given_up() {
+    let database = Database::new().await;
+    let proxy = Proxy::start(server(database.url())).await;
+    let store = start(&at(proxy.addr(), database.url()), 1);
+    // The monitor has its own connection: no other one is open yet.
+    ready(&store).await;
+    proxy.silence();
+    let recorded = timeout(DEADLINE, store.record_seen(&[seen(1, HOUR)])).await;
+    assert!(matches!(recorded, Ok(Err(StoreError::NoConnection(_)))), "{recorded:?}");
+    proxy.restore();
+    eventually("sightings are recorded again", DEADLINE, async || {
+        store.record_seen(&[seen(2, HOUR)]).await.ok()
+    })
+    .await;
+}
+
 /// The test takes the 12 s of a statement's deadline. The old connections stay silent without being
 /// closed, as after a firewall has dropped them; only new connections work.
 #[tokio::test]
@@ -153,11 +170,11 @@ async fn statement_to_a_silent_database_times_out_and_the_next_works() {
 }
 
 #[tokio::test]
-async fn a_database_that_is_silent_after_an_error_takes_no_connection_for_good() {
+async fn silence_after_an_error_occupies_no_connection() {
     let database = Database::new().await;
-    let way = silent_after(b"not_three", server(database.url())).await;
+    let proxy = silent_after(b"not_three", server(database.url())).await;
     // What is encrypted could not be searched.
-    let mut url: Url = at(way, database.url()).parse().unwrap();
+    let mut url: Url = at(proxy, database.url()).parse().unwrap();
     url.query_pairs_mut().append_pair("sslmode", "disable");
     let store = start(url.as_str(), 1);
     ready(&store).await;
@@ -166,5 +183,5 @@ async fn a_database_that_is_silent_after_an_error_takes_no_connection_for_good()
     let refused = timeout(DEADLINE, store.record_seen(&[seen(3, HOUR)])).await.unwrap();
     let refused = refused.unwrap_err().to_string();
     assert!(refused.contains("not_three"), "{refused}");
-    store.record_seen(&[seen(1, HOUR)]).await.unwrap();
+    timeout(DEADLINE, store.record_seen(&[seen(1, HOUR)])).await.unwrap().unwrap();
 }
