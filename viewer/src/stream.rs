@@ -21,7 +21,7 @@ use crate::view_state::{self, Change, NextItem, Object, TooFarBehind, ViewState,
 
 /// The stream sends a line at least this often, so that each side notices the loss of the other.
 const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
-/// The first block: tells browsers how long to wait before they reconnect.
+/// The first block: sets how long browsers wait before they reconnect.
 const RETRY_HINT: &[u8] = b"retry: 1000\n\n";
 /// An empty comment, which clients ignore.
 const HEARTBEAT: &[u8] = b":\n\n";
