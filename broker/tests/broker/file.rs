@@ -1,7 +1,6 @@
 //! Tests of the queue in a file only.
 
-use std::future::poll_fn;
-use std::task::Poll;
+use std::task::{Context, Waker};
 use std::time::{Duration, Instant};
 
 use broker::{
@@ -149,19 +148,24 @@ async fn publish_wakes_a_waiting_consumer() {
 
 #[tokio::test]
 async fn cancelled_settlement_leaves_the_message_in_flight() {
-    let queue = TestQueue::new(Backend::File);
-    let publisher = queue.open().await;
+    let folder = Scratch::new("queue");
+    let path = folder.path().join("queue.db");
+    let publisher = connected(&file_config(&path)).await;
     publisher.publish_ids("c", &[7], PATIENCE).await.unwrap();
     let mut closed = consumer(&publisher, 1);
     let mut settling = Box::pin(next(&mut closed).await.settle(Disposition::Ack));
-    poll_fn(|context| Poll::Ready(settling.as_mut().poll(context).is_pending())).await;
+    // While another program writes, the ack cannot be committed before it is cancelled.
+    let other = rusqlite::Connection::open(&path).unwrap();
+    other.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let is_pending = settling.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending();
+    assert!(is_pending);
     drop(settling);
+    other.execute_batch("ROLLBACK").unwrap();
     drop(closed);
     let mut consumer = consumer(&publisher, 1);
     let again = next(&mut consumer).await;
     assert_eq!((again.id().unwrap(), again.redelivered()), (7, true));
     assert_eq!(again.settle(Disposition::Ack).await, Settled::Done);
-    queue.wait_for_depths(0, 0, 0).await;
 }
 
 /// A publish may have to wait for one page of a redrive, but not for the whole redrive.

@@ -96,6 +96,8 @@ async fn request(stream: &mut BufReader<TcpStream>) -> Option<i64> {
         }
     }
     let head = String::from_utf8(head).unwrap();
+    // Field case 5.7.
+    assert!(head.lines().next().unwrap().ends_with(" HTTP/1.1"), "{head}");
     let path = head.split(' ').nth(1).unwrap();
     Some(path.strip_prefix("/objects/").unwrap().parse().unwrap())
 }
