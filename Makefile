@@ -1,13 +1,13 @@
 .DEFAULT_GOAL := help
 .PHONY: help test schemathesis faults lint bench bench-check up observe down audit
 
-# The plugin if it is installed, otherwise the separate program.
+# The plugin `docker compose` if it is installed; otherwise the program `docker-compose`.
 COMPOSE = $(shell docker compose version >/dev/null 2>&1 && echo docker compose || echo docker-compose)
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-test: ## build everything and run all tests, with a RabbitMQ and a Postgres that are found or started
+test: ## build everything and run all tests; starts a private RabbitMQ and a private Postgres
 	@scripts/test
 
 schemathesis: ## test the viewer's API against its OpenAPI description; needs Python 3
@@ -25,8 +25,8 @@ lint: ## check format, clippy and documentation; any warning is a failure
 bench: ## measure all services against their limits, in one table; SOAK=10m also watches memory for 10 minutes
 	@scripts/bench
 
-bench-check: ## measure the ratios to the limits; fail if one is more than a tenth below bench/ratios.json
-	@BENCH_CHECK=bench/ratios.json scripts/bench callbacks lookups slow adaptive writes cleanup
+bench-check: ## measure the ratios to the limits; fail if one is more than a tenth below tests/bench/ratios.json
+	@BENCH_CHECK=tests/bench/ratios.json scripts/bench callbacks lookups slow adaptive writes cleanup
 
 up: ## build the image, start the whole system in the background, and print its addresses
 	$(COMPOSE) up --build -d
@@ -38,13 +38,13 @@ up: ## build the image, start the whole system in the background, and print its 
 	@echo "logs        $(COMPOSE) logs -f producer consumer routine viewer tester"
 
 observe: export COMPOSE_PROFILES = observability
-observe: up ## the same, with Prometheus and Grafana
+observe: up ## the same as up, with Prometheus and Grafana
 	@echo "dashboard   http://$$($(COMPOSE) port grafana 3000)"
 	@echo "alerts      http://$$($(COMPOSE) port prometheus 9090)/alerts"
 
 down: export COMPOSE_PROFILES = observability
 down: ## stop the system; its volumes stay (docker-compose down -v also removes them)
-	$(COMPOSE) down
+	$(COMPOSE) down --remove-orphans
 
 audit: ## check the licences, sources and advisories of dependencies; needs the network
 	cargo deny --version >/dev/null 2>&1 || cargo install --locked cargo-deny

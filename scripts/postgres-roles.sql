@@ -5,12 +5,12 @@
 --
 --   psql -d DATABASE -f scripts/postgres-roles.sql
 --
--- It can be run again: to change the passwords, for an existing table, or after the schema `public`
--- was recreated.
+-- The script can be run again: to change the passwords, for an existing table, or after the schema
+-- `public` was recreated.
 --
 -- With POSTGRES_REVOKE_PUBLIC=yes, only these roles and superusers can connect to the database
--- afterwards. Set it if no other application uses the database. With POSTGRES_ADMIN_PASSWORD, the role
--- that runs the script gets that password.
+-- afterwards. Set this variable if no other application uses the database. With
+-- POSTGRES_ADMIN_PASSWORD, the role that runs the script gets that password.
 \set ON_ERROR_STOP on
 \getenv migration_password POSTGRES_MIGRATION_PASSWORD
 \getenv consumer_password POSTGRES_CONSUMER_PASSWORD
@@ -36,8 +36,8 @@ ALTER ROLE lastseen_viewer LOGIN PASSWORD :'viewer_password';
 ALTER ROLE CURRENT_USER PASSWORD :'admin_password';
 \endif
 
--- By default, every role can connect and create temporary tables, and before Postgres 15 any table.
--- Another application may rely on that.
+-- By default, every role can connect and create temporary tables; before Postgres 15, it can create
+-- any table. Another application may rely on these privileges.
 \if :is_ours_alone
 SELECT format('REVOKE ALL ON DATABASE %I FROM PUBLIC', current_database()) \gexec
 REVOKE CREATE ON SCHEMA public FROM PUBLIC;
@@ -63,7 +63,7 @@ ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
 ALTER DEFAULT PRIVILEGES FOR ROLE lastseen_migration
     GRANT SELECT ON TABLES TO lastseen_viewer;
 
--- For a table that another role has created before.
+-- Takes over a table that another role has created.
 ALTER TABLE IF EXISTS object OWNER TO lastseen_migration;
 ALTER TABLE IF EXISTS _lastseen_migrations OWNER TO lastseen_migration;
 SELECT unnest(ARRAY[

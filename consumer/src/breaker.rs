@@ -3,16 +3,18 @@
 //!
 //! - **Closed**: up to `MAX_CONSUMERS` lookups run, or fewer with an
 //!   [adaptive](Concurrency::Adaptive) limit.
-//! - **Open**, because nearly all lookups failed: none run but a probe now and then, which is an
-//!   ordinary lookup.
+//! - **Open**, because nearly all lookups failed: no lookup runs, except for a probe now and then.
+//!   A probe is an ordinary lookup.
 //! - **Half-open**, because a probe was answered: one lookup runs, and each answer allows a few
 //!   more.
-//! - **Paused**, because the API asked for it: none run. After the pause, the breaker is half-open.
+//! - **Paused**, because the API asked for a pause: no lookup runs. After the pause, the breaker is
+//!   half-open.
 //!
-//! A failure counts as an attempt at its message only while the API answers other lookups: one
-//! shortly before it, and after it one that started later, or many. After any other failure, the
-//! object is looked up again at no cost. A message is given up only if its object is
-//! [at fault](first_lookups), and not an API that fails for a part of all lookups.
+//! A failure counts as an attempt at its message only if there is evidence that the API works: it
+//! answered another lookup shortly before the failed one started, and after the failure it answered
+//! either one lookup that started later or many that started earlier. After any other failure, the
+//! object is looked up again, and no attempt is counted. A message becomes a dead letter only if
+//! its object is [at fault](first_lookups), and not if the API fails for a part of all lookups.
 //!
 //! In every phase, at most `MAX_LOOKUPS_PER_SECOND` lookups start per second.
 //!
@@ -20,44 +22,49 @@
 
 mod adaptive_limit;
 mod first_lookups;
+mod lookup_permit;
 mod rate_limiter;
 mod verdict;
 mod window;
 
 use std::collections::BTreeSet;
-use std::convert::Infallible;
 use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep, sleep_until, timeout};
+use tokio::time::{Instant, timeout, timeout_at};
 
 use crate::config::{Concurrency, Lookups};
-use crate::resizable_semaphore::{Permit, ResizableSemaphore};
+use crate::resizable_semaphore::ResizableSemaphore;
 use adaptive_limit::{AdaptiveLimit, Sample};
 use first_lookups::FirstLookups;
 use rate_limiter::RateLimiter;
+use verdict::UndecidedFailure;
 use window::Window;
 
 pub(crate) use first_lookups::is_object_at_fault;
-pub(crate) use verdict::{Failure, Verdict};
+pub(crate) use lookup_permit::{LookupPermit, Outcome};
+pub(crate) use verdict::Verdict;
 
 /// The most probes in flight. A probe does not wait for the answer of the previous one; otherwise
 /// the recovery of an API that hangs would be noticed up to `STATUS_TIMEOUT` later.
 const PROBES_MAX: usize = 5;
-/// While half-open, each answer raises the limit by this many lookups. Even with answers that take
-/// seconds, hundreds of lookups run after 5 s.
+/// While half-open, each answer raises the limit by this many lookups. Even if answers take
+/// seconds, hundreds of lookups are in flight after 5 s.
 const RISE_PER_ANSWER: usize = 7;
-/// An answer is recent at the start of a lookup if it is at most this old, or at most as old as the
-/// time in which this many lookups may start.
+/// An answer counts as recent at the start of a lookup if it is at most `RECENT` old. At a low rate
+/// of lookups, it may be as old as the time in which `RECENT_LOOKUPS` lookups may start.
 const RECENT: Duration = Duration::from_secs(1);
 const RECENT_LOOKUPS: u32 = 10;
-/// The limits of a pause that the API asks for.
+/// A pause is between `PAUSE_MIN` and `PAUSE_MAX` long, whatever the API asks for.
 const PAUSE_MAX: Duration = Duration::from_mins(1);
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 
 pub(crate) struct Breaker {
-    state: watch::Sender<State>,
+    state: Mutex<State>,
+    /// Publishes [`State::phase`] whenever it is set.
+    phase: watch::Sender<Phase>,
     permits: Arc<ResizableSemaphore>,
     rate_limiter: RateLimiter,
     status: watch::Sender<Result<(), String>>,
@@ -73,8 +80,8 @@ enum Phase {
 
 struct State {
     phase: Phase,
-    /// The number of the first lookup of this phase. Half-open and the closed phase after it count
-    /// as one.
+    /// The number of the first lookup of this phase. A half-open phase and the closed phase after
+    /// it count as one.
     phase_start: u64,
     /// The fixed limit on lookups when the API works. Unused if the limit is adaptive.
     max: usize,
@@ -92,24 +99,7 @@ struct State {
     answer_count: u64,
     /// One more than the highest number of a lookup that was answered.
     answered_up_to: u64,
-}
-
-/// The outcome of a lookup, as far as it concerns the API.
-pub(crate) enum Outcome<'a> {
-    Answered,
-    Failed(&'a dyn std::error::Error),
-    /// The lookup failed for an object whose earlier failures have counted.
-    FailedAgain(&'a dyn std::error::Error),
-    /// The API asked for a pause of this length.
-    AskedToWait(Duration),
-}
-
-/// Allows one lookup. Dropping it releases it without an outcome.
-pub(crate) struct LookupPermit {
-    breaker: Arc<Breaker>,
-    number: u64,
-    started: Instant,
-    _permit: Permit,
+    undecided_failures: Vec<UndecidedFailure>,
 }
 
 impl Breaker {
@@ -126,7 +116,7 @@ impl Breaker {
         let is_adaptive = lookups.concurrency == Concurrency::Adaptive;
         let adaptive = is_adaptive.then(|| AdaptiveLimit::new(max));
         let limit = adaptive.as_ref().map_or(max, AdaptiveLimit::limit);
-        metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
+        metrics::gauge!("lastseen_lookups_limit").set(as_float(limit));
         let state = State {
             phase: Phase::Closed,
             phase_start: 0,
@@ -141,42 +131,39 @@ impl Breaker {
             recent: recent(lookups),
             answer_count: 0,
             answered_up_to: 0,
+            undecided_failures: Vec::new(),
         };
         metrics::gauge!("lastseen_breaker_state").set(0);
         Arc::new(Self {
-            state: watch::Sender::new(state),
+            state: Mutex::new(state),
+            phase: watch::Sender::new(Phase::Closed),
             permits: ResizableSemaphore::new(limit),
             rate_limiter: RateLimiter::new(lookups.max_lookups_per_second),
             status: watch::Sender::new(Ok(())),
         })
     }
 
-    /// An error while the breaker is open, with the reason.
+    /// While the breaker is open, this is an error with the reason.
     pub(crate) fn status(&self) -> watch::Receiver<Result<(), String>> {
         self.status.subscribe()
     }
 
     pub(crate) fn is_closed(&self) -> bool {
-        self.state.borrow().phase == Phase::Closed
+        *self.phase.borrow() == Phase::Closed
     }
 
-    /// Notes whether the first lookup of an object was answered.
-    pub(crate) fn note_first_lookup(&self, id: i64, is_answered: bool) {
-        self.state.send_if_modified(|state| {
-            state.first_lookups.note(id, is_answered);
-            false
-        });
+    pub(crate) fn record_first_lookup(&self, id: i64, is_answered: bool) {
+        self.state.lock().first_lookups.record(id, is_answered);
     }
 
     /// The share of the other objects' recent first lookups that failed.
     pub(crate) fn failing_share(&self, id: i64) -> f64 {
-        self.state.borrow().first_lookups.failing_share(id)
+        self.state.lock().first_lookups.failing_share(id)
     }
 
-    /// Waits until a lookup may start.
     pub(crate) async fn acquire(self: &Arc<Self>) -> LookupPermit {
-        // In this order, because a permit that is held while it waits for the rate limiter could
-        // not be taken back, and each pause would have one more lookup.
+        // Wait for the rate limiter first: a lookup that held a permit during this wait would start
+        // even if the API asked for a pause meanwhile.
         let slot = self.rate_limiter.wait().await;
         let permit = self.permits.acquire().await;
         slot.consume();
@@ -195,8 +182,8 @@ impl Breaker {
                 adaptive.set_max(max, state.next_number);
             }
             let full_limit = state.full_limit();
-            metrics::gauge!("lastseen_lookups_limit").set(gauge(full_limit));
-            // In the other phases, a lower limit applies, which rises to this one later.
+            metrics::gauge!("lastseen_lookups_limit").set(as_float(full_limit));
+            // In the other phases, a lower limit applies, which rises to the full limit later.
             if state.phase == Phase::Closed || state.limit > full_limit {
                 self.set_limit(state, full_limit);
             }
@@ -216,53 +203,43 @@ impl Breaker {
     }
 
     /// Allows probes while the breaker is open, and ends pauses.
-    pub(crate) async fn run(&self) -> Infallible {
-        let mut states = self.state.subscribe();
-        let (mut opened, mut waits) = (0, broker::backoff());
+    pub(crate) async fn run(self: Arc<Self>) {
+        let mut phases = self.phase.subscribe();
+        let mut waits = messaging::amqp::backoff();
         loop {
-            let is_idle = |state: &State| matches!(state.phase, Phase::Closed | Phase::HalfOpen);
-            let state = states.wait_for(|state| !is_idle(state)).await;
-            let state = state.ok().map(|state| (state.phase, state.phase_start));
-            let Some((phase, phase_start)) = state else {
-                // Unreachable, because `self` holds the sender.
-                return std::future::pending().await;
-            };
-            if let Phase::Paused { until } = phase {
-                sleep_until(until).await;
-                self.update(|state| self.end_pause(state));
-            } else {
-                if std::mem::replace(&mut opened, phase_start) != phase_start {
-                    waits = broker::backoff();
+            let phase = *phases.borrow_and_update();
+            let due = match phase {
+                Phase::Closed | Phase::HalfOpen => None,
+                Phase::Paused { until } => Some(until),
+                Phase::Open => {
+                    Some(Instant::now() + waits.next().unwrap_or(Duration::from_secs(1)))
                 }
-                sleep(waits.next().unwrap_or(Duration::from_secs(1))).await;
+            };
+            // This cannot fail, because `self` holds the sender.
+            let changed = phases.changed();
+            let has_changed = match due {
+                None => changed.await.is_ok(),
+                Some(due) => timeout_at(due, changed).await.is_ok(),
+            };
+            if has_changed {
+                waits = messaging::amqp::backoff();
+            } else if phase == Phase::Open {
                 self.update(|state| self.allow_probe(state));
+            } else {
+                self.update(|state| self.end_pause(state));
             }
         }
     }
 
-    fn start_lookup(self: &Arc<Self>, permit: Permit) -> LookupPermit {
-        let mut number = 0;
-        self.state.send_if_modified(|state| {
-            number = state.next_number;
-            state.next_number += 1;
-            state.in_flight.insert(number);
-            if let Some(adaptive) = &mut state.adaptive {
-                adaptive.note_start(state.in_flight.len());
-            }
-            true
-        });
-        let started = Instant::now();
-        LookupPermit { breaker: Arc::clone(self), number, started, _permit: permit }
-    }
-
-    /// Changes the state, and notifies its subscribers.
-    fn update<T>(&self, update: impl FnOnce(&mut State) -> T) -> Option<T> {
-        let mut result = None;
-        self.state.send_modify(|state| result = Some(update(state)));
+    /// Changes the state, and reports the verdicts on failures that are known after the change.
+    fn update<T>(&self, update: impl FnOnce(&mut State) -> T) -> T {
+        let mut state = self.state.lock();
+        let result = update(&mut state);
+        state.send_verdicts();
         result
     }
 
-    fn answered(&self, state: &mut State, number: u64) {
+    fn record_answer(&self, state: &mut State, number: u64) {
         state.last_answer_at = Some(Instant::now());
         state.answer_count += 1;
         state.answered_up_to = state.answered_up_to.max(number + 1);
@@ -290,20 +267,19 @@ impl Breaker {
                     if let Some(adaptive) = &mut state.adaptive {
                         adaptive.begin_round(state.next_number);
                     }
-                    state.phase = Phase::Closed;
-                    metrics::gauge!("lastseen_breaker_state").set(0);
+                    self.set_phase(state, Phase::Closed);
                 }
             }
         }
     }
 
-    fn failed(&self, state: &mut State, number: u64, error: &dyn std::error::Error) {
+    fn record_failure(&self, state: &mut State, number: u64, error: &dyn std::error::Error) {
         if number < state.phase_start || !matches!(state.phase, Phase::Closed | Phase::HalfOpen) {
             return;
         }
         state.outcomes.push(false);
         // Lookups that started earlier and are still in flight may be answered: if half of the
-        // objects fail at once and the others take seconds, the failures arrive first.
+        // lookups fail immediately and the others take seconds, the failures arrive first.
         let earlier = state.in_flight.range(state.phase_start..number).count();
         if state.outcomes.should_open(earlier) {
             let reason = format!("nearly all lookups fail, the latest: {error}");
@@ -316,13 +292,16 @@ impl Breaker {
         }
     }
 
-    fn asked_to_wait(&self, state: &mut State, number: u64, wait: Duration) {
+    /// Pauses all lookups, because the API has asked lookup `number` to `wait`.
+    fn pause(&self, state: &mut State, number: u64, wait: Duration) {
         let until = Instant::now() + wait.clamp(PAUSE_MIN, PAUSE_MAX);
-        match &mut state.phase {
-            Phase::Paused { until: current } => *current = until.max(*current),
+        match state.phase {
+            Phase::Paused { until: current } => {
+                self.set_phase(state, Phase::Paused { until: until.max(current) });
+            }
             _ if number < state.phase_start => {}
             phase => {
-                if *phase == Phase::HalfOpen {
+                if phase == Phase::HalfOpen {
                     tracing::debug!(?wait, "the status API asked for another pause");
                 } else {
                     tracing::info!(?wait, "the status API asked for a pause; lookups wait");
@@ -346,21 +325,28 @@ impl Breaker {
         }
     }
 
-    /// Passes the end of a lookup to the adaptive limit. Only while closed: an outage says nothing
-    /// about the load that the API sustains, so the limit is the same after it.
+    /// Passes the end of a lookup to the adaptive limit while the breaker is closed. An outage does
+    /// not show what load the API sustains, so it must not change the limit.
     fn adapt(&self, state: &mut State, number: u64, sample: Sample) {
         if state.phase != Phase::Closed {
             return;
         }
         let Some(adaptive) = &mut state.adaptive else { return };
-        if adaptive.note_end(number, sample, state.next_number) {
+        if adaptive.record_end(number, sample, state.next_number) {
             let limit = adaptive.limit();
-            metrics::gauge!("lastseen_lookups_limit").set(gauge(limit));
+            metrics::gauge!("lastseen_lookups_limit").set(as_float(limit));
             self.set_limit(state, limit);
         }
     }
 
     fn enter_phase(&self, state: &mut State, phase: Phase, limit: usize) {
+        self.set_phase(state, phase);
+        state.phase_start = state.next_number;
+        state.outcomes.clear();
+        self.set_limit(state, limit);
+    }
+
+    fn set_phase(&self, state: &mut State, phase: Phase) {
         if state.phase == Phase::Open {
             _ = self.status.send_replace(Ok(()));
         }
@@ -371,9 +357,7 @@ impl Breaker {
             Phase::Open => 3,
         });
         state.phase = phase;
-        state.phase_start = state.next_number;
-        state.outcomes.clear();
-        self.set_limit(state, limit);
+        self.phase.send_replace(phase);
     }
 
     fn set_limit(&self, state: &mut State, limit: usize) {
@@ -389,65 +373,15 @@ impl State {
     }
 }
 
-impl LookupPermit {
-    /// Releases the permit with the outcome of the lookup. Returns the failure, if it is one.
-    pub(crate) fn complete(self, outcome: &Outcome) -> Option<Failure> {
-        let (breaker, number) = (Arc::clone(&self.breaker), self.number);
-        let failure = breaker.update(|state| {
-            state.in_flight.remove(&number);
-            let answered_before = state.last_answer_at.is_some_and(|answered_at| {
-                self.started.saturating_duration_since(answered_at) <= state.recent
-            });
-            let next_number = state.next_number;
-            // A quarter of the limit: even if four of five lookups fail and answers are slow, the
-            // failures that wait for their verdicts leave permits for other lookups.
-            let enough_answers = state.answer_count + (state.full_limit() as u64 / 4).max(1);
-            // Such a failure only says again that its object fails, and nothing about the API.
-            // Objects that always fail return with each attempt, and would soon be nearly all
-            // lookups.
-            let is_objects_fault = matches!(outcome, Outcome::FailedAgain(_)) && answered_before;
-            let sample = match outcome {
-                Outcome::Answered => Sample::Answer(self.started.elapsed()),
-                Outcome::FailedAgain(_) if is_objects_fault => Sample::Ignored,
-                _ => Sample::Failure,
-            };
-            breaker.adapt(state, number, sample);
-            match outcome {
-                Outcome::Answered => {
-                    breaker.answered(state, number);
-                    return None;
-                }
-                Outcome::FailedAgain(_) if is_objects_fault => {}
-                Outcome::Failed(error) | Outcome::FailedAgain(error) => {
-                    breaker.failed(state, number, *error);
-                }
-                Outcome::AskedToWait(wait) => breaker.asked_to_wait(state, number, *wait),
-            }
-            let breaker = Arc::clone(&breaker);
-            Some(Failure { breaker, number, next_number, enough_answers, answered_before })
-        });
-        failure.flatten()
-    }
-}
-
-impl Drop for LookupPermit {
-    fn drop(&mut self) {
-        self.breaker.update(|state| {
-            if state.in_flight.remove(&self.number) {
-                self.breaker.adapt(state, self.number, Sample::Ignored);
-            }
-        });
-    }
-}
-
-/// At a low rate of lookups, the latest answer may be seconds old although the API works.
+/// How old an answer may be to show that the API works: at a low rate of lookups, the latest answer
+/// may be seconds old.
 fn recent(lookups: &Lookups) -> Duration {
     let interval = rate_limiter::interval(lookups.max_lookups_per_second);
     RECENT.max(interval.saturating_mul(RECENT_LOOKUPS))
 }
 
 #[expect(clippy::cast_precision_loss, reason = "there are at most 50,000 lookups")]
-fn gauge(limit: usize) -> f64 {
+fn as_float(limit: usize) -> f64 {
     limit as f64
 }
 

@@ -5,55 +5,39 @@ use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use clap::ArgAction;
-use events::Exchange;
-use service::settings;
+use messaging::queue::Prefetch;
+use runtime::settings::{self, Checked};
 
-/// The deliveries that may wait for a lookup, for each lookup in flight. At 5 s for a lookup, the
-/// last of them is looked up within minutes, long before RabbitMQ takes it back.
+/// The most deliveries that may wait for a lookup, as a multiple of `MAX_CONSUMERS`. If each lookup
+/// takes five seconds, the last of these deliveries waits for 200 s; RabbitMQ allows 30 minutes.
 const WAITING_PER_LOOKUP: u16 = 40;
-/// The most deliveries that may wait for a lookup: 4 MB at about 1 KB each.
+/// The most deliveries that may wait for a lookup, regardless of `MAX_CONSUMERS`: 4 MB at about
+/// 1 KB each.
 const WAITING_MAX: u16 = 4_000;
 /// With `MAX_LOOKUPS_PER_SECOND`, at most this many seconds' worth of lookups may wait.
 const WAITING_SECONDS: u32 = 60;
 
 /// The maximum is far below the 30 minutes after which RabbitMQ takes a delivery back.
 const STATUS_TIMEOUT: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_mins(5);
-/// The deliveries of results are not acked while the results wait.
+/// The maximum is low, because deliveries stay unacked while their results wait.
 const WRITE_BATCH_LINGER: RangeInclusive<Duration> =
     Duration::from_millis(1)..=Duration::from_mins(1);
 
 const LOOKUPS_PER_SECOND_MIN: NonZeroU32 = NonZeroU32::MIN;
-/// More than a process can do.
+/// No process reaches a higher rate.
 const LOOKUPS_PER_SECOND_MAX: NonZeroU32 = NonZeroU32::new(100_000).unwrap();
 
 /// The consumer's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
+#[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Config {
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub lookups: Lookups,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
-    pub broker: broker::Config,
+    pub broker: Checked<messaging::queue::Config>,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub store: store::Config,
-    /// Where to publish events, if not on the broker of the queue. Not a setting.
-    #[arg(skip)]
-    pub events: Option<Exchange>,
-}
-
-impl Config {
-    /// Where to publish events. With a queue in a file there is no exchange for them, unless
-    /// `events` is set.
-    pub(crate) fn exchange(&self) -> Exchange {
-        let on_broker = || {
-            let access = self.broker.access();
-            access.map(|access| Exchange::on_rabbitmq(access, &self.broker.queue.queue_name))
-        };
-        self.events.clone().or_else(on_broker).unwrap_or_else(Exchange::disabled)
-    }
 }
 
 /// How objects are looked up, and how the results are written.
@@ -131,7 +115,6 @@ impl Lookups {
         "BREAKER_WINDOW",
     ];
 
-    /// These settings with the reloadable ones of `new`.
     pub(crate) fn with_reloadable(&self, new: &Self) -> Self {
         Self {
             max_consumers: new.max_consumers,
@@ -145,32 +128,37 @@ impl Lookups {
         }
     }
 
-    /// How many objects may be in flight or have unwritten results: `max_consumers` lookups and as
-    /// many results, but at most one batch of results. Otherwise, lookups would stop during commits.
+    /// The most objects whose lookup is in flight or whose result is not committed: `max_consumers`
+    /// lookups, and as many results, but at most one batch of them. Without room for results,
+    /// lookups would stop during commits.
     pub(crate) fn unsettled_lookups_max(&self) -> u16 {
         self.max_consumers.saturating_add(self.max_consumers.min(self.write_batch_max))
     }
 
     // Decision: docs/decisions/0024-how-large-is-the-prefetch.md
     /// How many unsettled deliveries to take: those whose lookup has started, and those that wait
-    /// for one, so that lookups can be coalesced. With more, this process would hold deliveries
-    /// that another one could look up.
-    pub(crate) fn prefetch(&self) -> u16 {
+    /// for a lookup, so that lookups can be coalesced. With more, this process would hold
+    /// deliveries that another consumer could look up.
+    pub(crate) fn prefetch(&self) -> Prefetch {
+        Prefetch { in_work: self.unsettled_lookups_max(), waiting: self.waiting_max() }
+    }
+
+    fn waiting_max(&self) -> u16 {
         if !self.coalesce {
-            return self.unsettled_lookups_max();
+            return 0;
         }
         let by_rate = self
             .max_lookups_per_second
             .map_or(u32::MAX, |per_second| per_second.get().saturating_mul(WAITING_SECONDS));
         let by_rate = u16::try_from(by_rate).unwrap_or(WAITING_MAX);
         let by_lookups = self.max_consumers.saturating_mul(WAITING_PER_LOOKUP);
-        self.unsettled_lookups_max().saturating_add(by_lookups.min(by_rate).min(WAITING_MAX))
+        by_lookups.min(by_rate).min(WAITING_MAX)
     }
 }
 
-/// Parses a base URL under which paths are requested. It has no query and no fragment, because they
-/// would swallow the path, and no `@` after the host, because that would be the end of a password
-/// that is not encoded.
+/// Parses a base URL, to which the path of a lookup is appended. A query or a fragment is not
+/// allowed, because the path would become a part of it. An `@` in the path is not allowed either,
+/// because it shows that the user name or the password is not percent-encoded.
 fn endpoint(text: &str) -> Result<reqwest::Url, String> {
     let is_base = |url: &reqwest::Url| {
         matches!(url.scheme(), "http" | "https")
@@ -190,10 +178,7 @@ fn endpoint(text: &str) -> Result<reqwest::Url, String> {
 impl Lookups {
     /// Parses flags such as `--max-consumers=7`.
     pub(crate) fn of(flags: &[&str]) -> Self {
-        use clap::{Args as _, FromArgMatches as _};
-        let command = Self::augment_args(clap::Command::new("consumer"));
-        let flags = std::iter::once("consumer").chain(flags.iter().copied());
-        Self::from_arg_matches(&command.get_matches_from(flags)).unwrap()
+        testkit::parse(flags)
     }
 }
 
@@ -214,20 +199,20 @@ mod tests {
             _ => "70",
         };
         let command = Lookups::augment_args(clap::Command::new("consumer"));
-        let (mut all, mut live) = (Vec::new(), Vec::new());
+        let (mut all, mut reloadable) = (Vec::new(), Vec::new());
         for argument in command.get_arguments() {
             let name = argument.get_id().as_str().to_uppercase();
             let flag = format!("--{}={}", name.to_lowercase().replace('_', "-"), value(&name));
             if Lookups::RELOADABLE.contains(&name.as_str()) {
-                live.push(flag.clone());
+                reloadable.push(flag.clone());
             }
             all.push(flag);
         }
-        assert_eq!((live.len(), all.len()), (Lookups::RELOADABLE.len(), 12));
+        assert_eq!((reloadable.len(), all.len()), (Lookups::RELOADABLE.len(), 12));
         let of =
             |flags: &[String]| Lookups::of(&flags.iter().map(String::as_str).collect::<Vec<_>>());
         let changed = of(&[]).with_reloadable(&of(&all));
-        assert_eq!(format!("{changed:?}"), format!("{:?}", of(&live)));
+        assert_eq!(format!("{changed:?}"), format!("{:?}", of(&reloadable)));
     }
 
     // Field case 5.2.
@@ -251,11 +236,8 @@ mod tests {
     }
 
     #[test]
-    fn waiting_deliveries_are_looked_up_within_minutes() {
-        let waiting = |flags: &[&str]| {
-            let lookups = Lookups::of(flags);
-            lookups.prefetch() - lookups.unsettled_lookups_max()
-        };
+    fn prefetch_bounds_the_waiting_deliveries() {
+        let waiting = |flags: &[&str]| Lookups::of(flags).prefetch().waiting;
         assert_eq!(waiting(&[]), 4_000);
         assert_eq!(waiting(&["--max-consumers=5"]), 200);
         assert_eq!(waiting(&["--max-lookups-per-second=5"]), 300);

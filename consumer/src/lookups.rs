@@ -1,6 +1,5 @@
-//! From a delivery to its settlement.
+//! Looks up the objects of deliveries, and settles the deliveries.
 
-mod failure_log;
 mod pending;
 
 use std::pin::pin;
@@ -8,67 +7,71 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::Context as _;
-use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
-use broker::{Consumer, Delivery, Destination, Disposition};
 use futures_util::future::join_all;
-use service::traces::{KeyValue, Span, SpanKind, Step};
-use service::{CancellationToken, Reloadable};
+use messaging::queue::{Consumer, Delivery, Destination, Disposition, Prefetch};
+use runtime::traces::{KeyValue, Span, SpanKind, Step};
+use runtime::{CancellationToken, LogLimiter, Reloadable};
 use tokio::sync::watch;
 use tokio::task::{JoinError, JoinSet};
 use tokio::time::{Instant, Interval, sleep};
 use tokio_util::sync::ReusableBoxFuture;
 
+use crate::backoff;
 use crate::breaker::{Breaker, LookupPermit, Outcome, Verdict, is_object_at_fault};
 use crate::config::Lookups;
 use crate::resizable_semaphore::{Permit, ResizableSemaphore};
 use crate::status_api::{Answer, LookupError, NOT_FOUND_METRIC, StatusApi};
-use crate::writer::{WriteOutcome, Writer, WriterDied};
-use failure_log::FailureLog;
+use crate::writer::{WriteOutcome, Writer, WriterStopped};
 use pending::{LookupKey, PendingDeliveries, PendingDelivery};
 
 // Decision: docs/decisions/0031-how-long-does-a-consumer-hold-a-delivery.md
-/// A delivery whose lookup failed is held for another lookup for this many times `STATUS_TIMEOUT`,
-/// then sent to the end of the queue, because another consumer may reach the API. The same applies
-/// to a delivery that waits for a lookup while the breaker is open.
+/// After a failed lookup, a consumer holds the delivery and repeats the lookup, until
+/// `HELD_TIMEOUTS` times `STATUS_TIMEOUT` have passed. Then it sends the message to the end of the
+/// queue, because another consumer may reach the API. The same applies to a delivery that waits for
+/// a lookup while the breaker is open.
 const HELD_TIMEOUTS: u32 = 6;
-/// The longest wait of a delivery for its lookup, and the longest time that it is held after a
-/// failed one: RabbitMQ ends the session of a consumer that holds a message for 30 minutes.
+/// The longest time that a delivery waits for its first lookup, and the longest time that it is
+/// held after a failed lookup. RabbitMQ ends the session of a consumer that holds a message for 30
+/// minutes.
 const HELD_MAX: Duration = Duration::from_mins(10);
-/// How often the scheduler looks for deliveries that have waited for `HELD_MAX`.
+/// How often the scheduler checks for deliveries that have waited for [`HELD_MAX`].
 const AGE_CHECK_INTERVAL: Duration = Duration::from_secs(30);
+/// The time between two log lines about failed lookups. During an outage of the API, hundreds of
+/// lookups per second fail for the same reason.
+const FAILURE_LOG_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Takes deliveries, and runs as many lookups at once as the breaker allows.
+/// Takes deliveries, and keeps as many lookups in flight as the breaker allows.
 pub(crate) struct LookupScheduler {
     settings: Reloadable<Lookups>,
     context: Arc<LookupContext>,
     /// Permits for all deliveries that are not settled. The prefetch limits them too, but for each
     /// broker session separately.
     unsettled_deliveries: Arc<ResizableSemaphore>,
-    /// Lookups, and settlements of deliveries without a lookup.
+    /// Tokio tasks: lookups, and settlements of deliveries without a lookup.
     tasks: JoinSet<TaskResult>,
+    /// Acquires the permits for the next lookup.
     next_permits: ReusableBoxFuture<'static, (Permit, LookupPermit)>,
-    /// Ends when the breaker has been open for as long as a delivery may be held.
+    /// Resolves when the breaker has been open for as long as a delivery may be held.
     open_too_long: ReusableBoxFuture<'static, ()>,
     age_check: Interval,
 }
 
-/// What each lookup needs.
 struct LookupContext {
     pending: PendingDeliveries,
-    /// Permits for the objects whose lookup has started and whose deliveries are not settled. They
-    /// stop the lookups while results cannot be written.
+    /// Permits for the objects whose lookup has started and whose deliveries are not settled. While
+    /// results cannot be written, no permit is free, so no further lookup starts.
     unsettled_lookups: Arc<ResizableSemaphore>,
     status_api: StatusApi,
     breaker: Arc<Breaker>,
     writer: Writer,
     destination: Destination,
-    /// The current settings.
     lookups: watch::Sender<Lookups>,
     shutdown: CancellationToken,
-    failure_log: FailureLog,
+    failure_log: LogLimiter,
 }
 
-/// What [`LookupScheduler::run`] handles. Everything else needs no access to the queue.
+/// The events that [`LookupScheduler::run`] handles. `next_event` handles all others itself,
+/// without giving up its wait for a delivery.
 enum Event {
     Delivery(PendingDelivery),
     SettingsChanged(Lookups),
@@ -76,18 +79,18 @@ enum Event {
 }
 
 /// The lookup that a task has finished, if it ran one.
-type TaskResult = Result<Option<LookupKey>, WriterDied>;
+type TaskResult = Result<Option<LookupKey>, WriterStopped>;
 
-/// The result of an object's lookups for the deliveries that share them.
+/// The result of an object's lookups, for all deliveries that share them.
 enum LookupResult {
-    /// The object is online and committed, or offline.
+    /// The object is online and its row is committed, or the object is offline.
     Resolved,
     /// The database refused the row, for this reason.
     RowRefused(String),
     /// The lookup failed, and this counts as an attempt.
     Failed {
         error: LookupError,
-        /// The share of the other objects' lookups that failed at that time.
+        /// The share of the other objects' recent first lookups that had failed by then.
         failing_share: f64,
     },
     /// The deliveries have been held too long without a result; they go to the end of the queue.
@@ -107,7 +110,7 @@ impl LookupScheduler {
     ) -> Self {
         describe_metrics();
         let lookups = settings.current();
-        let unsettled_deliveries = ResizableSemaphore::new(lookups.prefetch().into());
+        let unsettled_deliveries = ResizableSemaphore::new(lookups.prefetch().total().into());
         let context = Arc::new(LookupContext {
             pending: PendingDeliveries::new(lookups.coalesce),
             unsettled_lookups: ResizableSemaphore::new(lookups.unsettled_lookups_max().into()),
@@ -117,7 +120,7 @@ impl LookupScheduler {
             destination,
             lookups: watch::Sender::new(lookups),
             shutdown,
-            failure_log: FailureLog::default(),
+            failure_log: LogLimiter::new(FAILURE_LOG_INTERVAL),
         });
         Self {
             settings,
@@ -152,8 +155,8 @@ impl LookupScheduler {
         self.drain(deliveries).await
     }
 
-    /// Starts and finishes lookups until the next event. Keeps one future for the next delivery
-    /// until then, because a new one would start the connection to the broker from the beginning.
+    /// Starts and finishes lookups until the next event. Polls one future for the next delivery
+    /// until then, because a new future would begin again to connect to the broker.
     async fn next_event(&mut self, deliveries: &mut Consumer) -> anyhow::Result<Event> {
         let unsettled = Arc::clone(&self.unsettled_deliveries);
         let mut delivery = pin!(PendingDelivery::receive(deliveries, &unsettled));
@@ -190,7 +193,8 @@ impl LookupScheduler {
         self.next_permits.set(acquire_permits(Arc::clone(&self.context)));
     }
 
-    /// Ends a task. Deliveries that have arrived for its object meanwhile get another lookup.
+    /// Ends the lookup of a finished task. Deliveries that have arrived for its object meanwhile
+    /// get another lookup.
     fn finish(&self, task: Result<TaskResult, JoinError>) -> anyhow::Result<()> {
         if let Some(key) = task.context("a lookup panicked")?? {
             self.context.pending.finish(key);
@@ -213,11 +217,15 @@ impl LookupScheduler {
         }
     }
 
-    /// Applies changed settings, and returns the new prefetch.
-    fn apply_settings(&mut self, new: &Lookups) -> u16 {
-        let prefetch = self.context.apply_settings(new);
+    /// Applies the settings in `new` that are reloadable, and returns the new prefetch.
+    fn apply_settings(&mut self, new: &Lookups) -> Prefetch {
+        let lookups = self.context.lookups.borrow().with_reloadable(new);
+        self.context.lookups.send_replace(lookups.clone());
+        self.context.unsettled_lookups.resize(lookups.unsettled_lookups_max().into());
+        self.context.breaker.apply_settings(&lookups);
+        let prefetch = lookups.prefetch();
         self.open_too_long.set(open_too_long(Arc::clone(&self.context)));
-        self.unsettled_deliveries.resize(prefetch.into());
+        self.unsettled_deliveries.resize(prefetch.total().into());
         self.release_permits();
         prefetch
     }
@@ -256,7 +264,6 @@ impl LookupScheduler {
     }
 }
 
-/// Waits until another lookup may start.
 async fn acquire_permits(context: Arc<LookupContext>) -> (Permit, LookupPermit) {
     let unsettled = context.unsettled_lookups.acquire().await;
     (unsettled, context.breaker.acquire().await)
@@ -308,32 +315,24 @@ async fn settle(pending: PendingDelivery, disposition: Disposition) -> TaskResul
 }
 
 impl LookupContext {
-    /// Applies the settings in `new` that are reloadable, and returns the new prefetch.
-    fn apply_settings(&self, new: &Lookups) -> u16 {
-        let lookups = self.lookups.borrow().with_reloadable(new);
-        self.lookups.send_replace(lookups.clone());
-        self.unsettled_lookups.resize(lookups.unsettled_lookups_max().into());
-        self.breaker.apply_settings(&lookups);
-        lookups.prefetch()
-    }
-
     fn held_max(&self) -> Duration {
         self.lookups.borrow().status_timeout.saturating_mul(HELD_TIMEOUTS).min(HELD_MAX)
     }
 
-    /// Looks the object up, and again while a failure may be the fault of the API alone. Just
-    /// before each lookup, adds to `group` the deliveries of the object that have arrived
-    /// meanwhile; so no delivery gets the result of a lookup that started before it arrived.
+    /// Looks the object up. After a failure, repeats the lookup unless the failure counts as an
+    /// attempt. Just before each lookup, adds the deliveries of the object that have arrived to
+    /// `group`. No delivery gets the result of a lookup that started before the delivery arrived.
     async fn resolve_status(
         &self,
         key: LookupKey,
         mut permit: LookupPermit,
         group: &mut Vec<PendingDelivery>,
         unsettled: &mut Option<Permit>,
-    ) -> Result<LookupResult, WriterDied> {
+    ) -> Result<LookupResult, WriterStopped> {
         let id = key.id;
         let mut held_too_long = pin!(sleep(self.held_max()));
-        let mut waits = waits_between_lookups();
+        // How long to wait for the verdict on a failed lookup before the lookup is repeated.
+        let mut waits = backoff(Duration::from_secs(1), Duration::from_secs(2));
         let mut is_first = true;
         loop {
             self.pending.join(key, group);
@@ -342,26 +341,39 @@ impl LookupContext {
             tracing::debug!(id, callback_id, deliveries = group.len(), ?answer, "looked up");
             let has_failed = group.iter().any(|pending| pending.delivery.failed_attempts() > 0);
             if std::mem::take(&mut is_first) && !has_failed && !is_asked_to_wait(&answer) {
-                self.breaker.note_first_lookup(id, answer.is_ok());
+                self.breaker.record_first_lookup(id, answer.is_ok());
             }
-            // No permit is held during the wait for a commit or for a verdict.
+            // Release the permit before waiting for a commit or for a verdict.
             let failure = permit.complete(&outcome(&answer, has_failed));
             let error = match answer {
-                Ok(Answer::Online(at)) => return self.record(id, at, group, unsettled).await,
+                Ok(Answer::Online(at)) => {
+                    return self.commit_sighting(id, at, group, unsettled).await;
+                }
                 Ok(Answer::Offline) => return Ok(LookupResult::Resolved),
                 Err(error) => error,
             };
             let failing_share = self.breaker.failing_share(id);
-            if self.breaker.is_closed() {
-                self.failure_log.note(id, callback_id, &error);
+            if self.breaker.is_closed()
+                && let Some(count) = self.failure_log.count()
+            {
+                let reason = error.to_string();
+                tracing::warn!(
+                    count,
+                    id,
+                    callback_id,
+                    reason,
+                    "lookups failed and will be retried; this line shows the latest one"
+                );
             }
             let pause = error.asks_to_wait();
-            // After a pause, other objects go first. Otherwise, an object that always gets a 429
-            // would be the only one that is looked up.
+            // Wait for longer than the pause, so that other objects are looked up first. Otherwise,
+            // an object that always gets a 429 would be the only one that is looked up.
             let wait = waits.next().unwrap_or_default().saturating_add(pause.unwrap_or_default());
             let verdict = async {
                 match failure {
-                    Some(failure) if pause.is_none() => failure.verdict().await,
+                    Some(failure) if pause.is_none() => {
+                        self.breaker.wait_for_verdict(failure).await
+                    }
                     _ => std::future::pending().await,
                 }
             };
@@ -374,8 +386,8 @@ impl LookupContext {
                 () = &mut held_too_long => return Ok(LookupResult::Unresolved),
             }
             permit = tokio::select! {
-                // In this order, because a permit that is ready but not taken would be unused for
-                // a moment.
+                // If the permit is ready, take it before checking the other events: until it is
+                // taken, no other lookup can use it.
                 biased;
                 permit = self.breaker.acquire() => permit,
                 () = self.shutdown.cancelled() => return Ok(LookupResult::Draining),
@@ -384,20 +396,24 @@ impl LookupContext {
         }
     }
 
-    /// Waits until it is committed that the object was online at `at`.
-    async fn record(
+    /// Writes that the object was online at `at`, and waits for the commit.
+    async fn commit_sighting(
         &self,
         id: i64,
         at: std::time::Instant,
         group: &[PendingDelivery],
         unsettled: &mut Option<Permit>,
-    ) -> Result<LookupResult, WriterDied> {
-        let span = Span::joint(group.iter().map(|pending| &pending.span), commit_step);
+    ) -> Result<LookupResult, WriterStopped> {
+        let span = Span::joint(group.iter().map(|pending| &pending.span), || Step {
+            name: "commit".into(),
+            kind: SpanKind::Internal,
+            attributes: Vec::new(),
+        });
         let mut write = self.writer.record(id, at, span).await?;
         let outcome = if let Some(outcome) = write.outcome_or_set_aside().await? {
             outcome
         } else {
-            // A held-up row must not keep other lookups from starting.
+            // A held-up row must not prevent other lookups from starting.
             drop(unsettled.take());
             tokio::select! {
                 outcome = write.outcome() => outcome?,
@@ -452,6 +468,7 @@ impl LookupContext {
         Step { name: format!("process {name}").into(), kind: SpanKind::Consumer, attributes }
     }
 
+    /// How to settle a delivery whose lookup failed, if the failure counts as an attempt.
     fn after_failure(
         &self,
         id: i64,
@@ -463,8 +480,8 @@ impl LookupContext {
         let callback_id = delivery.callback_id();
         let reason = error.to_string();
         if attempts >= self.lookups.borrow().max_attempts {
-            // The larger of the share then and the share now, because the last failures of an
-            // outage are judged after its end.
+            // Use the larger of the share at the failure and the share now: the verdicts on the
+            // last failures of an outage come after its end.
             let failing_share = failing_share.max(self.breaker.failing_share(id));
             if is_object_at_fault(failing_share, attempts) {
                 tracing::warn!(
@@ -488,13 +505,8 @@ impl LookupContext {
     }
 }
 
-/// The span of the wait for a commit.
-fn commit_step() -> Step {
-    Step { name: "commit".into(), kind: SpanKind::Internal, attributes: Vec::new() }
-}
-
-/// What an answer says about the API. `has_failed`: an earlier lookup of the object failed and
-/// counted.
+/// What an answer says about the API. `has_failed` is true if an earlier lookup of the object
+/// failed and counted.
 fn outcome(answer: &Result<Answer, LookupError>, has_failed: bool) -> Outcome<'_> {
     match answer {
         Ok(_) => Outcome::Answered,
@@ -508,16 +520,6 @@ fn outcome(answer: &Result<Answer, LookupError>, has_failed: bool) -> Outcome<'_
 
 fn is_asked_to_wait(answer: &Result<Answer, LookupError>) -> bool {
     answer.as_ref().is_err_and(|error| error.asks_to_wait().is_some())
-}
-
-/// The waits after failed lookups for which no verdict comes.
-fn waits_between_lookups() -> ExponentialBackoff {
-    ExponentialBuilder::new()
-        .with_min_delay(Duration::from_secs(1))
-        .with_max_delay(Duration::from_secs(2))
-        .with_jitter()
-        .without_max_times()
-        .build()
 }
 
 /// Records the time from the callbacks to the commit.

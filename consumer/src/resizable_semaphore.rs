@@ -1,12 +1,12 @@
-//! A semaphore whose limit can change while permits are held.
+//! A FIFO semaphore whose limit can change at run time, while permits are held.
 //!
 //! Decision: docs/decisions/0025-how-does-max-consumers-change-at-run-time.md
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
+use parking_lot::Mutex;
 use tokio::sync::Semaphore;
 
-/// A FIFO semaphore whose limit can change at run time.
 pub(crate) struct ResizableSemaphore {
     available: Semaphore,
     size: Mutex<Size>,
@@ -14,7 +14,7 @@ pub(crate) struct ResizableSemaphore {
 
 struct Size {
     limit: usize,
-    /// The number of permits, available or held. It exceeds the limit after the limit has fallen,
+    /// The number of permits, available or held. After the limit has fallen, this number exceeds it
     /// until enough held permits are released.
     permits: usize,
 }
@@ -37,19 +37,19 @@ impl ResizableSemaphore {
         Permit(Arc::clone(self))
     }
 
-    /// Changes the limit. Held permits stay valid. A waiter to which a permit was just assigned
-    /// keeps it, too.
+    /// Changes the limit. Held permits stay valid, and so does a permit that was just assigned to a
+    /// waiter.
     pub(crate) fn resize(&self, limit: usize) {
-        let mut size = self.size();
+        let mut size = self.size.lock();
         size.limit = limit;
         let surplus = size.permits.saturating_sub(limit);
         size.permits -= self.available.forget_permits(surplus);
         self.fill(&mut size);
     }
 
-    /// Adds one permit, regardless of the limit. It disappears when it is released.
+    /// Adds one permit, regardless of the limit. The permit disappears when it is released.
     pub(crate) fn add_excess_permit(&self) {
-        self.size().permits += 1;
+        self.size.lock().permits += 1;
         self.available.add_permits(1);
     }
 
@@ -62,15 +62,11 @@ impl ResizableSemaphore {
         size.permits += missing;
         self.available.add_permits(missing);
     }
-
-    fn size(&self) -> MutexGuard<'_, Size> {
-        self.size.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl Drop for Permit {
     fn drop(&mut self) {
-        let mut size = self.0.size();
+        let mut size = self.0.size.lock();
         size.permits -= 1;
         self.0.fill(&mut size);
     }
@@ -102,7 +98,7 @@ mod tests {
         }
         held.pop();
         drop(try_acquire(&semaphore).unwrap());
-        // The number of permits is right after shrinking and growing while one was held.
+        // The limit falls and rises while a permit is held. The number of permits stays correct.
         semaphore.resize(1);
         semaphore.resize(4);
         held.clear();

@@ -5,14 +5,13 @@ mod answer;
 mod connections;
 mod reachability;
 
-use std::error::Error as _;
 use std::time::{Duration, Instant};
 
 use reqwest::{Client, Response, StatusCode, Url, redirect};
-use service::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
+use runtime::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
+use runtime::{CriticalTask, Status, Supervisor};
 use tokio::sync::watch;
 use tokio::time::timeout;
-use tokio_util::task::AbortOnDropHandle;
 
 use crate::config::Lookups;
 use addresses::Addresses;
@@ -30,7 +29,7 @@ pub(crate) const NOT_FOUND_METRIC: &str = "lastseen_lookups_not_found_total";
 /// What the status API says about an object.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Answer {
-    /// Online when the answer was complete, at this time.
+    /// Online at this time, when the client had received the whole answer.
     Online(Instant),
     /// Offline, or unknown to the API.
     Offline,
@@ -56,11 +55,9 @@ pub(crate) enum LookupError {
 }
 
 impl LookupError {
-    /// The labels of all failures in metrics.
     pub(crate) const LABELS: [&str; 7] =
         ["timeout", "transport", "throttled", "status", "not_found", "garbage", "wrong_id"];
 
-    /// The label of this failure in metrics.
     pub(crate) fn label(&self) -> &'static str {
         match self {
             Self::Timeout(_) => "timeout",
@@ -87,7 +84,7 @@ impl LookupError {
         }
     }
 
-    /// The `Retry-After` header, at most a minute.
+    /// The wait that the `Retry-After` header asks for, capped at a minute.
     pub(crate) fn retry_after(&self) -> Option<Duration> {
         match self {
             Self::Status { retry_after, .. } => *retry_after,
@@ -96,20 +93,18 @@ impl LookupError {
     }
 }
 
-/// Whether the API can be reached and answers lookups, or why not.
-type Reachable = Result<(), String>;
-
 pub(crate) struct StatusApi {
     client: Client,
-    /// For a lookup that is sent again. It keeps no idle connections, so it never reuses one.
+    /// For a lookup that is sent again. This client keeps no idle connections, so it never reuses
+    /// one.
     without_reuse: Client,
     used_connections: UsedConnections,
     endpoint: String,
     /// The server's attributes for spans.
     server_attributes: [KeyValue; 2],
     last_answer: LastAnswer,
-    status: watch::Receiver<Reachable>,
-    _monitor: AbortOnDropHandle<()>,
+    status: watch::Receiver<Status>,
+    _monitor: CriticalTask,
 }
 
 impl StatusApi {
@@ -117,7 +112,8 @@ impl StatusApi {
     /// When the HTTP client cannot be built, for example without the certificates of the system.
     pub(crate) fn new(
         config: &Lookups,
-        breaker_status: watch::Receiver<Reachable>,
+        breaker_status: watch::Receiver<Status>,
+        supervisor: &Supervisor,
     ) -> Result<Self, reqwest::Error> {
         let (host, port) = host_and_port(&config.tester_endpoint);
         let addresses = Addresses::resolve(host.clone(), port);
@@ -132,13 +128,14 @@ impl StatusApi {
         };
         let (sender, status) = watch::channel(Err(NOT_CHECKED.to_owned()));
         let last_answer = LastAnswer::default();
-        let monitor = AbortOnDropHandle::new(tokio::spawn(monitor(
+        let monitor = monitor(
             format!("{host}:{port}"),
             addresses.clone(),
             last_answer.clone(),
             breaker_status,
             sender,
-        )));
+        );
+        let monitor = supervisor.spawn_critical("status API monitor", monitor);
         let server_attributes =
             [KeyValue::new("server.address", host), KeyValue::new("server.port", i64::from(port))];
         Ok(Self {
@@ -153,11 +150,10 @@ impl StatusApi {
         })
     }
 
-    pub(crate) fn status(&self) -> watch::Receiver<Reachable> {
+    pub(crate) fn status(&self) -> watch::Receiver<Status> {
         self.status.clone()
     }
 
-    /// The span of a lookup.
     pub(crate) fn step(&self, id: i64) -> Step {
         let mut attributes = vec![
             KeyValue::new("http.request.method", "GET"),
@@ -168,11 +164,8 @@ impl StatusApi {
         Step { name: "GET /objects/{id}".into(), kind: SpanKind::Client, attributes }
     }
 
-    /// Looks the object up within `lookups.status_timeout`. Adds to `span`, and passes its context
-    /// to the API.
-    ///
-    /// # Errors
-    /// [`LookupError`] without a response that says online or offline; worth another attempt.
+    /// Looks the object up within `lookups.status_timeout`. Adds attributes to `span`, and passes
+    /// the context of `span` to the API.
     pub(crate) async fn look_up(
         &self,
         id: i64,
@@ -182,7 +175,7 @@ impl StatusApi {
         let timeout = lookups.status_timeout;
         let response =
             self.send(id, timeout, span).await.map_err(|error| transport_error(error, timeout))?;
-        self.last_answer.note();
+        self.last_answer.record();
         let status = response.status();
         span.set("http.response.status_code", i64::from(status.as_u16()));
         if status == StatusCode::NOT_FOUND {
@@ -214,14 +207,14 @@ impl StatusApi {
             sent = get(&self.without_reuse, timeout.saturating_sub(started.elapsed())).await;
         }
         if let Ok(response) = &sent {
-            self.used_connections.note(response.extensions().get(), timeout);
+            self.used_connections.record(response.extensions().get(), timeout);
         }
         sent
     }
 }
 
-/// Reads a response. If the status says that the body has the answer, it reads up to
-/// [`MAX_BODY_BYTES`]; otherwise it waits only briefly for the body, which an error quotes.
+/// Reads a response. If the status says that the body has the answer, reads up to
+/// [`MAX_BODY_BYTES`] of the body. Otherwise waits only briefly, because an error only quotes it.
 async fn receive(mut response: Response) -> reqwest::Result<ReceivedResponse> {
     let status = response.status();
     let mut received = ReceivedResponse {
@@ -254,18 +247,13 @@ async fn read_body(
     Ok(())
 }
 
-/// Takes the text of the innermost source, because reqwest's own text says what it did, not what
-/// went wrong. Omits the URL, which may contain a password.
+/// Takes the text of the innermost source, because reqwest's own text names the operation, not the
+/// cause. Omits the URL, which may contain a password.
 fn transport_error(error: reqwest::Error, timeout: Duration) -> LookupError {
     if error.is_timeout() {
         return LookupError::Timeout(timeout);
     }
-    let error = error.without_url();
-    let mut cause = error.source();
-    while let Some(deeper) = cause.and_then(std::error::Error::source) {
-        cause = Some(deeper);
-    }
-    LookupError::Transport(cause.map_or_else(|| error.to_string(), ToString::to_string))
+    LookupError::Transport(anyhow::Error::new(error.without_url()).root_cause().to_string())
 }
 
 fn host_and_port(endpoint: &Url) -> (String, u16) {

@@ -7,9 +7,10 @@ use std::collections::HashMap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use events::{Emitter, Kind, Object};
-use service::traces::{KeyValue, Span, SpanKind, Step};
-use store::{Recorded, Row, Store, StoreError, StoreStatus};
+use messaging::events::{Emitter, Kind, Object};
+use runtime::traces::{KeyValue, Span, SpanKind, Step};
+use runtime::{Needed, Status, Supervisor};
+use store::{Recorded, Row, Store, StoreError};
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::timeout_at;
 
@@ -20,7 +21,7 @@ use set_aside::SetAside;
 /// The batch writer has stopped; this process can commit no more results.
 #[derive(Debug, thiserror::Error)]
 #[error("the batch writer stopped")]
-pub struct WriterDied;
+pub struct WriterStopped;
 
 /// The outcome of writing a result.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -44,20 +45,20 @@ impl PendingWrite {
     /// Waits for the outcome, without a time limit.
     ///
     /// # Errors
-    /// [`WriterDied`]. The result may not be committed, so its delivery must not be acked.
-    pub async fn outcome(self) -> Result<WriteOutcome, WriterDied> {
-        self.outcome.await.map_err(|_| WriterDied)
+    /// [`WriterStopped`]. The result may not be committed, so its delivery must not be acked.
+    pub async fn outcome(self) -> Result<WriteOutcome, WriterStopped> {
+        self.outcome.await.map_err(|_| WriterStopped)
     }
 
     /// Waits for the outcome, but returns `None` if the row is held up and set aside. Other rows
     /// are written meanwhile, and [`PendingWrite::outcome`] may take minutes more.
     ///
     /// # Errors
-    /// [`WriterDied`], as above.
-    pub async fn outcome_or_set_aside(&mut self) -> Result<Option<WriteOutcome>, WriterDied> {
+    /// [`WriterStopped`], as above.
+    pub async fn outcome_or_set_aside(&mut self) -> Result<Option<WriteOutcome>, WriterStopped> {
         tokio::select! {
             biased;
-            outcome = &mut self.outcome => outcome.map(Some).map_err(|_| WriterDied),
+            outcome = &mut self.outcome => outcome.map(Some).map_err(|_| WriterStopped),
             // If the row is not set aside, the sender is dropped unused.
             Ok(()) = &mut self.set_aside => Ok(None),
         }
@@ -68,105 +69,90 @@ impl PendingWrite {
 /// is collected, so batches grow with the load.
 #[derive(Clone)]
 pub struct Writer {
+    // Declared before `results`, and so dropped first: without `results`, the batch writer ends.
+    _needed: Needed,
     results: mpsc::Sender<QueuedSighting>,
-    status: watch::Receiver<StoreStatus>,
+    status: watch::Receiver<Status>,
 }
 
 /// A sighting that waits for its commit.
 struct QueuedSighting {
     id: i64,
     at: Instant,
-    /// The span of the wait.
-    commit: Span,
+    /// The span of the wait for the commit.
+    span: Span,
     set_aside: Option<oneshot::Sender<()>>,
     outcome: oneshot::Sender<WriteOutcome>,
 }
 
 impl QueuedSighting {
-    /// Reports that the row is set aside.
-    fn report_set_aside(&mut self) {
-        if let Some(sender) = self.set_aside.take() {
-            // The receiver may be gone, because its delivery was lost.
-            let _ = sender.send(());
-        }
-    }
-
     fn report(mut self, outcome: WriteOutcome) {
         match &outcome {
             WriteOutcome::Committed => {}
-            WriteOutcome::Refused(reason) => self.commit.fail(reason),
-            WriteOutcome::Postponed => self.commit.fail("the row is held up"),
+            WriteOutcome::Refused(reason) => self.span.fail(reason),
+            WriteOutcome::Postponed => self.span.fail("the row is held up"),
         }
-        // The receiver may be gone, because its delivery was lost; the row is correct anyway.
+        // The receiver may be gone, because its delivery was lost. The row is correct nevertheless.
         let _ = self.outcome.send(outcome);
     }
 }
 
 impl Writer {
-    /// Starts the task that writes batches.
+    /// Starts the tokio task that writes batches.
     #[must_use]
-    pub fn start(store: Arc<Store>, events: Emitter, config: &Lookups) -> Self {
+    pub fn start(
+        store: Arc<Store>,
+        events: Emitter,
+        config: &Lookups,
+        supervisor: &Supervisor,
+    ) -> Self {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
         let linger = config.write_batch_linger;
-        // A quarter of the unsettled lookups, so that the other lookups continue.
+        // At most a quarter of the unsettled lookups are set aside, so that other lookups continue.
         let set_aside = SetAside::new(usize::from(config.unsettled_lookups_max() / 4).max(1));
         let (writes, status) = watch::channel(Ok(()));
         let table = Table { store, events, writes };
-        Self::with_task(batch_max, status, async move |results| {
+        let (results, incoming) = mpsc::channel(batch_max);
+        let task = supervisor.spawn_critical("batch writer", async move {
             tokio::select! {
-                () = write_batches(&table, &set_aside, results, batch_max, linger) => {}
+                () = write_batches(&table, &set_aside, incoming, batch_max, linger) => {}
                 () = set_aside.write(&table, batch_max) => {}
             }
-        })
+        });
+        Self { _needed: task.detach(), results, status }
     }
 
-    fn with_task<F: Future<Output = ()> + Send + 'static>(
-        capacity: usize,
-        status: watch::Receiver<StoreStatus>,
-        write: impl FnOnce(mpsc::Receiver<QueuedSighting>) -> F,
-    ) -> Self {
-        let (results, incoming) = mpsc::channel(capacity);
-        tokio::spawn(write(incoming));
-        Self { results, status }
-    }
-
-    /// Queues the result that the object was online at `at`. `commit` is the span of the wait for
+    /// Queues the result that the object was online at `at`. `span` is the span of the wait for
     /// [`PendingWrite::outcome`].
     ///
     /// # Errors
-    /// [`WriterDied`].
+    /// [`WriterStopped`].
     pub async fn record(
         &self,
         id: i64,
         at: Instant,
-        commit: Span,
-    ) -> Result<PendingWrite, WriterDied> {
+        span: Span,
+    ) -> Result<PendingWrite, WriterStopped> {
         let (set_aside, is_set_aside) = oneshot::channel();
         let (sender, outcome) = oneshot::channel();
-        let sighting =
-            QueuedSighting { id, at, commit, set_aside: Some(set_aside), outcome: sender };
-        self.results.send(sighting).await.map_err(|_| WriterDied)?;
+        let sighting = QueuedSighting { id, at, span, set_aside: Some(set_aside), outcome: sender };
+        self.results.send(sighting).await.map_err(|_| WriterStopped)?;
         Ok(PendingWrite { set_aside: is_set_aside, outcome })
     }
 
-    /// Whether the last attempt to write a batch succeeded, or why not. The writer retries until it
-    /// does.
-    pub(crate) fn status(&self) -> watch::Receiver<StoreStatus> {
+    /// Whether the last attempt to write a batch succeeded, or why it failed. The writer retries
+    /// until an attempt succeeds.
+    pub(crate) fn status(&self) -> watch::Receiver<Status> {
         self.status.clone()
-    }
-
-    /// Returns only if the task has stopped.
-    pub(crate) async fn died(&self) {
-        self.results.closed().await;
     }
 }
 
-/// The table, and the events about its changes.
+/// Writes rows, publishes events about the committed changes, and reports failures.
 struct Table {
     store: Arc<Store>,
     events: Emitter,
-    writes: watch::Sender<StoreStatus>,
+    writes: watch::Sender<Status>,
 }
 
 async fn write_batches(
@@ -189,19 +175,19 @@ async fn write_batches(
                 Ok(_) => {}
             }
         }
-        // Sightings of rows that are set aside would hold up this batch.
+        // A sighting whose row is already set aside would hold up this batch.
         for sighting in batch.extract_if(.., |sighting| set_aside.contains(sighting.id)) {
             set_aside.add(sighting, "set aside already");
         }
         if batch.is_empty() {
             continue;
         }
-        let waits = batch.iter().map(|sighting| &sighting.commit);
-        let upsert = Span::joint(waits, || table.upsert_step(&batch));
+        let spans = batch.iter().map(|sighting| &sighting.span);
+        let upsert = Span::joint(spans, || table.upsert_step(&batch));
         let not_written = commit(table, set_aside, &batch).await;
         let mut finished = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
         for sighting in &mut finished {
-            sighting.commit.link(&upsert);
+            sighting.span.link(&upsert);
         }
         let held_up = finished.extract_if(.., |sighting| {
             matches!(not_written.get(&sighting.id), Some(NotWritten::HeldUp(_)))
@@ -211,13 +197,13 @@ async fn write_batches(
                 set_aside.add(sighting, reason);
             }
         }
-        // In a task of its own, so that the next batch is written meanwhile.
+        // Report in a separate tokio task, so that the next batch is written meanwhile.
         tokio::spawn(async move { report(finished, &not_written, upsert) });
     }
 }
 
 fn report(batch: Vec<QueuedSighting>, not_written: &HashMap<i64, NotWritten>, upsert: Span) {
-    // Ends the span before any delivery is settled, because the process may end then.
+    // End the span before any delivery is settled, because the process may end right after that.
     drop(upsert);
     for sighting in batch {
         let outcome = match not_written.get(&sighting.id) {
@@ -239,7 +225,8 @@ async fn commit(
     let started = Instant::now();
     let mut locked = HashMap::new();
     if !set_aside.is_empty() {
-        // If some rows are locked, more may be. Finding them is faster than waiting for each.
+        // While rows are held up, further ones may be locked. Finding all locked rows is faster
+        // than waiting for each of them.
         newest = bisection::without_locked(table, newest, "locked by another session", &mut locked)
             .await;
     }
@@ -256,7 +243,6 @@ async fn commit(
 }
 
 impl Table {
-    /// The span of the statement for a batch.
     fn upsert_step(&self, batch: &[QueuedSighting]) -> Step {
         let results = i64::try_from(batch.len()).unwrap_or(i64::MAX);
         Step {
@@ -272,24 +258,24 @@ impl Table {
     }
 
     /// Publishes the committed changes as events. Never waits.
-    fn announce(&self, recorded: &Recorded) {
+    fn publish_events(&self, recorded: &Recorded) {
         let object = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
         self.events.publish(Kind::Online, recorded.inserted.iter().map(object));
         self.events.publish(Kind::Seen, recorded.updated.iter().map(object));
     }
 
-    fn note_success(&self) {
+    fn record_success(&self) {
         self.writes.send_if_modified(|status| std::mem::replace(status, Ok(())).is_err());
     }
 
-    fn note_failure(&self, error: &StoreError, failures: u32, rows: usize) {
+    fn record_failure(&self, error: &StoreError, failures: u32, rows: usize) {
         metrics::counter!("lastseen_write_failures_total").increment(1);
         if failures == 1 {
             tracing::warn!(%error, rows, "cannot write a batch; its messages wait, trying again");
         } else {
             tracing::debug!(%error, rows, failures, "still cannot write a batch");
         }
-        // The store reports an outage of the database itself.
+        // If the database is away, the status of the store reports that already.
         let is_reported = self.store.status().borrow().is_err();
         let status = if is_reported {
             Ok(())
@@ -336,7 +322,7 @@ mod tests {
         let sighting = |id, after| QueuedSighting {
             id,
             at: start + Duration::from_secs(after),
-            commit: Span::default(),
+            span: Span::default(),
             set_aside: None,
             outcome: oneshot::channel().0,
         };
@@ -344,18 +330,5 @@ mod tests {
         let newest = newest_of_each(&batch);
         let seconds = |after| start + Duration::from_secs(after);
         assert_eq!(newest, [(-3, seconds(5)), (7, seconds(9))]);
-    }
-
-    #[tokio::test]
-    async fn a_panic_of_the_writer_is_reported_to_its_users() {
-        let (_, status) = watch::channel(Ok(()));
-        let writer = Writer::with_task(1, status, async |mut results| {
-            let _first = results.recv().await;
-            panic!("the writer panics in this test");
-        });
-        let record =
-            async { writer.record(42, Instant::now(), Span::default()).await?.outcome().await };
-        let (died, recorded) = tokio::join!(writer.died(), record);
-        assert!(matches!((died, recorded), ((), Err(WriterDied))));
     }
 }

@@ -7,7 +7,7 @@ use axum::body::{Body, HttpBody as _};
 use axum::http::{HeaderMap, HeaderName, StatusCode, header};
 use http_body_util::BodyExt as _;
 use memmap2::MmapMut;
-use service::problem::Problem;
+use runtime::problem::Problem;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::{Instant, timeout_at};
 
@@ -22,9 +22,9 @@ const SMALL_BYTES: usize = 8 << 10;
 const LARGE_BYTES_TOTAL: usize = 16 << 20;
 /// The most bytes that one read from a connection returns.
 const READ_BYTES: usize = 16 << 10;
-/// After [`GRACE`], a body must have arrived at this rate on average.
+/// A body must arrive at least at this average rate, not counting the first [`GRACE`].
 const BYTES_PER_SECOND_MIN: u32 = 16 << 10;
-/// Enough for a packet that is lost several times.
+/// Long enough for a packet that is lost and sent again several times.
 const GRACE: Duration = Duration::from_secs(2);
 
 pub(crate) struct BodyReader {
@@ -35,7 +35,7 @@ pub(crate) struct BodyReader {
     memory: Arc<Semaphore>,
 }
 
-/// A body, which holds its memory permits until it is dropped.
+/// The body of a request. It holds its memory permits until it is dropped.
 #[derive(Default)]
 pub(crate) struct BufferedBody {
     small: Vec<u8>,
@@ -81,8 +81,8 @@ impl BodyReader {
         let started = Instant::now();
         let mut buffered = BufferedBody::default();
         loop {
-            // Before the next part is read, because a thousand waiting bodies must not hold one
-            // part each.
+            // Reserve memory before reading the next part. Otherwise a thousand bodies that wait
+            // for memory would hold one part each.
             let expected = buffered.bytes().len() + next_read(&body, &buffered);
             self.reserve(&mut buffered, expected, deadline).await?;
             let allowed = self.time_allowed(buffered.bytes().len());
@@ -106,7 +106,8 @@ impl BodyReader {
         }
     }
 
-    /// The time from the start of a body to its next part, if `received` bytes have arrived.
+    /// How long after the start of a body its next part must arrive, if `received` bytes have
+    /// arrived.
     fn time_allowed(&self, received: usize) -> Duration {
         let bytes = u32::try_from(received).unwrap_or(u32::MAX);
         let at_minimum_rate = Duration::from_secs(bytes.into()) / BYTES_PER_SECOND_MIN;
@@ -154,9 +155,6 @@ impl BufferedBody {
     }
 
     /// Appends to a body that never exceeds `max_bytes`.
-    ///
-    /// # Errors
-    /// When the system has no memory.
     fn append(&mut self, data: &[u8], max_bytes: usize) -> std::io::Result<()> {
         let length = self.bytes().len();
         if length + data.len() <= SMALL_BYTES {
@@ -167,8 +165,8 @@ impl BufferedBody {
             large
         } else {
             let mut pages = MmapMut::map_anon(max_bytes)?;
-            // Otherwise the kernel may back neighbouring bodies with pages of 2 MiB. The call fails
-            // only on kernels without such pages.
+            // Without this advice, the kernel may back neighbouring bodies with pages of 2 MiB. The
+            // call fails only on kernels without such pages.
             #[cfg(target_os = "linux")]
             let _ = pages.advise(memmap2::Advice::NoHugePage);
             pages[..length].copy_from_slice(&self.small);
@@ -188,8 +186,8 @@ fn next_read(body: &Body, buffered: &BufferedBody) -> usize {
     if buffered.bytes().is_empty() {
         return 0;
     }
-    let left = body.size_hint().upper().and_then(|left| usize::try_from(left).ok());
-    left.map_or(READ_BYTES, |left| left.min(READ_BYTES))
+    let remaining = body.size_hint().upper().and_then(|bytes| usize::try_from(bytes).ok());
+    remaining.map_or(READ_BYTES, |remaining| remaining.min(READ_BYTES))
 }
 
 fn no_memory() -> Problem {
@@ -275,6 +273,7 @@ mod tests {
     #[tokio::test]
     async fn stalled_bodies_hold_only_what_has_arrived() {
         let bodies = BodyReader::with_memory(MIB, BUDGET * 3, 64 * MIB);
+        // If each held MAX_BODY_BYTES, only 64 would have memory, and the others would get a 503.
         let stalled = (0..160).map(|_| read(&bodies, stalled(17 << 10)));
         let stalled = futures_util::future::join_all(stalled);
         let other = read(&bodies, Body::from(vec![b' '; 24 << 10]));
@@ -300,8 +299,9 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn body_without_room_is_answered_503_at_its_deadline() {
+    async fn body_without_memory_is_answered_503_at_its_deadline() {
         let bodies = BodyReader::with_memory(MIB, BUDGET * 3, MIB);
+        // The stalled body takes all memory, and has not timed out at the other one's deadline.
         let (stalled, other) = tokio::join!(
             read(&bodies, stalled(MIB)),
             read(&bodies, Body::from(vec![b' '; MIB / 2])),

@@ -2,16 +2,17 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use broker::PublishError;
+use messaging::queue::PublishError;
 
 /// What the broker has done with a callback's messages so far.
 #[derive(Debug)]
 pub(crate) enum BrokerOutcome {
-    /// The callback did not try the broker, which was unavailable.
+    /// The messages were not sent, because the broker was unavailable.
     NotTried,
     /// The broker has confirmed all messages.
     Confirmed,
-    /// The broker has not responded in its share of the time. It may still confirm the messages.
+    /// The broker has not responded within its share of the time, but may still confirm the
+    /// messages.
     Late,
     /// The broker has not confirmed all messages, and will not.
     Failed(PublishError),
@@ -26,8 +27,9 @@ impl From<Result<(), PublishError>> for BrokerOutcome {
 // Decision: docs/decisions/0006-how-does-the-producer-know-that-the-broker-accepts.md
 /// Whether the broker confirms messages in time, by the most recent outcome.
 ///
-/// The flag cannot stay cleared: with the next callback, the relay publishes a spooled message, or
-/// the callback tries the broker because no spool stores it. A confirm in time then sets the flag.
+/// The flag cannot stay cleared once the broker works again. The next callback either goes to the
+/// spool, from which the relay publishes its messages, or tries the broker because there is no
+/// spool. Either way, a confirm in time sets the flag.
 #[derive(Debug)]
 pub(crate) struct BrokerAvailability(AtomicBool);
 
@@ -46,7 +48,7 @@ impl BrokerAvailability {
 
     pub(crate) fn update(&self, outcome: &BrokerOutcome) {
         match outcome {
-            // A broker with as many unconfirmed messages as allowed accepts messages all the same.
+            // `Full` is a limit of the publisher: the broker itself may confirm in time.
             BrokerOutcome::NotTried | BrokerOutcome::Failed(PublishError::Full(_)) => {}
             BrokerOutcome::Confirmed => self.set(true),
             BrokerOutcome::Late | BrokerOutcome::Failed(_) => self.set(false),

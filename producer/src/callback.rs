@@ -4,17 +4,16 @@ use std::borrow::Cow;
 use std::fmt;
 
 use axum::http::StatusCode;
+use runtime::problem::Problem;
 use serde::Deserialize;
 use serde::de::{self, Deserializer, SeqAccess, Visitor};
 use serde_json::value::RawValue;
-use service::problem::Problem;
 
 /// Some clients write this before the text. A JSON parser may ignore it (RFC 8259, section 8.1).
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 /// Above this, a floating-point number does not distinguish neighbouring integers.
 const FLOATS_EXACT_UP_TO: u64 = 1 << 53;
 
-/// The ids of one callback.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Callback {
     /// The number of ids that the callback lists, repeats included.
@@ -23,7 +22,7 @@ pub(crate) struct Callback {
     pub(crate) ids: Vec<i64>,
 }
 
-/// Unknown fields are ignored, so that partners may add some.
+/// The body of a callback. Unknown fields are ignored, so that partners may add fields.
 #[derive(Deserialize)]
 struct Body {
     object_ids: Ids,
@@ -33,7 +32,7 @@ struct Ids(Vec<i64>);
 
 struct Id(i64);
 
-/// The same with the text of the list, for senders that write integers in another form.
+/// The same body with the list as unparsed text, for senders that write integers in another form.
 #[derive(Deserialize)]
 struct BodyAsText<'a> {
     #[serde(borrow)]
@@ -102,14 +101,14 @@ impl Callback {
     /// A 400 with the fault and its position, or a 422 for more than `max_ids` ids.
     pub(crate) fn parse(body: &[u8], max_ids: usize) -> Result<Self, Problem> {
         let body = body.strip_prefix(BYTE_ORDER_MARK).unwrap_or(body);
-        // Otherwise serde would read the bare list `[[1,2,3]]` as the object's fields in order.
+        // Without this check, serde would accept the list `[[1,2,3]]` as the fields in order.
         if body.trim_ascii_start().first() != Some(&b'{') {
             return Err(bad_request(match other_encoding(body) {
                 Some(encoding) => format!("the body is in {encoding}: send it in UTF-8"),
                 None => "the body must be a JSON object: {\"object_ids\":[1,2,3]}".to_owned(),
             }));
         }
-        // Almost all senders write integers, so their bodies are parsed only this way.
+        // Try `Body` first: almost all senders write integers, so most bodies are parsed only once.
         let mut ids = match serde_json::from_slice::<Body>(body) {
             Ok(body) => body.object_ids.0,
             Err(_) => parse_texts(body)?,
@@ -309,6 +308,7 @@ mod tests {
             let detail = detail(&body);
             assert!(detail.len() < 200, "{} bytes: {detail:.300}", detail.len());
         }
+        // The error of the first attempt to parse is discarded, but its text takes memory.
         let first_error =
             |body: String| serde_json::from_slice::<Body>(body.as_bytes()).err().unwrap();
         for body in
@@ -319,7 +319,7 @@ mod tests {
     }
 
     #[test]
-    fn invalid_json_and_json_of_another_shape_have_own_errors() {
+    fn invalid_json_and_json_of_another_shape_have_different_errors() {
         for body in ["{", r#"{"object_ids":[1,}"#, r#"{"object_ids":[1"#, "{]"] {
             assert!(detail(body).starts_with("the body is not JSON"), "{body}");
         }

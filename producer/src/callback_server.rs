@@ -14,29 +14,32 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
 use axum::middleware::{self, Next};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
+use messaging::queue::Broker;
+use runtime::authenticity::Authenticity;
+use runtime::problem::Problem;
+use runtime::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
+use runtime::{Context, health_routes, http};
 use serde::Serialize;
-use service::problem::Problem;
-use service::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
-use service::{CancellationToken, Health, health_routes, http};
 use tokio::net::TcpListener;
 use tokio::time::Instant;
 use uuid::Uuid;
 
 use crate::body::BodyReader;
 use crate::callback::Callback;
-use crate::config::{Callbacks, Config};
+use crate::config::Callbacks;
 use crate::deadline::Deadline;
 use crate::duplicate_filter::Admission;
 use crate::durable_sink::{DurableSink, NotStored};
 use crate::rejections::{Rejection, Rejections};
 use crate::signature::Signatures;
 
-/// After the stop signal, a client that sends callbacks continuously sends its next one within this
-/// time. The response then closes the connection, and the client connects to another producer.
+/// After the stop signal, the server keeps connections open until no request has arrived for this
+/// time. A client that sends callbacks continuously sends the next one within it. The response to
+/// that callback closes the connection, and the client connects to another producer.
 const FAREWELL: Duration = Duration::from_secs(2);
-/// Identifies the callback in logs and in its messages.
+/// The response header with the id that identifies the callback in logs and in its messages.
 const CALLBACK_ID: HeaderName = HeaderName::from_static("callback-id");
-/// A browser uses this header to report which site's page makes it send a request.
+/// The header in which a browser reports whether a page of another site caused the request.
 const SEC_FETCH_SITE: HeaderName = HeaderName::from_static("sec-fetch-site");
 
 /// The producer's HTTP server, which listens but does not serve yet.
@@ -44,10 +47,9 @@ pub struct CallbackServer {
     listener: TcpListener,
     limits: http::Limits,
     shared: Arc<Shared>,
-    health: Health,
+    context: Context,
 }
 
-/// The state that all requests share.
 struct Shared {
     sink: DurableSink,
     bodies: BodyReader,
@@ -60,19 +62,23 @@ impl CallbackServer {
     /// Opens the spool, starts to connect to the broker, and listens on `PRODUCER_ADDR`.
     ///
     /// # Errors
-    /// When it cannot listen on the address, or cannot open a queue in a file. A spool that cannot
-    /// be opened is no error, because callbacks need none while the broker is there.
-    pub async fn open(config: &Config, health: &Health) -> anyhow::Result<Self> {
+    /// When the server cannot listen on the address. A spool that cannot be opened is no error,
+    /// because callbacks do not need the spool while the broker accepts messages.
+    pub async fn open(
+        callbacks: Callbacks,
+        authenticity: Authenticity,
+        broker: Broker,
+        context: Context,
+    ) -> anyhow::Result<Self> {
         describe_metrics();
-        let callbacks = &config.callbacks;
         let address = callbacks.producer_addr;
-        let sink = DurableSink::open(config).await?;
-        // Last, because the spool takes a while to open, and a client that is connected would wait
-        // for it.
+        let sink = DurableSink::open(&callbacks, broker).await;
+        // Listen only after the spool is open: a client that connects earlier would have to wait
+        // for the spool.
         let listener = http::listen(address)
             .with_context(|| format!("cannot listen on PRODUCER_ADDR={address}"))?;
-        sink.report_to(health);
-        health.finish_registration();
+        sink.report_to(&context.health);
+        context.health.finish_registration();
         let limits = http::Limits {
             max_connections: callbacks.max_connections,
             header_timeout: callbacks.header_timeout,
@@ -81,15 +87,15 @@ impl CallbackServer {
         };
         let shared = Arc::new(Shared {
             sink,
-            bodies: BodyReader::new(callbacks),
-            signatures: Signatures::new(config.authenticity.callback_secret.clone()),
+            bodies: BodyReader::new(&callbacks),
+            signatures: Signatures::new(authenticity.callback_secret),
             rejections: Arc::default(),
-            config: callbacks.clone(),
+            config: callbacks,
         });
-        Ok(Self { listener, limits, shared, health: health.clone() })
+        Ok(Self { listener, limits, shared, context })
     }
 
-    /// The address that it listens on, with the actual port if the setting has port 0.
+    /// The address that the server listens on, with the actual port if the setting has port 0.
     ///
     /// # Errors
     /// When the operating system does not report the address.
@@ -97,23 +103,29 @@ impl CallbackServer {
         self.listener.local_addr()
     }
 
-    /// Answers callbacks until `shutdown`, then finishes those in flight.
+    /// Answers callbacks until the shutdown, then finishes those in flight.
     ///
     /// # Errors
-    /// When a publisher has stopped.
-    pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+    /// When the operating system does not report the address.
+    pub async fn serve(self) -> anyhow::Result<()> {
         tracing::info!(address = %self.address()?, "accepting callbacks on POST /callback");
+        let Context { health, shutdown, supervisor } = self.context;
         let shared = Arc::clone(&self.shared);
+        let relay = shared.sink.spawn_relay(&supervisor);
         let router = Router::new()
             .route("/callback", post(respond))
-            .merge(health_routes(self.health))
+            .merge(health_routes(health))
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
             .layer(middleware::from_fn(close_after_chunked))
             .with_state(self.shared);
-        tokio::select! {
-            () = http::serve(self.listener, router, self.limits, shutdown) => {}
-            stopped = shared.sink.run() => stopped?,
+        http::serve(self.listener, router, self.limits, shutdown).await;
+        // No earlier, because a callback in flight may still go to the spool.
+        if shared.config.drain_spool {
+            shared.sink.drain_spool().await;
+        }
+        if let Some(relay) = relay {
+            relay.stop().await;
         }
         if let Some(shared) = Arc::into_inner(shared) {
             shared.sink.close().await;
@@ -142,7 +154,7 @@ async fn respond(State(shared): State<Arc<Shared>>, request: Request) -> Respons
     let response = match outcome {
         Ok(accepted) => {
             count("accepted");
-            with_id(&callback_id, Json(accepted).into_response())
+            with_callback_id(&callback_id, Json(accepted).into_response())
         }
         Err(problem) => shared.reject(callback_id, &head, problem),
     };
@@ -166,7 +178,7 @@ async fn not_found(State(shared): State<Arc<Shared>>, request: Request) -> Respo
     shared.reject_unread(request, Problem::new(StatusCode::NOT_FOUND, detail))
 }
 
-fn with_id(callback_id: &str, mut response: Response) -> Response {
+fn with_callback_id(callback_id: &str, mut response: Response) -> Response {
     if let Ok(value) = HeaderValue::try_from(callback_id) {
         response.headers_mut().insert(CALLBACK_ID, value);
     }
@@ -177,7 +189,6 @@ fn count(outcome: &'static str) {
     metrics::counter!("lastseen_callbacks_total", "outcome" => outcome).increment(1);
 }
 
-/// The `outcome` label of metrics for a response with this status.
 fn outcome_label(status: StatusCode) -> &'static str {
     match status {
         StatusCode::OK => "accepted",
@@ -190,7 +201,6 @@ fn outcome_label(status: StatusCode) -> &'static str {
     }
 }
 
-/// The span of a callback.
 fn callback_step() -> Step {
     Step {
         name: "POST /callback".into(),
@@ -205,13 +215,13 @@ fn callback_step() -> Step {
 }
 
 impl Shared {
-    /// Counts and logs a rejected request, and makes its response. Every rejection passes here,
+    /// Counts and logs a rejected request, and makes its response. Every rejection is logged,
     /// because the ids of a rejected callback are lost: partners do not send a callback twice.
     fn reject(&self, callback_id: String, head: &Parts, problem: Problem) -> Response {
         count(outcome_label(problem.status));
         let peer = head.extensions.get::<ConnectInfo<SocketAddr>>().map(|peer| peer.0);
         let (status, reason) = (problem.status.as_u16(), problem.detail.clone());
-        let response = with_id(&callback_id, problem.into_response());
+        let response = with_callback_id(&callback_id, problem.into_response());
         self.rejections.log(Rejection { callback_id, status, reason, peer });
         response
     }
@@ -256,9 +266,9 @@ impl Shared {
     }
 }
 
-/// Rejects a request that a web page of another site makes a browser send. Otherwise any page could
-/// forge callbacks through a visitor that can reach this address. Partners' servers do not send
-/// this header.
+/// Rejects a request that a browser sends for a web page of another site. Otherwise any page could
+/// forge callbacks through the browser of a visitor that can reach this address. Partners' servers
+/// do not send this header.
 fn reject_cross_site(headers: &HeaderMap) -> Result<(), Problem> {
     if headers.get_all(SEC_FETCH_SITE).iter().any(|site| site == "cross-site") {
         let detail =
@@ -277,8 +287,8 @@ fn unavailable(error: &NotStored) -> Problem {
 }
 
 /// Closes the connection after a chunked request. If the request also had a `Content-Length`, a
-/// proxy may have found another end of it. The following bytes are then part of a body, and must
-/// not be read as a request (RFC 9112, 6.1).
+/// proxy may disagree about where the request ends. The bytes after it may then belong to its body,
+/// and must not be read as a request (RFC 9112, 6.1).
 async fn close_after_chunked(request: Request, next: Next) -> Response {
     let is_chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
     let mut response = next.run(request).await;

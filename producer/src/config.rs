@@ -5,29 +5,28 @@ use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use authenticity::Authenticity;
-use service::settings;
+use clap::ArgAction;
+use runtime::authenticity::Authenticity;
+use runtime::settings::{self, Checked};
 
-/// The client gives up after a second, of which the spool needs up to half after the broker.
+/// After this timeout, the spool may need another half second, and the client waits for one second.
 const PUBLISH_TIMEOUT: RangeInclusive<Duration> =
     Duration::from_millis(10)..=Duration::from_millis(400);
-/// The range of timeouts for clients.
+/// The range of each timeout that limits what a client may take.
 const CLIENT_TIMEOUT: RangeInclusive<Duration> =
     Duration::from_millis(100)..=Duration::from_mins(10);
 
 /// The producer's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
+#[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Config {
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub callbacks: Callbacks,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub authenticity: Authenticity,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
-    pub broker: broker::Config,
+    pub broker: Checked<messaging::queue::Config>,
 }
 
 /// The address that accepts callbacks, and the limits of each callback.
@@ -55,12 +54,16 @@ pub struct Callbacks {
     /// Maximum size of the spool, in bytes
     #[arg(long, value_parser = settings::number(1_048_576..=1_u64 << 40), default_value = "1073741824")]
     pub spool_max_bytes: u64,
-    /// Time that a client has to send a request's head, from its first byte; also how far it may
-    /// fall behind 1 KiB/s in reading responses
+    /// Whether a producer that stops first waits, for up to `DRAIN_TIMEOUT`, until its spool is
+    /// empty; for a producer that may never start again
+    #[arg(long, action = ArgAction::Set, value_parser = settings::switch, default_value = "off")]
+    pub drain_spool: bool,
+    /// Time that a client has to send a request's head, from its first byte; also the time by which
+    /// a client that reads responses may lag behind 1 KiB/s
     #[arg(long, value_parser = settings::duration(CLIENT_TIMEOUT), default_value = "20s")]
     pub header_timeout: Duration,
-    /// Time that a connection may wait for its next request; longer than that of load balancers
-    /// (often 60s), which must close first
+    /// Time that a connection may wait for its next request; must be longer than the idle timeout
+    /// of a load balancer (often 60s), which has to close connections first
     #[arg(long, value_parser = settings::duration(CLIENT_TIMEOUT), default_value = "75s")]
     pub idle_timeout: Duration,
     /// Time that a client has to send a request's body

@@ -33,7 +33,7 @@ impl Deadline {
         if now < self.at { self } else { Self::new(now, self.budget) }
     }
 
-    /// Half of the remaining time from now, for a wait that must leave time for another one.
+    /// The middle of the remaining time: the end of a wait that must leave time for another wait.
     pub(crate) fn halfway(self) -> Instant {
         Instant::now() + self.remaining() / 2
     }

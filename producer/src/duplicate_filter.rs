@@ -1,15 +1,15 @@
 //! Recognises repeats of signed callbacks, so that each callback is published once.
 //!
-//! It saves work but guarantees nothing: other producers do not know these callbacks, and a restart
-//! forgets them. Consumers must expect that a message is published more than once.
+//! The filter saves work but guarantees nothing: other producers do not know these callbacks, and a
+//! restart forgets them. Consumers must expect that a message is published more than once.
 //!
 //! Decision: docs/decisions/0012-when-are-two-callbacks-the-same.md
 
 use std::collections::{HashMap, HashSet, VecDeque};
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use authenticity::Fingerprint;
+use parking_lot::Mutex;
+use runtime::authenticity::Fingerprint;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
@@ -18,12 +18,12 @@ use tokio::time::Instant;
 const REMEMBERED_FOR: Duration = Duration::from_mins(10);
 /// The time after which a new bucket begins.
 const BUCKET_SPAN: Duration = Duration::from_mins(1);
-/// A full bucket, after which a new one begins at once: a table of 4.5 MB, which would double to
-/// hold one more fingerprint.
+/// The most fingerprints in one bucket; then a new bucket begins at once. The hash table of a full
+/// bucket has 4.5 MB, and would double for one more fingerprint.
 const BUCKET_MAX: usize = 229_376;
-/// The buckets that begin within [`REMEMBERED_FOR`], and the one that ends in it. When all are
-/// full, they hold 2.5 million callbacks (4,200 per second) in 49 MB. At a higher rate, the oldest
-/// are forgotten earlier.
+/// Ten buckets begin within [`REMEMBERED_FOR`], and an older one ends within it. Full buckets hold
+/// 2.5 million callbacks (4,200 per second) in 49 MB. At a higher rate, the filter forgets the
+/// oldest callbacks earlier.
 const BUCKETS_MAX: usize = 11;
 
 /// The signed callbacks of the last ten minutes, published and in flight.
@@ -39,11 +39,9 @@ struct State {
     published: RecentFingerprints,
 }
 
-/// Whether to publish a callback.
 pub(crate) enum Admission<'a> {
     /// The caller publishes the callback.
     Publish(InFlightGuard<'a>),
-    /// The callback is already published.
     AlreadyPublished,
 }
 
@@ -61,7 +59,7 @@ impl DuplicateFilter {
     pub(crate) async fn admit(&self, fingerprint: Fingerprint) -> Admission<'_> {
         loop {
             let mut outcome = {
-                let mut state = self.lock();
+                let mut state = self.state.lock();
                 if state.published.contains(&fingerprint, Instant::now()) {
                     return Admission::AlreadyPublished;
                 }
@@ -78,33 +76,29 @@ impl DuplicateFilter {
             while outcome.changed().await.is_ok() {}
         }
     }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl InFlightGuard<'_> {
     /// Records that the callback is durable: its repeats need not be published.
     pub(crate) fn mark_published(self) {
-        let mut state = self.filter.lock();
+        let mut state = self.filter.state.lock();
         state.published.add(self.fingerprint, Instant::now());
     }
 }
 
 impl Drop for InFlightGuard<'_> {
     fn drop(&mut self) {
-        // Before the sender is dropped: a waiting repeat must not find this callback still in
-        // flight.
-        self.filter.lock().in_flight.remove(&self.fingerprint);
+        // Remove the callback before the sender is dropped and wakes the waiting repeats: they must
+        // not find this callback still in flight.
+        self.filter.state.lock().in_flight.remove(&self.fingerprint);
     }
 }
 
-/// A bounded set of recent fingerprints. It forgets a bucket at a time, so that no request pays for
-/// moving or removing many fingerprints one by one.
+/// A bounded set of recent fingerprints. It forgets a whole bucket at a time, so that no request
+/// has to wait while many fingerprints are moved or removed one by one.
 #[derive(Default)]
 struct RecentFingerprints {
-    /// The newest is at the front, because most repeats arrive soon.
+    /// The newest bucket is at the front, because most repeats arrive soon.
     buckets: VecDeque<Bucket>,
 }
 
@@ -115,18 +109,18 @@ struct Bucket {
 
 impl RecentFingerprints {
     fn contains(&mut self, fingerprint: &Fingerprint, now: Instant) -> bool {
-        let outdated = |bucket: &Bucket| now - bucket.since > REMEMBERED_FOR + BUCKET_SPAN;
-        while self.buckets.back().is_some_and(outdated) {
+        let is_outdated = |bucket: &Bucket| now - bucket.since > REMEMBERED_FOR + BUCKET_SPAN;
+        while self.buckets.back().is_some_and(is_outdated) {
             self.buckets.pop_back();
         }
         self.buckets.iter().any(|bucket| bucket.fingerprints.contains(fingerprint))
     }
 
     fn add(&mut self, fingerprint: Fingerprint, now: Instant) {
-        let open = |bucket: &&mut Bucket| {
+        let is_open = |bucket: &&mut Bucket| {
             now - bucket.since < BUCKET_SPAN && bucket.fingerprints.len() < BUCKET_MAX
         };
-        if let Some(newest) = self.buckets.front_mut().filter(open) {
+        if let Some(newest) = self.buckets.front_mut().filter(is_open) {
             newest.fingerprints.insert(fingerprint);
             return;
         }
@@ -180,7 +174,7 @@ mod tests {
         let failing = async { drop(first) };
         let (second, third, ()) = tokio::join!(duplicate(), duplicate(), failing);
         assert!(second != third);
-        assert!(filter.lock().in_flight.is_empty());
+        assert!(filter.state.lock().in_flight.is_empty());
     }
 
     #[test]

@@ -1,31 +1,32 @@
-//! Stores a callback's messages durably: in the broker or, while that does not confirm, in the
-//! spool.
+//! Stores a callback's messages durably: in the broker or, if the broker does not confirm them, in
+//! the spool.
 
 use std::borrow::Cow;
 use std::path::PathBuf;
 use std::pin::{Pin, pin};
+use std::sync::Arc;
 use std::time::Duration;
 
-use broker::{Destination, LinkStatus, Origin, PublishError, Publisher, SpoolError};
-use service::Health;
-use service::traces::{KeyValue, Span, SpanKind, Step};
+use messaging::queue::{Broker, Destination, Origin, PublishError, Publisher, SpoolError};
+use runtime::traces::{KeyValue, Span, SpanKind, Step};
+use runtime::{CriticalTask, Health, Status, Supervisor};
 use tokio::sync::watch;
 use tokio::time::{Instant, sleep, timeout_at};
 
 use crate::broker_availability::{BrokerAvailability, BrokerOutcome};
-use crate::config::Config;
+use crate::config::Callbacks;
 use crate::deadline::Deadline;
 use crate::relay::Relay;
 use crate::spool_handle::SpoolHandle;
 
-/// The time that the spool has to store a callback. Together with `PUBLISH_TIMEOUT`, it is less
-/// than the second that the client waits.
+/// The time that the spool has to store a callback. Together with `PUBLISH_TIMEOUT` (at most
+/// 400 ms), it is shorter than the second that the client waits.
 const SPOOL_TIMEOUT: Duration = Duration::from_millis(500);
 /// The default of `SPOOL_DIR`.
 const SPOOL_DIR: &str = "./spool";
 
-/// Some messages of a callback may not be durable: the errors of the broker and, if there is one,
-/// the spool.
+/// Some messages of a callback may not be durable. Contains the error of the broker and, if the
+/// spool was tried, that of the spool.
 #[derive(Debug, thiserror::Error)]
 #[error("{broker}{}", spool.as_ref().map(|error| format!("; {error}")).unwrap_or_default())]
 pub(crate) struct NotStored {
@@ -38,10 +39,10 @@ pub(crate) struct DurableSink {
     destination: Destination,
     publish_timeout: Duration,
     /// `None` if the queue is itself a file on this disk.
-    fallback: Option<Fallback>,
+    fallback: Option<Arc<Fallback>>,
 }
 
-/// Stores messages while the broker does not.
+/// Stores messages while the broker does not confirm them, and relays them later.
 struct Fallback {
     spool: SpoolHandle,
     broker: BrokerAvailability,
@@ -49,32 +50,31 @@ struct Fallback {
 }
 
 impl DurableSink {
-    /// Starts to connect to the broker, and opens the spool if that is possible.
-    ///
-    /// # Errors
-    /// When the queue is a file that cannot be opened.
-    pub(crate) async fn open(config: &Config) -> anyhow::Result<Self> {
-        let Config { callbacks, broker, .. } = config;
+    /// Starts to connect to the broker, and opens the spool. If the spool cannot be opened, the
+    /// relay tries again.
+    pub(crate) async fn open(callbacks: &Callbacks, broker: Broker) -> Self {
         let publish_timeout = callbacks.publish_timeout;
-        let publisher = Publisher::start(broker, "producer")?;
-        let fallback = if broker.amqp_uri.is_file() {
+        let destination = broker.destination();
+        let publisher = Publisher::start(broker.clone(), "producer");
+        let fallback = if broker.is_file() {
             None
         } else {
-            // On its own connection, because relayed messages would delay the confirms of
-            // callbacks.
-            let relay = Publisher::start(broker, "producer: relay")?;
+            // The relay has its own connection, because relayed messages would delay the confirms
+            // of callbacks.
+            let relay = Publisher::start(broker, "producer: relay");
             let directory = callbacks.spool_dir.clone().unwrap_or_else(|| PathBuf::from(SPOOL_DIR));
-            Some(Fallback {
+            Some(Arc::new(Fallback {
                 spool: SpoolHandle::open(directory.join("spool.db"), callbacks.spool_max_bytes)
                     .await,
                 broker: BrokerAvailability::new(),
                 relay: Relay::new(relay, publish_timeout),
-            })
+            }))
         };
-        Ok(Self { publisher, destination: broker.destination(), publish_timeout, fallback })
+        Self { publisher, destination, publish_timeout, fallback }
     }
 
-    /// The deadline of a request. It leaves part of the client's second for the response to travel.
+    /// The deadline of a request. The client waits for one second, and the deadline leaves part of
+    /// that second to transmit the response.
     pub(crate) fn deadline(&self, arrived: Instant) -> Deadline {
         Deadline::new(arrived, self.publish_timeout.saturating_add(SPOOL_TIMEOUT))
     }
@@ -100,12 +100,13 @@ impl DurableSink {
         stored
     }
 
-    /// Keeps the central promise: returns `Ok` only once the broker has confirmed the messages or
-    /// the spool has them on disk.
+    /// Returns `Ok` only once the broker has confirmed the messages or the spool has them on disk.
+    /// This is the producer's central promise.
     ///
-    /// 1. Try the broker, unless it is known to be unavailable and there is a spool.
+    /// 1. Try the broker, unless it is unavailable and there is a spool.
     /// 2. Add the ids that the broker has not confirmed to the spool.
-    /// 3. If the spool does not store them, await the broker's late confirm until the deadline.
+    /// 3. If the spool does not store them either, wait for the broker's confirm until the
+    ///    deadline, unless the broker has failed already. If step 1 was skipped, publish them now.
     async fn publish_or_spool(
         &self,
         span: &mut Span,
@@ -114,9 +115,9 @@ impl DurableSink {
         deadline: Deadline,
     ) -> Result<(), NotStored> {
         let time_left = deadline.remaining();
-        // The broker gets the messages when this is first polled.
+        // The first poll of this future sends the messages.
         let mut publishing = pin!(self.publisher.publish_ids(origin, ids, time_left));
-        let Some(Fallback { spool, broker, .. }) = &self.fallback else {
+        let Some(Fallback { spool, broker, .. }) = self.fallback.as_deref() else {
             return publishing.await.map_err(|broker| NotStored { broker, spool: None });
         };
 
@@ -130,9 +131,9 @@ impl DurableSink {
         }
 
         let mut spool_error = None;
-        // Checked again, because the spool may have been opened since the callback arrived.
+        // Check again, because the spool may have been opened since the callback arrived.
         if let Some(open_spool) = spool.get() {
-            // The next callbacks must not try the broker while this one is being spooled.
+            // Update before spooling, so that the next callbacks go to the spool at once.
             broker.update(&outcome);
             span.set("lastseen.spooled", true);
             let unconfirmed = unconfirmed_ids(ids, &outcome);
@@ -157,8 +158,8 @@ impl DurableSink {
         }
     }
 
-    /// Waits for the broker's confirm: for its share of the time, and after that until a spool is
-    /// open.
+    /// Waits for the broker's confirm. After the broker's share of the time, stops waiting as soon
+    /// as the spool is open.
     async fn try_broker(
         &self,
         publishing: Pin<&mut impl Future<Output = Result<(), PublishError>>>,
@@ -166,20 +167,21 @@ impl DurableSink {
         time_left: Duration,
     ) -> BrokerOutcome {
         let spool_is_next = async {
-            sleep(self.share_of_the_broker(time_left)).await;
-            spool.opened().await;
+            sleep(self.broker_share(time_left)).await;
+            spool.wait_until_open().await;
         };
         tokio::select! {
-            // In this order, so that a task that is polled late does not spool confirmed messages.
+            // Check for the confirm first, so that a task that is polled late does not spool
+            // confirmed messages.
             biased;
             published = publishing => published.into(),
             () = spool_is_next => BrokerOutcome::Late,
         }
     }
 
-    /// The time that the broker has before the spool is tried: `PUBLISH_TIMEOUT`, or the same share
-    /// of `time_left` if the request has waited for something else before.
-    fn share_of_the_broker(&self, time_left: Duration) -> Duration {
+    /// The time that the broker has before the spool is tried: `PUBLISH_TIMEOUT`, or less in
+    /// proportion if the request has already used part of its time, for example for its body.
+    fn broker_share(&self, time_left: Duration) -> Duration {
         let budget = self.publish_timeout.saturating_add(SPOOL_TIMEOUT);
         let share = self.publish_timeout.as_secs_f64() / budget.as_secs_f64();
         time_left.mul_f64(share).min(self.publish_timeout)
@@ -207,46 +209,47 @@ impl DurableSink {
     /// Reports the dependencies to `health`. The producer needs the broker or the spool, not both.
     pub(crate) fn report_to(&self, health: &Health) {
         let broker = self.publisher.status();
-        let Some(Fallback { spool, relay, .. }) = &self.fallback else {
+        let Some(Fallback { spool, relay, .. }) = self.fallback.as_deref() else {
             return health.add_required("broker", broker);
         };
         health.add_required("durable store", either(broker.clone(), spool.status()));
         health.add_optional("broker", broker);
-        health.add_optional("broker for the relay", relay.status());
+        health.add_optional("broker for the relay", relay.publisher.status());
         health.add_optional("spool", spool.status());
         health.add_optional("intact spool", spool.integrity());
     }
 
-    /// Runs the relay.
-    ///
-    /// # Errors
-    /// When a publisher has stopped, without which the producer cannot work.
-    pub(crate) async fn run(&self) -> anyhow::Result<()> {
-        let relay = async {
-            match &self.fallback {
-                None => std::future::pending().await,
-                Some(Fallback { spool, broker, relay }) => relay.run(spool, broker).await,
-            }
-        };
-        tokio::select! {
-            relayed = relay => relayed,
-            () = self.publisher.died() => anyhow::bail!("the publisher stopped"),
+    /// Starts the relay, if there is a spool. Stop it before [`DurableSink::close`], which cannot
+    /// close the spool while the relay uses it.
+    pub(crate) fn spawn_relay(&self, supervisor: &Supervisor) -> Option<CriticalTask> {
+        let fallback = Arc::clone(self.fallback.as_ref()?);
+        Some(supervisor.spawn_critical("relay", async move {
+            let Fallback { spool, broker, relay } = &*fallback;
+            relay.run(spool, broker).await;
+        }))
+    }
+
+    // Decision: docs/decisions/0080-how-does-a-producer-that-is-removed-empty-its-spool.md
+    /// Returns when the relay has emptied the spool, or at once if there is no spool.
+    pub(crate) async fn drain_spool(&self) {
+        if let Some(fallback) = &self.fallback {
+            fallback.spool.wait_until_empty().await;
         }
     }
 
     /// Closes the broker connections and the spool, whose messages stay for the next start.
     pub(crate) async fn close(self) {
         let close_fallback = async {
-            if let Some(Fallback { spool, relay, .. }) = self.fallback {
+            if let Some(Fallback { spool, relay, .. }) = self.fallback.and_then(Arc::into_inner) {
                 spool.close().await;
-                relay.close().await;
+                relay.publisher.close().await;
             }
         };
         tokio::join!(self.publisher.close(), close_fallback);
     }
 }
 
-/// The ids of a callback whose messages the broker has not confirmed.
+/// Those of `ids` that the broker has not confirmed.
 fn unconfirmed_ids<'ids>(ids: &'ids [i64], outcome: &BrokerOutcome) -> Cow<'ids, [i64]> {
     match outcome {
         BrokerOutcome::Failed(PublishError::Refused { positions }) => {
@@ -258,9 +261,9 @@ fn unconfirmed_ids<'ids>(ids: &'ids [i64], outcome: &BrokerOutcome) -> Cow<'ids,
 
 /// A status that is `Ok` while at least one of the two is `Ok`.
 fn either(
-    mut broker: watch::Receiver<LinkStatus>,
-    mut spool: watch::Receiver<LinkStatus>,
-) -> watch::Receiver<LinkStatus> {
+    mut broker: watch::Receiver<Status>,
+    mut spool: watch::Receiver<Status>,
+) -> watch::Receiver<Status> {
     let (status, receiver) = watch::channel(combined(&mut broker, &mut spool));
     tokio::spawn(async move {
         loop {
@@ -278,10 +281,7 @@ fn either(
     receiver
 }
 
-fn combined(
-    broker: &mut watch::Receiver<LinkStatus>,
-    spool: &mut watch::Receiver<LinkStatus>,
-) -> LinkStatus {
+fn combined(broker: &mut watch::Receiver<Status>, spool: &mut watch::Receiver<Status>) -> Status {
     match (&*broker.borrow_and_update(), &*spool.borrow_and_update()) {
         (Err(broker), Err(spool)) => Err(format!("broker: {broker}; spool: {spool}")),
         _ => Ok(()),

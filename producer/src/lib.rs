@@ -1,5 +1,5 @@
 //! The producer. It answers 2xx to a callback only once a message for every id is durable, in the
-//! broker or in the spool on this disk. It answers within the second that the client waits.
+//! broker or in the spool on the local disk. It answers within the second that the client waits.
 
 mod body;
 mod broker_availability;
@@ -14,7 +14,9 @@ mod relay;
 mod signature;
 mod spool_handle;
 
-use service::{CancellationToken, Description, Health};
+use std::process::ExitCode;
+
+use runtime::{Context, Description};
 
 pub use callback_server::CallbackServer;
 pub use config::{Callbacks, Config};
@@ -28,14 +30,19 @@ pub const DESCRIPTION: Description = Description {
     reloadable: &[],
 };
 
-/// Serves callbacks until `shutdown`, then answers those in flight and returns.
+/// The complete `main` of the producer as a process.
+#[must_use]
+pub fn main() -> ExitCode {
+    runtime::main(DESCRIPTION, |config, context| run(config.current(), context))
+}
+
+/// Opens the broker that the settings name. Serves callbacks until the shutdown, then answers those
+/// in flight and returns.
 ///
 /// # Errors
-/// When it cannot listen, or a publisher stops.
-pub async fn run(
-    config: Config,
-    health: Health,
-    shutdown: CancellationToken,
-) -> anyhow::Result<()> {
-    CallbackServer::open(&config, &health).await?.serve(shutdown).await
+/// When the producer cannot listen on its address, or cannot open a queue in a file.
+pub async fn run(config: Config, context: Context) -> anyhow::Result<()> {
+    let Config { callbacks, authenticity, broker } = config;
+    let broker = broker.open(&context.supervisor)?;
+    CallbackServer::open(callbacks, authenticity, broker, context).await?.serve().await
 }

@@ -3,10 +3,8 @@
 
 use std::time::Duration;
 
-use anyhow::bail;
-use broker::{LinkStatus, PublishError, Publisher, Spool, Spooled};
 use futures_util::future::join_all;
-use tokio::sync::watch;
+use messaging::queue::{PublishError, Publisher, Spool, Spooled};
 use tokio::time::{Instant, sleep};
 
 use crate::broker_availability::BrokerAvailability;
@@ -14,19 +12,19 @@ use crate::spool_handle::SpoolHandle;
 
 /// The pause between two attempts to open the spool.
 const OPEN_INTERVAL: Duration = Duration::from_secs(5);
-/// How often the relay checks an empty spool although no message was reported as added: a message
-/// can be committed after its callback has given up.
+/// How often the relay checks an empty spool even if no callback has reported a new message. The
+/// spool can commit a message after its callback has given up.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
-/// The largest number of messages that are relayed at once. A broker that confirms slowly reaches
-/// its full rate only with many messages in flight.
+/// The most relayed messages in flight. A broker that confirms slowly reaches its full rate only
+/// with many messages in flight.
 const BATCH_MAX: usize = 2_048;
-/// Longer than a callback may wait: no client waits for the relay, and messages that are not
-/// confirmed are published again.
+/// Longer than a callback may wait, because no client waits for the relay. A message that is not
+/// confirmed within this time is published again, and may then be in the queue twice.
 const PUBLISH_TIMEOUT: Duration = Duration::from_secs(5);
 
 pub(crate) struct Relay {
-    publisher: Publisher,
-    /// A broker that confirms within this time is available to callbacks.
+    pub(crate) publisher: Publisher,
+    /// A broker that confirms within this time counts as available.
     callback_publish_timeout: Duration,
 }
 
@@ -36,22 +34,10 @@ impl Relay {
         Self { publisher, callback_publish_timeout }
     }
 
-    /// `Ok` while the relay is connected to the broker, otherwise the reason why it is not.
-    pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
-        self.publisher.status()
-    }
-
-    /// Relays until it is dropped, and opens the spool again if it is damaged or its file is gone.
-    /// Dropping it loses nothing, but some messages may be published again at the next start.
-    ///
-    /// # Errors
-    /// When the relay's publisher has stopped.
-    pub(crate) async fn run(
-        &self,
-        handle: &SpoolHandle,
-        broker: &BrokerAvailability,
-    ) -> anyhow::Result<()> {
-        let mut backoff = broker::backoff();
+    /// Relays messages until the future is dropped, and reopens the spool if its file is damaged or
+    /// gone. Dropping the future loses no message, but the next start may publish some again.
+    pub(crate) async fn run(&self, handle: &SpoolHandle, broker: &BrokerAvailability) {
+        let mut backoff = messaging::amqp::backoff();
         loop {
             let Some(spool) = handle.get() else {
                 sleep(OPEN_INTERVAL).await;
@@ -62,24 +48,19 @@ impl Relay {
             tokio::select! {
                 () = self.relay_all(handle, &spool, broker) => {}
                 () = handle.monitor(&spool) => {}
-                () = self.publisher.died() => bail!("the relay's publisher stopped"),
             }
             handle.discard(spool);
             if opened_at.elapsed() > OPEN_INTERVAL {
-                backoff = broker::backoff();
+                backoff = messaging::amqp::backoff();
             }
             sleep(backoff.next().unwrap_or(OPEN_INTERVAL)).await;
             handle.reopen().await;
         }
     }
 
-    pub(crate) async fn close(self) {
-        self.publisher.close().await;
-    }
-
     /// Relays the messages of one spool. Never returns.
     async fn relay_all(&self, handle: &SpoolHandle, spool: &Spool, broker: &BrokerAvailability) {
-        let mut backoff = broker::backoff();
+        let mut backoff = messaging::amqp::backoff();
         // The first message is a probe.
         let mut limit = 1;
         let mut relayed_since_empty = 0;
@@ -100,13 +81,14 @@ impl Relay {
                 handle.message_added(CHECK_INTERVAL).await;
                 continue;
             }
-            // It also returns if the publisher has stopped; `run` then ends the process.
+            // This also returns if the publisher has stopped; then the process ends.
             self.publisher.wait_until_open().await;
             let started = Instant::now();
             let confirmed = self.publish(&messages).await;
             let took = started.elapsed();
             let all_confirmed = confirmed.len() == messages.len();
-            // While the broker is slow, callbacks go to the spool, so that no message exists twice.
+            // A slow broker counts as unavailable, so that callbacks go to the spool at once. After
+            // a late confirm, their messages would be both in the queue and in the spool.
             let in_time = all_confirmed && took < self.callback_publish_timeout;
             broker.set(in_time);
             if !confirmed.is_empty() {
@@ -114,10 +96,10 @@ impl Relay {
                 self.remove(spool, confirmed).await;
             }
             if all_confirmed {
-                backoff = broker::backoff();
+                backoff = messaging::amqp::backoff();
                 limit = (4 * limit).min(BATCH_MAX);
                 if in_time {
-                    // Half of the time belongs to new callbacks.
+                    // Leave half of the broker's time to new callbacks.
                     sleep(took).await;
                 }
             } else {
@@ -128,7 +110,7 @@ impl Relay {
     }
 
     /// Publishes the messages of each callback as one batch. Returns the numbers of the confirmed
-    /// ones.
+    /// messages.
     async fn publish(&self, messages: &[Spooled]) -> Vec<i64> {
         let callbacks = messages.chunk_by(|one, next| one.origin() == next.origin());
         let published = callbacks.map(async |messages| {
@@ -149,10 +131,11 @@ impl Relay {
         join_all(published).await.concat()
     }
 
-    /// Removes confirmed messages until that succeeds. Otherwise they would be published again.
+    /// Removes confirmed messages from the spool, and tries again until it succeeds. Otherwise the
+    /// relay would publish these messages again.
     async fn remove(&self, spool: &Spool, confirmed: Vec<i64>) {
         let count = confirmed.len();
-        for pause in broker::backoff() {
+        for pause in messaging::amqp::backoff() {
             match spool.remove(confirmed.clone()).await {
                 Ok(()) => break,
                 Err(error) => {

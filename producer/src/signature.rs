@@ -4,15 +4,14 @@
 
 use std::time::SystemTime;
 
-use authenticity::{Claim, Fingerprint, Keys, Refusal};
 use axum::http::{HeaderMap, StatusCode};
-use service::problem::Problem;
+use runtime::authenticity::{Claim, Fingerprint, Keys, Refusal};
+use runtime::problem::Problem;
 use tokio::time::timeout_at;
 
 use crate::deadline::Deadline;
 use crate::duplicate_filter::{Admission, DuplicateFilter};
 
-/// Verifies signatures if callbacks must be signed.
 pub(crate) struct Signatures {
     keys: Option<Keys>,
     duplicates: DuplicateFilter,
@@ -53,7 +52,8 @@ impl Signatures {
         let admission = timeout_at(deadline.halfway(), self.duplicates.admit(fingerprint)).await;
         let admission = admission.map_err(|_| Problem {
             status: StatusCode::SERVICE_UNAVAILABLE,
-            detail: "another request with this callback is not finished: send it again".to_owned(),
+            detail: "another request with the same callback is not finished: send this one again"
+                .to_owned(),
             retry_after_seconds: Some(1),
         })?;
         if let Admission::AlreadyPublished = admission {

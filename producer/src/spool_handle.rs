@@ -1,26 +1,30 @@
-//! The producer's spool: opened, reopened, reported and measured.
+//! Opens the producer's spool, reopens it after a failure, and reports its status and metrics.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
-use broker::{LinkStatus, OpenError, Origin, Spool, SpoolError};
+use messaging::queue::{OpenError, Origin, Spool, SpoolError};
+use parking_lot::Mutex;
+use runtime::Status;
 use tokio::sync::{Notify, watch};
 use tokio::time::timeout;
 
 const MEASURE_INTERVAL: Duration = Duration::from_secs(1);
+/// How often [`SpoolHandle::wait_until_empty`] checks the spool.
+const EMPTY_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 
 // Decision: docs/decisions/0007-does-the-producer-run-without-a-spool.md
-/// The spool. While it cannot be opened, callbacks do without it.
+/// The spool, which may be missing: callbacks do without a spool while it cannot be opened.
 pub(crate) struct SpoolHandle {
     path: PathBuf,
     max_bytes: u64,
     /// `None` while the spool cannot be opened.
     spool: watch::Sender<Option<Arc<Spool>>>,
-    status: watch::Sender<LinkStatus>,
-    integrity: watch::Sender<LinkStatus>,
-    /// A file that is damaged or not a spool. It is not opened again before it changes.
+    status: watch::Sender<Status>,
+    integrity: watch::Sender<Status>,
+    /// A file that is damaged or not a spool. The producer does not open it again until it changes.
     unusable_file: Mutex<Option<FileVersion>>,
     message_added: Notify,
 }
@@ -65,19 +69,18 @@ impl SpoolHandle {
         self.spool.borrow().clone()
     }
 
-    /// Returns as soon as the spool is open.
-    pub(crate) async fn opened(&self) {
-        // It cannot fail, because the sender lives as long as `self`.
+    pub(crate) async fn wait_until_open(&self) {
+        // This cannot fail, because the sender lives as long as `self`.
         let _ = self.spool.subscribe().wait_for(Option::is_some).await;
     }
 
     /// `Ok` while the spool stores messages, otherwise the reason why it does not.
-    pub(crate) fn status(&self) -> watch::Receiver<LinkStatus> {
+    pub(crate) fn status(&self) -> watch::Receiver<Status> {
         self.status.subscribe()
     }
 
     /// See [`Spool::kept`].
-    pub(crate) fn integrity(&self) -> watch::Receiver<LinkStatus> {
+    pub(crate) fn integrity(&self) -> watch::Receiver<Status> {
         self.integrity.subscribe()
     }
 
@@ -97,7 +100,7 @@ impl SpoolHandle {
             metrics::counter!("lastseen_spooled_total").increment(ids.len() as u64);
             self.message_added.notify_one();
         } else {
-            // `/readyz` must know the reason before the callback is answered.
+            // `/readyz` must report the reason before the callback is answered.
             set_if_changed(&self.status, spool.status().borrow().clone());
         }
         added
@@ -111,7 +114,7 @@ impl SpoolHandle {
     /// Tries to open the spool, and reports a failure once for each reason.
     pub(crate) async fn reopen(&self) {
         let (path, max_bytes) = (self.path.clone(), self.max_bytes);
-        let unusable = *self.unusable_file.lock().unwrap_or_else(PoisonError::into_inner);
+        let unusable = *self.unusable_file.lock();
         let opened = tokio::task::spawn_blocking(move || {
             let version = FileVersion::of(&path);
             if unusable.is_some() && unusable == version {
@@ -129,7 +132,7 @@ impl SpoolHandle {
                         "the spool holds messages from an earlier outage; relaying them"
                     );
                 }
-                self.set_unusable_file(None);
+                *self.unusable_file.lock() = None;
                 set_if_changed(&self.status, spool.status().borrow().clone());
                 let _ = self.spool.send_replace(Some(Arc::new(spool)));
                 return;
@@ -137,7 +140,7 @@ impl SpoolHandle {
             Ok(Some((Err(error), version))) => {
                 let is_unusable =
                     matches!(error, OpenError::Foreign { .. } | OpenError::Damaged { .. });
-                self.set_unusable_file(version.filter(|_| is_unusable));
+                *self.unusable_file.lock() = version.filter(|_| is_unusable);
                 error.to_string()
             }
             Err(panicked) => panicked.to_string(),
@@ -158,7 +161,7 @@ impl SpoolHandle {
             () = measure(spool) => {}
             () = forward(spool.status(), &self.status) => {}
             () = forward(spool.kept(), &self.integrity) => {}
-            () = spool.died() => {}
+            () = spool.ended() => {}
         }
     }
 
@@ -167,6 +170,24 @@ impl SpoolHandle {
         set_if_changed(&self.status, spool.status().borrow().clone());
         let _ = self.spool.send_replace(None);
         drop(spool);
+    }
+
+    /// Returns when the spool is open and empty.
+    pub(crate) async fn wait_until_empty(&self) {
+        if self.is_empty().await {
+            return;
+        }
+        tracing::info!("no longer accepting callbacks; the producer ends when its spool is empty");
+        let mut ticks = tokio::time::interval(EMPTY_CHECK_INTERVAL);
+        while !self.is_empty().await {
+            ticks.tick().await;
+        }
+    }
+
+    async fn is_empty(&self) -> bool {
+        // A spool that cannot be opened may hold messages.
+        let Some(spool) = self.get() else { return false };
+        matches!(spool.count().await, Ok(0))
     }
 
     /// Closes the spool. Its messages stay for the next start.
@@ -182,14 +203,10 @@ impl SpoolHandle {
         }
         spool.close().await;
     }
-
-    fn set_unusable_file(&self, version: Option<FileVersion>) {
-        *self.unusable_file.lock().unwrap_or_else(PoisonError::into_inner) = version;
-    }
 }
 
 /// Forwards each change of a status; returns when the sender of `from` is dropped.
-async fn forward(mut from: watch::Receiver<LinkStatus>, to: &watch::Sender<LinkStatus>) {
+async fn forward(mut from: watch::Receiver<Status>, to: &watch::Sender<Status>) {
     loop {
         let status = from.borrow_and_update().clone();
         set_if_changed(to, status);
@@ -199,7 +216,7 @@ async fn forward(mut from: watch::Receiver<LinkStatus>, to: &watch::Sender<LinkS
     }
 }
 
-fn set_if_changed(current: &watch::Sender<LinkStatus>, status: LinkStatus) {
+fn set_if_changed(current: &watch::Sender<Status>, status: Status) {
     current.send_if_modified(|current| {
         let is_changed = *current != status;
         *current = status;

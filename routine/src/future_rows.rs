@@ -4,19 +4,19 @@
 
 use store::{Store, StoreError};
 
-/// Corrects rows that are dated in the future, because a clock was set back or another program
-/// wrote them. Uncorrected, they would count as online until that time.
+/// Corrects rows whose `last_seen` is in the future. Such rows exist after a clock was set back, or
+/// if another program wrote them. Uncorrected, their objects would count as online until that time.
 #[derive(Default)]
 pub(crate) struct FutureRows {
-    /// Whether the last cleanup found such rows or failed to correct them. Only the first of such
-    /// cleanups in a row logs a warning.
+    /// Whether the last cleanup found such rows or failed to correct them. The next cleanup then
+    /// logs no second warning.
     is_reported: bool,
 }
 
 impl FutureRows {
-    /// Sets the time of all such rows to now, `batch_max` rows with each statement, so that they
-    /// become stale after `OBJECT_TTL` unless the object is seen again. A failure is only logged,
-    /// so that the cleanup continues.
+    /// Sets `last_seen` of these rows to now, `batch_max` rows per statement, so that they become
+    /// stale after `OBJECT_TTL` unless their objects are seen again. Only logs a failure, so that
+    /// the cleanup continues.
     pub(crate) async fn correct(&mut self, store: &Store, batch_max: u32) {
         match correct_all(store, batch_max).await {
             Ok(0) => self.is_reported = false,

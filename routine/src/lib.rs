@@ -4,12 +4,15 @@ mod future_rows;
 mod pauses;
 
 use std::ops::RangeInclusive;
+use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
-use events::{Emitter, Kind, Object};
-use service::{CancellationToken, Description, Health, Misconfigured, Reloadable, settings};
-use store::{Failure, Moment, Row, Store, StoreError, StoreStatus};
+use messaging::events::{Emitter, Exchange, Kind, Object};
+use runtime::{
+    CancellationToken, Context, Description, Misconfigured, Reloadable, Status, settings,
+};
+use store::{Database, Failure, Moment, Row, Store, StoreError};
 use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior};
 
@@ -25,13 +28,20 @@ pub const DESCRIPTION: Description = Description {
     reloadable: &[Cleanup::RELOADABLE],
 };
 
+/// The complete `main` of the routine as a process.
+#[must_use]
+pub fn main() -> ExitCode {
+    runtime::main(DESCRIPTION, run)
+}
+
 const LAST_SUCCESS: &str = "lastseen_cleanup_last_success_timestamp_seconds";
 const NOT_DELETED: &str = "lastseen_stale_rows_not_deleted";
-/// How long `--once` waits for the database before it fails; cron will run it again.
+/// How long `--once` waits for the database before it fails. The next run of the cron job tries
+/// again.
 const ONCE_DATABASE_TIMEOUT: Duration = Duration::from_secs(30);
-/// How long `--once` waits for the connection for events before it works without one.
+/// How long `--once` waits for the broker before it cleans up without announcing deletions.
 const ONCE_EVENTS_TIMEOUT: Duration = Duration::from_secs(2);
-/// When to retry a failed cleanup if `ROUTINE_INTERVAL` is longer.
+/// A failed cleanup is retried after this time, or after `ROUTINE_INTERVAL` if that is shorter.
 const RETRY_INTERVAL: Duration = Duration::from_secs(3);
 /// How many undeletable rows one cleanup skips before it fails.
 const NOT_DELETED_MAX: usize = 1_000;
@@ -44,19 +54,17 @@ const OBJECT_TTL: RangeInclusive<Duration> =
 /// The routine's settings.
 #[derive(Clone, Debug, clap::Args)]
 #[group(skip)]
+#[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Config {
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub cleanup: Cleanup,
     /// Clean up once and exit, for a cron job
     #[arg(long, help_heading = "Cleanup")]
     pub once: bool,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub store: store::Config,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
-    pub events: events::Config,
+    pub events: messaging::events::Config,
 }
 
 /// Which rows to delete, and how often.
@@ -67,7 +75,7 @@ pub struct Cleanup {
     /// How often to delete stale objects
     #[arg(long, value_parser = settings::duration(ROUTINE_INTERVAL), default_value = "3s")]
     pub routine_interval: Duration,
-    /// How long after it was last seen an object is stale
+    /// How long an object stays in the table after it was last seen
     #[arg(long, value_parser = settings::duration(OBJECT_TTL), default_value = "30s")]
     pub object_ttl: Duration,
     /// Maximum number of rows that one statement deletes; an upsert waits for at most one such
@@ -81,57 +89,72 @@ impl Cleanup {
     pub const RELOADABLE: &[&str] = &["ROUTINE_INTERVAL", "OBJECT_TTL", "DELETE_BATCH_MAX"];
 }
 
-/// Deletes stale rows every `ROUTINE_INTERVAL` until `shutdown`, or once with `--once`. Applies
-/// changes of [`Cleanup::RELOADABLE`] while it runs.
+/// The open resources of the routine.
+pub struct Resources {
+    /// The database whose stale rows the routine deletes.
+    pub database: Database,
+    /// The exchange on which the routine announces deletions.
+    pub exchange: Exchange,
+}
+
+/// Opens the resources that the settings name. Cleans up until the shutdown, or once with `--once`.
 ///
 /// # Errors
-/// When a file cannot be opened, or a task of the store or the event publisher has stopped. With
-/// `--once`, also when the cleanup fails; otherwise it is retried.
-pub async fn run(
-    config: Reloadable<Config>,
-    health: Health,
-    shutdown: CancellationToken,
-) -> anyhow::Result<()> {
-    describe_metrics();
-    let reloadable = config.map(|config| config.cleanup);
+/// When a file cannot be opened, and in the same cases as [`run_with`]. With `--once`, also when
+/// the cleanup fails.
+pub async fn run(config: Reloadable<Config>, context: Context) -> anyhow::Result<()> {
     let Config { cleanup, once, store, events } = config.current();
-    let events = Emitter::start(&events.exchange(), "routine: events");
-    let store = Store::start(&store, "routine", 1)?;
-    let (writes, write_status) = watch::channel(Ok(()));
-    health.add_required("database", store.status());
-    health.add_required("database writes", write_status);
-    if let Some(status) = events.status() {
-        health.add_optional("events", status);
+    let database = store.open(&context.supervisor)?;
+    let resources = Resources { database, exchange: events.exchange() };
+    if !once {
+        return run_with(config.map(|config| config.cleanup), resources, context).await;
     }
-    health.finish_registration();
-    let table = Table { store, events, writes };
-    let result = if once {
-        clean_up_once(&table, &cleanup, &shutdown).await
-    } else {
-        clean_up_until(&table, cleanup, reloadable, shutdown).await
-    };
+    let table = Table::start(resources, &context);
+    let result = clean_up_once(&table, &cleanup).await;
     table.events.close().await;
     result
 }
 
-/// The table, and the emitter that announces deletions.
+/// Deletes stale rows every `ROUTINE_INTERVAL` until the shutdown. Applies changes of
+/// [`Cleanup::RELOADABLE`] while it runs. A cleanup that fails is retried.
+///
+/// # Errors
+/// When the table is unusable.
+pub async fn run_with(
+    cleanup: Reloadable<Cleanup>,
+    resources: Resources,
+    context: Context,
+) -> anyhow::Result<()> {
+    let table = Table::start(resources, &context);
+    let result = clean_up_until_shutdown(&table, cleanup).await;
+    table.events.close().await;
+    result
+}
+
+/// The table, with the emitter that announces deletions and the status that health checks report.
 struct Table {
     store: Store,
     events: Emitter,
     /// `Ok` if the last cleanup succeeded; otherwise the reason.
-    writes: watch::Sender<StoreStatus>,
+    writes: watch::Sender<Status>,
+    shutdown: CancellationToken,
 }
 
-async fn clean_up_until(
+/// The state that one cleanup passes on to the next.
+#[derive(Default)]
+struct History {
+    pauses: Pauses,
+    future_rows: FutureRows,
+}
+
+async fn clean_up_until_shutdown(
     table: &Table,
-    mut cleanup: Cleanup,
     mut reloadable: Reloadable<Cleanup>,
-    shutdown: CancellationToken,
 ) -> anyhow::Result<()> {
+    let mut cleanup = reloadable.current();
     let store = &table.store;
     let mut interval = cleanup_interval(cleanup.routine_interval);
-    let mut pauses = Pauses::default();
-    let mut future_rows = FutureRows::default();
+    let mut history = History::default();
     let mut is_failing = false;
     loop {
         tokio::select! {
@@ -144,24 +167,22 @@ async fn clean_up_until(
                 }
                 continue;
             }
-            () = shutdown.cancelled() => return Ok(()),
-            () = store.died() => anyhow::bail!("a task of the store stopped"),
+            () = table.shutdown.cancelled() => return Ok(()),
             reason = store.rejected() => return Err(Misconfigured(reason).into()),
-            () = table.events.died() => anyhow::bail!("the event publisher stopped"),
         }
         // The store itself logs and reports that the database is away.
         if store.status().borrow().is_err() {
-            pauses.record_outage();
+            history.pauses.record_outage();
             table.report_writes(Ok(()));
             continue;
         }
-        let result = clean_up(table, &cleanup, &mut pauses, &mut future_rows, &shutdown).await;
+        let result = clean_up(table, &cleanup, &mut history).await;
         let status = result.as_ref().map(drop).map_err(|error| format!("cleanup failed: {error}"));
         table.report_writes(status);
         match result {
             Ok(_) => is_failing = false,
             Err(error) => {
-                pauses.record_outage();
+                history.pauses.record_outage();
                 if is_failing {
                     tracing::debug!(%error, "cleanup failed again");
                 } else {
@@ -173,19 +194,15 @@ async fn clean_up_until(
     }
 }
 
-/// The ticks that start cleanups; the first comes at once.
+/// The ticks that start cleanups; the first comes immediately.
 fn cleanup_interval(interval: Duration) -> Interval {
     let mut ticks = tokio::time::interval(interval);
-    // After an outage, one cleanup also does the work of those that were missed.
+    // A late cleanup also does the work of the missed ones, so the routine does not catch up.
     ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
     ticks
 }
 
-async fn clean_up_once(
-    table: &Table,
-    config: &Cleanup,
-    shutdown: &CancellationToken,
-) -> anyhow::Result<()> {
+async fn clean_up_once(table: &Table, config: &Cleanup) -> anyhow::Result<()> {
     let store = &table.store;
     let mut status = store.status();
     let available = async {
@@ -207,15 +224,13 @@ async fn clean_up_once(
             tracing::debug!("no connection for events; deletions are not announced");
         }
     }
-    let (mut pauses, mut future_rows) = (Pauses::default(), FutureRows::default());
+    let mut history = History::default();
     // Waits for the end of a pause. Otherwise each run of a cron job would begin a new pause, and a
     // mostly stale table would never be cleaned.
-    while let Outcome::Paused(remaining) =
-        clean_up(table, config, &mut pauses, &mut future_rows, shutdown).await?
-    {
+    while let Outcome::Paused(remaining) = clean_up(table, config, &mut history).await? {
         tokio::select! {
             () = tokio::time::sleep(remaining) => {}
-            () = shutdown.cancelled() => break,
+            () = table.shutdown.cancelled() => break,
         }
     }
     Ok(())
@@ -230,34 +245,31 @@ enum Outcome {
 
 /// Deletes stale rows, unless they may only look stale: see [`Pauses`].
 ///
-/// The clock is read once for all batches. No statement reads it again, so that a step of the clock
-/// during a cleanup deletes nothing.
+/// The database's clock is read once for all batches, so that a step of the clock during a cleanup
+/// makes no row look stale.
 async fn clean_up(
     table: &Table,
     config: &Cleanup,
-    pauses: &mut Pauses,
-    future_rows: &mut FutureRows,
-    shutdown: &CancellationToken,
+    history: &mut History,
 ) -> Result<Outcome, StoreError> {
-    let outcome = clean_up_unless_paused(table, config, pauses, future_rows, shutdown).await;
-    count(match &outcome {
+    let outcome = clean_up_unless_paused(table, config, history).await;
+    let label = match &outcome {
         Ok(Outcome::Cleaned) => "ok",
         Ok(Outcome::Paused(_)) => "skipped",
         Err(_) => "failed",
-    });
+    };
+    metrics::counter!("lastseen_cleanups_total", "outcome" => label).increment(1);
     outcome
 }
 
 async fn clean_up_unless_paused(
     table: &Table,
     config: &Cleanup,
-    pauses: &mut Pauses,
-    future_rows: &mut FutureRows,
-    shutdown: &CancellationToken,
+    History { pauses, future_rows }: &mut History,
 ) -> Result<Outcome, StoreError> {
     let ttl = config.object_ttl;
-    // Must come before the reading of the clock. If the clock was set back in between, a corrected
-    // row would look stale compared with the earlier reading.
+    // Rows are corrected before the clock is read. In the other order, a row that is corrected
+    // after the clock was set back would look stale compared with the earlier reading.
     future_rows.correct(&table.store, config.delete_batch_max).await;
     let requested_at = Instant::now();
     let now = table.store.now().await?;
@@ -282,27 +294,22 @@ async fn clean_up_unless_paused(
     if let Some(remaining) = pauses.remaining(ttl) {
         return Ok(Outcome::Paused(remaining));
     }
-    delete(table, oldest, config.delete_batch_max, shutdown).await?;
+    delete(table, oldest, config.delete_batch_max).await?;
     pauses.record_cleanup();
     Ok(Outcome::Cleaned)
 }
 
 /// Deletes batch after batch until one is not full.
 ///
-/// Several routines may run at once: each skips the rows that another is deleting.
-async fn delete(
-    table: &Table,
-    oldest: Moment,
-    batch_max: u32,
-    shutdown: &CancellationToken,
-) -> Result<(), StoreError> {
+/// Several routines may run at the same time: each skips the rows that another is deleting.
+async fn delete(table: &Table, oldest: Moment, batch_max: u32) -> Result<(), StoreError> {
     let started = Instant::now();
     let mut deleted = 0;
     let outcome = loop {
         match table.store.delete_stale(oldest, batch_max).await {
             Ok(rows) => {
                 deleted += table.announce(&rows);
-                if rows.len() < batch_max as usize || shutdown.is_cancelled() {
+                if rows.len() < batch_max as usize || table.shutdown.is_cancelled() {
                     set_not_deleted(0);
                     break Ok(());
                 }
@@ -312,8 +319,7 @@ async fn delete(
                 match error.failure() {
                     // A single row fails its batch, for example if a foreign key refers to it.
                     Failure::RefusedRow | Failure::BusyRow => {
-                        break delete_by_halving(table, oldest, batch_max, shutdown, &mut deleted)
-                            .await;
+                        break delete_by_halving(table, oldest, batch_max, &mut deleted).await;
                     }
                     Failure::Connection | Failure::Database => break Err(error),
                 }
@@ -332,12 +338,12 @@ async fn delete(
     outcome
 }
 
-/// Deletes all stale rows except those that cannot be deleted, which it finds by halving batches.
+/// Deletes all stale rows that can be deleted. Halves each batch that fails until only rows that
+/// cannot be deleted are left.
 async fn delete_by_halving(
     table: &Table,
     oldest: Moment,
     batch_max: u32,
-    shutdown: &CancellationToken,
     deleted: &mut u64,
 ) -> Result<(), StoreError> {
     let mut not_deleted = Vec::new();
@@ -364,7 +370,7 @@ async fn delete_by_halving(
                 }
             }
         }
-        if is_last || shutdown.is_cancelled() {
+        if is_last || table.shutdown.is_cancelled() {
             set_not_deleted(not_deleted.len());
             return Ok(());
         }
@@ -372,6 +378,22 @@ async fn delete_by_halving(
 }
 
 impl Table {
+    fn start(resources: Resources, context: &Context) -> Self {
+        describe_metrics();
+        let Resources { database, exchange } = resources;
+        let Context { health, supervisor, shutdown } = context;
+        let events = Emitter::start(&exchange, "routine: events", supervisor);
+        let store = Store::start(database, "routine", 1);
+        let (writes, write_status) = watch::channel(Ok(()));
+        health.add_required("database", store.status());
+        health.add_required("database writes", write_status);
+        if let Some(status) = events.status() {
+            health.add_optional("events", status);
+        }
+        health.finish_registration();
+        Self { store, events, writes, shutdown: shutdown.clone() }
+    }
+
     /// Announces deleted rows, and returns their number.
     fn announce(&self, rows: &[Row]) -> u64 {
         let gone = |row: &Row| Object { id: row.id, last_seen: row.last_seen.time() };
@@ -379,7 +401,7 @@ impl Table {
         rows.len() as u64
     }
 
-    fn report_writes(&self, status: StoreStatus) {
+    fn report_writes(&self, status: Status) {
         self.writes.send_if_modified(|before| {
             let is_new = *before != status;
             *before = status;
@@ -405,10 +427,6 @@ fn set_not_deleted(rows: usize) {
         );
     }
     metrics::gauge!(NOT_DELETED).set(rows as f64);
-}
-
-fn count(outcome: &'static str) {
-    metrics::counter!("lastseen_cleanups_total", "outcome" => outcome).increment(1);
 }
 
 fn describe_metrics() {

@@ -3,5 +3,5 @@
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::main(routine::DESCRIPTION, routine::run)
+    routine::main()
 }

@@ -6,27 +6,22 @@ use std::time::{Duration, Instant};
 
 use store::Moment;
 
-/// Smaller steps are ignored: rows become stale too early by less than this time.
+/// Smaller steps cause no pause: rows then become stale too early by less than this time.
 const TOLERANCE: Duration = Duration::from_secs(1);
 
 /// Decides when to pause deletions for one `OBJECT_TTL`: when rows may look stale only because the
 /// database's clock was set ahead, or because no consumer could write for a while.
 ///
-/// One `OBJECT_TTL` later, every object that is still seen has been written again with the new
-/// time, so rows that look stale are. A step back needs no pause: rows look younger and stay
-/// longer.
-///
-/// - A step while this process runs is measured with its own monotonic clock. A clock that is
-///   adjusted slowly does not step.
-/// - After a start or an outage there is no earlier reading to compare with: a clock that was set
-///   before the start looks the same as an hour without consumers. [`Pauses::check_table`] then
-///   pauses if most of the table looks stale. It pauses only once until a cleanup succeeds, so that
-///   a database with frequent outages is still cleaned.
+/// The monotonic clock of this process shows whether the database's clock has stepped. A step back
+/// needs no pause: rows look younger and stay longer. At a start there is no earlier reading, and
+/// in an outage consumers could not write. [`Pauses::check_table`] then begins a pause if most rows
+/// look stale. It begins only one until a cleanup succeeds, so that a database with frequent
+/// outages is still cleaned.
 pub(crate) struct Pauses {
     /// The last reading of the clock, and an instant just before it.
     previous: Option<(Moment, Instant)>,
     /// When the latest pause began.
-    began: Option<Instant>,
+    paused_at: Option<Instant>,
     /// Whether to check the table before anything is deleted.
     needs_check: bool,
     /// Whether a check has begun a pause since the last successful cleanup.
@@ -35,14 +30,14 @@ pub(crate) struct Pauses {
 
 impl Default for Pauses {
     fn default() -> Self {
-        Self { previous: None, began: None, needs_check: true, has_paused: false }
+        Self { previous: None, paused_at: None, needs_check: true, has_paused: false }
     }
 }
 
 impl Pauses {
     /// Compares a reading of the database's clock with the previous one. The reading was requested
     /// at `requested_at` and arrived at `received_at`. If the clock has stepped ahead, begins a
-    /// pause and returns by how much at least.
+    /// pause and returns the minimum size of the step.
     pub(crate) fn compare(
         &mut self,
         reading: Moment,
@@ -54,7 +49,7 @@ impl Pauses {
         let passed = received_at.duration_since(earlier_requested_at);
         let step =
             reading.ahead_of(earlier).checked_sub(passed).filter(|step| *step > TOLERANCE)?;
-        self.began = Some(received_at);
+        self.paused_at = Some(received_at);
         Some(step)
     }
 
@@ -73,7 +68,7 @@ impl Pauses {
         self.needs_check = false;
         let is_mostly_stale = stale > all / 2;
         if is_mostly_stale {
-            self.began = Some(Instant::now());
+            self.paused_at = Some(Instant::now());
             self.has_paused = true;
         }
         is_mostly_stale
@@ -87,7 +82,7 @@ impl Pauses {
 
     /// The remaining time of the latest pause, if it has not ended.
     pub(crate) fn remaining(&self, ttl: Duration) -> Option<Duration> {
-        ttl.checked_sub(self.began?.elapsed()).filter(|remaining| !remaining.is_zero())
+        ttl.checked_sub(self.paused_at?.elapsed()).filter(|remaining| !remaining.is_zero())
     }
 }
 

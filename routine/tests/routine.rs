@@ -1,72 +1,34 @@
-//! The cleanup against a real Postgres, in the test's process and as a process of its own.
+//! Tests the routine with a real Postgres, within the test process and as a separate process.
 
-#![expect(clippy::unwrap_used, reason = "the helpers of tests are tests as well")]
+#![expect(clippy::unwrap_used, reason = "test helpers may panic, too")]
 
 use std::time::{Duration, Instant};
 
-use amqp::Access;
-use clap::Parser as _;
-use events::{Exchange, Kind, Notification, Subscriber};
-use service::{CancellationToken, Health, ReloadHandle, Reloadable};
+use messaging::amqp::Access;
+use messaging::events::{Exchange, Kind, Notification, Subscriber};
 use sqlx::PgPool;
-use testbed::{Database, DatabaseClock, Process, Proxy, Queue, eventually};
-use tokio::task::JoinHandle;
+use testkit::{
+    Database, DatabaseClock, InProcess, PATIENCE, Process, Proxy, Queue, wait_for, wait_until,
+};
 use tokio::time::timeout;
-use url::Url;
 
-/// Far longer than any step takes, because a machine that runs all tests at once is slow.
-const DEADLINE: Duration = Duration::from_secs(30);
+const HOUR: Duration = Duration::from_hours(1);
 
-#[derive(clap::Parser)]
-#[command(args_override_self = true)]
-struct Cli {
-    #[command(flatten)]
-    config: routine::Config,
+/// Starts a routine within the test process, which cleans up every 20 ms.
+fn start(database_url: &str, flags: &[&str]) -> InProcess<routine::Config> {
+    let url = format!("--database-url={database_url}");
+    let defaults = [&url, "--object-ttl=1h", "--routine-interval=20ms"];
+    let flags = defaults.iter().chain(flags).map(|&flag| flag.to_owned()).collect();
+    InProcess::start(routine::run, flags)
 }
 
-/// A routine in the test's process, which cleans up continuously.
-struct Routine {
-    health: Health,
-    shutdown: CancellationToken,
-    settings: ReloadHandle<routine::Config>,
-    arguments: Vec<String>,
-    task: JoinHandle<anyhow::Result<()>>,
-}
-
-impl Routine {
-    fn start(database_url: &str, arguments: &[&str]) -> Self {
-        let url = format!("--database-url={database_url}");
-        let defaults = ["routine", &url, "--object-ttl=1h", "--routine-interval=20ms"];
-        let arguments: Vec<String> =
-            defaults.iter().chain(arguments).map(|&argument| argument.to_owned()).collect();
-        let (settings, config) = Reloadable::with_handle(Cli::parse_from(&arguments).config);
-        let (health, shutdown) = (Health::default(), CancellationToken::new());
-        let task = tokio::spawn(routine::run(config, health.clone(), shutdown.clone()));
-        Self { health, shutdown, settings, arguments, task }
-    }
-
-    /// Changes its settings by flags such as `--object-ttl=1s`.
-    fn change(&self, further: &[&str]) {
-        let further = further.iter().map(|&argument| argument.to_owned());
-        let arguments = self.arguments.iter().cloned().chain(further);
-        self.settings.set(Cli::parse_from(arguments).config);
-    }
-
-    /// Waits for the first cleanup. Rows that look stale later then cause no pause.
-    async fn cleaned_once(&self, pool: &PgPool) {
-        insert(pool, -1..=-1, "1 s").await;
-        insert(pool, -2..=-2, "2 h").await;
-        eventually("the first cleanup", DEADLINE, async || {
-            (!ids(pool).await.contains(&-2)).then_some(())
-        })
-        .await;
-        sqlx::query("DELETE FROM object WHERE id = -1").execute(pool).await.unwrap();
-    }
-
-    async fn stop(self) -> anyhow::Result<()> {
-        self.shutdown.cancel();
-        timeout(DEADLINE, self.task).await.unwrap().unwrap()
-    }
+/// Waits for the first successful cleanup. After it, a mostly stale table causes no pause.
+async fn cleaned_once(pool: &PgPool) {
+    // One of two rows is fresh, so that the table is not mostly stale and this cleanup not paused.
+    insert(pool, -1..=-1, "1 s").await;
+    insert(pool, -2..=-2, "2 h").await;
+    wait_until("the first cleanup", async || !ids(pool).await.contains(&-2)).await;
+    sqlx::query("DELETE FROM object WHERE id = -1").execute(pool).await.unwrap();
 }
 
 /// A database with the table of the Go services.
@@ -91,10 +53,19 @@ async fn ids(pool: &PgPool) -> Vec<i64> {
 
 async fn only_is_left(pool: &PgPool, expected: &[i64]) {
     let what = format!("only {expected:?} is left");
-    eventually(&what, DEADLINE, async || (ids(pool).await == expected).then_some(())).await;
+    wait_until(&what, async || ids(pool).await == expected).await;
 }
 
-/// A routine in a process of its own, which cleans up continuously unless `more` changes that.
+/// A subscriber of the events that belong to `queue`.
+async fn subscriber(queue: &Queue) -> Subscriber {
+    let access = Access { uri: testkit::amqp_uri().parse().unwrap(), authorities: None };
+    let mut subscriber = Subscriber::new(&Exchange::on_rabbitmq(access, &queue.name), "test");
+    assert!(matches!(timeout(PATIENCE, subscriber.next()).await.unwrap(), Notification::Missed(_)));
+    subscriber
+}
+
+/// Starts a routine as a separate process. It cleans up every 20 ms unless `more` sets another
+/// interval.
 fn process(database: &Database, more: &[(&'static str, &str)], arguments: &[&str]) -> Process {
     let mut environment = database.environment();
     let defaults = [("OBJECT_TTL", "1h"), ("ROUTINE_INTERVAL", "20ms")];
@@ -104,11 +75,25 @@ fn process(database: &Database, more: &[(&'static str, &str)], arguments: &[&str
 }
 
 #[tokio::test]
+async fn critical_tasks_are_supervised_until_the_end() {
+    let database = database().await;
+    let queue = Queue::new();
+    let amqp_uri = format!("--amqp-uri={}", testkit::amqp_uri());
+    let queue_name = format!("--queue-name={}", queue.name);
+    let routine = start(database.url(), &[&amqp_uri, &queue_name]);
+    let tasks = ["database monitor (routine)", "event publisher (routine: events)"];
+    let supervisor = routine.supervisor.clone();
+    wait_until("the tasks run", async || supervisor.running() == tasks).await;
+    routine.stop().await;
+    assert!(timeout(Duration::ZERO, supervisor.failure()).await.is_err(), "a clean end failed");
+}
+
+#[tokio::test]
 async fn stale_rows_are_deleted_and_fresh_ones_kept() {
     let database = database().await;
     // Smaller than the number of stale rows, so that one cleanup takes several batches.
-    let routine = Routine::start(database.url(), &["--delete-batch-max=7"]);
-    routine.cleaned_once(database.pool()).await;
+    let routine = start(database.url(), &["--delete-batch-max=7"]);
+    cleaned_once(database.pool()).await;
     insert(database.pool(), 31..=33, "50 min").await;
     insert(database.pool(), 1..=30, "61 min").await;
     only_is_left(database.pool(), &[31, 32, 33]).await;
@@ -116,23 +101,24 @@ async fn stale_rows_are_deleted_and_fresh_ones_kept() {
 
     insert(database.pool(), 1..=3, "2 h").await;
     only_is_left(database.pool(), &[31, 32, 33]).await;
-    routine.stop().await.unwrap();
+    routine.stop().await;
 }
 
 #[tokio::test]
 async fn ttl_and_interval_can_change_at_run_time() {
     let database = database().await;
     insert(database.pool(), 1..=3, "50 min").await;
-    let routine = Routine::start(database.url(), &[]);
-    routine.cleaned_once(database.pool()).await;
-    // The next cleanup is now due in an hour.
+    let routine = start(database.url(), &[]);
+    cleaned_once(database.pool()).await;
+    // After this change, the next cleanup is due in an hour. The following change of the interval
+    // must not wait for that.
     routine.change(&["--routine-interval=1h"]);
     routine.change(&["--routine-interval=20ms", "--object-ttl=40m"]);
     only_is_left(database.pool(), &[]).await;
     insert(database.pool(), 1..=3, "30 min").await;
     routine.change(&["--routine-interval=20ms", "--object-ttl=20m"]);
     only_is_left(database.pool(), &[]).await;
-    routine.stop().await.unwrap();
+    routine.stop().await;
 }
 
 #[tokio::test]
@@ -140,8 +126,8 @@ async fn one_cleanup_deletes_all_stale_rows_in_batches() {
     let database = database().await;
     insert(database.pool(), 1..=1_000, "2 h").await;
     insert(database.pool(), 1_001..=2_000, "1 min").await;
-    let routine = Routine::start(database.url(), &["--delete-batch-max=7", "--once"]);
-    timeout(DEADLINE, routine.task).await.unwrap().unwrap().unwrap();
+    let routine = start(database.url(), &["--delete-batch-max=7", "--once"]);
+    timeout(PATIENCE, routine.run).await.unwrap().unwrap().unwrap();
     assert_eq!(ids(database.pool()).await, (1_001..=2_000).collect::<Vec<_>>());
 }
 
@@ -176,13 +162,13 @@ async fn unusable_table_exits_with_78() {
 #[tokio::test]
 async fn deletions_resume_after_a_database_outage() {
     let database = database().await;
-    let (proxy, url) = proxied(&database).await;
+    let (proxy, url) = Proxy::before(database.url()).await;
     proxy.cut();
     let fresh: Vec<i64> = (11..=20).collect();
     insert(database.pool(), 11..=20, "1 min").await;
-    let routine = Routine::start(&url, &[]);
+    let routine = start(&url, &[]);
     for ids in [1..=3, 4..=6] {
-        eventually("the database is reported as missing", DEADLINE, async || {
+        wait_for("the database is reported as missing", async || {
             let missing = routine.health.missing();
             missing.iter().find(|(name, reason)| *name == "database" && !reason.is_empty())?;
             Some(())
@@ -191,13 +177,10 @@ async fn deletions_resume_after_a_database_outage() {
         insert(database.pool(), ids, "2 h").await;
         proxy.restore();
         only_is_left(database.pool(), &fresh).await;
-        eventually("it is ready", DEADLINE, async || {
-            routine.health.missing().is_empty().then_some(())
-        })
-        .await;
+        wait_until("it is ready", async || routine.health.missing().is_empty()).await;
         proxy.cut();
     }
-    routine.stop().await.unwrap();
+    routine.stop().await;
 }
 
 #[tokio::test]
@@ -214,11 +197,12 @@ async fn concurrent_routines_count_each_deleted_row_once() {
     insert(database.pool(), STALE + 1..=STALE + 2, "1 min").await;
     only_is_left(database.pool(), &[STALE + 1, STALE + 2]).await;
 
-    eventually("every deleted row is counted once", DEADLINE, async || {
+    wait_until("every deleted row is counted once", async || {
         let name = "lastseen_deleted_rows_total";
         let counted = one.metric(name).await + other.metric(name).await;
+        // `STALE`, as a float.
         assert!(counted <= 3_000.0, "{counted}");
-        (counted >= 3_000.0).then_some(())
+        counted >= 3_000.0
     })
     .await;
     for routine in [one, other] {
@@ -230,7 +214,6 @@ async fn concurrent_routines_count_each_deleted_row_once() {
 
 #[tokio::test]
 async fn clock_step_ahead_pauses_deletions_for_one_ttl() {
-    const HOUR: Duration = Duration::from_hours(1);
     let database = database().await;
     let clock = DatabaseClock::install(database.pool()).await;
     let routine = process(&database, &[("OBJECT_TTL", "10s")], &[]);
@@ -244,16 +227,18 @@ async fn clock_step_ahead_pauses_deletions_for_one_ttl() {
     cleaned_up_again(&routine, "skipped").await;
     assert_eq!(ids(database.pool()).await, [1, 2]);
 
-    // Object 2 is seen again and stays fresh.
-    let seen = "UPDATE object SET last_seen = pg_catalog.now() + interval '2 h' WHERE id = 2";
-    sqlx::query(seen).execute(database.pool()).await.unwrap();
-    only_is_left(database.pool(), &[2]).await;
+    // Object 2 is seen again and again by the clock that is ahead.
+    let seen = "UPDATE object SET last_seen = pg_catalog.now() + interval '1 h' WHERE id = 2";
+    wait_until("only object 2 is left", async || {
+        sqlx::query(seen).execute(database.pool()).await.unwrap();
+        ids(database.pool()).await == [2]
+    })
+    .await;
     assert!(routine.metric(r#"lastseen_cleanups_total{outcome="skipped"}"#).await > 10.0);
 }
 
 #[tokio::test]
 async fn clock_step_back_and_its_correction_delete_nothing() {
-    const HOUR: Duration = Duration::from_hours(1);
     let database = database().await;
     let clock = DatabaseClock::install(database.pool()).await;
     let routine = process(&database, &[("OBJECT_TTL", "10m")], &[]);
@@ -262,6 +247,7 @@ async fn clock_step_back_and_its_correction_delete_nothing() {
     cleaned_up_again(&routine, "ok").await;
 
     clock.set_behind(HOUR).await;
+    // An hour ago is now by the clock that was set back.
     insert(database.pool(), 2..=2, "1 h").await;
     cleaned_up_again(&routine, "ok").await;
     assert_eq!(ids(database.pool()).await, [1, 2]);
@@ -283,9 +269,9 @@ async fn table_mostly_stale_at_the_start_is_cleaned_one_ttl_later() {
         let routine = process(&database, &[("OBJECT_TTL", "5s")], arguments);
         routine.wait_for_log("most rows look stale").await;
         // Objects that are online are seen again and again.
-        eventually("only objects that were seen again are left", DEADLINE, async || {
+        wait_until("only objects that were seen again are left", async || {
             see_again(database.pool(), 6..=10).await;
-            (ids(database.pool()).await == [6, 7, 8, 9, 10]).then_some(())
+            ids(database.pool()).await == [6, 7, 8, 9, 10]
         })
         .await;
         assert!(started.elapsed() >= TTL, "{:?}", started.elapsed());
@@ -300,20 +286,20 @@ async fn see_again(pool: &PgPool, ids: std::ops::RangeInclusive<i64>) {
 #[tokio::test]
 async fn table_stale_after_an_outage_is_cleaned_one_ttl_later() {
     let database = database().await;
-    let (proxy, url) = proxied(&database).await;
-    let routine = Routine::start(&url, &["--object-ttl=5s"]);
-    routine.cleaned_once(database.pool()).await;
+    let (proxy, url) = Proxy::before(database.url()).await;
+    let routine = start(&url, &["--object-ttl=5s"]);
+    cleaned_once(database.pool()).await;
     proxy.cut();
-    eventually("the database is reported as missing", DEADLINE, async || {
-        (!routine.health.missing().is_empty()).then_some(())
+    wait_until("the database is reported as missing", async || {
+        !routine.health.missing().is_empty()
     })
     .await;
     insert(database.pool(), 1..=10, "1 h").await;
-    let back = Instant::now();
+    let restored_at = Instant::now();
     proxy.restore();
     only_is_left(database.pool(), &[]).await;
-    assert!(back.elapsed() >= Duration::from_secs(5), "{:?}", back.elapsed());
-    routine.stop().await.unwrap();
+    assert!(restored_at.elapsed() >= Duration::from_secs(5), "{:?}", restored_at.elapsed());
+    routine.stop().await;
 }
 
 #[tokio::test]
@@ -331,22 +317,17 @@ async fn undeletable_rows_do_not_block_the_others() {
         EXECUTE FUNCTION wait()";
     sqlx::raw_sql(obstacles).execute(database.pool()).await.unwrap();
     let mut other = database.pool().begin().await.unwrap();
-    let both = "WITH rows AS (
-                    INSERT INTO object SELECT id, pg_catalog.now() - interval '2 h'
-                    FROM generate_series(1, 20) AS id RETURNING id)
-                SELECT FROM rows";
+    let stale = "INSERT INTO object SELECT id, pg_catalog.now() - interval '2 h'
+                 FROM generate_series(1, 20) AS id";
     let lock = sqlx::query("SELECT pg_advisory_xact_lock(5)").execute(&mut *other).await;
     lock.unwrap();
     let mut rows = database.pool().begin().await.unwrap();
-    sqlx::query(both).execute(&mut *rows).await.unwrap();
+    sqlx::query(stale).execute(&mut *rows).await.unwrap();
     sqlx::query("INSERT INTO other VALUES (3)").execute(&mut *rows).await.unwrap();
     rows.commit().await.unwrap();
 
     only_is_left(database.pool(), &[3, 5]).await;
-    eventually("the rows that are left are counted", DEADLINE, async || {
-        (routine.metric("lastseen_stale_rows_not_deleted").await > 1.5).then_some(())
-    })
-    .await;
+    routine.wait_for_metric("lastseen_stale_rows_not_deleted", 2.0).await;
     other.rollback().await.unwrap();
     sqlx::query("DELETE FROM other").execute(database.pool()).await.unwrap();
     only_is_left(database.pool(), &[]).await;
@@ -356,28 +337,24 @@ async fn undeletable_rows_do_not_block_the_others() {
 #[tokio::test]
 async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
     let (queue, database) = (Queue::new(), database().await);
-    let (proxy, url) = proxied(&database).await;
-    let access = Access { uri: testbed::amqp_uri().parse().unwrap(), authorities: None };
-    let mut subscriber = Subscriber::new(&Exchange::on_rabbitmq(access, &queue.name), "test");
-    assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notification::Missed(_)));
-    let uri = format!("--amqp-uri={}", testbed::amqp_uri());
-    let routine = Routine::start(&url, &[&uri, &format!("--queue-name={}", queue.name)]);
-    eventually("the routine can announce", DEADLINE, async || {
-        routine.health.missing_optional().is_empty().then_some(())
-    })
-    .await;
-    routine.cleaned_once(database.pool()).await;
+    let (proxy, url) = Proxy::before(database.url()).await;
+    let mut subscriber = subscriber(&queue).await;
+    let uri = format!("--amqp-uri={}", testkit::amqp_uri());
+    let routine = start(&url, &[&uri, &format!("--queue-name={}", queue.name)]);
+    wait_until("the routine can announce", async || routine.health.missing_optional().is_empty())
+        .await;
+    cleaned_once(database.pool()).await;
     let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
                 $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;
                 CREATE TRIGGER slow AFTER DELETE ON object FOR EACH ROW EXECUTE FUNCTION slow()";
     sqlx::raw_sql(slow).execute(database.pool()).await.unwrap();
     insert(database.pool(), 1..=1, "2 h").await;
-    eventually("the deletion is running", DEADLINE, async || {
+    wait_until("the deletion is running", async || {
         let sleeping = "SELECT count(*) FROM pg_stat_activity
                         WHERE datname = current_database() AND wait_event = 'PgSleep'";
         let sleeping = sqlx::query_scalar(sleeping).fetch_one(database.pool());
         let sleeping: i64 = sleeping.await.unwrap();
-        (sleeping > 0).then_some(())
+        sleeping > 0
     })
     .await;
     // The database commits although its client is disconnected.
@@ -385,32 +362,20 @@ async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
     only_is_left(database.pool(), &[]).await;
     proxy.restore();
     loop {
-        match timeout(DEADLINE, subscriber.next()).await.unwrap() {
+        match timeout(PATIENCE, subscriber.next()).await.unwrap() {
             Notification::Missed(why) => break assert!(why.contains("are missing"), "{why}"),
+            // The negative ids are those of `cleaned_once`.
             Notification::Committed(_, objects) => assert!(objects[0].id < 0, "{objects:?}"),
         }
     }
-    routine.stop().await.unwrap();
+    routine.stop().await;
 }
 
-/// A proxy in front of the database, and the database's URL through the proxy.
-async fn proxied(database: &Database) -> (Proxy, String) {
-    let mut url = Url::parse(database.url()).unwrap();
-    let server = format!("{}:{}", url.host_str().unwrap(), url.port().unwrap_or(5432));
-    let proxy = Proxy::start(server).await;
-    url.set_host(Some(&proxy.addr().ip().to_string())).unwrap();
-    url.set_port(Some(proxy.addr().port())).unwrap();
-    (proxy, url.to_string())
-}
-
-/// Waits for two more cleanups with this outcome. The second one began after this call.
+/// Waits for two more cleanups with this outcome, because the first may have begun before the call.
 async fn cleaned_up_again(routine: &Process, outcome: &str) {
     let name = format!("lastseen_cleanups_total{{outcome=\"{outcome}\"}}");
     let before = routine.metric(&name).await;
-    eventually("there were more cleanups", DEADLINE, async || {
-        (routine.metric(&name).await >= before + 2.0).then_some(())
-    })
-    .await;
+    routine.wait_for_metric(&name, before + 2.0).await;
 }
 
 #[tokio::test]
@@ -427,19 +392,17 @@ async fn once_cleans_up_and_exits_0() {
 #[tokio::test]
 async fn deletions_are_announced_also_with_once() {
     let (queue, database) = (Queue::new(), database().await);
-    let access = Access { uri: testbed::amqp_uri().parse().unwrap(), authorities: None };
-    let mut subscriber = Subscriber::new(&Exchange::on_rabbitmq(access, &queue.name), "test");
-    assert!(matches!(timeout(DEADLINE, subscriber.next()).await.unwrap(), Notification::Missed(_)));
-    let uri = testbed::amqp_uri();
+    let mut subscriber = subscriber(&queue).await;
+    let uri = testkit::amqp_uri();
     let settings = [("AMQP_URI", uri.as_str()), ("QUEUE_NAME", &queue.name)];
     insert(database.pool(), 11..=20, "1 min").await;
     for (id, arguments) in [(1, &["--once"][..]), (2, &[])] {
         insert(database.pool(), id..=id, "2 h").await;
         let _routine = process(&database, &settings, arguments);
         let (kind, gone) = loop {
-            let notice = timeout(DEADLINE, subscriber.next()).await.unwrap();
+            let notification = timeout(PATIENCE, subscriber.next()).await.unwrap();
             // The second routine may delete the row before it has connected to the broker.
-            let Notification::Committed(kind, gone) = notice else {
+            let Notification::Committed(kind, gone) = notification else {
                 insert(database.pool(), id..=id, "2 h").await;
                 continue;
             };
@@ -456,13 +419,12 @@ async fn cleanup_works_without_the_broker() {
     let database = database().await;
     insert(database.pool(), 1..=1, "2 h").await;
     insert(database.pool(), 2..=3, "1 min").await;
-    let nowhere = format!("amqp://127.0.0.1:{}", testbed::free_port());
+    let nowhere = format!("amqp://127.0.0.1:{}", testkit::free_port());
     let routine = process(&database, &[("AMQP_URI", &nowhere)], &[]);
     only_is_left(database.pool(), &[2, 3]).await;
     let (status, body) = routine.get("/readyz").await;
     assert!(status == 200 && body.contains("without events: cannot reach"), "{status} {body}");
-    routine.terminate();
-    assert_eq!(routine.wait().await.code(), Some(0));
+    routine.stop().await;
 }
 
 #[tokio::test]
@@ -470,24 +432,20 @@ async fn sigterm_exits_0() {
     let database = database().await;
     let routine = process(&database, &[], &[]);
     routine.ready().await;
-    routine.terminate();
-    let ended = routine.wait().await;
-    assert_eq!(ended.code(), Some(0), "{ended}");
+    routine.stop().await;
     assert!(routine.log().last().unwrap().contains("stopped"), "{:?}", routine.log());
 }
 
 #[tokio::test]
 async fn sigterm_without_a_database_exits_0() {
     let database = database().await;
-    let nowhere = testbed::free_port().to_string();
+    let nowhere = testkit::free_port().to_string();
     let routine = process(&database, &[("POSTGRES_PORT", &nowhere)], &[]);
     routine.wait_for_log("no database").await;
     let (status, body) = routine.get("/readyz").await;
     assert_eq!(status, 503);
     assert!(body.contains("database: cannot connect"), "{body}");
-    routine.terminate();
-    let ended = routine.wait().await;
-    assert_eq!(ended.code(), Some(0), "{ended}");
+    routine.stop().await;
 }
 
 #[tokio::test]
@@ -496,7 +454,7 @@ async fn bad_setting_exits_with_78_and_names_allowed_values() {
         ("ROUTINE_INTERVAL", "soon", "a duration from 10ms to 1d"),
         ("OBJECT_TTL", "0s", "a duration from 1s to 365d"),
         ("OBJECT_TTL", "5M", "a duration from 1s to 365d"),
-        ("DELETE_BATCH_MAX", "0", "a number from 1 to 100000"),
+        ("DELETE_BATCH_MAX", "0", "a whole number from 1 to 100000"),
     ];
     for (name, value, allowed) in bad {
         let routine = Process::spawn("routine", &[(name, value.to_owned())], &[]);

@@ -11,15 +11,14 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router};
 use rand::RngExt as _;
-use service::CancellationToken;
-use service::http::{self, Limits};
-use service::problem::Problem;
+use runtime::CancellationToken;
+use runtime::http::{self, Limits};
+use runtime::problem::Problem;
 use tokio::net::TcpListener;
 
 use crate::config::{self, Failures};
 
-/// Generous, so that the status API never limits a test: a consumer may have thousands of slow
-/// lookups in flight.
+/// Higher limits than any test reaches: a consumer may have thousands of slow lookups in flight.
 const LIMITS: Limits = Limits {
     max_connections: 20_000,
     header_timeout: Duration::from_secs(30),
@@ -75,7 +74,6 @@ struct Behaviour {
     shutdown: CancellationToken,
 }
 
-/// The response to a lookup.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Answer {
     Online,
@@ -157,9 +155,9 @@ fn status(id: i64, online: bool) -> Response {
     Json(serde_json::json!({ "id": id, "online": online })).into_response()
 }
 
-/// Online if `id` is even, or if it is in the given share of the ids.
+/// Online if `id` is even or, with `online_share`, if `id` is in this share of the ids.
 ///
-/// A hash of the id decides whether it is in the share, so that the status of an id never changes.
+/// A hash decides whether an id is in the share, so that the status of an id never changes.
 fn true_status(id: i64, online_share: Option<f64>) -> Answer {
     let online = match online_share {
         None => id % 2 == 0,
@@ -168,8 +166,7 @@ fn true_status(id: i64, online_share: Option<f64>) -> Answer {
     if online { Answer::Online } else { Answer::Offline }
 }
 
-/// A number from 0 up to, not including, 1: evenly distributed over ids, and always the same for an
-/// id.
+/// Maps an id to a number in the interval [0, 1). The numbers of all ids are evenly distributed.
 fn hash_point(id: i64) -> f64 {
     // The output function of SplitMix64, which gives neighbouring ids unrelated numbers.
     let mut hash = id.cast_unsigned().wrapping_add(0x9E37_79B9_7F4A_7C15);
@@ -178,8 +175,8 @@ fn hash_point(id: i64) -> f64 {
     f64::from((hash >> 32) as u32) / 2_f64.powi(32)
 }
 
-/// The failure to inject for a random `point` from 0 up to, not including, 1. The failures lie side
-/// by side from 0, each as wide as its share.
+/// The failure to inject for a random `point` in the interval [0, 1). The failures divide the
+/// interval from 0 on, and the part of each is as wide as its share.
 fn failure_at(point: f64, failures: &Failures) -> Option<Answer> {
     let mut end = 0.0;
     [
@@ -197,7 +194,7 @@ fn failure_at(point: f64, failures: &Failures) -> Option<Answer> {
     .map(|(_, failure)| failure)
 }
 
-/// Counts a lookup as in flight until it is dropped, also if the client disconnects.
+/// Counts a lookup as in flight until this guard is dropped, also if the client disconnects.
 struct InFlight;
 
 impl InFlight {
@@ -230,7 +227,7 @@ mod tests {
     }
 
     #[test]
-    fn about_the_share_of_ids_is_online_and_always_the_same_ids() {
+    fn online_share_is_met_and_the_same_ids_stay_online() {
         let online = |share| -> Vec<i64> {
             (0..10_000).filter(|id| true_status(*id, Some(share)) == Answer::Online).collect()
         };
@@ -244,7 +241,7 @@ mod tests {
     }
 
     #[test]
-    fn each_failure_is_as_wide_as_its_share() {
+    fn each_failure_occupies_its_share_of_the_interval() {
         let failures = Failures {
             fail_500_share: 0.1,
             fail_429_share: 0.0,

@@ -2,16 +2,15 @@
 
 use std::time::{Duration, SystemTime};
 
-use authenticity::Keys;
 use reqwest::{Client, StatusCode, header, redirect, retry};
+use runtime::authenticity::Keys;
 use url::Url;
 use uuid::Uuid;
 
 use crate::config::Callbacks;
 
-/// An idle connection is reused for this time. It must be shorter than the server's idle timeout.
-/// Otherwise a callback could be sent on a connection that the server is closing, and would be
-/// lost.
+/// How long an idle connection is kept for the next callback. If this were longer than the server's
+/// idle timeout, a callback could be sent on a connection that the server is closing, and be lost.
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 
 const CALLBACKS: &str = "lastseen_tester_callbacks_total";
@@ -74,9 +73,9 @@ impl Sender {
             let id = format!("msg_{}", Uuid::now_v7().simple());
             let signed = keys.sign(&id, SystemTime::now(), body.as_bytes());
             request = request
-                .header(authenticity::ID, id)
-                .header(authenticity::TIMESTAMP, signed.timestamp)
-                .header(authenticity::SIGNATURE, signed.signature);
+                .header(runtime::authenticity::ID, id)
+                .header(runtime::authenticity::TIMESTAMP, signed.timestamp)
+                .header(runtime::authenticity::SIGNATURE, signed.signature);
         }
         let request = request.body(body);
         let response = async {

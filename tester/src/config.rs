@@ -1,20 +1,20 @@
 //! The tester's settings: one struct per concern, with checks across their values.
 
+use std::fmt::Debug;
 use std::net::SocketAddr;
-use std::ops::{Deref, RangeInclusive};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use authenticity::Authenticity;
-use clap::error::ErrorKind;
-use clap::{ArgMatches, Args, FromArgMatches, Subcommand};
-use service::settings;
+use clap::{ArgMatches, Args, Subcommand};
+use runtime::authenticity::Authenticity;
+use runtime::settings::{self, Check, Checked};
 use url::Url;
 
 /// The path to which the original system's partner posts.
 const CALLBACK_PATH: &str = "/callback";
-/// The amount by which shares may exceed 1 together, because floats such as `0.1` have no exact
-/// sum.
+/// The amount by which the sum of shares may exceed 1, because sums of floats such as `0.1` are not
+/// exact.
 const SHARE_TOLERANCE: f64 = 1e-9;
 
 const CALLBACK_TIMEOUT: RangeInclusive<Duration> =
@@ -27,21 +27,18 @@ const LOAD_DURATION: RangeInclusive<Duration> =
 
 /// All settings of the tester.
 ///
-/// Groups are skipped here and below, because clap names them after the struct, and other crates on
-/// the same command line have structs of the same names.
+/// The structs here form no groups of clap (`group(skip)`), because clap names a group after its
+/// struct, and other crates on the same command line have structs of the same names.
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
+#[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Config {
-    /// The endpoint and the ids of callbacks.
     #[command(flatten)]
     pub callbacks: Checked<Callbacks>,
-    /// Whether callbacks are signed.
     #[command(flatten)]
     pub authenticity: Authenticity,
-    /// The simulated partner.
     #[command(flatten)]
     pub partner: Checked<Partner>,
-    /// The simulated status API.
     #[command(flatten)]
     pub api: Checked<Api>,
     /// Do not simulate the partner: post no callbacks
@@ -50,7 +47,6 @@ pub struct Config {
     /// Do not simulate the status API: listen on no address but the admin one
     #[arg(long, help_heading = "Status API")]
     pub no_api: bool,
-    /// The command to run instead of the simulation.
     #[command(subcommand)]
     pub command: Option<Command>,
 }
@@ -74,10 +70,10 @@ pub struct Callbacks {
     #[arg(long, global = true, default_value = "1s", value_parser = settings::duration(CALLBACK_TIMEOUT))]
     pub callback_timeout: Duration,
     /// Smallest object id in callbacks
-    #[arg(long, global = true, default_value_t = 0, allow_negative_numbers = true)]
+    #[arg(long, global = true, default_value = "0", value_parser = object_id(), allow_negative_numbers = true)]
     pub object_id_min: i64,
     /// Largest object id in callbacks
-    #[arg(long, global = true, default_value_t = 99, allow_negative_numbers = true)]
+    #[arg(long, global = true, default_value = "99", value_parser = object_id(), allow_negative_numbers = true)]
     pub object_id_max: i64,
 }
 
@@ -101,6 +97,7 @@ pub struct Partner {
 #[derive(Clone, Debug, Args)]
 #[group(skip)]
 #[command(next_help_heading = "Status API")]
+#[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Api {
     /// Address of the status API; with port 0, any free port, which is logged
     #[arg(long, default_value = ":9010", value_parser = settings::listen_address)]
@@ -115,7 +112,6 @@ pub struct Api {
     /// are online
     #[arg(long, value_parser = share())]
     pub online_share: Option<f64>,
-    /// The failures to inject.
     #[command(flatten)]
     pub failures: Failures,
 }
@@ -152,7 +148,7 @@ pub struct Load {
     /// fast as possible
     #[arg(long, value_parser = settings::number(0.001..=1_000_000.0_f64))]
     pub rate: Option<f64>,
-    /// Time to send for; if not given, 10s, or without end if --total is given
+    /// Duration of the run; if not given, 10s, or unlimited if --total is given
     #[arg(long, value_parser = settings::duration(LOAD_DURATION))]
     pub duration: Option<Duration>,
     /// Number of callbacks after which to stop
@@ -175,77 +171,9 @@ pub struct Load {
     pub ledger: Option<PathBuf>,
 }
 
-/// Settings whose values must also be consistent with one another.
-pub trait Check {
-    /// Checks that the values are consistent.
-    ///
-    /// # Errors
-    /// The variables that are inconsistent, with their values and what is allowed.
-    fn check(&self) -> Result<(), String>;
-
-    /// Whether the command on the command line uses these settings.
-    #[must_use]
-    fn is_used(_: &ArgMatches) -> bool {
-        true
-    }
-}
-
-/// Settings that were parsed and are consistent.
-///
-/// clap validates one value at a time. This type reports an inconsistency between several values as
-/// a settings error too.
-#[derive(Clone, Debug)]
-pub struct Checked<T>(T);
-
-impl<T> Checked<T> {
-    /// The settings themselves.
-    pub fn into_inner(self) -> T {
-        self.0
-    }
-}
-
-impl<T> Deref for Checked<T> {
-    type Target = T;
-
-    fn deref(&self) -> &T {
-        &self.0
-    }
-}
-
-impl<T: FromArgMatches + Check> FromArgMatches for Checked<T> {
-    fn from_arg_matches(matches: &ArgMatches) -> Result<Self, clap::Error> {
-        let settings = T::from_arg_matches(matches)?;
-        match settings.check() {
-            Err(reason) if T::is_used(matches) => {
-                Err(clap::Error::raw(ErrorKind::ValueValidation, reason))
-            }
-            Ok(()) | Err(_) => Ok(Self(settings)),
-        }
-    }
-
-    fn update_from_arg_matches(&mut self, matches: &ArgMatches) -> Result<(), clap::Error> {
-        *self = Self::from_arg_matches(matches)?;
-        Ok(())
-    }
-}
-
-impl<T: Args + Check> Args for Checked<T> {
-    fn augment_args(command: clap::Command) -> clap::Command {
-        T::augment_args(command)
-    }
-
-    fn augment_args_for_update(command: clap::Command) -> clap::Command {
-        T::augment_args_for_update(command)
-    }
-}
-
 impl Check for Callbacks {
     fn check(&self) -> Result<(), String> {
-        let (min, max) = (self.object_id_min, self.object_id_max);
-        if min > max {
-            return Err(format!("OBJECT_ID_MAX={max}: must not be below OBJECT_ID_MIN={min}"));
-        }
-        Ok(())
+        check_order("OBJECT_ID", self.object_id_min, self.object_id_max)
     }
 
     /// `load --unique` counts up from `OBJECT_ID_MIN`.
@@ -257,22 +185,13 @@ impl Check for Callbacks {
 
 impl Check for Partner {
     fn check(&self) -> Result<(), String> {
-        let (min, max) = (self.callback_ids_min, self.callback_ids_max);
-        if min > max {
-            return Err(format!(
-                "CALLBACK_IDS_MAX={max}: must not be below CALLBACK_IDS_MIN={min}"
-            ));
-        }
-        Ok(())
+        check_order("CALLBACK_IDS", self.callback_ids_min, self.callback_ids_max)
     }
 }
 
 impl Check for Api {
     fn check(&self) -> Result<(), String> {
-        let (min, max) = (self.latency_min, self.latency_max);
-        if min > max {
-            return Err(format!("LATENCY_MAX={max:?}: must not be below LATENCY_MIN={min:?}"));
-        }
+        check_order("LATENCY", self.latency_min, self.latency_max)?;
         let Failures {
             fail_500_share,
             fail_429_share,
@@ -296,6 +215,14 @@ impl Check for Api {
     }
 }
 
+/// Checks the values of `<name>_MIN` and `<name>_MAX`.
+fn check_order<T: Copy + PartialOrd + Debug>(name: &str, min: T, max: T) -> Result<(), String> {
+    if min > max {
+        return Err(format!("{name}_MAX={max:?}: must not be below {name}_MIN={min:?}"));
+    }
+    Ok(())
+}
+
 fn endpoint(text: &str) -> Result<Url, String> {
     let mut url = Url::parse(text)
         .ok()
@@ -308,12 +235,18 @@ fn endpoint(text: &str) -> Result<Url, String> {
     Ok(url)
 }
 
+fn object_id() -> impl Fn(&str) -> Result<i64, String> + Clone + Send + Sync + 'static {
+    settings::number(i64::MIN..=i64::MAX)
+}
+
 fn share() -> impl Fn(&str) -> Result<f64, String> + Clone + Send + Sync + 'static {
     settings::number(0.0..=1.0_f64)
 }
 
 #[cfg(test)]
 mod tests {
+    use clap::FromArgMatches as _;
+
     use super::*;
 
     fn parse(arguments: &[&str]) -> Result<Config, String> {

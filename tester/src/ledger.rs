@@ -13,16 +13,17 @@ use crate::callback::Outcome;
 /// A line of the ledger: one callback.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Entry {
-    /// When it was due, by this machine's clock, in microseconds since 1970.
+    /// When the callback was due, by this machine's clock, in microseconds since 1970.
     pub due_unix_us: u64,
-    /// The delay after which it was sent, because the load generator had no time or no free
+    /// How late the callback was sent, because the load generator had no processor time or no free
     /// connection.
     pub late_us: u64,
-    /// Time from when it was due to the end of its response, or until it was given up or failed.
+    /// Time from when the callback was due to the end of its response, or until it was given up or
+    /// failed.
     pub latency_us: u64,
     /// The response.
     pub answer: Answer,
-    /// The ids in it.
+    /// The ids in the callback.
     pub ids: Vec<i64>,
 }
 
@@ -42,7 +43,7 @@ pub enum Answer {
 /// complete up to the moment at which the process is killed.
 pub(crate) struct Ledger {
     file: File,
-    /// The same moment by the monotonic clock and since 1970.
+    /// The start of the run by the monotonic clock, and the same moment as the time since 1970.
     start: (Instant, Duration),
 }
 
@@ -80,7 +81,12 @@ impl Entry {
         let answer = match outcome {
             Outcome::Accepted(status) | Outcome::Refused(status) => Answer::Status(status.as_u16()),
             Outcome::Unanswered => Answer::Timeout,
-            Outcome::Failed(error) => Answer::Failed(root_cause(error)),
+            // The root cause, such as "connection refused"; reqwest's own text is only "error
+            // sending request".
+            Outcome::Failed(error) => {
+                let root_cause = anyhow::Chain::new(error).last();
+                Answer::Failed(root_cause.map(ToString::to_string).unwrap_or_default())
+            }
         };
         Self {
             due_unix_us: microseconds(ledger.unix_time(due_at)),
@@ -90,16 +96,6 @@ impl Entry {
             ids,
         }
     }
-}
-
-/// The root cause, such as "connection refused"; reqwest's own text is only "error sending
-/// request".
-fn root_cause(error: &reqwest::Error) -> String {
-    let mut cause: &dyn std::error::Error = error;
-    while let Some(source) = cause.source() {
-        cause = source;
-    }
-    cause.to_string()
 }
 
 fn microseconds(duration: Duration) -> u64 {

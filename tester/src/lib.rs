@@ -10,10 +10,11 @@ pub mod partner;
 mod report;
 
 use std::io::Write as _;
+use std::process::ExitCode;
 
 use anyhow::Context as _;
-use authenticity::Authenticity;
-use service::{CancellationToken, Description, Health, Invocation};
+use runtime::authenticity::Authenticity;
+use runtime::{CancellationToken, Context, Description, Invocation};
 
 pub use callback::Outcome;
 pub use report::{Latency, Report};
@@ -31,36 +32,32 @@ pub const DESCRIPTION: Description = Description {
     reloadable: &[],
 };
 
-/// The simulation, or the command that the settings name.
-///
-/// It reports no dependency to `health`: a partner keeps posting even if the producer is down.
+/// The complete `main` of the tester as a process.
 #[must_use]
-pub fn plan(
-    mut config: Config,
-    health: Health,
-    shutdown: CancellationToken,
-) -> Invocation<
-    impl Future<Output = anyhow::Result<()>> + Send + 'static,
-    impl Future<Output = anyhow::Result<()>> + Send + 'static,
-> {
+pub fn main() -> ExitCode {
+    runtime::main_with_commands(DESCRIPTION, |config, context| Ok(plan(config.current(), context)))
+}
+
+/// Plans the simulation, or the command that the settings name.
+///
+/// The tester registers no dependency: a partner keeps posting even if the producer is down.
+#[must_use]
+pub fn plan(mut config: Config, context: Context) -> Invocation {
     match config.command.take() {
-        None => Invocation::Service(simulate(config, health, shutdown)),
+        None => Invocation::service(simulate(config, context)),
         Some(Command::Load(load)) => {
             let callbacks = config.callbacks.into_inner();
-            Invocation::Command(run_load(load, callbacks, config.authenticity, shutdown))
+            Invocation::command(run_load(load, callbacks, config.authenticity, context.shutdown))
         }
     }
 }
 
-/// Simulates the partner and the status API until `shutdown`.
+/// Simulates the partner and the status API until the shutdown.
 ///
 /// # Errors
 /// When it cannot listen on the status API's address or build an HTTP client.
-async fn simulate(
-    config: Config,
-    health: Health,
-    shutdown: CancellationToken,
-) -> anyhow::Result<()> {
+async fn simulate(config: Config, context: Context) -> anyhow::Result<()> {
+    let Context { health, shutdown, .. } = context;
     health.finish_registration();
     let api = if config.no_api {
         None

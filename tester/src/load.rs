@@ -1,19 +1,19 @@
 //! The load generator sends callbacks at a rate, or as fast as they are answered.
 //!
-//! With a rate, it is an open loop. Callback `k` is due at `k / rate` regardless of earlier
-//! callbacks, and its latency counts from then, even if it was sent late because all connections
-//! were busy. Latency counted from sending would leave out the time in which the endpoint was
-//! slowest ("coordinated omission").
+//! With a rate, the load generator is an open loop. Callback `k` is due at `k / rate` regardless of
+//! earlier callbacks. Its latency counts from that time, even if it was sent late because all
+//! connections were busy. Latency counted from sending would leave out the time in which the
+//! endpoint was slowest ("coordinated omission").
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use anyhow::Context as _;
-use authenticity::Authenticity;
 use indicatif::{HumanCount, ProgressBar, ProgressStyle};
 use rand::RngExt as _;
-use service::CancellationToken;
+use runtime::CancellationToken;
+use runtime::authenticity::Authenticity;
 use tokio::sync::Semaphore;
 use tokio::task::JoinSet;
 use tokio::time::{Instant, MissedTickBehavior};
@@ -21,16 +21,16 @@ use tokio::time::{Instant, MissedTickBehavior};
 use crate::callback::{self, Sender};
 use crate::config::{self, Callbacks};
 use crate::ledger::{Entry, Ledger};
-use crate::report::{Report, Tally};
+use crate::report::{Report, Tally, approximate};
 
 /// The duration of a run if neither a duration nor a total is given.
 const DEFAULT_DURATION: Duration = Duration::from_secs(10);
-/// The time after the end in which a callback that was due before may still be sent. A busy machine
-/// may send the last ones somewhat late.
+/// For this time after the end of a run, callbacks that were due before the end may still be sent,
+/// because a busy machine may send the last ones somewhat late.
 const END_GRACE: Duration = Duration::from_millis(100);
-/// The latest time at which a callback can be due: never, in practice.
+/// Stands for a due time that the clock cannot represent. No run lasts that long.
 const FAR_FUTURE: Duration = Duration::from_hours(10 * 365 * 24);
-/// The pacer checks at least this often whether it must stop.
+/// The pacer ([`Run::pace`]) checks at least this often whether it must stop.
 const PACER_CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// The interval at which the progress bar is redrawn.
 const REDRAW_INTERVAL: Duration = Duration::from_millis(200);
@@ -53,19 +53,16 @@ pub async fn run(
     let stop = shutdown.child_token();
     let _stop_on_return = stop.clone().drop_guard();
     let start = Instant::now();
-    let ledger = match &config.ledger {
-        Some(path) => Some(
-            Ledger::create(path, start)
-                .with_context(|| format!("cannot create the ledger {}", path.display()))?,
-        ),
-        None => None,
-    };
+    let ledger = config.ledger.as_ref().map(|path| {
+        let ledger = Ledger::create(path, start);
+        ledger.with_context(|| format!("cannot create the ledger {}", path.display()))
+    });
     let run = Arc::new(Run {
         workers: config.connections,
         plan: Plan::new(config, start),
         ids: Ids::new(config, callbacks),
         sender,
-        ledger,
+        ledger: ledger.transpose()?,
         due: Semaphore::new(0),
         next: AtomicU64::new(0),
         sent: AtomicU64::new(0),
@@ -84,8 +81,8 @@ pub async fn run(
     let mut shutdown_at = None;
     loop {
         tokio::select! {
-            // In this order, so that a shutdown is noticed before the end of the workers that it
-            // causes.
+            // In this order, because the workers end soon after a shutdown, and the loop must
+            // record the shutdown first.
             biased;
             () = shutdown.cancelled(), if shutdown_at.is_none() => {
                 shutdown_at = Some(Instant::now());
@@ -98,7 +95,7 @@ pub async fn run(
         }
     }
     bar.finish_and_clear();
-    let unsent = run.plan.due_by(shutdown_at).saturating_sub(tally.sent());
+    let unsent = run.plan.due_by(shutdown_at).saturating_sub(tally.sent);
     Ok(tally.report(run.plan.start.elapsed(), config.ids, unsent))
 }
 
@@ -121,16 +118,16 @@ impl Run {
     /// Sends one callback after another, so that each worker needs only one connection.
     async fn work(self: Arc<Self>) -> anyhow::Result<Tally> {
         let mut tally = Tally::new()?;
-        while let Some((number, counts_from)) = self.next_due().await {
+        while let Some((number, latency_start)) = self.next_due().await {
             let ids = self.ids.of_callback(number);
             let body = callback::body(ids.iter().copied());
             self.sent.fetch_add(1, Ordering::Relaxed);
             let sent_at = Instant::now();
             let outcome = self.sender.send(body).await;
-            let latency = counts_from.elapsed();
+            let latency = latency_start.elapsed();
             tally.record(&outcome, latency)?;
             if let Some(ledger) = &self.ledger {
-                let entry = Entry::new(ledger, counts_from, sent_at, latency, &outcome, ids);
+                let entry = Entry::new(ledger, latency_start, sent_at, latency, &outcome, ids);
                 ledger.write(&entry).context("cannot write the ledger")?;
             }
         }
@@ -162,8 +159,9 @@ impl Run {
 
     /// Adds a permit whenever a callback is due.
     ///
-    /// It blocks a thread, because the runtime's timer has a resolution of a millisecond: callbacks
-    /// would be sent in bunches, and each latency would be up to a millisecond too high.
+    /// Blocks a thread, because the runtime's timer has a resolution of a millisecond: with the
+    /// timer, callbacks would be sent in bunches, and each latency would be up to a millisecond too
+    /// high.
     fn pace(&self) {
         let Some(count) = self.plan.count else { return };
         for number in 0..count {
@@ -192,11 +190,10 @@ impl Run {
     }
 }
 
-/// The schedule of a run.
 struct Plan {
     start: Instant,
     rate: Option<f64>,
-    /// The number of callbacks; always known if there is a rate.
+    /// The number of callbacks to send; always known if there is a rate.
     count: Option<u64>,
     end: Option<Instant>,
     /// From this moment on no callback is sent, even if it was due.
@@ -209,13 +206,13 @@ impl Plan {
             (None, None) => Some(DEFAULT_DURATION),
             (duration, _) => duration,
         };
-        let fitting = match (config.rate, duration) {
+        let count_in_duration = match (config.rate, duration) {
             (Some(rate), Some(duration)) => Some(round(duration.as_secs_f64() * rate).max(1)),
             _ => None,
         };
-        let count = match (config.total, fitting) {
-            (Some(total), Some(fitting)) => Some(total.min(fitting)),
-            (total, fitting) => total.or(fitting),
+        let count = match (config.total, count_in_duration) {
+            (Some(total), Some(count_in_duration)) => Some(total.min(count_in_duration)),
+            (total, count_in_duration) => total.or(count_in_duration),
         };
         // An end that the clock cannot represent counts as no end.
         let end = duration.and_then(|duration| start.checked_add(duration));
@@ -229,7 +226,7 @@ impl Plan {
     /// When callback `number` is due; `None` if there is no rate.
     fn due(&self, number: u64) -> Option<Instant> {
         let rate = self.rate?;
-        let wait = Duration::try_from_secs_f64(to_f64(number) / rate).ok();
+        let wait = Duration::try_from_secs_f64(approximate(number) / rate).ok();
         // A time that the clock cannot represent is far in the future.
         Some(wait.and_then(|wait| self.start.checked_add(wait)).unwrap_or(self.start + FAR_FUTURE))
     }
@@ -238,7 +235,7 @@ impl Plan {
     fn due_by(&self, shutdown_at: Option<Instant>) -> u64 {
         let (Some(rate), Some(count)) = (self.rate, self.count) else { return 0 };
         match shutdown_at {
-            // The first callback is due at once, so one more is due than intervals have passed.
+            // The first callback is due at the start, so `n + 1` are due after `n` intervals.
             Some(at) => {
                 let intervals = round(((at - self.start).as_secs_f64() * rate).floor());
                 count.min(intervals.saturating_add(1))
@@ -248,19 +245,19 @@ impl Plan {
     }
 
     fn percent(&self, sent: u64, now: Instant) -> u64 {
-        let of_count = self.count.map_or(0.0, |count| to_f64(sent) / to_f64(count));
-        let of_time = self
+        let share_sent = self.count.map_or(0.0, |count| approximate(sent) / approximate(count));
+        let share_elapsed = self
             .end
             .map_or(0.0, |end| (now - self.start).as_secs_f64() / (end - self.start).as_secs_f64());
-        round(of_count.max(of_time) * 100.0).min(100)
+        round(share_sent.max(share_elapsed) * 100.0).min(100)
     }
 }
 
 /// Chooses the ids of a callback.
 enum Ids {
-    /// Random ids of the range, which may repeat.
+    /// Random ids from `min` to `max`, which may repeat.
     Random { count: u32, min: i64, max: i64 },
-    /// Counts up, so that each id is in one callback only.
+    /// Ids that count up from `first`, so that each id is in one callback only.
     Unique { count: u32, first: i64 },
 }
 
@@ -288,16 +285,11 @@ impl Ids {
     }
 }
 
-/// A progress bar on standard error; hidden if that is not a terminal.
+/// A progress bar on standard error, hidden if standard error is not a terminal.
 fn progress_bar() -> ProgressBar {
     let style = ProgressStyle::with_template("{bar:40} {percent:>3}%  {elapsed}  {msg}")
         .unwrap_or_else(|_| ProgressStyle::default_bar());
     ProgressBar::new(100).with_style(style)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "2^53 callbacks are out of reach")]
-fn to_f64(number: u64) -> f64 {
-    number as f64
 }
 
 #[expect(

@@ -1,9 +1,7 @@
-//! The tester as a process of its own.
+//! The tester as a process.
 
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
-    service::main_with_commands(tester::DESCRIPTION, |config, health, shutdown| {
-        Ok(tester::plan(config.current(), health, shutdown))
-    })
+    tester::main()
 }

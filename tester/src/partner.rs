@@ -1,8 +1,8 @@
 //! The simulated partner posts callbacks with random ids at an interval, each callback once.
 
-use authenticity::Authenticity;
 use rand::RngExt as _;
-use service::CancellationToken;
+use runtime::CancellationToken;
+use runtime::authenticity::Authenticity;
 use tokio::time::{Instant, MissedTickBehavior};
 
 use crate::callback::{self, Outcome, Sender};
@@ -45,36 +45,26 @@ impl Partner {
     }
 
     async fn post(&self) {
-        let ids = self.draw_ids();
-        let count = ids.len();
+        let drawn = self.draw_ids();
+        let ids = drawn.len();
         let sent_at = Instant::now();
-        let outcome = self.sender.send(callback::body(ids.into_iter())).await;
+        let outcome = self.sender.send(callback::body(drawn.into_iter())).await;
         let elapsed_ms = sent_at.elapsed().as_millis();
         match outcome {
             Outcome::Accepted(status) => {
-                tracing::info!(
-                    ids = count,
-                    status = status.as_u16(),
-                    elapsed_ms,
-                    "callback accepted"
-                );
+                tracing::info!(ids, status = status.as_u16(), elapsed_ms, "callback accepted");
             }
             Outcome::Refused(status) => {
-                tracing::warn!(
-                    ids = count,
-                    status = status.as_u16(),
-                    elapsed_ms,
-                    "callback refused"
-                );
+                tracing::warn!(ids, status = status.as_u16(), elapsed_ms, "callback refused");
             }
             Outcome::Unanswered => {
-                tracing::warn!(ids = count, elapsed_ms, "callback not answered in time");
+                tracing::warn!(ids, elapsed_ms, "callback not answered in time");
             }
             Outcome::Failed(error) => {
                 // The text of reqwest's error is only "error sending request"; `{:#}` prints the
                 // causes.
                 let error = anyhow::Error::new(error.without_url());
-                tracing::warn!(ids = count, elapsed_ms, "callback not answered: {error:#}");
+                tracing::warn!(ids, elapsed_ms, "callback not answered: {error:#}");
             }
         }
     }

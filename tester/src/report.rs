@@ -15,7 +15,7 @@ const SIGNIFICANT_DIGITS: u8 = 3;
 
 /// The counts and latencies of one worker. The tallies of all workers are added up.
 pub(crate) struct Tally {
-    sent: u64,
+    pub(crate) sent: u64,
     accepted: u64,
     other: u64,
     unanswered: u64,
@@ -38,8 +38,8 @@ impl Tally {
     }
 
     /// Counts one callback. The latencies include an unanswered callback with the time until it was
-    /// given up, because otherwise the slowest ones would be missing. They exclude a failed one,
-    /// because a connection that is refused quickly would lower them.
+    /// given up, because otherwise the slowest callbacks would be missing. They exclude a failed
+    /// callback, because a connection that is refused quickly would lower them.
     pub(crate) fn record(
         &mut self,
         outcome: &Outcome,
@@ -77,10 +77,6 @@ impl Tally {
         Ok(())
     }
 
-    pub(crate) fn sent(&self) -> u64 {
-        self.sent
-    }
-
     /// The report of a run that took `elapsed`, had `ids` ids in each callback and left `unsent`
     /// callbacks that were due.
     pub(crate) fn report(self, elapsed: Duration, ids: u32, unsent: u64) -> Report {
@@ -114,7 +110,7 @@ impl Tally {
     clippy::cast_precision_loss,
     reason = "a count above 2^53 is out of reach, and is shown rounded"
 )]
-fn approximate(count: u64) -> f64 {
+pub(crate) fn approximate(count: u64) -> f64 {
     count as f64
 }
 
@@ -142,7 +138,7 @@ pub struct Report {
     pub seconds: f64,
     /// Callbacks answered 2xx, per second.
     pub callbacks_per_second: f64,
-    /// Ids in them, per second.
+    /// Ids in these callbacks, per second.
     pub ids_per_second: f64,
     /// Response times, unanswered callbacks included.
     pub latency_ms: Latency,

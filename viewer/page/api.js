@@ -6,7 +6,7 @@ export function address(path) {
   return new URL(`../${path}`, import.meta.url).href;
 }
 
-/** Parses an event into `{objects, remaining}`, where objects are `{id, at}`. */
+/** Parses an event into `{objects, remaining}`. Each object is `{id, at}`, where `at` is its `last_seen`. */
 export function parse(text) {
   const { objects, remaining } = JSON.parse(text);
   return { objects: objects.map(({ id, last_seen }) => ({ id, at: Date.parse(last_seen) })), remaining };

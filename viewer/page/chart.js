@@ -4,7 +4,7 @@ import { HISTORY_MS } from "./stats.js";
 const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 300;
 const HEIGHT = 60;
-// Points that are further apart have a gap between them, because nothing is known about that time.
+// The line has a gap between points that are further apart, because nothing is known about the time between them.
 const GAP_MS = 12_000;
 
 export class Chart {
@@ -17,12 +17,12 @@ export class Chart {
     const grid = [toY(1), toY(0.5)].map((y) => svg("line", { class: "chart-grid", x1: 0, x2: WIDTH, y1: y, y2: y }));
     const base = svg("line", { class: "chart-base", x1: 0, x2: WIDTH, y1: HEIGHT - 0.5, y2: HEIGHT - 0.5 });
     this.element.append(...grid, this.#area, base, this.#cursor);
-    this.point(null, 0);
+    this.showCursor(null, 0);
   }
 
   /**
-   * Draws lines of points `{at, value}` for the five minutes up to `now`; null is a gap. Returns the value at the top
-   * edge.
+   * Draws lines of points `{at, value}` for the five minutes up to `now`; a null value is a gap. Returns the value at
+   * the top edge.
    */
   draw(lines, now) {
     const greatest = Math.max(0, ...lines.flat().map(({ value }) => value ?? 0));
@@ -39,8 +39,8 @@ export class Chart {
     return top;
   }
 
-  /** Shows the cursor at this time, or hides it if the time is null. */
-  point(at, now) {
+  /** Shows the cursor at the time `at`, or hides it if `at` is null. */
+  showCursor(at, now) {
     this.#cursor.classList.toggle("shown", at !== null);
     if (at === null) return;
     const x = toX(at, now);
@@ -81,7 +81,7 @@ function area(runs) {
     .join("");
 }
 
-/** The next of 1, 2, 3, 5 and 8 times a power of ten, at least 1. */
+/** Rounds up to 1, 2, 3, 5 or 8 times a power of ten, and at least to 1. */
 function roundUp(value) {
   if (value <= 1) return 1;
   const power = 10 ** Math.floor(Math.log10(value));

@@ -7,14 +7,14 @@ const WAIT_MAX_MS = 30_000;
 const KINDS = ["snapshot", "more", "resumed", "online", "seen", "gone"];
 
 /**
- * Follows the stream forever, for as many objects as the page shows. Calls `on.open(isLimited)` when the stream is
- * connected and its list of objects has arrived, where `isLimited` says that there are more objects than the page shows;
+ * Follows the stream forever, for at most `SLOTS_MAX` objects. Calls `on.open(isLimited)` when the stream is connected
+ * and its list of objects has arrived, where `isLimited` says that there are more objects than the page shows;
  * `on.lost()` when the stream breaks; and `on.change(kind, objects)` for each change, in order: "snapshot" with all
  * objects, "listed" with further ones, "online", "seen" and "gone".
  *
- * The browser resumes a broken connection with `Last-Event-ID`, so no change is missed. It gives up if the response is not
- * an event stream, such as a proxy's 502 while the viewer starts. Then this class opens a new stream after a growing,
- * jittered wait; a new stream begins with a snapshot.
+ * The browser resumes a broken connection with `Last-Event-ID`, so no change is missed. The browser gives up if the
+ * response is not an event stream, such as a proxy's 502 while the viewer starts. Then this class opens a new stream
+ * after a growing, jittered wait; a new stream begins with a snapshot.
  */
 export class Feed {
   #on;
@@ -22,7 +22,7 @@ export class Feed {
   #failures = 0;
   #timer = 0;
   #lastActivity = performance.now();
-  /** The objects of a list that has not arrived completely, by id; otherwise null. */
+  /** The objects of the list by id, until the list has arrived completely; then null. */
   #list = null;
 
   constructor(on) {
@@ -30,7 +30,7 @@ export class Feed {
     this.#connect();
   }
 
-  /** Replaces a connection that hangs by a new one, which begins with a snapshot. */
+  /** Replaces a connection that hangs with a new one, which begins with a snapshot. */
   renew() {
     clearTimeout(this.#timer);
     this.#connect();
@@ -63,7 +63,7 @@ export class Feed {
     }
   }
 
-  // A large list arrives in parts, with changes in between. It replaces the shown objects once it is complete.
+  // A large list arrives in parts, with changes in between. Once complete, the list replaces the shown objects.
   #apply(kind, { objects, remaining }) {
     if (kind === "snapshot") this.#list = new Map();
     if (!this.#list) {

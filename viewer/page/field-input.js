@@ -2,7 +2,7 @@
 //
 // To a screen reader the field is a list box. Only the focused option exists in the document, with its
 // position (`aria-posinset` of `aria-setsize`): 10,000 real options would cost as much as the canvas
-// saves. Left and right move in order, up and down between rows.
+// saves. The left and right keys move in the order of the cells, up and down between rows.
 import { ONLINE } from "./presence.js";
 import { ago, duration } from "./format.js";
 
@@ -42,7 +42,7 @@ export class FieldInput {
     element.addEventListener("click", (event) => this.#click(event));
   }
 
-  /** Marks the cell of this object, or of none if it is null. */
+  /** Marks the cell of the object `id`, or no cell if `id` is null. */
   mark(id) {
     this.#chosen = id;
     this.refresh();
@@ -50,7 +50,7 @@ export class FieldInput {
 
   /** Updates rings, tip and description. */
   refresh() {
-    // Objects keep their slots until the field is compacted; then the focus moves with its object.
+    // Objects keep their slots until the field is compacted. Then the focus follows its object to the new slot.
     if (this.#arrangement !== this.#presence.arrangement) {
       this.#arrangement = this.#presence.arrangement;
       this.#active = this.#activeId === null ? -1 : this.#presence.slotOf(this.#activeId);
@@ -60,7 +60,7 @@ export class FieldInput {
     this.#placeRing(this.#rings.chosen, chosen);
     const focused = document.activeElement === this.#element;
     this.#placeRing(this.#rings.active, focused && this.#active < this.#presence.slots ? this.#active : -1);
-    // Not for a new age alone, because screen readers read out each change of the focused option.
+    // A new age alone does not change the description, because screen readers read out each change of it.
     if (this.#described !== this.#descriptionKey()) this.#describe(this.#active);
     this.#showTip();
   }

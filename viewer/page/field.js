@@ -12,7 +12,8 @@ const FLASH_MS = 900;
 const FLASH_STEPS = 12;
 const GHOST_MS = 2400;
 const GHOST_STEPS = 8;
-// Looks: 0 empty, then the shades from fresh to stale, the steps of a flash, and the steps of an outline that fades out.
+// Looks: 0 empty, then the shades from fresh to stale, the steps of a flash after a sighting, and the steps of a ghost,
+// which is an outline that fades out after an object is gone.
 const FIRST_SHADE = 1;
 const FIRST_FLASH = FIRST_SHADE + SHADES;
 const FIRST_GHOST = FIRST_FLASH + FLASH_STEPS;
@@ -21,7 +22,8 @@ const NEVER_DRAWN = 255;
 // Looks change at most every 75 ms, so painting more often would show nothing new.
 const BETWEEN_PAINTS_MS = 30;
 
-// Sizes of cells in CSS pixels; the field uses the largest that fits. Cells with a text size show the id.
+// Sizes of cells in CSS pixels; the field uses the largest that fits. Cells with a `text` size show the id, and with
+// `age` also the age.
 const SIZES = [
   { width: 112, height: 56, gap: 4, text: 15, age: true },
   { width: 88, height: 44, gap: 4, text: 13, age: true },
@@ -49,9 +51,9 @@ export class Field {
   #drawn = new Uint8Array(0);
   #paints = [];
   #arrangement = -1;
-  #painted = 0;
-  #aged = 0;
-  #calm = matchMedia("(prefers-reduced-motion: reduce)");
+  #paintedAt = 0;
+  #agesPaintedAt = 0;
+  #reducedMotion = matchMedia("(prefers-reduced-motion: reduce)");
 
   /** `now` returns the viewer's time. It stands still while the stream is broken, and so do the ages. */
   constructor(element, presence, now) {
@@ -88,7 +90,7 @@ export class Field {
     return slot < this.#presence.slots ? slot : -1;
   }
 
-  // In device pixels, so that all gaps are equally wide.
+  // The box of a slot's cell, rounded to device pixels, so that all gaps are equally wide.
   #boxOf(slot) {
     const column = slot % this.columns;
     const row = Math.floor(slot / this.columns);
@@ -117,7 +119,7 @@ export class Field {
     return Math.floor((this.#width + size.gap) / size.width) * Math.floor((height + size.gap) / size.height);
   }
 
-  // Chooses the largest cell size that fits. Cells shrink at once, but grow only with a quarter of room to spare.
+  // Chooses the largest cell size that fits. Cells shrink at once, but grow only if a quarter more cells would fit.
   #arrange(force) {
     const height = this.#height;
     const needed = Math.max(1, this.#presence.slots);
@@ -151,13 +153,13 @@ export class Field {
     if (presence.slots > this.#drawn.length) this.#arrange(false);
     else if (presence.arrangement !== this.#arrangement) this.#arrange(false);
     else if (devicePixelRatio !== this.#ratio) this.#resize();
-    if (time - this.#painted < BETWEEN_PAINTS_MS) return;
-    this.#painted = time;
+    if (time - this.#paintedAt < BETWEEN_PAINTS_MS) return;
+    this.#paintedAt = time;
     // With reduced motion, ages change once a second.
-    if (this.#calm.matches && time - this.#aged < 1000) return;
-    // Ages that cells show as text change even if the look does not.
-    const refresh = time - this.#aged >= 500;
-    if (refresh) this.#aged = time;
+    if (this.#reducedMotion.matches && time - this.#agesPaintedAt < 1000) return;
+    // A cell's age as text changes even if its look does not.
+    const refresh = time - this.#agesPaintedAt >= 500;
+    if (refresh) this.#agesPaintedAt = time;
     const rewrite = refresh && this.#size.age;
 
     const now = this.#now();
@@ -173,7 +175,7 @@ export class Field {
 
   #lookOf(slot, now, pageTime) {
     const presence = this.#presence;
-    const moving = !this.#calm.matches;
+    const moving = !this.#reducedMotion.matches;
     if (presence.state[slot] !== ONLINE) {
       const since = pageTime - presence.goneAt[slot];
       const ghost = moving && presence.goneAt[slot] > 0 && since < GHOST_MS;
@@ -226,7 +228,7 @@ export class Field {
     context.fillText(duration(age).replace("0.0 s", "0 s"), x + pad, middle + text * 0.65);
   }
 
-  // Reads the colours from the style sheet, so that only it decides about dark, light and forced colours.
+  // Reads the colours from the style sheet, so that only the style sheet decides about dark, light and forced colours.
   #repaint() {
     const style = getComputedStyle(this.#element);
     const colour = (name) => rgb(style.getPropertyValue(name));

@@ -12,15 +12,16 @@ import { ago, duration, number, timeOfDay } from "./format.js";
 const element = (id) => document.getElementById(id);
 
 // Decision: docs/decisions/0057-when-does-the-page-say-live.md
-// The stream and the statistics use different requests. If statistics arrive but the stream has been silent for
-// this time, the page opens a new stream, provided that the old one is still connecting or the viewer counts other
-// objects than the page: a proxy may be holding the stream back.
+// A proxy may hold back the stream but not the statistics, which use separate requests. The page opens a new stream if
+// statistics arrive, the stream has been silent for this time, and either the stream is not connected or the viewer
+// counts another number of objects than the page.
 const SILENT_MS = 20_000;
-// The same, when statistics arrive again after an outage: the old stream may take minutes to notice the outage.
+// When statistics arrive again after an outage, the page opens a new stream if the old one has been silent for this
+// time: the browser may take minutes to notice that the old one is broken.
 const SILENT_AFTER_OUTAGE_MS = 5000;
-// If neither arrives for this time, the stream counts as broken.
+// If statistics fail and the stream has been silent for this time, the stream counts as broken.
 const BOTH_SILENT_MS = 8000;
-// Until then, a page without a connection shows "connecting".
+// For this time after its start, a page that was never connected shows "connecting".
 const SLOW_START_MS = 4000;
 
 const presence = new Presence();
@@ -31,12 +32,12 @@ let isLimited = false;
 let brokenAt = null;
 let everConnected = false;
 
-/** The viewer's time. It stands still while the stream is broken, because the shown objects do, too. */
+/** The viewer's time. It stands still while the stream is broken, because the shown objects then do not change. */
 const now = () => brokenAt?.viewer ?? stats.clock.now();
 
 const feed = follow({
   open(limited) {
-    // The stream did not cover this object, so its changes must be fetched.
+    // A stream with a limit may not have covered the object in the panel, so the page fetches it.
     if (isLimited) loadUnlisted();
     isLimited = limited;
     setReceiving("stream", true);
@@ -84,7 +85,7 @@ tick();
 
 // ---------------------------------------------------------------------------- connection state
 
-/** Records whether `source` ("stream" or "stats") works; `silence` is for how many milliseconds it has not. */
+/** Records whether `source` ("stream" or "stats") works. `silence` is for how many milliseconds nothing has arrived. */
 function setReceiving(source, isReceiving, silence = 0) {
   const wasConnected = receiving.stream;
   receiving[source] = isReceiving;
@@ -118,7 +119,7 @@ function connection() {
   return ["broken", `no connection since ${timeOfDay(brokenAt.page)} (${since}); trying again`];
 }
 
-// Shows what the viewer reports as away; `showConnection` shows whether the viewer itself is away.
+// Shows the dependencies that the viewer reports as away. `showConnection` shows whether the viewer itself is away.
 function showNotices({ table, events, services }) {
   const problems = [
     ["The table", table],
@@ -136,9 +137,9 @@ function showNotices({ table, events, services }) {
   if (problems.length) announce(problems.join(". "));
 }
 
-// ---------------------------------------------------------------------------- the rest
+// ---------------------------------------------------------------------------- shown values
 
-/** Fetches the shown object if the stream does not cover it. */
+/** Fetches the object in the panel if the stream does not cover it. */
 function loadUnlisted() {
   if (panel.id !== null && presence.slotOf(panel.id) < 0) panel.load();
 }

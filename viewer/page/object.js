@@ -33,7 +33,7 @@ export class ObjectPanel {
       this.show(null);
       element("search-id").focus();
     });
-    // The page's URL contains the object's id, so that it can be shared and survives a reload.
+    // The page's URL contains the object's id, so that a person can share the URL and a reload shows the same object.
     addEventListener("hashchange", () => this.showFromUrl());
   }
 
@@ -41,7 +41,7 @@ export class ObjectPanel {
     return this.#id;
   }
 
-  /** Shows an object, or none. */
+  /** Shows the object `id`, or none if `id` is null. */
   show(id) {
     if (id === this.#id) return;
     this.#id = id;
@@ -90,7 +90,7 @@ export class ObjectPanel {
     if (announce) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
   }
 
-  /** Applies a change of the stream to the shown object. */
+  /** Applies a change from the stream, if it is about the shown object. */
   apply(kind, objects) {
     if (this.#id === null || kind === "snapshot") return;
     const object = objects.find(({ id }) => id === this.#id);
@@ -104,7 +104,7 @@ export class ObjectPanel {
     if (before !== this.#state) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
   }
 
-  /** Updates the age. */
+  /** Updates the text of the state, which contains the age. */
   refresh() {
     if (this.#id === null) return;
     const state = element("object-state");
@@ -117,8 +117,8 @@ export class ObjectPanel {
     const age = this.#seenAt === null ? 0 : Math.max(0, this.#now() - this.#seenAt);
     return {
       loading: "loading …",
-      unknown: "The viewer does not answer. The page tries again when it is back.",
-      absent: "Not online: never seen, or not recently. If it is seen, it appears here.",
+      unknown: "The viewer does not answer. The page tries again when the viewer is back.",
+      absent: "Not online: never seen, or not recently. If the object is seen, it appears here.",
       online: `Online, seen ${ago(age)}`,
       gone: `Gone, last seen ${ago(age)}`,
     }[this.#state];
@@ -149,7 +149,6 @@ export class ObjectPanel {
     element("search-id").setAttribute("aria-invalid", String(text !== ""));
     if (text) this.#announce(text);
   }
-
 }
 
 // Merges two lists without duplicates, newest first.

@@ -11,8 +11,8 @@ export const FREE = 0;
 export const ONLINE = 1;
 
 const DEFAULT_LIFETIME_MS = 30_000;
-// Possible lifetimes. The page does not know `OBJECT_TTL`, so it estimates the lifetime from the ages at which
-// objects go.
+// Possible lifetimes. The page does not know `OBJECT_TTL`, so it estimates the lifetime from the ages that objects have
+// when they are gone.
 const LIFETIMES_MS = [1, 2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 45, 60, 90, 120, 180, 300, 600, 900, 1800, 3600, 7200, 21_600, 86_400]
   .map((seconds) => seconds * 1000);
 
@@ -20,9 +20,9 @@ export class Presence {
   state = new Uint8Array(256);
   /** When the object was last seen, by the viewer's clock, in milliseconds. */
   seenAt = new Float64Array(256);
-  /** When the page received that, by `performance.now()`; 0 if it came with a snapshot. */
+  /** When the page received the latest sighting, by `performance.now()`; 0 if it came with a snapshot. */
   updatedAt = new Float64Array(256);
-  /** When the page received that the object is gone, likewise. */
+  /** When the page learnt that the object is gone, by `performance.now()`; 0 if it learnt so from a snapshot. */
   goneAt = new Float64Array(256);
   /** Number of slots in use or used before. */
   slots = 0;
@@ -39,12 +39,12 @@ export class Presence {
     return this.#online;
   }
 
-  /** The estimated age at which an object goes, in milliseconds. */
+  /** The estimated age at which an object is gone, in milliseconds. */
   get lifetimeMs() {
     return this.#lifetimeMs;
   }
 
-  /** The id of the object that has the slot, or had it last. */
+  /** The id of the object that has the slot, or last had it. */
   idAt(slot) {
     return this.#ids[slot];
   }
@@ -55,7 +55,7 @@ export class Presence {
     return slot !== undefined && this.state[slot] === ONLINE ? slot : -1;
   }
 
-  /** Replaces all objects by those of a snapshot. */
+  /** Replaces all objects with those of a snapshot. */
   replace(objects) {
     const online = new Set(objects.map(({ id }) => id));
     for (let slot = 0; slot < this.slots; slot++) {
@@ -69,7 +69,7 @@ export class Presence {
     for (const object of objects) this.#put(object, 0);
   }
 
-  /** Records that objects, new ones or not, were seen. */
+  /** Records that objects were seen, and adds those that were not online. */
   markSeen(objects, receivedAt) {
     for (const object of objects) this.#put(object, receivedAt);
   }
@@ -102,8 +102,8 @@ export class Presence {
     this.updatedAt[slot] = receivedAt;
   }
 
-  // Returns a new slot, so that objects find their old slots when they come back. Once there are a quarter more slots
-  // than objects, it returns the slot that has been free for longest. Returns -1 if there is none.
+  // Returns a slot that was never used, so that objects that come back find their old slots free. Once there are a
+  // quarter more slots than online objects, returns the slot that has been free for longest. Returns -1 if none is free.
   #allocate() {
     while (this.#free.length > 0 && this.slots >= Math.min(SLOTS_MAX, this.#online * 1.25 + 32)) {
       const slot = this.#free.shift();
@@ -121,7 +121,7 @@ export class Presence {
     this.goneAt[slot] = receivedAt;
     this.#online -= 1;
     this.#free.push(slot);
-    // An object that comes back does not remove its slot from this list.
+    // The list grows beyond the free slots, because an object that comes back does not remove its slot from the list.
     if (this.#free.length > 2 * this.slots + 64) {
       this.#free = [...new Set(this.#free)].filter((free) => this.state[free] === FREE);
     }
@@ -146,7 +146,7 @@ export class Presence {
     this.arrangement += 1;
   }
 
-  // Removes the free slots, once most slots are free.
+  // Removes all free slots by moving the objects to the first slots.
   #compact() {
     const staying = [];
     for (let slot = 0; slot < this.slots; slot++) {
@@ -156,7 +156,8 @@ export class Presence {
     for (const object of staying.sort(byId)) this.#put(object, object.updatedAt);
   }
 
-  // Uses the lower quartile: high ages come from a routine that was away, and a few low ones from a person's DELETE.
+  // Uses the lower quartile, because ages are too high after the routine was away, and a few are too low after a person
+  // has deleted rows.
   #learnLifetime(age) {
     this.#agesAtEnd.push(age);
     if (this.#agesAtEnd.length > 64) this.#agesAtEnd.shift();

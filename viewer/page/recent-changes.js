@@ -1,4 +1,4 @@
-// A table of the objects that most recently came online or went.
+// A table of the latest objects that came online or are gone.
 import { timeOfDay } from "./format.js";
 
 const ROWS_MAX = 6;
@@ -15,7 +15,7 @@ export class RecentChanges {
     this.#onChoose = onChoose;
   }
 
-  /** Adds a change of the stream, at the time `at` of the viewer's clock. */
+  /** Adds a change from the stream, received at the time `at` of the viewer's clock. */
   add(kind, objects, at) {
     if (kind !== "online" && kind !== "gone") return;
     for (const { id } of objects.slice(-ROWS_MAX)) this.#entries.unshift({ id, kind, at });

@@ -1,5 +1,5 @@
-// One stream for all tabs of a browser, in a SharedWorker: a browser opens at most six connections to a host, so with one
-// stream for each tab the seventh tab would stay blank.
+// One stream for all tabs of a browser, in a SharedWorker: a browser opens at most six connections to a host, so with
+// one stream for each tab the seventh tab would stay blank.
 // Decision: docs/decisions/0055-why-do-all-tabs-of-a-browser-share-one-stream.md
 import { Feed } from "./feed.js";
 

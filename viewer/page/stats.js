@@ -1,4 +1,4 @@
-// Polls `GET /stats` every second, and keeps the last five minutes and the viewer's clock.
+// Polls `GET /stats` every second, keeps the statistics of the last five minutes, and estimates the viewer's clock.
 
 import { address } from "./api.js";
 

@@ -21,7 +21,7 @@ class TabFeed {
     this.#port = worker.port;
     this.#port.onmessage = ({ data }) => this.#receive(data);
     this.#port.postMessage("join");
-    // The browser may restore a tab that was left from its back/forward cache.
+    // After "pagehide", the browser may keep the page in its back/forward cache and show it again later.
     addEventListener("pagehide", () => this.#port.postMessage("leave"));
     addEventListener("pageshow", (event) => event.persisted && this.#port.postMessage("join"));
   }

@@ -58,7 +58,8 @@ export class Tiles {
   #tiles;
   #services = element("dl", "services");
   #summary;
-  #pointed = null;
+  /** The position at which a person points at a chart, from 0 (left) to 1; null if at none. */
+  #pointedShare = null;
 
   constructor(container, summary, history) {
     this.#history = history;
@@ -72,7 +73,8 @@ export class Tiles {
 
   draw(now = Date.now()) {
     const history = this.#history();
-    const pointed = this.#pointed === null ? null : nearest(history, now - HISTORY_MS * (1 - this.#pointed));
+    const share = this.#pointedShare;
+    const pointed = share === null ? null : nearest(history, now - HISTORY_MS * (1 - share));
     for (const tile of this.#tiles) tile.draw(history, pointed, now);
     const latest = history.at(-1)?.stats;
     if (latest) this.#drawServices(latest);
@@ -83,7 +85,7 @@ export class Tiles {
 
   // All charts show the same five minutes, so pointing at one chart points at the same moment in all.
   #point(share) {
-    this.#pointed = share;
+    this.#pointedShare = share;
     this.draw();
   }
 
@@ -144,14 +146,14 @@ class Tile {
       : [series(history, value)];
     const top = this.#chart.draw(lines.length ? lines : [series(history, value)], now);
     set(this.#top, format(top));
-    this.#chart.point(pointed?.at ?? null, now);
+    this.#chart.showCursor(pointed?.at ?? null, now);
     if (pointed) set(this.#note, ago(now - pointed.at));
     else if (kinds) this.#drawKinds(kinds, shown.stats);
     else if (this.#definition.commands) this.#drawCommands(shown.stats);
     else set(this.#note, note?.(shown.stats) ?? "");
   }
 
-  /** The row of the table. */
+  /** The tile's row in the table of all values. */
   summary(history) {
     const { title, unit, value, format } = this.#definition;
     const values = history.map(({ stats }) => value(stats)).filter((one) => one !== null);
@@ -196,7 +198,7 @@ function errorsOf({ lookups_by_outcome: outcomes }) {
 
 const sum = (errors) => errors && Object.values(errors).reduce((total, one) => total + one, 0);
 
-// The kinds of errors that occurred, in a fixed order; there are six line styles.
+// The kinds of errors that occurred, in a fixed order; at most six, because there are six line styles.
 function kindsOf(history) {
   const kinds = new Set();
   for (const { stats } of history) {

@@ -10,48 +10,44 @@ use axum::http::{HeaderMap, HeaderName, HeaderValue, Method, StatusCode, Uri, he
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use axum::{Json, Router, middleware};
+use runtime::problem::Problem;
+use runtime::{CancellationToken, Status};
 use serde::Serialize;
-use service::problem::Problem;
-use service::{CancellationToken, DependencyStatus};
 use tokio::sync::watch;
-use utoipa::ToSchema;
-use utoipa::openapi::OpenApi;
+use utoipa::{OpenApi as _, ToSchema};
 
 use crate::hosts::{self, Hosts};
 use crate::metrics_scraper::{MetricsScraper, PipelineMetrics};
+use crate::object::{Object, format_time, to_micros};
 use crate::stream::{self, Subscribers};
-use crate::view_state::{Object, ViewState, format_time, to_micros};
-use crate::{docs, openapi, page};
+use crate::view_state::ViewState;
+use crate::{openapi, page};
 
 pub(crate) use query::{ObjectId, ObjectsQuery, StreamQuery};
 
-/// Both are built at the first request, so that the process starts quickly.
-static DOCUMENT: LazyLock<OpenApi> = LazyLock::new(openapi::document);
-static DOCS: LazyLock<String> = LazyLock::new(|| docs::html(&DOCUMENT));
+/// Built at the first request, so that the process starts quickly.
+static DOCUMENT: LazyLock<utoipa::openapi::OpenApi> = LazyLock::new(openapi::Document::openapi);
 
 const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
-/// State that all request handlers share.
 #[derive(Clone)]
 pub(crate) struct Shared {
     pub(crate) view: Arc<ViewState>,
     pub(crate) scraper: Arc<MetricsScraper>,
     pub(crate) subscribers: Subscribers,
-    pub(crate) table_status: watch::Receiver<DependencyStatus>,
-    pub(crate) events_status: watch::Receiver<DependencyStatus>,
+    pub(crate) table_status: watch::Receiver<Status>,
+    pub(crate) events_status: watch::Receiver<Status>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) hosts: Hosts,
 }
 
 pub(crate) fn router(shared: Shared) -> Router {
-    let html = [(header::CONTENT_TYPE, "text/html; charset=utf-8")];
     Router::new()
         .route("/objects", get(objects))
         .route("/objects/{id}", get(object))
         .route("/stats", get(stats))
         .route("/events", get(changes))
         .route("/openapi.json", get(async || Json(&*DOCUMENT)))
-        .route("/docs", get(async move || (html, DOCS.as_str())))
         .merge(page::router())
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
@@ -84,7 +80,8 @@ pub(crate) struct Page {
 pub(crate) struct ObjectInDetail {
     #[serde(flatten)]
     object: OnlineObject,
-    /// When it was seen, latest first: at most 20 times, since this viewer first saw it online.
+    /// The times of its latest sightings, latest first: at most 20, and none from before this
+    /// viewer first saw it online.
     #[schema(value_type = Vec<String>, format = DateTime)]
     sightings: Vec<String>,
 }
@@ -190,11 +187,11 @@ pub(crate) async fn object(
     (status = 431, description = "The request's head is larger than 16 KiB"),
 ))]
 pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
-    let text = |status: &watch::Receiver<DependencyStatus>| {
+    let text = |status: &watch::Receiver<Status>| {
         status.borrow().clone().err().unwrap_or_else(|| "ok".to_owned())
     };
     Json(Stats {
-        at: events::format_time(shared.view.now()),
+        at: messaging::events::format_time(shared.view.now()),
         online: shared.view.len(),
         subscribers: shared.subscribers.count(),
         table: text(&shared.table_status),
@@ -214,9 +211,9 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
 /// A new stream begins with a `snapshot`. If there are many objects, `more` events follow, in
 /// ascending order of the ids. Both have a field `remaining`: `follow` (`more` events follow),
 /// `none` (all objects are listed) or `over_limit` (`limit` objects are listed). Changes arrive
-/// between them, but only of objects that are already listed. With `limit`, the stream lists
-/// further objects when a quarter of the listed ones is gone, and begins again with a `snapshot`
-/// when there are a quarter more.
+/// between these events, but only of objects that are already listed. With `limit`, the stream
+/// lists further objects when a quarter of the listed ones is gone, and begins again with a
+/// `snapshot` when a quarter more than `limit` are online.
 ///
 /// Changes within 40 ms (longer with thousands of subscribers) arrive together. If the client sends
 /// the `id` of its last event as `Last-Event-ID`, as browsers do, the stream begins with `resumed`
@@ -279,12 +276,12 @@ async fn method_not_allowed(method: Method) -> Problem {
 }
 
 async fn not_found(uri: Uri) -> Problem {
-    let detail = format!("no such path: {}; see /docs", uri.path());
+    let detail = format!("no such path: {}; see /openapi.json", uri.path());
     Problem::new(StatusCode::NOT_FOUND, detail)
 }
 
-/// Adds headers that forbid scripts from elsewhere, embedding and content sniffing, in case foreign
-/// text ever ends up on a page.
+/// Adds headers that forbid foreign scripts, embedding and content sniffing, which limits the harm
+/// if untrusted text ever ends up on a page.
 async fn add_security_headers(mut response: Response) -> Response {
     let headers = [
         (

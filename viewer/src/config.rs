@@ -3,7 +3,7 @@
 use std::net::SocketAddr;
 
 use reqwest::Url;
-use service::settings;
+use runtime::settings;
 
 use crate::hosts::AllowedHost;
 
@@ -11,20 +11,14 @@ use crate::hosts::AllowedHost;
 #[derive(Clone, Debug, clap::Args)]
 #[command(mut_args(events_by_default))]
 #[group(skip)]
+#[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Config {
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub view: View,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
-    pub events: events::Config,
+    pub events: messaging::events::Config,
     #[command(flatten)]
-    #[expect(missing_docs, reason = "documented at its type; text here would replace the help's")]
     pub store: store::Config,
-    /// Whether the services run in this process, so that their metrics need no scrape over HTTP.
-    /// This is not a setting: `lastseen` sets it.
-    #[arg(skip)]
-    pub scrapes_self: bool,
 }
 
 /// Addresses, limits and metrics sources of the viewer.
@@ -35,8 +29,8 @@ pub struct View {
     /// Address of the page and the API; port 0 takes any free port, which the viewer logs
     #[arg(long, value_parser = settings::listen_address, default_value = ":9080")]
     pub viewer_addr: SocketAddr,
-    /// Maximum of open connections, of which each subscriber uses one; one more replaces the
-    /// connection that has been idle longest, or is answered 503 if none is idle
+    /// Maximum number of open connections; each subscriber uses one. A further connection replaces
+    /// the one that has been idle longest, or is answered 503 if none is idle
     #[arg(long, value_parser = settings::number(1..=1_000_000_usize), default_value = "11000")]
     pub viewer_max_connections: usize,
     /// Host names that requests may use, separated by commas, such as status.example.com,
@@ -50,11 +44,12 @@ pub struct View {
     pub viewer_metrics: Vec<Url>,
 }
 
-impl Config {
-    /// Where to read the metrics of each service.
-    pub(crate) fn metrics_sources(&self) -> Vec<MetricsSource> {
-        let urls = &self.view.viewer_metrics;
-        if urls.is_empty() && self.scrapes_self {
+impl View {
+    /// Where to read the metrics of each service. `is_pipeline` means that all services run in this
+    /// process, which is then the default.
+    pub(crate) fn metrics_sources(&self, is_pipeline: bool) -> Vec<MetricsSource> {
+        let urls = &self.viewer_metrics;
+        if urls.is_empty() && is_pipeline {
             return vec![MetricsSource::ThisProcess];
         }
         if urls.is_empty() {
@@ -77,7 +72,8 @@ pub(crate) enum MetricsSource {
     Url(Url),
 }
 
-/// Gives `AMQP_URI` a default: unlike the routine, the viewer has little to show without events.
+/// Gives `AMQP_URI` a default, which the routine's does not have: without events, the viewer would
+/// show changes only after its next reading of the table.
 fn events_by_default(setting: clap::Arg) -> clap::Arg {
     if setting.get_id() != "amqp_uri" {
         return setting;

@@ -1,21 +1,23 @@
 //! Rejects requests whose host name is not the viewer's.
 //!
 //! The name of another site may resolve to this machine (DNS rebinding). The browser then lets that
-//! site's pages read everything from the viewer, but sends the other name as `Host`.
+//! site's pages read everything from the viewer, but sends that site's name as `Host`.
 
 use std::net::{Ipv4Addr, Ipv6Addr};
 use std::str::FromStr;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::sync::Arc;
+use std::time::Duration;
 
 use axum::extract::{Request, State};
 use axum::http::{StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
-use service::problem::Problem;
+use runtime::LogLimiter;
+use runtime::problem::Problem;
 
 /// Suffixes of names that cannot be registered in the public DNS.
-const PRIVATE: [&str; 6] = [".localhost", ".local", ".internal", ".home.arpa", ".svc", ".test"];
+const PRIVATE_SUFFIXES: [&str; 6] =
+    [".localhost", ".local", ".internal", ".home.arpa", ".svc", ".test"];
 const LOG_INTERVAL: Duration = Duration::from_mins(1);
 /// The maximum length of a host name; a longer one is cut in logs and responses.
 const NAME_MAX: usize = 253;
@@ -25,9 +27,9 @@ const NAME_MAX: usize = 253;
 pub enum AllowedHost {
     /// `*`: any name.
     Any,
-    /// `*.example.com`: any name that ends with the value, which begins with the dot.
+    /// `*.example.com`: any name with the suffix `.example.com`, which is the value.
     Below(String),
-    /// This name.
+    /// Exactly this name.
     Name(String),
 }
 
@@ -53,17 +55,10 @@ impl FromStr for AllowedHost {
     }
 }
 
-/// The allowed host names, and the rejections to log.
 #[derive(Clone)]
 pub(crate) struct Hosts {
     allowed: Arc<[AllowedHost]>,
-    rejections: Arc<Mutex<Rejections>>,
-}
-
-#[derive(Default)]
-struct Rejections {
-    logged_at: Option<Instant>,
-    unlogged: u64,
+    rejections: Arc<LogLimiter>,
 }
 
 impl Hosts {
@@ -72,7 +67,7 @@ impl Hosts {
         let own = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
         let own = own.and_then(|name| name.parse().ok());
         let allowed = allowed.iter().cloned().chain(own).collect();
-        Self { allowed, rejections: Arc::default() }
+        Self { allowed, rejections: Arc::new(LogLimiter::new(LOG_INTERVAL)) }
     }
 
     fn allows(&self, authority: &str) -> bool {
@@ -80,7 +75,8 @@ impl Hosts {
         let name = name.strip_suffix('.').unwrap_or(&name);
         let is_address = name.parse::<Ipv4Addr>().is_ok() || name.parse::<Ipv6Addr>().is_ok();
         // The public DNS has no names without a dot, such as localhost or a Compose service.
-        let is_private = !name.contains('.') || PRIVATE.iter().any(|suffix| name.ends_with(suffix));
+        let is_private =
+            !name.contains('.') || PRIVATE_SUFFIXES.iter().any(|suffix| name.ends_with(suffix));
         is_address
             || is_private
             || self.allowed.iter().any(|allowed| match allowed {
@@ -88,22 +84,6 @@ impl Hosts {
                 AllowedHost::Below(suffix) => name.ends_with(suffix),
                 AllowedHost::Name(allowed) => name == allowed,
             })
-    }
-
-    fn log_rejection(&self, host: &str) {
-        let mut rejections = self.rejections.lock().unwrap_or_else(PoisonError::into_inner);
-        rejections.unlogged = rejections.unlogged.saturating_add(1);
-        if rejections.logged_at.is_some_and(|at| at.elapsed() < LOG_INTERVAL) {
-            return;
-        }
-        let requests = std::mem::take(&mut rejections.unlogged);
-        rejections.logged_at = Some(Instant::now());
-        drop(rejections);
-        tracing::warn!(
-            host,
-            requests,
-            "requests rejected because of their host name; if it is the viewer's, add it to VIEWER_HOSTS"
-        );
     }
 }
 
@@ -122,7 +102,13 @@ pub(crate) async fn reject_unknown_hosts(
     match host {
         Some(host) if !hosts.allows(&host) => {
             let host: String = name_of(&host).chars().take(NAME_MAX).collect();
-            hosts.log_rejection(&host);
+            if let Some(requests) = hosts.rejections.count() {
+                tracing::warn!(
+                    host,
+                    requests,
+                    "requests rejected because of their host name; if it is the viewer's, add it to VIEWER_HOSTS"
+                );
+            }
             let detail = format!(
                 "the host name {host:?} is not allowed; if it is the viewer's, add it to VIEWER_HOSTS"
             );

@@ -7,9 +7,9 @@
 
 mod api;
 mod config;
-mod docs;
 mod hosts;
 mod metrics_scraper;
+mod object;
 mod openapi;
 mod page;
 mod stream;
@@ -17,11 +17,13 @@ mod table_sync;
 mod view_state;
 mod viewer;
 
-use service::{CancellationToken, Description, Health};
+use std::process::ExitCode;
+
+use runtime::{Context, Description};
 
 pub use config::{Config, View};
 pub use hosts::AllowedHost;
-pub use viewer::Viewer;
+pub use viewer::{Resources, Viewer};
 
 /// The name, help text and default admin address of the process.
 pub const DESCRIPTION: Description = Description {
@@ -32,14 +34,18 @@ pub const DESCRIPTION: Description = Description {
     reloadable: &[],
 };
 
-/// Runs the viewer until `shutdown`.
+/// The complete `main` of the viewer as a process.
+#[must_use]
+pub fn main() -> ExitCode {
+    runtime::main(DESCRIPTION, |config, context| run(config.current(), context))
+}
+
+/// Runs the viewer with the resources that the settings name, until the shutdown.
 ///
 /// # Errors
-/// When it cannot listen, or when one of its tasks has ended.
-pub async fn run(
-    config: Config,
-    health: Health,
-    shutdown: CancellationToken,
-) -> anyhow::Result<()> {
-    Viewer::open(config, &health)?.serve(shutdown).await
+/// When the viewer cannot listen on `VIEWER_ADDR`.
+pub async fn run(config: Config, context: Context) -> anyhow::Result<()> {
+    let Config { view, events, store } = config;
+    let resources = Resources { store, exchange: events.exchange(), is_pipeline: false };
+    Viewer::open(&view, resources, context)?.serve().await
 }

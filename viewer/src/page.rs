@@ -29,12 +29,11 @@ macro_rules! files {
     };
 }
 
-/// The page at `/`. It has no other address, because its links are relative to this one.
+/// The page is served only at `/`, because its links are relative to `/`.
 const INDEX: &[File] = &files! { "index.html" as HTML };
 /// The files under `/page/`. Add a new file here.
 const FILES: &[File] = &files! {
     "page.css" as CSS,
-    "docs.css" as CSS,
     "icon.svg" as SVG,
     "api.js" as JS,
     "chart.js" as JS,
@@ -55,12 +54,12 @@ const FILES: &[File] = &files! {
 pub(crate) fn router<S: Clone + Send + Sync + 'static>() -> Router<S> {
     let index = INDEX.iter().map(|file| ("/".to_owned(), file));
     let under_page = FILES.iter().map(|file| (format!("/page/{}", file.name), file));
-    index
-        .chain(under_page)
-        .fold(Router::new(), |router, (path, file)| router.route(&path, get(async || served(file))))
+    index.chain(under_page).fold(Router::new(), |router, (path, file)| {
+        router.route(&path, get(async || respond(file)))
+    })
 }
 
-fn served(file: &'static File) -> impl IntoResponse {
+fn respond(file: &'static File) -> impl IntoResponse {
     // The files change with the program's version, so browsers must revalidate them.
     let headers: [(HeaderName, &str); 2] =
         [(header::CONTENT_TYPE, file.content_type), (header::CACHE_CONTROL, "no-cache")];

@@ -1,33 +1,34 @@
-//! Keeps the view in sync with the table, by events and by readings of the table.
+//! Keeps the view in sync with the table, by events and by readings: each reading reads all rows.
 //!
 //! Decision: docs/decisions/0050-how-does-the-viewer-order-events.md
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use events::{Notification, Subscriber};
-use service::DependencyStatus;
+use messaging::events::{Kind, Notification, Subscriber};
+use parking_lot::Mutex;
+use runtime::Status;
 use store::{Objects, StoreError};
 use tokio::sync::{Notify, watch};
-use tokio::time::{sleep, timeout};
+use tokio::time::sleep;
 
-use crate::view_state::{Object, ViewState, to_micros};
+use crate::object::{Object, to_micros};
+use crate::view_state::ViewState;
 
 /// Number of rows in one query.
 const PAGE_ROWS: u32 = 10_000;
 /// Number of rows to apply before other tasks may run.
 const ROWS_BETWEEN_YIELDS: usize = 1_000;
-/// The interval between readings while events announce all changes. Only a reading reveals that the
-/// latest event was lost.
+/// Interval between readings while events announce all changes; a gap in the events ends it early.
+/// Regular readings are needed, because the loss of an event shows only when another one follows.
 const INTERVAL_MAX: Duration = Duration::from_mins(1);
-/// The interval while no events arrive, or while another program, such as the Go services, changes
-/// the table without events.
+/// Interval between readings while no events arrive, or while another program, such as one of the
+/// Go services that Lastseen replaces, changes the table without events.
 const INTERVAL_MIN: Duration = Duration::from_secs(2);
-/// Events count as complete if a reading finds at most one unannounced change in this many; the
-/// events of these may still be on their way.
-const UNANNOUNCED_SHARE: usize = 10;
-/// The minimum pause between two readings.
+/// Events count as complete if a reading finds at most one unannounced change among this many
+/// changes. Some unannounced changes are normal, because their events may still be on the way.
+const CHANGES_PER_UNANNOUNCED: usize = 10;
+/// The minimum pause after each reading, which even a gap in the events does not end.
 const PAUSE_MIN: Duration = Duration::from_secs(1);
 /// The pause is also at least this many times as long as the reading took.
 const PAUSE_FACTOR: u32 = 10;
@@ -36,27 +37,31 @@ const PAUSE_FACTOR: u32 = 10;
 pub(crate) struct TableSync {
     pub(crate) view: Arc<ViewState>,
     pub(crate) store: store::Config,
-    pub(crate) table_status: watch::Sender<DependencyStatus>,
-    /// `Ok` once the table has been read, even if it is away later.
-    pub(crate) first_reading: watch::Sender<DependencyStatus>,
+    pub(crate) table_status: watch::Sender<Status>,
+    /// `Ok` from the first successful reading on, even if the database cannot be reached later.
+    pub(crate) first_reading: watch::Sender<Status>,
 }
 
 impl TableSync {
-    /// Runs until its task is aborted.
+    /// Runs until the tokio task is aborted.
     pub(crate) async fn run(self, mut subscriber: Subscriber) {
         let events = subscriber.status();
         let missed = Notify::new();
-        let announced = AnnouncedChanges::default();
+        // The changes that events have announced since the last reading.
+        let announced = Mutex::new(Changes::default());
         let receive = async {
             loop {
                 match subscriber.next().await {
                     Notification::Committed(kind, objects) => {
-                        let known = |object: &events::Object| Object {
+                        let convert = |object: &messaging::events::Object| Object {
                             id: object.id,
                             last_seen: to_micros(object.last_seen),
                         };
-                        let changed = self.view.apply(kind, objects.iter().map(known));
-                        announced.add(kind, changed);
+                        let changed = self.view.apply(kind, objects.iter().map(convert));
+                        match kind {
+                            Kind::Online | Kind::Seen => announced.lock().seen += changed,
+                            Kind::Gone => announced.lock().gone += changed,
+                        }
                     }
                     Notification::Missed(why) => {
                         tracing::debug!(why, "events may be missing: reading the table");
@@ -71,25 +76,25 @@ impl TableSync {
 
     async fn read_repeatedly(
         &self,
-        mut events: watch::Receiver<DependencyStatus>,
+        mut events: watch::Receiver<Status>,
         missed: &Notify,
-        announced: &AnnouncedChanges,
+        announced: &Mutex<Changes>,
     ) {
-        let mut delays = amqp::backoff();
+        let mut delays = messaging::amqp::backoff();
         let mut coverage = EventCoverage::default();
         let mut interval = INTERVAL_MIN;
         loop {
             let started = Instant::now();
             let reason = match self.read().await {
                 Ok(unannounced) => {
-                    coverage.update(announced.take(), unannounced);
+                    coverage.update(std::mem::take(&mut *announced.lock()), unannounced);
                     interval = coverage.next_interval(interval);
                     metrics::counter!("lastseen_viewer_readings_total", "outcome" => "ok")
                         .increment(1);
-                    delays = amqp::backoff();
+                    delays = messaging::amqp::backoff();
                     let previous = self.table_status.send_replace(Ok(()));
                     if previous.is_err() {
-                        tracing::info!(objects = self.view.len(), "table read");
+                        tracing::info!(objects = self.view.len(), "read the table again");
                     }
                     _ = self.first_reading.send_replace(Ok(()));
                     sleep(PAUSE_MIN.max(started.elapsed() * PAUSE_FACTOR)).await;
@@ -115,11 +120,12 @@ impl TableSync {
         }
     }
 
-    /// Waits for the interval, or until an event may be missing.
+    /// Waits until the interval has passed or an event may be missing. While no events can arrive,
+    /// the interval is [`INTERVAL_MIN`].
     async fn wait_for_next_reading(
         &self,
         interval: Duration,
-        events: &mut watch::Receiver<DependencyStatus>,
+        events: &mut watch::Receiver<Status>,
         missed: &Notify,
     ) {
         let since = Instant::now();
@@ -138,8 +144,8 @@ impl TableSync {
         }
     }
 
-    /// Reads the whole table. Returns the changes that no event had announced. The reading may miss
-    /// changes that are committed meanwhile, but their events will arrive.
+    /// Reads the whole table. Returns the changes that no event had announced. Changes that are
+    /// committed during the reading may be missing from it, but their events will arrive.
     ///
     /// Each reading opens a new connection: after a failover, an old one could still lead to the
     /// former primary.
@@ -150,6 +156,8 @@ impl TableSync {
         let mut unannounced = Changes::default();
         loop {
             let page = reader.page(after, PAGE_ROWS).await?;
+            // The sum of `last_seen` and `age` is the time of the database's clock, except for a
+            // row that is dated in the future, whose age is 0.
             let is_past = |object: &&store::Object| !object.age.is_zero();
             let past = page.iter().find(is_past);
             if let Some(now) = past.and_then(|object| object.last_seen.checked_add(object.age)) {
@@ -157,12 +165,12 @@ impl TableSync {
             }
             let Some(last) = page.last() else { break };
             after = Some(last.id);
-            let known = |object: &store::Object| Object {
+            let convert = |object: &store::Object| Object {
                 id: object.id,
                 last_seen: to_micros(object.last_seen),
             };
             for rows in page.chunks(ROWS_BETWEEN_YIELDS) {
-                unannounced.seen += self.view.apply(events::Kind::Seen, rows.iter().map(known));
+                unannounced.seen += self.view.apply(Kind::Seen, rows.iter().map(convert));
                 tokio::task::yield_now().await;
             }
         }
@@ -178,32 +186,8 @@ struct Changes {
     gone: usize,
 }
 
-/// The changes that events have announced since the last reading.
-#[derive(Default)]
-struct AnnouncedChanges {
-    seen: AtomicUsize,
-    gone: AtomicUsize,
-}
-
-impl AnnouncedChanges {
-    fn add(&self, kind: events::Kind, changed: usize) {
-        let count = match kind {
-            events::Kind::Online | events::Kind::Seen => &self.seen,
-            events::Kind::Gone => &self.gone,
-        };
-        count.fetch_add(changed, Ordering::Relaxed);
-    }
-
-    fn take(&self) -> Changes {
-        Changes {
-            seen: self.seen.swap(0, Ordering::Relaxed),
-            gone: self.gone.swap(0, Ordering::Relaxed),
-        }
-    }
-}
-
-/// Which kinds of changes are known to come with events. Until a kind has occurred, it is unknown:
-/// another program may make such changes without events.
+/// Which kinds of changes are known to come with events. At first this is known of neither kind,
+/// because another program may make such changes without events.
 #[derive(Default)]
 struct EventCoverage {
     seen: bool,
@@ -211,18 +195,18 @@ struct EventCoverage {
 }
 
 impl EventCoverage {
-    /// Updates the coverage with the changes since the last reading.
+    /// Updates the coverage after a reading, with the numbers of changes since the previous one.
     fn update(&mut self, announced: Changes, unannounced: Changes) {
         let updated = |is_covered: bool, announced: usize, unannounced: usize| {
             let changes = announced.saturating_add(unannounced);
-            let is_missing = unannounced.saturating_mul(UNANNOUNCED_SHARE) > changes;
-            !is_missing && (is_covered || announced > 0)
+            let events_are_missing = unannounced.saturating_mul(CHANGES_PER_UNANNOUNCED) > changes;
+            !events_are_missing && (is_covered || announced > 0)
         };
         self.seen = updated(self.seen, announced.seen, unannounced.seen);
         self.gone = updated(self.gone, announced.gone, unannounced.gone);
     }
 
-    /// The interval until the next reading, after `interval`.
+    /// The interval that follows this one.
     fn next_interval(&self, interval: Duration) -> Duration {
         if self.seen && self.gone {
             interval.saturating_mul(2).min(INTERVAL_MAX)
@@ -230,11 +214,6 @@ impl EventCoverage {
             INTERVAL_MIN
         }
     }
-}
-
-/// Waits until the value is true. Returns false if that takes longer than `within`.
-pub(crate) async fn wait_until_true(status: &mut watch::Receiver<bool>, within: Duration) -> bool {
-    timeout(within, status.wait_for(|value| *value)).await.is_ok_and(|value| value.is_ok())
 }
 
 #[cfg(test)]
@@ -257,7 +236,7 @@ mod tests {
         assert_eq!(next(none, none), INTERVAL_MAX, "nothing changed");
         assert_eq!(next(both, changes(20, 2)), INTERVAL_MAX, "some events are still on their way");
         assert_eq!(next(changes(900, 0), changes(0, 1)), INTERVAL_MIN, "another program deletes");
-        assert_eq!(next(changes(900, 0), none), INTERVAL_MIN, "it may still delete");
+        assert_eq!(next(changes(900, 0), none), INTERVAL_MIN, "that program may still delete");
         assert_eq!(next(changes(0, 10), none), INTERVAL_MAX);
         assert_eq!(next(changes(0, 10), changes(10, 0)), INTERVAL_MIN, "another program records");
     }

@@ -1,46 +1,33 @@
 //! The viewer's copy of the table, and the ring of changes that subscribers follow.
 //!
-//! One mutex protects all of it. Nobody holds it for more than [`SCAN_MAX`] objects at a time,
-//! because a long hold would stall every subscriber.
+//! One mutex protects both. Code that holds the mutex processes at most [`SCAN_MAX`] objects before
+//! it releases the mutex, because a long hold would stall every subscriber.
 
 mod ring;
+mod state;
 mod table;
 
-use std::collections::BTreeMap;
-use std::fmt::Write as _;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime};
 
-use bytes::Bytes;
-use events::Kind;
+use messaging::events::Kind;
+use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
-use ring::Ring;
-use table::Table;
+use crate::object::{Micros, Object, as_f64};
+use state::{Clock, State};
 
 pub(crate) use ring::{Change, TooFarBehind};
-
-/// Microseconds since 1970.
-pub(crate) type Micros = i64;
+pub(crate) use state::{ListRequest, ObjectBatch};
 
 /// Minimum interval between publications; changes in between are published together.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(40);
-/// With many subscribers, the interval is this time for each of them, because each publication
-/// wakes them all.
+/// With many subscribers, the interval is this time multiplied by their number, because each
+/// publication wakes them all.
 const PUBLISH_INTERVAL_PER_SUBSCRIBER: Duration = Duration::from_micros(25);
-/// Maximum number of objects in one event. A slow subscriber holds one event in memory, in addition
-/// to the buffers of its connection.
-pub(crate) const OBJECTS_MAX: usize = 128;
 // Decision: docs/decisions/0052-how-long-may-a-request-hold-the-viewers-mutex.md
 /// Maximum number of objects to process while holding the mutex.
 const SCAN_MAX: usize = 1_024;
-
-/// An object, and when it was last seen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Object {
-    pub(crate) id: i64,
-    pub(crate) last_seen: Micros,
-}
 
 /// The state that all requests share.
 pub(crate) struct ViewState {
@@ -54,48 +41,15 @@ pub(crate) struct ViewState {
     is_complete: watch::Sender<bool>,
 }
 
-#[derive(Default)]
-struct State {
-    table: Table,
-    /// The latest change of each object that is applied to the table but not yet in the ring. At
-    /// most [`SCAN_MAX`] of them.
-    pending: BTreeMap<i64, (Kind, Micros)>,
-    ring: Ring,
-    clock: Option<Clock>,
-}
-
-/// A reading of the database's clock.
-struct Clock {
-    database: SystemTime,
-    read_at: Instant,
-}
-
 /// The next item for a subscriber.
 pub(crate) enum NextItem {
     /// The change after the last one that the subscriber has.
     Change(Arc<Change>),
-    /// Further objects of the subscriber's list, as of the last change, which it has.
+    /// Further objects for the subscriber's list. The list is as of the latest change, which the
+    /// subscriber has.
     Objects(ObjectBatch),
     /// The subscriber has everything.
     UpToDate,
-}
-
-/// Some of the objects that are online, in ascending order of the ids.
-pub(crate) struct ObjectBatch {
-    pub(crate) objects: Vec<Object>,
-    /// The id from which to continue; `None` at the end.
-    pub(crate) next_id: Option<i64>,
-}
-
-/// The part of the table that a subscriber needs next.
-#[derive(Clone, Copy)]
-pub(crate) struct ListRequest<'a> {
-    /// The lowest id.
-    pub(crate) first: i64,
-    /// Only these ids, in ascending order.
-    pub(crate) ids: Option<&'a [i64]>,
-    /// Maximum number of objects; never more than [`OBJECTS_MAX`] are listed.
-    pub(crate) limit: usize,
 }
 
 impl ViewState {
@@ -114,7 +68,7 @@ impl ViewState {
         let mut changed = 0;
         let mut objects = objects.peekable();
         while objects.peek().is_some() {
-            let mut state = self.lock();
+            let mut state = self.state.lock();
             for object in objects.by_ref().take(SCAN_MAX) {
                 let change = match kind {
                     Kind::Online | Kind::Seen => {
@@ -134,7 +88,7 @@ impl ViewState {
 
     /// Begins a reading of the table. The caller applies its rows as [`Kind::Seen`].
     pub(crate) fn begin_reading(&self) {
-        self.lock().table.begin_reading();
+        self.state.lock().table.begin_reading();
     }
 
     /// Ends the reading: removes objects that were in neither a row nor an event since it began.
@@ -156,7 +110,7 @@ impl ViewState {
     /// Checks the next [`SCAN_MAX`] objects. Returns the number of removed ones, and the id from
     /// which to continue.
     fn remove_unread(&self, first: i64) -> (usize, Option<i64>) {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         let (missing, next) = state.table.remove_unread(first, SCAN_MAX);
         let removed = missing.len();
         for gone in missing {
@@ -165,21 +119,20 @@ impl ViewState {
         (removed, next)
     }
 
-    /// Sets the current time of the database's clock.
+    /// Records that `database` is the current time of the database's clock.
     pub(crate) fn set_clock(&self, database: SystemTime) {
-        self.lock().clock = Some(Clock { database, read_at: Instant::now() });
+        self.state.lock().clock = Some(Clock { database, read_at: Instant::now() });
     }
 
-    /// The time by the database's clock; by this machine's clock until a reading has shown the
-    /// former.
+    /// The time by the database's clock or, until a reading has shown it, by this machine's clock.
     pub(crate) fn now(&self) -> SystemTime {
-        let state = self.lock();
+        let state = self.state.lock();
         let clock = state.clock.as_ref();
         let now = clock.and_then(|clock| clock.database.checked_add(clock.read_at.elapsed()));
         now.unwrap_or_else(SystemTime::now)
     }
 
-    /// Publishes changes forever, more slowly with many subscribers.
+    /// Publishes changes forever, less often with many subscribers.
     pub(crate) async fn publish(&self) -> std::convert::Infallible {
         loop {
             self.changed.notified().await;
@@ -194,13 +147,13 @@ impl ViewState {
 
     /// Moves pending changes into the ring. Returns the number of the latest change.
     pub(crate) fn flush(&self) -> u64 {
-        let mut state = self.lock();
+        let mut state = self.state.lock();
         state.flush(&self.epoch);
         metrics::gauge!("lastseen_viewer_objects").set(as_f64(state.table.len()));
         state.ring.last()
     }
 
-    /// Reports each publication.
+    /// The number of the latest published change.
     pub(crate) fn published(&self) -> watch::Receiver<u64> {
         self.published.subscribe()
     }
@@ -210,12 +163,12 @@ impl ViewState {
     }
 
     pub(crate) fn len(&self) -> usize {
-        self.lock().table.len()
+        self.state.lock().table.len()
     }
 
     /// The number of the latest change in the ring.
     pub(crate) fn last(&self) -> u64 {
-        self.lock().ring.last()
+        self.state.lock().ring.last()
     }
 
     /// The item after the change with this number: the next change or, if there is none, objects
@@ -225,7 +178,7 @@ impl ViewState {
         sequence: u64,
         request: Option<ListRequest<'_>>,
     ) -> Result<NextItem, TooFarBehind> {
-        let state = self.lock();
+        let state = self.state.lock();
         if let Some(change) = state.ring.after(sequence)? {
             return Ok(NextItem::Change(change));
         }
@@ -265,11 +218,11 @@ impl ViewState {
         page_max: usize,
         page: &mut Vec<Object>,
     ) -> Option<i64> {
-        let state = self.lock();
+        let state = self.state.lock();
         let mut last = None;
         for (count, object) in state.table.from(first).enumerate() {
             if count == SCAN_MAX || page.len() == page_max {
-                return last.and_then(id_after);
+                return last.and_then(|id: i64| id.checked_add(1));
             }
             if since.is_none_or(|since| object.last_seen >= since) {
                 page.push(object);
@@ -280,11 +233,11 @@ impl ViewState {
     }
 
     pub(crate) fn get(&self, id: i64) -> Option<Object> {
-        self.lock().table.get(id)
+        self.state.lock().table.get(id)
     }
 
     pub(crate) fn sightings(&self, id: i64) -> Option<(Object, Vec<Micros>)> {
-        let state = self.lock();
+        let state = self.state.lock();
         Some((state.table.get(id)?, state.table.sightings(id)?))
     }
 
@@ -299,145 +252,13 @@ impl ViewState {
         let rest = event_id.strip_prefix(&self.epoch)?.strip_prefix('-')?;
         let (number, rest) = rest.split_once('-').unwrap_or((rest, ""));
         let sequence = number.parse().ok()?;
-        self.lock().ring.after(sequence).is_ok().then_some((sequence, rest))
+        self.state.lock().ring.after(sequence).is_ok().then_some((sequence, rest))
     }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-impl State {
-    /// Adds a change to the next publication.
-    fn queue_change(&mut self, epoch: &str, kind: Kind, object: Object) {
-        let Object { id, last_seen } = object;
-        let kind = match (self.pending.get(&id), kind) {
-            // Subscribers do not know of the object yet.
-            (Some((Kind::Online, _)), Kind::Seen) => Kind::Online,
-            // Publish the pending change first, because one publication has no order.
-            (Some((Kind::Gone, _)), Kind::Online)
-            | (Some((Kind::Online | Kind::Seen, _)), Kind::Gone) => {
-                self.flush(epoch);
-                kind
-            }
-            (_, kind) => kind,
-        };
-        self.pending.insert(id, (kind, last_seen));
-        if self.pending.len() >= SCAN_MAX {
-            self.flush(epoch);
-        }
-    }
-
-    /// Moves pending changes into the ring: one event for each kind, or several if there are more
-    /// than [`OBJECTS_MAX`] objects.
-    fn flush(&mut self, epoch: &str) {
-        let pending = std::mem::take(&mut self.pending);
-        for kind in [Kind::Gone, Kind::Online, Kind::Seen] {
-            let of_kind = pending.iter().filter(|(_, (pending_kind, _))| *pending_kind == kind);
-            let objects: Vec<Object> =
-                of_kind.map(|(&id, &(_, last_seen))| Object { id, last_seen }).collect();
-            for objects in objects.chunks(OBJECTS_MAX) {
-                self.ring.push(kind, objects.to_vec(), |sequence, objects| {
-                    encode(kind.name(), &format!("{epoch}-{sequence}"), objects, None)
-                });
-            }
-        }
-    }
-
-    /// Lists objects that are online as of the latest change in the ring. The table already
-    /// contains the pending changes, so this function undoes them: a subscriber will get them as
-    /// changes, and must not get them twice.
-    fn list(&self, request: ListRequest<'_>) -> ObjectBatch {
-        let max = request.limit.min(OBJECTS_MAX);
-        match request.ids {
-            None => self.list_all(request.first, max),
-            Some(ids) => self.list_some(request.first, ids, max),
-        }
-    }
-
-    fn list_all(&self, first: i64, max: usize) -> ObjectBatch {
-        let is_published =
-            |object: &Object| !matches!(self.pending.get(&object.id), Some((Kind::Online, _)));
-        // One object more than `max` shows that there are more.
-        let published = self.table.from(first).filter(is_published);
-        let mut objects: Vec<Object> = published.take(max.saturating_add(1)).collect();
-        // Objects with a pending `Gone` are no longer in the table, but still on the list.
-        let end = objects.get(max).map_or(i64::MAX, |last| last.id);
-        let gone = self.pending.range(first..=end);
-        let gone = gone.filter(|(_, (kind, _))| *kind == Kind::Gone);
-        objects.extend(gone.map(|(&id, &(_, last_seen))| Object { id, last_seen }));
-        objects.sort_unstable_by_key(|object| object.id);
-        let next_id = objects.get(max).map(|object| object.id);
-        objects.truncate(max);
-        ObjectBatch { objects, next_id }
-    }
-
-    fn list_some(&self, first: i64, ids: &[i64], max: usize) -> ObjectBatch {
-        let start = ids.partition_point(|id| *id < first);
-        let mut objects = Vec::new();
-        for (count, &id) in ids.iter().skip(start).enumerate() {
-            if count == SCAN_MAX || objects.len() == max {
-                return ObjectBatch { objects, next_id: Some(id) };
-            }
-            objects.extend(match self.pending.get(&id) {
-                Some((Kind::Online, _)) => None,
-                Some(&(Kind::Gone, last_seen)) => Some(Object { id, last_seen }),
-                Some((Kind::Seen, _)) | None => self.table.get(id),
-            });
-        }
-        ObjectBatch { objects, next_id: None }
-    }
-}
-
-/// The next greater id, if there is one.
-fn id_after(id: i64) -> Option<i64> {
-    id.checked_add(1)
-}
-
-/// Encodes a server-sent event. Only some events have the field `remaining`.
-pub(crate) fn encode(
-    event: &str,
-    event_id: &str,
-    objects: &[Object],
-    remaining: Option<&'static str>,
-) -> Bytes {
-    let mut text = String::with_capacity(128 + 64 * objects.len());
-    // Writing to a string cannot fail.
-    let _ = write!(text, "event: {event}\nid: {event_id}\ndata: {{\"objects\":[");
-    for (index, object) in objects.iter().enumerate() {
-        let comma = if index == 0 { "" } else { "," };
-        let (id, last_seen) = (object.id, format_time(object.last_seen));
-        let _ = write!(text, "{comma}{{\"id\":\"{id}\",\"last_seen\":\"{last_seen}\"}}");
-    }
-    text.push(']');
-    if let Some(remaining) = remaining {
-        let _ = write!(text, ",\"remaining\":\"{remaining}\"");
-    }
-    text.push_str("}\n\n");
-    // A slow subscriber may hold the text for a long time.
-    text.shrink_to_fit();
-    Bytes::from(text)
-}
-
-/// Formats a time for the API.
-pub(crate) fn format_time(time: Micros) -> String {
-    let since_1970 = Duration::from_micros(time.unsigned_abs());
-    let time = if time < 0 { None } else { SystemTime::UNIX_EPOCH.checked_add(since_1970) };
-    events::format_time(time.unwrap_or(SystemTime::UNIX_EPOCH))
-}
-
-pub(crate) fn to_micros(time: SystemTime) -> Micros {
-    let since_1970 = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
-    i64::try_from(since_1970.as_micros()).unwrap_or(i64::MAX)
-}
-
-#[expect(clippy::cast_precision_loss, reason = "counts here stay below 2^53")]
-pub(crate) fn as_f64(count: usize) -> f64 {
-    count as f64
 }
 
 #[cfg(test)]
 mod tests {
+    use super::state::OBJECTS_MAX;
     use super::*;
 
     fn at(id: i64, last_seen: Micros) -> Object {
@@ -445,9 +266,8 @@ mod tests {
     }
 
     /// The kinds and ids of all changes after a number.
-    fn published(view: &ViewState, after: u64) -> Vec<(Kind, Vec<i64>)> {
+    fn published(view: &ViewState, mut after: u64) -> Vec<(Kind, Vec<i64>)> {
         let mut all = Vec::new();
-        let mut after = after;
         while let NextItem::Change(change) = view.next_item(after, None).unwrap() {
             let ids = change.objects.iter().map(|object| object.id).collect();
             all.push((change.kind, ids));
@@ -470,7 +290,7 @@ mod tests {
         view.flush();
         view.apply(Kind::Online, [at(4, 20)].into_iter());
         view.apply(Kind::Gone, [at(2, 10)].into_iter());
-        // Neither change is published yet, so both come after this list.
+        // Neither of the last two changes is published yet, so both come after this list.
         for ids in [None, Some(&[1, 2, 3, 4][..])] {
             let listed = listed(&view, i64::MIN, ids, 100);
             assert_eq!(listed.objects, [at(1, 10), at(2, 10), at(3, 10)], "{ids:?}");
@@ -532,9 +352,11 @@ mod tests {
         let view = ViewState::new();
         let objects = i64::try_from(SCAN_MAX).unwrap() * 4;
         view.begin_reading();
+        // `apply` takes these objects one by one. `held` counts those that it takes without
+        // releasing the mutex.
         let (mut held, mut longest) = (0, 0);
         let online = (0..objects).map(|id| {
-            held = if view.state.try_lock().is_err() { held + 1 } else { 0 };
+            held = if view.state.try_lock().is_none() { held + 1 } else { 0 };
             longest = longest.max(held);
             at(id, 10)
         });
@@ -546,7 +368,7 @@ mod tests {
         assert_eq!((next, page.len()), (Some(i64::try_from(SCAN_MAX).unwrap()), 0));
         assert_eq!(view.page(i64::MIN, Some(20), 100).await, (vec![at(objects - 1, 20)], false));
         assert_eq!(view.page(0, None, 2).await, (vec![at(0, 10), at(1, 10)], true));
-        assert!(view.lock().pending.len() < SCAN_MAX, "pending changes exceed their bound");
+        assert!(view.state.lock().pending.len() < SCAN_MAX, "pending changes exceed their bound");
         view.flush();
         let offline: Vec<i64> = (objects..2 * objects).collect();
         let next = listed(&view, i64::MIN, Some(&offline), 100).next_id;

@@ -4,35 +4,44 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use anyhow::{Context as _, bail};
-use events::Subscriber;
-use service::{CancellationToken, Health, health_routes, http};
+use anyhow::Context as _;
+use axum::Router;
+use messaging::events::{Exchange, Subscriber};
+use runtime::{Context, health_routes, http};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
 use crate::api::{self, Shared};
-use crate::config::Config;
+use crate::config::View;
 use crate::hosts::Hosts;
 use crate::metrics_scraper::MetricsScraper;
 use crate::stream::Subscribers;
 use crate::table_sync::TableSync;
 use crate::view_state::ViewState;
 
-/// How long open requests may take after the stop signal. It is short, because clients can repeat
-/// every request of the viewer.
-const FAREWELL: Duration = Duration::from_millis(200);
+/// After the stop signal, the viewer ends once no request has arrived for this time. The time is
+/// short, because clients can repeat every request of the viewer.
+const QUIET_PERIOD: Duration = Duration::from_millis(200);
 
 /// The viewer: it listens, but does not serve yet.
 pub struct Viewer {
     listener: TcpListener,
     limits: http::Limits,
-    health: Health,
+    router: Router,
+    context: Context,
     table_sync: TableSync,
     subscriber: Subscriber,
     scraper: Arc<MetricsScraper>,
-    view: Arc<ViewState>,
-    table_status: watch::Receiver<service::DependencyStatus>,
-    hosts: Hosts,
+}
+
+/// The resources of the viewer.
+pub struct Resources {
+    /// Where the table is. Each reading opens a new connection.
+    pub store: store::Config,
+    /// The exchange from which the viewer receives events about changes.
+    pub exchange: Exchange,
+    /// Whether the services run in this process, so that their metrics need no scrape over HTTP.
+    pub is_pipeline: bool,
 }
 
 impl Viewer {
@@ -40,49 +49,51 @@ impl Viewer {
     ///
     /// # Errors
     /// When it cannot listen on the address.
-    pub fn open(config: Config, health: &Health) -> anyhow::Result<Self> {
+    pub fn open(view: &View, resources: Resources, context: Context) -> anyhow::Result<Self> {
         describe_metrics();
-        let address = config.view.viewer_addr;
+        let health = &context.health;
+        let Resources { store, exchange, is_pipeline } = resources;
+        let address = view.viewer_addr;
         let listener = http::listen(address)
             .with_context(|| format!("cannot listen on VIEWER_ADDR={address}"))?;
-        let scraper = MetricsScraper::new(config.metrics_sources())
+        let scraper = MetricsScraper::new(view.metrics_sources(is_pipeline))
             .context("cannot build the HTTP client")?;
-        let subscriber = Subscriber::new(&config.events.exchange(), "viewer");
-        let view = Arc::new(ViewState::new());
-        let unread = || watch::channel(Err("not read yet".to_owned()));
-        let (table_sender, table_status) = unread();
-        let (first_reading_sender, first_reading) = unread();
+        let scraper = Arc::new(scraper);
+        let subscriber = Subscriber::new(&exchange, "viewer");
+        let state = Arc::new(ViewState::new());
+        let status_channel = || watch::channel(Err("not read yet".to_owned()));
+        let (table_sender, table_status) = status_channel();
+        let (first_reading_sender, first_reading) = status_channel();
         // Decision: docs/decisions/0053-when-is-the-viewer-ready.md
         // After its first reading, the viewer stays ready without the table or events and reports
-        // them as away. Otherwise a load balancer would remove all viewers at once.
+        // them as away. Otherwise an outage would make all viewers unready, and the load balancer
+        // would have none left.
         health.add_required("first reading of the table", first_reading);
         health.add_optional("table", table_status.clone());
         health.add_optional("events", subscriber.status());
         health.finish_registration();
         let limits = http::Limits {
-            max_connections: config.view.viewer_max_connections,
-            quiet_period: FAREWELL,
+            max_connections: view.viewer_max_connections,
+            quiet_period: QUIET_PERIOD,
             ..http::Limits::default()
         };
+        let router = api::router(Shared {
+            view: Arc::clone(&state),
+            scraper: Arc::clone(&scraper),
+            subscribers: Subscribers::default(),
+            table_status,
+            events_status: subscriber.status(),
+            shutdown: context.shutdown.clone(),
+            hosts: Hosts::new(&view.viewer_hosts),
+        });
+        let router = router.merge(health_routes(health.clone()));
         let table_sync = TableSync {
-            view: Arc::clone(&view),
-            store: config.store,
+            view: state,
+            store,
             table_status: table_sender,
             first_reading: first_reading_sender,
         };
-        let scraper = Arc::new(scraper);
-        let (health, hosts) = (health.clone(), Hosts::new(&config.view.viewer_hosts));
-        Ok(Self {
-            listener,
-            limits,
-            health,
-            table_sync,
-            subscriber,
-            scraper,
-            view,
-            table_status,
-            hosts,
-        })
+        Ok(Self { listener, limits, router, context, table_sync, subscriber, scraper })
     }
 
     /// The address that the viewer listens on, with the actual port if the setting was port 0.
@@ -93,42 +104,26 @@ impl Viewer {
         self.listener.local_addr()
     }
 
-    /// Serves until `shutdown`, and then ends each subscription.
+    /// Serves until the shutdown, and then ends each subscription.
     ///
     /// # Errors
-    /// When one of its tasks has ended.
-    pub async fn serve(self, shutdown: CancellationToken) -> anyhow::Result<()> {
+    /// When the operating system does not report the address.
+    pub async fn serve(self) -> anyhow::Result<()> {
         tracing::info!(address = %self.address()?, "serving the page and the API");
-        let Self {
-            listener,
-            limits,
-            health,
-            table_sync,
-            subscriber,
-            scraper,
-            view,
-            table_status,
-            hosts,
-        } = self;
-        let shared = Shared {
-            view: Arc::clone(&view),
-            scraper: Arc::clone(&scraper),
-            subscribers: Subscribers::default(),
-            table_status,
-            events_status: subscriber.status(),
-            shutdown: shutdown.clone(),
-            hosts,
-        };
-        let router = api::router(shared).merge(health_routes(health));
-        // Separate tasks, so that a large table delays no response, and a panic ends the process.
-        let mut tasks = tokio::task::JoinSet::new();
-        tasks.spawn(table_sync.run(subscriber));
-        tasks.spawn(async move { match view.publish().await {} });
-        tasks.spawn(async move { match scraper.run().await {} });
-        tokio::select! {
-            () = http::serve(listener, router, limits, shutdown) => Ok(()),
-            ended = tasks.join_next() => bail!("a task of the viewer ended: {ended:?}"),
-        }
+        let Self { listener, limits, router, context, table_sync, subscriber, scraper } = self;
+        let Context { shutdown, supervisor, .. } = context;
+        let view = Arc::clone(&table_sync.view);
+        // Separate tasks, so that a large table delays no response.
+        let _tasks = [
+            supervisor.spawn_critical("table sync", table_sync.run(subscriber)),
+            supervisor.spawn_critical("publisher of changes", async move {
+                match view.publish().await {}
+            }),
+            supervisor
+                .spawn_critical("metrics scraper", async move { match scraper.run().await {} }),
+        ];
+        http::serve(listener, router, limits, shutdown).await;
+        Ok(())
     }
 }
 

@@ -1,5 +1,5 @@
-//! Whether an object is at fault when its lookups fail repeatedly, or an API that fails for a part
-//! of all lookups, regardless of the object.
+//! Decides what is at fault when the lookups of an object fail repeatedly: the object, or an API
+//! that fails for a part of all lookups, regardless of the object.
 //!
 //! Decision: docs/decisions/0027-when-does-a-message-become-a-dead-letter.md
 
@@ -22,15 +22,15 @@ pub(super) struct FirstLookups {
 }
 
 impl FirstLookups {
-    pub(super) fn note(&mut self, id: i64, is_answered: bool) {
+    pub(super) fn record(&mut self, id: i64, is_answered: bool) {
         if self.latest.len() == CONSIDERED {
             self.latest.pop_front();
         }
         self.latest.push_back((id, is_answered));
     }
 
-    /// The share of the other objects' first lookups that failed. 1 if none is known, for example
-    /// after a restart during a partial outage.
+    /// The share of the other objects' first lookups that failed; 1 if no such lookup is known, for
+    /// example after a restart during a partial outage.
     pub(super) fn failing_share(&self, id: i64) -> f64 {
         let (mut others, mut failed) = (0_u32, 0_u32);
         for (_, is_answered) in self.latest.iter().filter(|(other, _)| *other != id) {
@@ -41,7 +41,7 @@ impl FirstLookups {
     }
 }
 
-/// Whether an object is at fault after this many failed lookups, while `failing_share` of the other
+/// Whether an object is at fault after this many failed lookups, if `failing_share` of the other
 /// objects' first lookups failed.
 pub(crate) fn is_object_at_fault(failing_share: f64, failures: u32) -> bool {
     failing_share <= FAILING_SHARE_MAX || failing_share.powf(f64::from(failures)) <= CHANCE_MAX
@@ -55,13 +55,13 @@ mod tests {
         is_object_at_fault(lookups.failing_share(id), failures)
     }
 
-    /// Object 1000 has failed, and `failed` of each `of` other objects.
+    /// Object 1000 has failed, and so have `failed` of every `of` other objects.
     fn lookups(failed: usize, of: usize) -> FirstLookups {
         let mut lookups = FirstLookups::default();
         for (id, number) in (0..).zip(0..CONSIDERED - 1) {
-            lookups.note(id, number % of >= failed);
+            lookups.record(id, number % of >= failed);
         }
-        lookups.note(1_000, false);
+        lookups.record(1_000, false);
         lookups
     }
 
@@ -88,11 +88,12 @@ mod tests {
     fn only_the_latest_lookups_of_others_count() {
         let mut lookups = lookups(1, 1);
         for id in 0..50 {
-            lookups.note(id, true);
+            lookups.record(id, true);
         }
         assert!(is_at_fault(&lookups, 1_000, 1));
+        // Now half of the 50 latest lookups are failures of object 7.
         for _ in 0..25 {
-            lookups.note(7, false);
+            lookups.record(7, false);
         }
         assert!(is_at_fault(&lookups, 7, 1));
         assert!(!is_at_fault(&lookups, 8, 1));

@@ -8,56 +8,57 @@ use std::time::Duration;
 use tokio::sync::{Mutex, MutexGuard, watch};
 use tokio::time::{Instant, timeout_at};
 
-/// A start that is late by up to this time does not delay the next ones, because the runtime's
-/// clock counts milliseconds and a busy machine is late. So a second has at most 1% and one more
-/// starts than the limit.
+/// A start that is late by up to this time does not delay later starts: they catch up. Otherwise,
+/// the rate would stay below the limit, because tokio's clock counts milliseconds, and a busy
+/// machine is often late. In turn, one second can have the starts of 1.01 s, and one more.
 const CATCH_UP: Duration = Duration::from_millis(10);
 
 pub(super) struct RateLimiter {
     /// The time between two starts; zero without a limit.
     interval: watch::Sender<Duration>,
-    /// When the last start was due.
-    last_due: Mutex<Instant>,
+    /// The next start is due one interval after this time: when the last start was due or, if that
+    /// is later, `CATCH_UP` before the last start.
+    interval_start: Mutex<Instant>,
 }
 
-/// The right to start a lookup now. Others wait, in order, until it is consumed or dropped.
+/// The right to start a lookup now. Other lookups wait, in order, until the slot is consumed or
+/// dropped.
 pub(super) struct StartSlot<'a> {
     due: Instant,
-    last_due: MutexGuard<'a, Instant>,
+    interval_start: MutexGuard<'a, Instant>,
 }
 
 impl RateLimiter {
     pub(super) fn new(per_second: Option<NonZeroU32>) -> Self {
         let interval = watch::Sender::new(interval(per_second));
-        Self { interval, last_due: Mutex::new(Instant::now()) }
+        Self { interval, interval_start: Mutex::new(Instant::now()) }
     }
 
-    /// Changes the limit. It applies to lookups that already wait, too.
+    /// Changes the limit. The new limit also applies to lookups that already wait.
     pub(super) fn set_rate(&self, per_second: Option<NonZeroU32>) {
         self.interval.send_replace(interval(per_second));
     }
 
     pub(super) async fn wait(&self) -> StartSlot<'_> {
-        let last_due = self.last_due.lock().await;
+        let interval_start = self.interval_start.lock().await;
         let mut changes = self.interval.subscribe();
         loop {
-            let due = *last_due + *changes.borrow_and_update();
+            let due = *interval_start + *changes.borrow_and_update();
             if due <= Instant::now() || timeout_at(due, changes.changed()).await.is_err() {
-                return StartSlot { due, last_due };
+                return StartSlot { due, interval_start };
             }
         }
     }
 }
 
 impl StartSlot<'_> {
-    /// The lookup starts.
+    /// Records that the lookup starts now.
     pub(super) fn consume(mut self) {
         let now = Instant::now();
-        *self.last_due = self.due.max(now.checked_sub(CATCH_UP).unwrap_or(now));
+        *self.interval_start = self.due.max(now.checked_sub(CATCH_UP).unwrap_or(now));
     }
 }
 
-/// The time between two starts.
 pub(super) fn interval(per_second: Option<NonZeroU32>) -> Duration {
     per_second.map_or(Duration::ZERO, |per_second| Duration::from_secs(1) / per_second.get())
 }
@@ -78,19 +79,19 @@ mod tests {
     async fn without_a_limit_no_start_waits() {
         let limiter = RateLimiter::new(None);
         // Unconstrained, because tokio's budget would make a poll return pending now and then.
-        let at_once = || tokio::task::unconstrained(start(&limiter)).now_or_never();
-        assert!((0..1_000).all(|_| at_once().is_some()));
+        let start_now = || tokio::task::unconstrained(start(&limiter)).now_or_never();
+        assert!((0..1_000).all(|_| start_now().is_some()));
     }
 
     #[tokio::test]
-    async fn the_rate_is_never_exceeded_even_after_a_pause() {
+    async fn starts_catch_up_on_only_a_part_of_a_pause() {
         let limiter = RateLimiter::new(NonZeroU32::new(1_000));
         tokio::time::sleep(CATCH_UP * 5).await;
         let started = Instant::now();
         for _ in 0..300 {
             start(&limiter).await;
         }
-        // The first ones caught up on the pause.
+        // The 300 starts have 299 intervals. The first starts catch up on `CATCH_UP` of the pause.
         let elapsed = started.elapsed();
         assert!(elapsed + CATCH_UP >= Duration::from_millis(299), "{elapsed:?}");
     }

@@ -18,12 +18,12 @@ async fn complete(breaker: &Arc<Breaker>, answered: usize, failed: usize) {
 }
 
 #[tokio::test]
-async fn repeated_failures_do_not_open_while_others_are_answered() {
+async fn objects_that_fail_again_do_not_open_the_breaker() {
     let breaker = breaker(&["--max-consumers=10"]);
     let error = Error::from(ErrorKind::Other);
     for _ in 0..100 {
-        _ = breaker.acquire().await.complete(&Outcome::Answered);
-        _ = breaker.acquire().await.complete(&Outcome::Failed(&error));
+        // If all failures counted, 90% of the lookups would fail; the breaker opens at 85%.
+        complete(&breaker, 1, 1).await;
         for _ in 0..8 {
             _ = breaker.acquire().await.complete(&Outcome::FailedAgain(&error));
         }
@@ -32,9 +32,10 @@ async fn repeated_failures_do_not_open_while_others_are_answered() {
 }
 
 #[tokio::test]
-async fn repeated_failures_open_when_no_other_is_answered() {
+async fn objects_that_fail_again_open_it_if_no_other_is_answered() {
     let breaker = breaker(&[]);
     let error = Error::from(ErrorKind::Other);
+    // The breaker never opens with fewer than 20 outcomes.
     for _ in 0..20 {
         assert!(breaker.is_closed());
         _ = breaker.acquire().await.complete(&Outcome::FailedAgain(&error));
@@ -45,7 +46,7 @@ async fn repeated_failures_open_when_no_other_is_answered() {
 #[tokio::test]
 async fn a_long_outage_does_not_change_the_adaptive_limit() {
     let breaker = breaker(&["--max-consumers=1000", "--concurrency=adaptive"]);
-    let limit = || breaker.state.borrow().full_limit();
+    let limit = || breaker.state.lock().full_limit();
     let before = limit();
     let error = Error::from(ErrorKind::Other);
     let mut permits = Vec::new();
@@ -56,10 +57,10 @@ async fn a_long_outage_does_not_change_the_adaptive_limit() {
         _ = permit.complete(&Outcome::Failed(&error));
     }
     assert!(!breaker.is_closed());
-    // More probes than a round has lookups.
+    // More probes than the 200 lookups after which the adaptive limit may change.
     for _ in 0..500 {
         breaker.update(|state| breaker.allow_probe(state));
-        _ = breaker.acquire().await.complete(&Outcome::Failed(&error));
+        complete(&breaker, 0, 1).await;
     }
     assert_eq!(limit(), before);
 }
@@ -67,15 +68,13 @@ async fn a_long_outage_does_not_change_the_adaptive_limit() {
 #[tokio::test]
 async fn a_maximum_that_changes_while_open_applies_after_recovery() {
     let breaker = breaker(&[]);
-    let error = Error::from(ErrorKind::Other);
-    for _ in 0..20 {
-        _ = breaker.acquire().await.complete(&Outcome::Failed(&error));
-    }
+    complete(&breaker, 0, 20).await;
     assert!(!breaker.is_closed());
     breaker.apply_settings(&Lookups::of(&["--max-consumers=3"]));
     assert_eq!(breaker.permits.available(), 0);
     breaker.update(|state| breaker.allow_probe(state));
-    _ = breaker.acquire().await.complete(&Outcome::Answered);
+    // One answer is enough to close it, because an answer raises the limit by more than three.
+    complete(&breaker, 1, 0).await;
     assert!(breaker.is_closed());
     assert_eq!(breaker.permits.available(), 3);
     breaker.apply_settings(&Lookups::of(&["--max-consumers=5"]));
@@ -91,15 +90,17 @@ async fn threshold_and_window_are_settings_that_can_change() {
     complete(&breaker, 0, 1).await;
     assert!(!breaker.is_closed());
 
+    // By default, the breaker opens when 85% of the latest 50 lookups have failed.
     let breaker = self::breaker(&[]);
     complete(&breaker, 50, 30).await;
-    // The new window starts with the 50 outcomes of the old one: 20 answered, 30 failed.
+    // The new window starts with the 50 outcomes of the old one: 20 answered, 30 failed. The
+    // breaker compares them with the threshold only at the next failure.
     breaker.apply_settings(&half_of_hundred);
     assert!(breaker.is_closed());
     complete(&breaker, 0, 1).await;
     assert!(!breaker.is_closed());
 
-    // A shorter window drops the older outcomes.
+    // A shorter window keeps only the latest 20 outcomes: 3 answered, 17 failed.
     let breaker = Breaker::new(&half_of_hundred);
     complete(&breaker, 80, 17).await;
     breaker.apply_settings(&Lookups::of(&["--breaker-window=20"]));
@@ -108,14 +109,14 @@ async fn threshold_and_window_are_settings_that_can_change() {
 }
 
 #[tokio::test]
-async fn a_lookup_that_waits_for_its_time_holds_no_permit() {
+async fn a_lookup_that_waits_for_the_rate_limiter_holds_no_permit() {
     let breaker = breaker(&["--max-lookups-per-second=20"]);
     let first = breaker.acquire().await;
     let mut waiting = Box::pin(breaker.acquire());
     assert!(futures_util::poll!(&mut waiting).is_pending());
     assert_eq!(breaker.permits.available(), 99);
     _ = first.complete(&Outcome::AskedToWait(Duration::from_mins(1)));
-    // By then, the rate limiter lets it start, but the pause does not.
+    // The rate limiter lets it start after 50 ms, but the pause does not.
     assert!(timeout(Duration::from_millis(200), &mut waiting).await.is_err());
     breaker.update(|state| breaker.enter_phase(state, Phase::HalfOpen, 1));
     drop(waiting.await);
@@ -124,6 +125,7 @@ async fn a_lookup_that_waits_for_its_time_holds_no_permit() {
 
 #[tokio::test]
 async fn at_a_low_rate_an_older_answer_is_still_recent() {
+    // An answer is recent for the time of ten lookups, but at least for a second.
     for (flags, seconds, is_recent) in [
         (&["--max-lookups-per-second=1"][..], 9, true),
         (&["--max-lookups-per-second=1"], 11, false),

@@ -4,13 +4,14 @@ use std::collections::VecDeque;
 
 use crate::config::Lookups;
 
-/// Fewer outcomes say nothing about the API.
+/// The breaker does not open with fewer lookups than this, including those in flight.
 const OUTCOMES_MIN: usize = 20;
 
-/// Counts outcomes instead of time, and so notices an outage within one round of lookups at any
-/// rate.
+/// A window over a number of outcomes, not over a time: the number of lookups after which an outage
+/// is noticed does not depend on their rate.
 pub(super) struct Window {
-    answered: VecDeque<bool>,
+    /// Whether each lookup was answered; the latest is at the back.
+    outcomes: VecDeque<bool>,
     failures: usize,
     /// `BREAKER_WINDOW`.
     length: usize,
@@ -21,7 +22,7 @@ pub(super) struct Window {
 impl Window {
     pub(super) fn new(lookups: &Lookups) -> Self {
         Self {
-            answered: VecDeque::new(),
+            outcomes: VecDeque::new(),
             failures: 0,
             length: lookups.breaker_window.into(),
             failure_percent: lookups.breaker_failure_percent.into(),
@@ -31,25 +32,26 @@ impl Window {
     /// Applies changed settings, and keeps the latest outcomes.
     pub(super) fn apply_settings(&mut self, lookups: &Lookups) {
         let before = std::mem::replace(self, Self::new(lookups));
-        before.answered.into_iter().for_each(|answered| self.push(answered));
+        before.outcomes.into_iter().for_each(|answered| self.push(answered));
     }
 
     pub(super) fn clear(&mut self) {
-        self.answered.clear();
+        self.outcomes.clear();
         self.failures = 0;
     }
 
     pub(super) fn push(&mut self, answered: bool) {
-        if self.answered.len() == self.length && self.answered.pop_front() == Some(false) {
+        if self.outcomes.len() == self.length && self.outcomes.pop_front() == Some(false) {
             self.failures -= 1;
         }
-        self.answered.push_back(answered);
+        self.outcomes.push_back(answered);
         self.failures += usize::from(!answered);
     }
 
-    /// Whether nearly all lookups have failed, even if `in_flight` more are answered.
+    /// Whether `failure_percent` of the lookups have failed. The `in_flight` lookups, which have no
+    /// outcome yet, count as answered.
     pub(super) fn should_open(&self, in_flight: usize) -> bool {
-        let all = self.answered.len() + in_flight;
+        let all = self.outcomes.len() + in_flight;
         all >= OUTCOMES_MIN && self.failures * 100 >= all * self.failure_percent
     }
 }

@@ -3,10 +3,11 @@
 //! Decision: docs/decisions/0023-how-do-deliveries-of-one-object-share-a-lookup.md
 
 use std::collections::{HashMap, VecDeque};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::Arc;
 
-use broker::{Consumer, Delivery};
-use service::traces::Span;
+use messaging::queue::{Consumer, Delivery};
+use parking_lot::Mutex;
+use runtime::traces::Span;
 use tokio::time::Instant;
 
 use crate::resizable_semaphore::{Permit, ResizableSemaphore};
@@ -65,9 +66,8 @@ impl PendingDeliveries {
         Self { coalesce, groups: Mutex::default() }
     }
 
-    /// Adds a delivery of object `id`.
     pub(super) fn add(&self, id: i64, pending: PendingDelivery) {
-        let groups = &mut *self.groups();
+        let groups = &mut *self.groups.lock();
         groups.deliveries_added += 1;
         let number = if self.coalesce { 0 } else { groups.deliveries_added };
         let key = LookupKey { id, number };
@@ -82,16 +82,15 @@ impl PendingDeliveries {
             .push(pending);
     }
 
-    /// Whether a lookup waits for its start.
     pub(super) fn has_next(&self) -> bool {
-        !self.groups().queue.is_empty()
+        !self.groups.lock().queue.is_empty()
     }
 
-    /// Takes the next lookup and its deliveries. The caller must [finish](Self::finish) it. Drops
-    /// deliveries that were lost with their broker session: the broker delivers them again, so a
-    /// lookup for them now would be a second one.
+    /// Takes the next lookup and its deliveries. The caller must [finish](Self::finish) the lookup.
+    /// Drops deliveries that were lost with their broker session: the broker delivers their
+    /// messages again, and then they get their lookup.
     pub(super) fn take_next(&self) -> Option<(LookupKey, Vec<PendingDelivery>)> {
-        let groups = &mut *self.groups();
+        let groups = &mut *self.groups.lock();
         while let Some(key) = groups.queue.pop_front() {
             let waiting = groups.by_key.entry(key).or_default();
             waiting.retain(|pending| !pending.delivery.is_lost());
@@ -105,9 +104,10 @@ impl PendingDeliveries {
         None
     }
 
-    /// Moves the deliveries that wait for `key` to `group`. Later ones wait for the next lookup.
+    /// Moves the deliveries that wait for `key` to `group`. Later deliveries wait for the next
+    /// lookup.
     pub(super) fn join(&self, key: LookupKey, group: &mut Vec<PendingDelivery>) {
-        if let Some(waiting) = self.groups().by_key.get_mut(&key) {
+        if let Some(waiting) = self.groups.lock().by_key.get_mut(&key) {
             count_coalesced(waiting.len());
             group.append(waiting);
         }
@@ -115,7 +115,7 @@ impl PendingDeliveries {
 
     /// Ends the lookup. If deliveries have arrived for its object meanwhile, queues another one.
     pub(super) fn finish(&self, key: LookupKey) {
-        let groups = &mut *self.groups();
+        let groups = &mut *self.groups.lock();
         if groups.by_key.get(&key).is_some_and(|waiting| !waiting.is_empty()) {
             groups.queue.push_back(key);
         } else {
@@ -125,7 +125,7 @@ impl PendingDeliveries {
 
     /// Removes and returns the deliveries that were received before `moment`.
     pub(super) fn take_older_than(&self, moment: Instant) -> Vec<PendingDelivery> {
-        let Groups { by_key, queue, .. } = &mut *self.groups();
+        let Groups { by_key, queue, .. } = &mut *self.groups.lock();
         let is_older = |pending: &mut PendingDelivery| pending.received_at < moment;
         let taken =
             by_key.values_mut().flat_map(|waiting| waiting.extract_if(.., is_older)).collect();
@@ -137,10 +137,6 @@ impl PendingDeliveries {
             has_deliveries
         });
         taken
-    }
-
-    fn groups(&self) -> MutexGuard<'_, Groups> {
-        self.groups.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

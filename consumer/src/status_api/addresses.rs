@@ -1,8 +1,9 @@
 //! The addresses of the status API's host.
 //!
-//! One task resolves the name every few seconds, so the load of the name server does not depend on
-//! the number of connections. It keeps the last good result while the name server fails. The
-//! reachability check notes which addresses refuse connections; lookups try those last.
+//! One tokio task resolves the name every few seconds, so the load of the name server does not
+//! depend on the number of connections. The task keeps the last good result while the name server
+//! fails. The reachability check records the addresses that it could not connect to; lookups try
+//! these addresses last.
 //!
 //! Decision: docs/decisions/0029-how-is-the-status-apis-name-resolved.md
 
@@ -17,12 +18,13 @@ use futures_util::stream::{FuturesUnordered, StreamExt as _};
 use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::watch;
+use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 use tokio_util::task::AbortOnDropHandle;
 
 const REFRESH_INTERVAL: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
-/// A name with more addresses than this is used with the first ones.
+/// If a name has more addresses than this, only the first ones are used.
 const ADDRESSES_MAX: usize = 16;
 /// How long the check waits for one address before it tries the next one as well.
 const HEAD_START: Duration = Duration::from_millis(250);
@@ -31,9 +33,9 @@ const HEAD_START: Duration = Duration::from_millis(250);
 #[derive(Clone)]
 pub(super) struct Addresses {
     known: Arc<watch::Sender<Known>>,
-    /// The number of connections opened by the client, and of checks; both only rotate the
-    /// addresses.
+    /// The number of connections that the client has opened. Each tries another address first.
     connections: Arc<AtomicUsize>,
+    /// The number of reachability checks. Each tries another address first.
     checks: Arc<AtomicUsize>,
     _refresh: Arc<AbortOnDropHandle<()>>,
 }
@@ -54,10 +56,14 @@ struct Address {
 }
 
 impl Addresses {
-    /// Starts a task that resolves `host`.
+    /// Starts a tokio task that resolves `host`.
     pub(super) fn resolve(host: String, port: u16) -> Self {
         let known = Arc::new(watch::Sender::new(Known::default()));
         let refresh = tokio::spawn(refresh(host, port, Arc::clone(&known)));
+        Self::new(known, refresh)
+    }
+
+    fn new(known: Arc<watch::Sender<Known>>, refresh: JoinHandle<()>) -> Self {
         let refresh = Arc::new(AbortOnDropHandle::new(refresh));
         Self { known, connections: Arc::default(), checks: Arc::default(), _refresh: refresh }
     }
@@ -78,7 +84,7 @@ impl Addresses {
     }
 
     /// Connects to any of the addresses: tries one, after `HEAD_START` the next one as well, and so
-    /// on. Each call starts with another address, so that all of them are checked in turn.
+    /// on. Each call tries another address first, so that every address is checked now and then.
     ///
     /// # Errors
     /// The error of the last address that failed, or a timeout if none answered within `limit`.
@@ -107,13 +113,13 @@ impl Addresses {
                 };
                 match ended {
                     Some((position, addr, Ok(_))) => {
-                        // The addresses before it were tried earlier and have not answered.
-                        self.note(&all[..position], true);
-                        self.note(&[addr], false);
+                        // The addresses before this one were tried earlier and have not answered.
+                        self.set_failed(&all[..position], true);
+                        self.set_failed(&[addr], false);
                         return Ok(());
                     }
                     Some((_, addr, Err(error))) => {
-                        self.note(&[addr], true);
+                        self.set_failed(&[addr], true);
                         failure = error;
                         if attempts.is_empty() {
                             break;
@@ -125,10 +131,10 @@ impl Addresses {
         }
     }
 
-    fn note(&self, addresses: &[SocketAddr], failed: bool) {
+    fn set_failed(&self, addresses: &[SocketAddr], failed: bool) {
         self.known.send_modify(|known| {
-            let noted = known.addresses.iter_mut().filter(|known| addresses.contains(&known.addr));
-            noted.for_each(|address| address.failed = failed);
+            let tried = known.addresses.iter_mut().filter(|known| addresses.contains(&known.addr));
+            tried.for_each(|address| address.failed = failed);
         });
     }
 }
@@ -144,9 +150,9 @@ impl Resolve for Addresses {
     }
 }
 
-/// The addresses that work come before those that failed. Of those that work, the family that the
-/// resolver prefers comes first, rotated by `rotation`; the client tries the other family a little
-/// later, at the same time.
+/// Puts the addresses that work before those that failed. Of those that work, the family that the
+/// resolver prefers comes first, rotated by `rotation`. The client starts with this family, and
+/// tries the other one in parallel a little later.
 fn order(addresses: &[Address], rotation: usize) -> Vec<SocketAddr> {
     let of = |failed| addresses.iter().filter(move |a| a.failed == failed).map(|a| a.addr);
     let prefers_ipv6 = of(false).next().is_some_and(|addr| addr.is_ipv6());
@@ -215,13 +221,7 @@ impl Addresses {
     pub(super) fn fixed(addresses: &[SocketAddr]) -> Self {
         let addresses = addresses.iter().map(|addr| Address { addr: *addr, failed: false });
         let known = Known { addresses: addresses.collect(), error: None };
-        let refresh = AbortOnDropHandle::new(tokio::spawn(async {}));
-        Self {
-            known: Arc::new(watch::Sender::new(known)),
-            connections: Arc::default(),
-            checks: Arc::default(),
-            _refresh: Arc::new(refresh),
-        }
+        Self::new(Arc::new(watch::Sender::new(known)), tokio::spawn(async {}))
     }
 }
 
@@ -233,14 +233,15 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_secs(3);
 
-    /// Accepts connections.
+    /// Returns an address that accepts connections.
     fn listening() -> (std::net::TcpListener, SocketAddr) {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let addr = listener.local_addr().unwrap();
         (listener, addr)
     }
 
-    /// Never answers a connection attempt: the backlog is full, and nothing accepts.
+    /// Returns an address that never answers a connection attempt: the backlog of its listener is
+    /// full, and nothing accepts.
     async fn hanging() -> (tokio::net::TcpListener, Vec<TcpStream>, SocketAddr) {
         let socket = tokio::net::TcpSocket::new_v4().unwrap();
         socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
@@ -270,14 +271,14 @@ mod tests {
         let (_first, first) = listening();
         let (_second, second) = listening();
         let addresses = Addresses::fixed(&[first, second]);
-        addresses.note(&[first, second], true);
+        addresses.set_failed(&[first, second], true);
         addresses.connect_to_any(LIMIT).await.unwrap();
         addresses.connect_to_any(LIMIT).await.unwrap();
         assert!(addresses.known.borrow().addresses.iter().all(|address| !address.failed));
     }
 
     #[tokio::test]
-    async fn an_address_that_refuses_is_skipped_at_once() {
+    async fn an_address_that_refuses_is_skipped() {
         let (listener, refusing) = listening();
         drop(listener);
         let (_listener, working) = listening();

@@ -11,12 +11,13 @@ use serde_json::{Map, Value};
 use super::LookupError;
 use crate::config::Status404;
 
-/// A valid answer has about 30 bytes. The client does not read more of a body than this.
+/// The client reads at most this much of a body. A valid answer has about 30 bytes.
 pub(super) const MAX_BODY_BYTES: usize = 16 * 1024;
 /// How much of a body an error quotes.
 const QUOTED_BYTES: usize = 100;
 const QUOTED_CONTENT_TYPE_BYTES: usize = 60;
-/// A longer `Retry-After` is capped at this: the longest pause, and about the longest delay queue.
+/// The client caps `Retry-After` at this: the breaker's longest pause, and the longest delay of a
+/// delay queue.
 const RETRY_AFTER_MAX: Duration = Duration::from_mins(1);
 const UTF8_BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
@@ -26,7 +27,7 @@ pub(super) struct ReceivedResponse {
     pub(super) status: StatusCode,
     pub(super) headers: HeaderMap,
     pub(super) body: Vec<u8>,
-    /// Whether the body is longer than what was read of it.
+    /// Whether the body is longer than the part that was read.
     pub(super) is_truncated: bool,
 }
 
@@ -45,9 +46,6 @@ pub(crate) struct Excerpt {
 
 impl ReceivedResponse {
     /// Whether object `id` is online.
-    ///
-    /// # Errors
-    /// [`LookupError`] for every response that does not say so.
     pub(super) fn is_online(&self, id: i64, status_404: Status404) -> Result<bool, LookupError> {
         match self.status {
             StatusCode::OK if self.is_truncated => Err(LookupError::TooLarge(self.excerpt())),
@@ -87,11 +85,13 @@ impl ReceivedResponse {
     }
 
     // Decision: docs/decisions/0028-when-does-a-404-mean-offline.md
-    /// Why this 404 does not mean that the object is offline, if it does not.
+    /// Returns the reason why this 404 does not mean that the object is offline, or `None` if it
+    /// does.
     ///
-    /// The API reports an unknown object without a body or with a JSON object. A gateway or default
-    /// backend in front of it reports an unknown route, mostly as HTML or plain text. If that
-    /// counted as "offline", every callback would be dropped, so a 404 in doubt is a failed lookup.
+    /// For an unknown object, the API sends an empty body or a JSON object. For an unknown route, a
+    /// gateway or default backend in front of the API mostly sends HTML or plain text. If an
+    /// unknown route meant "offline", every object would seem offline, and its messages would be
+    /// acked. A doubtful 404 is therefore a failed lookup.
     fn foreign_404(&self, status_404: Status404) -> Option<&'static str> {
         if status_404 == Status404::Failed {
             return Some("STATUS_404=failed");
@@ -111,7 +111,7 @@ impl ReceivedResponse {
         }
         let mentions_a_route = |value: &Value| {
             let text = value.as_str().unwrap_or_default().to_ascii_lowercase();
-            // The first text is of Kong, APISIX and Laravel, the second one of Express and Nest.
+            // Kong, APISIX and Laravel send the first text, Express and Nest the second one.
             text.contains("route") || text.starts_with("cannot get")
         };
         fields.values().any(mentions_a_route).then_some("the body is about a route, not an object")
@@ -150,8 +150,8 @@ fn escape(bytes: &[u8], max: usize) -> String {
     String::from_utf8_lossy(cut).escape_debug().to_string()
 }
 
-/// Parses `Retry-After`, a number of seconds or a date; a past date is no wait. The API chooses the
-/// value, so it is capped here, before any arithmetic.
+/// Parses `Retry-After`, a number of seconds or a date; a past date means no wait. The API chooses
+/// the value, so it is capped here, before any arithmetic.
 pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
     let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
     let is_number = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());

@@ -8,13 +8,13 @@
 //! Decision: docs/decisions/0030-when-is-a-lookup-sent-again-at-once.md
 
 use std::collections::HashMap;
-use std::error::Error;
 use std::net::SocketAddr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use anyhow::Chain;
 use hyper_util::client::legacy;
 use hyper_util::client::legacy::connect::HttpInfo;
+use parking_lot::Mutex;
 
 /// How long an idle connection is kept: less than the shortest common limit of servers, 1 s.
 pub(super) const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
@@ -27,19 +27,19 @@ pub(super) struct UsedConnections(Mutex<Used>);
 
 #[derive(Default)]
 struct Used {
-    /// The time until which a request on the connection may fail because it was idle.
+    /// The time until which a request may fail because the connection was idle.
     until: HashMap<SocketAddr, Instant>,
     prune_above: usize,
 }
 
 impl UsedConnections {
-    /// Notes that the connection has received a response. `timeout` is that of the next request on
-    /// it.
-    pub(super) fn note(&self, info: Option<&HttpInfo>, timeout: Duration) {
+    /// Records that the connection has received a response. `timeout` is the timeout of the next
+    /// request on the connection.
+    pub(super) fn record(&self, info: Option<&HttpInfo>, timeout: Duration) {
         let Some(info) = info else { return };
         let now = Instant::now();
         let Some(until) = now.checked_add(IDLE_TIMEOUT.saturating_add(timeout)) else { return };
-        let used = &mut *self.used();
+        let used = &mut *self.0.lock();
         used.until.insert(info.local_addr(), until);
         if used.until.len() > used.prune_above.max(PRUNE_ABOVE) {
             used.until.retain(|_, until| *until > now);
@@ -47,13 +47,13 @@ impl UsedConnections {
         }
     }
 
-    /// Whether the request failed because a connection that had been used before ended before the
-    /// first byte of the response.
+    /// Whether the request failed because a reused connection ended before the first byte of the
+    /// response.
     pub(super) fn ended_before_response(&self, error: &reqwest::Error) -> bool {
         if error.is_timeout() || error.is_connect() {
             return false;
         }
-        let has_ended = causes(error).any(|cause| {
+        let has_ended = Chain::new(error).any(|cause| {
             cause.downcast_ref::<hyper::Error>().is_some_and(|error| {
                 error.is_incomplete_message() || error.is_canceled() || error.is_closed()
             }) || cause.downcast_ref::<std::io::Error>().is_some_and(|error| {
@@ -65,28 +65,14 @@ impl UsedConnections {
             })
         });
         has_ended
-            && causes(error)
+            && Chain::new(error)
                 .find_map(|cause| cause.downcast_ref::<legacy::Error>()?.connect_info())
                 .and_then(|connected| {
                     let mut extensions = http::Extensions::new();
                     connected.get_extras(&mut extensions);
                     extensions.get::<HttpInfo>().map(HttpInfo::local_addr)
                 })
-                .and_then(|local| self.used().until.remove(&local))
+                .and_then(|local| self.0.lock().until.remove(&local))
                 .is_some_and(|until| until > Instant::now())
     }
-
-    fn used(&self) -> MutexGuard<'_, Used> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// The sources of an error, the outermost first.
-fn causes(error: &reqwest::Error) -> impl Iterator<Item = &(dyn Error + 'static)> {
-    let mut next = error.source();
-    std::iter::from_fn(move || {
-        let cause = next?;
-        next = cause.source();
-        Some(cause)
-    })
 }

@@ -1,6 +1,6 @@
-//! Properties of the interpretation of answers. Inputs that have failed are in
-//! `tests/status.regressions`, other interesting ones in `tests/corpus/status`, with names that
-//! start with what they say about object 42.
+//! Property tests of the parser of answers. Inputs that once failed are in
+//! `tests/status.regressions`. Other useful inputs are in `tests/corpus/status`. Files named
+//! `online-…` or `offline-…` say this about object 42. No other file is a valid answer about it.
 
 use std::time::Duration;
 
@@ -24,18 +24,18 @@ fn online(id: i64, body: &[u8]) -> Result<bool, LookupError> {
 }
 
 /// What an answer says about `id` according to another parser.
-fn online_by_value(id: i64, body: &[u8]) -> Option<bool> {
+fn reference_online(id: i64, body: &[u8]) -> Option<bool> {
     let value: Value = serde_json::from_slice(body).ok()?;
     let fields = value.as_object()?;
-    let of = fields.get("id")?.as_i64()?;
+    let named_id = fields.get("id")?.as_i64()?;
     let online = fields.get("online")?.as_bool()?;
-    (of == id).then_some(online)
+    (named_id == id).then_some(online)
 }
 
 fn config() -> ProptestConfig {
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/status.regressions");
-    let kept = FileFailurePersistence::Direct(path);
-    ProptestConfig { failure_persistence: Some(Box::new(kept)), ..ProptestConfig::default() }
+    let regressions = FileFailurePersistence::Direct(path);
+    ProptestConfig { failure_persistence: Some(Box::new(regressions)), ..ProptestConfig::default() }
 }
 
 fn leaf() -> impl Strategy<Value = Value> {
@@ -60,7 +60,7 @@ fn answer() -> impl Strategy<Value = Value> {
 }
 
 #[test]
-fn corpus_answers_say_what_their_names_say() {
+fn corpus_files_are_read_as_their_names_say() {
     let corpus = std::fs::read_dir(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/corpus/status"));
     let mut answers = 0;
     for entry in corpus.unwrap() {
@@ -86,21 +86,21 @@ proptest! {
         prop_assert_eq!(online(id, answer.as_bytes()).unwrap(), is_online);
         prop_assume!(other != id);
         let refused = online(other, answer.as_bytes());
-        let is_about = match refused {
+        let named_id = match refused {
             Err(LookupError::WrongId { id, .. }) => Some(id),
             _ => None,
         };
-        prop_assert_eq!(is_about, Some(id));
+        prop_assert_eq!(named_id, Some(id));
     }
 
     #[test]
-    fn json_is_read_as_another_parser_reads_it(answer in answer()) {
-        let answer = answer.to_string();
-        prop_assert_eq!(online(42, answer.as_bytes()).ok(), online_by_value(42, answer.as_bytes()));
+    fn json_is_read_as_the_reference_parser_reads_it(answer in answer()) {
+        let answer = answer.to_string().into_bytes();
+        prop_assert_eq!(online(42, &answer).ok(), reference_online(42, &answer));
     }
 
     #[test]
-    fn a_corrupted_answer_is_read_as_another_parser_reads_it(
+    fn a_corrupted_answer_is_read_as_the_reference_parser_reads_it(
         is_online: bool,
         changes in vec((any::<Index>(), any::<u8>()), 1..4),
     ) {
@@ -109,12 +109,12 @@ proptest! {
             let at = at.index(answer.len());
             answer[at] = byte;
         }
-        prop_assert_eq!(online(42, &answer).ok(), online_by_value(42, &answer));
+        prop_assert_eq!(online(42, &answer).ok(), reference_online(42, &answer));
     }
 
     #[test]
-    fn any_bytes_are_read_as_another_parser_reads_them(answer: Vec<u8>) {
-        prop_assert_eq!(online(42, &answer).ok(), online_by_value(42, &answer));
+    fn any_bytes_are_read_as_the_reference_parser_reads_them(answer: Vec<u8>) {
+        prop_assert_eq!(online(42, &answer).ok(), reference_online(42, &answer));
     }
 
     // Field case 3.7.

@@ -1,13 +1,15 @@
 //! Checks whether the status API can be reached, so that readiness does not depend on lookups.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 use std::time::Duration;
 
+use parking_lot::Mutex;
+use runtime::Status;
 use tokio::sync::watch;
 use tokio::time::{Instant, timeout};
 
+use super::MAX_CONNECT_TIME;
 use super::addresses::Addresses;
-use super::{MAX_CONNECT_TIME, Reachable};
 
 const CHECK_INTERVAL: Duration = Duration::from_secs(2);
 /// An API that has answered a lookup within this time counts as reachable, even if the check fails.
@@ -20,24 +22,24 @@ pub(super) const NOT_CHECKED: &str = "not checked yet";
 pub(super) struct LastAnswer(Arc<Mutex<Option<Instant>>>);
 
 impl LastAnswer {
-    pub(super) fn note(&self) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(Instant::now());
+    pub(super) fn record(&self) {
+        *self.0.lock() = Some(Instant::now());
     }
 
     fn is_recent(&self) -> bool {
-        let last = *self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let last = *self.0.lock();
         last.is_some_and(|at| at.elapsed() < RECENT)
     }
 }
 
-/// Keeps `status` up to date. It is an error while the API cannot be reached or the breaker is
-/// open.
+/// Keeps `status` up to date. The status is an error while the API cannot be reached or the breaker
+/// is open.
 pub(super) async fn monitor(
     host_and_port: String,
     addresses: Addresses,
     last_answer: LastAnswer,
-    mut breaker_status: watch::Receiver<Reachable>,
-    status: watch::Sender<Reachable>,
+    mut breaker_status: watch::Receiver<Status>,
+    status: watch::Sender<Status>,
 ) {
     let mut previous = Err(NOT_CHECKED.to_owned());
     loop {
@@ -63,8 +65,8 @@ pub(super) async fn monitor(
         previous.clone_from(&reachable);
         let breaker = breaker_status.borrow_and_update().clone();
         _ = status.send_replace(reachable.and(breaker));
-        // A change of the breaker's state is published at once. During the shutdown, the breaker
-        // may have been dropped.
+        // Publish a change of the breaker's status at once. During the shutdown, the breaker may
+        // have been dropped.
         let breaker_changed = async {
             if breaker_status.changed().await.is_err() {
                 std::future::pending::<()>().await;
@@ -83,7 +85,7 @@ mod tests {
     const PATIENCE: Duration = Duration::from_secs(20);
 
     /// The status after a check that cannot connect.
-    async fn status(last_answer: LastAnswer) -> Reachable {
+    async fn status(last_answer: LastAnswer) -> Status {
         let listener = TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let addresses = Addresses::fixed(&[listener.local_addr().unwrap()]);
         drop(listener);
@@ -103,7 +105,7 @@ mod tests {
         let refused = status(LastAnswer::default()).await.unwrap_err();
         assert!(refused.starts_with("cannot reach api:80: "), "{refused}");
         let answered = LastAnswer::default();
-        answered.note();
+        answered.record();
         assert_eq!(status(answered).await, Ok(()));
     }
 }

@@ -1,4 +1,5 @@
-//! Splits a batch in halves to write all rows but those that cannot be written.
+//! Writes a batch of rows. A batch that fails is split in half repeatedly, so that a bad row does
+//! not block the others.
 //!
 //! Decision: docs/decisions/0036-how-are-database-errors-classified.md
 
@@ -9,15 +10,15 @@ use store::{Failure, Recorded, Sighting, StoreError};
 
 use super::Table;
 
-/// After this many failures of a single row with an error that may concern the whole database, the
-/// row itself is considered the cause.
+/// Some errors may come from the row or from the whole database. When a row has failed alone this
+/// many times with such an error, it is considered the cause.
 const SINGLE_ROW_ATTEMPTS: u32 = 3;
 
 /// Why a row is not committed.
 pub(super) enum NotWritten {
-    /// The database permanently refuses it.
+    /// The database permanently refuses the row.
     Refused(String),
-    /// It cannot be written now.
+    /// The row cannot be written now.
     HeldUp(String),
 }
 
@@ -25,28 +26,32 @@ pub(super) enum NotWritten {
 /// rows in this order, so that there is no deadlock.
 pub(super) type Rows = [(i64, Instant)];
 
-/// Commits all rows of the batch but those that it returns. While the database is away, it retries:
-/// the results wait, unacked, and the limit on unsettled lookups stops further lookups.
+/// Commits the rows of the batch, and returns the rows that it could not commit. While the database
+/// cannot be reached, this function retries. Meanwhile the deliveries stay unacked, and the limit
+/// on unsettled lookups stops further lookups.
 ///
-/// A part of the batch that fails is halved, and the halves are committed or halved again. So one
-/// bad row among 1,000 costs about twenty statements. One statement finds the rows that are locked.
+/// A part of the batch that fails is halved, and the halves are committed or halved again, so one
+/// bad row among 1,000 costs about twenty statements. Locked rows need no halving: one query finds
+/// them all.
 ///
-/// `may_set_aside` returns whether a row that fails with an error that may concern all rows can be
-/// set aside. If not, the row is retried here.
+/// `may_set_aside` decides about a row that keeps failing with an error that may concern the whole
+/// database: if it returns true, the row counts as held up; otherwise this function retries the
+/// row.
 pub(super) async fn write(
     table: &Table,
     batch: &Rows,
     may_set_aside: impl Fn() -> bool,
 ) -> HashMap<i64, NotWritten> {
-    let mut waits = broker::backoff();
+    let mut waits = messaging::amqp::backoff();
     let mut failures = 0_u32;
     let mut not_written = HashMap::new();
+    // Each part with the number of times that it has failed as a single row.
     let mut parts = vec![(batch.to_vec(), 0)];
     let mut lock_wait = LockWait::Usual;
-    while let Some((rows, failed)) = parts.pop() {
+    while let Some((rows, single_failures)) = parts.pop() {
         let Err(error) = lock_wait.record(table, &rows).await else {
-            table.note_success();
-            waits = broker::backoff();
+            table.record_success();
+            waits = messaging::amqp::backoff();
             continue;
         };
         let is_single = rows.len() == 1;
@@ -62,13 +67,13 @@ pub(super) async fn write(
                 not_written.insert(id, NotWritten::Refused(reason));
             }
             Failure::BusyRow => {
+                // Wait only briefly from now on, so that other locked rows delay the batch less.
                 lock_wait = LockWait::Brief;
                 let reason = error.to_string();
                 let free = without_locked(table, rows, &reason, &mut not_written).await;
                 match free.as_slice() {
                     [] => {}
-                    // The row is not locked, but held up by a trigger or a concurrent insert, for
-                    // example.
+                    // A trigger or a concurrent insert holds the row up, or `find_locked` failed.
                     &[(id, _)] if is_single => {
                         not_written.insert(id, NotWritten::HeldUp(reason));
                     }
@@ -78,29 +83,29 @@ pub(super) async fn write(
             Failure::RefusedRow => push_halves(&mut parts, &rows),
             Failure::Connection | Failure::Database => {
                 failures += 1;
-                table.note_failure(&error, failures, rows.len());
+                table.record_failure(&error, failures, rows.len());
                 tokio::time::sleep(waits.next().unwrap_or(Duration::from_secs(1))).await;
                 if failure == Failure::Connection {
-                    parts.push((rows, failed));
+                    parts.push((rows, single_failures));
                 } else if !is_single {
                     push_halves(&mut parts, &rows);
-                } else if failed + 1 >= SINGLE_ROW_ATTEMPTS && may_set_aside() {
+                } else if single_failures + 1 >= SINGLE_ROW_ATTEMPTS && may_set_aside() {
                     not_written.insert(rows[0].0, NotWritten::HeldUp(error.to_string()));
                 } else {
-                    parts.push((rows, failed + 1));
+                    parts.push((rows, single_failures + 1));
                 }
             }
         }
     }
-    // Rows that could not be written are handled elsewhere from here on.
-    table.note_success();
+    // The caller handles the rows that could not be written, so the writer is no longer failing.
+    table.record_success();
     if failures > 0 {
-        tracing::info!(rows = batch.len(), failures, "wrote a batch that had failed before");
+        tracing::info!(rows = batch.len(), failures, "finished a batch that had failed before");
     }
     not_written
 }
 
-/// Tries to write rows that were set aside, once: the caller retries them later.
+/// Tries once to write rows that were set aside. The caller retries those that fail.
 pub(super) async fn write_set_aside(table: &Table, batch: &Rows) -> HashMap<i64, NotWritten> {
     let mut not_written = HashMap::new();
     let free =
@@ -129,7 +134,7 @@ pub(super) async fn write_set_aside(table: &Table, batch: &Rows) -> HashMap<i64,
     not_written
 }
 
-/// Removes and returns the rows that are not locked; adds the others to `not_written`.
+/// Moves the locked rows to `not_written`, and returns the others.
 pub(super) async fn without_locked(
     table: &Table,
     mut rows: Vec<(i64, Instant)>,
@@ -137,14 +142,14 @@ pub(super) async fn without_locked(
     not_written: &mut HashMap<i64, NotWritten>,
 ) -> Vec<(i64, Instant)> {
     let ids: Vec<i64> = rows.iter().map(|(id, _)| *id).collect();
-    // If this fails, the next statement reports the locked rows.
+    // If this query fails, all rows count as free, and writing the locked ones fails later.
     let locked = table.store.find_locked(&ids).await.unwrap_or_default();
     rows.retain(|(id, _)| !locked.contains(id));
     not_written.extend(locked.into_iter().map(|id| (id, NotWritten::HeldUp(reason.to_owned()))));
     rows
 }
 
-/// Pushes both halves, the first one on top. Of a single row, one half is empty and not pushed.
+/// Pushes both halves, the first one on top. A single row has only one half that is not empty.
 fn push_halves(parts: &mut Vec<(Vec<(i64, Instant)>, u32)>, rows: &Rows) {
     let (first, second) = rows.split_at(rows.len() / 2);
     let halves = [second, first].into_iter().filter(|half| !half.is_empty());
@@ -160,7 +165,7 @@ enum LockWait {
 
 impl LockWait {
     async fn record(self, table: &Table, rows: &Rows) -> Result<Recorded, StoreError> {
-        // The age is computed for each attempt, because it is the time from the answer to now.
+        // Computed for each attempt, because the age is the time since the status API's answer.
         let sightings: Vec<Sighting> =
             rows.iter().map(|&(id, at)| Sighting { id, age: at.elapsed() }).collect();
         let recorded = match self {
@@ -168,7 +173,7 @@ impl LockWait {
             Self::Brief => table.store.record_seen_briefly(&sightings).await,
         };
         match &recorded {
-            Ok(recorded) => table.announce(recorded),
+            Ok(recorded) => table.publish_events(recorded),
             Err(error) if error.may_be_committed() => {
                 table
                     .events

@@ -5,26 +5,27 @@
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
-use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
+use backon::ExponentialBackoff;
+use parking_lot::Mutex;
 use tokio::sync::Notify;
 use tokio::time::{Instant, sleep_until};
 
 use super::bisection::{self, NotWritten};
 use super::{QueuedSighting, Table, WriteOutcome};
+use crate::backoff;
 
-/// How long a row is retried before its messages go back to the queue. Until then, all further
-/// deliveries of its object are held as well, and RabbitMQ ends the session of a consumer that
-/// holds one for 30 minutes.
+/// How long a row is retried before its messages go back to the queue. Until then, the consumer
+/// also holds all further deliveries of the object, and RabbitMQ ends the session of a consumer
+/// that holds a delivery for 30 minutes.
 const HELD_MAX: Duration = Duration::from_mins(2);
 const WAIT_MIN: Duration = Duration::from_millis(100);
 const WAIT_MAX: Duration = Duration::from_secs(2);
 
 /// The rows that are set aside, by object.
 pub(super) struct SetAside {
-    /// How many sightings may wait.
+    /// The most sightings that may wait.
     capacity: usize,
     rows: Mutex<HashMap<i64, Row>>,
     added: Notify,
@@ -43,15 +44,6 @@ impl Row {
     }
 }
 
-fn waits() -> ExponentialBackoff {
-    ExponentialBuilder::new()
-        .with_min_delay(WAIT_MIN)
-        .with_max_delay(WAIT_MAX)
-        .with_jitter()
-        .without_max_times()
-        .build()
-}
-
 impl SetAside {
     pub(super) fn new(capacity: usize) -> Self {
         metrics::describe_gauge!(
@@ -64,15 +56,15 @@ impl SetAside {
 
     /// Whether a sighting can be added.
     pub(super) fn has_capacity(&self) -> bool {
-        self.rows().values().map(|row| row.waiting.len()).sum::<usize>() < self.capacity
+        self.rows.lock().values().map(|row| row.waiting.len()).sum::<usize>() < self.capacity
     }
 
     pub(super) fn is_empty(&self) -> bool {
-        self.rows().is_empty()
+        self.rows.lock().is_empty()
     }
 
     pub(super) fn contains(&self, id: i64) -> bool {
-        self.rows().contains_key(&id)
+        self.rows.lock().contains_key(&id)
     }
 
     /// Holds a sighting until its row is written. Without capacity, its message goes back to the
@@ -81,9 +73,12 @@ impl SetAside {
         if !self.has_capacity() {
             return sighting.report(WriteOutcome::Postponed);
         }
-        sighting.report_set_aside();
+        if let Some(sender) = sighting.set_aside.take() {
+            // The receiver may be gone, because its delivery was lost.
+            let _ = sender.send(());
+        }
         let (id, now) = (sighting.id, Instant::now());
-        let rows = &mut *self.rows();
+        let rows = &mut *self.rows.lock();
         let is_first = rows.is_empty();
         match rows.entry(id) {
             Entry::Occupied(row) => row.into_mut().waiting.push(sighting),
@@ -92,13 +87,13 @@ impl SetAside {
                     tracing::warn!(
                         id,
                         reason,
-                        "a row cannot be written now; trying again, without delay for others"
+                        "a row cannot be written now; trying again while other rows are written"
                     );
                 } else {
                     tracing::debug!(id, reason, "another row cannot be written now");
                 }
-                let mut row =
-                    Row { waiting: vec![sighting], since: now, next_attempt: now, waits: waits() };
+                let waits = backoff(WAIT_MIN, WAIT_MAX);
+                let mut row = Row { waiting: vec![sighting], since: now, next_attempt: now, waits };
                 row.schedule_retry();
                 entry.insert(row);
             }
@@ -110,7 +105,7 @@ impl SetAside {
     /// Retries the rows until they are written. Never returns.
     pub(super) async fn write(&self, table: &Table, batch_max: usize) {
         loop {
-            let next = self.rows().values().map(|row| row.next_attempt).min();
+            let next = self.rows.lock().values().map(|row| row.next_attempt).min();
             let Some(next) = next else {
                 self.added.notified().await;
                 continue;
@@ -128,7 +123,7 @@ impl SetAside {
     /// The newest sighting of each object whose next attempt is due, in ascending order of the ids.
     fn due(&self, batch_max: usize) -> Vec<(i64, std::time::Instant)> {
         let now = Instant::now();
-        let rows = self.rows();
+        let rows = self.rows.lock();
         let due = rows.iter().filter(|(_, row)| row.next_attempt <= now);
         let mut due: Vec<_> = due
             .filter_map(|(&id, row)| {
@@ -142,7 +137,7 @@ impl SetAside {
 
     fn settle(&self, due: &[(i64, std::time::Instant)], not_written: &HashMap<i64, NotWritten>) {
         let now = Instant::now();
-        let rows = &mut *self.rows();
+        let rows = &mut *self.rows.lock();
         for (id, written_until) in due {
             let Entry::Occupied(mut entry) = rows.entry(*id) else { continue };
             let row = entry.get_mut();
@@ -151,7 +146,7 @@ impl SetAside {
                     tracing::warn!(
                         id,
                         reason,
-                        "a row could not be written for too long; its messages go back to the queue"
+                        "a row has been held up for too long; its messages go back to the queue"
                     );
                     for sighting in entry.remove().waiting {
                         sighting.report(WriteOutcome::Postponed);
@@ -175,7 +170,7 @@ impl SetAside {
                     if row.waiting.is_empty() {
                         entry.remove();
                     } else {
-                        row.waits = waits();
+                        row.waits = backoff(WAIT_MIN, WAIT_MAX);
                         row.next_attempt = now;
                     }
                 }
@@ -185,10 +180,6 @@ impl SetAside {
             tracing::info!("all rows that were held up are written or given back");
         }
         set_gauge(rows);
-    }
-
-    fn rows(&self) -> MutexGuard<'_, HashMap<i64, Row>> {
-        self.rows.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

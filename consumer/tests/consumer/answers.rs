@@ -1,9 +1,9 @@
 //! Which answers mean offline, and which are failed lookups.
 
-use testbed::{Answer, StatusApi, eventually};
+use testkit::{Answer, StatusApi, wait_until};
 
 use crate::failures::header;
-use crate::{PATIENCE, TestEnv, looked_up};
+use crate::{TestEnv, looked_up};
 
 const HTML: &str = "<html><body><h1>404 Not Found</h1></body></html>";
 
@@ -13,7 +13,7 @@ fn page(status: u16, content_type: &'static str, body: &str) -> Answer {
 
 // Field case 5.1.
 #[tokio::test]
-async fn a_404_of_a_gateway_is_a_failed_lookup() {
+async fn a_404_that_need_not_mean_offline_is_a_failed_lookup() {
     let env = TestEnv::new().await;
     let api = StatusApi::start(|id, lookup| match (id, lookup) {
         (1, 1) => page(404, "text/html", HTML),
@@ -24,8 +24,11 @@ async fn a_404_of_a_gateway_is_a_failed_lookup() {
             page(404, "application/json", r#"{"message":"no Route matched with those values"}"#)
         }
         (6, 1) => page(404, "application/json", r#"{"message":"Cannot GET /objects/6"}"#),
+        // Contradicts itself.
         (7, 1) => page(404, "application/json", r#"{"id":7,"online":true}"#),
+        // Too large to be read to its end.
         (8, 1) => page(404, "application/json", &format!(r#"{{"more":"{}"}}"#, "x".repeat(20_000))),
+        // JSON, but not an object.
         (9, 1) => page(404, "application/json", "404"),
         _ => Answer::Online,
     });
@@ -35,8 +38,7 @@ async fn a_404_of_a_gateway_is_a_failed_lookup() {
     for id in 1..=9 {
         assert_eq!(api.lookups_of(id), 2, "lookups of {id}");
     }
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 // Field case 5.1.
@@ -60,7 +62,7 @@ async fn a_404_of_the_api_means_offline() {
 }
 
 #[tokio::test]
-async fn with_status_404_failed_every_404_is_a_failed_lookup() {
+async fn every_404_is_a_failed_lookup_if_so_configured() {
     let env = TestEnv::new().await;
     let api = StatusApi::start(|_, lookup| match lookup {
         1 => Answer::Status(404),
@@ -69,8 +71,7 @@ async fn with_status_404_failed_every_404_is_a_failed_lookup() {
     env.publish([1]).await;
     let consumer = env.start(&api.endpoint(), &["--status-404=failed"]);
     env.wait_until_recorded([1]).await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 // Field case 1.3.
@@ -96,14 +97,16 @@ async fn a_dead_letter_quotes_an_answer_that_is_not_understood() {
         _ => Answer::Offline,
     });
     let consumer = env.start(&api.endpoint(), &["--max-attempts=1"]);
-    let mut other = 1_000;
-    eventually("a dead letter", PATIENCE, async || {
-        other += 1;
-        env.publish([other]).await;
-        if other == 1_010 {
+    // The failure counts only if the API answers other lookups before and after it. So publish
+    // other ids all the time, and id 42 after ten of them.
+    let mut other_id = 1_000;
+    wait_until("a dead letter", async || {
+        other_id += 1;
+        env.publish([other_id]).await;
+        if other_id == 1_010 {
             env.publish([42]).await;
         }
-        (env.dead_letters().await == 1).then_some(())
+        env.dead_letters().await == 1
     })
     .await;
     consumer.stop().await;
@@ -127,10 +130,8 @@ async fn a_huge_retry_after_does_not_stop_the_consumer() {
     });
     env.publish(1..=3).await;
     let consumer = env.start(&api.endpoint(), &[]);
-    eventually("each is looked up", PATIENCE, async || {
-        (looked_up(&[&api]).len() >= 3).then_some(())
-    })
-    .await;
-    // The 429 pauses the lookups for a minute, so no further lookup is waited for.
+    wait_until("each is looked up", async || looked_up(&[&api]).len() >= 3).await;
+    // The consumer caps the pause that the 429 asks for at a minute. That is too long for a test,
+    // so this one does not wait for the lookups after it.
     consumer.stop().await;
 }

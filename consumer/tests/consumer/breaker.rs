@@ -1,25 +1,16 @@
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant, SystemTime};
 
-use service::Health;
-use testbed::{Answer, StatusApi, eventually};
+use parking_lot::Mutex;
+use runtime::Health;
+use testkit::{Answer, StatusApi, wait_for, wait_until};
 use tokio::task::JoinHandle;
 
-use crate::{PATIENCE, RunningConsumer, SECOND, TestEnv, looked_up, lookup_times};
+use crate::{RunningConsumer, SECOND, TestEnv, looked_up, lookup_times};
 
 /// With this setting, the first attempt that counts makes a dead letter.
 const ONE_ATTEMPT: &str = "--max-attempts=1";
-
-/// An API that answers `before` until the returned function is called, then `after`.
-fn switchable(before: Answer, after: Answer) -> (StatusApi, impl Fn()) {
-    let switched = Arc::new(AtomicBool::new(false));
-    let is_switched = Arc::clone(&switched);
-    let api = StatusApi::start(move |_, _| {
-        if is_switched.load(Ordering::SeqCst) { after.clone() } else { before.clone() }
-    });
-    (api, move || switched.store(true, Ordering::SeqCst))
-}
 
 fn is_open(health: &Health) -> bool {
     health.missing().iter().any(|(dependency, reason)| {
@@ -28,11 +19,11 @@ fn is_open(health: &Health) -> bool {
 }
 
 async fn wait_until_open(consumer: &RunningConsumer) {
-    eventually("the breaker opens", PATIENCE, async || is_open(&consumer.health).then_some(()))
-        .await;
+    wait_until("the breaker opens", async || is_open(&consumer.health)).await;
 }
 
-/// Watches whether the breaker opens, until the returned function is called, which says so.
+/// Begins to watch the breaker. The returned function ends that, and returns whether the breaker
+/// has opened meanwhile.
 pub(crate) fn has_opened(consumer: &RunningConsumer) -> impl AsyncFnOnce() -> bool + use<> {
     let (health, ended) = (consumer.health.clone(), Arc::new(AtomicBool::new(false)));
     let until = Arc::clone(&ended);
@@ -50,54 +41,48 @@ pub(crate) fn has_opened(consumer: &RunningConsumer) -> impl AsyncFnOnce() -> bo
     }
 }
 
-/// The outage takes many probes. With these settings, each message also returns to the queue
-/// meanwhile.
-async fn an_outage_costs_no_attempt(while_away: Answer) {
-    let env = TestEnv::new().await;
-    let (api, recover) = switchable(while_away, Answer::Online);
+/// Asserts that an outage costs no attempt, although it lasts for many probes. With these settings,
+/// deliveries are held for only 3 s, so messages also return to the queue meanwhile.
+async fn assert_outage_costs_no_attempt(while_away: Answer) {
+    let (env, api) = TestEnv::with_answer(while_away).await;
     let settings = ["--max-consumers=10", ONE_ATTEMPT, "--status-timeout=500ms"];
     env.publish(1..=100).await;
     let consumer = env.start(&api.endpoint(), &settings);
     wait_until_open(&consumer).await;
     let opened_at = Instant::now();
     let before = api.lookups().len();
-    eventually("many probes", PATIENCE, async || (api.lookups().len() > before + 15).then_some(()))
-        .await;
-    // The number includes the lookups that were in flight when the breaker opened.
+    wait_until("many probes", async || api.lookups().len() > before + 15).await;
+    // Not all of the 15 are probes: some lookups were in flight when the breaker opened.
     assert!(opened_at.elapsed() > SECOND * 2, "15 probes in {:?}", opened_at.elapsed());
     assert_eq!((env.in_delay_queues().await, env.dead_letters().await), (0, 0));
 
-    recover();
+    api.set_behaviour(|_, _| Answer::Online);
     let recovered_at = Instant::now();
     env.wait_until_recorded(1..=100).await;
     assert!(recovered_at.elapsed() < SECOND * 10, "{:?} to recover", recovered_at.elapsed());
     consumer.wait_until_missing(&[]).await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
 async fn a_long_outage_of_the_api_costs_no_attempt() {
-    an_outage_costs_no_attempt(Answer::Status(500)).await;
+    assert_outage_costs_no_attempt(Answer::Status(500)).await;
 }
 
 #[tokio::test]
 async fn an_api_that_hangs_for_long_costs_no_attempt() {
-    an_outage_costs_no_attempt(Answer::Hang).await;
+    assert_outage_costs_no_attempt(Answer::Hang).await;
 }
 
 #[tokio::test]
 async fn held_deliveries_are_requeued_so_that_others_get_a_lookup() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Status(500));
+    let (env, api) = TestEnv::with_answer(Answer::Status(500)).await;
     env.publish(1..=12).await;
-    // Four deliveries are held at a time, for 3 s.
+    // At most four deliveries (twice MAX_CONSUMERS) are held at a time, each for 3 s (six times
+    // STATUS_TIMEOUT).
     let settings = ["--max-consumers=2", ONE_ATTEMPT, "--status-timeout=500ms"];
     let consumer = env.start(&api.endpoint(), &settings);
-    eventually("each id is looked up", PATIENCE, async || {
-        (1..=12).all(|id| api.lookups_of(id) > 0).then_some(())
-    })
-    .await;
+    wait_until("each id is looked up", async || (1..=12).all(|id| api.lookups_of(id) > 0)).await;
     consumer.stop().await;
     assert_eq!((env.in_delay_queues().await, env.dead_letters().await), (0, 0));
     assert_eq!(env.ready().await, 12);
@@ -105,12 +90,12 @@ async fn held_deliveries_are_requeued_so_that_others_get_a_lookup() {
 
 #[tokio::test]
 async fn other_ids_are_not_delayed_when_half_of_the_ids_fail() {
-    // Different latencies, so that the permits are not all released at once.
+    // Different latencies, so that the permits are not all released at the same time.
     let latency = |id: i64| Duration::from_millis(500 + id.unsigned_abs() * 37 % 1_000);
     let env = TestEnv::new().await;
     let api = StatusApi::start(move |id, _| match id % 2 {
         0 => Answer::Status(500),
-        _ => Answer::After(latency(id), Box::new(Answer::Online)),
+        _ => Answer::Online.after(latency(id)),
     });
     env.publish(1..=250).await;
     // More ids follow; otherwise, only those that fail would be left at the end.
@@ -118,10 +103,7 @@ async fn other_ids_are_not_delayed_when_half_of_the_ids_fail() {
     let consumer = env.start(&api.endpoint(), &["--max-consumers=25"]);
     let has_opened = has_opened(&consumer);
     let recorded = async || env.rows().await.iter().filter(|id| **id <= 250).count();
-    eventually("the others are recorded", PATIENCE, async || {
-        (recorded().await == 125).then_some(())
-    })
-    .await;
+    wait_until("the others are recorded", async || recorded().await == 125).await;
     assert!(!has_opened().await, "the breaker opened");
     let lookups = api.lookups();
     let others: Vec<Instant> =
@@ -129,9 +111,9 @@ async fn other_ids_are_not_delayed_when_half_of_the_ids_fail() {
     assert_eq!(others.len(), 125, "each is looked up once");
     let took = others[124] - others[0];
     let least = (1..=250).step_by(2).map(latency).sum::<Duration>() / 25;
-    // Twice as long, because the machine may be busy; the fault suite measures it.
+    // Allow twice the time, because the machine may be busy; the fault suite measures the delay.
     assert!(took < least * 2, "{took:?}, but {least:?} without failures");
-    // The failed ones wait for their retry.
+    // The messages whose lookup failed wait for their retry.
     assert!(env.in_delay_queues().await > 0);
     consumer.stop().await;
 }
@@ -141,19 +123,15 @@ async fn isolated_failures_count_and_do_not_open_the_breaker() {
     let env = TestEnv::new().await;
     let api = StatusApi::start(|id, lookup| match (id % 10, lookup) {
         (5, 1) => Answer::Status(500),
-        _ => Answer::After(Duration::from_millis(20), Box::new(Answer::Online)),
+        _ => Answer::Online.after(Duration::from_millis(20)),
     });
     env.publish(1..=300).await;
     let consumer = env.start(&api.endpoint(), &["--max-consumers=10"]);
     let has_opened = has_opened(&consumer);
-    eventually("some wait for their retry", PATIENCE, async || {
-        (env.in_delay_queues().await > 5).then_some(())
-    })
-    .await;
+    wait_until("some wait for their retry", async || env.in_delay_queues().await > 5).await;
     env.wait_until_recorded(1..=300).await;
     assert!(!has_opened().await, "the breaker opened");
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
@@ -167,15 +145,15 @@ async fn the_number_of_lookups_rises_gradually_after_an_outage() {
             if !recovered.load(Ordering::SeqCst) {
                 return Answer::Status(500);
             }
-            started.lock().unwrap().push(Instant::now());
-            Answer::After(LATENCY, Box::new(Answer::Online))
+            started.lock().push(Instant::now());
+            Answer::Online.after(LATENCY)
         }
     });
     env.publish(1..=300).await;
     let consumer = env.start(&api.endpoint(), &["--max-consumers=100"]);
     wait_until_open(&consumer).await;
-    // Lookups that started before may still be on their way to the API.
-    eventually("only probes arrive", PATIENCE, async || {
+    // Lookups that started before the breaker opened may still be on their way to the API.
+    wait_for("only probes arrive", async || {
         let times: Vec<Instant> = api.lookups().iter().map(|(_, at)| *at).collect();
         let [.., before, last] = times.as_slice() else { return None };
         (*last - *before > LATENCY).then_some(())
@@ -183,14 +161,14 @@ async fn the_number_of_lookups_rises_gradually_after_an_outage() {
     .await;
     recovered.store(true, Ordering::SeqCst);
     env.wait_until_recorded(1..=300).await;
-    let started = started.lock().unwrap().clone();
+    let started = started.lock().clone();
     let within = |limit| started.iter().filter(|at| **at - started[0] < limit).count();
-    // First the probes, then the lookups that the first answers allow, and so on, up to the limit.
+    // Up to five probes start before the first answer. Each answer to a probe lets eight lookups
+    // start: one in place of the probe, and seven because the limit rises.
     assert!(within(LATENCY) <= 5, "{} lookups before the first answer", within(LATENCY));
-    assert!(within(LATENCY * 2) <= 45, "{} in the second round", within(LATENCY * 2));
+    assert!(within(LATENCY * 2) <= 45, "{} lookups within two latencies", within(LATENCY * 2));
     assert!(api.max_in_flight() > 50, "the number of lookups did not rise");
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
@@ -198,7 +176,7 @@ async fn a_429_pauses_all_lookups_and_costs_no_attempt() {
     let env = TestEnv::new().await;
     let api = StatusApi::start(|id, lookup| match (id, lookup) {
         (20, 1) => Answer::StatusWithHeader(429, "retry-after", "3".to_owned()),
-        _ => Answer::After(SECOND / 10, Box::new(Answer::Online)),
+        _ => Answer::Online.after(SECOND / 10),
     });
     env.publish(1..=200).await;
     let settings = ["--max-consumers=5", ONE_ATTEMPT];
@@ -207,18 +185,18 @@ async fn a_429_pauses_all_lookups_and_costs_no_attempt() {
     let asked_to_wait = lookup_times(&api, 20)[0];
     let since = |at: Instant| at.saturating_duration_since(asked_to_wait);
     let times: Vec<Duration> = api.lookups().iter().map(|(_, at)| since(*at)).collect();
+    // Lookups that started before the consumer received the 429 may arrive within half a second.
     let is_in_pause = |time: &&Duration| **time > SECOND / 2 && **time < SECOND * 3;
     assert_eq!(times.iter().filter(is_in_pause).count(), 0, "lookups during the pause");
     assert!(times.iter().any(|time| *time >= SECOND * 3));
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
 async fn a_503_with_a_retry_after_date_pauses_all_lookups() {
     let env = TestEnv::new().await;
     let api = StatusApi::start(|_, lookup| match lookup {
-        // The date has no fraction of a second.
+        // The date has no fraction of a second, so the pause is at least 3 s long.
         1 => Answer::StatusWithHeader(
             503,
             "retry-after",
@@ -228,10 +206,7 @@ async fn a_503_with_a_retry_after_date_pauses_all_lookups() {
     });
     env.publish([1]).await;
     let consumer = env.start(&api.endpoint(), &[ONE_ATTEMPT]);
-    eventually("the first object is looked up", PATIENCE, async || {
-        (!api.lookups().is_empty()).then_some(())
-    })
-    .await;
+    wait_until("the first object is looked up", async || !api.lookups().is_empty()).await;
     env.publish([2]).await;
     env.wait_until_recorded([1, 2]).await;
     let first = api.lookups()[0].1;

@@ -1,16 +1,16 @@
-use ::events::{Exchange, Kind, Notification, Subscriber};
-use amqp::Access;
 use lapin::ExchangeKind;
 use lapin::options::ExchangeDeclareOptions;
 use lapin::types::FieldTable;
-use testbed::{Answer, StatusApi, eventually};
+use messaging::amqp::Access;
+use messaging::events::{Exchange, Kind, Notification, Subscriber};
+use testkit::{Answer, StatusApi, wait_for, wait_until};
 use tokio::time::timeout;
 
-use crate::{PATIENCE, TestEnv};
+use crate::{PATIENCE, RunningConsumer, TestEnv};
 
 /// A subscriber of the events of the queue.
 async fn subscriber(env: &TestEnv) -> Subscriber {
-    let uri = testbed::amqp_uri().parse().unwrap();
+    let uri = testkit::amqp_uri().parse().unwrap();
     let exchange = Exchange::on_rabbitmq(Access { uri, authorities: None }, &env.queue.name);
     let mut subscriber = Subscriber::new(&exchange, "test subscriber");
     assert!(matches!(next(&mut subscriber).await, Notification::Missed(_)));
@@ -19,6 +19,15 @@ async fn subscriber(env: &TestEnv) -> Subscriber {
 
 async fn next(subscriber: &mut Subscriber) -> Notification {
     timeout(PATIENCE, subscriber.next()).await.expect("an event should arrive")
+}
+
+/// Waits until the consumer is ready and can also publish events. It can be ready without the
+/// latter.
+async fn wait_until_nothing_is_away(consumer: &RunningConsumer) {
+    wait_until("the consumer can publish events", async || {
+        consumer.missing().is_empty() && consumer.health.missing_optional().is_empty()
+    })
+    .await;
 }
 
 /// The next event about an object: its kind, the id, and `last_seen` in microseconds.
@@ -34,14 +43,10 @@ async fn next_change(subscriber: &mut Subscriber) -> (Kind, i64, u128) {
 #[tokio::test]
 async fn events_have_the_last_seen_of_the_table() {
     let env = TestEnv::new().await;
-    let mut subscriber = subscriber(&env).await;
     let api = StatusApi::start(|id, _| if id == 42 { Answer::Online } else { Answer::Offline });
+    let mut subscriber = subscriber(&env).await;
     let consumer = env.start(&api.endpoint(), &[]);
-    eventually("the consumer can publish events", PATIENCE, async || {
-        let away = consumer.health.missing_optional();
-        (consumer.missing().is_empty() && away.is_empty()).then_some(())
-    })
-    .await;
+    wait_until_nothing_is_away(&consumer).await;
     let in_the_table = async || {
         let sql = "SELECT (extract(epoch FROM last_seen) * 1000000)::bigint FROM object";
         let micros: i64 = sqlx::query_scalar(sql).fetch_one(env.database.pool()).await.unwrap();
@@ -56,21 +61,20 @@ async fn events_have_the_last_seen_of_the_table() {
 
 #[tokio::test]
 async fn unpublishable_events_only_add_a_line_to_the_readiness() {
-    let env = TestEnv::new().await;
-    let connection = testbed::connect(&testbed::amqp_uri()).await.unwrap();
+    let (env, api) = TestEnv::with_all_online().await;
+    let connection = testkit::connect(&testkit::amqp_uri()).await.unwrap();
     let channel = connection.create_channel().await.unwrap();
-    // With another type than the consumer declares, so that the declaration fails.
+    // The consumer declares an exchange of this name with another type, which fails now.
     let name = format!("{}.events", env.queue.name);
     let options = ExchangeDeclareOptions::default();
     let declared =
         channel.exchange_declare(name.into(), ExchangeKind::Fanout, options, FieldTable::default());
     declared.await.unwrap();
-    let api = StatusApi::start(|_, _| Answer::Online);
     let consumer = env.start(&api.endpoint(), &[]);
     env.publish(1..=500).await;
     env.wait_until_recorded(1..=500).await;
     assert!(consumer.missing().is_empty());
-    eventually("the readiness reports it", PATIENCE, async || {
+    wait_for("the readiness reports it", async || {
         let away = consumer.health.missing_optional();
         away.iter().find(|(dependency, reason)| {
             *dependency == "events" && reason.contains("inequivalent")
@@ -78,37 +82,31 @@ async fn unpublishable_events_only_add_a_line_to_the_readiness() {
         Some(())
     })
     .await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 // Field case 4.5
 #[tokio::test]
 async fn a_commit_whose_outcome_is_lost_leaves_a_gap() {
-    let env = TestEnv::new().await;
+    let (env, api) = TestEnv::with_all_online().await;
     let mut subscriber = subscriber(&env).await;
-    let api = StatusApi::start(|_, _| Answer::Online);
     let (proxy, database) = env.database_proxy().await;
     let consumer = env.start(&api.endpoint(), &[&database]);
-    eventually("the consumer can publish events", PATIENCE, async || {
-        let away = consumer.health.missing_optional();
-        (consumer.missing().is_empty() && away.is_empty()).then_some(())
-    })
-    .await;
+    wait_until_nothing_is_away(&consumer).await;
     let slow = "CREATE FUNCTION slow() RETURNS trigger LANGUAGE plpgsql AS
                 $$ BEGIN PERFORM pg_sleep(1); RETURN NULL; END $$;
                 CREATE TRIGGER slow AFTER INSERT ON object FOR EACH ROW EXECUTE FUNCTION slow()";
     sqlx::raw_sql(slow).execute(env.database.pool()).await.unwrap();
     env.publish([42]).await;
-    eventually("the statement runs", PATIENCE, async || {
+    wait_until("the statement runs", async || {
         let sleeping = "SELECT count(*) FROM pg_stat_activity
                         WHERE datname = current_database() AND wait_event = 'PgSleep'";
         let sleeping = sqlx::query_scalar(sleeping).fetch_one(env.database.pool());
         let sleeping: i64 = sleeping.await.unwrap();
-        (sleeping > 0).then_some(())
+        sleeping > 0
     })
     .await;
-    // The server continues without its client, and commits.
+    // The database commits although its client is disconnected.
     proxy.cut();
     env.wait_until_recorded([42]).await;
     proxy.restore();

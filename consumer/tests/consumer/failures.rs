@@ -1,8 +1,8 @@
 use lapin::BasicProperties;
 use lapin::types::AMQPValue;
-use testbed::{Answer, StatusApi, eventually};
+use testkit::{Answer, StatusApi, wait_until};
 
-use crate::{CALLBACK_ID, PATIENCE, SECOND, TestEnv, looked_up, lookup_times};
+use crate::{CALLBACK_ID, SECOND, TestEnv, looked_up, lookup_times};
 
 /// A header as text.
 pub(crate) fn header(properties: &BasicProperties, name: &str) -> String {
@@ -42,8 +42,7 @@ async fn every_kind_of_failure_is_retried_later() {
         assert!(wait >= SECOND, "{id} was retried after {wait:?}");
     }
     assert_eq!(elsewhere.lookups(), [], "a redirect was followed");
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
@@ -76,18 +75,18 @@ async fn after_the_last_attempt_a_message_becomes_a_dead_letter() {
         other += 1;
         env.publish([other]).await;
     };
-    eventually("others are answered", PATIENCE, async || {
+    wait_until("others are answered", async || {
         publish_other().await;
-        (api.lookups().len() > 3).then_some(())
+        api.lookups().len() > 3
     })
     .await;
     env.publish([42]).await;
-    eventually("a dead letter", PATIENCE, async || {
+    wait_until("a dead letter", async || {
         publish_other().await;
-        (env.dead_letters().await == 1).then_some(())
+        env.dead_letters().await == 1
     })
     .await;
-    eventually("no other is left", PATIENCE, async || (env.ready().await == 0).then_some(())).await;
+    wait_until("no other is left", async || env.ready().await == 0).await;
     consumer.stop().await;
     assert_eq!(api.lookups_of(42), 2);
     let letter = env.queue.get(&env.queue.dead()).await.unwrap().delivery;
@@ -106,15 +105,13 @@ async fn after_the_last_attempt_a_message_becomes_a_dead_letter() {
 
 #[tokio::test]
 async fn an_undecodable_message_becomes_a_dead_letter_at_once() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+    let (env, api) = TestEnv::with_all_online().await;
     env.queue.publish_raw(b"not json").await;
     env.publish([42]).await;
     // With one lookup at a time, the good message is handled after the bad one.
     let consumer = env.start(&api.endpoint(), &["--max-consumers=1"]);
     env.wait_until_recorded([42]).await;
-    eventually("a dead letter", PATIENCE, async || (env.dead_letters().await == 1).then_some(()))
-        .await;
+    wait_until("a dead letter", async || env.dead_letters().await == 1).await;
     consumer.stop().await;
     assert_eq!(looked_up(&[&api]), [42]);
     let letter = env.queue.get(&env.queue.dead()).await.unwrap().delivery;
@@ -139,7 +136,6 @@ async fn a_lookup_that_always_fails_does_not_delay_others() {
     assert!((1..8).contains(&failed), "{failed} lookups of object 1");
     assert_eq!(dead_letters, 0);
     // Object 1 is still retried.
-    eventually("another attempt", PATIENCE, async || (api.lookups_of(1) > failed).then_some(()))
-        .await;
+    wait_until("another attempt", async || api.lookups_of(1) > failed).await;
     consumer.stop().await;
 }

@@ -1,11 +1,7 @@
 //! Tests the consumer with a real broker, a real database and a simulated status API. All tests are
 //! in one binary, because each binary takes seconds to link.
 
-#![expect(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    reason = "a helper of a test may panic as a test may"
-)]
+#![expect(clippy::unwrap_used, clippy::expect_used, reason = "test helpers may panic, too")]
 
 mod answers;
 mod breaker;
@@ -22,33 +18,22 @@ mod writes;
 
 use std::time::{Duration, Instant};
 
-use broker::Publisher;
-use clap::Parser as _;
-use service::{CancellationToken, Health, ReloadHandle, Reloadable};
-use testbed::{Database, Proxy, Queue, RETRY_LEVELS, StatusApi, eventually};
-use tokio::task::JoinHandle;
+use messaging::queue::Publisher;
+use runtime::Supervisor;
+use testkit::{
+    Answer, Database, InProcess, PATIENCE, Proxy, Queue, RETRY_LEVELS, StatusApi, install_tls,
+    parse, wait_for, wait_until,
+};
 use tokio::time::timeout;
-use url::Url;
 
 const SECOND: Duration = Duration::from_secs(1);
-/// Far longer than any step needs, because the machine is slow while all tests run.
-const PATIENCE: Duration = Duration::from_secs(40);
 /// How long a test waits to see that something does not happen.
 const SETTLE_TIME: Duration = Duration::from_millis(500);
 /// The callback id of the messages that a test publishes.
 const CALLBACK_ID: &str = "callback-1";
 
-#[derive(clap::Parser)]
-#[command(args_override_self = true)]
-struct Cli {
-    #[command(flatten)]
-    config: consumer::Config,
-}
-
-fn config(settings: &[String]) -> consumer::Config {
-    let program = std::iter::once("consumer");
-    Cli::parse_from(program.chain(settings.iter().map(String::as_str))).config
-}
+/// A consumer that runs in this process.
+type RunningConsumer = InProcess<consumer::Config>;
 
 /// The queue and the database of one test.
 struct TestEnv {
@@ -60,32 +45,39 @@ struct TestEnv {
 impl TestEnv {
     /// Declares the queues. The table does not exist yet.
     async fn new() -> Self {
-        // Fails in the second test of this process, because it is already installed.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        install_tls();
         let queue = Queue::new();
         let database = Database::new().await;
         let settings =
-            [format!("--amqp-uri={}", testbed::amqp_uri()), format!("--queue-name={}", queue.name)];
-        let publisher = Publisher::start(&config(&settings).broker, "test publisher").unwrap();
+            [format!("--amqp-uri={}", testkit::amqp_uri()), format!("--queue-name={}", queue.name)];
+        let config: consumer::Config = parse(&settings);
+        let publisher =
+            Publisher::start(config.broker.open(&Supervisor::default()).unwrap(), "test publisher");
         let mut status = publisher.status();
         timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
         Self { publisher, queue, database }
+    }
+
+    /// Like [`TestEnv::new`], with a status API that answers every lookup with `answer`.
+    async fn with_answer(answer: Answer) -> (Self, StatusApi) {
+        (Self::new().await, StatusApi::start(move |_, _| answer.clone()))
+    }
+
+    async fn with_all_online() -> (Self, StatusApi) {
+        Self::with_answer(Answer::Online).await
     }
 
     /// Starts a consumer that uses `status_api`. The further settings, such as `--max-consumers=3`,
     /// override the others.
     fn start(&self, status_api: &str, further: &[&str]) -> RunningConsumer {
         let mut settings = vec![
-            format!("--amqp-uri={}", testbed::amqp_uri()),
+            format!("--amqp-uri={}", testkit::amqp_uri()),
             format!("--queue-name={}", self.queue.name),
             format!("--database-url={}", self.database.url()),
             format!("--tester-endpoint={status_api}"),
         ];
         settings.extend(further.iter().map(|&setting| setting.to_owned()));
-        let (health, shutdown) = (Health::default(), CancellationToken::new());
-        let (changer, config) = Reloadable::with_handle(config(&settings));
-        let run = consumer::run(config, health.clone(), shutdown.clone());
-        RunningConsumer { health, shutdown, changer, settings, run: tokio::spawn(run) }
+        InProcess::start(consumer::run, settings)
     }
 
     async fn publish(&self, ids: impl IntoIterator<Item = i64>) {
@@ -102,15 +94,13 @@ impl TestEnv {
     /// Waits until exactly these ids, given in ascending order, are in the table.
     async fn wait_until_recorded(&self, ids: impl IntoIterator<Item = i64>) {
         let ids: Vec<i64> = ids.into_iter().collect();
-        eventually("exactly the expected ids are recorded", PATIENCE, async || {
-            (self.rows().await == ids).then_some(())
-        })
-        .await;
+        wait_until("exactly the expected ids are recorded", async || self.rows().await == ids)
+            .await;
     }
 
     /// Waits until a consumer has created the table.
     async fn wait_until_migrated(&self) {
-        eventually("the table exists", PATIENCE, async || {
+        wait_for("the table exists", async || {
             sqlx::query("SELECT FROM object").execute(self.database.pool()).await.ok()
         })
         .await;
@@ -157,60 +147,16 @@ impl TestEnv {
         );
     }
 
+    /// Drains the consumer, and asserts that no message is left.
+    async fn drain(&self, consumer: RunningConsumer) {
+        consumer.stop().await;
+        self.assert_all_settled().await;
+    }
+
     /// A proxy to the database that can be cut, and the setting that makes a consumer use it.
     async fn database_proxy(&self) -> (Proxy, String) {
-        let (proxy, url) = proxied(self.database.url(), 5432).await;
+        let (proxy, url) = Proxy::before(self.database.url()).await;
         (proxy, format!("--database-url={url}"))
-    }
-}
-
-/// A proxy in front of the server that `url` names, and `url` with the proxy's address.
-async fn proxied(url: &str, default_port: u16) -> (Proxy, Url) {
-    let mut url = Url::parse(url).unwrap();
-    let port = url.port().unwrap_or(default_port);
-    let proxy = Proxy::start(format!("{}:{port}", url.host_str().unwrap())).await;
-    url.set_host(Some(&proxy.addr().ip().to_string())).unwrap();
-    url.set_port(Some(proxy.addr().port())).unwrap();
-    (proxy, url)
-}
-
-/// A consumer that runs in this process.
-struct RunningConsumer {
-    health: Health,
-    shutdown: CancellationToken,
-    changer: ReloadHandle<consumer::Config>,
-    settings: Vec<String>,
-    run: JoinHandle<anyhow::Result<()>>,
-}
-
-impl RunningConsumer {
-    /// Changes settings, given as flags such as `--max-consumers=3`.
-    fn change(&self, further: &[&str]) {
-        let further = further.iter().map(|&setting| setting.to_owned());
-        let settings: Vec<_> = self.settings.iter().cloned().chain(further).collect();
-        self.changer.set(config(&settings));
-    }
-
-    /// Drains the consumer, and asserts that it ends without an error.
-    async fn stop(self) {
-        self.shutdown.cancel();
-        let ended = timeout(PATIENCE, self.run).await.expect("the consumer should drain");
-        ended
-            .expect("the consumer should not panic")
-            .expect("the consumer should end without an error");
-    }
-
-    /// The dependencies that are away according to the consumer.
-    fn missing(&self) -> Vec<&'static str> {
-        self.health.missing().into_iter().map(|(dependency, _)| dependency).collect()
-    }
-
-    /// Waits until exactly these dependencies are away according to the consumer.
-    async fn wait_until_missing(&self, dependencies: &[&str]) {
-        eventually(&format!("the consumer misses {dependencies:?}"), PATIENCE, async || {
-            (self.missing() == dependencies).then_some(())
-        })
-        .await;
     }
 }
 

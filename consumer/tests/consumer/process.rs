@@ -1,23 +1,16 @@
 use std::net::SocketAddr;
 use std::time::{Duration, Instant};
 
-use testbed::{Answer, Process, StatusApi, eventually, free_port, http_get};
+use testkit::{Answer, Process, StatusApi, System, free_port, http_get, wait_for, wait_until};
 
-use crate::{CALLBACK_ID, PATIENCE, SECOND, TestEnv};
+use crate::{CALLBACK_ID, SECOND, TestEnv};
 
 /// The exit codes for a bad setting, and for a process that did not finish its work.
 const BAD_SETTING: i32 = 78;
 const FAILURE: i32 = 70;
 
 pub(crate) fn spawn(env: &TestEnv, api: &StatusApi, further: &[(&'static str, &str)]) -> Process {
-    let mut environment = vec![
-        ("AMQP_URI", testbed::amqp_uri()),
-        ("QUEUE_NAME", env.queue.name.clone()),
-        ("DATABASE_URL", env.database.url().to_owned()),
-        ("TESTER_ENDPOINT", api.endpoint()),
-    ];
-    environment.extend(further.iter().map(|&(name, value)| (name, value.to_owned())));
-    Process::spawn("consumer", &environment, &[])
+    System::new(&env.queue, &env.database, &api.endpoint()).spawn("consumer", further)
 }
 
 /// A consumer with one lookup in flight, which ends after a minute.
@@ -25,8 +18,7 @@ async fn with_a_hanging_lookup(env: &TestEnv, api: &StatusApi, drain_timeout: &s
     let settings = [("STATUS_TIMEOUT", "60s"), ("DRAIN_TIMEOUT", drain_timeout)];
     let consumer = spawn(env, api, &settings);
     env.publish([42]).await;
-    eventually("the lookup is in flight", PATIENCE, async || (api.in_flight() == 1).then_some(()))
-        .await;
+    wait_until("the lookup is in flight", async || api.in_flight() == 1).await;
     consumer
 }
 
@@ -35,7 +27,7 @@ async fn a_bad_setting_is_rejected_with_what_is_allowed() {
     let consumer = Process::spawn("consumer", &[("MAX_CONSUMERS", "0".to_owned())], &[]);
     assert_eq!(consumer.wait().await.code(), Some(BAD_SETTING));
     let log = consumer.log().join("\n");
-    assert!(log.contains("MAX_CONSUMERS=0: expected a number from 1 to 50000"), "{log}");
+    assert!(log.contains("MAX_CONSUMERS=0: expected a whole number from 1 to 50000"), "{log}");
 }
 
 #[tokio::test]
@@ -44,13 +36,37 @@ async fn a_malformed_uri_is_rejected_without_showing_its_password() {
         ("AMQP_URI", "amqp://me:s3cret@host:port/x"),
         ("AMQP_URI", "me:s3cret@host"),
         ("AMQP_URI", "amqp://me:s3cret/@host:5672"),
+        ("AMQP_URI", "amqp://me:s3cret@a:5672,me:s3cret@b:5672/x"),
+        ("AMQP_URI", "amqp://me:s3cret%zz@host/x"),
         ("DATABASE_URL", "postgres://me:s3cret@host:port/x"),
+        ("DATABASE_URL", "postgres://me:s3cret@a:5432,me:s3cret@b:5432/x"),
     ] {
         let consumer = Process::spawn("consumer", &[(name, value.to_owned())], &[]);
         assert_eq!(consumer.wait().await.code(), Some(BAD_SETTING), "{value}");
         let log = consumer.log().join("\n");
         assert!(log.contains(&format!("{name}=")), "{log}");
         assert!(!log.contains("s3cret"), "{log}");
+    }
+}
+
+#[tokio::test]
+async fn contradictory_settings_are_rejected_with_their_sources() {
+    for (environment, error) in [
+        (
+            [("POSTGRES_HOST", "a,b"), ("POSTGRES_PORT", "1,2,3")],
+            "as there are hosts in POSTGRES_HOST=a,b (POSTGRES_PORT is set in the environment; \
+             POSTGRES_HOST is set in the environment)",
+        ),
+        (
+            [("AMQP_URI", "sqlite:queue.db"), ("SHARDS", "4")],
+            "SHARDS=4: expected 1, because a queue in a file has no shards",
+        ),
+    ] {
+        let environment = environment.map(|(name, value)| (name, value.to_owned()));
+        let consumer = Process::spawn("consumer", &environment, &[]);
+        assert_eq!(consumer.wait().await.code(), Some(BAD_SETTING), "{environment:?}");
+        let log = consumer.log().join("\n");
+        assert!(log.contains(error), "{log}");
     }
 }
 
@@ -74,13 +90,11 @@ async fn an_endpoint_with_a_query_is_rejected_without_showing_it() {
 
 #[tokio::test]
 async fn an_idle_consumer_exits_with_0_on_sigterm() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+    let (env, api) = TestEnv::with_all_online().await;
     let consumer = spawn(&env, &api, &[]);
     env.publish([42]).await;
     env.wait_until_recorded([42]).await;
-    consumer.terminate();
-    assert_eq!(consumer.wait().await.code(), Some(0));
+    consumer.stop().await;
     env.assert_all_settled().await;
 }
 
@@ -95,18 +109,16 @@ async fn a_consumer_without_dependencies_is_never_ready() {
         ("TESTER_ENDPOINT", format!("http://127.0.0.1:{unused}")),
     ];
     let consumer = Process::spawn("consumer", &settings, &[]);
-    let first = eventually("the admin address answers", PATIENCE, async || {
-        http_get(admin, "/readyz").await.ok()
-    })
-    .await;
+    let first =
+        wait_for("the admin address answers", async || http_get(admin, "/readyz").await.ok()).await;
     assert_eq!(first.status, 503, "{}", first.body);
     let metrics = http_get(admin, "/metrics").await.unwrap().body;
     assert!(metrics.contains("\nlastseen_ready{role=\"consumer\"} 0\n"), "{metrics}");
-    // At first, it may only report that the process is starting.
-    eventually("the healthcheck names the database", PATIENCE, async || {
+    // At first, the healthcheck may only report that the process is starting.
+    wait_until("the healthcheck names the database", async || {
         let healthcheck = Process::spawn("consumer", &settings, &["healthcheck"]);
         assert_eq!(healthcheck.wait().await.code(), Some(1));
-        healthcheck.log().join("\n").contains("database: ").then_some(())
+        healthcheck.log().join("\n").contains("database: ")
     })
     .await;
     for line in ["no broker", "no database", "no status API"] {
@@ -116,8 +128,7 @@ async fn a_consumer_without_dependencies_is_never_ready() {
 
 #[tokio::test]
 async fn a_second_sigterm_ends_the_drain_at_once() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Hang);
+    let (env, api) = TestEnv::with_answer(Answer::Hang).await;
     let consumer = with_a_hanging_lookup(&env, &api, "60s").await;
     consumer.terminate();
     consumer.wait_for_log("draining").await;
@@ -128,16 +139,12 @@ async fn a_second_sigterm_ends_the_drain_at_once() {
     consumer.terminate();
     assert_eq!(consumer.wait().await.code(), Some(FAILURE));
     assert!(second_signal.elapsed() < Duration::from_secs(10), "{:?}", second_signal.elapsed());
-    eventually("the message is in the queue again", PATIENCE, async || {
-        (env.ready().await == 1).then_some(())
-    })
-    .await;
+    wait_until("the message is in the queue again", async || env.ready().await == 1).await;
 }
 
 #[tokio::test]
 async fn a_drain_ends_at_its_timeout_and_messages_are_redelivered() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Hang);
+    let (env, api) = TestEnv::with_answer(Answer::Hang).await;
     let consumer = with_a_hanging_lookup(&env, &api, "1s").await;
     let signalled = Instant::now();
     consumer.terminate();
@@ -145,16 +152,12 @@ async fn a_drain_ends_at_its_timeout_and_messages_are_redelivered() {
     assert!(signalled.elapsed() >= SECOND, "{:?}", signalled.elapsed());
     let log = consumer.log().join("\n");
     assert!(log.contains("the drain took longer than DRAIN_TIMEOUT=1s"), "{log}");
-    eventually("the message is in the queue again", PATIENCE, async || {
-        (env.ready().await == 1).then_some(())
-    })
-    .await;
+    wait_until("the message is in the queue again", async || env.ready().await == 1).await;
 }
 
 #[tokio::test]
 async fn the_log_of_a_lookup_has_the_callback_id() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+    let (env, api) = TestEnv::with_all_online().await;
     let consumer = spawn(&env, &api, &[("RUST_LOG", "info,consumer=debug")]);
     env.publish([42]).await;
     let line = consumer.wait_for_log(CALLBACK_ID).await;

@@ -1,25 +1,15 @@
 use std::time::Instant;
 
-use service::CancellationToken;
-use testbed::{Answer, Scratch, StatusApi, eventually};
+use runtime::CancellationToken;
+use testkit::{Answer, Scratch, StatusApi, wait_until};
 use tokio::time::sleep;
 
 use crate::breaker::has_opened;
 use crate::process::spawn;
-use crate::{PATIENCE, SECOND, SETTLE_TIME, TestEnv, looked_up};
-
-/// An API that answers no lookup until the token is cancelled.
-fn blocked() -> (StatusApi, CancellationToken) {
-    let token = CancellationToken::new();
-    let go = token.clone();
-    (StatusApi::start(move |_, _| Answer::Gated(go.clone(), Box::new(Answer::Online))), token)
-}
+use crate::{SECOND, SETTLE_TIME, TestEnv, looked_up};
 
 async fn wait_until_in_flight(api: &StatusApi, count: usize) {
-    eventually(&format!("{count} lookups are in flight"), PATIENCE, async || {
-        (api.in_flight() == count).then_some(())
-    })
-    .await;
+    wait_until(&format!("{count} lookups are in flight"), async || api.in_flight() == count).await;
 }
 
 /// Asserts that the number of lookups follows `MAX_CONSUMERS` up and down while lookups are in
@@ -32,7 +22,7 @@ async fn assert_lookups_follow(further: &[&str]) {
         let gates = gates.clone();
         move |id, _| {
             let gate = gates[usize::try_from(id / 100).unwrap()].clone();
-            Answer::Gated(gate, Box::new(Answer::Online))
+            Answer::Online.behind(&gate)
         }
     });
     let further: Vec<_> = further.iter().copied().chain(["--max-consumers=10"]).collect();
@@ -41,13 +31,14 @@ async fn assert_lookups_follow(further: &[&str]) {
     wait_until_in_flight(&api, 10).await;
     consumer.change(&["--max-consumers=100"]);
     wait_until_in_flight(&api, 100).await;
-    // Lookups in flight continue, and none starts until fewer than three are left.
+    // Lookups in flight continue, and no further lookup starts until fewer than three are left.
     consumer.change(&["--max-consumers=3"]);
     sleep(SETTLE_TIME).await;
     assert_eq!(api.in_flight(), 100);
     gates[0].cancel();
     wait_until_in_flight(&api, 3).await;
     sleep(SETTLE_TIME).await;
+    // The first gate let 100 lookups end, and then three started.
     assert_eq!((api.in_flight(), api.lookups().len()), (3, 103));
     // No permit was lost.
     consumer.change(&["--max-consumers=100"]);
@@ -56,8 +47,7 @@ async fn assert_lookups_follow(further: &[&str]) {
         gate.cancel();
     }
     env.wait_until_recorded(0..400).await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
     assert_eq!(looked_up(&[&api]), (0..400).collect::<Vec<_>>());
 }
 
@@ -74,7 +64,7 @@ async fn without_coalescing_the_prefetch_follows_max_consumers_too() {
 #[tokio::test]
 async fn an_adaptive_limit_stays_below_a_max_consumers_that_falls() {
     let env = TestEnv::new().await;
-    let (api, go) = blocked();
+    let (api, go) = StatusApi::gated();
     let settings = ["--max-consumers=40", "--concurrency=adaptive"];
     let consumer = env.start(&api.endpoint(), &settings);
     consumer.change(&["--max-consumers=7"]);
@@ -84,33 +74,29 @@ async fn an_adaptive_limit_stays_below_a_max_consumers_that_falls() {
     assert_eq!(api.in_flight(), 7);
     go.cancel();
     env.wait_until_recorded(0..100).await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
 async fn max_lookups_per_second_limits_lookups_until_it_is_raised() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+    let (env, api) = TestEnv::with_all_online().await;
     let started = Instant::now();
     let consumer = env.start(&api.endpoint(), &["--max-lookups-per-second=5"]);
     env.publish(0..500).await;
-    eventually("some are looked up", PATIENCE, async || (api.lookups().len() >= 5).then_some(()))
-        .await;
+    wait_until("some are looked up", async || api.lookups().len() >= 5).await;
     let took = api.lookups()[4].1 - started;
     assert!(took > SECOND * 9 / 10, "five within {took:?}");
     // Without the change, the rest would take 98 s.
     consumer.change(&["--max-lookups-per-second=5000"]);
     env.wait_until_recorded(0..500).await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
     assert_eq!(looked_up(&[&api]), (0..500).collect::<Vec<_>>());
 }
 
 #[tokio::test]
 async fn breaker_failure_percent_can_change_at_run_time() {
+    // For two of every three ids, the first lookup fails.
     let env = TestEnv::new().await;
-    // The first lookups of two of three ids fail.
     let api = StatusApi::start(|id, lookup| {
         if id % 3 == 0 || lookup > 1 { Answer::Online } else { Answer::Status(500) }
     });
@@ -123,8 +109,7 @@ async fn breaker_failure_percent_can_change_at_run_time() {
     env.publish(300..600).await;
     consumer.wait_until_missing(&["status API"]).await;
     env.wait_until_recorded(0..600).await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
@@ -142,11 +127,11 @@ async fn lookups_after_a_change_have_the_new_status_timeout() {
     consumer.run.abort();
 }
 
-/// As an operator does it: raises the limit during a backlog, in the settings file of a process.
+/// Raises the limit during a backlog as an operator does: in the settings file of a process.
 #[tokio::test]
 async fn raising_max_consumers_during_a_backlog_redelivers_nothing() {
     let env = TestEnv::new().await;
-    let (api, go) = blocked();
+    let (api, go) = StatusApi::gated();
     let directory = Scratch::new("settings");
     let file = directory.path().join("lastseen.env");
     std::fs::write(&file, "MAX_CONSUMERS=50\n").unwrap();
@@ -163,8 +148,7 @@ async fn raising_max_consumers_during_a_backlog_redelivers_nothing() {
     go.cancel();
     env.wait_until_recorded(0..2_000).await;
     let redelivered = consumer.metric("lastseen_deliveries_total{redelivered=\"true\"}").await;
-    consumer.terminate();
-    assert_eq!(consumer.wait().await.code(), Some(0));
+    consumer.stop().await;
     env.assert_all_settled().await;
     assert!(redelivered.abs() < 0.5, "{redelivered} messages were redelivered");
     assert_eq!(looked_up(&[&api]), (0..2_000).collect::<Vec<_>>());

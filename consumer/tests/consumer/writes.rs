@@ -1,22 +1,18 @@
-use service::CancellationToken;
-use testbed::{Answer, StatusApi, eventually};
+use testkit::{Answer, StatusApi, wait_until};
 
 use crate::failures::header;
-use crate::{PATIENCE, SECOND, TestEnv};
+use crate::{SECOND, TestEnv};
 
 #[tokio::test]
 async fn last_seen_is_the_time_of_the_answer_by_the_databases_clock() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::After(SECOND, Box::new(Answer::Online)));
+    let (env, api) = TestEnv::with_answer(Answer::Online.after(SECOND)).await;
     // The write is due 3 s after the answer, so that their times differ clearly.
     let consumer = env.start(&api.endpoint(), &["--write-batch-linger=3s"]);
     env.wait_until_migrated().await;
     let started = env.clock().await;
     env.publish([42]).await;
-    eventually("the lookup is answered", PATIENCE, async || {
-        (api.lookups_of(42) == 1 && api.in_flight() == 0).then_some(())
-    })
-    .await;
+    wait_until("the lookup is answered", async || api.lookups_of(42) == 1 && api.in_flight() == 0)
+        .await;
     let answered = env.clock().await;
     env.wait_until_recorded([42]).await;
     let written = env.clock().await;
@@ -29,9 +25,8 @@ async fn last_seen_is_the_time_of_the_answer_by_the_databases_clock() {
 }
 
 #[tokio::test]
-async fn last_seen_moves_forward_and_from_the_future_to_now() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+async fn a_last_seen_in_the_past_or_in_the_future_becomes_now() {
+    let (env, api) = TestEnv::with_all_online().await;
     let consumer = env.start(&api.endpoint(), &[]);
     env.wait_until_migrated().await;
     let insert = "INSERT INTO object VALUES (1, now() + interval '1 hour'),
@@ -40,12 +35,11 @@ async fn last_seen_moves_forward_and_from_the_future_to_now() {
     let (future, older) = (env.last_seen(1).await, env.last_seen(2).await);
     env.publish([1, 2, 3]).await;
     env.wait_until_recorded([1, 2, 3]).await;
-    eventually("both objects are looked up", PATIENCE, async || {
-        (api.lookups_of(1) == 1 && api.lookups_of(2) == 1).then_some(())
+    wait_until("objects 1 and 2 are looked up", async || {
+        api.lookups_of(1) == 1 && api.lookups_of(2) == 1
     })
     .await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
     // Field case 4.4.
     assert!(env.last_seen(1).await < future - 3_000.0);
     assert!(env.last_seen(2).await > older + 3_599.0);
@@ -54,27 +48,22 @@ async fn last_seen_moves_forward_and_from_the_future_to_now() {
 #[tokio::test]
 async fn repeated_messages_of_an_object_make_one_row() {
     let env = TestEnv::new().await;
-    let answer = CancellationToken::new();
-    let answered = answer.clone();
-    let api =
-        StatusApi::start(move |_, _| Answer::Gated(answered.clone(), Box::new(Answer::Online)));
+    let (api, answer) = StatusApi::gated();
     env.publish([7; 20]).await;
     env.publish([8, 7, 9]).await;
     let settings = ["--coalesce=off", "--status-timeout=1m", "--write-batch-linger=500ms"];
     let consumer = env.start(&api.endpoint(), &settings);
-    eventually("all are being looked up", PATIENCE, async || (api.in_flight() == 23).then_some(()))
-        .await;
-    // All results arrive at once, so that one batch has all of them.
+    wait_until("all are being looked up", async || api.in_flight() == 23).await;
+    // All results arrive within WRITE_BATCH_LINGER, so one batch has all 21 results of
+    // object 7.
     answer.cancel();
     env.wait_until_recorded([7, 8, 9]).await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
 async fn rows_are_written_in_batches() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+    let (env, api) = TestEnv::with_all_online().await;
     env.publish(1..=500).await;
     let consumer = env.start(&api.endpoint(), &["--write-batch-linger=50ms"]);
     env.wait_until_recorded(1..=500).await;
@@ -85,9 +74,8 @@ async fn rows_are_written_in_batches() {
 }
 
 #[tokio::test]
-async fn a_full_batch_does_not_wait_for_the_linger_and_none_is_larger() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+async fn no_batch_exceeds_the_maximum_and_a_full_one_does_not_wait() {
+    let (env, api) = TestEnv::with_all_online().await;
     env.publish(1..=100).await;
     let settings = ["--write-batch-max=10", "--write-batch-linger=1m"];
     let consumer = env.start(&api.endpoint(), &settings);
@@ -100,19 +88,15 @@ async fn a_full_batch_does_not_wait_for_the_linger_and_none_is_larger() {
 
 #[tokio::test]
 async fn a_refused_row_is_a_dead_letter_and_its_batch_is_written() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
-    // The linger is long enough for one batch.
+    let (env, api) = TestEnv::with_all_online().await;
+    // The linger is long enough for all results to be in one batch.
     let consumer = env.start(&api.endpoint(), &["--write-batch-linger=1s"]);
     env.wait_until_migrated().await;
     let never = "ALTER TABLE object ADD CONSTRAINT never_these CHECK (id NOT IN (3, 77))";
     sqlx::query(never).execute(env.database.pool()).await.unwrap();
     env.publish((1..=100).chain([3])).await;
     env.wait_until_recorded((1..=100).filter(|id| ![3, 77].contains(id))).await;
-    eventually("the dead letters", PATIENCE, async || {
-        (env.dead_letters().await == 3).then_some(())
-    })
-    .await;
+    wait_until("the dead letters", async || env.dead_letters().await == 3).await;
     consumer.stop().await;
     let mut letters = Vec::new();
     while let Some(letter) = env.queue.get(&env.queue.dead()).await {
@@ -129,8 +113,7 @@ async fn a_refused_row_is_a_dead_letter_and_its_batch_is_written() {
 #[tokio::test]
 async fn held_up_rows_do_not_delay_other_rows() {
     const HELD_UP: [i64; 3] = [3, 5, 8];
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+    let (env, api) = TestEnv::with_all_online().await;
     let consumer = env.start(&api.endpoint(), &["--write-batch-linger=1s", "--max-consumers=40"]);
     env.wait_until_migrated().await;
     let pool = env.database.pool();
@@ -147,58 +130,51 @@ async fn held_up_rows_do_not_delay_other_rows() {
         EXECUTE FUNCTION break()";
     sqlx::raw_sql(obstacles).execute(pool).await.unwrap();
     let mut other = pool.begin().await.unwrap();
-    let lock = "SELECT pg_advisory_xact_lock(5) FROM object WHERE id = 3 FOR UPDATE";
-    sqlx::query(lock).execute(&mut *other).await.unwrap();
+    let both_locks = "SELECT pg_advisory_xact_lock(5) FROM object WHERE id = 3 FOR UPDATE";
+    sqlx::query(both_locks).execute(&mut *other).await.unwrap();
 
     env.publish(1..=50).await;
-    let not_written = "SELECT count(*) FROM generate_series(1, 50) AS id WHERE id <> ALL ($1)
-                       AND NOT EXISTS (SELECT FROM object WHERE object.id = id.id
+    let not_written = "SELECT count(*) FROM generate_series(1, 50) AS published (id)
+                       WHERE id <> ALL ($1)
+                       AND NOT EXISTS (SELECT FROM object WHERE object.id = published.id
                                        AND last_seen > now() - interval '5 min')";
     let wait_until_written = async |except: &[i64]| {
-        eventually("the rows are written", PATIENCE, async || {
+        wait_until("the rows are written", async || {
             let left = sqlx::query_scalar(not_written).bind(except).fetch_one(pool);
             let left: i64 = left.await.unwrap();
-            (left == 0).then_some(())
+            left == 0
         })
         .await;
     };
     wait_until_written(&HELD_UP).await;
     // Later rows are written, too.
     env.publish((51..=90).chain(HELD_UP)).await;
-    eventually("the later rows are written", PATIENCE, async || {
-        env.rows().await.contains(&90).then_some(())
-    })
-    .await;
-    eventually("the consumer is ready", PATIENCE, async || {
-        consumer.missing().is_empty().then_some(())
-    })
-    .await;
+    wait_until("the later rows are written", async || env.rows().await.contains(&90)).await;
+    wait_until("the consumer is ready", async || consumer.missing().is_empty()).await;
+    // The new table removes the obstacle of row 8, and the rollback removes those of rows 3 and 5.
     sqlx::query("CREATE TABLE missing (id bigint)").execute(pool).await.unwrap();
     other.rollback().await.unwrap();
     wait_until_written(&[]).await;
-    // A repeated message is looked up once the first one is settled. A consumer that is stopped
-    // before gives it back.
-    eventually("the repeated messages are looked up", PATIENCE, async || {
-        HELD_UP.iter().all(|&id| api.lookups_of(id) >= 2).then_some(())
+    // The second messages of these objects are looked up only after the first ones are settled. A
+    // consumer that stops before that gives the second messages back to the queue.
+    wait_until("the second messages are looked up", async || {
+        HELD_UP.iter().all(|&id| api.lookups_of(id) >= 2)
     })
     .await;
-    consumer.stop().await;
-    env.assert_all_settled().await;
+    env.drain(consumer).await;
 }
 
 #[tokio::test]
 async fn a_consumer_that_stops_gives_back_held_up_rows() {
-    let env = TestEnv::new().await;
-    let api = StatusApi::start(|_, _| Answer::Online);
+    let (env, api) = TestEnv::with_all_online().await;
     let consumer = env.start(&api.endpoint(), &[]);
     env.wait_until_migrated().await;
     let mut other = env.database.pool().begin().await.unwrap();
-    // A row that is not committed yet.
+    // Until this insert is committed or rolled back, the consumer cannot write the row.
     sqlx::query("INSERT INTO object VALUES (1, now())").execute(&mut *other).await.unwrap();
     env.publish(1..=2).await;
     env.wait_until_recorded([2]).await;
-    eventually("object 1 was looked up", PATIENCE, async || (api.lookups_of(1) == 1).then_some(()))
-        .await;
+    wait_until("object 1 was looked up", async || api.lookups_of(1) == 1).await;
     consumer.stop().await;
     assert_eq!(env.ready().await, 1);
 }

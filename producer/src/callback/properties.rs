@@ -1,6 +1,6 @@
-//! Properties of every body. Inputs that once failed are kept in `tests/callback.regressions`. The
-//! corpus in `tests/corpus/callback` holds more inputs; the name of each says whether it is a
-//! callback.
+//! Property tests of callback bodies. Inputs that once failed are in `tests/callback.regressions`.
+//! The corpus in `tests/corpus/callback` has more inputs; the name of each file says whether its
+//! content is a callback.
 //!
 //! Decision: docs/decisions/0073-how-are-parsers-tested.md
 
@@ -14,18 +14,18 @@ use super::Callback;
 
 const MAX_IDS: usize = 1_000;
 
-/// The distinct ids of a body in ascending order, as another parser reads them.
-fn ids_by_value(body: &[u8]) -> Option<Vec<i64>> {
+/// The distinct ids of a body in ascending order, according to another parser.
+fn reference_ids(body: &[u8]) -> Option<Vec<i64>> {
     let body = body.strip_prefix(b"\xef\xbb\xbf").unwrap_or(body);
     let value: Value = serde_json::from_slice(body).ok()?;
     let listed = value.as_object()?.get("object_ids")?.as_array()?;
-    let mut ids = listed.iter().map(id_by_value).collect::<Option<Vec<i64>>>()?;
+    let mut ids = listed.iter().map(reference_id).collect::<Option<Vec<i64>>>()?;
     ids.sort_unstable();
     ids.dedup();
     Some(ids)
 }
 
-fn id_by_value(value: &Value) -> Option<i64> {
+fn reference_id(value: &Value) -> Option<i64> {
     let as_text = |text: &str| text.parse::<i64>().ok().filter(|id| id.to_string() == text);
     #[expect(clippy::cast_possible_truncation, reason = "a whole number up to 2^53 is an i64")]
     let as_whole = |float: f64| {
@@ -73,7 +73,7 @@ fn any_json() -> impl Strategy<Value = Value> {
     })
 }
 
-/// In most cases a callback, or nearly one.
+/// Generates JSON that is in most cases a callback, or nearly one.
 fn body() -> impl Strategy<Value = Value> {
     let listed = prop_oneof![
         4 => vec(number(), 0..8).prop_map(Value::from),
@@ -116,13 +116,13 @@ proptest! {
     }
 
     #[test]
-    fn any_json_is_parsed_as_by_another_parser(body in body(), pretty: bool) {
+    fn any_json_is_parsed_as_by_the_reference_parser(body in body(), pretty: bool) {
         let body = if pretty { format!("\n{body:#}\n") } else { body.to_string() };
-        prop_assert_eq!(ids(body.as_bytes()), ids_by_value(body.as_bytes()));
+        prop_assert_eq!(ids(body.as_bytes()), reference_ids(body.as_bytes()));
     }
 
     #[test]
-    fn json_with_wrong_bytes_is_parsed_as_by_another_parser(
+    fn json_with_wrong_bytes_is_parsed_as_by_the_reference_parser(
         body in body(),
         changes in vec((any::<Index>(), any::<u8>()), 1..4),
     ) {
@@ -131,17 +131,17 @@ proptest! {
             let at = at.index(body.len());
             body[at] = byte;
         }
-        // If the other parser finds no JSON, the wrong bytes may be in a field that is ignored
-        // here.
+        // If the other parser finds no JSON, the wrong bytes may be in a field that
+        // `Callback::parse` ignores.
         if let (Some(ids), Ok(_)) = (ids(&body), serde_json::from_slice::<Value>(&body)) {
-            prop_assert_eq!(Some(ids), ids_by_value(&body));
+            prop_assert_eq!(Some(ids), reference_ids(&body));
         }
     }
 
     #[test]
     fn any_bytes_are_parsed_or_rejected_without_a_panic(body: Vec<u8>) {
         if let Some(ids) = ids(&body) {
-            prop_assert_eq!(Some(ids), ids_by_value(&body));
+            prop_assert_eq!(Some(ids), reference_ids(&body));
         }
     }
 }

@@ -1,15 +1,15 @@
 //! Invalid bodies of many kinds.
 
+use testkit::Wire;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::task::JoinSet;
 
 use super::{Siege, exchange, statuses};
-use crate::wire::Wire;
 
 const MIB: usize = 1 << 20;
 
-/// A request with these headers and this body, which closes its connection.
+/// A request with these headers and this body. It asks the server to close the connection.
 fn request(headers: &str, body: &[u8]) -> Vec<u8> {
     let length = body.len();
     let head = format!(
@@ -108,7 +108,7 @@ async fn truncated_body_is_rejected() {
     let siege = Siege::begin(&[]).await;
     let whole = request("", br#"{"object_ids":[666]}  "#);
     let chunked = b"POST /callback HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n14\r\n{\"object_ids\":[666]}\r\n";
-    // All of them have the complete JSON, but not the end of the body.
+    // Each request has the complete JSON, but not the end of the body.
     for bytes in [&whole[..whole.len() - 2], chunked, &chunked[..chunked.len() - 2]] {
         let mut stream = TcpStream::connect(siege.address).await.unwrap();
         stream.write_all(bytes).await.unwrap();
@@ -133,8 +133,8 @@ async fn unfinished_large_bodies_stay_within_their_memory_limit() {
         clients.spawn(async move { exchange(address, unfinished).await });
     }
     for answer in clients.join_all().await {
-        // Bodies without permits are answered 503 at their deadline, the others 408 once they are
-        // too slow.
+        // The producer answers 503 to a body without permits at its deadline, and 408 to the others
+        // once they are too slow.
         assert!(matches!(statuses(&answer).as_slice(), [] | [408 | 503]), "{answer}");
     }
     // Large bodies are accepted again.

@@ -1,30 +1,27 @@
-//! Malicious clients against the producer as a process. Each is answered 4xx or disconnected, the
-//! memory stays flat, and the callbacks of other clients are still answered 200.
+//! Malicious clients against the producer as a process. Each is answered with an error or
+//! disconnected, the memory hardly grows, and other clients' callbacks are still answered 200.
 
 #![expect(clippy::unwrap_used, reason = "test helpers may panic, too")]
 
 mod bodies;
 mod shapes;
 mod slow;
-#[expect(dead_code, reason = "the other test binary uses all of it")]
-#[path = "../producer/wire.rs"]
-mod wire;
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
+use runtime::CancellationToken;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use serde_json::Value;
-use service::CancellationToken;
-use testbed::{Process, Queue, amqp_uri, eventually};
+use testkit::{Process, Queue, System, Wire, amqp_uri, producer_address, wait_until};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-use wire::{DEADLINE, Wire};
+const DEADLINE: Duration = Duration::from_secs(30);
 
 /// The id in a siege's first callback. The id is incremented after each accepted callback.
 const FIRST_ID: i64 = 1_000_000;
@@ -52,21 +49,15 @@ struct Callbacks {
 impl Siege {
     async fn begin(settings: &[(&'static str, &str)]) -> Self {
         let queue = Queue::new();
-        let mut environment = vec![
-            ("AMQP_URI", amqp_uri()),
-            ("QUEUE_NAME", queue.name.clone()),
-            ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
-            ("PUBLISH_TIMEOUT", "400ms".to_owned()),
-        ];
-        environment.extend(settings.iter().map(|(name, value)| (*name, (*value).to_owned())));
-        let producer = Arc::new(Process::spawn("producer", &environment, &[]));
+        let system = System::of_producers(&amqp_uri(), &queue);
+        let variables = [&[("PUBLISH_TIMEOUT", "400ms")], settings].concat();
+        let producer = Arc::new(system.spawn("producer", &variables));
         producer.ready().await;
-        let line = producer.wait_for_log("accepting callbacks").await;
-        let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
-        // The first callback makes the producer allocate what it keeps for good.
+        let address = producer_address(&producer).await;
+        // During the first callback, the producer allocates memory that it never frees. Post one
+        // before the memory is measured.
         let mut wire = Wire::connect(address).await;
-        wire.send_callback(0).await;
-        assert_eq!(wire.reply().await.status, 200);
+        assert_eq!(wire.post_callback(0).await.status, 200);
         let stop = CancellationToken::new();
         let memory_before_kib = producer.rss_kib();
         let callbacks = tokio::spawn(post_until(stop.clone(), address, Arc::clone(&producer)));
@@ -77,21 +68,20 @@ impl Siege {
     /// with id 1. Asserts that the memory has grown by at most `allowed_mib`.
     async fn assert_withstood(self, others: usize, allowed_mib: u64) {
         assert!(self.producer.is_running());
-        // One more callback, behind all others.
+        // Post one more callback after all others. Its message is the second with id 0.
         let mut wire = Wire::connect(self.address).await;
-        wire.send_callback(0).await;
-        assert_eq!(wire.reply().await.status, 200);
+        assert_eq!(wire.post_callback(0).await.status, 200);
         self.stop.cancel();
         let Callbacks { accepted, unavailable, peak_memory_kib } = self.callbacks.await.unwrap();
         assert!(
             accepted > unavailable,
             "{unavailable} callbacks answered 503, {accepted} accepted"
         );
-        // Some arrive more than once, if a busy broker confirmed them so late that they were
-        // spooled as well.
+        // Some messages arrive more than once, if a busy broker confirmed them so late that the
+        // producer spooled them as well.
         let mut arrived = BTreeMap::new();
-        eventually("the callbacks, and nothing else, are queued", DEADLINE, async || {
-            while let Some(message) = self.queue.get(&self.queue.name).await {
+        wait_until("the callbacks, and nothing else, are queued", async || {
+            for message in self.queue.take_all(&self.queue.name).await {
                 let body: Value = serde_json::from_slice(&message.delivery.data).unwrap();
                 *arrived.entry(body["id"].as_i64().unwrap()).or_insert(0_usize) += 1;
             }
@@ -99,7 +89,7 @@ impl Siege {
             let is_known = |id: &i64| [0, 1].contains(id) || *id >= FIRST_ID;
             assert!(arrived.keys().all(is_known), "{arrived:?}");
             let all_accepted = (FIRST_ID..FIRST_ID + accepted).all(|id| times(id) > 0);
-            (all_accepted && times(0) >= 2 && times(1) >= others).then_some(())
+            all_accepted && times(0) >= 2 && times(1) >= others
         })
         .await;
         let growth_kib = peak_memory_kib.saturating_sub(self.memory_before_kib);
@@ -115,10 +105,9 @@ async fn post_until(
 ) -> Callbacks {
     let mut callbacks = Callbacks::default();
     while !stop.is_cancelled() {
-        // Each on its own connection, because connecting must work as well.
+        // Post each callback on its own connection, because connecting must work as well.
         let mut wire = Wire::connect(address).await;
-        wire.send_callback(FIRST_ID + callbacks.accepted).await;
-        let reply = wire.reply().await;
+        let reply = wire.post_callback(FIRST_ID + callbacks.accepted).await;
         match reply.status {
             200 => callbacks.accepted += 1,
             503 => callbacks.unavailable += 1,

@@ -35,7 +35,7 @@ fn ambiguous_requests() -> Vec<(&'static str, Vec<u8>)> {
         ("a negative length", with_length("-1")),
         ("a length in hex", with_length("0x12")),
         ("a length beyond 64 bits", with_length("18446744073709551634")),
-        ("no length in the length", with_length("")),
+        ("an empty length", with_length("")),
         ("chunked and then not", with_te("chunked, identity")),
         ("not chunked", with_te("identity")),
         ("nearly chunked", with_te("xchunked")),
@@ -78,7 +78,7 @@ fn ambiguous_requests() -> Vec<(&'static str, Vec<u8>)> {
     requests
         .push(("a chunk that ends by a line feed", chunked(&format!("12\n{BODY}\r\n0\r\n\r\n"))));
     requests.push((
-        "a chunk that is longer than it says",
+        "a chunk that is longer than its size",
         chunked(&format!("2\r\n{BODY}\r\n0\r\n\r\n")),
     ));
     requests
@@ -123,7 +123,8 @@ async fn chunked_request_is_the_last_on_its_connection() {
     siege.assert_withstood(4, 120).await;
 }
 
-/// A server must accept the first of these (RFC 9112, 3.2.2), and may accept the others (2.2, 6.3).
+/// A server must accept the first of these requests (RFC 9112, 3.2.2), and may accept the others
+/// (2.2, 6.3).
 #[tokio::test]
 async fn unusual_but_unambiguous_requests_are_accepted() {
     let siege = Siege::begin(&[]).await;

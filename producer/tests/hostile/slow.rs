@@ -2,14 +2,13 @@
 
 use std::time::Duration;
 
-use testbed::{Process, Queue, amqp_uri};
+use testkit::{Queue, System, Wire, amqp_uri, producer_address};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
 use tokio::task::JoinSet;
 use tokio::time::{sleep, timeout};
 
-use super::{Siege, allow_files, statuses};
-use crate::wire::{DEADLINE, Wire};
+use super::{DEADLINE, Siege, allow_files, statuses};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn trickling_connections_are_closed_and_delay_no_callback() {
@@ -58,23 +57,16 @@ async fn trickle(stream: TcpStream) -> String {
 #[tokio::test]
 async fn clients_that_never_read_are_disconnected() {
     let queue = Queue::new();
-    let environment = [
-        ("AMQP_URI", amqp_uri()),
-        ("QUEUE_NAME", queue.name.clone()),
-        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
-        ("HEADER_TIMEOUT", "2s".to_owned()),
-        ("MAX_CONNECTIONS", "2".to_owned()),
-    ];
-    let producer = Process::spawn("producer", &environment, &[]);
-    producer.ready().await;
-    let line = producer.wait_for_log("accepting callbacks").await;
-    let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
-    // The response repeats the path.
+    let system = System::of_producers(&amqp_uri(), &queue);
+    let limits = [("HEADER_TIMEOUT", "2s"), ("MAX_CONNECTIONS", "2")];
+    let producer = system.start("producer", &limits).await;
+    let address = producer_address(&producer).await;
+    // The response repeats the long path, so a few responses fill the buffers.
     let request = format!("GET /{} HTTP/1.1\r\nHost: x\r\n\r\n", "a".repeat(8_000));
     let mut clients = Vec::new();
     for _ in 0..2 {
         let socket = TcpSocket::new_v4().unwrap();
-        // So that the socket buffers hold little.
+        // A small buffer, so that it holds little of the responses.
         socket.set_recv_buffer_size(4_096).unwrap();
         let mut stream = socket.connect(address).await.unwrap();
         let request = request.clone();
@@ -86,18 +78,17 @@ async fn clients_that_never_read_are_disconnected() {
         timeout(DEADLINE, client).await.unwrap().unwrap();
     }
     let mut wire = Wire::connect(address).await;
-    wire.send_callback(1).await;
-    assert_eq!(wire.reply().await.status, 200);
+    assert_eq!(wire.post_callback(1).await.status, 200);
 }
 
 // Field case 2.1
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn clients_that_never_read_an_error_response_hold_little_memory() {
     const CLIENTS: usize = 1_000;
-    const AT_ONCE: usize = 500;
+    const CLIENTS_PER_BATCH: usize = 500;
     allow_files(4_000);
     let siege = Siege::begin(&[]).await;
-    // The error quotes each of these characters as seven.
+    // serde's error quotes each of these characters as `\u{301}`, which takes eight bytes in JSON.
     let value = "\u{301}".repeat(100 << 10);
     let body = format!(r#"{{"object_ids":"{value}"}}"#);
     let length = body.len();
@@ -105,9 +96,9 @@ async fn clients_that_never_read_an_error_response_hold_little_memory() {
         format!("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: {length}\r\n\r\n{body}");
     let request: &'static [u8] = Box::leak(request.into_bytes().into());
     let mut silent = Vec::new();
-    for _ in 0..CLIENTS / AT_ONCE {
+    for _ in 0..CLIENTS / CLIENTS_PER_BATCH {
         let mut clients = JoinSet::new();
-        for _ in 0..AT_ONCE {
+        for _ in 0..CLIENTS_PER_BATCH {
             let socket = TcpSocket::new_v4().unwrap();
             socket.set_recv_buffer_size(4_096).unwrap();
             let address = siege.address;
@@ -121,7 +112,7 @@ async fn clients_that_never_read_an_error_response_hold_little_memory() {
         }
         silent.extend(clients.join_all().await);
     }
-    // If they were not truncated, the responses would take 800 MiB.
+    // If the producer did not truncate the error, the responses would take 800 MiB.
     siege.assert_withstood(0, 64).await;
     drop(silent);
 }

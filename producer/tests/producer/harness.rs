@@ -5,36 +5,26 @@ use std::net::SocketAddr;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
-use clap::Parser as _;
 use lapin::message::BasicGetMessage;
-use lapin::options::{BasicGetOptions, QueueDeleteOptions};
-use lapin::{Channel, Connection, ConnectionProperties};
 use producer::CallbackServer;
 use reqwest::header::HeaderMap;
+use runtime::{CancellationToken, Context, Health, Supervisor, settings};
 use serde_json::Value;
-use service::{CancellationToken, Health, settings};
-use testbed::{Queue, Scratch, amqp_uri, eventually};
+use testkit::{Proxy, Queue, Reply, Scratch, amqp_uri, http_client, parse, wait_until};
 use tokio::task::JoinHandle;
 
-/// Far longer than any wait here needs, because a machine that runs all tests at once is slow.
-pub(crate) use crate::wire::DEADLINE;
+use crate::DEADLINE;
+
 /// The time that the client of a callback waits for its response.
 pub(crate) const CLIENT_TIMEOUT: Duration = Duration::from_secs(1);
 
-#[derive(clap::Parser)]
-struct Cli {
-    #[command(flatten)]
-    config: producer::Config,
-}
-
 /// The defaults, changed by `arguments`. Tests may set a longer `PUBLISH_TIMEOUT` than operators
-/// may, for the broker of a busy machine.
+/// may, because the broker of a busy machine confirms slowly.
 pub(crate) fn config(arguments: &[String]) -> producer::Config {
     let timeout =
         |argument: &String| argument.strip_prefix("--publish-timeout=").map(str::to_owned);
-    let others = arguments.iter().filter(|argument| timeout(argument).is_none()).cloned();
-    let program = std::iter::once("producer".to_owned());
-    let mut config = Cli::parse_from(program.chain(others)).config;
+    let others = arguments.iter().filter(|argument| timeout(argument).is_none());
+    let mut config: producer::Config = parse(others);
     if let Some(timeout) = arguments.iter().filter_map(timeout).next_back() {
         let parse = settings::duration(Duration::ZERO..=Duration::MAX);
         config.callbacks.publish_timeout = parse(&timeout).unwrap();
@@ -46,26 +36,13 @@ pub(crate) fn config(arguments: &[String]) -> producer::Config {
 pub(crate) struct Producer {
     pub(crate) address: SocketAddr,
     pub(crate) health: Health,
-    pub(crate) shutdown: Shutdown,
-    pub(crate) served: JoinHandle<anyhow::Result<()>>,
+    pub(crate) shutdown: CancellationToken,
+    pub(crate) supervisor: Supervisor,
+    pub(crate) run: JoinHandle<anyhow::Result<()>>,
     pub(crate) queue: Queue,
+    pub(crate) amqp_uri: String,
     scratch: Scratch,
     client: reqwest::Client,
-}
-
-/// Stops the producer, at the latest on drop.
-pub(crate) struct Shutdown(CancellationToken);
-
-impl Shutdown {
-    pub(crate) fn cancel(&self) {
-        self.0.cancel();
-    }
-}
-
-impl Drop for Shutdown {
-    fn drop(&mut self) {
-        self.cancel();
-    }
 }
 
 /// The response to a callback.
@@ -78,7 +55,8 @@ pub(crate) struct Answer {
 }
 
 impl Producer {
-    /// Starts a producer that is connected to the shared broker, with time for a busy machine.
+    /// Starts a producer that is connected to the shared broker, with a `PUBLISH_TIMEOUT` that is
+    /// long enough for a busy machine.
     pub(crate) async fn start(arguments: &[&str]) -> Self {
         let mut all = vec!["--publish-timeout=10s"];
         if arguments.iter().any(|argument| argument.starts_with("--publish-timeout")) {
@@ -87,8 +65,8 @@ impl Producer {
         all.extend(arguments);
         let producer = Self::start_at(&amqp_uri(), &all).await;
         producer.ready().await;
-        eventually("the producer is connected to its broker", DEADLINE, async || {
-            producer.health.missing_optional().is_empty().then_some(())
+        wait_until("the producer is connected to its broker", async || {
+            producer.health.missing_optional().is_empty()
         })
         .await;
         producer
@@ -97,6 +75,19 @@ impl Producer {
     /// Starts a producer whose broker is at `amqp_uri`.
     pub(crate) async fn start_at(amqp_uri: &str, arguments: &[&str]) -> Self {
         Self::start_with(Queue::new(), Scratch::new("spool"), amqp_uri, arguments).await
+    }
+
+    /// Starts a producer behind a proxy to the shared broker.
+    pub(crate) async fn behind_proxy(arguments: &[&str]) -> (Proxy, Self) {
+        let (proxy, uri) = Proxy::before(&amqp_uri()).await;
+        (proxy, Self::start_at(&uri, arguments).await)
+    }
+
+    /// Starts a producer behind a proxy that closes all connections.
+    pub(crate) async fn without_broker(arguments: &[&str]) -> (Proxy, Self) {
+        let (proxy, uri) = Proxy::before(&amqp_uri()).await;
+        proxy.cut();
+        (proxy, Self::start_at(&uri, arguments).await)
     }
 
     async fn start_with(
@@ -114,38 +105,38 @@ impl Producer {
             all.push(format!("--spool-dir={}", scratch.path().join("spool").display()));
         }
         all.extend(arguments.iter().map(|&argument| argument.to_owned()));
-        let health = Health::default();
-        let callbacks = CallbackServer::open(&config(&all), &health).await.unwrap();
-        let address = callbacks.address().unwrap();
-        let shutdown = Shutdown(CancellationToken::new());
-        let served = tokio::spawn(callbacks.serve(shutdown.0.clone()));
-        Self { address, health, shutdown, served, queue, scratch, client: client() }
+        let context = Context::default();
+        let producer::Config { callbacks, authenticity, broker } = config(&all);
+        let broker = broker.open(&context.supervisor).unwrap();
+        let opening = CallbackServer::open(callbacks, authenticity, broker, context.clone());
+        let server = opening.await.unwrap();
+        let address = server.address().unwrap();
+        let run = tokio::spawn(server.serve());
+        let Context { health, shutdown, supervisor } = context;
+        let (client, amqp_uri) = (http_client(DEADLINE), amqp_uri.to_owned());
+        Self { address, health, shutdown, supervisor, run, queue, amqp_uri, scratch, client }
     }
 
-    /// Stops it, and starts another producer on the same queue and spool.
-    pub(crate) async fn restart(self, amqp_uri: &str, arguments: &[&str]) -> Self {
-        let Self { shutdown, served, queue, scratch, .. } = self;
-        shutdown.cancel();
-        served.await.unwrap().unwrap();
-        Self::start_with(queue, scratch, amqp_uri, arguments).await
+    /// Stops this producer, and starts another one on the same queue and spool.
+    pub(crate) async fn restart(self) -> Self {
+        self.shutdown.cancel();
+        self.run.await.unwrap().unwrap();
+        Self::start_with(self.queue, self.scratch, &self.amqp_uri, &[]).await
     }
 
-    /// The directory that contains its `SPOOL_DIR`.
+    /// The directory that contains the producer's `SPOOL_DIR`.
     pub(crate) fn directory(&self) -> &Path {
         self.scratch.path()
     }
 
     pub(crate) async fn ready(&self) {
-        eventually("the producer is ready", DEADLINE, async || {
-            self.health.missing().is_empty().then_some(())
-        })
-        .await;
+        wait_until("the producer is ready", async || self.health.missing().is_empty()).await;
     }
 
-    /// Waits until it is connected to the broker. It can be ready without that.
+    /// Waits until the producer is connected to the broker. It can be ready without a connection.
     pub(crate) async fn connected(&self) {
-        eventually("the producer is connected to its broker", DEADLINE, async || {
-            self.health.missing_optional().iter().all(|(name, _)| *name != "broker").then_some(())
+        wait_until("the producer is connected to its broker", async || {
+            self.health.missing_optional().iter().all(|(name, _)| *name != "broker")
         })
         .await;
     }
@@ -175,18 +166,7 @@ impl Producer {
 
     /// Removes all messages from the queue, and returns them.
     pub(crate) async fn messages(&self) -> Vec<BasicGetMessage> {
-        let mut messages = Vec::new();
-        if self.queue.depth(&self.queue.name).await.is_none() {
-            return messages;
-        }
-        let broker = Broker::connect().await;
-        let take = BasicGetOptions { no_ack: true };
-        while let Some(message) =
-            broker.channel.basic_get(self.queue.name.as_str().into(), take).await.unwrap()
-        {
-            messages.push(message);
-        }
-        messages
+        self.queue.take_all(&self.queue.name).await
     }
 
     /// Removes all messages from the queue, and returns their ids in ascending order.
@@ -201,18 +181,18 @@ impl Producer {
     /// arrived.
     pub(crate) async fn all_arrive(&self, wanted: &BTreeSet<i64>) -> BTreeMap<i64, usize> {
         let mut arrived = BTreeMap::new();
-        eventually("all that was accepted is in the queue", DEADLINE, async || {
+        wait_until("all accepted ids are in the queue", async || {
             for id in self.ids().await {
                 *arrived.entry(id).or_default() += 1;
             }
-            wanted.iter().all(|id| arrived.contains_key(id)).then_some(())
+            wanted.iter().all(|id| arrived.contains_key(id))
         })
         .await;
         arrived
     }
 
-    /// Asserts that nothing was published since the queue was last emptied. It posts a callback:
-    /// messages of earlier callbacks would be in the queue before this one's.
+    /// Asserts that nothing was published since the queue was last emptied. To be sure, posts one
+    /// more callback: messages of earlier callbacks would be in the queue before its message.
     pub(crate) async fn assert_nothing_queued(&self) {
         assert_eq!(self.post_ids(&[4_711]).await.status, 200);
         assert_eq!(self.ids().await, [4_711]);
@@ -224,7 +204,7 @@ impl Answer {
         self.headers.get(name).map_or("", |value| value.to_str().unwrap())
     }
 
-    /// Asserts that it is a problem (RFC 9457) with `status`, and returns its detail.
+    /// Asserts that the response is a problem (RFC 9457) with `status`, and returns its detail.
     pub(crate) fn assert_problem(&self, status: u16) -> &str {
         assert_eq!(self.status, status, "{self:?}");
         assert_eq!(self.header("content-type"), "application/problem+json");
@@ -232,7 +212,15 @@ impl Answer {
     }
 }
 
-pub(crate) fn assert_problem_body(body: &Value, status: u16) -> &str {
+/// Asserts that the response is a problem with `status` whose detail contains `reason`.
+pub(crate) fn assert_problem_reply(reply: &Reply, status: u16, reason: &str) {
+    assert_eq!(reply.status, status, "{reply:?}");
+    assert!(reply.head.contains("content-type: application/problem+json\r\n"), "{reply:?}");
+    let body: Value = serde_json::from_str(&reply.body).unwrap();
+    assert!(assert_problem_body(&body, status).contains(reason), "{reply:?}");
+}
+
+fn assert_problem_body(body: &Value, status: u16) -> &str {
     let title = reqwest::StatusCode::from_u16(status).unwrap().canonical_reason().unwrap();
     assert_eq!(body["type"], "about:blank", "{body}");
     assert_eq!(body["title"], title, "{body}");
@@ -249,30 +237,4 @@ pub(crate) fn id_in(body: &[u8]) -> i64 {
     let id = json["id"].as_i64().unwrap();
     assert_eq!(text, format!(r#"{{"id":{id}}}"#));
     id
-}
-
-pub(crate) fn client() -> reqwest::Client {
-    // Only the first test installs the provider; it is the same one for all tests.
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    reqwest::Client::builder().no_proxy().timeout(DEADLINE).build().unwrap()
-}
-
-/// A direct connection to the shared broker.
-pub(crate) struct Broker {
-    channel: Channel,
-    _connection: Connection,
-}
-
-impl Broker {
-    #[expect(clippy::disallowed_methods, reason = "the shared broker always responds")]
-    pub(crate) async fn connect() -> Self {
-        let properties = ConnectionProperties::default();
-        let connection = Connection::connect(&amqp_uri(), properties).await.unwrap();
-        let channel = connection.create_channel().await.unwrap();
-        Self { channel, _connection: connection }
-    }
-
-    pub(crate) async fn delete_queue(&self, name: &str) {
-        self.channel.queue_delete(name.into(), QueueDeleteOptions::default()).await.unwrap();
-    }
 }

@@ -1,30 +1,29 @@
-use testbed::{Process, Queue, amqp_uri, eventually};
+use std::time::Duration;
+
+use testkit::{Queue, System, Wire, amqp_uri, producer_address, wait_for, wait_until};
 use tokio::net::TcpStream;
 use tokio::time::timeout;
 
-use crate::harness::{DEADLINE, Producer, assert_problem_body};
-use crate::wire::Wire;
+use crate::DEADLINE;
+use crate::harness::{Producer, assert_problem_reply};
 
 // Field case 1.6
 #[tokio::test]
 async fn connection_may_idle_for_longer_than_the_header_timeout() {
     let producer = Producer::start(&["--header-timeout=300ms"]).await;
     let mut idle = Wire::connect(producer.address).await;
-    idle.send_callback(1).await;
-    assert_eq!(idle.reply().await.status, 200);
-    let mut half = Wire::connect(producer.address).await;
-    half.send("POST /callback HTTP/1.1\r\nHost:").await;
-    half.closed().await;
-    idle.send_callback(2).await;
-    assert_eq!(idle.reply().await.status, 200);
+    assert_eq!(idle.post_callback(1).await.status, 200);
+    let mut unfinished = Wire::connect(producer.address).await;
+    unfinished.send("POST /callback HTTP/1.1\r\nHost:").await;
+    unfinished.closed().await;
+    assert_eq!(idle.post_callback(2).await.status, 200);
 }
 
 #[tokio::test]
 async fn idle_connection_is_closed_after_the_idle_timeout() {
     let producer = Producer::start(&["--idle-timeout=300ms"]).await;
     let mut idle = Wire::connect(producer.address).await;
-    idle.send_callback(1).await;
-    assert_eq!(idle.reply().await.status, 200);
+    assert_eq!(idle.post_callback(1).await.status, 200);
     idle.closed().await;
 }
 
@@ -35,9 +34,7 @@ async fn stalled_body_is_answered_408() {
     wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 18\r\n\r\n{\"object_ids\"")
         .await;
     let reply = wire.reply().await;
-    assert_eq!(reply.status, 408, "{reply:?}");
-    assert!(reply.head.contains("content-type: application/problem+json\r\n"), "{reply:?}");
-    assert!(assert_problem_body(&reply.body, 408).contains("300ms"), "{reply:?}");
+    assert_problem_reply(&reply, 408, "300ms");
     producer.assert_nothing_queued().await;
 }
 
@@ -50,8 +47,7 @@ async fn idle_connections_at_the_limit_do_not_delay_a_callback() {
         idle.push(Wire::connect(producer.address).await);
     }
     let mut wire = Wire::connect(producer.address).await;
-    wire.send_callback(1).await;
-    assert_eq!(wire.reply().await.status, 200);
+    assert_eq!(wire.post_callback(1).await.status, 200);
 }
 
 #[tokio::test]
@@ -65,16 +61,27 @@ async fn request_in_flight_at_shutdown_is_answered() {
     assert_eq!(in_flight.reply().await.status, 100);
 
     producer.shutdown.cancel();
-    eventually("no new connections are accepted", DEADLINE, async || {
+    wait_for("no new connections are accepted", async || {
         TcpStream::connect(producer.address).await.err()
     })
     .await;
-    assert!(!producer.served.is_finished());
+    assert!(!producer.run.is_finished());
     in_flight.send(r#"{"object_ids":[5]}"#).await;
     assert_eq!(in_flight.reply().await.status, 200);
-    let served = timeout(DEADLINE, &mut producer.served).await.unwrap().unwrap();
+    let served = timeout(DEADLINE, &mut producer.run).await.unwrap().unwrap();
     assert!(served.is_ok(), "{served:?}");
     assert_eq!(producer.ids().await, [5]);
+}
+
+#[tokio::test]
+async fn critical_tasks_are_supervised_until_the_end() {
+    let producer = Producer::start(&[]).await;
+    let supervisor = producer.supervisor.clone();
+    let tasks = ["publisher (producer)", "publisher (producer: relay)", "relay"];
+    wait_until("the tasks run", async || supervisor.running() == tasks).await;
+    producer.shutdown.cancel();
+    timeout(DEADLINE, producer.run).await.unwrap().unwrap().unwrap();
+    assert!(timeout(Duration::ZERO, supervisor.failure()).await.is_err(), "a clean end failed");
 }
 
 // Field case 1.8
@@ -99,16 +106,9 @@ async fn load_balancer_can_check_health_on_the_callback_port() {
 #[tokio::test]
 async fn after_sigterm_producer_is_not_ready_but_accepts_callbacks() {
     let queue = Queue::new();
-    let environment = [
-        ("AMQP_URI", amqp_uri()),
-        ("QUEUE_NAME", queue.name.clone()),
-        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
-        ("DRAIN_DELAY", "3s".to_owned()),
-    ];
-    let producer = Process::spawn("producer", &environment, &[]);
-    producer.ready().await;
-    let line = producer.wait_for_log("accepting callbacks").await;
-    let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
+    let system = System::of_producers(&amqp_uri(), &queue);
+    let producer = system.start("producer", &[("DRAIN_DELAY", "3s")]).await;
+    let address = producer_address(&producer).await;
     let readyz = async || {
         let mut wire = Wire::connect(address).await;
         wire.send("GET /readyz HTTP/1.1\r\nHost: x\r\n\r\n").await;
@@ -119,7 +119,6 @@ async fn after_sigterm_producer_is_not_ready_but_accepts_callbacks() {
     producer.wait_for_log("no longer ready").await;
     assert_eq!(readyz().await, 503);
     let mut wire = Wire::connect(address).await;
-    wire.send_callback(1).await;
-    assert_eq!(wire.reply().await.status, 200);
+    assert_eq!(wire.post_callback(1).await.status, 200);
     assert_eq!(producer.wait().await.code(), Some(0));
 }

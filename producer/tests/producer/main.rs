@@ -1,5 +1,6 @@
-//! Tests the producer with a real broker. They are one binary, because linking each takes seconds.
-//! Hostile clients have another binary, because they would slow down these tests.
+//! Tests the producer with a real broker. All tests are in one binary, because linking each binary
+//! takes seconds. The tests with hostile clients have their own binary, because those clients would
+//! slow down these tests.
 
 #![expect(clippy::unwrap_used, reason = "test helpers may panic, too")]
 
@@ -10,4 +11,8 @@ mod outage;
 mod refused;
 mod signed;
 mod spool;
-mod wire;
+
+use std::time::Duration;
+
+/// Far longer than any wait here needs, because a machine that runs many tests in parallel is slow.
+const DEADLINE: Duration = Duration::from_secs(30);

@@ -2,21 +2,10 @@ use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicI64, AtomicUsize, Ordering};
 
-use testbed::{Proxy, amqp_uri, eventually, free_port};
+use testkit::{Proxy, free_port, wait_for, wait_until};
 use tokio::task::JoinSet;
-use url::Url;
 
-use crate::harness::{Answer, Broker, CLIENT_TIMEOUT, DEADLINE, Producer, config};
-
-/// A proxy in front of the shared broker, and the broker's URI through it.
-pub(crate) async fn proxied_broker() -> (Proxy, String) {
-    let mut uri = Url::parse(&amqp_uri()).unwrap();
-    let proxy =
-        Proxy::start(format!("{}:{}", uri.host_str().unwrap(), uri.port().unwrap_or(5672))).await;
-    uri.set_host(Some(&proxy.addr().ip().to_string())).unwrap();
-    uri.set_port(Some(proxy.addr().port())).unwrap();
-    (proxy, uri.to_string())
-}
+use crate::harness::{Answer, CLIENT_TIMEOUT, Producer, config};
 
 /// Asserts that the callback was accepted before its client gave up.
 fn assert_accepted(answer: &Answer) {
@@ -25,16 +14,14 @@ fn assert_accepted(answer: &Answer) {
 }
 
 #[test]
-fn default_publish_timeout_is_below_half_of_the_clients() {
+fn default_publish_timeout_is_below_half_the_client_timeout() {
     assert!(config(&[]).callbacks.publish_timeout < CLIENT_TIMEOUT / 2);
 }
 
 #[tokio::test]
 async fn without_a_broker_callbacks_are_accepted_and_relayed_later() {
-    let (proxy, uri) = proxied_broker().await;
-    proxy.cut();
-    let producer = Producer::start_at(&uri, &[]).await;
-    // It is ready, so that a load balancer continues to send callbacks to it.
+    let (proxy, producer) = Producer::without_broker(&[]).await;
+    // The producer is ready, so that a load balancer continues to send callbacks to it.
     producer.ready().await;
     let mut accepted = BTreeSet::new();
     for id in (0..100).step_by(2) {
@@ -52,9 +39,7 @@ async fn without_a_broker_callbacks_are_accepted_and_relayed_later() {
 
 #[tokio::test]
 async fn messages_are_relayed_oldest_first_with_their_callback_id() {
-    let (proxy, uri) = proxied_broker().await;
-    proxy.cut();
-    let producer = Producer::start_at(&uri, &[]).await;
+    let (proxy, producer) = Producer::without_broker(&[]).await;
     let mut callbacks = Vec::new();
     for id in 0..20 {
         let answer = producer.post_ids(&[id]).await;
@@ -62,12 +47,12 @@ async fn messages_are_relayed_oldest_first_with_their_callback_id() {
     }
     proxy.restore();
     let mut relayed = Vec::new();
-    eventually("all are relayed", DEADLINE, async || {
+    wait_until("all are relayed", async || {
         for message in producer.messages().await {
             let callback = message.delivery.properties.correlation_id().clone().unwrap();
             relayed.push((crate::harness::id_in(&message.delivery.data), callback.to_string()));
         }
-        (relayed.len() >= callbacks.len()).then_some(())
+        relayed.len() >= callbacks.len()
     })
     .await;
     assert_eq!(relayed[0], callbacks[0], "the oldest message is the probe");
@@ -77,14 +62,14 @@ async fn messages_are_relayed_oldest_first_with_their_callback_id() {
 
 #[tokio::test]
 async fn producer_reconnects_to_a_broker_that_cut_the_connection() {
-    let (proxy, uri) = proxied_broker().await;
-    let producer = Producer::start_at(&uri, &[]).await;
+    let (proxy, producer) = Producer::behind_proxy(&[]).await;
     let mut accepted = BTreeSet::new();
-    for (id, change) in (0..).zip([None, Some(Proxy::cut as fn(&Proxy)), Some(Proxy::restore)]) {
+    let changes = [None, Some(Proxy::cut as fn(&Proxy)), Some(Proxy::restore)];
+    for (first_id, change) in [0, 100, 200].into_iter().zip(changes) {
         if let Some(change) = change {
             change(&proxy);
         }
-        for id in id * 100..id * 100 + 20 {
+        for id in first_id..first_id + 20 {
             assert_accepted(&producer.post_ids(&[id]).await);
             accepted.insert(id);
         }
@@ -94,8 +79,7 @@ async fn producer_reconnects_to_a_broker_that_cut_the_connection() {
 
 #[tokio::test]
 async fn callbacks_are_accepted_in_time_while_the_broker_is_silent() {
-    let (proxy, uri) = proxied_broker().await;
-    let producer = Producer::start_at(&uri, &[]).await;
+    let (proxy, producer) = Producer::behind_proxy(&[]).await;
     assert_accepted(&producer.post_ids(&[1]).await);
 
     proxy.silence();
@@ -118,11 +102,11 @@ async fn callbacks_are_accepted_in_time_while_the_broker_is_silent() {
     producer.all_arrive(&accepted).await;
 }
 
-/// Posts callbacks, each of half as many ids as the broker may have unconfirmed, until one is
-/// answered. The first two wait for their confirms.
+/// Posts callbacks until one is answered. Each has half as many ids as may be unconfirmed, so the
+/// first two use up the publisher's capacity while they wait for their confirms.
 async fn first_answer_above_publisher_capacity(producer: &Producer) -> (Vec<i64>, Answer) {
     let firsts = AtomicI64::new(0);
-    eventually("one is answered", DEADLINE, async || {
+    wait_for("one is answered", async || {
         let first = firsts.fetch_add(5_000, Ordering::SeqCst);
         let ids: Vec<i64> = (first..first + 5_000).collect();
         let answer = tokio::time::timeout(CLIENT_TIMEOUT, producer.post_ids(&ids)).await;
@@ -133,11 +117,10 @@ async fn first_answer_above_publisher_capacity(producer: &Producer) -> (Vec<i64>
 
 #[tokio::test]
 async fn callback_above_publisher_capacity_is_spooled_at_once() {
-    let (proxy, uri) = proxied_broker().await;
     // A classic queue, because removing thousands of messages from a quorum queue one by one takes
     // a minute.
     let settings = ["--publish-timeout=1m", "--queue-type=classic"];
-    let producer = Producer::start_at(&uri, &settings).await;
+    let (proxy, producer) = Producer::behind_proxy(&settings).await;
     producer.connected().await;
     proxy.silence();
     let (ids, answer) = first_answer_above_publisher_capacity(&producer).await;
@@ -148,9 +131,8 @@ async fn callback_above_publisher_capacity_is_spooled_at_once() {
 
 #[tokio::test]
 async fn callback_above_capacity_without_a_spool_is_503_at_once() {
-    let (proxy, uri) = proxied_broker().await;
     let settings = ["--publish-timeout=1m", "--spool-dir=/dev/null/spool"];
-    let producer = Producer::start_at(&uri, &settings).await;
+    let (proxy, producer) = Producer::behind_proxy(&settings).await;
     producer.connected().await;
     proxy.silence();
     let (_, answer) = first_answer_above_publisher_capacity(&producer).await;
@@ -160,7 +142,7 @@ async fn callback_above_capacity_without_a_spool_is_503_at_once() {
 }
 
 #[tokio::test]
-async fn without_broker_and_spool_503_and_readiness_has_reasons() {
+async fn producer_without_broker_and_spool_is_503_and_not_ready() {
     let unreachable = format!("amqp://guest:guest@127.0.0.1:{}/%2f", free_port());
     let no_directory = "--spool-dir=/dev/null/spool";
     let producer = Producer::start_at(&unreachable, &[no_directory]).await;
@@ -168,7 +150,7 @@ async fn without_broker_and_spool_503_and_readiness_has_reasons() {
     answer.assert_problem(503);
     let seconds: u32 = answer.header("retry-after").parse().unwrap();
     assert!(seconds >= 1 && answer.took < CLIENT_TIMEOUT, "{answer:?}");
-    eventually("the reasons are known", DEADLINE, async || {
+    wait_for("the reasons are known", async || {
         let (name, reasons) = producer.health.missing().pop()?;
         let both = reasons.contains("cannot reach") && reasons.contains("/dev/null/spool");
         (name == "durable store" && both).then_some(())
@@ -176,7 +158,7 @@ async fn without_broker_and_spool_503_and_readiness_has_reasons() {
     .await;
 }
 
-/// Progress of the clients of the test below.
+/// Progress of the clients in [`deleted_queue_is_declared_again_without_loss`].
 #[derive(Default)]
 struct Progress {
     next_id: AtomicI64,
@@ -206,7 +188,6 @@ async fn send_callbacks(producer: Arc<Producer>, progress: Arc<Progress>) -> BTr
 #[tokio::test]
 async fn deleted_queue_is_declared_again_without_loss() {
     let producer = Arc::new(Producer::start(&["--publish-timeout=300ms"]).await);
-    let broker = Broker::connect().await;
     for _ in 0..3 {
         let progress = Arc::new(Progress::default());
         let mut clients = JoinSet::new();
@@ -214,11 +195,10 @@ async fn deleted_queue_is_declared_again_without_loss() {
             clients.spawn(send_callbacks(Arc::clone(&producer), Arc::clone(&progress)));
         }
         let reaches = async |what: &str, count: &AtomicUsize| {
-            eventually(what, DEADLINE, async || (count.load(Ordering::SeqCst) >= 40).then_some(()))
-                .await;
+            wait_until(what, async || count.load(Ordering::SeqCst) >= 40).await;
         };
         reaches("callbacks are accepted", &progress.accepted_before).await;
-        broker.delete_queue(&producer.queue.name).await;
+        producer.queue.delete().await;
         progress.deleted.store(true, Ordering::SeqCst);
         reaches("callbacks are accepted again", &progress.accepted_since).await;
         progress.done.store(true, Ordering::SeqCst);

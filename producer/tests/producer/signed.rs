@@ -2,15 +2,13 @@
 
 use std::time::{Duration, SystemTime};
 
-use authenticity::{ID, Keys, SIGNATURE, TIMESTAMP};
 use axum::http::HeaderName;
 use reqwest::RequestBuilder;
-use testbed::{Process, Queue, eventually};
+use runtime::authenticity::{ID, Keys, SIGNATURE, TIMESTAMP};
+use testkit::{Process, Queue, System, Wire, producer_address, wait_until};
 
-use crate::harness::{Answer, CLIENT_TIMEOUT, DEADLINE, Producer, assert_problem_body};
-use crate::outage::proxied_broker;
+use crate::harness::{Answer, CLIENT_TIMEOUT, Producer, assert_problem_reply};
 use crate::spool::HangingDisk;
-use crate::wire::Wire;
 
 const OLD: &str = "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw";
 const NEW: &str = "whsec_C2FVsBQIhrscChlQIMV+b5sSYspob7oD";
@@ -99,10 +97,12 @@ async fn unsigned_or_wrongly_signed_callback_is_401_and_not_queued() {
         (with(2, "v1,"), "no v1 signature"),
         (headers(NEW, "msg_1", now, r#"{"object_ids":[2]}"#).to_vec(), "no v1 signature"),
         (headers(OTHER, "msg_1", now, body).to_vec(), "no v1 signature"),
+        // 360 to 369 seconds old.
         (
             headers(NEW, "msg_1", now - six_minutes, body).to_vec(),
             "the header webhook-timestamp is 36",
         ),
+        // Up to 360 seconds ahead, but a little less by the time of the request.
         (
             headers(NEW, "msg_1", now + six_minutes, body).to_vec(),
             "the header webhook-timestamp is 3",
@@ -112,6 +112,7 @@ async fn unsigned_or_wrongly_signed_callback_is_401_and_not_queued() {
         let answer = producer.send(request(&producer, &headers, body)).await;
         let detail = answer.assert_problem(401);
         assert!(detail.starts_with(expected), "{headers:?}: {detail}");
+        // A response that quoted the valid signature would help to forge callbacks.
         assert!(!detail.contains(&valid[2].1[3..]), "{detail}");
     }
     // A difference of four minutes is allowed.
@@ -130,7 +131,7 @@ async fn unsigned_callback_is_answered_before_its_body_is_sent() {
     wire.send("POST /callback HTTP/1.1\r\nHost: x\r\nContent-Length: 1000000\r\n\r\n").await;
     let reply = wire.reply().await;
     assert_eq!(reply.status, 401, "{reply:?}");
-    assert!(assert_problem_body(&reply.body, 401).contains("must be signed"), "{reply:?}");
+    assert_problem_reply(&reply, 401, "must be signed");
 }
 
 #[tokio::test]
@@ -145,10 +146,10 @@ async fn body_is_parsed_only_after_its_signature_is_verified() {
 async fn repeat_gets_the_same_answer_and_is_published_once() {
     let producer = start_with_secret().await;
     let body = r#"{"object_ids":[1,2,2]}"#;
-    // All at once, so that most arrive while the first is in flight.
-    let at_once = (0..20).map(|_| post(&producer, "msg_1", body));
-    let mut answers = futures_util::future::join_all(at_once).await;
-    // With a new timestamp, as a client sends it that tries again.
+    // Post all at the same time, so that most of them arrive while the first is in flight.
+    let posts = (0..20).map(|_| post(&producer, "msg_1", body));
+    let mut answers = futures_util::future::join_all(posts).await;
+    // A client that tries again sends a new timestamp.
     let later = SystemTime::now() + Duration::from_secs(9);
     let later = headers(OLD, "msg_1", later, body);
     answers.push(producer.send(request(&producer, &later, body)).await);
@@ -170,39 +171,37 @@ async fn two_callbacks_with_one_id_are_both_published() {
 
 #[tokio::test]
 async fn repeat_of_a_failed_callback_is_published() {
-    let (proxy, uri) = proxied_broker().await;
     // A file instead of a directory, so that there is no spool.
-    let scratch = testbed::Scratch::new("no-spool");
+    let scratch = testkit::Scratch::new("no-spool");
     let file = scratch.path().join("file");
     std::fs::write(&file, "").unwrap();
     let no_spool = format!("--spool-dir={}", file.join("spool").display());
-    let producer = Producer::start_at(&uri, &[&secret(), &no_spool]).await;
-    eventually("the broker confirms a callback", DEADLINE, async || {
-        (post(&producer, "msg_0", "{\"object_ids\":[0]}").await.status == 200).then_some(())
+    let (proxy, producer) = Producer::behind_proxy(&[&secret(), &no_spool]).await;
+    wait_until("the broker confirms a callback", async || {
+        post(&producer, "msg_0", "{\"object_ids\":[0]}").await.status == 200
     })
     .await;
     proxy.silence();
     let body = r#"{"object_ids":[1]}"#;
-    // The second one arrives while the first waits for the broker. Neither waits too long.
+    // One request waits for the broker, and the other one for the outcome of the first.
     let both = tokio::join!(post(&producer, "msg_1", body), post(&producer, "msg_1", body));
     for answer in [both.0, both.1] {
         answer.assert_problem(503);
         assert!(answer.took < CLIENT_TIMEOUT, "{answer:?}");
     }
     proxy.restore();
-    eventually("the broker confirms a callback", DEADLINE, async || {
-        (post(&producer, "msg_1", body).await.status == 200).then_some(())
+    wait_until("the broker confirms a callback", async || {
+        post(&producer, "msg_1", body).await.status == 200
     })
     .await;
     assert!(producer.ids().await.contains(&1));
 }
 
-/// Field case 1.11. The repeats arrive while the first waits for a silent broker, and then for a
-/// hanging disk.
+/// Field case 1.11. The repeats arrive while the first request waits for a silent broker, and then
+/// for a hanging disk.
 #[tokio::test]
-async fn repeats_are_answered_within_the_clients_patience() {
-    let (proxy, uri) = proxied_broker().await;
-    let producer = Producer::start_at(&uri, &[&secret()]).await;
+async fn repeats_are_answered_within_the_clients_timeout() {
+    let (proxy, producer) = Producer::behind_proxy(&[&secret()]).await;
     producer.connected().await;
     proxy.silence();
     let _hanging = HangingDisk::of_spool(&producer);
@@ -221,7 +220,7 @@ async fn repeats_are_answered_within_the_clients_patience() {
 
 #[tokio::test]
 async fn invalid_secret_ends_the_process_with_78_and_is_not_shown() {
-    let scratch = testbed::Scratch::new("secret");
+    let scratch = testkit::Scratch::new("secret");
     let file = scratch.path().join("secret");
     std::fs::write(&file, "whsec_tooshort\n").unwrap();
     let bad = [
@@ -241,24 +240,18 @@ async fn invalid_secret_ends_the_process_with_78_and_is_not_shown() {
 
 #[tokio::test]
 async fn secret_from_a_file_is_not_logged_at_any_level() {
-    let scratch = testbed::Scratch::new("secret");
+    let scratch = testkit::Scratch::new("secret");
     let file = scratch.path().join("secret");
     std::fs::write(&file, format!("{NEW}\n{OLD}\n")).unwrap();
     let queue = Queue::new();
-    let environment = [
-        ("AMQP_URI", testbed::amqp_uri()),
-        ("QUEUE_NAME", queue.name.clone()),
-        ("PRODUCER_ADDR", "127.0.0.1:0".to_owned()),
-        ("CALLBACK_SECRET_FILE", file.display().to_string()),
-        ("RUST_LOG", "trace".to_owned()),
-    ];
-    let process = Process::spawn("producer", &environment, &[]);
+    let system = System::of_producers(&testkit::amqp_uri(), &queue);
+    let file = file.display().to_string();
+    let process =
+        system.spawn("producer", &[("CALLBACK_SECRET_FILE", &file), ("RUST_LOG", "trace")]);
     process.ready().await;
-    let line = process.wait_for_log("accepting callbacks").await;
-    let address = line.split("address=").nth(1).unwrap().trim().parse().unwrap();
+    let address = producer_address(&process).await;
     let mut wire = Wire::connect(address).await;
-    wire.send_callback(1).await;
-    assert_eq!(wire.reply().await.status, 401);
+    assert_eq!(wire.post_callback(1).await.status, 401);
     process.wait_for_log("requests rejected").await;
     let log = process.log().join("\n");
     assert!(!log.contains(&NEW[6..]) && !log.contains(&OLD[6..]));

@@ -57,7 +57,6 @@ pub(crate) struct ObjectsQuery {
     seen_within: Option<String>,
 }
 
-/// The parameters of `GET /events`.
 #[derive(Deserialize, IntoParams)]
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
@@ -65,7 +64,7 @@ pub(crate) struct StreamQuery {
     /// Only these objects; ids separated by commas, at most 10,000 characters
     #[param(pattern = "^(0|-?[1-9][0-9]{0,18})(,(0|-?[1-9][0-9]{0,18}))*$", max_length = 10_000)]
     ids: Option<String>,
-    /// Only about this many objects, give or take a quarter: the ones with the lowest ids
+    /// Only the objects with the lowest ids, up to about this number (a quarter more or less)
     #[param(value_type = Option<u32>, minimum = 1, maximum = 1_000_000)]
     limit: Option<String>,
     /// Same as the header `Last-Event-ID`, for clients that cannot send the header
@@ -77,7 +76,6 @@ pub(crate) struct StreamQuery {
     cache_buster: Option<String>,
 }
 
-/// The parsed parameters of `GET /objects`.
 pub(crate) struct ObjectsRequest {
     pub(crate) limit: usize,
     pub(crate) after: Option<i64>,
@@ -109,7 +107,7 @@ impl StreamQuery {
                 .as_deref()
                 .map(|text| parse_limit(text, STREAM_LIMIT_MAX))
                 .transpose()?,
-            // If a polyfill sends both, the browser's header is the newer one.
+            // If a polyfill sends the header and the parameter, the browser's header is newer.
             after: last_event_id.map(str::to_owned).or(self.last_event_id),
         })
     }

@@ -11,9 +11,9 @@ use reqwest::Url;
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 
-/// If the name server takes longer, the addresses of its last answer are used.
+/// If the name server takes longer, the addresses of its latest answer are used.
 const RESOLVE_TIMEOUT: Duration = Duration::from_millis(500);
-/// Further replicas are not scraped.
+/// Replicas above this number are not scraped.
 const REPLICAS_MAX: usize = 100;
 
 type Resolved = io::Result<Vec<SocketAddr>>;
@@ -25,9 +25,10 @@ pub(super) struct Replicas {
     host: String,
     port: u16,
     resolver: Resolver,
-    /// A query without an answer yet. There is never a second one: with a silent name server,
-    /// queries would use up all blocking threads.
+    /// The query that the name server has not answered yet. The next scrape waits for it instead of
+    /// starting another: with a silent name server, queries would use up all blocking threads.
     pending: Option<JoinHandle<Resolved>>,
+    /// The addresses in the name server's latest answer.
     latest: Vec<SocketAddr>,
 }
 

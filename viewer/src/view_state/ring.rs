@@ -4,9 +4,9 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use events::Kind;
+use messaging::events::Kind;
 
-use super::Object;
+use crate::object::Object;
 
 const CHANGES_MAX: usize = 16_384;
 const BYTES_MAX: usize = 32 << 20;

@@ -5,23 +5,23 @@
 use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
-use events::Kind;
+use messaging::events::Kind;
 
-use super::{Micros, Object};
+use crate::object::{Micros, Object};
 
 /// Number of sightings to keep for each object.
 const SIGHTINGS_MAX: usize = 20;
 /// How long a gone object is remembered. An old sighting that arrives within this time does not
 /// bring the object back.
 const GONE_RETENTION: Duration = Duration::from_mins(2);
-/// Maximum number of remembered objects; above it, the oldest are forgotten.
+/// Maximum number of remembered gone objects; above it, the oldest are forgotten.
 const GONE_MAX: usize = 200_000;
 
 #[derive(Default)]
 pub(super) struct Table {
     objects: BTreeMap<i64, Entry>,
     gone: HashMap<i64, Gone>,
-    /// The gone objects, in the order in which they went.
+    /// The gone objects, in the order in which they were deleted.
     gone_at: VecDeque<(Instant, i64)>,
     /// The number of the current or latest reading.
     reading: u64,
@@ -31,7 +31,7 @@ struct Entry {
     last_seen: Micros,
     /// The latest is at the end.
     sightings: VecDeque<Micros>,
-    /// The number of the reading at the latest event or row about the object.
+    /// The number of the reading in which the latest event or row about the object arrived.
     confirmed_in: u64,
 }
 
@@ -46,8 +46,8 @@ impl Table {
         self.objects.len()
     }
 
-    /// Applies a sighting. Returns how it changes the object, or `None` if it is older than what is
-    /// known.
+    /// Applies a sighting. Returns how it changes the object, or `None` if it is not later than the
+    /// known ones.
     pub(super) fn mark_seen(&mut self, seen: Object) -> Option<Kind> {
         let Object { id, last_seen } = seen;
         // A late event, or a row that was read before it was deleted.
@@ -125,7 +125,8 @@ impl Table {
         let at = Instant::now();
         self.gone.insert(gone.id, Gone { last_seen: gone.last_seen, at });
         self.gone_at.push_back((at, gone.id));
-        // Forgetting up to two for each new one shrinks the list without a pass over all of it.
+        // For each object that is added, up to two old ones are forgotten, so the list shrinks
+        // without a full pass.
         for _ in 0..2 {
             let is_expired = |(at, _): &(Instant, i64)| at.elapsed() >= GONE_RETENTION;
             if self.gone_at.len() <= GONE_MAX && !self.gone_at.front().is_some_and(is_expired) {

@@ -43,7 +43,7 @@ export const tests = {
   },
 
   async "a returning object gets its old cell and no other moves"(world) {
-    const [before, after, others] = await inPage(world, async () => {
+    const [before, after, newSlot] = await inPage(world, async () => {
       const { Presence } = await import("/page/presence.js");
       const presence = new Presence();
       const ids = Array.from({ length: 50 }, (_, id) => String(id));
@@ -55,10 +55,10 @@ export const tests = {
       return [before, slots(), presence.slotOf("500")];
     });
     assert.deepEqual(after, before);
-    assert.ok(!before.includes(others));
+    assert.ok(!before.includes(newSlot));
   },
 
-  async "it keeps at most 20,000 objects and reuses free slots"(world) {
+  async "presence keeps at most 20,000 objects and reuses free slots"(world) {
     const [kept, isReused] = await inPage(world, async () => {
       const { Presence } = await import("/page/presence.js");
       const presence = new Presence();

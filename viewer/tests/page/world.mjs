@@ -93,7 +93,7 @@ export class World {
     return { page, consoleErrors };
   }
 
-  /** Starts a proxy that serves the viewer under `/presence/`. It ends when the pages are closed. */
+  /** Starts a proxy that serves the viewer under `/presence/`. The proxy ends when the pages are closed. */
   async proxy() {
     const proxy = await PathProxy.start(this.viewerPort);
     this.proxies.push(proxy);
@@ -181,7 +181,7 @@ class PathProxy {
   }
 }
 
-/** Waits until `condition` returns true; the error message includes what it last threw. */
+/** Waits until `condition` returns true. The error message of a timeout includes the last error of `condition`. */
 export async function until(description, condition, within = DEADLINE_MS) {
   const deadline = Date.now() + within;
   let reason = "";
@@ -210,7 +210,7 @@ export async function showsText(locator, pattern, within = DEADLINE_MS) {
 
 export const axe = () => readFile(require.resolve("axe-core/axe.min.js"), "utf8");
 
-// Opens all ports at once, so that they differ.
+// All ports are open at once, so that they differ.
 async function freePorts(count) {
   const servers = Array.from({ length: count }, () => createServer().listen(0, "127.0.0.1"));
   await Promise.all(servers.map((server) => once(server, "listening")));

@@ -1,22 +1,14 @@
 use std::time::Duration;
 
-use testbed::eventually;
+use testkit::wait_for;
 
-use crate::fixture::{Fixture, client};
-use crate::{HOUR, PATIENCE};
-
-fn ids(page: &serde_json::Value) -> Vec<i64> {
-    let objects = page["objects"].as_array().unwrap().iter();
-    objects.map(|object| object["id"].as_str().unwrap().parse().unwrap()).collect()
-}
+use crate::HOUR;
+use crate::fixture::{Fixture, client, ids};
 
 #[tokio::test]
 async fn pages_list_all_objects_in_ascending_order() {
-    let fixture = Fixture::new().await;
     let all = [i64::MIN, -5, 0, 3, 4, 8, i64::MAX];
-    fixture.record(all).await;
-    let viewer = fixture.start_viewer().await;
-    viewer.expect_objects(all).await;
+    let (_fixture, viewer) = Fixture::showing(all).await;
     let (mut found, mut after) = (Vec::new(), String::new());
     for size in [3, 3, 1] {
         let (status, page) = viewer.get(&format!("/objects?limit=3{after}")).await;
@@ -47,13 +39,12 @@ async fn seen_within_lists_only_recently_seen_objects() {
 
 #[tokio::test]
 async fn object_has_its_sightings_latest_first() {
-    let fixture = Fixture::new().await;
-    let viewer = fixture.start_viewer().await;
+    let (fixture, viewer) = Fixture::showing([]).await;
     let mut sightings = Vec::new();
     for count in 1..=3 {
         fixture.record([7]).await;
-        // One after the other: a reading of the table finds only the latest.
-        sightings = eventually("the viewer has received the sighting", PATIENCE, async || {
+        // Wait for each sighting, because a reading of the table finds only the latest one.
+        sightings = wait_for("the viewer has received the sighting", async || {
             let (status, object) = viewer.get("/objects/7").await;
             let sightings = object["sightings"].as_array().cloned().unwrap_or_default();
             (status == 200 && sightings.len() == count && object["last_seen"] == sightings[0])
@@ -72,8 +63,7 @@ async fn object_has_its_sightings_latest_first() {
 
 #[tokio::test]
 async fn invalid_request_gets_a_problem_with_the_reason() {
-    let fixture = Fixture::new().await;
-    let viewer = fixture.start_viewer().await;
+    let (_fixture, viewer) = Fixture::showing([]).await;
     for (path, status, detail) in [
         ("/objects?limit=0", 400, "limit: expected a number from 1 to 1000"),
         ("/objects?limit=1&limit=2", 400, "duplicate field"),
@@ -100,13 +90,11 @@ async fn invalid_request_gets_a_problem_with_the_reason() {
 
 #[tokio::test]
 async fn pages_and_files_are_served_with_a_strict_content_policy() {
-    let fixture = Fixture::new().await;
-    let viewer = fixture.start_viewer().await;
+    let (_fixture, viewer) = Fixture::showing([]).await;
     for (path, content_type) in [
         ("/", "text/html; charset=utf-8"),
         ("/page/main.js", "text/javascript; charset=utf-8"),
-        ("/page/docs.css", "text/css; charset=utf-8"),
-        ("/docs", "text/html; charset=utf-8"),
+        ("/page/page.css", "text/css; charset=utf-8"),
         ("/openapi.json", "application/json"),
     ] {
         let answer = client().get(format!("{}{path}", viewer.url)).send().await.unwrap();
@@ -119,16 +107,13 @@ async fn pages_and_files_are_served_with_a_strict_content_policy() {
 
 // Field case 7.1
 #[tokio::test]
-async fn no_page_links_to_the_root_of_the_host() {
-    let fixture = Fixture::new().await;
-    let viewer = fixture.start_viewer().await;
-    for path in ["/", "/docs"] {
-        let page = client().get(format!("{}{path}", viewer.url)).send().await.unwrap();
-        let page = page.text().await.unwrap();
-        assert!(page.contains("href=\"page/"), "{path}: {page}");
-        for link in ["href=\"/", "src=\"/"] {
-            assert!(!page.contains(link), "{path}: {page}");
-        }
+async fn page_does_not_link_to_the_root_of_the_host() {
+    let (_fixture, viewer) = Fixture::showing([]).await;
+    let page = client().get(format!("{}/", viewer.url)).send().await.unwrap();
+    let page = page.text().await.unwrap();
+    assert!(page.contains("href=\"page/"), "{page}");
+    for link in ["href=\"/", "src=\"/"] {
+        assert!(!page.contains(link), "{page}");
     }
     let (_, description) = viewer.get("/openapi.json").await;
     assert_eq!(description["servers"][0]["url"], "./");
@@ -137,11 +122,8 @@ async fn no_page_links_to_the_root_of_the_host() {
 // Field case 7.4
 #[tokio::test]
 async fn ids_beyond_53_bits_are_strings_that_match_the_pattern() {
-    let fixture = Fixture::new().await;
     let id = i64::MAX - 1;
-    fixture.record([id]).await;
-    let viewer = fixture.start_viewer().await;
-    viewer.expect_objects([id]).await;
+    let (_fixture, viewer) = Fixture::showing([id]).await;
     let (_, object) = viewer.get(&format!("/objects/{id}")).await;
     assert_eq!(object["id"], "9223372036854775806");
     let (status, page) = viewer.get(&format!("/objects?ids={id},{}", i64::MIN)).await;
@@ -155,8 +137,7 @@ async fn ids_beyond_53_bits_are_strings_that_match_the_pattern() {
 // Field case 7.6
 #[tokio::test]
 async fn request_for_another_host_name_is_rejected() {
-    let fixture = Fixture::new().await;
-    let viewer = fixture.start_viewer().await;
+    let (_fixture, viewer) = Fixture::showing([]).await;
     let status = async |host: &str, path: &str| {
         let request = client().get(format!("{}{path}", viewer.url)).header("host", host);
         let answer = request.send().await.unwrap();
@@ -174,12 +155,9 @@ async fn request_for_another_host_name_is_rejected() {
 
 #[tokio::test]
 async fn stats_report_objects_subscribers_and_services() {
-    let fixture = Fixture::new().await;
-    fixture.record([1, 2]).await;
-    let viewer = fixture.start_viewer().await;
-    viewer.expect_objects([1, 2]).await;
+    let (_fixture, viewer) = Fixture::showing([1, 2]).await;
     let _subscriber = viewer.subscribe("", None).await;
-    let stats = eventually("the services are scraped, and events arrive", PATIENCE, async || {
+    let stats = wait_for("the services are scraped, and events arrive", async || {
         let (_, stats) = viewer.get("/stats").await;
         let is_complete = stats["services"].as_array()?.len() == 3 && stats["subscribers"] == 1;
         (is_complete && stats["events"] == "ok").then_some(stats)
@@ -193,8 +171,7 @@ async fn stats_report_objects_subscribers_and_services() {
 // Field case 1.8
 #[tokio::test]
 async fn page_port_serves_health_checks() {
-    let fixture = Fixture::new().await;
-    let viewer = fixture.start_viewer().await;
+    let (_fixture, viewer) = Fixture::showing([]).await;
     for path in ["/livez", "/readyz"] {
         assert_eq!(viewer.get(path).await.0, 200, "{path}");
     }

@@ -2,25 +2,18 @@
 
 use std::time::Duration;
 
-use amqp::Access;
-use clap::Parser as _;
-use events::{Emitter, Exchange, Kind, Object};
+use messaging::amqp::Access;
+use messaging::events::{Emitter, Exchange, Kind, Object};
 use reqwest::Client;
-use service::{CancellationToken, Health};
+use runtime::{CancellationToken, Context, Health, Supervisor};
 use store::{Config, Row, Sighting, Store};
-use testbed::{Database, Queue, eventually};
+use testkit::{Database, Queue, http_client, install_tls, parse, wait_until};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
-use viewer::Viewer;
+use viewer::{Resources, Viewer};
 
 use crate::subscriber::Subscriber;
 use crate::{HOUR, PATIENCE};
-
-#[derive(clap::Parser)]
-struct Cli {
-    #[command(flatten)]
-    config: viewer::Config,
-}
 
 pub(crate) struct Fixture {
     /// Deletes its exchange when dropped.
@@ -37,21 +30,38 @@ fn object(row: &Row) -> Object {
 
 impl Fixture {
     pub(crate) async fn new() -> Self {
-        Self::on_broker(&testbed::amqp_uri(), Queue::new()).await
+        Self::on_broker(&testkit::amqp_uri(), Queue::new()).await
     }
 
-    /// Uses a queue on another broker than the shared one.
+    /// A fixture whose queue is on another broker than the shared one.
     pub(crate) async fn on_broker(amqp_uri: &str, queue: Queue) -> Self {
         let database = Database::new().await;
         let access = Access { uri: amqp_uri.parse().unwrap(), authorities: None };
         let exchange = Exchange::on_rabbitmq(access, &queue.name);
-        let store = Store::start(&Config::at(database.url().parse().unwrap()), "test", 2).unwrap();
-        let emitter = Emitter::start(&exchange, "test");
+        let store = Store::start(
+            Config::at(database.url().parse().unwrap()).open(&Supervisor::default()).unwrap(),
+            "test",
+            2,
+        );
+        let emitter = Emitter::start(&exchange, "test", &Supervisor::default());
         let fixture = Self { _queue: queue, database, exchange, store, emitter };
         let mut status = fixture.store.status();
         timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
         fixture.wait_for_emitter().await;
         fixture
+    }
+
+    /// A fixture with these objects, and a viewer that lists them.
+    pub(crate) async fn showing<const N: usize>(ids: [i64; N]) -> (Self, RunningViewer) {
+        let fixture = Self::new().await;
+        fixture.record(ids).await;
+        let viewer = fixture.start_viewer().await;
+        viewer.expect_objects(ids).await;
+        // A viewer is also ready without events. It would then find the first changes only by its
+        // next reading of the table, after those that it receives as events.
+        let receives_events = async || viewer.health.missing_optional().is_empty();
+        wait_until("the viewer receives events", receives_events).await;
+        (fixture, viewer)
     }
 
     /// Waits until events can be published.
@@ -91,32 +101,28 @@ impl Fixture {
 
     pub(crate) async fn start_viewer_with(&self, exchange: Exchange) -> RunningViewer {
         let running = self.start_unready_viewer(exchange);
-        eventually("the viewer is ready", PATIENCE, async || {
-            running.health.missing().is_empty().then_some(())
-        })
-        .await;
+        wait_until("the viewer is ready", async || running.health.missing().is_empty()).await;
         running
     }
 
     pub(crate) fn start_unready_viewer(&self, exchange: Exchange) -> RunningViewer {
-        // Fails if an earlier test of this process has installed it, which is fine.
-        let _ = rustls::crypto::ring::default_provider().install_default();
+        install_tls();
         let url = format!("--database-url={}", self.database.url());
-        let settings = ["viewer", &url, "--viewer-addr=127.0.0.1:0"];
-        let mut config = Cli::parse_from(settings).config;
-        config.events = events::Config::with_exchange(exchange);
-        let (health, shutdown) = (Health::default(), CancellationToken::new());
-        let viewer = Viewer::open(config, &health).unwrap();
+        let config: viewer::Config = parse([url.as_str(), "--viewer-addr=127.0.0.1:0"]);
+        let resources = Resources { store: config.store, exchange, is_pipeline: false };
+        let context = Context::default();
+        let viewer = Viewer::open(&config.view, resources, context.clone()).unwrap();
         let url = format!("http://{}", viewer.address().unwrap());
-        let ended = tokio::spawn(viewer.serve(shutdown.clone()));
-        RunningViewer { health, url, shutdown, ended }
+        let ended = tokio::spawn(viewer.serve());
+        let Context { health, shutdown, supervisor } = context;
+        RunningViewer { health, url, supervisor, shutdown, ended }
     }
 }
 
-/// A viewer in this process.
 pub(crate) struct RunningViewer {
     pub(crate) health: Health,
     pub(crate) url: String,
+    pub(crate) supervisor: Supervisor,
     shutdown: CancellationToken,
     ended: JoinHandle<anyhow::Result<()>>,
 }
@@ -132,18 +138,13 @@ impl RunningViewer {
 
     /// The ids of all objects that the viewer lists.
     pub(crate) async fn ids(&self) -> Vec<i64> {
-        let (_, page) = self.get("/objects?limit=1000").await;
-        let objects = page["objects"].as_array().cloned().unwrap_or_default();
-        objects.iter().map(|object| object["id"].as_str().unwrap().parse().unwrap()).collect()
+        ids(&self.get("/objects?limit=1000").await.1)
     }
 
     /// Waits until the viewer lists exactly these objects.
     pub(crate) async fn expect_objects(&self, ids: impl IntoIterator<Item = i64>) {
         let ids: Vec<i64> = ids.into_iter().collect();
-        eventually("exactly these objects are listed", PATIENCE, async || {
-            (self.ids().await == ids).then_some(())
-        })
-        .await;
+        wait_until("exactly these objects are listed", async || self.ids().await == ids).await;
     }
 
     pub(crate) async fn stop(self) {
@@ -152,9 +153,14 @@ impl RunningViewer {
     }
 }
 
+/// The ids of the objects in a response.
+pub(crate) fn ids(page: &serde_json::Value) -> Vec<i64> {
+    let objects = page["objects"].as_array().unwrap().iter();
+    objects.map(|object| object["id"].as_str().unwrap().parse().unwrap()).collect()
+}
+
 pub(crate) fn client() -> Client {
-    let _ = rustls::crypto::ring::default_provider().install_default();
-    Client::builder().no_proxy().build().unwrap()
+    http_client(HOUR)
 }
 
 /// Returns the status, and the body as JSON.

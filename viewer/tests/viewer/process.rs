@@ -1,22 +1,27 @@
 use std::time::Duration;
 
-use pipeline::{Partner, System, callback_endpoint, viewer_url};
-use testbed::{Answer, Database, Process, Queue, StatusApi, eventually, free_port};
+use testkit::{
+    Answer, Database, Partner, Process, Queue, StatusApi, System, all_ready, callback_endpoint,
+    eventually, free_port, viewer_address, wait_until,
+};
 
 use crate::PATIENCE;
 use crate::fixture::get;
 use crate::subscriber::Subscriber;
 
 async fn subscriber(viewer: &Process, after: Option<&str>) -> Subscriber {
-    Subscriber::connect(&viewer_url(viewer).await, "", after).await
+    Subscriber::connect(&url(viewer).await, "", after).await
 }
 
-/// Waits until the service is ready and misses nothing, not even what it can do without: a change
-/// that is committed before events can be published may be undone before the viewer reads the
-/// table.
+async fn url(viewer: &Process) -> String {
+    format!("http://{}", viewer_address(viewer).await)
+}
+
+/// Waits until no dependency of the service is away, not even an optional one. Without events, the
+/// viewer could miss a change that is undone before its next reading of the table.
 async fn wait_until_fully_ready(service: &Process) {
-    eventually("the service is fully ready", PATIENCE, async || {
-        (service.get("/readyz").await == (200, "ready\n".to_owned())).then_some(())
+    wait_until("the service is fully ready", async || {
+        service.get("/readyz").await == (200, "ready\n".to_owned())
     })
     .await;
 }
@@ -34,8 +39,8 @@ async fn wait_for_event(subscriber: &mut Subscriber, kind: &str, id: i64) {
 #[tokio::test]
 async fn posted_object_comes_online_in_the_stream_and_is_gone_later() {
     let (queue, database) = (Queue::new(), Database::new().await);
-    let api = StatusApi::start(|id, _| if id % 2 == 0 { Answer::Online } else { Answer::Offline });
-    let system = System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &api);
+    let api = StatusApi::start(|id, _| Answer::even_is_online(id));
+    let system = System::new(&queue, &database, &api.endpoint());
     let producer = system.spawn("producer", &[]);
     let consumer = system.spawn("consumer", &[]);
     let lifetimes = [("OBJECT_TTL", "8s"), ("ROUTINE_INTERVAL", "200ms")];
@@ -54,17 +59,16 @@ async fn posted_object_comes_online_in_the_stream_and_is_gone_later() {
     // Object 3 is offline, so no event is about it.
     stream.expect_event("gone", [2]).await;
 
-    let (_, stats) = get(&viewer_url(&viewer).await, "/stats").await;
+    let (_, stats) = get(&url(&viewer).await, "/stats").await;
     let statuses = &stats["services"];
     assert_eq!(statuses[0]["status"], "ok", "{stats}");
     assert!(statuses[1]["status"].as_str().unwrap().contains("error sending"), "{stats}");
     assert!(stats["lookups_by_outcome"]["online"].is_number(), "{stats}");
 
-    // After a kill, the viewer comes back with the changes that were committed meanwhile.
+    // A viewer that is started again after a kill reads the table, with the changes since.
     viewer.kill();
     assert!(partner.post(&endpoint, &[4]).await);
-    eventually("object 4 is looked up", PATIENCE, async || (api.lookups_of(4) > 0).then_some(()))
-        .await;
+    wait_until("object 4 is looked up", async || api.lookups_of(4) > 0).await;
     viewer = system.spawn("viewer", &settings);
     wait_until_fully_ready(&viewer).await;
     let mut again = subscriber(&viewer, Some(&stream.last_id)).await;
@@ -75,8 +79,7 @@ async fn posted_object_comes_online_in_the_stream_and_is_gone_later() {
     wait_for_event(&mut again, "online", 6).await;
     wait_for_event(&mut again, "gone", 6).await;
     for service in [viewer, routine, consumer, producer] {
-        service.terminate();
-        assert_eq!(service.wait().await.code(), Some(0));
+        service.stop().await;
     }
     assert!(again.next_or_end().await.is_none(), "the stream ends with the viewer");
 }
@@ -93,22 +96,17 @@ async fn viewer_without_servers_reports_them_and_stops_on_sigterm() {
         ],
         &[],
     );
-    eventually("/readyz reports the missing table", PATIENCE, async || {
-        let (status, body) = viewer.get("/readyz").await;
-        (status == 503 && body.contains("first reading of the table: cannot connect")).then_some(())
-    })
-    .await;
+    viewer.wait_until_unready(&["first reading of the table: cannot connect"]).await;
     let mut stream = subscriber(&viewer, None).await;
-    viewer.terminate();
-    assert_eq!(viewer.wait().await.code(), Some(0));
+    viewer.stop().await;
     assert!(stream.next_or_end().await.is_none());
 }
 
 #[tokio::test]
-async fn invalid_setting_ends_it_with_78_and_a_log_of_what_is_allowed() {
+async fn invalid_setting_exits_with_78_and_names_allowed_values() {
     let bad = [
         ("VIEWER_ADDR", "9080", "expected IP:PORT"),
-        ("VIEWER_MAX_CONNECTIONS", "0", "expected a number from 1 to 1000000"),
+        ("VIEWER_MAX_CONNECTIONS", "0", "expected a whole number from 1 to 1000000"),
         ("VIEWER_METRICS", "https://me:s3cret@host", "expected http://HOST:PORT/metrics"),
     ];
     for (name, value, allowed) in bad {
@@ -125,28 +123,26 @@ async fn invalid_setting_ends_it_with_78_and_a_log_of_what_is_allowed() {
 async fn paused_viewer_does_not_affect_the_write_side() {
     let (queue, database) = (Queue::new(), Database::new().await);
     let api = StatusApi::start(|_, _| Answer::Online);
-    let system = System::new(&testbed::amqp_uri(), &queue.name, database.environment(), &api);
+    let system = System::new(&queue, &database, &api.endpoint());
     let producer = system.spawn("producer", &[]);
     let consumer = system.spawn("consumer", &[]);
     let viewer = system.spawn("viewer", &[]);
-    for service in [&producer, &consumer, &viewer] {
-        service.ready().await;
-    }
+    all_ready([&producer, &consumer, &viewer]).await;
     viewer.pause().await;
     let (partner, endpoint) = (Partner::default(), callback_endpoint(&producer).await);
     let all: Vec<i64> = (1..=2_000).collect();
     for ids in all.chunks(200) {
         assert!(partner.post(&endpoint, ids).await);
     }
-    eventually("all objects are written", PATIENCE, async || {
+    wait_until("all objects are written", async || {
         let count = sqlx::query_scalar("SELECT count(*) FROM object");
         let count: i64 = count.fetch_one(database.pool()).await.unwrap();
-        (count == 2_000).then_some(())
+        count == 2_000
     })
     .await;
     assert_eq!(consumer.get("/readyz").await, (200, "ready\n".to_owned()));
     viewer.resume();
-    let url = viewer_url(&viewer).await;
+    let url = url(&viewer).await;
     eventually("the viewer has caught up", PATIENCE + Duration::from_secs(20), async || {
         (get(&url, "/stats").await.1["online"] == 2_000).then_some(())
     })

@@ -1,6 +1,6 @@
 use std::time::Duration;
 
-use testbed::eventually;
+use testkit::wait_until;
 use tokio::io::AsyncWriteExt as _;
 use tokio::net::TcpStream;
 use tokio::time::timeout;
@@ -10,10 +10,7 @@ use crate::{HOUR, PATIENCE};
 
 #[tokio::test]
 async fn subscriber_gets_a_snapshot_and_then_each_committed_change() {
-    let fixture = Fixture::new().await;
-    fixture.record([1, 2]).await;
-    let viewer = fixture.start_viewer().await;
-    viewer.expect_objects([1, 2]).await;
+    let (fixture, viewer) = Fixture::showing([1, 2]).await;
     let mut subscriber = viewer.subscribe("", None).await;
     subscriber.expect_event("snapshot", [1, 2]).await;
     fixture.record([3]).await;
@@ -35,11 +32,10 @@ async fn subscriber_gets_a_snapshot_and_then_each_committed_change() {
 
 #[tokio::test]
 async fn reconnect_with_last_event_id_gets_each_change_once() {
-    let fixture = Fixture::new().await;
-    let viewer = fixture.start_viewer().await;
+    let (fixture, viewer) = Fixture::showing([]).await;
     let mut subscriber = viewer.subscribe("", None).await;
     subscriber.expect_event("snapshot", []).await;
-    let mut got = Vec::new();
+    let mut received_ids = Vec::new();
     let last = 200;
     let record = async {
         for id in 1..=last {
@@ -48,29 +44,26 @@ async fn reconnect_with_last_event_id_gets_each_change_once() {
     };
     let subscribe = async {
         // Reconnects after every few events.
-        while got.last() != Some(&last) {
+        while received_ids.last() != Some(&last) {
             let mut again = viewer.subscribe("", Some(&subscriber.last_id)).await;
             for _ in 0..3 {
-                if got.last() == Some(&last) {
+                if received_ids.last() == Some(&last) {
                     break;
                 }
                 let (name, ids) = again.next().await;
                 assert_eq!(name, "online");
-                got.extend(ids);
+                received_ids.extend(ids);
             }
             subscriber.last_id = again.last_id;
         }
     };
     timeout(2 * PATIENCE, async { tokio::join!(record, subscribe) }).await.unwrap();
-    assert_eq!(got, (1..=last).collect::<Vec<_>>());
+    assert_eq!(received_ids, (1..=last).collect::<Vec<_>>());
 }
 
 #[tokio::test]
 async fn unknown_last_event_id_starts_with_a_snapshot() {
-    let fixture = Fixture::new().await;
-    fixture.record([1]).await;
-    let viewer = fixture.start_viewer().await;
-    viewer.expect_objects([1]).await;
+    let (_fixture, viewer) = Fixture::showing([1]).await;
     let own = {
         let mut subscriber = viewer.subscribe("", None).await;
         subscriber.expect_event("snapshot", [1]).await;
@@ -86,10 +79,7 @@ async fn unknown_last_event_id_starts_with_a_snapshot() {
 // Field case 7.5
 #[tokio::test]
 async fn last_event_id_is_accepted_in_the_query() {
-    let fixture = Fixture::new().await;
-    fixture.record([1]).await;
-    let viewer = fixture.start_viewer().await;
-    viewer.expect_objects([1]).await;
+    let (fixture, viewer) = Fixture::showing([1]).await;
     let mut first = viewer.subscribe("?_=1764356400000", None).await;
     first.expect_event("snapshot", [1]).await;
     fixture.record([2]).await;
@@ -105,42 +95,35 @@ async fn last_event_id_is_accepted_in_the_query() {
 
 #[tokio::test]
 async fn subscriber_of_some_ids_gets_only_those_and_can_resume() {
-    let fixture = Fixture::new().await;
-    fixture.record([1, 2, 3]).await;
-    let viewer = fixture.start_viewer().await;
-    viewer.expect_objects([1, 2, 3]).await;
+    let (fixture, viewer) = Fixture::showing([1, 2, 3]).await;
     let query = "?ids=2,40,7";
-    let mut some = viewer.subscribe(query, None).await;
-    some.expect_event("snapshot", [2]).await;
+    let mut subscriber = viewer.subscribe(query, None).await;
+    subscriber.expect_event("snapshot", [2]).await;
     fixture.record([1, 3, 5]).await;
     fixture.record([4, 7, 8]).await;
-    some.expect_event("online", [7]).await;
+    subscriber.expect_event("online", [7]).await;
     fixture.record([40, 41]).await;
-    let mut again = viewer.subscribe(query, Some(&some.last_id)).await;
+    let mut again = viewer.subscribe(query, Some(&subscriber.last_id)).await;
     again.expect_event("online", [40]).await;
 }
 
 #[tokio::test]
 async fn subscriber_that_reads_nothing_is_dropped_others_get_all() {
     const OBJECTS: i64 = 10_000;
-    let fixture = Fixture::new().await;
-    let viewer = fixture.start_viewer().await;
+    let (fixture, viewer) = Fixture::showing([]).await;
     let mut slow = TcpStream::connect(viewer.url.trim_start_matches("http://")).await.unwrap();
     slow.write_all(b"GET /events HTTP/1.1\r\nhost: x\r\n\r\n").await.unwrap();
     let subscribers = async || viewer.get("/stats").await.1["subscribers"].as_u64().unwrap();
-    eventually("the subscriber is counted", PATIENCE, async || {
-        (subscribers().await == 1).then_some(())
-    })
-    .await;
+    wait_until("the subscriber is counted", async || subscribers().await == 1).await;
     let mut fast = viewer.subscribe("", None).await;
     fast.expect_event("snapshot", []).await;
     let receive_all = async {
-        // Until the buffers of the slow subscriber are full, and the viewer drops it.
-        for round in 0.. {
+        // Writes until the buffers of the slow subscriber are full and the viewer drops it.
+        for write in 0.. {
             fixture.record(1..=OBJECTS).await;
             // Keep up with the writes: the viewer drops any reader that falls behind.
             while !fast.next().await.1.contains(&OBJECTS) {}
-            if round > 20 && subscribers().await == 1 {
+            if write > 20 && subscribers().await == 1 {
                 break;
             }
         }

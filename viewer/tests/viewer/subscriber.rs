@@ -9,7 +9,7 @@ use crate::fixture::client;
 pub(crate) struct Subscriber {
     response: Response,
     text: String,
-    /// The id of the last event that had one.
+    /// The latest event id that the subscriber has received.
     pub(crate) last_id: String,
 }
 
@@ -28,12 +28,21 @@ impl Subscriber {
         Self { response, text: String::new(), last_id: String::new() }
     }
 
-    /// The next event.
     pub(crate) async fn next(&mut self) -> Event {
         timeout(PATIENCE, self.next_or_end())
             .await
             .expect("no event in time")
             .expect("the stream ended")
+    }
+
+    /// The next `count` events, sorted.
+    pub(crate) async fn next_sorted(&mut self, count: usize) -> Vec<Event> {
+        let mut events = Vec::new();
+        for _ in 0..count {
+            events.push(self.next().await);
+        }
+        events.sort();
+        events
     }
 
     /// The next event, or the end of the stream.

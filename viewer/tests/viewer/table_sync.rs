@@ -1,31 +1,34 @@
-use events::Exchange;
-use testbed::{Queue, RabbitNode, eventually};
+use futures_util::FutureExt as _;
+use messaging::events::Exchange;
+use runtime::Supervisor;
+use testkit::{Queue, RabbitNode, wait_until};
 
+use crate::HOUR;
 use crate::fixture::Fixture;
-use crate::{HOUR, PATIENCE};
 
 #[tokio::test]
 async fn gap_makes_the_viewer_read_the_unannounced_changes() {
-    let fixture = Fixture::new().await;
-    fixture.record([1, 2]).await;
-    let viewer = fixture.start_viewer().await;
+    let (fixture, viewer) = Fixture::showing([1, 2]).await;
     let mut subscriber = viewer.subscribe("", None).await;
     subscriber.expect_event("snapshot", [1, 2]).await;
 
     fixture.execute_without_event("INSERT INTO object VALUES (3, now())").await;
     fixture.execute_without_event("DELETE FROM object WHERE id = 1").await;
-    // Another source, whose first message the viewer has not received.
-    let lost = events::Emitter::start(&fixture.exchange, "test");
+    // This emitter drops messages until it is connected. Then the number of the first message that
+    // it publishes reveals the gap to the viewer.
+    let emitter =
+        messaging::events::Emitter::start(&fixture.exchange, "test", &Supervisor::default());
     for id in [10, 11] {
         let last_seen = std::time::SystemTime::UNIX_EPOCH;
-        lost.publish(events::Kind::Gone, std::iter::once(events::Object { id, last_seen }));
+        emitter.publish(
+            messaging::events::Kind::Gone,
+            std::iter::once(messaging::events::Object { id, last_seen }),
+        );
     }
-    let mut received = Vec::new();
-    for _ in 0..2 {
-        received.push(subscriber.next().await);
-    }
-    received.sort();
-    assert_eq!(received, [("gone".to_owned(), vec![1]), ("online".to_owned(), vec![3])]);
+    assert_eq!(
+        subscriber.next_sorted(2).await,
+        [("gone".to_owned(), vec![1]), ("online".to_owned(), vec![3])]
+    );
     viewer.expect_objects([2, 3]).await;
 }
 
@@ -33,8 +36,8 @@ async fn gap_makes_the_viewer_read_the_unannounced_changes() {
 async fn viewer_without_events_follows_the_table() {
     let fixture = Fixture::new().await;
     let viewer = fixture.start_viewer_with(Exchange::disabled()).await;
-    let away = viewer.health.missing_optional();
-    assert!(away.iter().any(|(name, _)| *name == "events"), "{away:?}");
+    let missing = viewer.health.missing_optional();
+    assert!(missing.iter().any(|(name, _)| *name == "events"), "{missing:?}");
     fixture.record([1, 2]).await;
     viewer.expect_objects([1, 2]).await;
     fixture.execute_without_event("DELETE FROM object WHERE id = 1").await;
@@ -59,17 +62,12 @@ async fn changes_during_a_broker_restart_reach_subscribers() {
     fixture.wait_for_emitter().await;
     fixture.record([4]).await;
     viewer.expect_objects([1, 3, 4]).await;
-    let mut received = Vec::new();
-    for _ in 0..3 {
-        received.push(subscriber.next().await);
-    }
-    received.sort();
     let online = |id| ("online".to_owned(), vec![id]);
-    assert_eq!(received, [("gone".to_owned(), vec![2]), online(3), online(4)]);
-    eventually("events arrive again", PATIENCE, async || {
-        viewer.health.missing_optional().is_empty().then_some(())
-    })
-    .await;
+    assert_eq!(
+        subscriber.next_sorted(3).await,
+        [("gone".to_owned(), vec![2]), online(3), online(4)]
+    );
+    wait_until("events arrive again", async || viewer.health.missing_optional().is_empty()).await;
 }
 
 #[tokio::test]
@@ -94,4 +92,14 @@ async fn before_the_first_reading_objects_are_503_and_streams_wait() {
     // Once the viewer has read the table, it keeps showing the last known objects.
     fixture.execute_without_event("ALTER TABLE object RENAME COLUMN last_seen TO elsewhere").await;
     assert_eq!(viewer.ids().await, [7]);
+}
+
+#[tokio::test]
+async fn critical_tasks_are_supervised_until_the_end() {
+    let viewer = Fixture::new().await.start_viewer().await;
+    let supervisor = viewer.supervisor.clone();
+    let tasks = ["metrics scraper", "publisher of changes", "table sync"];
+    assert_eq!(supervisor.running(), tasks);
+    viewer.stop().await;
+    assert!(supervisor.failure().now_or_never().is_none(), "a clean end failed");
 }

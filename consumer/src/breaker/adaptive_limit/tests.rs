@@ -17,25 +17,28 @@ use rand::{RngExt as _, SeedableRng as _};
 use super::*;
 
 const MAX: usize = 2_000;
-/// In seconds, without load.
+/// The latencies without load, in seconds.
 const LATENCY: std::ops::Range<f64> = 0.3..4.3;
+const MEAN_LATENCY: f64 = 2.3;
 const TIMEOUT_SECONDS: f64 = 5.0;
 
 /// A simulated API with its lookups in flight.
 struct Simulation {
-    /// The number of concurrent lookups above which the API becomes slower, and the power of the
-    /// load by which it does.
+    /// The number of concurrent lookups above which the API becomes slower.
     knee: f64,
+    /// Above the knee, the latency grows with this power of the load.
     power: i32,
     /// The factor by which every lookup is slower, regardless of the load.
     slowness: f64,
-    /// Whether it rejects the lookups above the knee at once.
+    /// Whether it rejects the lookups above the knee without the usual latency.
     rejects_excess: bool,
     random: StdRng,
     now: f64,
     next_number: u64,
     /// For each lookup: its end in microseconds, its number, its duration, whether it is answered.
     in_flight: BinaryHeap<Reverse<(u64, u64, u64, bool)>>,
+    /// A number of concurrent lookups that replaces the adaptive limit.
+    fixed_limit: Option<usize>,
 }
 
 impl Simulation {
@@ -49,16 +52,17 @@ impl Simulation {
             now: 0.0,
             next_number: 0,
             in_flight: BinaryHeap::new(),
+            fixed_limit: None,
         }
     }
 
     /// Runs lookups for `seconds`, and returns the answers per second.
-    fn run(&mut self, seconds: f64, limit: &mut impl Limit) -> f64 {
+    fn run(&mut self, seconds: f64, limit: &mut AdaptiveLimit) -> f64 {
         let (until, mut answers) = (self.now + seconds, 0_u32);
         while self.now < until {
-            while self.in_flight.len() < limit.current() {
+            while self.in_flight.len() < self.fixed_limit.unwrap_or_else(|| limit.limit()) {
                 self.start_lookup();
-                limit.note_start(self.in_flight.len());
+                limit.record_start(self.in_flight.len());
             }
             let Some(Reverse((end, number, took, is_answer))) = self.in_flight.pop() else { break };
             self.now = end as f64 / 1e6;
@@ -68,15 +72,15 @@ impl Simulation {
             } else {
                 Sample::Failure
             };
-            limit.note_end(number, sample, self.next_number);
+            limit.record_end(number, sample, self.next_number);
         }
         f64::from(answers) / seconds
     }
 
     fn start_lookup(&mut self) {
         let load = (self.in_flight.len() + 1) as f64 / self.knee;
-        let slower = self.slowness * load.max(1.0).powi(self.power);
-        let seconds = self.random.random_range(LATENCY) * slower;
+        let slowdown = self.slowness * load.max(1.0).powi(self.power);
+        let seconds = self.random.random_range(LATENCY) * slowdown;
         let (seconds, is_answer) = if self.rejects_excess && load > 1.0 {
             (0.1, false)
         } else {
@@ -89,46 +93,16 @@ impl Simulation {
     }
 }
 
-trait Limit {
-    fn current(&self) -> usize;
-    fn note_start(&mut self, in_flight: usize);
-    fn note_end(&mut self, number: u64, sample: Sample, next_number: u64);
-}
-
-impl Limit for AdaptiveLimit {
-    fn current(&self) -> usize {
-        self.limit()
-    }
-
-    fn note_start(&mut self, in_flight: usize) {
-        Self::note_start(self, in_flight);
-    }
-
-    fn note_end(&mut self, number: u64, sample: Sample, next_number: u64) {
-        Self::note_end(self, number, sample, next_number);
-    }
-}
-
-/// A fixed limit.
-impl Limit for usize {
-    fn current(&self) -> usize {
-        *self
-    }
-
-    fn note_start(&mut self, _: usize) {}
-
-    fn note_end(&mut self, _: u64, _: Sample, _: u64) {}
-}
-
 /// The highest rate that a fixed limit reaches.
 fn best_fixed_rate(api: impl Fn() -> Simulation) -> f64 {
     let limits = (0..).map(|step| (20.0 * 1.1_f64.powi(step)) as usize);
     limits
         .take_while(|limit| *limit <= MAX)
-        .map(|mut limit| {
-            let mut api = api();
-            api.run(60.0, &mut limit);
-            api.run(120.0, &mut limit)
+        .map(|limit| {
+            let mut api = Simulation { fixed_limit: Some(limit), ..api() };
+            let mut unused = AdaptiveLimit::new(MAX);
+            api.run(60.0, &mut unused);
+            api.run(120.0, &mut unused)
         })
         .fold(0.0, f64::max)
 }
@@ -152,7 +126,7 @@ fn limit_stays_close_to_what_a_rejecting_api_accepts() {
     let mut limit = AdaptiveLimit::new(MAX);
     api.run(120.0, &mut limit);
     let rate = api.run(600.0, &mut limit);
-    assert!(rate > 0.75 * 300.0 / 2.3, "{rate}/s");
+    assert!(rate > 0.75 * 300.0 / MEAN_LATENCY, "{rate}/s");
     assert!(limit.limit() < 400, "{}", limit.limit());
 }
 
@@ -160,11 +134,11 @@ fn limit_stays_close_to_what_a_rejecting_api_accepts() {
 fn limit_reaches_the_maximum_of_a_strong_api_in_a_minute() {
     let (mut api, mut limit) = (Simulation::new(1e9, 1), AdaptiveLimit::new(MAX));
     api.run(60.0, &mut limit);
-    let least = (0..600).map(|_| {
+    let later_limits = (0..600).map(|_| {
         api.run(1.0, &mut limit);
         limit.limit()
     });
-    assert!(least.min() > Some(MAX * 9 / 10));
+    assert!(later_limits.min() > Some(MAX * 9 / 10));
 }
 
 #[test]
@@ -174,7 +148,7 @@ fn latency_that_is_not_caused_by_load_does_not_lower_the_rate() {
         api.slowness = slowness;
         api.run(300.0, &mut limit);
         let rate = api.run(600.0, &mut limit);
-        let best = 500.0 / (2.3 * slowness);
+        let best = 500.0 / (MEAN_LATENCY * slowness);
         assert!(rate > 0.9 * best, "{rate} of {best}/s");
     }
 }
@@ -186,7 +160,7 @@ fn limit_follows_a_knee_that_moves() {
         api.knee = knee;
         api.run(300.0, &mut limit);
         let rate = api.run(600.0, &mut limit);
-        assert!(rate > 0.9 * knee / 2.3, "{rate}/s, knee {knee}");
+        assert!(rate > 0.9 * knee / MEAN_LATENCY, "{rate}/s, knee {knee}");
     }
 }
 
@@ -199,14 +173,14 @@ fn limit_recovers_after_an_api_that_answered_nothing() {
     api.slowness = 1.0;
     api.run(600.0, &mut limit);
     let rate = api.run(600.0, &mut limit);
-    assert!(rate > 0.9 * 500.0 / 2.3, "{rate}/s");
+    assert!(rate > 0.9 * 500.0 / MEAN_LATENCY, "{rate}/s");
 }
 
 // Field case 5.6.
 #[test]
 fn a_limit_of_one_doubles_within_minutes() {
     let (mut api, mut limit) = (Simulation::new(1e9, 1), AdaptiveLimit::new(MAX));
-    (limit.limit, limit.has_fallen, limit.baseline_latency) = (1.0, true, Some(2.3));
+    (limit.limit, limit.has_fallen, limit.baseline_latency) = (1.0, true, Some(MEAN_LATENCY));
     limit.begin_round(0);
     api.run(180.0, &mut limit);
     assert!(limit.limit >= 2.0, "{}", limit.limit);
@@ -217,24 +191,8 @@ fn a_limit_of_one_doubles_within_minutes() {
 #[test]
 fn a_limit_that_is_not_reached_does_not_change() {
     let (mut api, mut limit) = (Simulation::new(1e9, 1), AdaptiveLimit::new(MAX));
-    let mut few = Below(&mut limit, 10);
-    api.run(300.0, &mut few);
+    // Fewer lookups than the limit allows.
+    api.fixed_limit = Some(10);
+    api.run(300.0, &mut limit);
     assert_eq!(limit.limit(), INITIAL_LIMIT as usize);
-}
-
-/// Runs fewer lookups than the limit allows.
-struct Below<'a>(&'a mut AdaptiveLimit, usize);
-
-impl Limit for Below<'_> {
-    fn current(&self) -> usize {
-        self.1
-    }
-
-    fn note_start(&mut self, in_flight: usize) {
-        self.0.note_start(in_flight);
-    }
-
-    fn note_end(&mut self, number: u64, sample: Sample, next_number: u64) {
-        self.0.note_end(number, sample, next_number);
-    }
 }

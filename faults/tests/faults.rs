@@ -1,7 +1,0 @@
-//! Runs the fault suite with its own test harness; see the library.
-
-use std::process::ExitCode;
-
-fn main() -> ExitCode {
-    faults::run()
-}

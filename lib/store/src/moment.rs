@@ -1,0 +1,35 @@
+//! Points in time by the database's clock.
+
+use std::time::{Duration, SystemTime};
+
+/// A point in time by the database's clock. That clock may be wrong, and it jumps when it is set.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Moment {
+    /// Never before 1970.
+    pub(crate) since_1970: Duration,
+}
+
+impl Moment {
+    /// The moment `age` earlier, but not before 1970.
+    #[must_use]
+    pub fn before(self, age: Duration) -> Self {
+        Self { since_1970: self.since_1970.saturating_sub(age) }
+    }
+
+    /// The time since `earlier`; zero if `earlier` is later.
+    #[must_use]
+    pub fn ahead_of(self, earlier: Self) -> Duration {
+        self.since_1970.saturating_sub(earlier.since_1970)
+    }
+
+    /// The moment as a `SystemTime`, to the microsecond.
+    #[must_use]
+    pub fn time(self) -> SystemTime {
+        SystemTime::UNIX_EPOCH + self.since_1970
+    }
+
+    /// Converts microseconds since 1970. A negative number counts as 1970.
+    pub(crate) fn from_micros(since_1970: i64) -> Self {
+        Self { since_1970: Duration::from_micros(since_1970.try_into().unwrap_or(0)) }
+    }
+}
