@@ -12,7 +12,7 @@ use messaging::events::{Emitter, Exchange, Kind, Object};
 use runtime::{
     CancellationToken, Context, Description, Misconfigured, Reloadable, Status, settings,
 };
-use store::{Database, Failure, Moment, Row, Store, StoreError};
+use store::{Cutoff, Database, Failure, Row, Store, StoreError};
 use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior};
 
@@ -246,7 +246,7 @@ enum Outcome {
 /// Deletes stale rows, unless they may only look stale: see [`Pauses`].
 ///
 /// The database's clock is read once for all batches, so that a step of the clock during a cleanup
-/// makes no row look stale.
+/// makes no row look stale, see [`Cutoff`].
 async fn clean_up(
     table: &Table,
     config: &Cleanup,
@@ -273,7 +273,7 @@ async fn clean_up_unless_paused(
     future_rows.correct(&table.store, config.delete_batch_max).await;
     let requested_at = Instant::now();
     let now = table.store.now().await?;
-    let oldest = now.before(ttl);
+    let cutoff = now.before(ttl);
     if let Some(step) = pauses.compare(now, requested_at, Instant::now()) {
         tracing::warn!(
             ?step, pause = ?ttl,
@@ -282,7 +282,7 @@ async fn clean_up_unless_paused(
         );
     }
     if pauses.is_check_due() {
-        let (stale, all) = table.store.count_stale(oldest).await?;
+        let (stale, all) = table.store.count_stale(cutoff).await?;
         if pauses.check_table(stale, all) {
             tracing::warn!(
                 stale, all, pause = ?ttl,
@@ -294,7 +294,7 @@ async fn clean_up_unless_paused(
     if let Some(remaining) = pauses.remaining(ttl) {
         return Ok(Outcome::Paused(remaining));
     }
-    delete(table, oldest, config.delete_batch_max).await?;
+    delete(table, cutoff, config.delete_batch_max).await?;
     pauses.record_cleanup();
     Ok(Outcome::Cleaned)
 }
@@ -302,11 +302,11 @@ async fn clean_up_unless_paused(
 /// Deletes batch after batch until one is not full.
 ///
 /// Several routines may run at the same time: each skips the rows that another is deleting.
-async fn delete(table: &Table, oldest: Moment, batch_max: u32) -> Result<(), StoreError> {
+async fn delete(table: &Table, cutoff: Cutoff, batch_max: u32) -> Result<(), StoreError> {
     let started = Instant::now();
     let mut deleted = 0;
     let outcome = loop {
-        match table.store.delete_stale(oldest, batch_max).await {
+        match table.store.delete_stale(cutoff, batch_max).await {
             Ok(rows) => {
                 deleted += table.announce(&rows);
                 if rows.len() < batch_max as usize || table.shutdown.is_cancelled() {
@@ -319,7 +319,7 @@ async fn delete(table: &Table, oldest: Moment, batch_max: u32) -> Result<(), Sto
                 match error.failure() {
                     // A single row fails its batch, for example if a foreign key refers to it.
                     Failure::RefusedRow | Failure::BusyRow => {
-                        break delete_by_halving(table, oldest, batch_max, &mut deleted).await;
+                        break delete_by_halving(table, cutoff, batch_max, &mut deleted).await;
                     }
                     Failure::Connection | Failure::Database => break Err(error),
                 }
@@ -342,17 +342,17 @@ async fn delete(table: &Table, oldest: Moment, batch_max: u32) -> Result<(), Sto
 /// cannot be deleted are left.
 async fn delete_by_halving(
     table: &Table,
-    oldest: Moment,
+    cutoff: Cutoff,
     batch_max: u32,
     deleted: &mut u64,
 ) -> Result<(), StoreError> {
     let mut not_deleted = Vec::new();
     loop {
-        let ids = table.store.list_stale(oldest, batch_max, &not_deleted).await?;
+        let ids = table.store.list_stale(cutoff, batch_max, &not_deleted).await?;
         let is_last = ids.len() < batch_max as usize;
         let mut batches = vec![ids];
         while let Some(ids) = batches.pop().filter(|ids| !ids.is_empty()) {
-            match table.store.delete_stale_among(oldest, &ids).await {
+            match table.store.delete_stale_among(cutoff, &ids).await {
                 Ok(rows) => *deleted += table.announce(&rows),
                 Err(error) => {
                     table.leave_gap_after(&error);

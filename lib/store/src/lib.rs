@@ -19,7 +19,7 @@ mod time_zone;
 pub use config::{Addresses, Config, DatabaseUrl};
 pub use database::Database;
 pub use error::{Failure, StoreError};
-pub use moment::Moment;
+pub use moment::{Cutoff, Moment};
 pub use objects::{Object, Objects};
 pub use postgres::{ServerState, SessionAttrs};
 pub use rows::{Recorded, Row, Sighting};

@@ -10,10 +10,11 @@ pub struct Moment {
 }
 
 impl Moment {
-    /// The moment `age` earlier, but not before 1970.
+    /// The cutoff by which rows are stale if they were last seen more than `age` before this reading
+    /// of the clock.
     #[must_use]
-    pub fn before(self, age: Duration) -> Self {
-        Self { since_1970: self.since_1970.saturating_sub(age) }
+    pub fn before(self, age: Duration) -> Cutoff {
+        Cutoff { oldest: Self { since_1970: self.since_1970.saturating_sub(age) }, age }
     }
 
     /// The time since `earlier`; zero if `earlier` is later.
@@ -32,4 +33,16 @@ impl Moment {
     pub(crate) fn from_micros(since_1970: i64) -> Self {
         Self { since_1970: Duration::from_micros(since_1970.try_into().unwrap_or(0)) }
     }
+}
+
+/// Which rows are stale: those last seen before `oldest`, which is a reading of the clock minus
+/// `age`.
+///
+/// Statements use the earlier of `oldest` and their own time minus `age`. So a clock that is set
+/// ahead after the reading makes no row stale. If it is set back, neither are rows that are written
+/// by the new time.
+#[derive(Clone, Copy, Debug)]
+pub struct Cutoff {
+    pub(crate) oldest: Moment,
+    pub(crate) age: Duration,
 }

@@ -20,7 +20,7 @@ use tokio::time::{Instant, timeout};
 use crate::deadline::{CONNECT_TIMEOUT, PING_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
 use crate::rows::LockWait;
-use crate::{Moment, Object, Recorded, Row, Sighting, StoreError, TimeZone};
+use crate::{Cutoff, Moment, Object, Recorded, Row, Sighting, StoreError, TimeZone};
 
 pub use servers::{ServerState, SessionAttrs};
 pub(crate) use servers::{ServerWarnings, Servers};
@@ -122,8 +122,8 @@ impl Table {
         Ok(rows.into_iter().map(|(id,)| id).collect())
     }
 
-    pub(crate) async fn count_stale(&self, oldest: Moment) -> Result<(u64, u64), StoreError> {
-        let statement = || sql::count_stale(oldest);
+    pub(crate) async fn count_stale(&self, cutoff: Cutoff) -> Result<(u64, u64), StoreError> {
+        let statement = || sql::count_stale(cutoff);
         let rows: Vec<(i64, i64)> =
             self.fetch_all(statement, LockWait::Usual, StoreError::Count).await?;
         let (stale, all) = rows.first().copied().unwrap_or_default();
@@ -132,11 +132,11 @@ impl Table {
 
     pub(crate) async fn list_stale(
         &self,
-        oldest: Moment,
+        cutoff: Cutoff,
         limit: u32,
         except: &[i64],
     ) -> Result<Vec<i64>, StoreError> {
-        let statement = || sql::list_stale(oldest, limit, except);
+        let statement = || sql::list_stale(cutoff, limit, except);
         let rows: Vec<(i64,)> =
             self.fetch_all(statement, LockWait::Usual, StoreError::List).await?;
         Ok(rows.into_iter().map(|(id,)| id).collect())
@@ -144,10 +144,10 @@ impl Table {
 
     pub(crate) async fn delete_stale_among(
         &self,
-        oldest: Moment,
+        cutoff: Cutoff,
         ids: &[i64],
     ) -> Result<Vec<Row>, StoreError> {
-        self.delete(|| sql::delete_stale_among(oldest, ids), LockWait::Brief).await
+        self.delete(|| sql::delete_stale_among(cutoff, ids), LockWait::Brief).await
     }
 
     pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
@@ -159,10 +159,10 @@ impl Table {
 
     pub(crate) async fn delete_stale(
         &self,
-        oldest: Moment,
+        cutoff: Cutoff,
         limit: u32,
     ) -> Result<Vec<Row>, StoreError> {
-        self.delete(|| sql::delete_stale(oldest, limit), LockWait::Usual).await
+        self.delete(|| sql::delete_stale(cutoff, limit), LockWait::Usual).await
     }
 
     async fn delete(

@@ -13,7 +13,7 @@ use tokio::task::spawn_blocking;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
-use crate::{Moment, Object, Recorded, Row, Sighting, StoreError};
+use crate::{Cutoff, Moment, Object, Recorded, Row, Sighting, StoreError};
 
 // Decision: docs/decisions/0041-why-is-there-no-index-on-last-seen.md
 /// As in Postgres, there is no index on `last_seen`, because each upsert would also have to write
@@ -113,13 +113,14 @@ impl Table {
         within(QUERY_TIMEOUT, StoreError::CorrectFuture, correct).await
     }
 
-    pub(crate) async fn count_stale(&self, oldest: Moment) -> Result<(u64, u64), StoreError> {
-        let oldest_ms = i64::try_from(oldest.since_1970.as_millis()).unwrap_or(i64::MAX);
+    pub(crate) async fn count_stale(&self, cutoff: Cutoff) -> Result<(u64, u64), StoreError> {
         let count = self.0.transact(move |connection| {
             let mut count = connection.prepare_cached(
                 "SELECT count(*) FILTER (WHERE last_seen < ?1), count(*) FROM object",
             )?;
-            count.query_row([oldest_ms], |row| Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?)))
+            count.query_row([oldest_ms(cutoff, connection)?], |row| {
+                Ok((row.get::<_, i64>(0)?, row.get::<_, i64>(1)?))
+            })
         });
         let (stale, all) = within(QUERY_TIMEOUT, StoreError::Count, count).await?;
         Ok((stale.unsigned_abs(), all.unsigned_abs()))
@@ -127,10 +128,9 @@ impl Table {
 
     pub(crate) async fn delete_stale(
         &self,
-        oldest: Moment,
+        cutoff: Cutoff,
         limit: u32,
     ) -> Result<Vec<Row>, StoreError> {
-        let oldest_ms = i64::try_from(oldest.since_1970.as_millis()).unwrap_or(i64::MAX);
         let delete = self.0.transact(move |connection| {
             let mut delete = connection.prepare_cached(
                 "DELETE FROM object WHERE id IN (
@@ -140,7 +140,7 @@ impl Table {
             let to_row = |row: &rusqlite::Row<'_>| {
                 Ok(Row { id: row.get(0)?, last_seen: moment(row.get(1)?) })
             };
-            delete.query_map((oldest_ms, limit), to_row)?.collect()
+            delete.query_map((oldest_ms(cutoff, connection)?, limit), to_row)?.collect()
         });
         within(QUERY_TIMEOUT, StoreError::DeleteStale, delete).await
     }
@@ -195,6 +195,12 @@ fn now_ms(connection: &Connection) -> rusqlite::Result<i64> {
     // SQLite returns seconds as a float, so the product may be slightly less than a whole number.
     let now = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
     connection.prepare_cached(now)?.query_row([], |row| row.get(0))
+}
+
+/// Rows last seen before this time are stale, in milliseconds since 1970.
+fn oldest_ms(Cutoff { oldest, age }: Cutoff, connection: &Connection) -> rusqlite::Result<i64> {
+    let ms = |time: Duration| i64::try_from(time.as_millis()).unwrap_or(i64::MAX);
+    Ok(ms(oldest.since_1970).min(now_ms(connection)?.saturating_sub(ms(age))))
 }
 
 fn moment(ms: i64) -> Moment {

@@ -5,7 +5,7 @@ use tokio::sync::watch;
 
 use crate::database::{Backend, Database};
 use crate::rows::LockWait;
-use crate::{Moment, Recorded, Row, Sighting, StoreError, postgres, sqlite};
+use crate::{Cutoff, Moment, Recorded, Row, Sighting, StoreError, postgres, sqlite};
 
 /// The table `object`. A Postgres server may be away at any time, also at the start. A file is open
 /// from the start and belongs to this process.
@@ -133,11 +133,8 @@ impl Store {
         }
     }
 
-    /// Deletes up to `limit` rows that were last seen before `oldest`, and returns them. Fewer than
-    /// `limit` rows mean that no unlocked stale rows are left.
-    ///
-    /// It does not read the clock. If the clock is set after the caller has computed `oldest`, that
-    /// makes no row stale.
+    /// Deletes up to `limit` stale rows, and returns them. Fewer than `limit` rows mean that no
+    /// unlocked stale rows are left. [`Cutoff`] says what happens if the clock is set meanwhile.
     ///
     /// It skips rows that another transaction has locked: a row that is being updated is no longer
     /// stale, and a row that is being deleted needs no second delete. So it never waits for an
@@ -146,39 +143,38 @@ impl Store {
     /// # Errors
     /// [`StoreError`]. Then no row is deleted, or perhaps all are deleted if
     /// [`StoreError::may_be_committed`].
-    pub async fn delete_stale(&self, oldest: Moment, limit: u32) -> Result<Vec<Row>, StoreError> {
+    pub async fn delete_stale(&self, cutoff: Cutoff, limit: u32) -> Result<Vec<Row>, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.delete_stale(oldest, limit).await,
-            Kind::Sqlite(table) => table.delete_stale(oldest, limit).await,
+            Kind::Postgres(table) => table.delete_stale(cutoff, limit).await,
+            Kind::Sqlite(table) => table.delete_stale(cutoff, limit).await,
         }
     }
 
-    /// The number of rows that were last seen before `oldest`, and the number of all rows.
+    /// The number of stale rows, and the number of all rows.
     ///
     /// # Errors
     /// [`StoreError`]: `Count` or `Timeout`.
-    pub async fn count_stale(&self, oldest: Moment) -> Result<(u64, u64), StoreError> {
+    pub async fn count_stale(&self, cutoff: Cutoff) -> Result<(u64, u64), StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.count_stale(oldest).await,
-            Kind::Sqlite(table) => table.count_stale(oldest).await,
+            Kind::Postgres(table) => table.count_stale(cutoff).await,
+            Kind::Sqlite(table) => table.count_stale(cutoff).await,
         }
     }
 
-    /// Returns the ids of up to `limit` rows that were last seen before `oldest`, except those in
-    /// `except`. They are for [`Store::delete_stale_among`], if single rows make
-    /// [`Store::delete_stale`] fail. A file has no such rows, because no other program locks its
-    /// rows or adds triggers and foreign keys.
+    /// Returns the ids of up to `limit` stale rows, except those in `except`. They are for
+    /// [`Store::delete_stale_among`], if single rows make [`Store::delete_stale`] fail. A file has
+    /// no such rows, because no other program locks its rows or adds triggers and foreign keys.
     ///
     /// # Errors
     /// [`StoreError`]: `List` or `Timeout`.
     pub async fn list_stale(
         &self,
-        oldest: Moment,
+        cutoff: Cutoff,
         limit: u32,
         except: &[i64],
     ) -> Result<Vec<i64>, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.list_stale(oldest, limit, except).await,
+            Kind::Postgres(table) => table.list_stale(cutoff, limit, except).await,
             Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }
@@ -190,11 +186,11 @@ impl Store {
     /// As [`Store::delete_stale`].
     pub async fn delete_stale_among(
         &self,
-        oldest: Moment,
+        cutoff: Cutoff,
         ids: &[i64],
     ) -> Result<Vec<Row>, StoreError> {
         match &self.0 {
-            Kind::Postgres(table) => table.delete_stale_among(oldest, ids).await,
+            Kind::Postgres(table) => table.delete_stale_among(cutoff, ids).await,
             Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }

@@ -13,7 +13,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
-use crate::{Moment, TimeZone};
+use crate::{Cutoff, TimeZone};
 
 /// The number of `SET LOCAL` statements in [`Settings`].
 pub(super) const SETTINGS: usize = 4;
@@ -117,10 +117,13 @@ fn list(ids: &[i64]) -> String {
     format!("'{{{}}}'::bigint[]", ids.join(","))
 }
 
-/// An SQL condition: the row was last seen before `oldest`.
-fn is_stale(oldest: Moment) -> String {
+/// An SQL condition: the row is stale.
+fn is_stale(Cutoff { oldest, age }: Cutoff) -> String {
     let oldest = i64::try_from(oldest.since_1970.as_micros()).unwrap_or(i64::MAX);
-    let oldest = format!("timestamptz 'epoch' + {oldest} * interval '1 us'");
+    let age = age_micros(age);
+    let oldest = format!(
+        "least(timestamptz 'epoch' + {oldest} * interval '1 us', now() - {age} * interval '1 us')"
+    );
     let moment = moment("object");
     // The part after OR applies to a column without time zone, in the hour in which daylight saving
     // time ends.
@@ -129,21 +132,21 @@ fn is_stale(oldest: Moment) -> String {
     )
 }
 
-/// Returns one row `(stale, all)`: the number of rows last seen before `oldest`, and of all rows.
-pub(super) fn count_stale(oldest: Moment) -> String {
-    let is_stale = is_stale(oldest);
+/// Returns one row `(stale, all)`: the number of stale rows, and of all rows.
+pub(super) fn count_stale(cutoff: Cutoff) -> String {
+    let is_stale = is_stale(cutoff);
     format!("SELECT count(*) FILTER (WHERE {is_stale}), count(*) FROM object")
 }
 
-/// Returns a row `(id)` for up to `limit` rows last seen before `oldest`, except those in `except`.
-pub(super) fn list_stale(oldest: Moment, limit: u32, except: &[i64]) -> String {
-    let (is_stale, except) = (is_stale(oldest), list(except));
+/// Returns a row `(id)` for up to `limit` stale rows, except those in `except`.
+pub(super) fn list_stale(cutoff: Cutoff, limit: u32, except: &[i64]) -> String {
+    let (is_stale, except) = (is_stale(cutoff), list(except));
     format!("SELECT id::bigint FROM object WHERE {is_stale} AND id <> ALL ({except}) LIMIT {limit}")
 }
 
-/// Deletes rows among `ids` that were last seen before `oldest`. Returns their `(id, last_seen)`.
-pub(super) fn delete_stale_among(oldest: Moment, ids: &[i64]) -> String {
-    delete(&format!("{} AND id = ANY ({})", is_stale(oldest), list(ids)))
+/// Deletes the stale rows among `ids`. Returns their `(id, last_seen)`.
+pub(super) fn delete_stale_among(cutoff: Cutoff, ids: &[i64]) -> String {
+    delete(&format!("{} AND id = ANY ({})", is_stale(cutoff), list(ids)))
 }
 
 /// Returns one row with the database's clock in microseconds.
@@ -152,9 +155,9 @@ pub(super) fn now() -> String {
 }
 
 // Decision: docs/decisions/0042-why-do-deletes-skip-locked-rows.md
-/// Deletes up to `limit` rows that were last seen before `oldest`. Returns their `(id, last_seen)`.
-pub(super) fn delete_stale(oldest: Moment, limit: u32) -> String {
-    delete(&format!("{} LIMIT {limit}", is_stale(oldest)))
+/// Deletes up to `limit` stale rows. Returns their `(id, last_seen)`.
+pub(super) fn delete_stale(cutoff: Cutoff, limit: u32) -> String {
+    delete(&format!("{} LIMIT {limit}", is_stale(cutoff)))
 }
 
 fn delete(condition: &str) -> String {

@@ -1,5 +1,6 @@
 //! Tests of Postgres only.
 
+mod clock;
 mod go_table;
 mod locks;
 mod objects;

@@ -47,8 +47,8 @@ async fn row_ages_are_relative_to_the_passed_clock_reading(backend: &Backend) {
         }
     };
     assert_eq!(before.ahead_of(after), Duration::ZERO);
-    assert_eq!(store.delete_stale(before, 100).await.unwrap(), []);
-    assert_eq!(store.delete_stale(after, 100).await.unwrap().len(), 3);
+    assert_eq!(store.delete_stale(before.before(Duration::ZERO), 100).await.unwrap(), []);
+    assert_eq!(store.delete_stale(after.before(Duration::ZERO), 100).await.unwrap().len(), 3);
 }
 
 async fn deleted_rows_are_returned_with_their_last_seen(backend: &Backend) {
@@ -56,8 +56,8 @@ async fn deleted_rows_are_returned_with_their_last_seen(backend: &Backend) {
     insert(&store, 1..=3, 2 * HOUR).await;
     insert(&store, 4..=4, Duration::ZERO).await;
     let before = backend.objects().await;
-    let oldest = store.now().await.unwrap().before(HOUR);
-    let mut gone = store.delete_stale(oldest, 100).await.unwrap();
+    let cutoff = store.now().await.unwrap().before(HOUR);
+    let mut gone = store.delete_stale(cutoff, 100).await.unwrap();
     gone.sort_unstable_by_key(|row| row.id);
     let gone: Vec<_> = gone.iter().map(|row| (row.id, row.last_seen.time())).collect();
     let rows: Vec<_> = before.iter().map(|object| (object.id, object.last_seen)).collect();

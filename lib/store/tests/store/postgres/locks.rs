@@ -143,11 +143,11 @@ async fn stale_rows_can_be_listed_and_deleted_by_id() {
     let (database, store) = open().await;
     insert(database.pool(), 1..=4, 2 * HOUR).await;
     insert(database.pool(), 5..=6, Duration::ZERO).await;
-    let oldest = store.now().await.unwrap().before(HOUR);
-    let mut stale = store.list_stale(oldest, 10, &[3]).await.unwrap();
+    let cutoff = store.now().await.unwrap().before(HOUR);
+    let mut stale = store.list_stale(cutoff, 10, &[3]).await.unwrap();
     stale.sort_unstable();
     assert_eq!(stale, [1, 2, 4]);
-    let gone = store.delete_stale_among(oldest, &[1, 2, 6]).await.unwrap();
+    let gone = store.delete_stale_among(cutoff, &[1, 2, 6]).await.unwrap();
     assert_eq!(gone.len(), 2);
-    assert_eq!(store.count_stale(oldest).await.unwrap(), (2, 4));
+    assert_eq!(store.count_stale(cutoff).await.unwrap(), (2, 4));
 }
