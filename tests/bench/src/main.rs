@@ -8,6 +8,7 @@ mod callbacks;
 mod curve;
 mod limits;
 mod parts;
+mod peers;
 mod servers;
 mod status_api;
 mod table;

@@ -8,8 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::usage::Cost;
 
 const HEAD: &str = "\
-| part | what | limit | ours | ratio | p50 ms | p99 ms | peak MB | CPU s per 100,000 | goals and notes |
-| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
+| part | what | limit | plain peer | ours | ratio | p50 ms | p99 ms | peak MB | CPU s per 100,000 | goals and notes |
+| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | --- |
 ";
 
 /// One measurement of our services and its limit.
@@ -20,6 +20,8 @@ pub(crate) struct Row {
     /// The unit of `limit` and `ours`.
     pub(crate) unit: &'static str,
     pub(crate) limit: Option<f64>,
+    /// The result of a plain program in another language.
+    pub(crate) peer: Option<f64>,
     pub(crate) ours: f64,
     pub(crate) p50_ms: Option<f64>,
     pub(crate) p99_ms: Option<f64>,
@@ -31,10 +33,15 @@ pub(crate) struct Row {
 #[derive(Clone, Copy, Debug, Serialize)]
 pub(crate) enum Goal {
     RatioAtLeast(f64),
+    /// Our result divided by the peer's.
+    PeerRatioAtLeast(f64),
     OursAtLeast(f64),
     OursAtMost(f64),
+    P50MsAtMost(f64),
     P99MsAtMost(f64),
     PeakMbAtMost(f64),
+    /// Per 100,000 units of work.
+    CpuSecondsAtMost(f64),
 }
 
 impl Row {
@@ -45,6 +52,7 @@ impl Row {
             what: what.into(),
             unit,
             limit: None,
+            peer: None,
             ours,
             p50_ms: None,
             p99_ms: None,
@@ -62,10 +70,17 @@ impl Row {
     fn reaches(&self, goal: Goal) -> bool {
         match goal {
             Goal::RatioAtLeast(least) => self.ratio().is_some_and(|ratio| ratio >= least),
+            Goal::PeerRatioAtLeast(least) => {
+                self.peer.is_some_and(|peer| self.ours / peer >= least)
+            }
             Goal::OursAtLeast(least) => self.ours >= least,
             Goal::OursAtMost(most) => self.ours <= most,
+            Goal::P50MsAtMost(most) => self.p50_ms.is_some_and(|p50| p50 <= most),
             Goal::P99MsAtMost(most) => self.p99_ms.is_some_and(|p99| p99 <= most),
             Goal::PeakMbAtMost(most) => self.cost.is_some_and(|cost| cost.peak_mb <= most),
+            Goal::CpuSecondsAtMost(most) => {
+                self.cost.is_some_and(|cost| cost.cpu_seconds_per_100k <= most)
+            }
         }
     }
 
@@ -76,10 +91,11 @@ impl Row {
         let goals = self.goals.iter().map(|goal| self.goal_text(*goal));
         let last: Vec<String> = goals.chain(self.note.clone()).collect();
         format!(
-            "| {} | {} | {} | {} {} | {} | {} | {} | {} | {} | {} |",
+            "| {} | {} | {} | {} | {} {} | {} | {} | {} | {} | {} | {} |",
             self.part,
             self.what,
             self.limit.map_or_else(|| "–".to_owned(), rounded),
+            self.peer.map_or_else(|| "–".to_owned(), rounded),
             rounded(self.ours),
             self.unit,
             optional(self.ratio(), 2),
@@ -94,10 +110,13 @@ impl Row {
     fn goal_text(&self, goal: Goal) -> String {
         let text = match goal {
             Goal::RatioAtLeast(least) => format!("ratio ≥ {least}"),
+            Goal::PeerRatioAtLeast(least) => format!("≥ {least} of the peer"),
             Goal::OursAtLeast(least) => format!("≥ {}", rounded(least)),
             Goal::OursAtMost(most) => format!("≤ {}", rounded(most)),
+            Goal::P50MsAtMost(most) => format!("p50 ≤ {most} ms"),
             Goal::P99MsAtMost(most) => format!("p99 ≤ {most} ms"),
             Goal::PeakMbAtMost(most) => format!("peak ≤ {most:.0} MB"),
+            Goal::CpuSecondsAtMost(most) => format!("CPU ≤ {most} s"),
         };
         if self.reaches(goal) { text } else { format!("**missed: {text}**") }
     }

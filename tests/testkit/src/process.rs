@@ -47,7 +47,6 @@ impl Process {
         let folder = target_folder();
         let path = folder.join(binary);
         assert!(path.is_file(), "{} is missing: run `cargo build --workspace`", path.display());
-        let scratch = Scratch::new(binary);
         let mut words = wrapper.iter().map(OsStr::new).chain([path.as_os_str()]);
         let mut command = Command::new(words.next().unwrap_or_default());
         command
@@ -58,17 +57,25 @@ impl Process {
             .env("ADMIN_ADDR", "127.0.0.1:0")
             // No load balancer must detect that the process stops.
             .env("DRAIN_DELAY", "0s")
-            .envs(environment.iter().map(|(name, value)| (name, value)))
-            .current_dir(scratch.path())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
-        let mut group = ProcessGroup::spawn(&mut command, scratch.path());
+            .envs(environment.iter().map(|(name, value)| (name, value)));
+        Self::spawn_command(binary, &mut command)
+    }
+
+    /// Starts `command`, which `name` describes, in an empty directory.
+    ///
+    /// # Panics
+    /// When the program is missing.
+    pub fn spawn_command(name: &str, command: &mut Command) -> Self {
+        let scratch = Scratch::new(name);
+        command.current_dir(scratch.path()).stdout(Stdio::piped()).stderr(Stdio::piped());
+        let mut group = ProcessGroup::spawn(command, scratch.path());
+        let folder = target_folder();
         let logs = folder.parent().unwrap_or(&folder).join("test-logs");
-        let mut log = ProcessLog::new(&logs, binary);
+        let mut log = ProcessLog::new(&logs, name);
         let (stdout, stderr) = group.take_output();
         log.collect(stdout);
         log.collect(stderr);
-        Self { binary: binary.to_owned(), group: Mutex::new(group), log, _scratch: scratch }
+        Self { binary: name.to_owned(), group: Mutex::new(group), log, _scratch: scratch }
     }
 
     /// The process id.
