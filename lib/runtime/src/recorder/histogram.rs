@@ -8,6 +8,9 @@ use metrics::{GaugeFn as _, HistogramFn};
 /// Upper bounds of a `_seconds` histogram: from a fast commit to a very slow status API.
 const SECONDS: [f64; 14] =
     [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 60.0];
+/// Upper bounds of the time from a callback to the commit, which after an outage may be hours.
+const SECONDS_TO_COMMIT: [f64; 14] =
+    [0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 1_800.0, 7_200.0, 86_400.0];
 /// Upper bounds of a `_rows` histogram.
 const ROWS: [f64; 8] = [1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0, 10_000.0];
 
@@ -24,7 +27,13 @@ pub(super) struct Histogram {
 impl Histogram {
     /// An empty histogram with the buckets that the suffix of its name selects.
     pub(super) fn new(name: &str) -> Self {
-        let bounds: &[f64] = if name.ends_with("_rows") { &ROWS } else { &SECONDS };
+        let bounds: &[f64] = if name.ends_with("_to_commit_seconds") {
+            &SECONDS_TO_COMMIT
+        } else if name.ends_with("_rows") {
+            &ROWS
+        } else {
+            &SECONDS
+        };
         let counts = (0..=bounds.len()).map(|_| AtomicU64::new(0)).collect();
         Self { bounds, counts, sum: AtomicU64::new(0) }
     }
@@ -81,6 +90,7 @@ mod tests {
     fn suffix_of_the_name_selects_the_buckets() {
         let first_bound = |name| Histogram::new(name).buckets().next().unwrap().0.to_string();
         assert_eq!(first_bound("lookup_seconds"), "0.001");
+        assert_eq!(first_bound("callback_to_commit_seconds"), "0.05");
         assert_eq!(first_bound("batch_rows"), "1");
     }
 
