@@ -1,7 +1,8 @@
-//! Scrapes the metrics of all services and aggregates them.
+//! Reads the metrics of all services and aggregates them.
 
 mod pipeline_metrics;
 mod replicas;
+mod text_format;
 
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -129,7 +130,7 @@ impl ScrapeTarget {
         let (MetricsSource::Url(url), Some(replicas), Some(client)) =
             (&self.source, &mut self.replicas, client)
         else {
-            return vec![(None, Ok(Scrape::of_text(&runtime::render_metrics())))];
+            return vec![(None, Ok(Scrape::of_this_process()))];
         };
         let addresses = match replicas.addresses().await {
             Ok(addresses) => addresses,

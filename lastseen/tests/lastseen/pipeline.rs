@@ -1,7 +1,8 @@
 use std::collections::HashSet;
 
+use serde_json::json;
 use testkit::{
-    Database, Partner, Queue, StatusApi, eventually, http_get, viewer_address, wait_until,
+    Database, Partner, Queue, StatusApi, eventually, http_get, viewer_address, wait_for, wait_until,
 };
 
 use crate::{Home, MILLISECOND, PATIENCE};
@@ -54,8 +55,17 @@ async fn viewer_shows_what_is_online_and_the_local_metrics() {
     let soon = PATIENCE / 2;
     eventually("both are shown", soon, async || (shown().await == [2, 4]).then_some(())).await;
     eventually("no object is shown", soon, async || shown().await.is_empty().then_some(())).await;
-    let stats = http_get(address, "/stats").await.unwrap().body;
-    assert!(stats.contains(r#"{"url":"this process","status":"ok","settings":null}"#), "{stats}");
+    // The rates need a second reading of the metrics.
+    let stats = wait_for("the viewer has read its metrics twice", async || {
+        let stats = http_get(address, "/stats").await.unwrap().body;
+        let stats: serde_json::Value = serde_json::from_str(&stats).unwrap();
+        stats["lookups_per_second"].is_number().then_some(stats)
+    })
+    .await;
+    let this_process = json!([{"url": "this process", "status": "ok", "settings": null}]);
+    assert_eq!(stats["services"], this_process);
+    assert!(stats["lookups_in_flight"].is_number(), "{stats}");
+    assert!(stats["lookups_by_outcome"]["online"].is_number(), "{stats}");
 }
 
 #[tokio::test]

@@ -5,7 +5,6 @@ use axum::extract::State;
 use axum::http::{StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use metrics_exporter_prometheus::PrometheusHandle;
 
 use crate::problem::Problem;
 use crate::{Health, recorder};
@@ -14,10 +13,9 @@ use crate::{Health, recorder};
 struct Admin {
     service: &'static str,
     health: Health,
-    metrics: PrometheusHandle,
 }
 
-pub(crate) fn router(service: &'static str, health: Health, metrics: PrometheusHandle) -> Router {
+pub(crate) fn router(service: &'static str, health: Health) -> Router {
     Router::new()
         .route("/livez", get(async || "alive\n"))
         .route("/readyz", get(readyz))
@@ -25,7 +23,7 @@ pub(crate) fn router(service: &'static str, health: Health, metrics: PrometheusH
         .fallback(async || {
             Problem::new(StatusCode::NOT_FOUND, "not found; use /livez, /readyz or /metrics")
         })
-        .with_state(Admin { service, health, metrics })
+        .with_state(Admin { service, health })
 }
 
 async fn readyz(State(admin): State<Admin>) -> Response {
@@ -50,5 +48,5 @@ async fn render_metrics(State(admin): State<Admin>) -> impl IntoResponse {
     for (_, is_ready) in &mut roles {
         *is_ready &= !admin.health.is_draining();
     }
-    ([(header::CONTENT_TYPE, content_type)], recorder::render(&admin.metrics, &roles))
+    ([(header::CONTENT_TYPE, content_type)], recorder::render(&roles))
 }

@@ -41,7 +41,7 @@ pub use lifecycle::{
 };
 pub use log_limiter::LogLimiter;
 pub use log_output::{is_terminal, show_status};
-pub use recorder::{metric_total, render_metrics};
+pub use recorder::{metric_total, metric_values};
 pub use reloadable::{ReloadHandle, Reloadable};
 pub use supervisor::{CriticalTask, Needed, Running, Supervisor};
 pub use tokio_util::sync::CancellationToken;

@@ -349,7 +349,7 @@ async fn run_service(
 ) -> anyhow::Result<()> {
     // Must come first, because a signal that arrives earlier kills the process.
     let signals = Signals::watch()?;
-    let metrics = recorder::install(description.name)?;
+    recorder::install(description.name)?;
     let reload = reload::watch(reload, Arc::clone(&signals.reload_requests), &context.health);
     let traces = Traces::start(&common.traces, description.name);
     let address = common.admin_addr;
@@ -357,15 +357,13 @@ async fn run_service(
         http::listen(address).with_context(|| format!("cannot listen on ADMIN_ADDR={address}"))?;
     let address = listener.local_addr().context("cannot read the admin address")?;
     tracing::info!(service = description.name, admin = %address, "starting");
-    let router = admin::router(description.name, context.health.clone(), metrics.clone());
+    let router = admin::router(description.name, context.health.clone());
     let Common { drain_delay, drain_timeout, .. } = *common;
     let shutdown = Shutdown { drain_delay, drain_timeout };
     // The admin server is never shut down: while the service drains, `/readyz` still reports why it
     // is not ready.
     let admin = http::serve(listener, router, ADMIN_LIMITS, CancellationToken::new());
     let _admin = context.supervisor.spawn_critical("admin server", admin);
-    let _upkeep =
-        context.supervisor.spawn_critical("upkeep of the metrics", recorder::upkeep(metrics));
     let result = tokio::select! {
         result = run_until_stopped(service, context, signals, shutdown) => result,
         never = reload => match never {},

@@ -3,8 +3,11 @@
 use std::collections::{BTreeMap, HashMap};
 use std::time::Instant;
 
+use metrics::{Key, Label};
 use serde::Serialize;
 use utoipa::ToSchema;
+
+use super::text_format;
 
 /// A service, and whether its metrics can be read.
 #[derive(Clone, Debug, Serialize, ToSchema)]
@@ -45,10 +48,10 @@ pub(crate) struct PipelineMetrics {
     breaker_state: Option<f64>,
 }
 
-/// The samples of one replica, by name with labels.
+/// The samples of one replica, by name and labels.
 #[derive(Clone)]
 pub(super) struct Scrape {
-    samples: HashMap<String, f64>,
+    samples: HashMap<Key, f64>,
     at: Instant,
 }
 
@@ -94,8 +97,8 @@ fn rates(
             // A new counter, or one of a restarted process, has counted from 0.
             let previous_value = previous.samples.get(key).filter(|previous| **previous <= value);
             let growth = value - previous_value.copied().unwrap_or(0.0);
-            let label = key.split_once("outcome=\"").and_then(|(_, rest)| rest.split_once('"'));
-            let outcome = label.map_or("", |(outcome, _)| outcome).to_owned();
+            let label = key.labels().find(|label| label.key() == "outcome");
+            let outcome = label.map_or("", Label::value).to_owned();
             *rates.entry(outcome).or_default() += growth / seconds.max(0.001);
         }
     }
@@ -103,8 +106,13 @@ fn rates(
 }
 
 impl Scrape {
+    /// The samples in a response of `/metrics`.
     pub(super) fn of_text(text: &str) -> Self {
-        Self { samples: samples(text), at: Instant::now() }
+        Self { samples: text_format::samples(text), at: Instant::now() }
+    }
+
+    pub(super) fn of_this_process() -> Self {
+        Self { samples: runtime::metric_values().into_iter().collect(), at: Instant::now() }
     }
 
     /// The problem with this process's settings file, if it reports one.
@@ -120,24 +128,10 @@ impl Scrape {
     }
 
     /// The samples of one metric, with any labels.
-    fn of(&self, name: &'static str) -> impl Iterator<Item = (&String, f64)> {
-        let has_name = move |key: &str| {
-            key.strip_prefix(name).is_some_and(|rest| rest.is_empty() || rest.starts_with('{'))
-        };
-        self.samples.iter().filter(move |(key, _)| has_name(key)).map(|(key, value)| (key, *value))
+    fn of(&self, name: &'static str) -> impl Iterator<Item = (&Key, f64)> {
+        let samples = self.samples.iter().filter(move |(key, _)| key.name() == name);
+        samples.map(|(key, value)| (key, *value))
     }
-}
-
-/// Parses the samples in Prometheus's text format, except for histogram buckets. The exporter
-/// writes no timestamps, so the value follows the last space.
-fn samples(text: &str) -> HashMap<String, f64> {
-    let text = text.strip_prefix('\u{feff}').unwrap_or(text);
-    let lines = text.lines().filter(|line| line.starts_with("lastseen_"));
-    let sample = |line: &str| {
-        let (name, value) = line.rsplit_once(' ')?;
-        Some((name.to_owned(), value.parse().ok()?))
-    };
-    lines.filter(|line| !line.contains("_bucket{")).filter_map(sample).collect()
 }
 
 #[cfg(test)]
@@ -147,7 +141,7 @@ mod tests {
     use super::*;
 
     fn scrape(text: &str, at: Instant) -> Scrape {
-        Scrape { samples: samples(text), at }
+        Scrape { at, ..Scrape::of_text(text) }
     }
 
     #[test]
@@ -160,12 +154,6 @@ mod tests {
         assert!(problem(rejected).unwrap().contains("rejected"));
         let pending = problem("lastseen_settings_awaiting_restart 2").unwrap();
         assert!(pending.contains("a restart: 2"), "{pending}");
-    }
-
-    // Field case 1.3
-    #[test]
-    fn byte_order_mark_before_metrics_is_ignored() {
-        assert!(samples("\u{feff}lastseen_dead_letters 5").contains_key("lastseen_dead_letters"));
     }
 
     #[test]
