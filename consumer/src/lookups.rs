@@ -436,8 +436,11 @@ impl LookupContext {
         let in_flight = metrics::gauge!("lastseen_lookups_in_flight");
         in_flight.increment(1.0);
         let started = Instant::now();
-        let lookups = self.lookups.borrow().clone();
-        let answer = self.status_api.look_up(id, &lookups, &mut span).await;
+        let (limit, status_404) = {
+            let lookups = self.lookups.borrow();
+            (lookups.status_timeout, lookups.status_404)
+        };
+        let answer = self.status_api.look_up(id, limit, status_404, &mut span).await;
         in_flight.decrement(1.0);
         metrics::histogram!("lastseen_lookup_seconds").record(started.elapsed());
         let outcome = match &answer {
