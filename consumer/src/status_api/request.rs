@@ -22,13 +22,13 @@ impl RequestTemplate {
         let host = endpoint.host_str().unwrap_or_default();
         // `Url` omits the port if it is the default one of the scheme.
         let port = endpoint.port().map(|port| format!(":{port}")).unwrap_or_default();
-        let mut after_id = format!(
-            " HTTP/1.1\r\nhost: {host}{port}\r\naccept: */*\r\nuser-agent: {USER_AGENT}\r\n"
+        let authorization = credentials(endpoint)
+            .map(|text| format!("authorization: Basic {}\r\n", BASE64_STANDARD.encode(text)))
+            .unwrap_or_default();
+        let after_id = format!(
+            " HTTP/1.1\r\nhost: {host}{port}\r\naccept: */*\r\nuser-agent: {USER_AGENT}\r\n\
+             {authorization}"
         );
-        if let Some(credentials) = credentials(endpoint) {
-            after_id +=
-                &format!("authorization: Basic {}\r\n", BASE64_STANDARD.encode(credentials));
-        }
         Self { before_id: format!("GET {path}/objects/"), after_id }
     }
 

@@ -110,8 +110,8 @@ fn response() -> impl Strategy<Value = Vec<u8>> {
     ]);
     (vec(interim, 0..3), status_line, vec(field, 0..3), body).prop_map(
         |(interim, status_line, fields, body)| {
-            let fields: String = fields.iter().map(|field| format!("{field}\r\n")).collect();
-            format!("{}{status_line}\r\n{fields}\r\n{body}", interim.concat()).into_bytes()
+            let head = [&[status_line], fields.as_slice()].concat().join("\r\n");
+            format!("{}{head}\r\n\r\n{body}", interim.concat()).into_bytes()
         },
     )
 }
@@ -264,4 +264,17 @@ async fn a_waiting_or_idle_connection_holds_no_buffer() {
     // What a lookup adds to its task while it waits.
     let size = size_of_val(&connection.send(b""));
     assert!(size <= 256, "{size} bytes");
+}
+
+#[tokio::test]
+async fn only_a_connection_that_ended_before_the_first_byte_ended_before_the_response() {
+    for (response, expected) in [("", true), ("H", false), ("HTTP/1.1 200 OK\r\n", false)] {
+        let mut connection = server_of(response.as_bytes().to_vec(), Cursor::new(Vec::new()));
+        let error = connection.send(b"").await.unwrap_err();
+        assert!(matches!(error, ExchangeError::Closed), "{error}");
+        assert_eq!(connection.ended_before_response(&error), expected, "{response}");
+    }
+    let mut invalid = server_of(b"not HTTP".to_vec(), Cursor::new(Vec::new()));
+    let error = invalid.send(b"").await.unwrap_err();
+    assert!(!invalid.ended_before_response(&error), "{error}");
 }

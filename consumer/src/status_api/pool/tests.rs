@@ -30,7 +30,9 @@ async fn lookups_reuse_idle_connections() {
     let pool = pool_of(&server.endpoint());
     for _ in 0..3 {
         let at_once = join_all((0..4).map(|_| look_up(&pool))).await;
-        at_once.into_iter().for_each(|connection| pool.keep(connection.unwrap()));
+        for connection in at_once {
+            pool.keep(connection.unwrap());
+        }
     }
     assert_eq!((server.requests(), server.connections()), (12, 4));
     assert_eq!(pool.idle.0.lock().len(), 4);
@@ -41,7 +43,9 @@ async fn a_lookup_on_a_closed_connection_is_sent_once_more_on_a_new_one() {
     let server = PlainStatusApi::start(Connections::CloseAtSecondRequest, |_| None);
     let pool = pool_of(&server.endpoint());
     let both = join_all([look_up(&pool), look_up(&pool)]).await;
-    both.into_iter().for_each(|connection| pool.keep(connection.unwrap()));
+    for connection in both {
+        pool.keep(connection.unwrap());
+    }
     // The server closes the reused connection when the request has arrived. The lookup must not
     // use the other idle connection, which would fail as well.
     look_up(&pool).await.unwrap();
