@@ -50,8 +50,10 @@ struct Tls {
 
 /// In the order in which they became idle. The latest one is reused first, so that those that are
 /// not needed time out.
-#[derive(Default)]
-struct IdleConnections(Mutex<Vec<(Instant, Connection)>>);
+struct IdleConnections {
+    timeout: Duration,
+    connections: Mutex<Vec<(Instant, Connection)>>,
+}
 
 impl ConnectionPool {
     /// Starts a tokio task that closes connections that have been idle for too long.
@@ -61,11 +63,12 @@ impl ConnectionPool {
     pub(super) fn new(url: &Url, addresses: Addresses) -> anyhow::Result<Self> {
         let host = url.host_str().unwrap_or_default();
         let tls = if url.scheme() == "https" { Some(Tls::new(host)?) } else { None };
-        Ok(Self::with_tls(addresses, tls))
+        Ok(Self::start(addresses, tls, IDLE_TIMEOUT))
     }
 
-    fn with_tls(addresses: Addresses, tls: Option<Tls>) -> Self {
-        let idle = Arc::<IdleConnections>::default();
+    fn start(addresses: Addresses, tls: Option<Tls>, idle_timeout: Duration) -> Self {
+        let idle =
+            Arc::new(IdleConnections { timeout: idle_timeout, connections: Mutex::default() });
         let closing = tokio::spawn(close_expired(Arc::clone(&idle)));
         Self { addresses, tls, idle, _closing: AbortOnDropHandle::new(closing) }
     }
@@ -92,7 +95,7 @@ impl ConnectionPool {
 
     /// Keeps a connection that has received a complete response for another lookup.
     pub(super) fn keep(&self, connection: Connection) {
-        self.idle.0.lock().push((Instant::now(), connection));
+        self.idle.connections.lock().push((Instant::now(), connection));
     }
 
     async fn open(&self) -> io::Result<Connection> {
@@ -126,16 +129,16 @@ impl IdleConnections {
     /// Takes the connection that has been idle for the shortest time, unless it is unusable.
     fn take(&self, now: Instant) -> Option<Connection> {
         loop {
-            let (since, mut connection) = self.0.lock().pop()?;
-            if now.duration_since(since) < IDLE_TIMEOUT && connection.is_quiet() {
+            let (since, mut connection) = self.connections.lock().pop()?;
+            if now.duration_since(since) < self.timeout && connection.is_quiet() {
                 return Some(connection);
             }
         }
     }
 
     fn close_expired(&self, now: Instant) {
-        let mut idle = self.0.lock();
-        let expired = idle.partition_point(|(since, _)| now.duration_since(*since) >= IDLE_TIMEOUT);
+        let mut idle = self.connections.lock();
+        let expired = idle.partition_point(|(since, _)| now.duration_since(*since) >= self.timeout);
         // Drop the connections after the guard, because closing a socket is a system call.
         let closing: Vec<_> = idle.drain(..expired).collect();
         drop(idle);
@@ -144,7 +147,7 @@ impl IdleConnections {
 }
 
 async fn close_expired(idle: Arc<IdleConnections>) {
-    let mut rounds = interval(IDLE_TIMEOUT);
+    let mut rounds = interval(idle.timeout);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let now = rounds.tick().await;

@@ -8,12 +8,14 @@ use tokio::time::timeout;
 use super::*;
 use crate::status_api::answer::ReceivedBody;
 
+/// An idle timeout that no test reaches.
+const LONG: Duration = Duration::from_hours(1);
 const REQUEST: &[u8] = b"GET /objects/1 HTTP/1.1\r\nhost: api\r\n\r\n";
 
 fn pool_of(url: &str) -> ConnectionPool {
     let url: Url = url.parse().unwrap();
     let address = url.socket_addrs(|| None).unwrap()[0];
-    ConnectionPool::with_tls(Addresses::fixed(&[address]), None)
+    ConnectionPool::start(Addresses::fixed(&[address]), None, LONG)
 }
 
 /// Sends a lookup, receives the whole response, and returns the connection.
@@ -35,7 +37,7 @@ async fn lookups_reuse_idle_connections() {
         }
     }
     assert_eq!((server.requests(), server.connections()), (12, 4));
-    assert_eq!(pool.idle.0.lock().len(), 4);
+    assert_eq!(pool.idle.connections.lock().len(), 4);
 }
 
 #[tokio::test]
@@ -72,15 +74,15 @@ async fn a_connection_that_the_server_has_closed_is_not_reused() {
 
 #[tokio::test]
 async fn idle_connections_are_closed_after_the_timeout() {
-    let idle = IdleConnections::default();
+    let idle = IdleConnections { timeout: IDLE_TIMEOUT, connections: Mutex::default() };
     let start = Instant::now();
     let (first, _first_server) = tokio::io::duplex(1);
     let (second, _second_server) = tokio::io::duplex(1);
     for (since, stream) in [(start, first), (start + IDLE_TIMEOUT / 2, second)] {
-        idle.0.lock().push((since, Connection::new(stream)));
+        idle.connections.lock().push((since, Connection::new(stream)));
     }
     idle.close_expired(start + IDLE_TIMEOUT);
-    assert_eq!(idle.0.lock().len(), 1);
+    assert_eq!(idle.connections.lock().len(), 1);
     assert!(idle.take(start + IDLE_TIMEOUT * 2).is_none());
 }
 
@@ -91,7 +93,7 @@ fn tls_pool(host: &str, authority: &Authority, proxy: &TlsProxy) -> ConnectionPo
     roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).unwrap()).unwrap();
     let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
     let tls = Tls::with_config(host, config).unwrap();
-    ConnectionPool::with_tls(Addresses::fixed(&[proxy.address()]), Some(tls))
+    ConnectionPool::start(Addresses::fixed(&[proxy.address()]), Some(tls), LONG)
 }
 
 #[tokio::test]
@@ -126,6 +128,6 @@ async fn a_server_that_never_accepts_does_not_delay_lookups() {
     let server = PlainStatusApi::start(Connections::StayOpen, |_| None);
     let (_listener, _streams, hanging) = super::super::addresses::hanging().await;
     let addresses = Addresses::fixed(&[hanging, server.address()]);
-    let pool = ConnectionPool::with_tls(addresses, None);
+    let pool = ConnectionPool::start(addresses, None, LONG);
     timeout(PATIENCE, look_up(&pool)).await.unwrap().unwrap();
 }
