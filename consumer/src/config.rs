@@ -59,7 +59,7 @@ pub struct Lookups {
     pub coalesce: bool,
     /// URL of the status API; objects are looked up under its path /objects/
     #[arg(long, visible_alias = "status-api", value_parser = endpoint, default_value = "http://localhost:9010")]
-    pub tester_endpoint: reqwest::Url,
+    pub tester_endpoint: url::Url,
     /// Timeout of a lookup, including the connection setup
     #[arg(long, value_parser = settings::duration(STATUS_TIMEOUT), default_value = "5s")]
     pub status_timeout: Duration,
@@ -159,8 +159,8 @@ impl Lookups {
 /// Parses a base URL, to which the path of a lookup is appended. A query or a fragment is not
 /// allowed, because the path would become a part of it. An `@` in the path is not allowed either,
 /// because it shows that the user name or the password is not percent-encoded.
-fn endpoint(text: &str) -> Result<reqwest::Url, String> {
-    let is_base = |url: &reqwest::Url| {
+fn endpoint(text: &str) -> Result<url::Url, String> {
+    let is_base = |url: &url::Url| {
         matches!(url.scheme(), "http" | "https")
             && url.has_host()
             && url.query().is_none()

@@ -1,5 +1,6 @@
 //! Looks up the objects of deliveries, and settles the deliveries.
 
+mod lookup_metrics;
 mod pending;
 
 use std::pin::pin;
@@ -20,8 +21,9 @@ use crate::backoff;
 use crate::breaker::{Breaker, LookupPermit, Outcome, Verdict, is_object_at_fault};
 use crate::config::Lookups;
 use crate::resizable_semaphore::{Permit, ResizableSemaphore};
-use crate::status_api::{Answer, LookupError, NOT_FOUND_METRIC, StatusApi};
+use crate::status_api::{Answer, LookupError, StatusApi};
 use crate::writer::{WriteOutcome, Writer, WriterStopped};
+use lookup_metrics::LookupMetrics;
 use pending::{LookupKey, PendingDeliveries, PendingDelivery};
 
 // Decision: docs/decisions/0031-how-long-does-a-consumer-hold-a-delivery.md
@@ -68,6 +70,7 @@ struct LookupContext {
     lookups: watch::Sender<Lookups>,
     shutdown: CancellationToken,
     failure_log: LogLimiter,
+    metrics: LookupMetrics,
 }
 
 /// The events that [`LookupScheduler::run`] handles. `next_event` handles all others itself,
@@ -108,7 +111,6 @@ impl LookupScheduler {
         destination: Destination,
         shutdown: CancellationToken,
     ) -> Self {
-        describe_metrics();
         let lookups = settings.current();
         let unsettled_deliveries = ResizableSemaphore::new(lookups.prefetch().total().into());
         let context = Arc::new(LookupContext {
@@ -121,6 +123,7 @@ impl LookupScheduler {
             lookups: watch::Sender::new(lookups),
             shutdown,
             failure_log: LogLimiter::new(FAILURE_LOG_INTERVAL),
+            metrics: LookupMetrics::register(),
         });
         Self {
             settings,
@@ -422,7 +425,8 @@ impl LookupContext {
         };
         Ok(match outcome {
             WriteOutcome::Committed => {
-                record_ages(group);
+                let accepted = group.iter().filter_map(|pending| pending.delivery.accepted_at());
+                self.metrics.record_commit(accepted);
                 LookupResult::Resolved
             }
             WriteOutcome::Refused(reason) => LookupResult::RowRefused(reason),
@@ -433,23 +437,17 @@ impl LookupContext {
     async fn look_up(&self, id: i64, group: &[PendingDelivery]) -> Result<Answer, LookupError> {
         let deliveries = group.iter().map(|pending| &pending.span);
         let mut span = Span::joint(deliveries, || self.status_api.step(id));
-        let in_flight = metrics::gauge!("lastseen_lookups_in_flight");
-        in_flight.increment(1.0);
-        let started = Instant::now();
-        let lookups = self.lookups.borrow().clone();
-        let answer = self.status_api.look_up(id, &lookups, &mut span).await;
-        in_flight.decrement(1.0);
-        metrics::histogram!("lastseen_lookup_seconds").record(started.elapsed());
-        let outcome = match &answer {
-            Ok(Answer::Online(_)) => "online",
-            Ok(Answer::Offline) => "offline",
-            Err(error) => {
-                span.set("error.type", error.label());
-                span.fail(error);
-                error.label()
-            }
+        let started = self.metrics.start_lookup();
+        let (limit, status_404) = {
+            let lookups = self.lookups.borrow();
+            (lookups.status_timeout, lookups.status_404)
         };
-        metrics::counter!("lastseen_lookups_total", "outcome" => outcome).increment(1);
+        let answer = self.status_api.look_up(id, limit, status_404, &mut span).await;
+        if let Err(error) = &answer {
+            span.set("error.type", error.label());
+            span.fail(error);
+        }
+        self.metrics.finish_lookup(started, &answer);
         answer
     }
 
@@ -520,37 +518,4 @@ fn outcome(answer: &Result<Answer, LookupError>, has_failed: bool) -> Outcome<'_
 
 fn is_asked_to_wait(answer: &Result<Answer, LookupError>) -> bool {
     answer.as_ref().is_err_and(|error| error.asks_to_wait().is_some())
-}
-
-/// Records the time from the callbacks to the commit.
-fn record_ages(group: &[PendingDelivery]) {
-    for accepted_at in group.iter().filter_map(|pending| pending.delivery.accepted_at()) {
-        // The producer's clock may be ahead of this machine's.
-        let age = accepted_at.elapsed().unwrap_or_default();
-        metrics::histogram!("lastseen_callback_to_commit_seconds").record(age);
-    }
-}
-
-fn describe_metrics() {
-    metrics::describe_counter!("lastseen_lookups_total", "Lookups by outcome.");
-    for outcome in ["online", "offline"].into_iter().chain(LookupError::LABELS) {
-        metrics::counter!("lastseen_lookups_total", "outcome" => outcome).increment(0);
-    }
-    metrics::describe_counter!(
-        NOT_FOUND_METRIC,
-        "Lookups answered with 404, whether it means offline or is a failed lookup."
-    );
-    metrics::counter!(NOT_FOUND_METRIC).increment(0);
-    metrics::describe_histogram!(
-        "lastseen_callback_to_commit_seconds",
-        metrics::Unit::Seconds,
-        "Time from the callback to the commit of an online object, for each message."
-    );
-    metrics::describe_gauge!("lastseen_lookups_in_flight", "Lookups in flight.");
-    metrics::gauge!("lastseen_lookups_in_flight").set(0);
-    metrics::describe_histogram!(
-        "lastseen_lookup_seconds",
-        metrics::Unit::Seconds,
-        "Duration of a lookup, regardless of its outcome."
-    );
 }

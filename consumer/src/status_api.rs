@@ -2,22 +2,30 @@
 
 mod addresses;
 mod answer;
-mod connections;
+mod connection;
+mod pool;
 mod reachability;
+mod request;
+mod response_head;
 
+use std::io;
 use std::time::{Duration, Instant};
 
-use reqwest::{Client, Response, StatusCode, Url, redirect};
-use runtime::traces::{KeyValue, Span, SpanKind, Step, TRACEPARENT};
+use http::StatusCode;
+use runtime::traces::{KeyValue, Span, SpanKind, Step};
 use runtime::{CriticalTask, Status, Supervisor};
 use tokio::sync::watch;
 use tokio::time::timeout;
+use url::Url;
 
-use crate::config::Lookups;
+use crate::config::Status404;
 use addresses::Addresses;
-use answer::{Excerpt, MAX_BODY_BYTES, ReceivedResponse};
-use connections::{IDLE_TIMEOUT, UsedConnections};
+use answer::{Excerpt, MAX_BODY_BYTES, ReceivedBody, ReceivedResponse};
+use connection::{Connection, ExchangeError};
+use pool::ConnectionPool;
 use reachability::{LastAnswer, NOT_CHECKED, monitor};
+use request::RequestTemplate;
+use response_head::ResponseHead;
 
 /// How long to wait for the body of an error response, which is only quoted.
 const ERROR_BODY_TIMEOUT: Duration = Duration::from_millis(200);
@@ -94,12 +102,8 @@ impl LookupError {
 }
 
 pub(crate) struct StatusApi {
-    client: Client,
-    /// For a lookup that is sent again. This client keeps no idle connections, so it never reuses
-    /// one.
-    without_reuse: Client,
-    used_connections: UsedConnections,
-    endpoint: String,
+    connections: ConnectionPool,
+    requests: RequestTemplate,
     /// The server's attributes for spans.
     server_attributes: [KeyValue; 2],
     last_answer: LastAnswer,
@@ -109,23 +113,14 @@ pub(crate) struct StatusApi {
 
 impl StatusApi {
     /// # Errors
-    /// When the HTTP client cannot be built, for example without the certificates of the system.
+    /// When the URL is `https` and the system has no certificate authorities.
     pub(crate) fn new(
-        config: &Lookups,
+        endpoint: &Url,
         breaker_status: watch::Receiver<Status>,
         supervisor: &Supervisor,
-    ) -> Result<Self, reqwest::Error> {
-        let (host, port) = host_and_port(&config.tester_endpoint);
+    ) -> anyhow::Result<Self> {
+        let (host, port) = host_and_port(endpoint);
         let addresses = Addresses::resolve(host.clone(), port);
-        let client = || {
-            Client::builder()
-                .connect_timeout(MAX_CONNECT_TIME)
-                .dns_resolver(addresses.clone())
-                .redirect(redirect::Policy::none())
-                .no_proxy()
-                .http1_only()
-                .user_agent(concat!("lastseen/", env!("CARGO_PKG_VERSION")))
-        };
         let (sender, status) = watch::channel(Err(NOT_CHECKED.to_owned()));
         let last_answer = LastAnswer::default();
         let monitor = monitor(
@@ -139,10 +134,8 @@ impl StatusApi {
         let server_attributes =
             [KeyValue::new("server.address", host), KeyValue::new("server.port", i64::from(port))];
         Ok(Self {
-            client: client().pool_idle_timeout(IDLE_TIMEOUT).build()?,
-            without_reuse: client().pool_max_idle_per_host(0).build()?,
-            used_connections: UsedConnections::default(),
-            endpoint: config.tester_endpoint.as_str().trim_end_matches('/').to_owned(),
+            connections: ConnectionPool::new(endpoint, addresses)?,
+            requests: RequestTemplate::new(endpoint),
             server_attributes,
             last_answer,
             status,
@@ -164,96 +157,65 @@ impl StatusApi {
         Step { name: "GET /objects/{id}".into(), kind: SpanKind::Client, attributes }
     }
 
-    /// Looks the object up within `lookups.status_timeout`. Adds attributes to `span`, and passes
-    /// the context of `span` to the API.
+    /// Looks the object up. Adds attributes to `span`, and passes the context of `span` to the API.
     pub(crate) async fn look_up(
         &self,
         id: i64,
-        lookups: &Lookups,
+        limit: Duration,
+        status_404: Status404,
         span: &mut Span,
     ) -> Result<Answer, LookupError> {
-        let timeout = lookups.status_timeout;
-        let response =
-            self.send(id, timeout, span).await.map_err(|error| transport_error(error, timeout))?;
-        self.last_answer.record();
-        let status = response.status();
-        span.set("http.response.status_code", i64::from(status.as_u16()));
-        if status == StatusCode::NOT_FOUND {
-            metrics::counter!(NOT_FOUND_METRIC).increment(1);
-        }
-        let received = receive(response).await.map_err(|error| transport_error(error, timeout))?;
-        let is_online = received.is_online(id, lookups.status_404)?;
+        let received = match timeout(limit, self.fetch(id, span)).await {
+            Ok(received) => received.map_err(|error| lookup_error(error, limit))?,
+            Err(_) => return Err(LookupError::Timeout(limit)),
+        };
+        let is_online = received.is_online(id, status_404)?;
         Ok(if is_online { Answer::Online(Instant::now()) } else { Answer::Offline })
     }
 
-    async fn send(&self, id: i64, timeout: Duration, span: &Span) -> reqwest::Result<Response> {
-        let started = Instant::now();
-        let url = format!("{}/objects/{id}", self.endpoint);
-        let get = |client: &Client, timeout| {
-            let mut request = client.get(&url).timeout(timeout);
-            if let Some(traceparent) = span.traceparent() {
-                request = request.header(TRACEPARENT, traceparent);
-            }
-            request.send()
+    async fn fetch(&self, id: i64, span: &mut Span) -> Result<ReceivedResponse, ExchangeError> {
+        let request = self.requests.about(id, span.traceparent().as_deref());
+        let (connection, head) = self.connections.send(&request).await?;
+        drop(request);
+        self.last_answer.record();
+        span.set("http.response.status_code", i64::from(head.status.as_u16()));
+        if head.status == StatusCode::NOT_FOUND {
+            metrics::counter!(NOT_FOUND_METRIC).increment(1);
+        }
+        let body = self.receive_body(connection, &head).await?;
+        let ResponseHead { status, content_type, retry_after, .. } = head;
+        Ok(ReceivedResponse { status, content_type, retry_after, body })
+    }
+
+    /// Receives the body, and keeps the connection for another lookup if possible. If the status
+    /// says that the body only explains an error, which quotes it, waits only briefly for it.
+    async fn receive_body(
+        &self,
+        mut connection: Connection,
+        head: &ResponseHead,
+    ) -> Result<ReceivedBody, ExchangeError> {
+        let mut body = ReceivedBody::default();
+        let receiving = connection.receive_body(head.body_length, &mut body);
+        let has_ended = if matches!(head.status, StatusCode::OK | StatusCode::NOT_FOUND) {
+            receiving.await?;
+            true
+        } else {
+            matches!(timeout(ERROR_BODY_TIMEOUT, receiving).await, Ok(Ok(())))
         };
-        let mut sent = get(&self.client, timeout).await;
-        if let Err(error) = &sent
-            && self.used_connections.ended_before_response(error)
-        {
-            tracing::debug!(
-                id,
-                "the status API closed an idle connection; sending the lookup again"
-            );
-            sent = get(&self.without_reuse, timeout.saturating_sub(started.elapsed())).await;
+        if has_ended && !body.is_truncated && head.keeps_alive && connection.finish_response() {
+            self.connections.keep(connection);
         }
-        if let Ok(response) = &sent {
-            self.used_connections.record(response.extensions().get(), timeout);
-        }
-        sent
+        Ok(body)
     }
 }
 
-/// Reads a response. If the status says that the body has the answer, reads up to
-/// [`MAX_BODY_BYTES`] of the body. Otherwise waits only briefly, because an error only quotes it.
-async fn receive(mut response: Response) -> reqwest::Result<ReceivedResponse> {
-    let status = response.status();
-    let mut received = ReceivedResponse {
-        status,
-        headers: std::mem::take(response.headers_mut()),
-        body: Vec::new(),
-        is_truncated: false,
-    };
-    let reading = read_body(&mut response, &mut received);
-    if matches!(status, StatusCode::OK | StatusCode::NOT_FOUND) {
-        reading.await?;
-    } else {
-        _ = timeout(ERROR_BODY_TIMEOUT, reading).await;
-    }
-    Ok(received)
-}
-
-async fn read_body(
-    response: &mut Response,
-    received: &mut ReceivedResponse,
-) -> reqwest::Result<()> {
-    while let Some(chunk) = response.chunk().await? {
-        let remaining = MAX_BODY_BYTES.saturating_sub(received.body.len());
-        received.body.extend_from_slice(&chunk[..chunk.len().min(remaining)]);
-        if chunk.len() > remaining {
-            received.is_truncated = true;
-            break;
+fn lookup_error(error: ExchangeError, limit: Duration) -> LookupError {
+    match error {
+        ExchangeError::Io(error) if error.kind() == io::ErrorKind::TimedOut => {
+            LookupError::Timeout(limit)
         }
+        error => LookupError::Transport(error.to_string()),
     }
-    Ok(())
-}
-
-/// Takes the text of the innermost source, because reqwest's own text names the operation, not the
-/// cause. Omits the URL, which may contain a password.
-fn transport_error(error: reqwest::Error, timeout: Duration) -> LookupError {
-    if error.is_timeout() {
-        return LookupError::Timeout(timeout);
-    }
-    LookupError::Transport(anyhow::Error::new(error.without_url()).root_cause().to_string())
 }
 
 fn host_and_port(endpoint: &Url) -> (String, u16) {

@@ -15,7 +15,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use futures_util::stream::{FuturesUnordered, StreamExt as _};
-use reqwest::dns::{Addrs, Name, Resolve, Resolving};
+use runtime::first_success;
 use tokio::net::{TcpStream, lookup_host};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -83,6 +83,20 @@ impl Addresses {
         Ok(order(&known.addresses, self.connections.fetch_add(1, Ordering::Relaxed)))
     }
 
+    /// Connects for lookups: to the first address that accepts. Tries the next address when one
+    /// fails, or has not accepted after [`HEAD_START`].
+    ///
+    /// # Errors
+    /// The error of the last address that failed.
+    pub(super) async fn connect(&self) -> io::Result<TcpStream> {
+        let attempts = self.ordered().await?.into_iter().map(TcpStream::connect);
+        let connected = first_success(attempts, HEAD_START).await;
+        connected.map(|success| success.value).map_err(|mut errors| {
+            let last = errors.pop().map(|(_, error)| error);
+            last.unwrap_or_else(|| io::ErrorKind::AddrNotAvailable.into())
+        })
+    }
+
     /// Connects to any of the addresses: tries one, after `HEAD_START` the next one as well, and so
     /// on. Each call tries another address first, so that every address is checked now and then.
     ///
@@ -139,20 +153,8 @@ impl Addresses {
     }
 }
 
-impl Resolve for Addresses {
-    fn resolve(&self, _: Name) -> Resolving {
-        // The client resolves no other host, because it follows no redirect and uses no proxy.
-        let addresses = self.clone();
-        Box::pin(async move {
-            let addresses: Addrs = Box::new(addresses.ordered().await?.into_iter());
-            Ok(addresses)
-        })
-    }
-}
-
 /// Puts the addresses that work before those that failed. Of those that work, the family that the
-/// resolver prefers comes first, rotated by `rotation`. The client starts with this family, and
-/// tries the other one in parallel a little later.
+/// resolver prefers comes first, rotated by `rotation`.
 fn order(addresses: &[Address], rotation: usize) -> Vec<SocketAddr> {
     let of = |failed| addresses.iter().filter(move |a| a.failed == failed).map(|a| a.addr);
     let prefers_ipv6 = of(false).next().is_some_and(|addr| addr.is_ipv6());
@@ -225,6 +227,22 @@ impl Addresses {
     }
 }
 
+/// Returns an address that never answers a connection attempt: the backlog of its listener is full,
+/// and nothing accepts.
+#[cfg(test)]
+pub(super) async fn hanging() -> (tokio::net::TcpListener, Vec<TcpStream>, SocketAddr) {
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind((std::net::Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+    let listener = socket.listen(0).unwrap();
+    let addr = listener.local_addr().unwrap();
+    let mut held = Vec::new();
+    let brief = Duration::from_millis(100);
+    while let Ok(Ok(stream)) = timeout(brief, TcpStream::connect(addr)).await {
+        held.push(stream);
+    }
+    (listener, held, addr)
+}
+
 #[cfg(test)]
 mod tests {
     use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
@@ -238,21 +256,6 @@ mod tests {
         let listener = std::net::TcpListener::bind((Ipv4Addr::LOCALHOST, 0)).unwrap();
         let addr = listener.local_addr().unwrap();
         (listener, addr)
-    }
-
-    /// Returns an address that never answers a connection attempt: the backlog of its listener is
-    /// full, and nothing accepts.
-    async fn hanging() -> (tokio::net::TcpListener, Vec<TcpStream>, SocketAddr) {
-        let socket = tokio::net::TcpSocket::new_v4().unwrap();
-        socket.bind((Ipv4Addr::LOCALHOST, 0).into()).unwrap();
-        let listener = socket.listen(0).unwrap();
-        let addr = listener.local_addr().unwrap();
-        let mut held = Vec::new();
-        let brief = Duration::from_millis(100);
-        while let Ok(Ok(stream)) = timeout(brief, TcpStream::connect(addr)).await {
-            held.push(stream);
-        }
-        (listener, held, addr)
     }
 
     // Field case 3.8.

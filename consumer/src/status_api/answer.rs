@@ -3,8 +3,7 @@
 use std::fmt;
 use std::time::{Duration, SystemTime};
 
-use reqwest::StatusCode;
-use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
+use http::{HeaderValue, StatusCode};
 use serde::Deserialize;
 use serde_json::{Map, Value};
 
@@ -25,10 +24,25 @@ const UTF8_BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 #[derive(Debug)]
 pub(super) struct ReceivedResponse {
     pub(super) status: StatusCode,
-    pub(super) headers: HeaderMap,
-    pub(super) body: Vec<u8>,
-    /// Whether the body is longer than the part that was read.
+    pub(super) content_type: Option<HeaderValue>,
+    pub(super) retry_after: Option<HeaderValue>,
+    pub(super) body: ReceivedBody,
+}
+
+/// The first [`MAX_BODY_BYTES`] of a body.
+#[derive(Debug, Default)]
+pub(super) struct ReceivedBody {
+    pub(super) bytes: Vec<u8>,
+    /// Whether the body is longer than that.
     pub(super) is_truncated: bool,
+}
+
+impl ReceivedBody {
+    pub(super) fn push(&mut self, bytes: &[u8]) {
+        let space = MAX_BODY_BYTES.saturating_sub(self.bytes.len());
+        self.bytes.extend_from_slice(&bytes[..bytes.len().min(space)]);
+        self.is_truncated |= bytes.len() > space;
+    }
 }
 
 #[derive(Deserialize)]
@@ -48,7 +62,7 @@ impl ReceivedResponse {
     /// Whether object `id` is online.
     pub(super) fn is_online(&self, id: i64, status_404: Status404) -> Result<bool, LookupError> {
         match self.status {
-            StatusCode::OK if self.is_truncated => Err(LookupError::TooLarge(self.excerpt())),
+            StatusCode::OK if self.body.is_truncated => Err(LookupError::TooLarge(self.excerpt())),
             StatusCode::OK => self.parse(id),
             StatusCode::NOT_FOUND => match self.foreign_404(status_404) {
                 None => Ok(false),
@@ -56,7 +70,7 @@ impl ReceivedResponse {
             },
             status => Err(LookupError::Status {
                 status,
-                retry_after: retry_after(&self.headers),
+                retry_after: self.retry_after.as_ref().and_then(retry_after),
                 response: self.excerpt(),
             }),
         }
@@ -67,7 +81,7 @@ impl ReceivedResponse {
             reason: escape(reason.as_bytes(), QUOTED_BYTES),
             response: self.excerpt(),
         };
-        let json = json(&self.body);
+        let json = json(&self.body.bytes);
         // Without this check, serde would accept the list `[42,true]` as the fields in order.
         if json.first() != Some(&b'{') {
             return Err(garbage(match json {
@@ -96,11 +110,11 @@ impl ReceivedResponse {
         if status_404 == Status404::Failed {
             return Some("STATUS_404=failed");
         }
-        let json = json(&self.body);
+        let json = json(&self.body.bytes);
         if json.is_empty() {
             return None;
         }
-        if self.is_truncated {
+        if self.body.is_truncated {
             return Some("the body is too large");
         }
         let Ok(fields) = serde_json::from_slice::<Map<String, Value>>(json) else {
@@ -118,10 +132,10 @@ impl ReceivedResponse {
     }
 
     fn excerpt(&self) -> Excerpt {
-        let content_type = self.headers.get(CONTENT_TYPE).map(HeaderValue::as_bytes);
+        let content_type = self.content_type.as_ref().map(HeaderValue::as_bytes);
         Excerpt {
             content_type: content_type.map(|text| escape(text, QUOTED_CONTENT_TYPE_BYTES)),
-            first_bytes: escape(&self.body, QUOTED_BYTES),
+            first_bytes: escape(&self.body.bytes, QUOTED_BYTES),
         }
     }
 }
@@ -152,8 +166,8 @@ fn escape(bytes: &[u8], max: usize) -> String {
 
 /// Parses `Retry-After`, a number of seconds or a date; a past date means no wait. The API chooses
 /// the value, so it is capped here, before any arithmetic.
-pub(super) fn retry_after(headers: &HeaderMap) -> Option<Duration> {
-    let value = headers.get(RETRY_AFTER)?.to_str().ok()?.trim();
+pub(super) fn retry_after(value: &HeaderValue) -> Option<Duration> {
+    let value = value.to_str().ok()?.trim();
     let is_number = !value.is_empty() && value.bytes().all(|byte| byte.is_ascii_digit());
     let wait = if is_number {
         // A number above u64::MAX is a long wait, too.

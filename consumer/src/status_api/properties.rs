@@ -10,16 +10,16 @@ use proptest::sample::Index;
 use proptest::test_runner::FileFailurePersistence;
 use serde_json::{Value, json};
 
-use reqwest::StatusCode;
-use reqwest::header::{CONTENT_TYPE, HeaderMap, HeaderValue, RETRY_AFTER};
+use http::{HeaderValue, StatusCode};
 
 use super::LookupError;
-use super::answer::{ReceivedResponse, retry_after};
+use super::answer::{ReceivedBody, ReceivedResponse, retry_after};
 use crate::config::Status404;
 
 fn online(id: i64, body: &[u8]) -> Result<bool, LookupError> {
-    let (status, headers, body) = (StatusCode::OK, HeaderMap::new(), body.to_vec());
-    ReceivedResponse { status, headers, body, is_truncated: false }
+    let body = ReceivedBody { bytes: body.to_vec(), is_truncated: false };
+    let (content_type, retry_after) = (None, None);
+    ReceivedResponse { status: StatusCode::OK, content_type, retry_after, body }
         .is_online(id, Status404::Offline)
 }
 
@@ -123,8 +123,7 @@ proptest! {
         value in prop_oneof!["[0-9]{1,30}", "[ -~]{0,40}", "(Sun|Mon), [0-9]{2} Jan [0-9]{4} 23:59:60 GMT"],
     ) {
         let value = HeaderValue::from_str(&value).unwrap();
-        let headers = HeaderMap::from_iter([(RETRY_AFTER, value)]);
-        prop_assert!(retry_after(&headers).unwrap_or_default() <= Duration::from_mins(1));
+        prop_assert!(retry_after(&value).unwrap_or_default() <= Duration::from_mins(1));
     }
 
     // Field cases 5.1 and 5.5.
@@ -132,13 +131,13 @@ proptest! {
     fn the_error_of_any_response_is_short_and_printable(
         status in 100..=999_u16,
         content_type: Vec<u8>,
-        body in prop_oneof![any::<Vec<u8>>(), Just("\u{1b}".repeat(5_000).into_bytes())],
+        bytes in prop_oneof![any::<Vec<u8>>(), Just("\u{1b}".repeat(5_000).into_bytes())],
         is_truncated: bool,
     ) {
         let content_type = HeaderValue::from_bytes(&content_type).ok();
-        let headers = content_type.into_iter().map(|value| (CONTENT_TYPE, value)).collect();
         let status = StatusCode::from_u16(status).unwrap();
-        let received = ReceivedResponse { status, headers, body, is_truncated };
+        let body = ReceivedBody { bytes, is_truncated };
+        let received = ReceivedResponse { status, content_type, retry_after: None, body };
         if let Err(error) = received.is_online(42, Status404::Offline) {
             let shown = error.to_string();
             prop_assert!(shown.len() < 2_000, "{} bytes: {}", shown.len(), shown);

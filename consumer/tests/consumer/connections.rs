@@ -1,6 +1,6 @@
 //! Status APIs that close connections that the consumer keeps open.
 
-use testkit::{Connections, PlainStatusApi, Process, wait_until};
+use testkit::{Authority, Connections, PlainStatusApi, Process, TlsProxy, wait_until};
 use tokio::time::sleep;
 
 use crate::{SECOND, TestEnv};
@@ -72,5 +72,42 @@ async fn a_fresh_connection_that_ends_is_a_failed_lookup() {
     // A lookup that is sent again would arrive at once; the next attempt comes after a second.
     sleep(SECOND / 2).await;
     assert_eq!(server.requests(), 1);
+    consumer.stop().await;
+}
+
+/// Runs a consumer that trusts `authority`, and looks up the id 1 at `https://{host}`.
+async fn look_up_by_https(
+    env: &TestEnv,
+    host: &str,
+    proxy: &TlsProxy,
+    authority: &Authority,
+) -> Process {
+    env.publish([1]).await;
+    let environment = [
+        ("AMQP_URI", testkit::amqp_uri()),
+        ("QUEUE_NAME", env.queue.name.clone()),
+        ("DATABASE_URL", env.database.url().to_owned()),
+        ("STATUS_API", format!("https://{host}:{}", proxy.address().port())),
+        ("SSL_CERT_FILE", authority.file().display().to_string()),
+    ];
+    Process::spawn("consumer", &environment, &[])
+}
+
+#[tokio::test]
+async fn an_https_api_needs_a_trusted_certificate_for_its_name() {
+    let (env, server) = start(Connections::StayOpen).await;
+    let authority = Authority::new();
+    let proxy = TlsProxy::start(&authority, server.address()).await;
+    for (host, trusted, reason) in [
+        ("127.0.0.1", &authority, "not valid for name"),
+        ("localhost", &Authority::new(), "invalid peer certificate"),
+    ] {
+        let consumer = look_up_by_https(&env, host, &proxy, trusted).await;
+        consumer.wait_for_log(reason).await;
+        consumer.stop().await;
+    }
+    assert_eq!(server.requests(), 0);
+    let consumer = look_up_by_https(&env, "localhost", &proxy, &authority).await;
+    env.wait_until_recorded([1]).await;
     consumer.stop().await;
 }

@@ -5,7 +5,11 @@ use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
+use rustls::ServerConfig;
+use rustls::pki_types::pem::PemObject as _;
+use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 
+use crate::install_tls;
 use crate::scratch::Scratch;
 
 /// A certificate authority that no system trusts, and one server certificate. The certificate is
@@ -51,6 +55,17 @@ impl Authority {
     /// The file with the certificate of the authority.
     pub fn file(&self) -> PathBuf {
         self.scratch.path().join("authority.pem")
+    }
+
+    /// The settings of a TLS server that has the certificate.
+    pub(crate) fn server_config(&self) -> ServerConfig {
+        install_tls();
+        let certificate = CertificateDer::from_pem_slice(self.certificate.as_bytes());
+        let certificate = certificate.expect("the certificate should be PEM");
+        let key = PrivateKeyDer::from_pem_slice(self.key.as_bytes());
+        let key = key.expect("the key should be PEM");
+        let config = ServerConfig::builder().with_no_client_auth();
+        config.with_single_cert(vec![certificate], key).expect("the key should fit")
     }
 
     /// Writes the server's certificate and key to `folder`, readable only by `owner`, and returns

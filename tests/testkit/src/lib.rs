@@ -5,8 +5,8 @@
 //! - [`Queue`] and [`Database`] have unique names on the shared servers and are removed on drop.
 //! - [`RabbitNode`], [`PostgresCluster`] and [`Prometheus`] belong to one test. The test can kill
 //!   and boot the first two, and can start them with TLS by an [`Authority`].
-//! - [`StatusApi`], [`PlainStatusApi`], [`Proxy`], [`HaProxy`] and [`Collector`] are peers of
-//!   services.
+//! - [`StatusApi`], [`PlainStatusApi`], [`Proxy`], [`TlsProxy`], [`HaProxy`] and [`Collector`] are
+//!   peers of services.
 //! - [`Process`] is a service as a process, and [`InProcess`] a service in the test's own process.
 //!   A [`System`] names the servers that several services share.
 //! - [`Partner`] posts callbacks and keeps a ledger of the responses.
@@ -56,6 +56,7 @@ mod rabbit_node;
 mod scratch;
 mod status_api;
 mod system;
+mod tls_proxy;
 mod wire;
 
 pub use amqp::{amqp_uri, connect};
@@ -82,4 +83,5 @@ pub use rabbit_node::RabbitNode;
 pub use scratch::Scratch;
 pub use status_api::{Answer, Decisions, StatusApi};
 pub use system::{System, all_ready, callback_endpoint, producer_address, viewer_address};
+pub use tls_proxy::TlsProxy;
 pub use wire::{Reply, Wire, http_get};

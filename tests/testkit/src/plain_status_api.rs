@@ -56,12 +56,15 @@ impl PlainStatusApi {
         let socket = TcpSocket::new_v4().expect("a socket should open");
         socket.bind(SocketAddr::from(([127, 0, 0, 1], 0))).expect("a port should be free");
         let address = socket.local_addr().expect("a bound socket has an address");
+        let listener = {
+            let _runtime = runtime.enter();
+            socket.listen(BACKLOG).expect("a bound socket can listen")
+        };
         let (counts, stop) = (Arc::new(Counts::default()), CancellationToken::new());
         let (counted, stopped) = (Arc::clone(&counts), stop.clone());
         let latency: Arc<Latency> = Arc::new(latency);
         std::thread::spawn(move || {
             runtime.block_on(stopped.run_until_cancelled(async move {
-                let listener = socket.listen(BACKLOG).expect("a bound socket can listen");
                 loop {
                     let (stream, _) =
                         listener.accept().await.expect("there should be enough file descriptors");
@@ -73,6 +76,11 @@ impl PlainStatusApi {
             }));
         });
         Self { address, counts, stop }
+    }
+
+    /// The address of the server.
+    pub fn address(&self) -> SocketAddr {
+        self.address
     }
 
     /// The value for `TESTER_ENDPOINT`.

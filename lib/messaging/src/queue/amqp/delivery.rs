@@ -90,8 +90,9 @@ impl Delivery {
                 Some((&topology.dead, history::after_failure(&self.properties, &reason)))
             }
         };
+        // In a box, so that the futures of acks, which are most settlements, stay small.
         if let Some((queue, properties)) = copy
-            && self.publish_copy(queue, properties).await == Settled::Lost
+            && Box::pin(self.publish_copy(queue, properties)).await == Settled::Lost
         {
             return Settled::Lost;
         }

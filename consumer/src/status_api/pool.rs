@@ -1,0 +1,166 @@
+//! Opens connections to the status API, and keeps idle ones for later lookups.
+//!
+//! An HTTP server may close an idle connection at any moment, even while a request is on its way.
+//! The request then fails although neither the API nor the object is at fault. The pool keeps idle
+//! connections for less time than servers usually do. If a server closes one even earlier, the
+//! lookup is sent once more, on a new connection.
+//!
+//! Decision: docs/decisions/0030-when-is-a-lookup-sent-again-at-once.md
+
+use std::io;
+use std::sync::Arc;
+use std::time::Duration;
+
+use parking_lot::Mutex;
+use rustls::ClientConfig;
+use rustls::pki_types::ServerName;
+use rustls_platform_verifier::ConfigVerifierExt as _;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::TcpStream;
+use tokio::time::{Instant, MissedTickBehavior, interval};
+use tokio_rustls::TlsConnector;
+use tokio_util::task::AbortOnDropHandle;
+use url::Url;
+
+use super::addresses::Addresses;
+use super::connection::{Connection, ExchangeError};
+use super::response_head::ResponseHead;
+
+/// How long an idle connection is kept: less than the shortest common limit of servers, 1 s.
+const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
+/// How TCP detects a server that is gone. This matters only if `STATUS_TIMEOUT` is minutes.
+const PROBE_INTERVAL: Duration = Duration::from_secs(15);
+const PROBES: u32 = 3;
+
+/// There is no limit on idle connections, because a connection is opened only for a lookup that
+/// finds none idle. So there are never more connections than there were lookups in flight within
+/// the last two [`IDLE_TIMEOUT`]s.
+pub(super) struct ConnectionPool {
+    addresses: Addresses,
+    /// For an `https` URL.
+    tls: Option<Tls>,
+    idle: Arc<IdleConnections>,
+    _closing: AbortOnDropHandle<()>,
+}
+
+struct Tls {
+    connector: TlsConnector,
+    server_name: ServerName<'static>,
+}
+
+/// In the order in which they became idle. The latest one is reused first, so that those that are
+/// not needed time out.
+struct IdleConnections {
+    timeout: Duration,
+    connections: Mutex<Vec<(Instant, Connection)>>,
+}
+
+impl ConnectionPool {
+    /// Starts a tokio task that closes connections that have been idle for too long.
+    ///
+    /// # Errors
+    /// When the URL is `https` and the system has no certificate authorities.
+    pub(super) fn new(url: &Url, addresses: Addresses) -> anyhow::Result<Self> {
+        let host = url.host_str().unwrap_or_default();
+        let tls = if url.scheme() == "https" { Some(Tls::new(host)?) } else { None };
+        Ok(Self::start(addresses, tls, IDLE_TIMEOUT))
+    }
+
+    fn start(addresses: Addresses, tls: Option<Tls>, idle_timeout: Duration) -> Self {
+        let idle =
+            Arc::new(IdleConnections { timeout: idle_timeout, connections: Mutex::default() });
+        let closing = tokio::spawn(close_expired(Arc::clone(&idle)));
+        Self { addresses, tls, idle, _closing: AbortOnDropHandle::new(closing) }
+    }
+
+    /// Sends a request and receives the head of the response, on the returned connection.
+    pub(super) async fn send(
+        &self,
+        request: &[u8],
+    ) -> Result<(Connection, ResponseHead), ExchangeError> {
+        if let Some(mut connection) = self.idle.take(Instant::now()) {
+            match connection.send(request).await {
+                Err(error) if connection.ended_before_response(&error) => tracing::debug!(
+                    reason = %error,
+                    "the status API closed an idle connection; sending the lookup again"
+                ),
+                result => return result.map(|head| (connection, head)),
+            }
+        }
+        // In a box, because most lookups reuse a connection.
+        let mut connection = Box::pin(self.open()).await?;
+        let head = connection.send(request).await?;
+        Ok((connection, head))
+    }
+
+    /// Keeps a connection that has received a complete response for another lookup.
+    pub(super) fn keep(&self, connection: Connection) {
+        self.idle.connections.lock().push((Instant::now(), connection));
+    }
+
+    async fn open(&self) -> io::Result<Connection> {
+        let connecting = async {
+            let stream = self.addresses.connect().await?;
+            configure(&stream)?;
+            Ok(match &self.tls {
+                None => Connection::new(stream),
+                Some(Tls { connector, server_name }) => {
+                    Connection::new(connector.connect(server_name.clone(), stream).await?)
+                }
+            })
+        };
+        tokio::time::timeout(super::MAX_CONNECT_TIME, connecting).await?
+    }
+}
+
+impl Tls {
+    fn new(host: &str) -> anyhow::Result<Self> {
+        Self::with_config(host, ClientConfig::with_platform_verifier()?)
+    }
+
+    fn with_config(host: &str, mut config: ClientConfig) -> anyhow::Result<Self> {
+        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        let server_name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())?;
+        Ok(Self { connector: TlsConnector::from(Arc::new(config)), server_name })
+    }
+}
+
+impl IdleConnections {
+    /// Takes the connection that has been idle for the shortest time, unless it is unusable.
+    fn take(&self, now: Instant) -> Option<Connection> {
+        loop {
+            let (since, mut connection) = self.connections.lock().pop()?;
+            if now.duration_since(since) < self.timeout && connection.is_quiet() {
+                return Some(connection);
+            }
+        }
+    }
+
+    fn close_expired(&self, now: Instant) {
+        let mut idle = self.connections.lock();
+        let expired = idle.partition_point(|(since, _)| now.duration_since(*since) >= self.timeout);
+        // Drop the connections after the guard, because closing a socket is a system call.
+        let closing: Vec<_> = idle.drain(..expired).collect();
+        drop(idle);
+        drop(closing);
+    }
+}
+
+async fn close_expired(idle: Arc<IdleConnections>) {
+    let mut rounds = interval(idle.timeout);
+    rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
+    loop {
+        let now = rounds.tick().await;
+        idle.close_expired(now);
+    }
+}
+
+fn configure(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    let socket = SockRef::from(stream);
+    let probes = TcpKeepalive::new().with_time(PROBE_INTERVAL).with_interval(PROBE_INTERVAL);
+    socket.set_tcp_keepalive(&probes.with_retries(PROBES))
+}
+
+#[cfg(test)]
+mod tests;
