@@ -96,7 +96,8 @@ pub async fn run_with(
     if let Some(status) = events.status() {
         health.add_optional("events", status);
     }
-    let writer = Writer::start(Arc::clone(&store), events.clone(), &lookups, &supervisor);
+    let writer =
+        Writer::start(Arc::clone(&store), events.clone(), &lookups, &supervisor, shutdown.clone());
     health.add_required("database writes", writer.status());
     health.finish_registration();
 

@@ -4,15 +4,16 @@ mod bisection;
 mod set_aside;
 
 use std::collections::HashMap;
+use std::pin::pin;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use messaging::events::{Emitter, Kind, Object};
 use runtime::traces::{KeyValue, Span, SpanKind, Step};
-use runtime::{Needed, Status, Supervisor};
+use runtime::{CancellationToken, Needed, Status, Supervisor};
 use store::{Recorded, Row, Store, StoreError};
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::timeout_at;
+use tokio::time::sleep;
 
 use crate::config::Lookups;
 use bisection::NotWritten;
@@ -98,17 +99,19 @@ impl QueuedSighting {
 }
 
 impl Writer {
-    /// Starts the tokio task that writes batches.
+    /// Starts the tokio task that writes batches. From the `shutdown` on, results no longer wait for
+    /// their batch to fill up.
     #[must_use]
     pub fn start(
         store: Arc<Store>,
         events: Emitter,
         config: &Lookups,
         supervisor: &Supervisor,
+        shutdown: CancellationToken,
     ) -> Self {
         describe_metrics();
         let batch_max = usize::from(config.write_batch_max);
-        let linger = config.write_batch_linger;
+        let fill = Fill { max: batch_max, linger: config.write_batch_linger, shutdown };
         // At most a quarter of the unsettled lookups are set aside, so that other lookups continue.
         let set_aside = SetAside::new(usize::from(config.unsettled_lookups_max() / 4).max(1));
         let (writes, status) = watch::channel(Ok(()));
@@ -116,7 +119,7 @@ impl Writer {
         let (results, incoming) = mpsc::channel(batch_max);
         let task = supervisor.spawn_critical("batch writer", async move {
             tokio::select! {
-                () = write_batches(&table, &set_aside, incoming, batch_max, linger) => {}
+                () = write_batches(&table, &set_aside, incoming, fill) => {}
                 () = set_aside.write(&table, batch_max) => {}
             }
         });
@@ -155,26 +158,47 @@ struct Table {
     writes: watch::Sender<Status>,
 }
 
+/// When a batch is complete.
+struct Fill {
+    /// Maximum number of results in a batch.
+    max: usize,
+    /// How long the first result of a batch waits for others.
+    linger: Duration,
+    /// Ends the linger. Otherwise the last results would hold up the drain.
+    shutdown: CancellationToken,
+}
+
+impl Fill {
+    /// Adds results to `batch`, which has one, until it is complete.
+    async fn collect(
+        &self,
+        results: &mut mpsc::Receiver<QueuedSighting>,
+        batch: &mut Vec<QueuedSighting>,
+    ) {
+        let mut linger = pin!(sleep(self.linger));
+        while batch.len() < self.max {
+            let missing = self.max - batch.len();
+            tokio::select! {
+                // Take the results that are there before checking the linger.
+                biased;
+                received = results.recv_many(batch, missing) => if received == 0 { return },
+                () = &mut linger => return,
+                () = self.shutdown.cancelled() => return,
+            }
+        }
+    }
+}
+
 async fn write_batches(
     table: &Table,
     set_aside: &SetAside,
     mut results: mpsc::Receiver<QueuedSighting>,
-    batch_max: usize,
-    linger: Duration,
+    fill: Fill,
 ) {
-    let mut batch = Vec::with_capacity(batch_max);
+    let mut batch = Vec::with_capacity(fill.max);
     while let Some(first) = results.recv().await {
         batch.push(first);
-        let now = tokio::time::Instant::now();
-        let flush_at = now.checked_add(linger).unwrap_or(now);
-        while batch.len() < batch_max {
-            let missing = batch_max - batch.len();
-            match timeout_at(flush_at, results.recv_many(&mut batch, missing)).await {
-                // The channel is closed, or the linger is over.
-                Ok(0) | Err(_) => break,
-                Ok(_) => {}
-            }
-        }
+        fill.collect(&mut results, &mut batch).await;
         // A sighting whose row is already set aside would hold up this batch.
         for sighting in batch.extract_if(.., |sighting| set_aside.contains(sighting.id)) {
             set_aside.add(sighting, "set aside already");
@@ -185,7 +209,7 @@ async fn write_batches(
         let spans = batch.iter().map(|sighting| &sighting.span);
         let upsert = Span::joint(spans, || table.upsert_step(&batch));
         let not_written = commit(table, set_aside, &batch).await;
-        let mut finished = std::mem::replace(&mut batch, Vec::with_capacity(batch_max));
+        let mut finished = std::mem::replace(&mut batch, Vec::with_capacity(fill.max));
         for sighting in &mut finished {
             sighting.span.link(&upsert);
         }

@@ -1,3 +1,5 @@
+use std::time::Instant;
+
 use testkit::{Answer, StatusApi, wait_until};
 
 use crate::failures::header;
@@ -84,6 +86,19 @@ async fn no_batch_exceeds_the_maximum_and_a_full_one_does_not_wait() {
     let largest: i64 = sqlx::query_scalar(sql).fetch_one(env.database.pool()).await.unwrap();
     assert_eq!(largest, 10);
     consumer.stop().await;
+}
+
+#[tokio::test]
+async fn a_drain_does_not_wait_for_a_batch_to_fill_up() {
+    let (env, api) = TestEnv::with_all_online().await;
+    let consumer = env.start(&api.endpoint(), &["--write-batch-linger=1m"]);
+    env.publish([42]).await;
+    wait_until("the lookup is answered", async || api.lookups_of(42) == 1 && api.in_flight() == 0)
+        .await;
+    let stopped_at = Instant::now();
+    env.drain(consumer).await;
+    assert!(stopped_at.elapsed() < SECOND * 30, "{:?}", stopped_at.elapsed());
+    env.wait_until_recorded([42]).await;
 }
 
 #[tokio::test]

@@ -5,8 +5,8 @@ use std::time::{Duration, Instant};
 
 use consumer::{WriteOutcome, Writer};
 use messaging::events::{Emitter, Exchange};
-use runtime::Supervisor;
 use runtime::traces::Span;
+use runtime::{CancellationToken, Supervisor};
 use store::Store;
 use tokio::task::JoinSet;
 use tokio::time::sleep;
@@ -36,7 +36,8 @@ pub(crate) async fn measure(servers: &Servers) -> anyhow::Result<Vec<Row>> {
     let store = Arc::new(Store::start(settings.store.open(&Supervisor::default())?, "bench", 2));
     store.status().wait_for(Result::is_ok).await?;
     let events = Emitter::start(&Exchange::disabled(), "bench: events", &Supervisor::default());
-    let writer = Writer::start(store, events, &settings.lookups, &Supervisor::default());
+    let (supervisor, shutdown) = (Supervisor::default(), CancellationToken::new());
+    let writer = Writer::start(store, events, &settings.lookups, &supervisor, shutdown);
     let (started, mut waiting) = (Instant::now(), JoinSet::new());
     for first in 0..WAITING {
         let writer = writer.clone();
