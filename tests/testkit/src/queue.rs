@@ -70,8 +70,7 @@ impl Queue {
 
     /// Removes the first ready message from queue `name`; `None` if there is none.
     pub async fn get(&self, name: &str) -> Option<BasicGetMessage> {
-        let got = self.try_get(name).await;
-        got.unwrap_or_else(|error| panic!("cannot get from queue {name}: {error}"))
+        wait_for("the queue has started", async || started(self.try_get(name).await)).await
     }
 
     /// Like [`Queue::get`].
@@ -87,14 +86,20 @@ impl Queue {
     /// Removes all ready messages from queue `name`, which may be missing, and returns them.
     pub async fn take_all(&self, name: &str) -> Vec<BasicGetMessage> {
         let mut messages = Vec::new();
-        if self.depth(name).await.is_some() {
-            let channel = self.channel().await;
-            let get = || channel.basic_get(name.into(), BasicGetOptions { no_ack: true });
-            let next = async || within_deadline("basic.get", get()).await;
-            while let Some(message) = next().await.expect("the queue should exist") {
-                messages.push(message);
-            }
+        if self.depth(name).await.is_none() {
+            return messages;
         }
+        wait_for("the queue has started", async || {
+            let channel = self.channel().await;
+            loop {
+                let got = channel.basic_get(name.into(), BasicGetOptions { no_ack: true });
+                match started(within_deadline("basic.get", got).await)? {
+                    Some(message) => messages.push(message),
+                    None => return Some(()),
+                }
+            }
+        })
+        .await;
         messages
     }
 
@@ -141,6 +146,16 @@ impl Queue {
         };
         let channel = slot.insert(connection).create_channel();
         within_deadline("channel.open", channel).await.expect("a channel should open")
+    }
+}
+
+/// `None` if the process of the queue does not run yet, although the queue is declared. RabbitMQ
+/// then closes the connection.
+fn started<T>(got: lapin::Result<T>) -> Option<T> {
+    match got {
+        Ok(got) => Some(got),
+        Err(error) if error.to_string().contains("noproc") => None,
+        Err(error) => panic!("cannot get from the queue: {error}"),
     }
 }
 
