@@ -14,9 +14,11 @@ mod status_api;
 mod table;
 mod usage;
 
+use std::panic::AssertUnwindSafe;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum as _};
+use futures_util::FutureExt as _;
 
 use crate::parts::Part;
 use crate::servers::Servers;
@@ -50,10 +52,12 @@ async fn main() -> anyhow::Result<()> {
     let (mut rows, mut failures) = (Vec::<Row>::new(), Vec::new());
     for part in parts {
         eprintln!("measuring: {part}");
-        match part.measure(&servers, curve.as_deref()).await {
-            Ok(measured) => rows.extend(measured),
-            // Continue, because the other parts take minutes.
-            Err(error) => failures.push(format!("{part}: {error:#}")),
+        // After a failure or a panic, continue, because the other parts take minutes.
+        let measuring = AssertUnwindSafe(part.measure(&servers, curve.as_deref()));
+        match measuring.catch_unwind().await {
+            Ok(Ok(measured)) => rows.extend(measured),
+            Ok(Err(error)) => failures.push(format!("{part}: {error:#}")),
+            Err(_) => failures.push(format!("{part}: panicked, see above")),
         }
     }
     println!("{}", table::text(&rows));
