@@ -15,7 +15,7 @@ use http::StatusCode;
 use runtime::traces::{KeyValue, Span, SpanKind, Step};
 use runtime::{CriticalTask, Status, Supervisor};
 use tokio::sync::watch;
-use tokio::time::timeout;
+use tokio::time::timeout_at;
 use url::Url;
 
 use crate::config::Status404;
@@ -165,48 +165,63 @@ impl StatusApi {
         status_404: Status404,
         span: &mut Span,
     ) -> Result<Answer, LookupError> {
-        let received = match timeout(limit, self.fetch(id, span)).await {
-            Ok(received) => received.map_err(|error| lookup_error(error, limit))?,
-            Err(_) => return Err(LookupError::Timeout(limit)),
-        };
+        let fetching = self.fetch(id, tokio::time::Instant::now() + limit, span);
+        let received = fetching.await.map_err(|error| lookup_error(error, limit))?;
         let is_online = received.is_online(id, status_404)?;
         Ok(if is_online { Answer::Online(Instant::now()) } else { Answer::Offline })
     }
 
-    async fn fetch(&self, id: i64, span: &mut Span) -> Result<ReceivedResponse, ExchangeError> {
+    async fn fetch(
+        &self,
+        id: i64,
+        deadline: tokio::time::Instant,
+        span: &mut Span,
+    ) -> Result<ReceivedResponse, ExchangeError> {
         let request = self.requests.about(id, span.traceparent().as_deref());
-        let (connection, head) = self.connections.send(&request).await?;
+        let (connection, head) = by(deadline, self.connections.send(&request)).await?;
         drop(request);
         self.last_answer.record();
         span.set("http.response.status_code", i64::from(head.status.as_u16()));
         if head.status == StatusCode::NOT_FOUND {
             metrics::counter!(NOT_FOUND_METRIC).increment(1);
         }
-        let body = self.receive_body(connection, &head).await?;
+        let body = self.receive_body(connection, &head, deadline).await?;
         let ResponseHead { status, content_type, retry_after, .. } = head;
         Ok(ReceivedResponse { status, content_type, retry_after, body })
     }
 
     /// Receives the body, and keeps the connection for another lookup if possible. If the status
-    /// says that the body only explains an error, which quotes it, waits only briefly for it.
+    /// says that the body only explains an error, which quotes it, waits only briefly for it, and the
+    /// status counts even without it.
     async fn receive_body(
         &self,
         mut connection: Connection,
         head: &ResponseHead,
+        deadline: tokio::time::Instant,
     ) -> Result<ReceivedBody, ExchangeError> {
         let mut body = ReceivedBody::default();
         let receiving = connection.receive_body(head.body_length, &mut body);
         let has_ended = if matches!(head.status, StatusCode::OK | StatusCode::NOT_FOUND) {
-            receiving.await?;
+            by(deadline, receiving).await?;
             true
         } else {
-            matches!(timeout(ERROR_BODY_TIMEOUT, receiving).await, Ok(Ok(())))
+            let deadline = deadline.min(tokio::time::Instant::now() + ERROR_BODY_TIMEOUT);
+            by(deadline, receiving).await.is_ok()
         };
         if has_ended && !body.is_truncated && head.keeps_alive && connection.finish_response() {
             self.connections.keep(connection);
         }
         Ok(body)
     }
+}
+
+/// Awaits a part of an exchange until the deadline.
+async fn by<T>(
+    deadline: tokio::time::Instant,
+    part: impl Future<Output = Result<T, ExchangeError>>,
+) -> Result<T, ExchangeError> {
+    let ended = timeout_at(deadline, part).await;
+    ended.unwrap_or_else(|_| Err(io::Error::from(io::ErrorKind::TimedOut).into()))
 }
 
 fn lookup_error(error: ExchangeError, limit: Duration) -> LookupError {
@@ -225,3 +240,41 @@ fn host_and_port(endpoint: &Url) -> (String, u16) {
 
 #[cfg(test)]
 mod properties;
+
+#[cfg(test)]
+mod tests {
+    use testkit::wait_for;
+    use tokio::io::AsyncWriteExt as _;
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn status_of_an_error_counts_although_its_body_stalls() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let head =
+            b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 10\r\ncontent-length: 5\r\n\r\n";
+        let server = tokio::spawn(async move {
+            let mut open = Vec::new();
+            loop {
+                let (mut connection, _) = listener.accept().await.unwrap();
+                // An error means that the client has closed the connection.
+                let _ = connection.write_all(head).await;
+                open.push(connection);
+            }
+        });
+        let (_breaker, breaker_status) = watch::channel(Ok(()));
+        let api = StatusApi::new(&url, breaker_status, &Supervisor::default()).unwrap();
+        // The lookup ends before the wait for the body does.
+        let limit = ERROR_BODY_TIMEOUT / 2;
+        // On a busy machine, the head may arrive too late.
+        let pause = wait_for("a lookup is asked to wait", async || {
+            let looked_up = api.look_up(1, limit, Status404::Offline, &mut Span::default()).await;
+            looked_up.unwrap_err().asks_to_wait()
+        })
+        .await;
+        assert_eq!(pause, Duration::from_secs(10));
+        server.abort();
+    }
+}

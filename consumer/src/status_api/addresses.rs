@@ -26,6 +26,9 @@ const REFRESH_INTERVAL: Duration = Duration::from_secs(5);
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// If a name has more addresses than this, only the first ones are used.
 const ADDRESSES_MAX: usize = 16;
+/// How many addresses one lookup tries. Thousands of lookups may connect at once, and each of them
+/// opens a socket for each address.
+const LOOKUP_ADDRESSES_MAX: usize = 3;
 /// How long the check waits for one address before it tries the next one as well.
 const HEAD_START: Duration = Duration::from_millis(250);
 
@@ -84,12 +87,13 @@ impl Addresses {
     }
 
     /// Connects for lookups: to the first address that accepts. Tries the next address when one
-    /// fails, or has not accepted after [`HEAD_START`].
+    /// fails, or has not accepted after [`HEAD_START`], up to [`LOOKUP_ADDRESSES_MAX`].
     ///
     /// # Errors
     /// The error of the last address that failed.
     pub(super) async fn connect(&self) -> io::Result<TcpStream> {
-        let attempts = self.ordered().await?.into_iter().map(TcpStream::connect);
+        let addresses = self.ordered().await?.into_iter().take(LOOKUP_ADDRESSES_MAX);
+        let attempts = addresses.map(TcpStream::connect);
         let connected = first_success(attempts, HEAD_START).await;
         connected.map(|success| success.value).map_err(|mut errors| {
             let last = errors.pop().map(|(_, error)| error);

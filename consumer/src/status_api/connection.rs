@@ -11,6 +11,7 @@ use std::task::{Context, Poll, ready};
 use futures_util::FutureExt as _;
 use httparse::{EMPTY_HEADER, Status};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
+use tokio::task::unconstrained;
 
 use super::answer::ReceivedBody;
 use super::response_head::{BodyLength, FIELDS_MAX, InvalidResponse, ResponseHead};
@@ -57,13 +58,23 @@ impl Connection {
     pub(super) async fn send(&mut self, request: &[u8]) -> Result<ResponseHead, ExchangeError> {
         self.stream.write_all(request).await?;
         self.stream.flush().await?;
+        // How many of the unread bytes are known to contain no end of a head.
+        let (mut searched, mut interim_bytes) = (0, 0);
         loop {
             self.receive().await?;
-            if let Some((head, length)) = ResponseHead::parse(self.unread())? {
+            while self.may_have_blank_line(searched)
+                && let Some((head, length)) = ResponseHead::parse(self.unread())?
+            {
                 self.read += length;
-                return Ok(head);
+                if !head.is_interim() {
+                    return Ok(head);
+                }
+                (searched, interim_bytes) = (0, interim_bytes + length);
             }
-            self.check_unread(HEAD_BYTES_MAX)?;
+            searched = self.unread().len();
+            if interim_bytes + searched > HEAD_BYTES_MAX {
+                return Err(InvalidResponse::TooLarge(HEAD_BYTES_MAX).into());
+            }
         }
     }
 
@@ -89,7 +100,8 @@ impl Connection {
 
     /// Whether the server has neither closed this idle connection nor sent anything on it.
     pub(super) fn is_quiet(&mut self) -> bool {
-        self.stream.read(&mut [0]).now_or_never().is_none()
+        // Without a budget, because tokio reports a task that has used up its budget as blocked.
+        unconstrained(self.stream.read(&mut [0])).now_or_never().is_none()
     }
 
     /// Whether a request on this connection failed because the server closed the connection before
@@ -165,14 +177,27 @@ impl Connection {
 
     /// Receives the fields after the last chunk, which a lookup does not need.
     async fn receive_trailers(&mut self) -> Result<(), ExchangeError> {
+        let mut searched = 0;
         loop {
-            if let Some(length) = trailers_length(self.unread())? {
+            if self.may_have_blank_line(searched)
+                && let Some(length) = trailers_length(self.unread())?
+            {
                 self.read += length;
                 return Ok(());
             }
             self.check_unread(HEAD_BYTES_MAX)?;
+            searched = self.unread().len();
             self.receive().await?;
         }
+    }
+
+    /// Whether to parse the unread bytes, of which the first `searched` were parsed in vain. Without
+    /// this check, a head that arrives byte by byte would be parsed again for each byte.
+    fn may_have_blank_line(&self, searched: usize) -> bool {
+        let added = &self.unread()[searched.saturating_sub(2)..];
+        searched == 0
+            || added.windows(2).any(|bytes| bytes == b"\n\n")
+            || added.windows(3).any(|bytes| bytes == b"\n\r\n")
     }
 
     async fn receive_until_close(&mut self, body: &mut ReceivedBody) -> Result<(), ExchangeError> {

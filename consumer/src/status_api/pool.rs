@@ -31,6 +31,9 @@ const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
 /// How TCP detects a server that is gone. This matters only if `STATUS_TIMEOUT` is minutes.
 const PROBE_INTERVAL: Duration = Duration::from_secs(15);
 const PROBES: u32 = 3;
+/// How long a request may stay unacknowledged by the server's kernel. TCP sends no probes meanwhile.
+#[cfg(target_os = "linux")]
+const UNACKED_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// There is no limit on idle connections, because a connection is opened only for a lookup that
 /// finds none idle. So there are never more connections than there were lookups in flight within
@@ -159,6 +162,8 @@ fn configure(stream: &TcpStream) -> io::Result<()> {
     stream.set_nodelay(true)?;
     let socket = SockRef::from(stream);
     let probes = TcpKeepalive::new().with_time(PROBE_INTERVAL).with_interval(PROBE_INTERVAL);
+    #[cfg(target_os = "linux")]
+    socket.set_tcp_user_timeout(Some(UNACKED_TIMEOUT))?;
     socket.set_tcp_keepalive(&probes.with_retries(PROBES))
 }
 

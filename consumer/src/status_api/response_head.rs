@@ -48,24 +48,19 @@ pub(super) enum InvalidResponse {
 }
 
 impl ResponseHead {
-    /// Parses the first head that is not an interim one (1xx). Returns it with the number of bytes
-    /// before the body, or `None` if `bytes` does not contain its end.
+    /// Parses a head. Returns it with its length, or `None` if `bytes` does not contain its end.
     pub(super) fn parse(bytes: &[u8]) -> Result<Option<(Self, usize)>, InvalidResponse> {
-        let mut start = 0;
-        loop {
-            let mut fields = [EMPTY_HEADER; FIELDS_MAX];
-            let mut response = Response::new(&mut fields);
-            let Status::Complete(length) = response.parse(&bytes[start..])? else {
-                return Ok(None);
-            };
-            start += length;
-            let head = Self::from_parsed(&response)?;
-            let is_interim =
-                head.status.is_informational() && head.status != StatusCode::SWITCHING_PROTOCOLS;
-            if !is_interim {
-                return Ok(Some((head, start)));
-            }
-        }
+        let mut fields = [EMPTY_HEADER; FIELDS_MAX];
+        let mut response = Response::new(&mut fields);
+        Ok(match response.parse(bytes)? {
+            Status::Complete(length) => Some((Self::from_parsed(&response)?, length)),
+            Status::Partial => None,
+        })
+    }
+
+    /// Whether the head of the actual response follows (1xx).
+    pub(super) fn is_interim(&self) -> bool {
+        self.status.is_informational() && self.status != StatusCode::SWITCHING_PROTOCOLS
     }
 
     fn from_parsed(response: &Response<'_, '_>) -> Result<Self, InvalidResponse> {
