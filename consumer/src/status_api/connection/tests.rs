@@ -267,7 +267,7 @@ async fn a_waiting_or_idle_connection_holds_no_buffer() {
 }
 
 #[tokio::test]
-async fn only_a_connection_that_ended_before_the_first_byte_ended_before_the_response() {
+async fn only_an_end_before_the_first_byte_precedes_the_response() {
     for (response, expected) in [("", true), ("H", false), ("HTTP/1.1 200 OK\r\n", false)] {
         let mut connection = server_of(response.as_bytes().to_vec(), Cursor::new(Vec::new()));
         let error = connection.send(b"").await.unwrap_err();
