@@ -72,4 +72,19 @@ SELECT unnest(ARRAY[
     'GRANT SELECT ON object TO lastseen_viewer'])
 WHERE to_regclass('object') IS NOT NULL \gexec
 
+-- The history: the consumer and the routine only insert, the viewer only reads. The migration, which creates
+-- the table, grants the same.
+SELECT format('ALTER TABLE %s OWNER TO lastseen_migration', relid)
+FROM pg_partition_tree(to_regclass('presence_change')) \gexec
+SELECT format('ALTER FUNCTION %s OWNER TO lastseen_migration', function)
+FROM unnest(ARRAY[
+    to_regprocedure('presence_change_maintain(interval)'),
+    to_regprocedure('presence_change_restrict(regclass)')]) AS function
+WHERE function IS NOT NULL \gexec
+SELECT unnest(ARRAY[
+    'GRANT INSERT ON presence_change TO lastseen_consumer, lastseen_routine',
+    'GRANT SELECT ON presence_change TO lastseen_viewer',
+    'GRANT EXECUTE ON FUNCTION presence_change_maintain(interval) TO lastseen_routine'])
+WHERE to_regclass('presence_change') IS NOT NULL \gexec
+
 COMMIT;

@@ -16,7 +16,7 @@ use backon::{BackoffBuilder as _, ExponentialBackoff, ExponentialBuilder};
 use messaging::events::{Emitter, Exchange};
 use messaging::queue::{Broker, Consumer, Publisher};
 use runtime::{Context, Description, Misconfigured, Reloadable};
-use store::{Database, Store};
+use store::{Database, Retention, Store};
 
 pub use config::{Concurrency, Config, Lookups};
 pub use writer::{PendingWrite, WriteOutcome, Writer, WriterStopped};
@@ -31,7 +31,7 @@ pub const DESCRIPTION: Description = Description {
     about: "Looks each object up at the status API and records when it was last seen",
     admin_address: ":9092",
     drain_delay: "0s",
-    reloadable: &[Lookups::RELOADABLE],
+    reloadable: &[Lookups::RELOADABLE, Retention::RELOADABLE],
 };
 
 /// The complete `main` of the consumer as a process.
@@ -61,7 +61,8 @@ pub struct Resources {
 /// When a file cannot be opened, and in the same cases as [`run_with`].
 pub async fn run(config: Reloadable<Config>, context: Context) -> anyhow::Result<()> {
     let Config { broker, store, .. } = config.current();
-    let database = store.open(&context.supervisor)?;
+    let retention = config.map(|config| config.store.history);
+    let database = store.open(&context.supervisor)?.with_retention(retention);
     let broker = broker.open(&context.supervisor)?;
     let on_rabbitmq = |access| Exchange::on_rabbitmq(access, &broker.destination().name);
     let exchange = broker.access().map_or_else(Exchange::disabled, on_rabbitmq);
@@ -92,6 +93,9 @@ pub async fn run_with(
     health.add_required("broker, for retries", publisher.status());
     health.add_required("database", store.status());
     health.add_required("status API", status_api.status());
+    if let Some(status) = store.history_status() {
+        health.add_optional("history", status);
+    }
     let events = Emitter::start(&exchange, "consumer: events", &supervisor);
     if let Some(status) = events.status() {
         health.add_optional("events", status);

@@ -6,9 +6,9 @@ use clap::{Arg, Args, Subcommand};
 use messaging::queue::{BrokerUrl, QueueConfig};
 use runtime::authenticity::Authenticity;
 use runtime::settings::{Check, Checked};
-use store::{DatabaseUrl, TimeZone};
+use store::{DatabaseUrl, Retention, TimeZone};
 
-use crate::{dead_letters, migrate, objects};
+use crate::{dead_letters, history, migrate, objects};
 
 /// The default of [`consumer::Lookups::tester_endpoint`]. Another value means that the user has
 /// configured a status API.
@@ -35,6 +35,9 @@ pub struct Config {
     /// services' table, such as Europe/Berlin [default: the machine's]
     #[arg(long, global = true)]
     pub tz: Option<TimeZone>,
+    /// How long the history is kept.
+    #[command(flatten)]
+    pub history: Retention,
     #[command(flatten)]
     pub without: Without,
     #[command(flatten)]
@@ -143,6 +146,10 @@ impl Without {
 pub enum Command {
     /// List the objects that are online: those seen within `OBJECT_TTL`
     Objects(objects::List),
+    /// Show when an object was online
+    History(history::Show),
+    /// Print each time that an object came online or was gone, in order and without gaps
+    Changes(history::Feed),
     /// List dead letters (messages that Lastseen gave up on), send them back, or delete them
     #[command(arg_required_else_help = false)]
     DeadLetters {
@@ -167,7 +174,8 @@ impl Config {
     /// The table that `DATABASE_URL` names, or else the file in the directory.
     #[must_use]
     pub fn store(&self) -> store::Config {
-        store::Config { tz: self.tz.clone(), ..store::Config::at(self.table()) }
+        let (tz, history) = (self.tz.clone(), self.history);
+        store::Config { tz, history, ..store::Config::at(self.table()) }
     }
 
     pub(crate) fn table(&self) -> DatabaseUrl {

@@ -5,6 +5,7 @@
 mod banner;
 mod config;
 mod dead_letters;
+mod history;
 mod migrate;
 mod objects;
 mod roles;
@@ -30,7 +31,11 @@ pub const DESCRIPTION: Description = Description {
             viewer and tester; each has its own --help",
     admin_address: ":9091",
     drain_delay: "8s",
-    reloadable: &[consumer::Lookups::RELOADABLE, routine::Cleanup::RELOADABLE],
+    reloadable: &[
+        consumer::Lookups::RELOADABLE,
+        routine::Cleanup::RELOADABLE,
+        store::Retention::RELOADABLE,
+    ],
 };
 
 /// The complete `main` of `lastseen` as a process.
@@ -62,6 +67,8 @@ async fn run_command(command: Command, config: Config, context: Context) -> anyh
         Command::Objects(command) => {
             objects::list(&command, &config.store(), config.cleanup.object_ttl, shutdown).await
         }
+        Command::History(command) => history::show(&command, &config.store(), shutdown).await,
+        Command::Changes(command) => history::feed(&command, &config.store(), shutdown).await,
         Command::DeadLetters { command } => {
             dead_letters::run(command, &config.broker(), shutdown).await
         }

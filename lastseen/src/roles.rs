@@ -46,6 +46,7 @@ impl AllRoles {
     ) -> anyhow::Result<()> {
         let Context { health, shutdown, supervisor } = &context;
         let Self { config, broker, database } = self;
+        let database = database.with_retention(reloadable.map(|config| config.history));
         // Reports where a damaged file is kept. The process works with a new file instead.
         for (name, kept) in [("intact queue", broker.kept()), ("intact table", database.kept())] {
             if let Some(kept) = kept {

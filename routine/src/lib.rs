@@ -1,10 +1,12 @@
 //! The cleanup: deletes objects that have not been seen for `OBJECT_TTL` and so count as offline.
 
 mod future_rows;
+mod history;
 mod pauses;
 
 use std::ops::RangeInclusive;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -12,7 +14,7 @@ use messaging::events::{Emitter, Exchange, Kind, Object};
 use runtime::{
     CancellationToken, Context, Description, Misconfigured, Reloadable, Status, settings,
 };
-use store::{Cutoff, Database, Failure, Row, Store, StoreError};
+use store::{Cutoff, Database, Failure, Retention, Row, Store, StoreError};
 use tokio::sync::watch;
 use tokio::time::{Interval, MissedTickBehavior};
 
@@ -25,7 +27,7 @@ pub const DESCRIPTION: Description = Description {
     about: "Deletes the objects that have not been seen for OBJECT_TTL",
     admin_address: ":9093",
     drain_delay: "0s",
-    reloadable: &[Cleanup::RELOADABLE],
+    reloadable: &[Cleanup::RELOADABLE, Retention::RELOADABLE],
 };
 
 /// The complete `main` of the routine as a process.
@@ -43,6 +45,8 @@ const ONCE_DATABASE_TIMEOUT: Duration = Duration::from_secs(30);
 const ONCE_EVENTS_TIMEOUT: Duration = Duration::from_secs(2);
 /// A failed cleanup is retried after this time, or after `ROUTINE_INTERVAL` if that is shorter.
 const RETRY_INTERVAL: Duration = Duration::from_secs(3);
+/// One connection for the cleanup, and one for the maintenance of the history.
+const DATABASE_CONNECTIONS: u32 = 2;
 /// How many undeletable rows one cleanup skips before it fails.
 const NOT_DELETED_MAX: usize = 1_000;
 
@@ -104,13 +108,17 @@ pub struct Resources {
 /// the cleanup fails.
 pub async fn run(config: Reloadable<Config>, context: Context) -> anyhow::Result<()> {
     let Config { cleanup, once, store, events } = config.current();
-    let database = store.open(&context.supervisor)?;
+    let retention = config.map(|config| config.store.history);
+    let database = store.open(&context.supervisor)?.with_retention(retention);
     let resources = Resources { database, exchange: events.exchange() };
     if !once {
         return run_with(config.map(|config| config.cleanup), resources, context).await;
     }
     let table = Table::start(resources, &context);
-    let result = clean_up_once(&table, &cleanup).await;
+    let mut result = clean_up_once(&table, &cleanup).await;
+    if result.is_ok() {
+        result = history::maintain(&table.store).await.map_err(Into::into);
+    }
     table.events.close().await;
     result
 }
@@ -126,6 +134,10 @@ pub async fn run_with(
     context: Context,
 ) -> anyhow::Result<()> {
     let table = Table::start(resources, &context);
+    let maintenance = history::maintain_forever(Arc::clone(&table.store));
+    let _maintenance = context
+        .supervisor
+        .spawn_critical("maintenance of the history", async move { match maintenance.await {} });
     let result = clean_up_until_shutdown(&table, cleanup).await;
     table.events.close().await;
     result
@@ -133,7 +145,7 @@ pub async fn run_with(
 
 /// The table, with the emitter that announces deletions and the status that health checks report.
 struct Table {
-    store: Store,
+    store: Arc<Store>,
     events: Emitter,
     /// `Ok` if the last cleanup succeeded; otherwise the reason.
     writes: watch::Sender<Status>,
@@ -142,7 +154,7 @@ struct Table {
 
 /// The state that one cleanup passes on to the next.
 #[derive(Default)]
-struct History {
+struct CleanupState {
     pauses: Pauses,
     future_rows: FutureRows,
 }
@@ -154,7 +166,7 @@ async fn clean_up_until_shutdown(
     let mut cleanup = reloadable.current();
     let store = &table.store;
     let mut interval = cleanup_interval(cleanup.routine_interval);
-    let mut history = History::default();
+    let mut state = CleanupState::default();
     let mut is_failing = false;
     loop {
         tokio::select! {
@@ -172,17 +184,17 @@ async fn clean_up_until_shutdown(
         }
         // The store itself logs and reports that the database is away.
         if store.status().borrow().is_err() {
-            history.pauses.record_outage();
+            state.pauses.record_outage();
             table.report_writes(Ok(()));
             continue;
         }
-        let result = clean_up(table, &cleanup, &mut history).await;
+        let result = clean_up(table, &cleanup, &mut state).await;
         let status = result.as_ref().map(drop).map_err(|error| format!("cleanup failed: {error}"));
         table.report_writes(status);
         match result {
             Ok(_) => is_failing = false,
             Err(error) => {
-                history.pauses.record_outage();
+                state.pauses.record_outage();
                 if is_failing {
                     tracing::debug!(%error, "cleanup failed again");
                 } else {
@@ -224,10 +236,10 @@ async fn clean_up_once(table: &Table, config: &Cleanup) -> anyhow::Result<()> {
             tracing::debug!("no connection for events; deletions are not announced");
         }
     }
-    let mut history = History::default();
+    let mut state = CleanupState::default();
     // Waits for the end of a pause. Otherwise each run of a cron job would begin a new pause, and a
     // mostly stale table would never be cleaned.
-    while let Outcome::Paused(remaining) = clean_up(table, config, &mut history).await? {
+    while let Outcome::Paused(remaining) = clean_up(table, config, &mut state).await? {
         tokio::select! {
             () = tokio::time::sleep(remaining) => {}
             () = table.shutdown.cancelled() => break,
@@ -250,9 +262,9 @@ enum Outcome {
 async fn clean_up(
     table: &Table,
     config: &Cleanup,
-    history: &mut History,
+    state: &mut CleanupState,
 ) -> Result<Outcome, StoreError> {
-    let outcome = clean_up_unless_paused(table, config, history).await;
+    let outcome = clean_up_unless_paused(table, config, state).await;
     let label = match &outcome {
         Ok(Outcome::Cleaned) => "ok",
         Ok(Outcome::Paused(_)) => "skipped",
@@ -265,7 +277,7 @@ async fn clean_up(
 async fn clean_up_unless_paused(
     table: &Table,
     config: &Cleanup,
-    History { pauses, future_rows }: &mut History,
+    CleanupState { pauses, future_rows }: &mut CleanupState,
 ) -> Result<Outcome, StoreError> {
     let ttl = config.object_ttl;
     // Rows are corrected before the clock is read. In the other order, a row that is corrected
@@ -383,10 +395,13 @@ impl Table {
         let Resources { database, exchange } = resources;
         let Context { health, supervisor, shutdown } = context;
         let events = Emitter::start(&exchange, "routine: events", supervisor);
-        let store = Store::start(database, "routine", 1);
+        let store = Arc::new(Store::start(database, "routine", DATABASE_CONNECTIONS));
         let (writes, write_status) = watch::channel(Ok(()));
         health.add_required("database", store.status());
         health.add_required("database writes", write_status);
+        if let Some(status) = store.history_status() {
+            health.add_optional("history", status);
+        }
         if let Some(status) = events.status() {
             health.add_optional("events", status);
         }

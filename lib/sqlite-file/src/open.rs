@@ -32,6 +32,9 @@ pub struct Format {
     pub version: u32,
     /// The statements that create an empty file.
     pub schema: &'static str,
+    /// Statements that add to an existing file what a later release of the program needs, without a
+    /// new version. An earlier release still uses the file. They are executed at each start.
+    pub additions: &'static str,
     /// Disk space reserved for [`crate::File::transact_on_ballast`], in a separate file; 0 for
     /// none.
     pub ballast_bytes: u64,
@@ -176,8 +179,9 @@ fn open_checked<T>(
     read: impl Fn(&Connection) -> rusqlite::Result<T>,
 ) -> Result<(Connection, T), OpenError> {
     let connection = connect(path, format)?;
+    let add = || connection.execute_batch(format.additions).and_then(|()| read(&connection));
     let value = check_integrity(&connection, path, format)
-        .and_then(|()| read(&connection).map_err(|error| sqlite_error(path, format, &error)));
+        .and_then(|()| add().map_err(|error| sqlite_error(path, format, &error)));
     match value {
         Ok(value) => Ok((connection, value)),
         Err(error) => {

@@ -7,8 +7,8 @@ use secrecy::{ExposeSecret as _, SecretString};
 use sqlite_file::Location;
 use sqlx::postgres::{PgConnectOptions, PgSslMode};
 
-use crate::TimeZone;
 use crate::postgres::{Servers, SessionAttrs};
+use crate::{Retention, TimeZone};
 
 pub use addresses::Addresses;
 pub use database_url::DatabaseUrl;
@@ -54,6 +54,9 @@ pub struct Config {
     /// which the Go services' table has [default: the machine's]
     #[arg(long)]
     pub tz: Option<TimeZone>,
+    /// How long the history is kept.
+    #[command(flatten)]
+    pub history: Retention,
 }
 
 impl Config {
@@ -70,6 +73,7 @@ impl Config {
             postgres_sslmode: None,
             postgres_sslrootcert: None,
             tz: None,
+            history: Retention::default(),
         }
     }
 

@@ -1,13 +1,13 @@
 //! The database, opened for the roles of a process.
 
-use runtime::{Status, Supervisor};
+use runtime::{Reloadable, Status, Supervisor};
 use sqlite_file::OpenError;
 use tokio::sync::watch;
 
-use crate::TimeZone;
 use crate::config::{self, Config};
 use crate::postgres::Servers;
 use crate::sqlite::Table;
+use crate::{Retention, TimeZone};
 
 /// A Postgres database, which may be away, or the open SQLite file that holds the table. Clones
 /// share the file. The file is closed when all clones, and all stores started from them, are
@@ -16,6 +16,7 @@ use crate::sqlite::Table;
 pub struct Database {
     pub(crate) backend: Backend,
     pub(crate) supervisor: Supervisor,
+    pub(crate) retention: Reloadable<Retention>,
 }
 
 #[derive(Clone)]
@@ -38,11 +39,18 @@ impl Config {
                 Backend::Sqlite(Table::open(location.path(), supervisor)?)
             }
         };
-        Ok(Database { backend, supervisor: supervisor.clone() })
+        let retention = Reloadable::fixed(self.history);
+        Ok(Database { backend, supervisor: supervisor.clone(), retention })
     }
 }
 
 impl Database {
+    /// Lets `HISTORY_RETENTION` change at run time.
+    #[must_use]
+    pub fn with_retention(self, retention: Reloadable<Retention>) -> Self {
+        Self { retention, ..self }
+    }
+
     /// The status is `Err` while a damaged file is kept beside this one. The error contains the
     /// path of the damaged file and what to do with it. Returns `None` if the table is in Postgres.
     #[must_use]

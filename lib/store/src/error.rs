@@ -52,6 +52,9 @@ pub enum StoreError {
     /// The objects were not counted.
     #[error("cannot count the objects: {0}")]
     Count(#[source] Cause),
+    /// The history was not read, or its partitions were not maintained.
+    #[error("cannot access the history: {0}")]
+    History(#[source] Cause),
     /// The database did not answer a ping.
     #[error("no answer: {0}")]
     Ping(#[source] Cause),
@@ -140,6 +143,7 @@ impl StoreError {
             | Self::DeleteStale(cause)
             | Self::List(cause)
             | Self::Count(cause)
+            | Self::History(cause)
             | Self::Ping(cause) => cause.downcast_ref(),
             Self::Open(_)
             | Self::Connect(_)

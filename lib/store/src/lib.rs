@@ -8,6 +8,7 @@ mod config;
 mod database;
 mod deadline;
 mod error;
+mod history;
 mod moment;
 mod objects;
 mod postgres;
@@ -19,6 +20,10 @@ mod time_zone;
 pub use config::{Addresses, Config, DatabaseUrl};
 pub use database::Database;
 pub use error::{Failure, StoreError};
+pub use history::{
+    Availability, Change, ChangePage, Extent, History, Presence, Retention, Session, SessionPage,
+    SessionQuery,
+};
 pub use moment::{Cutoff, Moment};
 pub use objects::{Object, Objects};
 pub use postgres::{ServerState, SessionAttrs};

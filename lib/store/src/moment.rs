@@ -14,7 +14,13 @@ impl Moment {
     /// of the clock.
     #[must_use]
     pub fn before(self, age: Duration) -> Cutoff {
-        Cutoff { oldest: Self { since_1970: self.since_1970.saturating_sub(age) }, age }
+        Cutoff { oldest: self.minus(age), age }
+    }
+
+    /// The moment `age` before this one, but not before 1970.
+    #[must_use]
+    pub fn minus(self, age: Duration) -> Self {
+        Self { since_1970: self.since_1970.saturating_sub(age) }
     }
 
     /// The time since `earlier`; zero if `earlier` is later.
@@ -29,9 +35,21 @@ impl Moment {
         SystemTime::UNIX_EPOCH + self.since_1970
     }
 
+    /// Microseconds since 1970.
+    #[must_use]
+    pub fn micros(self) -> i64 {
+        i64::try_from(self.since_1970.as_micros()).unwrap_or(i64::MAX)
+    }
+
     /// Converts microseconds since 1970. A negative number counts as 1970.
-    pub(crate) fn from_micros(since_1970: i64) -> Self {
+    #[must_use]
+    pub fn from_micros(since_1970: i64) -> Self {
         Self { since_1970: Duration::from_micros(since_1970.try_into().unwrap_or(0)) }
+    }
+
+    /// Converts milliseconds since 1970. A negative number counts as 1970.
+    pub(crate) fn from_millis(since_1970: i64) -> Self {
+        Self { since_1970: Duration::from_millis(since_1970.try_into().unwrap_or(0)) }
     }
 }
 

@@ -4,7 +4,7 @@ mod connections;
 mod migrations;
 mod monitor;
 mod servers;
-mod sql;
+pub(crate) mod sql;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::deadline::{CONNECT_TIMEOUT, PING_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
-use crate::rows::LockWait;
+use crate::rows::{LockWait, RecordHistory};
 use crate::{Cutoff, Moment, Object, Recorded, Row, Sighting, StoreError, TimeZone};
 
 pub use servers::{ServerState, SessionAttrs};
@@ -30,11 +30,11 @@ use sql::Settings;
 
 /// The server ends a statement after this time. It is shorter than the caller's deadline,
 /// [`QUERY_TIMEOUT`], so no statement outlives that deadline.
-const STATEMENT_TIMEOUT: &str = "10s";
+pub(crate) const STATEMENT_TIMEOUT: &str = "10s";
 /// How long a statement waits for one lock. Batches of other replicas hold their locks for
 /// milliseconds. When a session holds the lock of one row for longer, the other rows of the batch
 /// must not wait for it.
-const LOCK_TIMEOUT: &str = "1s";
+pub(crate) const LOCK_TIMEOUT: &str = "1s";
 /// The two limits during the search for the row that holds up a batch. The search needs up to about
 /// twenty statements, so each must be short.
 const BRIEF_STATEMENT_TIMEOUT: &str = "1s";
@@ -47,6 +47,7 @@ pub(crate) struct Table {
     brief_settings: Settings,
     status: watch::Receiver<Status>,
     rejected: watch::Receiver<Option<String>>,
+    history: watch::Receiver<Status>,
     _monitor: CriticalTask,
 }
 
@@ -62,12 +63,26 @@ impl Table {
         let connections = Arc::new(Connections::new(servers.clone(), connections));
         let (sender, status) = watch::channel(Err(monitor::NOT_CONNECTED_YET.to_owned()));
         let (rejection, rejected) = watch::channel(None);
+        let (history_sender, history) = watch::channel(Err(monitor::NOT_CONNECTED_YET.to_owned()));
+        let reports = monitor::Reports { status: sender, rejection, history: history_sender };
         let pool = Arc::clone(&connections);
-        let monitor = monitor::run(servers, pool, zone.clone(), sender, rejection);
+        let monitor = monitor::run(servers, pool, zone.clone(), reports);
         let monitor = supervisor.spawn_critical(format!("database monitor ({name})"), monitor);
         let settings = Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, zone);
         let brief_settings = Settings::new(BRIEF_STATEMENT_TIMEOUT, BRIEF_LOCK_TIMEOUT, zone);
-        Self { connections, settings, brief_settings, status, rejected, _monitor: monitor }
+        Self { connections, settings, brief_settings, status, rejected, history, _monitor: monitor }
+    }
+
+    /// Whether the role can write the history.
+    pub(crate) fn history(&self) -> watch::Receiver<Status> {
+        self.history.clone()
+    }
+
+    /// Maintains the partitions of the history.
+    pub(crate) async fn maintain_history(&self, retention: Duration) -> Result<(), StoreError> {
+        let statement = || sql::maintain_history(retention);
+        let _: Vec<()> = self.fetch_all(statement, LockWait::Usual, StoreError::History).await?;
+        Ok(())
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<Status> {
@@ -89,6 +104,7 @@ impl Table {
         &self,
         sightings: &[Sighting],
         wait: LockWait,
+        history: RecordHistory,
     ) -> Result<Recorded, StoreError> {
         if sightings.is_empty() {
             return Ok(Recorded::default());
@@ -102,7 +118,7 @@ impl Table {
             ages.extend(sightings.iter().map(|seen| (seen.id, age(seen))));
             let sightings: Vec<_> =
                 sightings.iter().map(|seen| (seen.id, ages[&seen.id])).collect();
-            sql::record_seen(&sightings)
+            sql::record_seen(&sightings, history)
         };
         let rows: Vec<(i64, bool, i64)> =
             self.fetch_all(statement, wait, StoreError::RecordSeen).await?;
@@ -146,8 +162,9 @@ impl Table {
         &self,
         cutoff: Cutoff,
         ids: &[i64],
+        history: RecordHistory,
     ) -> Result<Vec<Row>, StoreError> {
-        self.delete(|| sql::delete_stale_among(cutoff, ids), LockWait::Brief).await
+        self.delete(|| sql::delete_stale_among(cutoff, ids, history), LockWait::Brief).await
     }
 
     pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
@@ -161,8 +178,9 @@ impl Table {
         &self,
         cutoff: Cutoff,
         limit: u32,
+        history: RecordHistory,
     ) -> Result<Vec<Row>, StoreError> {
-        self.delete(|| sql::delete_stale(cutoff, limit), LockWait::Usual).await
+        self.delete(|| sql::delete_stale(cutoff, limit, history), LockWait::Usual).await
     }
 
     async fn delete(
@@ -241,7 +259,7 @@ async fn check_table(
 }
 
 /// Like [`run`], but with a deadline. After a timeout, the connection is unusable.
-async fn run_within<R: for<'r> FromRow<'r, PgRow>>(
+pub(crate) async fn run_within<R: for<'r> FromRow<'r, PgRow>>(
     limit: Duration,
     connection: &mut PgConnection,
     script: String,

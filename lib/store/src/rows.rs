@@ -40,3 +40,10 @@ pub(crate) enum LockWait {
     /// A short time, for the many statements of the search for the row that holds up a batch.
     Brief,
 }
+
+/// Whether a statement also records in the history which objects came online or were gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum RecordHistory {
+    Yes,
+    No,
+}

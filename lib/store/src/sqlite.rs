@@ -13,12 +13,14 @@ use tokio::task::spawn_blocking;
 
 use crate::deadline::{CONNECT_TIMEOUT, QUERY_TIMEOUT, within};
 use crate::error::Cause;
+use crate::history::{self, Presence};
+use crate::rows::RecordHistory;
 use crate::{Cutoff, Moment, Object, Recorded, Row, Sighting, StoreError};
 
 // Decision: docs/decisions/0041-why-is-there-no-index-on-last-seen.md
 /// As in Postgres, there is no index on `last_seen`, because each upsert would also have to write
 /// the index.
-const FORMAT: Format = Format {
+pub(crate) const FORMAT: Format = Format {
     name: "store",
     application_id: u32::from_be_bytes(*b"LSSt"),
     version: 1,
@@ -27,10 +29,21 @@ const FORMAT: Format = Format {
             id INTEGER PRIMARY KEY,
             last_seen INTEGER NOT NULL -- milliseconds since 1970, UTC
         ) STRICT;",
+    additions: history::SCHEMA,
     ballast_bytes: 0,
     max_bytes: u64::MAX,
-    tables: &[sqlite_file::Table { from: "object", into: "object", columns: "id, last_seen" }],
+    tables: &[
+        sqlite_file::Table { from: "object", into: "object", columns: "id, last_seen" },
+        sqlite_file::Table {
+            from: "presence_change",
+            into: "presence_change",
+            columns: "position, object_id, at, last_seen, kind",
+        },
+    ],
 };
+
+/// How many old changes of the history one transaction deletes.
+const HISTORY_BATCH: u32 = 10_000;
 
 /// A row that is dated less than this in the future is not corrected, because its date will soon be
 /// in the past.
@@ -60,7 +73,11 @@ impl Table {
         }
     }
 
-    pub(crate) async fn record_seen(&self, sightings: &[Sighting]) -> Result<Recorded, StoreError> {
+    pub(crate) async fn record_seen(
+        &self,
+        sightings: &[Sighting],
+        history: RecordHistory,
+    ) -> Result<Recorded, StoreError> {
         let started_at = Instant::now();
         let sightings = sightings.to_vec();
         let record = self.0.transact(move |connection| {
@@ -76,15 +93,17 @@ impl Table {
             let mut insert = connection.prepare_cached(
                 "INSERT INTO object (id, last_seen) VALUES (?1, ?2) ON CONFLICT (id) DO NOTHING",
             )?;
+            let mut history = history::Writer::new(connection, history)?;
             let mut recorded = Recorded::default();
             for Sighting { id, age } in sightings {
                 let ms = ago_ms(now, age.saturating_add(waited));
-                let row = Row { id, last_seen: moment(ms) };
+                let row = Row { id, last_seen: Moment::from_millis(ms) };
                 // A file rejects no row: any two integers are valid, and no other program adds
                 // constraints.
                 if update.execute((id, ms, now))? > 0 {
                     recorded.updated.push(row);
                 } else if insert.execute((id, ms))? > 0 {
+                    history.record(id, now, ms, Presence::Online)?;
                     recorded.inserted.push(row);
                 }
             }
@@ -96,7 +115,7 @@ impl Table {
     pub(crate) async fn now(&self) -> Result<Moment, StoreError> {
         let read = self.0.transact(now_ms);
         let now_ms = within(QUERY_TIMEOUT, StoreError::Clock, read).await?;
-        Ok(moment(now_ms))
+        Ok(Moment::from_millis(now_ms))
     }
 
     pub(crate) async fn correct_future(&self, limit: u32) -> Result<u64, StoreError> {
@@ -130,6 +149,7 @@ impl Table {
         &self,
         cutoff: Cutoff,
         limit: u32,
+        history: RecordHistory,
     ) -> Result<Vec<Row>, StoreError> {
         let delete = self.0.transact(move |connection| {
             let mut delete = connection.prepare_cached(
@@ -137,12 +157,27 @@ impl Table {
                      SELECT id FROM object WHERE last_seen < ?1 LIMIT ?2)
                  RETURNING id, last_seen",
             )?;
-            let to_row = |row: &rusqlite::Row<'_>| {
-                Ok(Row { id: row.get(0)?, last_seen: moment(row.get(1)?) })
-            };
-            delete.query_map((oldest_ms(cutoff, connection)?, limit), to_row)?.collect()
+            let mut history = history::Writer::new(connection, history)?;
+            let now = now_ms(connection)?;
+            let mut deleted = delete.query((oldest_ms(cutoff, connection)?, limit))?;
+            let mut rows = Vec::new();
+            while let Some(row) = deleted.next()? {
+                let (id, ms) = (row.get(0)?, row.get(1)?);
+                history.record(id, now, ms, Presence::Gone)?;
+                rows.push(Row { id, last_seen: Moment::from_millis(ms) });
+            }
+            Ok(rows)
         });
         within(QUERY_TIMEOUT, StoreError::DeleteStale, delete).await
+    }
+
+    /// Deletes old changes of the history, and returns whether there may be more.
+    pub(crate) async fn maintain_history(&self, retention: Duration) -> Result<bool, StoreError> {
+        let delete = self
+            .0
+            .transact(move |connection| history::delete_old(connection, retention, HISTORY_BATCH));
+        let deleted = within(QUERY_TIMEOUT, StoreError::History, delete).await?;
+        Ok(deleted == HISTORY_BATCH as usize)
     }
 }
 
@@ -191,7 +226,7 @@ impl Reader {
 }
 
 /// The database's clock, read once for each batch, in milliseconds since 1970.
-fn now_ms(connection: &Connection) -> rusqlite::Result<i64> {
+pub(crate) fn now_ms(connection: &Connection) -> rusqlite::Result<i64> {
     // SQLite returns seconds as a float, so the product may be slightly less than a whole number.
     let now = "SELECT CAST(round(unixepoch('subsec') * 1000) AS INTEGER)";
     connection.prepare_cached(now)?.query_row([], |row| row.get(0))
@@ -203,16 +238,12 @@ fn oldest_ms(Cutoff { oldest, age }: Cutoff, connection: &Connection) -> rusqlit
     Ok(ms(oldest.since_1970).min(now_ms(connection)?.saturating_sub(ms(age))))
 }
 
-fn moment(ms: i64) -> Moment {
-    Moment::from_micros(micros(ms))
-}
-
 fn micros(ms: i64) -> i64 {
     ms.saturating_mul(1_000)
 }
 
 /// The time `age` ago, but not before 1970.
-fn ago_ms(now_ms: i64, age: Duration) -> i64 {
+pub(crate) fn ago_ms(now_ms: i64, age: Duration) -> i64 {
     let age_ms = i64::try_from(age.as_millis()).unwrap_or(i64::MAX);
     now_ms.saturating_sub(age_ms).max(0)
 }

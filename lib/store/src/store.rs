@@ -1,15 +1,18 @@
 //! Write access to the table.
 
-use runtime::Status;
+use runtime::{Reloadable, Status};
 use tokio::sync::watch;
 
 use crate::database::{Backend, Database};
-use crate::rows::LockWait;
-use crate::{Cutoff, Moment, Recorded, Row, Sighting, StoreError, postgres, sqlite};
+use crate::rows::{LockWait, RecordHistory};
+use crate::{Cutoff, Moment, Recorded, Retention, Row, Sighting, StoreError, postgres, sqlite};
 
 /// The table `object`. A Postgres server may be away at any time, also at the start. A file is open
 /// from the start and belongs to this process.
-pub struct Store(Kind);
+pub struct Store {
+    kind: Kind,
+    retention: Reloadable<Retention>,
+}
 
 // Decision: docs/decisions/0058-why-are-the-two-backends-enums.md
 enum Kind {
@@ -23,20 +26,21 @@ impl Store {
     /// connections to it for statements. `pg_stat_activity` shows `name`.
     #[must_use]
     pub fn start(database: Database, name: &str, connections: u32) -> Self {
-        let Database { backend, supervisor } = database;
-        Self(match backend {
+        let Database { backend, supervisor, retention } = database;
+        let kind = match backend {
             Backend::Postgres(servers, zone) => {
                 let table = postgres::Table::start(servers, &zone, name, connections, &supervisor);
                 Kind::Postgres(Box::new(table))
             }
             Backend::Sqlite(table) => Kind::Sqlite(table),
-        })
+        };
+        Self { kind, retention }
     }
 
     /// The name of the database system in traces: `postgresql` or `sqlite`.
     #[must_use]
     pub fn system(&self) -> &'static str {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(_) => "postgresql",
             Kind::Sqlite(_) => "sqlite",
         }
@@ -45,9 +49,44 @@ impl Store {
     /// Whether the database answers and has the schema; for a file, whether it can be written.
     #[must_use]
     pub fn status(&self) -> watch::Receiver<Status> {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(table) => table.status(),
             Kind::Sqlite(table) => table.status(),
+        }
+    }
+
+    /// Whether the history can be written; `None` if there is no history, or if it is in a file.
+    /// While it cannot be written, objects are recorded and deleted without it.
+    #[must_use]
+    pub fn history_status(&self) -> Option<watch::Receiver<Status>> {
+        match &self.kind {
+            Kind::Postgres(table) if self.retention.current().is_on() => Some(table.history()),
+            Kind::Postgres(_) | Kind::Sqlite(_) => None,
+        }
+    }
+
+    fn history(&self) -> RecordHistory {
+        let is_writable = self.history_status().is_none_or(|status| status.borrow().is_ok());
+        let is_on = self.retention.current().is_on();
+        if is_on && is_writable { RecordHistory::Yes } else { RecordHistory::No }
+    }
+
+    /// Prepares the history for the next days, and deletes changes that are older than
+    /// `HISTORY_RETENTION`. Does nothing without a history. In a file, one call deletes only some of
+    /// them; it returns whether more may be left.
+    ///
+    /// # Errors
+    /// [`StoreError`]: `History`, or why there is no connection.
+    pub async fn maintain_history(&self) -> Result<bool, StoreError> {
+        let Retention { history_retention } = self.retention.current();
+        if history_retention.is_zero() {
+            return Ok(false);
+        }
+        match &self.kind {
+            Kind::Postgres(table) => {
+                table.maintain_history(history_retention).await.map(|()| false)
+            }
+            Kind::Sqlite(table) => table.maintain_history(history_retention).await,
         }
     }
 
@@ -56,7 +95,7 @@ impl Store {
     /// the table becomes unusable later, only the status shows that, because a service that has
     /// worked must not end.
     pub async fn rejected(&self) -> String {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(table) => table.rejected().await,
             Kind::Sqlite(_) => std::future::pending().await,
         }
@@ -88,9 +127,9 @@ impl Store {
     }
 
     async fn record(&self, sightings: &[Sighting], wait: LockWait) -> Result<Recorded, StoreError> {
-        match &self.0 {
-            Kind::Postgres(table) => table.record_seen(sightings, wait).await,
-            Kind::Sqlite(table) => table.record_seen(sightings).await,
+        match &self.kind {
+            Kind::Postgres(table) => table.record_seen(sightings, wait, self.history()).await,
+            Kind::Sqlite(table) => table.record_seen(sightings, self.history()).await,
         }
     }
 
@@ -101,7 +140,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`]: `Locked` or `Timeout`.
     pub async fn find_locked(&self, ids: &[i64]) -> Result<Vec<i64>, StoreError> {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(table) => table.find_locked(ids).await,
             // Only this process writes the file, one batch at a time.
             Kind::Sqlite(_) => Ok(Vec::new()),
@@ -113,7 +152,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`]: `Clock` or `Timeout`.
     pub async fn now(&self) -> Result<Moment, StoreError> {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(table) => table.now().await,
             Kind::Sqlite(table) => table.now().await,
         }
@@ -127,7 +166,7 @@ impl Store {
     /// [`StoreError`]: `CorrectFuture` or `Timeout`. Then no row is corrected; after a timeout,
     /// perhaps all are.
     pub async fn correct_future(&self, limit: u32) -> Result<u64, StoreError> {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(table) => table.correct_future(limit).await,
             Kind::Sqlite(table) => table.correct_future(limit).await,
         }
@@ -144,9 +183,9 @@ impl Store {
     /// [`StoreError`]. Then no row is deleted, or perhaps all are deleted if
     /// [`StoreError::may_be_committed`].
     pub async fn delete_stale(&self, cutoff: Cutoff, limit: u32) -> Result<Vec<Row>, StoreError> {
-        match &self.0 {
-            Kind::Postgres(table) => table.delete_stale(cutoff, limit).await,
-            Kind::Sqlite(table) => table.delete_stale(cutoff, limit).await,
+        match &self.kind {
+            Kind::Postgres(table) => table.delete_stale(cutoff, limit, self.history()).await,
+            Kind::Sqlite(table) => table.delete_stale(cutoff, limit, self.history()).await,
         }
     }
 
@@ -155,7 +194,7 @@ impl Store {
     /// # Errors
     /// [`StoreError`]: `Count` or `Timeout`.
     pub async fn count_stale(&self, cutoff: Cutoff) -> Result<(u64, u64), StoreError> {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(table) => table.count_stale(cutoff).await,
             Kind::Sqlite(table) => table.count_stale(cutoff).await,
         }
@@ -173,7 +212,7 @@ impl Store {
         limit: u32,
         except: &[i64],
     ) -> Result<Vec<i64>, StoreError> {
-        match &self.0 {
+        match &self.kind {
             Kind::Postgres(table) => table.list_stale(cutoff, limit, except).await,
             Kind::Sqlite(_) => Ok(Vec::new()),
         }
@@ -189,8 +228,8 @@ impl Store {
         cutoff: Cutoff,
         ids: &[i64],
     ) -> Result<Vec<Row>, StoreError> {
-        match &self.0 {
-            Kind::Postgres(table) => table.delete_stale_among(cutoff, ids).await,
+        match &self.kind {
+            Kind::Postgres(table) => table.delete_stale_among(cutoff, ids, self.history()).await,
             Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }

@@ -11,6 +11,7 @@ const FORMAT: Format = Format {
     application_id: u32::from_be_bytes(*b"LSte"),
     version: 1,
     schema: "CREATE TABLE number (n INTEGER PRIMARY KEY, filler TEXT) STRICT;",
+    additions: "",
     ballast_bytes: 0,
     max_bytes: u64::MAX,
     tables: &[Table { from: "number", into: "number", columns: "n, filler" }],

@@ -6,8 +6,10 @@ use std::fmt::Write as _;
 
 /// The migrations with their versions, in ascending order. Each must keep existing rows, because a
 /// table `object` may belong to the Go services.
-const MIGRATIONS: [(i64, &str); 1] =
-    [(20_261_121_000_001, include_str!("../../../../migrations/20261121000001_object.sql"))];
+const MIGRATIONS: [(i64, &str); 2] = [
+    (20_261_121_000_001, include_str!("../../../../migrations/20261121000001_object.sql")),
+    (20_261_130_000_001, include_str!("../../../../migrations/20261130000001_presence_change.sql")),
+];
 
 /// The key of the advisory lock for migrations, which no other application is likely to use.
 const LOCK: i64 = i64::from_be_bytes(*b"lastseen");
@@ -25,8 +27,9 @@ pub(super) fn script() -> String {
              version bigint PRIMARY KEY,
              applied_at timestamptz NOT NULL DEFAULT now()
          );
-         -- If only the table was dropped, its migrations must be applied again.
-         DELETE FROM _lastseen_migrations WHERE to_regclass('object') IS NULL;\n"
+         -- If only a table was dropped, its migrations must be applied again.
+         DELETE FROM _lastseen_migrations
+         WHERE to_regclass('object') IS NULL OR to_regclass('presence_change') IS NULL;\n"
     );
     for (version, sql) in MIGRATIONS {
         // Writing to a string cannot fail.

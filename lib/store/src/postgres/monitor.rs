@@ -29,10 +29,20 @@ struct Session {
     zone: TimeZone,
 }
 
+/// What the monitor reports.
+pub(super) struct Reports {
+    /// Whether the database answers and has the schema.
+    pub(super) status: watch::Sender<Status>,
+    /// Why the first database that the monitor found is unusable.
+    pub(super) rejection: watch::Sender<Option<String>>,
+    /// Whether the role can write the history.
+    pub(super) history: watch::Sender<Status>,
+}
+
 /// Finds the server that accepts writes and lets `connections` lead to it, updates `status`, and
 /// migrates the schema whenever the database comes (back), because it may have been created anew.
 /// Runs until its task is aborted. If the first database that it finds has an unusable table,
-/// `rejection` gets the reason.
+/// `rejection` gets the reason. Reports in `history` whether the history can be written.
 ///
 /// It has its own connection, because a pool would only report a timeout, not the cause. When that
 /// connection ends, so do all others, because their server may no longer be the primary.
@@ -40,8 +50,7 @@ pub(super) async fn run(
     servers: Servers,
     connections: Arc<Connections>,
     zone: TimeZone,
-    status: watch::Sender<Status>,
-    rejection: watch::Sender<Option<String>>,
+    Reports { status, rejection, history }: Reports,
 ) {
     // Only the first table that is found may be rejected. Later, the service keeps running.
     let mut is_first = true;
@@ -53,12 +62,13 @@ pub(super) async fn run(
     let mut delays = backoff.build();
     loop {
         let reason = match Session::open(&servers, &connections, zone.clone()).await {
-            Ok(session) => {
+            Ok(mut session) => {
                 tracing::info!(server = session.server, "connected to the database");
                 is_first = false;
+                session.check_history(&history).await;
                 _ = status.send_replace(Ok(()));
                 delays = backoff.build();
-                let error = session.check_until_it_fails().await;
+                let error = session.check_until_it_fails(&history).await;
                 match error {
                     StoreError::Unsuitable(_) => connections.abandon(),
                     _ => connections.retire(),
@@ -109,13 +119,28 @@ impl Session {
     }
 
     /// Checks once per [`INTERVAL`], and returns the first error.
-    async fn check_until_it_fails(mut self) -> StoreError {
+    async fn check_until_it_fails(mut self, history: &watch::Sender<Status>) -> StoreError {
         loop {
             tokio::time::sleep(INTERVAL).await;
             if let Err(error) = self.check().await {
                 return error;
             }
+            self.check_history(history).await;
         }
+    }
+
+    /// Checks whether the history can be written. If not, objects are recorded without it: they
+    /// matter more.
+    async fn check_history(&mut self, history: &watch::Sender<Status>) {
+        let checked = self.run(PING_TIMEOUT, sql::CHECK_HISTORY, StoreError::Ping).await;
+        let rows: Vec<(Option<String>,)> = match checked {
+            Ok(rows) => rows,
+            // The next check of the table finds out what is wrong with the connection.
+            Err(_) => return,
+        };
+        let problem = rows.into_iter().next().and_then(|(problem,)| problem);
+        let status = problem.map_or(Ok(()), Err);
+        history.send_if_modified(|before| std::mem::replace(before, status.clone()) != status);
     }
 
     /// Checks that the table exists and is usable, and so notices a database that was created anew.

@@ -154,7 +154,7 @@ impl Servers {
     ///
     /// The options are limited to those that every pooler knows. All others are set with each
     /// statement.
-    pub(super) fn named(mut self, name: &str) -> Self {
+    pub(crate) fn named(mut self, name: &str) -> Self {
         let named =
             |options: PgConnectOptions| options.application_name(name).extra_float_digits(None);
         self.all = self.all.into_iter().map(named).collect();
@@ -183,7 +183,7 @@ impl Servers {
     /// The error of the server if there is only one. Otherwise [`StoreError::Connect`], which says
     /// why each server cannot be used. Both come within [`CONNECT_TIMEOUT`] and [`PATIENCE`] for
     /// each further server; with `prefer-standby`, within twice that.
-    pub(super) async fn connect(&self, first: usize) -> Result<(usize, PgConnection), StoreError> {
+    pub(crate) async fn connect(&self, first: usize) -> Result<(usize, PgConnection), StoreError> {
         if self.wanted == SessionAttrs::PreferStandby
             && let Ok(connected) = self.connect_to_any(first, SessionAttrs::Standby).await
         {

@@ -13,6 +13,7 @@
 use std::fmt::Write as _;
 use std::time::Duration;
 
+use crate::rows::RecordHistory;
 use crate::{Cutoff, TimeZone};
 
 /// The number of `SET LOCAL` statements in [`Settings`].
@@ -43,16 +44,16 @@ fn moment(row: &str) -> String {
 }
 
 /// An SQL expression for microseconds since 1970, which a double holds exactly until the year 2255.
-fn micros(moment: &str) -> String {
+pub(crate) fn micros(moment: &str) -> String {
     format!("(date_part('epoch', {moment}) * 1e6)::bigint")
 }
 
 /// The `SET LOCAL` statements before a statement. They apply only to its transaction.
 #[derive(Clone, Debug)]
-pub(super) struct Settings(String);
+pub(crate) struct Settings(String);
 
 impl Settings {
-    pub(super) fn new(statement_timeout: &str, lock_timeout: &str, zone: &TimeZone) -> Self {
+    pub(crate) fn new(statement_timeout: &str, lock_timeout: &str, zone: &TimeZone) -> Self {
         Self(format!(
             "SET LOCAL statement_timeout = '{statement_timeout}';
              SET LOCAL lock_timeout = '{lock_timeout}';
@@ -62,7 +63,7 @@ impl Settings {
     }
 
     /// The complete script for `statement`.
-    pub(super) fn and(&self, statement: &str) -> String {
+    pub(crate) fn and(&self, statement: &str) -> String {
         format!("{}{statement}", self.0)
     }
 }
@@ -76,7 +77,7 @@ pub(super) fn age_micros(age: Duration) -> i64 {
 /// Records the sightings `(id, age in microseconds)`. Returns a row `(id, is_new, now in
 /// microseconds)` for each sighting that changed the table. A row that is dated in the future is
 /// wrong, so an older sighting replaces it.
-pub(super) fn record_seen(sightings: &[(i64, i64)]) -> String {
+pub(super) fn record_seen(sightings: &[(i64, i64)], history: RecordHistory) -> String {
     let mut ids = String::with_capacity(sightings.len() * 12);
     let mut ages = String::with_capacity(sightings.len() * 8);
     for (id, age) in sightings {
@@ -86,7 +87,7 @@ pub(super) fn record_seen(sightings: &[(i64, i64)]) -> String {
     }
     let (ids, ages) = (ids.trim_end_matches(','), ages.trim_end_matches(','));
     let (seen, new, now) = (moment("seen"), moment("excluded"), micros("now()"));
-    format!(
+    let record = format!(
         "INSERT INTO object AS seen (id, last_seen)
          SELECT id, greatest(now() - age * interval '1 us', 'epoch')
          FROM unnest('{{{ids}}}'::bigint[], '{{{ages}}}'::bigint[]) WITH ORDINALITY AS new (id, age, place)
@@ -94,8 +95,27 @@ pub(super) fn record_seen(sightings: &[(i64, i64)]) -> String {
          ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
          WHERE seen.last_seen IS NULL OR {seen} < {new} OR {seen} > clock_timestamp()
          -- After an update, xmax is not 0, because the update has locked the old row.
-         RETURNING id::bigint, xmax = 0, {now}"
-    )
+         RETURNING id::bigint AS id, xmax = 0 AS is_new, {now} AS now, {seen} AS last_seen"
+    );
+    let inserted = "'online' FROM changed WHERE is_new";
+    with_history(&record, history, inserted, "id, is_new, now")
+}
+
+/// Runs `change`, which returns `id` and `last_seen`, and records in the history what `kind_of`
+/// selects of that. Returns `columns` of the result of `change`.
+///
+/// The rows of the history get their positions after `change` has locked all its rows, so that the
+/// changes of one object have ascending positions.
+fn with_history(change: &str, history: RecordHistory, kind_of: &str, columns: &str) -> String {
+    let recorded = match history {
+        RecordHistory::No => String::new(),
+        RecordHistory::Yes => format!(
+            ", recorded AS (
+                 INSERT INTO presence_change (object_id, last_seen, kind)
+                 SELECT id, last_seen, {kind_of})"
+        ),
+    };
+    format!("WITH changed AS ({change}){recorded} SELECT {columns} FROM changed")
 }
 
 /// Returns a row `(id)` for each of the `ids` that another transaction has locked. It tries to take
@@ -145,29 +165,48 @@ pub(super) fn list_stale(cutoff: Cutoff, limit: u32, except: &[i64]) -> String {
 }
 
 /// Deletes the stale rows among `ids`. Returns their `(id, last_seen)`.
-pub(super) fn delete_stale_among(cutoff: Cutoff, ids: &[i64]) -> String {
-    delete(&format!("{} AND id = ANY ({})", is_stale(cutoff), list(ids)))
+pub(super) fn delete_stale_among(cutoff: Cutoff, ids: &[i64], history: RecordHistory) -> String {
+    delete(&format!("{} AND id = ANY ({})", is_stale(cutoff), list(ids)), history)
 }
 
 /// Returns one row with the database's clock in microseconds.
-pub(super) fn now() -> String {
+pub(crate) fn now() -> String {
     format!("SELECT {}", micros("now()"))
 }
 
 // Decision: docs/decisions/0042-why-do-deletes-skip-locked-rows.md
 /// Deletes up to `limit` stale rows. Returns their `(id, last_seen)`.
-pub(super) fn delete_stale(cutoff: Cutoff, limit: u32) -> String {
-    delete(&format!("{} LIMIT {limit}", is_stale(cutoff)))
+pub(super) fn delete_stale(cutoff: Cutoff, limit: u32, history: RecordHistory) -> String {
+    delete(&format!("{} LIMIT {limit}", is_stale(cutoff)), history)
 }
 
-fn delete(condition: &str) -> String {
-    let last_seen = micros(&moment("object"));
-    format!(
+fn delete(condition: &str, history: RecordHistory) -> String {
+    let last_seen = moment("object");
+    let delete = format!(
         "DELETE FROM object WHERE ctid = ANY (ARRAY(
              SELECT ctid FROM object WHERE {condition} FOR UPDATE SKIP LOCKED))
-         RETURNING id::bigint, {last_seen}"
-    )
+         RETURNING id::bigint AS id, {last_seen} AS last_seen"
+    );
+    with_history(&delete, history, "'gone' FROM changed", &format!("id, {}", micros("last_seen")))
 }
+
+/// Creates the partitions of the history for the next days, and drops old ones.
+pub(super) fn maintain_history(retention: Duration) -> String {
+    let retention = age_micros(retention);
+    format!("SELECT presence_change_maintain({retention} * interval '1 us')")
+}
+
+/// Returns one row `(problem)`, which is NULL if the role can write the history.
+pub(super) const CHECK_HISTORY: &str = "
+    SELECT CASE
+        WHEN history IS NULL THEN 'the table presence_change is missing; a service or `lastseen \
+            migrate` with the right to create tables creates it'
+        WHEN NOT EXISTS (SELECT FROM pg_partitioned_table WHERE partrelid = history AND partdefid <> 0)
+            THEN 'the table presence_change has no default partition'
+        WHEN NOT has_table_privilege(history, 'INSERT')
+            THEN 'this role may not insert into presence_change; run scripts/postgres-roles.sql'
+    END
+    FROM to_regclass('presence_change') AS history";
 
 /// Sets up to `limit` rows that are dated in the future to the current time. Returns one row
 /// `(count)`. Rows that are up to a second ahead stay unchanged, because the clocks of several

@@ -19,6 +19,7 @@ macro_rules! on_both {
     };
 }
 
+mod history;
 mod objects;
 mod opening;
 mod sightings;

@@ -2,6 +2,7 @@
 
 mod clock;
 mod go_table;
+mod history;
 mod locks;
 mod objects;
 mod outage;

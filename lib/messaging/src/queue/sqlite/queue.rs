@@ -58,6 +58,7 @@ pub(crate) const FORMAT: Format = Format {
             first_failed_at INTEGER NOT NULL,
             last_failed_at INTEGER NOT NULL
         ) STRICT;",
+    additions: "",
     ballast_bytes: 0,
     max_bytes: u64::MAX,
     // A delayed message is copied as a ready one, because its number may belong to another message

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::time::Duration;
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool};
-use store::{Config, Objects, Store};
+use store::{Config, History, Objects, Presence, Store};
 use testkit::{PostgresCluster, wait_for};
 
 use super::{ids, insert, start};
@@ -55,7 +55,7 @@ async fn roles_work_in_any_start_order_and_after_the_table_is_lost() {
     unready(&consumer, "\"object\" does not exist").await;
 
     let _migration = store(&cluster, "migration");
-    for loss in ["", "DROP TABLE object, _lastseen_migrations"] {
+    for loss in ["", "DROP TABLE object, presence_change, _lastseen_migrations"] {
         if !loss.is_empty() {
             run(cluster.pool(), loss).await;
         }
@@ -66,6 +66,16 @@ async fn roles_work_in_any_start_order_and_after_the_table_is_lost() {
         consumer.record_seen(&[seen(2, Duration::ZERO)]).await.unwrap();
         wait_for("the routine deletes", async || {
             delete_stale(&routine, HOUR, 10).await.ok().filter(|rows| *rows == 1)
+        })
+        .await;
+        wait_for("the routine maintains the history", async || {
+            routine.maintain_history().await.ok()
+        })
+        .await;
+        let viewer = History::new(&Config::at(url(&cluster, "viewer").parse().unwrap()));
+        wait_for("the viewer reads that", async || {
+            let last = viewer.latest(1).await.ok().flatten();
+            last.filter(|last| last.presence == Presence::Gone)
         })
         .await;
         assert_eq!(ids(cluster.pool()).await, [2]);
@@ -129,6 +139,16 @@ async fn no_role_can_exceed_its_rights() {
         ("consumer routine viewer", "CREATE TABLE mine (id int)"),
         ("consumer routine viewer migration", "CREATE TEMPORARY TABLE mine (id int)"),
         ("consumer routine viewer migration", "SELECT * FROM other"),
+        (
+            "viewer",
+            "INSERT INTO presence_change (object_id, last_seen, kind) VALUES (1, now(), 'gone')",
+        ),
+        ("consumer routine viewer", "UPDATE presence_change SET kind = 'gone'"),
+        ("consumer routine viewer", "DELETE FROM presence_change"),
+        ("consumer routine viewer", "DELETE FROM presence_change_default"),
+        ("consumer routine", "SELECT FROM presence_change"),
+        ("consumer viewer", "SELECT presence_change_maintain('1 h')"),
+        ("consumer routine viewer", "SELECT presence_change_restrict('object')"),
         ("consumer routine viewer migration", "CREATE SCHEMA mine"),
         ("consumer routine viewer migration", "CREATE ROLE mine"),
         ("consumer routine viewer migration", "SET ROLE postgres"),

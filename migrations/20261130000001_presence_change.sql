@@ -1,0 +1,103 @@
+-- The history: one row for each time that an object came online or was gone. Rows are only inserted, by
+-- the statement that inserts the object's row or deletes it. Partitions make it cheap to drop old rows.
+--
+-- `position` gives the order of the changes of each object. It begins at the microseconds since 1970, so
+-- that no two histories, such as those before and after the table is dropped, have positions in common.
+-- `at` is read when the row is written: unlike now(), it comes after a wait for the lock of the object.
+-- Decision: docs/decisions/0087-how-is-the-history-recorded.md
+IF to_regclass('presence_change') IS NULL THEN
+    EXECUTE format(
+        'CREATE TABLE presence_change (
+             position bigint NOT NULL GENERATED ALWAYS AS IDENTITY (START WITH %s),
+             object_id bigint NOT NULL,
+             at timestamptz NOT NULL DEFAULT clock_timestamp(),
+             last_seen timestamptz NOT NULL,
+             kind text NOT NULL CHECK (kind IN (''online'', ''gone''))
+         ) PARTITION BY RANGE (at)',
+        (extract(epoch FROM clock_timestamp()) * 1000000)::bigint);
+    CREATE INDEX presence_change_position ON presence_change (position);
+    CREATE INDEX presence_change_object ON presence_change (object_id, position DESC);
+    -- For rows of a day without a partition: without it, no object could come online on such a day.
+    CREATE TABLE presence_change_default PARTITION OF presence_change DEFAULT;
+END IF;
+
+-- Creates the partitions of the next days, and drops those whose rows are all older than `retention`.
+-- The latest row stays, so that its position is known. Only the owner of a table may create or drop its
+-- partitions, so other roles call this function.
+CREATE OR REPLACE FUNCTION presence_change_maintain(retention interval) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '200ms' AS $function$
+DECLARE
+    today date := (now() AT TIME ZONE 'UTC')::date;
+    first_kept date := ((now() - retention) AT TIME ZONE 'UTC')::date;
+    partition text;
+    day date;
+BEGIN
+    -- If another session is maintaining the table, there is nothing to do.
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('lastseen: presence_change', 0)) THEN
+        RETURN;
+    END IF;
+    FOR day IN SELECT today + ahead FROM generate_series(0, 7) AS ahead LOOP
+        partition := 'presence_change_' || to_char(day, 'YYYYMMDD');
+        CONTINUE WHEN to_regclass(partition) IS NOT NULL;
+        BEGIN
+            EXECUTE format(
+                'CREATE TABLE %I PARTITION OF presence_change FOR VALUES FROM (%L) TO (%L)',
+                partition, day::timestamp AT TIME ZONE 'UTC', (day + 1)::timestamp AT TIME ZONE 'UTC');
+            PERFORM presence_change_restrict(partition);
+        EXCEPTION WHEN check_violation THEN
+            -- The default partition already has rows of that day.
+            NULL;
+        END;
+    END LOOP;
+    FOR partition, day IN
+        SELECT relname, to_date(right(relname, 8), 'YYYYMMDD') AS of_day
+        FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
+        WHERE inhparent = 'presence_change'::regclass AND relname ~ '^presence_change_\d{8}$'
+          AND to_date(right(relname, 8), 'YYYYMMDD') < first_kept
+        ORDER BY of_day
+    LOOP
+        CONTINUE WHEN NOT EXISTS (
+            SELECT FROM presence_change WHERE at >= (day + 1)::timestamp AT TIME ZONE 'UTC');
+        EXECUTE format('DROP TABLE %I', partition);
+    END LOOP;
+    DELETE FROM presence_change_default
+    WHERE at < now() - retention AND position < (SELECT max(position) FROM presence_change);
+END $function$;
+
+-- Revokes what the default privileges of the schema grant on a new table. Rows are written and read through
+-- `presence_change`, whose privileges then apply also to its partitions.
+CREATE OR REPLACE FUNCTION presence_change_restrict(partition regclass) RETURNS void
+LANGUAGE plpgsql AS $function$
+DECLARE
+    other text;
+BEGIN
+    FOR other IN
+        SELECT DISTINCT grantee::regrole::text FROM pg_class, aclexplode(relacl)
+        WHERE pg_class.oid = partition AND grantee NOT IN (relowner, 0)
+    LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %s', partition, other);
+    END LOOP;
+END $function$;
+
+-- The schema is fixed, because whoever calls a function of the owner must not choose its tables.
+EXECUTE format(
+    'ALTER FUNCTION presence_change_maintain(interval) SET search_path = %I, pg_temp', current_schema());
+REVOKE ALL ON FUNCTION presence_change_maintain(interval), presence_change_restrict(regclass) FROM PUBLIC;
+PERFORM presence_change_restrict('presence_change');
+PERFORM presence_change_restrict('presence_change_default');
+-- The roles of scripts/postgres-roles.sql, if they exist.
+DECLARE
+    right_of_role text;
+BEGIN
+    FOREACH right_of_role IN ARRAY ARRAY[
+        'INSERT ON presence_change TO lastseen_consumer',
+        'INSERT ON presence_change TO lastseen_routine',
+        'EXECUTE ON FUNCTION presence_change_maintain(interval) TO lastseen_routine',
+        'SELECT ON presence_change TO lastseen_viewer']
+    LOOP
+        IF to_regrole(split_part(right_of_role, ' TO ', 2)) IS NOT NULL THEN
+            EXECUTE 'GRANT ' || right_of_role;
+        END IF;
+    END LOOP;
+END;
+PERFORM presence_change_maintain('30 d');
