@@ -75,13 +75,42 @@ fn process(database: &Database, more: &[(&'static str, &str)], arguments: &[&str
 }
 
 #[tokio::test]
+async fn old_partitions_of_the_history_are_dropped() {
+    let database = database().await;
+    let pool = database.pool();
+    // The first run creates the table.
+    process(&database, &[], &["--once"]).wait().await;
+    let old = "CREATE TABLE presence_change_20010203 PARTITION OF presence_change
+                   FOR VALUES FROM ('2001-02-03Z') TO ('2001-02-04Z');
+               INSERT INTO presence_change (object_id, last_seen, kind)
+                   SELECT 1, pg_catalog.now(), 'online'";
+    let is_dropped = async || {
+        let exists = "SELECT to_regclass('presence_change_20010203') IS NULL";
+        sqlx::query_scalar(exists).fetch_one(pool).await.unwrap()
+    };
+    sqlx::raw_sql(old).execute(pool).await.unwrap();
+    process(&database, &[("HISTORY_RETENTION", "0")], &["--once"]).wait().await;
+    assert!(!is_dropped().await);
+    process(&database, &[], &["--once"]).wait().await;
+    assert!(is_dropped().await);
+    sqlx::raw_sql(old).execute(pool).await.unwrap();
+    let routine = start(database.url(), &[]);
+    wait_until("the partition is dropped", is_dropped).await;
+    routine.stop().await;
+}
+
+#[tokio::test]
 async fn critical_tasks_are_supervised_until_the_end() {
     let database = database().await;
     let queue = Queue::new();
     let amqp_uri = format!("--amqp-uri={}", testkit::amqp_uri());
     let queue_name = format!("--queue-name={}", queue.name);
     let routine = start(database.url(), &[&amqp_uri, &queue_name]);
-    let tasks = ["database monitor (routine)", "event publisher (routine: events)"];
+    let tasks = [
+        "database monitor (routine)",
+        "event publisher (routine: events)",
+        "maintenance of the history",
+    ];
     let supervisor = routine.supervisor.clone();
     wait_until("the tasks run", async || supervisor.running() == tasks).await;
     routine.stop().await;

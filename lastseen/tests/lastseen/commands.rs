@@ -177,7 +177,7 @@ async fn command_that_waits_for_a_server_ends_at_a_signal() {
         ("AMQP_URI", &format!("amqp://{address}")),
         ("DATABASE_URL", &format!("postgres://{address}/postgres")),
     ]);
-    for command in [&["objects"][..], &["dead-letters", "list"]] {
+    for command in [&["objects"][..], &["history", "1"], &["changes"], &["dead-letters", "list"]] {
         let waiting = home.spawn(command);
         let _connection = server.accept().await.unwrap();
         waiting.terminate();
@@ -190,7 +190,7 @@ async fn command_that_waits_for_a_server_ends_at_a_signal() {
 #[tokio::test]
 async fn missing_files_are_reported_and_not_created() {
     let home = Home::new(&[]);
-    for command in [&["objects"][..], &["dead-letters", "list"]] {
+    for command in [&["objects"][..], &["history", "1"], &["changes"], &["dead-letters", "list"]] {
         home.assert_fails(command, 70, "there is no ").await;
     }
     assert!(!home.file("").exists());
