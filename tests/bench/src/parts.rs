@@ -3,6 +3,7 @@
 mod adaptive;
 mod callbacks;
 mod cleanup;
+mod history;
 mod lookups;
 mod overload;
 mod shards;
@@ -43,6 +44,8 @@ pub(crate) enum Part {
     Backlog,
     /// The routine, with a million stale rows
     Cleanup,
+    /// Upserts and deletions with and without the history, and reading it
+    History,
     /// The viewer, with 1,000 and with 10,000 subscribers
     Viewer,
     /// The producer without traces, with few, and with all
@@ -68,6 +71,7 @@ impl Part {
             Self::Writes => writes::measure(servers).await?,
             Self::Backlog => lookups::measure_backlog(servers).await?,
             Self::Cleanup => cleanup::measure(servers).await?,
+            Self::History => history::measure(servers).await?,
             Self::Viewer => viewer::measure(servers).await?,
             Self::Traces => traces::measure(servers).await?,
         };

@@ -7,6 +7,7 @@ mod cluster;
 mod consumer;
 mod database;
 mod fleet;
+mod history;
 mod machine;
 mod producer;
 mod routine;
@@ -26,6 +27,7 @@ pub(crate) fn all() -> Vec<Case> {
         routine::cases(),
         machine::cases(),
         viewer::cases(),
+        history::cases(),
     ];
     parts.into_iter().flatten().collect()
 }
