@@ -60,6 +60,9 @@ enum Kind {
 /// The number of statements that run at the same time; further ones wait.
 const READERS: usize = 4;
 
+/// The number of sessions that [`History::availability`] reads at a time.
+const SESSIONS: usize = 500;
+
 /// The first and the last change that the history has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
@@ -141,12 +144,16 @@ impl History {
         sessions::read(self, id, query, limit).await
     }
 
-    /// The latest changes of an object up to and including `until`, newest first; at most
-    /// [`sessions::CHANGES`].
-    async fn changes_of(&self, id: i64, until: Until) -> Result<Vec<Change>, StoreError> {
+    /// Up to `limit` of the latest changes of an object up to and including `until`, newest first.
+    async fn changes_of(
+        &self,
+        id: i64,
+        until: Until,
+        limit: u32,
+    ) -> Result<Vec<Change>, StoreError> {
         match &self.0 {
-            Kind::Postgres(reader) => reader.changes_of(id, until).await,
-            Kind::Sqlite(reader) => reader.changes_of(id, until).await,
+            Kind::Postgres(reader) => reader.changes_of(id, until, limit).await,
+            Kind::Sqlite(reader) => reader.changes_of(id, until, limit).await,
         }
     }
 
@@ -166,7 +173,7 @@ impl History {
         let mut availability = Availability { since, until, online: Duration::ZERO, sessions: 0 };
         let mut query = SessionQuery { since: Some(since), ..SessionQuery::default() };
         loop {
-            let page = self.sessions(id, query, sessions::CHANGES as usize).await?;
+            let page = self.sessions(id, query, SESSIONS).await?;
             page.sessions.iter().for_each(|session| availability.add(session));
             query.after = page.next;
             if page.next.is_none() {
@@ -193,7 +200,7 @@ impl History {
     /// # Errors
     /// As [`History::changes_after`].
     pub async fn latest(&self, id: i64) -> Result<Option<Change>, StoreError> {
-        Ok(self.changes_of(id, Until::Now).await?.first().copied())
+        Ok(self.changes_of(id, Until::Now, 1).await?.first().copied())
     }
 
     /// The last changes of up to `limit` objects that are gone since `since` or later, in ascending

@@ -10,7 +10,7 @@ use sqlx::{FromRow, Row as _};
 use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
-use super::{Change, READERS, Until, sessions};
+use super::{Change, READERS, Until};
 use crate::deadline::QUERY_TIMEOUT;
 use crate::postgres::sql::{Settings, micros};
 use crate::postgres::{LOCK_TIMEOUT, STATEMENT_TIMEOUT, Servers, run_within};
@@ -145,6 +145,7 @@ impl Reader {
         &self,
         id: i64,
         until: Until,
+        limit: u32,
     ) -> Result<Vec<Change>, StoreError> {
         let mut condition = format!("WHERE object_id = '{id}'::bigint");
         // Writing to a string cannot fail.
@@ -160,7 +161,6 @@ impl Reader {
                 i64::MAX
             ),
         };
-        let limit = sessions::CHANGES;
         self.changes(&format!("{condition} ORDER BY position DESC LIMIT {limit}")).await
     }
 

@@ -6,7 +6,7 @@ use super::{Change, History, Presence, Until};
 use crate::{Moment, StoreError};
 
 /// Maximum number of changes that one statement reads.
-pub(super) const CHANGES: u32 = 1_000;
+const CHANGES_MAX: u32 = 1_000;
 
 /// A time during which an object was online: in the table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -87,11 +87,14 @@ pub(super) async fn read(
         (None, Some(time)) => Until::Time(time),
         (None, None) => Until::Now,
     };
+    // A session has two changes, and the one after it shows where it ends.
+    let sessions = u32::try_from(limit).unwrap_or(u32::MAX);
+    let changes_max = sessions.saturating_mul(2).saturating_add(3).min(CHANGES_MAX);
     loop {
-        let changes = history.changes_of(id, until).await?;
+        let changes = history.changes_of(id, until, changes_max).await?;
         // Each statement but the first begins with the last change of the one before.
         let skipped = usize::from(reader.last.is_some());
-        let is_end = changes.len() < CHANGES as usize;
+        let is_end = changes.len() < changes_max as usize;
         for change in changes.iter().skip(skipped) {
             let Some(session) = reader.next(*change) else { continue };
             if page.add(session, query, limit) == Next::Stop {

@@ -8,7 +8,7 @@ use rusqlite::{CachedStatement, Connection, Params};
 use tokio::sync::Semaphore;
 use tokio::task::spawn_blocking;
 
-use super::{Change, Presence, READERS, Until, sessions};
+use super::{Change, Presence, READERS, Until};
 use crate::deadline::{QUERY_TIMEOUT, within};
 use crate::rows::RecordHistory;
 use crate::sqlite::{FORMAT, ago_ms, now_ms};
@@ -109,8 +109,8 @@ impl Reader {
         &self,
         id: i64,
         until: Until,
+        limit: u32,
     ) -> Result<Vec<Change>, StoreError> {
-        let limit = sessions::CHANGES;
         match until {
             Until::Now => {
                 let newest = "WHERE object_id = ?1 ORDER BY position DESC LIMIT ?2";
