@@ -1,8 +1,8 @@
 //! The history in Postgres: partitions, and transactions of others.
 
 use sqlx::{AssertSqlSafe, Connection as _, PgConnection, PgPool};
-use store::{History, Presence};
-use testkit::{GO_TABLE, wait_until};
+use store::{History, Presence, Store};
+use testkit::{GO_TABLE, PostgresCluster, wait_until};
 
 use super::{config, open, start};
 use crate::{HOUR, delete_stale, ready, seen};
@@ -22,22 +22,35 @@ async fn readable(history: &History) -> usize {
     history.changes_after(0, 1_000).await.unwrap().changes.len()
 }
 
-/// A transaction takes its position early, and commits late.
 #[tokio::test]
 async fn no_change_is_read_before_an_earlier_one_is_committed() {
     let (database, store) = open().await;
-    let history = History::new(&config(database.url()));
+    expect_changes_in_order(&store, database.url(), database.url()).await;
+}
+
+#[tokio::test]
+async fn standby_returns_no_change_before_an_earlier_one() {
+    let primary = PostgresCluster::start().await;
+    let standby = primary.start_standby().await;
+    let store = start(primary.url(), 2);
+    ready(&store).await;
+    expect_changes_in_order(&store, primary.url(), standby.url()).await;
+}
+
+/// A transaction takes its position early, and commits late.
+async fn expect_changes_in_order(store: &Store, primary: &str, reader: &str) {
+    let history = History::new(&config(reader));
     store.record_seen(&[seen(1, HOUR)]).await.unwrap();
     wait_until("the first change is readable", async || readable(&history).await == 1).await;
 
-    let mut other = PgConnection::connect(database.url()).await.unwrap();
+    let mut other = PgConnection::connect(primary).await.unwrap();
     let mut slow = other.begin().await.unwrap();
     let insert =
         "INSERT INTO presence_change (object_id, last_seen, kind) VALUES (2, now(), 'online')";
     sqlx::query(insert).execute(&mut *slow).await.unwrap();
     store.record_seen(&[seen(3, HOUR)]).await.unwrap();
-    let visible = history.extent().await.unwrap().unwrap();
-    assert_eq!(visible.last.id, 3);
+    let newest = async || history.extent().await.unwrap().unwrap().last.id;
+    wait_until("the later change is visible", async || newest().await == 3).await;
     for _ in 0..3 {
         assert_eq!(readable(&history).await, 1);
     }
