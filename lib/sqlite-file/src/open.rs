@@ -262,6 +262,9 @@ fn check_format(path: &Path, format: Format) -> Result<(), OpenError> {
     let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_URI;
     let header = || -> rusqlite::Result<(i64, i64)> {
         let connection = Connection::open_with_flags(immutable_uri(path), flags)?;
+        // While the log is being applied, also after a crash meanwhile, the file may be shorter than
+        // its header says. With this setting, SQLite reads the header nevertheless.
+        connection.pragma_update(None, "writable_schema", true)?;
         let number = |pragma| connection.pragma_query_value(None, pragma, |row| row.get(0));
         Ok((number("application_id")?, number("user_version")?))
     };

@@ -51,6 +51,29 @@ async fn created_files_are_readable_only_by_their_user() {
     file.close().await;
 }
 
+/// The first page of a file says how many pages it has. SQLite writes it before the other pages.
+#[tokio::test]
+async fn file_opens_after_a_kill_while_its_log_was_applied() {
+    let folder = Scratch::new("sqlite-file");
+    let (path, killed) = (path_in(&folder), folder.path().join("killed.db"));
+    let file = open(&path).await;
+    for number in 0..2_000 {
+        insert(&file, number).await.unwrap();
+    }
+    copy_with_log(&path, &killed);
+    file.close().await;
+    let mut first_page = [0; 4_096];
+    fs::File::open(&path).unwrap().read_exact_at(&mut first_page, 0).unwrap();
+    let applied = fs::OpenOptions::new().write(true).open(&killed).unwrap();
+    applied.write_all_at(&first_page, 0).unwrap();
+    assert!(applied.metadata().unwrap().len() < fs::metadata(&path).unwrap().len());
+
+    let file = open(&killed).await;
+    assert_eq!(numbers(&killed).len(), 2_000);
+    assert!(names(&folder).all(|name| !name.contains("damaged")));
+    file.close().await;
+}
+
 #[tokio::test]
 async fn missing_file_is_created_with_its_directories() {
     let folder = Scratch::new("sqlite-file");

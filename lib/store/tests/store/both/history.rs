@@ -30,6 +30,16 @@ async fn come_and_go(store: &Store, ids: std::ops::RangeInclusive<i64>, times: u
     }
 }
 
+/// Lets object 1 come and go, such that no two changes have the same time.
+async fn come_and_go_at_different_times(store: &Store, history: &History, times: usize) {
+    for _ in 0..times {
+        insert(store, 1..=1, 2 * HOUR).await;
+        wait_until_clock_advances(history).await;
+        delete_stale(store, HOUR, 10).await.unwrap();
+        wait_until_clock_advances(history).await;
+    }
+}
+
 /// All changes from `position` on, read in pages of `limit`.
 async fn changes_from(history: &History, mut position: i64, limit: u32) -> Vec<Change> {
     let mut all = Vec::new();
@@ -128,12 +138,7 @@ async fn sessions_are_listed_newest_first_in_pages(backend: &Backend) {
 async fn sessions_are_filtered_by_time(backend: &Backend) {
     let store = backend.open().await;
     let history = History::new(&backend.config());
-    for _ in 0..3 {
-        insert(&store, 1..=1, 2 * HOUR).await;
-        wait_until_clock_advances(&history).await;
-        delete_stale(&store, HOUR, 10).await.unwrap();
-        wait_until_clock_advances(&history).await;
-    }
+    come_and_go_at_different_times(&store, &history, 3).await;
     let all = sessions(&history, 1, SessionQuery::default()).await;
     let second = all[1];
     let since = SessionQuery { since: second.online_at, ..SessionQuery::default() };
@@ -154,7 +159,7 @@ async fn availability_counts_the_time_online_within_the_window(backend: &Backend
     let unknown = history.availability(1, HOUR).await.unwrap();
     assert_eq!((unknown.online, unknown.sessions), (Duration::ZERO, 0));
     assert!(unknown.ratio().abs() < f64::EPSILON);
-    come_and_go(&store, 1..=1, 2).await;
+    come_and_go_at_different_times(&store, &history, 2).await;
     backend.age_history(1).await;
     insert(&store, 1..=2, 2 * HOUR).await;
     wait_until_clock_advances(&history).await;
