@@ -57,9 +57,10 @@ async fn file_opens_after_a_kill_while_its_log_was_applied() {
     let folder = Scratch::new("sqlite-file");
     let (path, killed) = (path_in(&folder), folder.path().join("killed.db"));
     let file = open(&path).await;
-    for number in 0..2_000 {
-        insert(&file, number).await.unwrap();
-    }
+    let insert = "INSERT INTO number (n)
+                  WITH RECURSIVE series (n) AS (SELECT 1 UNION ALL SELECT n + 1 FROM series LIMIT 2000)
+                  SELECT n FROM series";
+    file.transact(move |connection| connection.execute(insert, ())).await.unwrap();
     copy_with_log(&path, &killed);
     file.close().await;
     let mut first_page = [0; 4_096];
