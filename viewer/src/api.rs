@@ -3,6 +3,7 @@
 mod query;
 
 use std::sync::{Arc, LazyLock};
+use std::time::Duration;
 
 use axum::extract::rejection::{PathRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
@@ -13,17 +14,21 @@ use axum::{Json, Router, middleware};
 use runtime::problem::Problem;
 use runtime::{CancellationToken, Status};
 use serde::Serialize;
+use store::Change;
 use tokio::sync::watch;
 use utoipa::{OpenApi as _, ToSchema};
 
+use crate::history::{self, HistoryReader};
 use crate::hosts::{self, Hosts};
 use crate::metrics_scraper::{MetricsScraper, PipelineMetrics};
-use crate::object::{Object, format_time, to_micros};
+use crate::object::{Micros, Object, format_time, to_micros};
 use crate::stream::{self, Subscribers};
 use crate::view_state::ViewState;
 use crate::{openapi, page};
 
-pub(crate) use query::{ObjectId, ObjectsQuery, StreamQuery};
+use query::Listed;
+
+pub(crate) use query::{ObjectId, ObjectsQuery, StreamQuery, parse_duration, parse_page_limit};
 
 /// Built at the first request, so that the process starts quickly.
 static DOCUMENT: LazyLock<utoipa::openapi::OpenApi> = LazyLock::new(openapi::Document::openapi);
@@ -37,6 +42,7 @@ pub(crate) struct Shared {
     pub(crate) subscribers: Subscribers,
     pub(crate) table_status: watch::Receiver<Status>,
     pub(crate) events_status: watch::Receiver<Status>,
+    pub(crate) history: HistoryReader,
     pub(crate) shutdown: CancellationToken,
     pub(crate) hosts: Hosts,
 }
@@ -48,6 +54,7 @@ pub(crate) fn router(shared: Shared) -> Router {
         .route("/stats", get(stats))
         .route("/events", get(changes))
         .route("/openapi.json", get(async || Json(&*DOCUMENT)))
+        .merge(history::router())
         .merge(page::router())
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
@@ -56,32 +63,38 @@ pub(crate) fn router(shared: Shared) -> Router {
         .with_state(shared)
 }
 
-/// An object that is online.
+/// Whether an object is online, and when it was last seen.
 #[derive(Serialize, ToSchema)]
-pub(crate) struct OnlineObject {
+pub(crate) struct ObjectPresence {
     /// A signed 64-bit integer, as a string: many JSON parsers keep only 53 bits of a number.
     id: ObjectId,
+    /// Whether it is online.
+    online: bool,
     /// When it was last seen, by the database's clock.
     #[schema(value_type = String, format = DateTime)]
     last_seen: String,
+    /// When it was deleted from the table, by the database's clock; null if it is online, or if the
+    /// history does not have the deletion.
+    #[schema(value_type = Option<String>, format = DateTime)]
+    gone_at: Option<String>,
 }
 
-/// A page of the objects that are online.
+/// A page of objects.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Page {
     /// The objects, in ascending order of their ids.
-    objects: Vec<OnlineObject>,
+    objects: Vec<ObjectPresence>,
     /// The value of `after` for the next page; null if this is the last one.
     next: Option<String>,
 }
 
-/// An object that is online, and its latest sightings.
+/// An object, and its latest sightings.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct ObjectInDetail {
     #[serde(flatten)]
-    object: OnlineObject,
+    object: ObjectPresence,
     /// The times of its latest sightings, latest first: at most 20, and none from before this
-    /// viewer first saw it online.
+    /// viewer first saw it online. None if the object is gone.
     #[schema(value_type = Vec<String>, format = DateTime)]
     sightings: Vec<String>,
 }
@@ -104,22 +117,38 @@ pub(crate) struct Stats {
     metrics: PipelineMetrics,
 }
 
-impl From<Object> for OnlineObject {
+impl From<Object> for ObjectPresence {
     fn from(Object { id, last_seen }: Object) -> Self {
-        Self { id: ObjectId(id), last_seen: format_time(last_seen) }
+        let last_seen = format_time(last_seen);
+        Self { id: ObjectId(id), online: true, last_seen, gone_at: None }
     }
 }
 
-/// List objects that are online
+/// An object that the viewer does not list, by its latest change. If that change is not a deletion,
+/// a program that records no history has deleted the object's row.
+impl From<&Change> for ObjectPresence {
+    fn from(change: &Change) -> Self {
+        Self {
+            id: ObjectId(change.id),
+            online: false,
+            last_seen: history::text(change.last_seen),
+            gone_at: history::gone_at(change),
+        }
+    }
+}
+
+/// List objects
 ///
-/// In pages, in ascending order of the ids.
+/// Those that are online or, with `online=false`, those that are gone since a time, in pages, in
+/// ascending order of the ids.
 #[utoipa::path(
     get, path = "/objects", params(ObjectsQuery),
     responses(
         (status = 200, description = "A page of objects", body = Page),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "There is no history of objects that are gone", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
-        (status = 503, description = "The viewer has not read the table yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 503, description = "The viewer has not read the table yet, or the database does not answer", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn objects(
@@ -128,55 +157,69 @@ pub(crate) async fn objects(
 ) -> Result<Json<Page>, Problem> {
     let query = query.map_err(|error| bad_request(error.body_text()))?.0;
     let query = query.parse().map_err(bad_request)?;
-    shared.require_table()?;
-    let ago = |micros| to_micros(shared.view.now()).saturating_sub(micros);
-    let since = query.seen_within_micros.map(ago);
-    let (found, more) = match &query.ids {
-        None => match query.after.map_or(Some(i64::MIN), |after| after.checked_add(1)) {
-            Some(first) => shared.view.page(first, since, query.limit).await,
-            None => (Vec::new(), false),
-        },
-        Some(ids) => {
-            let ids = ids.iter().filter(|id| query.after.is_none_or(|after| **id > after));
-            let found = ids.filter_map(|id| shared.view.get(*id));
-            let mut found: Vec<Object> = found
-                .filter(|seen| since.is_none_or(|since| seen.last_seen >= since))
-                .take(query.limit + 1)
-                .collect();
-            let more = found.len() > query.limit;
-            found.truncate(query.limit);
-            (found, more)
+    let Some(first) = query.first else {
+        return Ok(Json(Page { objects: Vec::new(), next: None }));
+    };
+    // One object more than `limit` shows that there is a further page.
+    let max = query.limit + 1;
+    let mut objects: Vec<ObjectPresence> = match query.listed {
+        Listed::Online { ids, seen_within } => {
+            shared.require_table()?;
+            let since = seen_within.map(|within| shared.seen_since(within));
+            let found = match ids {
+                None => shared.view.page(first, since, max).await,
+                Some(ids) => {
+                    let ids = ids.into_iter().filter(|id| *id >= first);
+                    let found = ids.filter_map(|id| shared.view.get(id));
+                    found
+                        .filter(|seen| since.is_none_or(|since| seen.last_seen >= since))
+                        .take(max)
+                        .collect()
+                }
+            };
+            found.into_iter().map(ObjectPresence::from).collect()
+        }
+        Listed::Gone { within } => {
+            let found = shared.history.gone(within, first, max).await?;
+            found.iter().map(ObjectPresence::from).collect()
         }
     };
-    let next = found.last().filter(|_| more).map(|last| query::page_cursor(last.id));
-    Ok(Json(Page { objects: found.into_iter().map(OnlineObject::from).collect(), next }))
+    let has_more = objects.len() > query.limit;
+    objects.truncate(query.limit);
+    let next = objects.last().filter(|_| has_more).map(|last| query::page_cursor(last.id.0));
+    Ok(Json(Page { objects, next }))
 }
 
 /// Get one object
 ///
-/// With its latest sightings.
+/// With its latest sightings, or when it was gone.
 #[utoipa::path(
     get, path = "/objects/{id}", params(("id" = ObjectId, Path, description = "The object's id")),
     responses(
-        (status = 200, description = "The object is online", body = ObjectInDetail),
+        (status = 200, description = "The object is online, or the history has a change of it", body = ObjectInDetail),
         (status = 400, description = "The id is not a 64-bit integer", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 404, description = "The object is not online", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "The object is neither online nor in the history", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
-        (status = 503, description = "The viewer has not read the table yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 503, description = "The viewer has not read the table yet, or the object is not online and the database does not answer", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn object(
     State(shared): State<Shared>,
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Json<ObjectInDetail>, Problem> {
-    let Path(text) = id.map_err(|error| bad_request(error.body_text()))?;
-    let id = query::parse_id(&text).map_err(bad_request)?;
+    let id = path_id(id)?;
     shared.require_table()?;
-    let Some((object, sightings)) = shared.view.sightings(id) else {
-        return Err(Problem::new(StatusCode::NOT_FOUND, format!("object {id} is not online")));
+    if let Some((object, sightings)) = shared.view.sightings(id) {
+        let sightings = sightings.into_iter().map(format_time).collect();
+        return Ok(Json(ObjectInDetail { object: object.into(), sightings }));
+    }
+    let Some(change) = shared.history.latest_change(id).await? else {
+        return Err(Problem::new(
+            StatusCode::NOT_FOUND,
+            format!("object {id} is neither online nor in the history"),
+        ));
     };
-    let sightings = sightings.into_iter().map(format_time).collect();
-    Ok(Json(ObjectInDetail { object: object.into(), sightings }))
+    Ok(Json(ObjectInDetail { object: (&change).into(), sightings: Vec::new() }))
 }
 
 /// Get statistics
@@ -258,15 +301,27 @@ impl Shared {
             return Ok(());
         }
         let reason = self.table_status.borrow().clone().err().unwrap_or_default();
-        Err(Problem {
-            status: StatusCode::SERVICE_UNAVAILABLE,
-            detail: format!("the viewer has not read the table yet: {reason}"),
-            retry_after_seconds: Some(1),
-        })
+        Err(unavailable(format!("the viewer has not read the table yet: {reason}")))
+    }
+
+    fn seen_since(&self, within: Duration) -> Micros {
+        let within = i64::try_from(within.as_micros()).unwrap_or(i64::MAX);
+        to_micros(self.view.now()).saturating_sub(within)
     }
 }
 
-fn bad_request(detail: String) -> Problem {
+/// Parses the id in the path of a request.
+pub(crate) fn path_id(id: Result<Path<String>, PathRejection>) -> Result<i64, Problem> {
+    let Path(text) = id.map_err(|error| bad_request(error.body_text()))?;
+    query::parse_id(&text).map_err(bad_request)
+}
+
+pub(crate) fn unavailable(detail: String) -> Problem {
+    let problem = Problem::new(StatusCode::SERVICE_UNAVAILABLE, detail);
+    Problem { retry_after_seconds: Some(1), ..problem }
+}
+
+pub(crate) fn bad_request(detail: String) -> Problem {
     Problem::new(StatusCode::BAD_REQUEST, detail)
 }
 

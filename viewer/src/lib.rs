@@ -7,6 +7,7 @@
 
 mod api;
 mod config;
+mod history;
 mod hosts;
 mod metrics_scraper;
 mod object;

@@ -3,7 +3,7 @@
 use serde::Serialize;
 use utoipa::{OpenApi, ToSchema};
 
-use crate::api;
+use crate::{api, history};
 
 /// Why a request failed (RFC 9457).
 #[derive(Serialize, ToSchema)]
@@ -27,7 +27,14 @@ pub(crate) struct ProblemDetails {
     ),
     // Relative to this document, because a proxy may serve the viewer under another path.
     servers((url = "./", description = "this viewer")),
-    paths(api::objects, api::object, api::stats, api::changes)
+    paths(
+        api::objects,
+        api::object,
+        history::sessions,
+        history::availability,
+        api::stats,
+        api::changes,
+    )
 )]
 pub(crate) struct Document;
 

@@ -186,27 +186,19 @@ impl ViewState {
         Ok(request.map_or(NextItem::UpToDate, list))
     }
 
-    /// Up to `limit` objects with ids from `first` on that were seen at or after `since`, in
-    /// ascending order; and whether there are more.
-    pub(crate) async fn page(
-        &self,
-        first: i64,
-        since: Option<Micros>,
-        limit: usize,
-    ) -> (Vec<Object>, bool) {
+    /// Up to `max` objects with ids from `first` on that were seen at or after `since`, in ascending
+    /// order.
+    pub(crate) async fn page(&self, first: i64, since: Option<Micros>, max: usize) -> Vec<Object> {
         let mut page = Vec::new();
         let mut next = Some(first);
-        while let Some(first) = next {
-            if page.len() > limit {
-                break;
-            }
-            next = self.scan(first, since, limit + 1, &mut page);
+        while let Some(first) = next
+            && page.len() < max
+        {
+            next = self.scan(first, since, max, &mut page);
             // Let other tasks run during the scan of a large table.
             tokio::task::yield_now().await;
         }
-        let more = page.len() > limit;
-        page.truncate(limit);
-        (page, more)
+        page
     }
 
     /// Adds matching objects among the next [`SCAN_MAX`] to `page`, up to `page_max` objects.
@@ -366,8 +358,8 @@ mod tests {
         let mut page = Vec::new();
         let next = view.scan(i64::MIN, Some(20), 100, &mut page);
         assert_eq!((next, page.len()), (Some(i64::try_from(SCAN_MAX).unwrap()), 0));
-        assert_eq!(view.page(i64::MIN, Some(20), 100).await, (vec![at(objects - 1, 20)], false));
-        assert_eq!(view.page(0, None, 2).await, (vec![at(0, 10), at(1, 10)], true));
+        assert_eq!(view.page(i64::MIN, Some(20), 100).await, [at(objects - 1, 20)]);
+        assert_eq!(view.page(0, None, 2).await, [at(0, 10), at(1, 10)]);
         assert!(view.state.lock().pending.len() < SCAN_MAX, "pending changes exceed their bound");
         view.flush();
         let offline: Vec<i64> = (objects..2 * objects).collect();
@@ -379,6 +371,6 @@ mod tests {
         let scanned = i64::try_from(SCAN_MAX).unwrap();
         assert_eq!(view.remove_unread(i64::MIN), (SCAN_MAX - 1, Some(scanned)));
         view.end_reading().await;
-        assert_eq!(view.page(i64::MIN, None, 100).await, (vec![at(7, 30)], false));
+        assert_eq!(view.page(i64::MIN, None, 100).await, [at(7, 30)]);
     }
 }

@@ -13,6 +13,7 @@ use tokio::sync::watch;
 
 use crate::api::{self, Shared};
 use crate::config::View;
+use crate::history::HistoryReader;
 use crate::hosts::Hosts;
 use crate::metrics_scraper::MetricsScraper;
 use crate::stream::Subscribers;
@@ -83,6 +84,7 @@ impl Viewer {
             subscribers: Subscribers::default(),
             table_status,
             events_status: subscriber.status(),
+            history: HistoryReader::new(&store),
             shutdown: context.shutdown.clone(),
             hosts: Hosts::new(&view.viewer_hosts),
         });

@@ -131,6 +131,18 @@ impl History {
         })
     }
 
+    /// The position of the latest change up to which [`History::changes_after`] returns all changes;
+    /// 0 if there is none, or if it is not known yet because a transaction is open.
+    ///
+    /// # Errors
+    /// As [`History::changes_after`].
+    pub async fn settled(&self) -> Result<i64, StoreError> {
+        match &self.0 {
+            Kind::Postgres(reader) => reader.settled().await,
+            Kind::Sqlite(_) => Ok(self.extent().await?.map_or(0, |extent| extent.last.position)),
+        }
+    }
+
     /// The sessions of one object, newest first.
     ///
     /// # Errors

@@ -11,6 +11,8 @@ use crate::stream::Request;
 
 const LIMIT_DEFAULT: usize = 100;
 const LIMIT_MAX: usize = 1_000;
+/// The default of `gone_within`.
+const GONE_WITHIN: Duration = Duration::from_hours(1);
 const STREAM_LIMIT_MAX: usize = 1_000_000;
 /// A list of this length still fits into a request's head.
 const IDS_LENGTH_MAX: usize = 10_000;
@@ -43,18 +45,26 @@ impl ToSchema for ObjectId {}
 #[serde(deny_unknown_fields)]
 #[into_params(parameter_in = Query)]
 pub(crate) struct ObjectsQuery {
+    /// Whether to list the objects that are online, or those that are gone
+    #[param(value_type = Option<bool>, default = true)]
+    online: Option<String>,
     /// Maximum number of objects
     #[param(value_type = Option<u32>, minimum = 1, maximum = 1000, default = 100)]
     limit: Option<String>,
     /// The field `next` of the previous page
     #[param(pattern = "^[0-9a-f]{16}$")]
     after: Option<String>,
-    /// Only these objects; ids separated by commas, at most 10,000 characters
+    /// Only these objects; ids separated by commas, at most 10,000 characters; not with
+    /// `online=false`
     #[param(pattern = "^(0|-?[1-9][0-9]{0,18})(,(0|-?[1-9][0-9]{0,18}))*$", max_length = 10_000)]
     ids: Option<String>,
-    /// Only objects that were seen within this time, such as `10s`
-    #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h)$")]
+    /// Only objects that were seen within this time, such as `10s`; not with `online=false`
+    #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h|d)$")]
     seen_within: Option<String>,
+    /// Only objects that are gone since this time, such as `1h`, which is the default; only with
+    /// `online=false`
+    #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h|d)$")]
+    gone_within: Option<String>,
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -78,22 +88,47 @@ pub(crate) struct StreamQuery {
 
 pub(crate) struct ObjectsRequest {
     pub(crate) limit: usize,
-    pub(crate) after: Option<i64>,
-    /// In ascending order.
-    pub(crate) ids: Option<Vec<i64>>,
-    pub(crate) seen_within_micros: Option<i64>,
+    /// The first id; `None` if there is no further one.
+    pub(crate) first: Option<i64>,
+    pub(crate) listed: Listed,
+}
+
+/// Which objects to list.
+pub(crate) enum Listed {
+    Online {
+        /// In ascending order.
+        ids: Option<Vec<i64>>,
+        seen_within: Option<Duration>,
+    },
+    Gone {
+        within: Duration,
+    },
 }
 
 impl ObjectsQuery {
     pub(crate) fn parse(&self) -> Result<ObjectsRequest, String> {
+        let after = self.after.as_deref().map(parse_page_cursor).transpose()?;
+        let ids = self.ids.as_deref().map(parse_ids).transpose()?;
+        let within = |name, text: &Option<String>| {
+            text.as_deref().map(|text| parse_duration(name, text)).transpose()
+        };
+        let seen_within = within("seen_within", &self.seen_within)?;
+        let gone_within = within("gone_within", &self.gone_within)?;
+        let listed = match (self.online.as_deref(), gone_within) {
+            (None | Some("true"), None) => Listed::Online { ids, seen_within },
+            (None | Some("true"), Some(_)) => {
+                return Err("gone_within: expected only with online=false".to_owned());
+            }
+            (Some("false"), _) if ids.is_some() || seen_within.is_some() => {
+                return Err("ids and seen_within: expected only with online=true".to_owned());
+            }
+            (Some("false"), within) => Listed::Gone { within: within.unwrap_or(GONE_WITHIN) },
+            (Some(_), _) => return Err("online: expected true or false".to_owned()),
+        };
         Ok(ObjectsRequest {
-            limit: self
-                .limit
-                .as_deref()
-                .map_or(Ok(LIMIT_DEFAULT), |text| parse_limit(text, LIMIT_MAX))?,
-            after: self.after.as_deref().map(parse_page_cursor).transpose()?,
-            ids: self.ids.as_deref().map(parse_ids).transpose()?,
-            seen_within_micros: self.seen_within.as_deref().map(parse_micros).transpose()?,
+            limit: parse_page_limit(self.limit.as_deref())?,
+            first: after.map_or(Some(i64::MIN), |after| after.checked_add(1)),
+            listed,
         })
     }
 }
@@ -125,6 +160,10 @@ fn parse_page_cursor(text: &str) -> Result<i64, String> {
     id.map(u64::cast_signed).ok_or_else(|| "after: expected the `next` of a page".to_owned())
 }
 
+pub(crate) fn parse_page_limit(text: Option<&str>) -> Result<usize, String> {
+    text.map_or(Ok(LIMIT_DEFAULT), |text| parse_limit(text, LIMIT_MAX))
+}
+
 fn parse_limit(text: &str, max: usize) -> Result<usize, String> {
     let limit = parse_digits(text).filter(|limit| (1..=max).contains(limit));
     limit.ok_or_else(|| format!("limit: expected a number from 1 to {max}"))
@@ -153,9 +192,9 @@ fn parse_ids(text: &str) -> Result<Vec<i64>, String> {
     Ok(ids)
 }
 
-/// Parses a duration with a unit, such as `10s`, into microseconds.
-fn parse_micros(text: &str) -> Result<i64, String> {
-    let units = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000)];
+/// Parses a parameter that is a duration with a unit, such as `10s`.
+pub(crate) fn parse_duration(name: &str, text: &str) -> Result<Duration, String> {
+    let units = [("ms", 1), ("s", 1_000), ("m", 60_000), ("h", 3_600_000), ("d", 86_400_000)];
     let parse = |(unit, ms): (&str, u64)| {
         let number = text.strip_suffix(unit)?;
         let count =
@@ -163,8 +202,7 @@ fn parse_micros(text: &str) -> Result<i64, String> {
         Some(Duration::from_millis(ms.saturating_mul(u64::try_from(count).ok()?)))
     };
     let duration = units.into_iter().find_map(parse).filter(|duration| !duration.is_zero());
-    let micros = duration.and_then(|duration| i64::try_from(duration.as_micros()).ok());
-    micros.ok_or_else(|| "seen_within: expected a duration such as 500ms, 10s or 2m".to_owned())
+    duration.ok_or_else(|| format!("{name}: expected a duration such as 500ms, 10s, 2m or 1d"))
 }
 
 #[cfg(test)]
@@ -183,11 +221,13 @@ mod tests {
 
     #[test]
     fn durations_and_limits_match_the_openapi_patterns() {
-        assert_eq!(parse_micros("1500ms"), Ok(1_500_000));
-        assert_eq!(parse_micros("10s"), Ok(10_000_000));
-        assert_eq!(parse_micros("2m"), Ok(120_000_000));
+        let parse_duration = |text| parse_duration("window", text);
+        assert_eq!(parse_duration("1500ms"), Ok(Duration::from_millis(1_500)));
+        assert_eq!(parse_duration("10s"), Ok(Duration::from_secs(10)));
+        assert_eq!(parse_duration("2m"), Ok(Duration::from_mins(2)));
+        assert_eq!(parse_duration("9999999d"), Ok(24 * Duration::from_hours(9_999_999)));
         for text in ["", "10", "s", "0s", "+1s", "1us", "1m 30s", "12345678s", "-1s", "1.5s"] {
-            assert!(parse_micros(text).is_err(), "{text}");
+            assert!(parse_duration(text).is_err(), "{text}");
         }
         assert_eq!(parse_limit("1000", LIMIT_MAX), Ok(1_000));
         for text in ["", "0", "1001", "+1", "-1", "1e2", " 1"] {

@@ -58,7 +58,10 @@ async fn object_has_its_sightings_latest_first() {
     let row: String = sqlx::query_scalar(sql).fetch_one(fixture.database.pool()).await.unwrap();
     assert_eq!(row, texts[0], "not equal to the microsecond");
     let (status, problem) = viewer.get("/objects/8").await;
-    assert_eq!((status, problem["detail"].as_str()), (404, Some("object 8 is not online")));
+    assert_eq!(
+        (status, problem["detail"].as_str()),
+        (404, Some("object 8 is neither online nor in the history"))
+    );
 }
 
 #[tokio::test]

@@ -98,6 +98,10 @@ impl Reader {
         self.settled_changes(position, settled, limit).await
     }
 
+    pub(super) async fn settled(&self) -> Result<i64, StoreError> {
+        self.read_horizon().await.map(|settled| settled.position)
+    }
+
     async fn settled_changes(
         &self,
         position: i64,
