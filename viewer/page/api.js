@@ -12,14 +12,41 @@ export function parse(text) {
   return { objects: objects.map(({ id, last_seen }) => ({ id, at: Date.parse(last_seen) })), remaining };
 }
 
-/** Fetches the object `id` as `{id, at, sightings}`; null if it is not online. */
+/** Fetches the object `id` as `{id, isOnline, at, goneAt, sightings}`; null if it is neither online nor in the history. */
 export async function fetchObject(id, signal) {
-  const response = await fetch(address(`objects/${id}`), { signal: AbortSignal.any([signal, AbortSignal.timeout(5000)]) });
+  const object = await fetchJson(`objects/${id}`, signal);
+  if (!object) return null;
+  const { online, last_seen, gone_at, sightings } = object;
+  return { id: object.id, isOnline: online, at: Date.parse(last_seen), goneAt: time(gone_at), sightings: sightings.map(time) };
+}
+
+/**
+ * Fetches the sessions of the object `id` as `{sessions, next}`, newest first; null if the viewer has no history. Each
+ * session is `{onlineAt, goneAt}`, with null for a time that is not in the history. `query` has the API's parameters.
+ */
+export async function fetchSessions(id, query, signal) {
+  const page = await fetchJson(`objects/${id}/sessions?${new URLSearchParams(query)}`, signal);
+  if (!page) return null;
+  const sessions = page.sessions.map(({ online_at, gone_at }) => ({ onlineAt: time(online_at), goneAt: time(gone_at) }));
+  return { sessions, next: page.next };
+}
+
+/** Fetches how long the object `id` was online in the last 24 hours as `{since, until, ratio, count}`; `count` is the number of sessions. */
+export async function fetchAvailability(id, signal) {
+  const availability = await fetchJson(`objects/${id}/availability?window=24h`, signal);
+  if (!availability) return null;
+  const { since, until, ratio, sessions } = availability;
+  return { since: time(since), until: time(until), ratio, count: sessions };
+}
+
+async function fetchJson(path, signal) {
+  const response = await fetch(address(path), { signal: AbortSignal.any([signal, AbortSignal.timeout(5000)]) });
   if (response.status === 404) return null;
   if (!response.ok) throw new Error(`the viewer answered ${response.status}`);
-  const object = await response.json();
-  return { id: object.id, at: Date.parse(object.last_seen), sightings: object.sightings.map((at) => Date.parse(at)) };
+  return response.json();
 }
+
+const time = (text) => (text === null ? null : Date.parse(text));
 
 // The range of 64-bit integers.
 const ID_MIN = -(2n ** 63n);

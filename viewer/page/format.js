@@ -4,6 +4,9 @@ const grouped = new Intl.NumberFormat("en", { maximumFractionDigits: 0 });
 const fine = new Intl.NumberFormat("en", { maximumFractionDigits: 1 });
 const compact = new Intl.NumberFormat("en", { notation: "compact", maximumFractionDigits: 1 });
 const clock = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit", second: "2-digit" });
+const minute = new Intl.DateTimeFormat("en-GB", { hour: "2-digit", minute: "2-digit" });
+const shortDay = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short" });
+const percent = new Intl.NumberFormat("en", { style: "percent", maximumFractionDigits: 1 });
 const day = new Intl.DateTimeFormat("en-GB", { day: "numeric", month: "short", year: "numeric" });
 
 /** An unknown value is a dash, never a zero. */
@@ -40,6 +43,17 @@ export function ago(milliseconds) {
 export function timeOfDay(milliseconds, now = Date.now()) {
   const time = clock.format(milliseconds);
   return day.format(milliseconds) === day.format(now) ? time : `${day.format(milliseconds)}, ${time}`;
+}
+
+/** The local time of day or, if it is not today, the date and the minute: `18:00:11`, `29 Nov 18:00`. */
+export function shortTime(milliseconds, now = Date.now()) {
+  if (day.format(milliseconds) === day.format(now)) return clock.format(milliseconds);
+  return `${shortDay.format(milliseconds)} ${minute.format(milliseconds)}`;
+}
+
+/** `91.5%`. Only nothing is 0%, and only everything is 100%. */
+export function share(ratio) {
+  return percent.format(ratio <= 0 || ratio >= 1 ? ratio : Math.min(0.999, Math.max(0.001, ratio)));
 }
 
 /** The local time of day to the millisecond. */

@@ -1,5 +1,6 @@
 // The panel that shows one object, follows its changes and lists its recent sightings.
 import { fetchObject, parseId } from "./api.js";
+import { ObjectHistory } from "./object-history.js";
 import { ago, duration, preciseTimeOfDay } from "./format.js";
 
 const SIGHTINGS_MAX = 20;
@@ -12,8 +13,11 @@ export class ObjectPanel {
   #onShow;
   #id = null;
   #seenAt = null;
+  #goneAt = null;
   #sightings = [];
   #state = "loading";
+  #changes = 0;
+  #history;
   #request = new AbortController();
 
   /**
@@ -24,6 +28,10 @@ export class ObjectPanel {
     this.#now = now;
     this.#announce = announce;
     this.#onShow = onShow;
+    this.#history = new ObjectHistory((goneAt) => {
+      // The end of an earlier session says nothing about the latest one.
+      if (goneAt > this.#seenAt) this.#goneAt = goneAt;
+    });
     element("search").addEventListener("submit", (event) => {
       event.preventDefault();
       this.#search();
@@ -46,8 +54,10 @@ export class ObjectPanel {
     if (id === this.#id) return;
     this.#id = id;
     this.#seenAt = null;
+    this.#goneAt = null;
     this.#sightings = [];
     this.#state = "loading";
+    this.#history.show(id);
     history.replaceState(null, "", id === null ? location.pathname : `#${id}`);
     element("object").hidden = id === null;
     element("object-none").hidden = id !== null;
@@ -70,16 +80,18 @@ export class ObjectPanel {
     if (this.#id === null) return;
     const request = new AbortController();
     this.#request = request;
+    const changes = this.#changes;
     try {
       const object = await fetchObject(this.#id, request.signal);
       if (request.signal.aborted) return;
       if (object) {
-        // Changes that the stream sent meanwhile may be newer than the response.
         this.#sightings = merge(object.sightings, this.#sightings);
         this.#seenAt = Math.max(object.at, this.#seenAt ?? object.at);
-        this.#state = "online";
-      } else {
-        this.#state = this.#seenAt === null ? "absent" : "gone";
+      }
+      // A change that the stream sent meanwhile may be newer than the response.
+      if (changes === this.#changes) {
+        const missing = this.#seenAt === null ? "absent" : "gone";
+        this.#setState(object?.isOnline ? "online" : missing, object?.goneAt ?? null);
       }
     } catch {
       if (request.signal.aborted) return;
@@ -92,35 +104,47 @@ export class ObjectPanel {
 
   /** Applies a change from the stream, if it is about the shown object. */
   apply(kind, objects) {
-    if (this.#id === null || kind === "snapshot") return;
+    if (this.#id === null) return;
+    // The page may have missed changes before the snapshot.
+    if (kind === "snapshot") return this.#history.reload();
     const object = objects.find(({ id }) => id === this.#id);
     if (!object) return;
     const before = this.#state;
     this.#seenAt = Math.max(object.at, this.#seenAt ?? object.at);
-    this.#state = kind === "gone" ? "gone" : "online";
+    this.#changes += 1;
+    this.#setState(kind === "gone" ? "gone" : "online", null);
     if (kind !== "gone") this.#sightings = merge([object.at], this.#sightings);
     this.#drawSightings();
     this.refresh();
     if (before !== this.#state) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
   }
 
-  /** Updates the text of the state, which contains the age. */
+  /** Updates what changes with time. */
   refresh() {
     if (this.#id === null) return;
     const state = element("object-state");
     const text = this.#stateText();
     if (state.textContent !== text) state.textContent = text;
     state.dataset.state = this.#state;
+    this.#history.draw(this.#state === "gone", this.#seenAt, this.#now());
+  }
+
+  // A change from the stream has no `goneAt`. The history then has it.
+  #setState(state, goneAt) {
+    if (state !== this.#state && this.#state !== "loading") this.#history.reload();
+    if (state !== this.#state || goneAt !== null) this.#goneAt = goneAt;
+    this.#state = state;
   }
 
   #stateText() {
     const age = this.#seenAt === null ? 0 : Math.max(0, this.#now() - this.#seenAt);
+    const since = this.#goneAt === null ? "" : ` for ${duration(Math.max(0, this.#now() - this.#goneAt) / 1000)}`;
     return {
       loading: "loading …",
       unknown: "The viewer does not answer. The page tries again when the viewer is back.",
       absent: "Not online: never seen, or not recently. If the object is seen, it appears here.",
       online: `Online, seen ${ago(age)}`,
-      gone: `Gone, last seen ${ago(age)}`,
+      gone: `Gone${since}, last seen ${ago(age)}`,
     }[this.#state];
   }
 

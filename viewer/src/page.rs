@@ -43,6 +43,7 @@ const FILES: &[File] = &files! {
     "format.js" as JS,
     "main.js" as JS,
     "object.js" as JS,
+    "object-history.js" as JS,
     "presence.js" as JS,
     "recent-changes.js" as JS,
     "shared-feed.js" as JS,

@@ -1,5 +1,6 @@
 // Tests the live page in Chromium, with a running Lastseen. scripts/test-page runs this file.
 import assert from "node:assert/strict";
+import { tests as history } from "./history.mjs";
 import { tests as presence } from "./presence.mjs";
 import { axe, showsText, until, World } from "./world.mjs";
 
@@ -18,6 +19,7 @@ const tile = (page, title) =>
 
 const tests = {
   ...presence,
+  ...history,
 
   async "a posted object appears and disappears after its TTL"(world) {
     const { page } = await world.open();
@@ -33,7 +35,7 @@ const tests = {
     await showsText(count, /^1$/);
     assert.equal(await page.getByRole("region", { name: "Recent sightings" }).locator("tbody tr").count(), 1);
 
-    await showsText(state, /^Gone, last seen/);
+    await showsText(state, /^Gone for .+, last seen/);
     // The limit is so short that only the change itself can do this, and not the snapshot after a missed change.
     await showsText(count, /^0$/, 5000);
   },
@@ -129,7 +131,7 @@ const tests = {
     } finally {
       clearInterval(posting);
     }
-    await showsText(state, /^Gone, last seen/);
+    await showsText(state, /^Gone for .+, last seen/);
     await showsText(count, /^0$/);
   },
 
@@ -219,16 +221,23 @@ const tests = {
   async "axe finds no problem in dark and light, on desktop and phone"(world) {
     const source = await axe();
     for (const colorScheme of ["dark", "light"]) {
-      for (const width of [1280, 360]) {
+      for (const width of [1280, 320]) {
         const { page } = await world.open({ colorScheme, viewport: { width, height: 740 }, bypassCSP: true });
         await showsText(on(page).connection, /^live$/);
         await world.post("12");
         await page.locator("summary").click();
         await page.evaluate(source);
-        const { violations } = await page.evaluate("axe.run()");
-        assert.deepEqual(violations.map(({ id, nodes }) => `${id}: ${nodes.map(({ html }) => html).join()}`), []);
-        const overflow = await page.evaluate("document.documentElement.scrollWidth - innerWidth");
-        assert.ok(overflow <= 0, `the page is ${overflow} pixels wider than a window of ${width}`);
+        const check = async () => {
+          const { violations } = await page.evaluate("axe.run()");
+          assert.deepEqual(violations.map(({ id, nodes }) => `${id}: ${nodes.map(({ html }) => html).join()}`), []);
+          const overflow = await page.evaluate("document.documentElement.scrollWidth - innerWidth");
+          assert.ok(overflow <= 0, `the page is ${overflow} pixels wider than a window of ${width}`);
+        };
+        await check();
+        await on(page).id.fill("12");
+        await on(page).show.click();
+        await page.getByRole("region", { name: "Latest sessions" }).waitFor();
+        await check();
       }
     }
   },

@@ -47,12 +47,13 @@ export class World {
     return `http://127.0.0.1:${this.viewerPort}/`;
   }
 
-  async boot() {
+  async boot(settings = {}) {
     const log = createWriteStream(join(this.home, "log"), { flags: "a" });
     this.process = spawn(LASTSEEN, ["--no-partner"], {
       env: {
         ...process.env,
         ...SETTINGS,
+        ...settings,
         LASTSEEN_DIR: join(this.home, "data"),
         VIEWER_ADDR: `127.0.0.1:${this.viewerPort}`,
         PRODUCER_ADDR: `127.0.0.1:${this.producerPort}`,
