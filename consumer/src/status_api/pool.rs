@@ -12,6 +12,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::Either;
 use parking_lot::Mutex;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -155,14 +156,14 @@ impl ConnectionPool {
 
 impl Exchange {
     /// Receives the body until its end, or until `body` is full.
-    pub(super) async fn receive_body(
+    pub(super) fn receive_body(
         &mut self,
         length: BodyLength,
         body: &mut ReceivedBody,
-    ) -> Result<(), ExchangeError> {
+    ) -> impl Future<Output = Result<(), ExchangeError>> {
         match self {
-            Self::Http1(connection) => connection.receive_body(length, body).await,
-            Self::Http2(stream) => stream.receive_body(body).await,
+            Self::Http1(connection) => Either::Left(connection.receive_body(length, body)),
+            Self::Http2(stream) => Either::Right(stream.receive_body(body)),
         }
     }
 }
