@@ -3,6 +3,7 @@
 mod addresses;
 mod answer;
 mod connection;
+mod http2;
 mod pool;
 mod reachability;
 mod request;
@@ -21,8 +22,8 @@ use url::Url;
 use crate::config::Status404;
 use addresses::Addresses;
 use answer::{Excerpt, MAX_BODY_BYTES, ReceivedBody, ReceivedResponse};
-use connection::{Connection, ExchangeError};
-use pool::ConnectionPool;
+use connection::ExchangeError;
+use pool::{ConnectionPool, Exchange};
 use reachability::{LastAnswer, NOT_CHECKED, monitor};
 use request::RequestTemplate;
 use response_head::ResponseHead;
@@ -178,14 +179,14 @@ impl StatusApi {
         span: &mut Span,
     ) -> Result<ReceivedResponse, ExchangeError> {
         let request = self.requests.about(id, span.traceparent().as_deref());
-        let (connection, head) = by(deadline, self.connections.send(&request)).await?;
+        let (exchange, head) = by(deadline, self.connections.send(&request)).await?;
         drop(request);
         self.last_answer.record();
         span.set("http.response.status_code", i64::from(head.status.as_u16()));
         if head.status == StatusCode::NOT_FOUND {
             metrics::counter!(NOT_FOUND_METRIC).increment(1);
         }
-        let body = self.receive_body(connection, &head, deadline).await?;
+        let body = self.receive_body(exchange, &head, deadline).await?;
         let ResponseHead { status, content_type, retry_after, .. } = head;
         Ok(ReceivedResponse { status, content_type, retry_after, body })
     }
@@ -195,12 +196,12 @@ impl StatusApi {
     /// status counts even without it.
     async fn receive_body(
         &self,
-        mut connection: Connection,
+        mut exchange: Exchange,
         head: &ResponseHead,
         deadline: tokio::time::Instant,
     ) -> Result<ReceivedBody, ExchangeError> {
         let mut body = ReceivedBody::default();
-        let receiving = connection.receive_body(head.body_length, &mut body);
+        let receiving = exchange.receive_body(head.body_length, &mut body);
         let has_ended = if matches!(head.status, StatusCode::OK | StatusCode::NOT_FOUND) {
             by(deadline, receiving).await?;
             true
@@ -208,7 +209,12 @@ impl StatusApi {
             let deadline = deadline.min(tokio::time::Instant::now() + ERROR_BODY_TIMEOUT);
             by(deadline, receiving).await.is_ok()
         };
-        if has_ended && !body.is_truncated && head.keeps_alive && connection.finish_response() {
+        if has_ended
+            && !body.is_truncated
+            && head.keeps_alive
+            && let Exchange::Http1(mut connection) = exchange
+            && connection.finish_response()
+        {
             self.connections.keep(connection);
         }
         Ok(body)

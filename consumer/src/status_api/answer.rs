@@ -13,7 +13,7 @@ use crate::config::Status404;
 /// The client reads at most this much of a body. A valid answer has about 30 bytes.
 pub(super) const MAX_BODY_BYTES: usize = 16 * 1024;
 /// How much of a body an error quotes.
-const QUOTED_BYTES: usize = 100;
+pub(super) const QUOTED_BYTES: usize = 100;
 const QUOTED_CONTENT_TYPE_BYTES: usize = 60;
 /// The client caps `Retry-After` at this: the breaker's longest pause, and the longest delay of a
 /// delay queue.
@@ -159,7 +159,7 @@ fn json(body: &[u8]) -> &[u8] {
 }
 
 /// The first `max` bytes on one line, without control characters.
-fn escape(bytes: &[u8], max: usize) -> String {
+pub(super) fn escape(bytes: &[u8], max: usize) -> String {
     let cut = &bytes[..bytes.len().min(max)];
     String::from_utf8_lossy(cut).escape_debug().to_string()
 }

@@ -13,7 +13,7 @@ use httparse::{EMPTY_HEADER, Status};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, ReadBuf};
 use tokio::task::unconstrained;
 
-use super::answer::ReceivedBody;
+use super::answer::{QUOTED_BYTES, ReceivedBody, escape};
 use super::response_head::{BodyLength, FIELDS_MAX, InvalidResponse, ResponseHead};
 
 /// The most bytes that a connection holds while it waits for the end of a head, with the interim
@@ -46,6 +46,9 @@ pub(super) enum ExchangeError {
     Closed,
     #[error(transparent)]
     Invalid(#[from] InvalidResponse),
+    /// The text may contain bytes from the server.
+    #[error("HTTP/2: {}", escape(.0.to_string().as_bytes(), QUOTED_BYTES))]
+    Http2(#[from] h2::Error),
 }
 
 impl Connection {
@@ -114,7 +117,7 @@ impl Connection {
                 [BrokenPipe, ConnectionAborted, ConnectionReset, UnexpectedEof]
                     .contains(&error.kind())
             }
-            ExchangeError::Invalid(_) => false,
+            ExchangeError::Invalid(_) | ExchangeError::Http2(_) => false,
         };
         has_ended && self.received.is_empty()
     }

@@ -1,4 +1,5 @@
-//! Opens connections to the status API, and keeps idle ones for later lookups.
+//! Opens connections to the status API, and keeps idle ones for later lookups. Over TLS, the server
+//! chooses between HTTP/1.1, which this module handles, and HTTP/2 (`http2.rs`).
 //!
 //! An HTTP server may close an idle connection at any moment, even while a request is on its way.
 //! The request then fails although neither the API nor the object is at fault. The pool keeps idle
@@ -11,6 +12,7 @@ use std::io;
 use std::sync::Arc;
 use std::time::Duration;
 
+use futures_util::future::Either;
 use parking_lot::Mutex;
 use rustls::ClientConfig;
 use rustls::pki_types::ServerName;
@@ -23,8 +25,10 @@ use tokio_util::task::AbortOnDropHandle;
 use url::Url;
 
 use super::addresses::Addresses;
+use super::answer::ReceivedBody;
 use super::connection::{Connection, ExchangeError};
-use super::response_head::ResponseHead;
+use super::http2::{self, RequestSender, ResponseStream, SharedConnections};
+use super::response_head::{BodyLength, ResponseHead};
 
 /// How long an idle connection is kept: less than the shortest common limit of servers, 1 s.
 const IDLE_TIMEOUT: Duration = Duration::from_millis(500);
@@ -43,7 +47,20 @@ pub(super) struct ConnectionPool {
     /// For an `https` URL.
     tls: Option<Tls>,
     idle: Arc<IdleConnections>,
+    http2: Arc<SharedConnections>,
     _closing: AbortOnDropHandle<()>,
+}
+
+/// A response whose head has been received.
+pub(super) enum Exchange {
+    Http1(Connection),
+    Http2(ResponseStream),
+}
+
+/// A new connection, in the protocol that the server chose.
+pub(super) enum Opened {
+    Http1(Connection),
+    Http2(RequestSender),
 }
 
 struct Tls {
@@ -72,28 +89,45 @@ impl ConnectionPool {
     fn start(addresses: Addresses, tls: Option<Tls>, idle_timeout: Duration) -> Self {
         let idle =
             Arc::new(IdleConnections { timeout: idle_timeout, connections: Mutex::default() });
-        let closing = tokio::spawn(close_expired(Arc::clone(&idle)));
-        Self { addresses, tls, idle, _closing: AbortOnDropHandle::new(closing) }
+        let http2 = Arc::new(SharedConnections::new(tls.is_some()));
+        let closing = tokio::spawn(close_expired(Arc::clone(&idle), Arc::clone(&http2)));
+        Self { addresses, tls, idle, http2, _closing: AbortOnDropHandle::new(closing) }
     }
 
-    /// Sends a request and receives the head of the response, on the returned connection.
+    /// Sends a request and receives the head of the response. Afterwards, the caller must
+    /// [receive](Exchange::receive_body) the body.
     pub(super) async fn send(
         &self,
         request: &[u8],
-    ) -> Result<(Connection, ResponseHead), ExchangeError> {
-        if let Some(mut connection) = self.idle.take(Instant::now()) {
-            match connection.send(request).await {
-                Err(error) if connection.ended_before_response(&error) => tracing::debug!(
-                    reason = %error,
-                    "the status API closed an idle connection; sending the lookup again"
-                ),
-                result => return result.map(|head| (connection, head)),
+    ) -> Result<(Exchange, ResponseHead), ExchangeError> {
+        loop {
+            // In a box, so that a lookup over HTTP/1.1 needs no memory for it.
+            if self.http2.is_chosen()
+                && let Some((stream, head)) = Box::pin(self.http2.send(request, self)).await?
+            {
+                return Ok((Exchange::Http2(stream), head));
+            }
+            if let Some(mut connection) = self.idle.take(Instant::now()) {
+                match connection.send(request).await {
+                    Err(error) if connection.ended_before_response(&error) => tracing::debug!(
+                        reason = %error,
+                        "the status API closed an idle connection; sending the lookup again"
+                    ),
+                    result => return result.map(|head| (Exchange::Http1(connection), head)),
+                }
+            }
+            // In a box, because most lookups reuse a connection.
+            match Box::pin(self.open()).await? {
+                Opened::Http1(mut connection) => {
+                    let head = connection.send(request).await?;
+                    return Ok((Exchange::Http1(connection), head));
+                }
+                // The server has begun to offer HTTP/2.
+                Opened::Http2(requests) => {
+                    self.http2.add(requests);
+                }
             }
         }
-        // In a box, because most lookups reuse a connection.
-        let mut connection = Box::pin(self.open()).await?;
-        let head = connection.send(request).await?;
-        Ok((connection, head))
     }
 
     /// Keeps a connection that has received a complete response for another lookup.
@@ -101,18 +135,36 @@ impl ConnectionPool {
         self.idle.connections.lock().push((Instant::now(), connection));
     }
 
-    async fn open(&self) -> io::Result<Connection> {
+    pub(super) async fn open(&self) -> Result<Opened, ExchangeError> {
         let connecting = async {
             let stream = self.addresses.connect().await?;
             configure(&stream)?;
-            Ok(match &self.tls {
-                None => Connection::new(stream),
-                Some(Tls { connector, server_name }) => {
-                    Connection::new(connector.connect(server_name.clone(), stream).await?)
-                }
+            let Some(Tls { connector, server_name }) = &self.tls else {
+                return Ok(Opened::Http1(Connection::new(stream)));
+            };
+            let stream = connector.connect(server_name.clone(), stream).await?;
+            Ok(if stream.get_ref().1.alpn_protocol() == Some(http2::ALPN) {
+                Opened::Http2(http2::handshake(stream).await?)
+            } else {
+                Opened::Http1(Connection::new(stream))
             })
         };
-        tokio::time::timeout(super::MAX_CONNECT_TIME, connecting).await?
+        let connected = tokio::time::timeout(super::MAX_CONNECT_TIME, connecting).await;
+        connected.map_err(io::Error::from)?
+    }
+}
+
+impl Exchange {
+    /// Receives the body until its end, or until `body` is full.
+    pub(super) fn receive_body(
+        &mut self,
+        length: BodyLength,
+        body: &mut ReceivedBody,
+    ) -> impl Future<Output = Result<(), ExchangeError>> {
+        match self {
+            Self::Http1(connection) => Either::Left(connection.receive_body(length, body)),
+            Self::Http2(stream) => Either::Right(stream.receive_body(body)),
+        }
     }
 }
 
@@ -122,7 +174,7 @@ impl Tls {
     }
 
     fn with_config(host: &str, mut config: ClientConfig) -> anyhow::Result<Self> {
-        config.alpn_protocols = vec![b"http/1.1".to_vec()];
+        config.alpn_protocols = vec![http2::ALPN.to_vec(), b"http/1.1".to_vec()];
         let server_name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())?;
         Ok(Self { connector: TlsConnector::from(Arc::new(config)), server_name })
     }
@@ -149,12 +201,13 @@ impl IdleConnections {
     }
 }
 
-async fn close_expired(idle: Arc<IdleConnections>) {
+async fn close_expired(idle: Arc<IdleConnections>, http2: Arc<SharedConnections>) {
     let mut rounds = interval(idle.timeout);
     rounds.set_missed_tick_behavior(MissedTickBehavior::Delay);
     loop {
         let now = rounds.tick().await;
         idle.close_expired(now);
+        http2.drop_unused(now);
     }
 }
 

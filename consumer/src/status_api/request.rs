@@ -1,12 +1,20 @@
 //! The requests to the status API.
 
+use std::io;
+
 use base64::Engine as _;
 use base64::prelude::BASE64_STANDARD;
+use http::header::HOST;
+use http::{Request, Uri};
+use httparse::EMPTY_HEADER;
 use percent_encoding::percent_decode_str;
 use runtime::traces::TRACEPARENT;
 use url::Url;
 
 const USER_AGENT: &str = concat!("lastseen/", env!("CARGO_PKG_VERSION"));
+
+/// More fields than a request has.
+const FIELDS_MAX: usize = 8;
 
 /// The parts of a request that are the same for all objects.
 pub(super) struct RequestTemplate {
@@ -41,6 +49,24 @@ impl RequestTemplate {
     }
 }
 
+/// The same request for HTTP/2. It has the same fields, but the host is a part of the URI.
+pub(super) fn to_http2(request: &[u8]) -> io::Result<Request<()>> {
+    let mut fields = [EMPTY_HEADER; FIELDS_MAX];
+    let mut parsed = httparse::Request::new(&mut fields);
+    parsed.parse(request).map_err(io::Error::other)?;
+    let mut uri = Uri::builder().scheme("https").path_and_query(parsed.path.unwrap_or_default());
+    let mut http2 = Request::builder();
+    for field in parsed.headers {
+        if field.name == HOST {
+            uri = uri.authority(field.value);
+        } else {
+            http2 = http2.header(field.name, field.value);
+        }
+    }
+    let http2 = uri.build().and_then(|uri| http2.uri(uri).body(()));
+    http2.map_err(io::Error::other)
+}
+
 /// The user name and password of the URL, separated by a colon.
 fn credentials(endpoint: &Url) -> Option<Vec<u8>> {
     let (name, password) = (endpoint.username(), endpoint.password());
@@ -60,6 +86,26 @@ mod tests {
     fn request(endpoint: &str, traceparent: Option<&str>) -> String {
         let template = RequestTemplate::new(&endpoint.parse().unwrap());
         String::from_utf8(template.about(42, traceparent)).unwrap()
+    }
+
+    #[test]
+    fn request_over_http2_has_the_same_uri_and_fields() {
+        let request = request("https://me:a%2Fb@[::1]:81/v%201//", Some("00-1-2-01"));
+        let http2 = to_http2(request.as_bytes()).unwrap();
+        assert_eq!(
+            (http2.method().as_str(), http2.uri().to_string().as_str()),
+            ("GET", "https://[::1]:81/v%201/objects/42")
+        );
+        let fields =
+            http2.headers().iter().map(|(name, value)| (name.as_str(), value.to_str().unwrap()));
+        let expected = [
+            ("accept", "*/*"),
+            ("user-agent", USER_AGENT),
+            // The base64 of "me:a/b".
+            ("authorization", "Basic bWU6YS9i"),
+            ("traceparent", "00-1-2-01"),
+        ];
+        assert_eq!(fields.collect::<Vec<_>>(), expected);
     }
 
     #[test]

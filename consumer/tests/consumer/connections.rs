@@ -1,6 +1,10 @@
 //! Status APIs that close connections that the consumer keeps open.
 
-use testkit::{Authority, Connections, PlainStatusApi, Process, TlsProxy, wait_until};
+use std::net::SocketAddr;
+
+use testkit::{
+    Authority, Connections, Http2Api, Http2Lookup, PlainStatusApi, Process, TlsProxy, wait_until,
+};
 use tokio::time::sleep;
 
 use crate::{SECOND, TestEnv};
@@ -75,19 +79,18 @@ async fn a_fresh_connection_that_ends_is_a_failed_lookup() {
     consumer.stop().await;
 }
 
-/// Runs a consumer that trusts `authority`, and looks up the id 1 at `https://{host}`.
-async fn look_up_by_https(
+/// Runs a consumer that trusts `authority`, and looks up objects at `https://{host}`.
+fn look_up_by_https(
     env: &TestEnv,
     host: &str,
-    proxy: &TlsProxy,
+    server: SocketAddr,
     authority: &Authority,
 ) -> Process {
-    env.publish([1]).await;
     let environment = [
         ("AMQP_URI", testkit::amqp_uri()),
         ("QUEUE_NAME", env.queue.name.clone()),
         ("DATABASE_URL", env.database.url().to_owned()),
-        ("STATUS_API", format!("https://{host}:{}", proxy.address().port())),
+        ("STATUS_API", format!("https://{host}:{}", server.port())),
         ("SSL_CERT_FILE", authority.file().display().to_string()),
     ];
     Process::spawn("consumer", &environment, &[])
@@ -102,12 +105,32 @@ async fn an_https_api_needs_a_trusted_certificate_for_its_name() {
         ("127.0.0.1", &authority, "not valid for name"),
         ("localhost", &Authority::new(), "invalid peer certificate"),
     ] {
-        let consumer = look_up_by_https(&env, host, &proxy, trusted).await;
+        env.publish([1]).await;
+        let consumer = look_up_by_https(&env, host, proxy.address(), trusted);
         consumer.wait_for_log(reason).await;
         consumer.stop().await;
     }
     assert_eq!(server.requests(), 0);
-    let consumer = look_up_by_https(&env, "localhost", &proxy, &authority).await;
+    env.publish([1]).await;
+    let consumer = look_up_by_https(&env, "localhost", proxy.address(), &authority);
     env.wait_until_recorded([1]).await;
     consumer.stop().await;
+}
+
+#[tokio::test]
+async fn lookups_share_a_connection_if_the_api_offers_http2() {
+    let env = TestEnv::new().await;
+    let authority = Authority::new();
+    let mut server = Http2Api::start(&authority, None).await;
+    env.publish(1..=20).await;
+    let consumer = look_up_by_https(&env, "localhost", server.address(), &authority);
+    let mut lookups = Vec::new();
+    for _ in 1..=20 {
+        lookups.push(server.next().await);
+    }
+    assert_eq!(server.open_connections(), 1);
+    lookups.into_iter().for_each(Http2Lookup::answer);
+    env.wait_until_recorded(1..=20).await;
+    consumer.stop().await;
+    env.assert_all_settled().await;
 }

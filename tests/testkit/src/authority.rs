@@ -3,11 +3,13 @@
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, chown};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair};
 use rustls::ServerConfig;
 use rustls::pki_types::pem::PemObject as _;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
+use tokio_rustls::TlsAcceptor;
 
 use crate::install_tls;
 use crate::scratch::Scratch;
@@ -57,8 +59,15 @@ impl Authority {
         self.scratch.path().join("authority.pem")
     }
 
+    /// A TLS server that has the certificate and supports these protocols (ALPN).
+    pub fn acceptor(&self, protocols: &[&[u8]]) -> TlsAcceptor {
+        let mut config = self.server_config();
+        config.alpn_protocols = protocols.iter().map(|protocol| protocol.to_vec()).collect();
+        TlsAcceptor::from(Arc::new(config))
+    }
+
     /// The settings of a TLS server that has the certificate.
-    pub(crate) fn server_config(&self) -> ServerConfig {
+    fn server_config(&self) -> ServerConfig {
         install_tls();
         let certificate = CertificateDer::from_pem_slice(self.certificate.as_bytes());
         let certificate = certificate.expect("the certificate should be PEM");

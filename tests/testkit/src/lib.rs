@@ -5,8 +5,8 @@
 //! - [`Queue`] and [`Database`] have unique names on the shared servers and are removed on drop.
 //! - [`RabbitNode`], [`PostgresCluster`] and [`Prometheus`] belong to one test. The test can kill
 //!   and boot the first two, and can start them with TLS by an [`Authority`].
-//! - [`StatusApi`], [`PlainStatusApi`], [`Proxy`], [`TlsProxy`], [`HaProxy`] and [`Collector`] are
-//!   peers of services.
+//! - [`StatusApi`], [`PlainStatusApi`], [`Http2Api`], [`Proxy`], [`TlsProxy`], [`HaProxy`] and
+//!   [`Collector`] are peers of services.
 //! - [`Process`] is a service as a process, and [`InProcess`] a service in the test's own process.
 //!   A [`System`] names the servers that several services share.
 //! - [`Partner`] posts callbacks and keeps a ledger of the responses.
@@ -38,6 +38,7 @@ mod database_clock;
 mod disks;
 mod eventually;
 mod haproxy;
+mod http2_api;
 mod in_process;
 mod log_capture;
 mod partner;
@@ -67,6 +68,7 @@ pub use database_clock::DatabaseClock;
 pub use disks::{WITH_READ_ONLY_ROOT, WITH_SMALL_DISK, fill_disk};
 pub use eventually::{PATIENCE, eventually, wait_for, wait_until};
 pub use haproxy::HaProxy;
+pub use http2_api::{Http2Api, Http2Lookup};
 pub use in_process::{InProcess, parse};
 pub use log_capture::LogCapture;
 pub use partner::{Ledger, Partner, http_client, install_tls};

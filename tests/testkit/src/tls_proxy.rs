@@ -1,7 +1,6 @@
 //! TLS in front of a server that has none.
 
 use std::net::SocketAddr;
-use std::sync::Arc;
 
 use tokio::io::copy_bidirectional;
 use tokio::net::{TcpListener, TcpStream};
@@ -20,7 +19,7 @@ pub struct TlsProxy {
 impl TlsProxy {
     /// Starts on a free port of 127.0.0.1, with the certificate of `authority`.
     pub async fn start(authority: &Authority, target: SocketAddr) -> Self {
-        let acceptor = TlsAcceptor::from(Arc::new(authority.server_config()));
+        let acceptor = authority.acceptor(&[b"http/1.1"]);
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port should be free");
         let address = listener.local_addr().expect("a listener has an address");
         let accepting = tokio::spawn(async move {

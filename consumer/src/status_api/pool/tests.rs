@@ -1,3 +1,5 @@
+use std::net::SocketAddr;
+
 use futures_util::future::join_all;
 use rustls::RootCertStore;
 use rustls::pki_types::CertificateDer;
@@ -20,7 +22,8 @@ fn pool_of(url: &str) -> ConnectionPool {
 
 /// Sends a lookup, receives the whole response, and returns the connection.
 async fn look_up(pool: &ConnectionPool) -> Result<Connection, ExchangeError> {
-    let (mut connection, head) = pool.send(REQUEST).await?;
+    let (exchange, head) = pool.send(REQUEST).await?;
+    let Exchange::Http1(mut connection) = exchange else { unreachable!("no server offers HTTP/2") };
     connection.receive_body(head.body_length, &mut ReceivedBody::default()).await?;
     assert!(head.keeps_alive && connection.finish_response());
     Ok(connection)
@@ -86,26 +89,39 @@ async fn idle_connections_are_closed_after_the_timeout() {
     assert!(idle.take(start + IDLE_TIMEOUT * 2).is_none());
 }
 
-/// A pool for `https://{host}` that trusts only `authority`.
-fn tls_pool(host: &str, authority: &Authority, proxy: &TlsProxy) -> ConnectionPool {
-    install_tls();
-    let mut roots = RootCertStore::empty();
-    roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).unwrap()).unwrap();
-    let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-    let tls = Tls::with_config(host, config).unwrap();
-    ConnectionPool::start(Addresses::fixed(&[proxy.address()]), Some(tls), LONG)
+impl ConnectionPool {
+    /// A pool for `https://{host}` that trusts only `authority`, and connects to `address`.
+    pub(in crate::status_api) fn trusting(
+        authority: &Authority,
+        host: &str,
+        address: SocketAddr,
+    ) -> Self {
+        install_tls();
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).unwrap()).unwrap();
+        let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
+        let tls = Tls::with_config(host, config).unwrap();
+        Self::start(Addresses::fixed(&[address]), Some(tls), LONG)
+    }
+
+    pub(in crate::status_api) fn shared(&self) -> &SharedConnections {
+        &self.http2
+    }
 }
 
 #[tokio::test]
-async fn lookups_reuse_tls_connections() {
+async fn lookups_use_http1_if_the_server_chooses_it() {
     let (server, authority) =
         (PlainStatusApi::start(Connections::StayOpen, |_| None), Authority::new());
     let proxy = TlsProxy::start(&authority, server.address()).await;
-    let pool = tls_pool("localhost", &authority, &proxy);
+    let pool = ConnectionPool::trusting(&authority, "localhost", proxy.address());
     for _ in 0..3 {
-        pool.keep(look_up(&pool).await.unwrap());
+        let at_once = join_all((0..4).map(|_| look_up(&pool))).await;
+        for connection in at_once {
+            pool.keep(connection.unwrap());
+        }
     }
-    assert_eq!((server.requests(), server.connections()), (3, 1));
+    assert_eq!((server.requests(), server.connections()), (12, 4));
 }
 
 #[tokio::test]
@@ -117,7 +133,11 @@ async fn a_certificate_must_be_trusted_and_name_the_host() {
         ("127.0.0.1", &authority, "not valid for name"),
         ("localhost", &Authority::new(), "invalid peer certificate"),
     ] {
-        let error = look_up(&tls_pool(host, trusted, &proxy)).await.err().unwrap().to_string();
+        let error = look_up(&ConnectionPool::trusting(trusted, host, proxy.address()))
+            .await
+            .err()
+            .unwrap()
+            .to_string();
         assert!(error.contains(reason), "{host}: {error}");
     }
     assert_eq!(server.requests(), 0);
