@@ -67,6 +67,9 @@ pub struct Lookups {
     /// failed
     #[arg(long, value_enum, ignore_case = true, default_value = "offline")]
     pub status_404: Status404,
+    /// Whether lookups may use HTTP/2: with an https URL, if the status API offers it
+    #[arg(long, action = ArgAction::Set, value_parser = settings::switch, default_value = "on")]
+    pub status_http2: bool,
     /// Number of attempts after which a message becomes a dead letter
     #[arg(long, value_parser = settings::number(1..=1_000_u32), default_value = "8")]
     pub max_attempts: u32,
@@ -193,7 +196,7 @@ mod tests {
         let value = |name: &str| match name {
             "TESTER_ENDPOINT" => "http://elsewhere",
             "CONCURRENCY" => "adaptive",
-            "COALESCE" => "off",
+            "COALESCE" | "STATUS_HTTP2" => "off",
             "STATUS_404" => "failed",
             "STATUS_TIMEOUT" | "WRITE_BATCH_LINGER" => "70ms",
             _ => "70",
@@ -208,7 +211,7 @@ mod tests {
             }
             all.push(flag);
         }
-        assert_eq!((reloadable.len(), all.len()), (Lookups::RELOADABLE.len(), 12));
+        assert_eq!((reloadable.len(), all.len()), (Lookups::RELOADABLE.len(), 13));
         let of =
             |flags: &[String]| Lookups::of(&flags.iter().map(String::as_str).collect::<Vec<_>>());
         let changed = of(&[]).with_reloadable(&of(&all));

@@ -85,7 +85,7 @@ pub async fn run_with(
     let lookups = settings.current();
     let destination = broker.destination();
     let breaker = Breaker::new(&lookups);
-    let status_api = StatusApi::new(&lookups.tester_endpoint, breaker.status(), &supervisor)?;
+    let status_api = StatusApi::new(&lookups, breaker.status(), &supervisor)?;
     let store = Arc::new(Store::start(database, "consumer", DATABASE_CONNECTIONS));
     let publisher = Publisher::start(broker, "consumer: retries and dead letters");
     let deliveries = Consumer::new(&publisher, "consumer", lookups.prefetch());

@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::timeout_at;
 use url::Url;
 
-use crate::config::Status404;
+use crate::config::{Lookups, Status404};
 use addresses::Addresses;
 use answer::{Excerpt, MAX_BODY_BYTES, ReceivedBody, ReceivedResponse};
 use connection::ExchangeError;
@@ -116,10 +116,11 @@ impl StatusApi {
     /// # Errors
     /// When the URL is `https` and the system has no certificate authorities.
     pub(crate) fn new(
-        endpoint: &Url,
+        lookups: &Lookups,
         breaker_status: watch::Receiver<Status>,
         supervisor: &Supervisor,
     ) -> anyhow::Result<Self> {
+        let endpoint = &lookups.tester_endpoint;
         let (host, port) = host_and_port(endpoint);
         let addresses = Addresses::resolve(host.clone(), port);
         let (sender, status) = watch::channel(Err(NOT_CHECKED.to_owned()));
@@ -135,7 +136,7 @@ impl StatusApi {
         let server_attributes =
             [KeyValue::new("server.address", host), KeyValue::new("server.port", i64::from(port))];
         Ok(Self {
-            connections: ConnectionPool::new(endpoint, addresses)?,
+            connections: ConnectionPool::new(endpoint, addresses, lookups.status_http2)?,
             requests: RequestTemplate::new(endpoint),
             server_attributes,
             last_answer,
@@ -258,7 +259,7 @@ mod tests {
     #[tokio::test]
     async fn status_of_an_error_counts_although_its_body_stalls() {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-        let url = format!("http://{}", listener.local_addr().unwrap()).parse().unwrap();
+        let endpoint = format!("--tester-endpoint=http://{}", listener.local_addr().unwrap());
         let head =
             b"HTTP/1.1 429 Too Many Requests\r\nretry-after: 10\r\ncontent-length: 5\r\n\r\n";
         let server = tokio::spawn(async move {
@@ -271,7 +272,8 @@ mod tests {
             }
         });
         let (_breaker, breaker_status) = watch::channel(Ok(()));
-        let api = StatusApi::new(&url, breaker_status, &Supervisor::default()).unwrap();
+        let lookups = Lookups::of(&[&endpoint]);
+        let api = StatusApi::new(&lookups, breaker_status, &Supervisor::default()).unwrap();
         // The lookup ends before the wait for the body does.
         let limit = ERROR_BODY_TIMEOUT / 2;
         // On a busy machine, the head may arrive too late.

@@ -66,6 +66,7 @@ pub(super) enum Opened {
 struct Tls {
     connector: TlsConnector,
     server_name: ServerName<'static>,
+    offers_http2: bool,
 }
 
 /// In the order in which they became idle. The latest one is reused first, so that those that are
@@ -80,16 +81,17 @@ impl ConnectionPool {
     ///
     /// # Errors
     /// When the URL is `https` and the system has no certificate authorities.
-    pub(super) fn new(url: &Url, addresses: Addresses) -> anyhow::Result<Self> {
+    pub(super) fn new(url: &Url, addresses: Addresses, http2: bool) -> anyhow::Result<Self> {
         let host = url.host_str().unwrap_or_default();
-        let tls = if url.scheme() == "https" { Some(Tls::new(host)?) } else { None };
+        let tls = if url.scheme() == "https" { Some(Tls::new(host, http2)?) } else { None };
         Ok(Self::start(addresses, tls, IDLE_TIMEOUT))
     }
 
     fn start(addresses: Addresses, tls: Option<Tls>, idle_timeout: Duration) -> Self {
         let idle =
             Arc::new(IdleConnections { timeout: idle_timeout, connections: Mutex::default() });
-        let http2 = Arc::new(SharedConnections::new(tls.is_some()));
+        let offers_http2 = tls.as_ref().is_some_and(|tls| tls.offers_http2);
+        let http2 = Arc::new(SharedConnections::new(offers_http2));
         let closing = tokio::spawn(close_expired(Arc::clone(&idle), Arc::clone(&http2)));
         Self { addresses, tls, idle, http2, _closing: AbortOnDropHandle::new(closing) }
     }
@@ -139,7 +141,7 @@ impl ConnectionPool {
         let connecting = async {
             let stream = self.addresses.connect().await?;
             configure(&stream)?;
-            let Some(Tls { connector, server_name }) = &self.tls else {
+            let Some(Tls { connector, server_name, .. }) = &self.tls else {
                 return Ok(Opened::Http1(Connection::new(stream)));
             };
             let stream = connector.connect(server_name.clone(), stream).await?;
@@ -169,14 +171,19 @@ impl Exchange {
 }
 
 impl Tls {
-    fn new(host: &str) -> anyhow::Result<Self> {
-        Self::with_config(host, ClientConfig::with_platform_verifier()?)
+    fn new(host: &str, offers_http2: bool) -> anyhow::Result<Self> {
+        Self::with_config(host, ClientConfig::with_platform_verifier()?, offers_http2)
     }
 
-    fn with_config(host: &str, mut config: ClientConfig) -> anyhow::Result<Self> {
-        config.alpn_protocols = vec![http2::ALPN.to_vec(), b"http/1.1".to_vec()];
+    fn with_config(
+        host: &str,
+        mut config: ClientConfig,
+        offers_http2: bool,
+    ) -> anyhow::Result<Self> {
+        let offered = offers_http2.then(|| http2::ALPN.to_vec());
+        config.alpn_protocols = offered.into_iter().chain([b"http/1.1".to_vec()]).collect();
         let server_name = ServerName::try_from(host.trim_matches(['[', ']']).to_owned())?;
-        Ok(Self { connector: TlsConnector::from(Arc::new(config)), server_name })
+        Ok(Self { connector: TlsConnector::from(Arc::new(config)), server_name, offers_http2 })
     }
 }
 

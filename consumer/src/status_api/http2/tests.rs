@@ -256,6 +256,28 @@ async fn http2_is_used_when_the_server_begins_to_offer_it() {
     }
 }
 
+#[tokio::test]
+async fn http2_is_not_offered_if_it_is_turned_off() {
+    let authority = Authority::new();
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let acceptor = authority.acceptor(&[ALPN, b"http/1.1"]);
+    for is_on in [true, false] {
+        let pool = ConnectionPool::offering(is_on, &authority, "localhost", address);
+        assert_eq!(pool.shared().is_chosen(), is_on);
+        let accept = async {
+            let accepted = listener.accept().await.unwrap().0;
+            let stream = acceptor.accept(accepted).await.unwrap();
+            stream.get_ref().1.alpn_protocol() == Some(ALPN)
+        };
+        tokio::select! {
+            chosen = accept => assert_eq!(chosen, is_on),
+            // Without a response, the lookup does not end.
+            _ = send(&pool, 1) => unreachable!("the server has not answered"),
+        }
+    }
+}
+
 /// A server that sends what the test says, frame by frame.
 struct RawServer {
     acceptor: TlsAcceptor,

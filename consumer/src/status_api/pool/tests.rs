@@ -96,11 +96,20 @@ impl ConnectionPool {
         host: &str,
         address: SocketAddr,
     ) -> Self {
+        Self::offering(true, authority, host, address)
+    }
+
+    pub(in crate::status_api) fn offering(
+        http2: bool,
+        authority: &Authority,
+        host: &str,
+        address: SocketAddr,
+    ) -> Self {
         install_tls();
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(authority.pem().as_bytes()).unwrap()).unwrap();
         let config = ClientConfig::builder().with_root_certificates(roots).with_no_client_auth();
-        let tls = Tls::with_config(host, config).unwrap();
+        let tls = Tls::with_config(host, config, http2).unwrap();
         Self::start(Addresses::fixed(&[address]), Some(tls), LONG)
     }
 
