@@ -82,8 +82,8 @@ async fn old_partitions_of_the_history_are_dropped() {
     process(&database, &[], &["--once"]).wait().await;
     let old = "CREATE TABLE presence_change_20010203 PARTITION OF presence_change
                    FOR VALUES FROM ('2001-02-03Z') TO ('2001-02-04Z');
-               INSERT INTO presence_change (object_id, last_seen, kind)
-                   SELECT 1, pg_catalog.now(), 'online'";
+               INSERT INTO presence_change (object_id, last_seen, is_online)
+                   SELECT 1, pg_catalog.now(), true";
     let is_dropped = async || {
         let exists = "SELECT to_regclass('presence_change_20010203') IS NULL";
         sqlx::query_scalar(exists).fetch_one(pool).await.unwrap()

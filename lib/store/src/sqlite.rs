@@ -37,7 +37,7 @@ pub(crate) const FORMAT: Format = Format {
         sqlite_file::Table {
             from: "presence_change",
             into: "presence_change",
-            columns: "position, object_id, at, last_seen, kind",
+            columns: "position, object_id, at, last_seen, is_online",
         },
     ],
 };

@@ -151,21 +151,35 @@ impl Reader {
         until: Until,
         limit: u32,
     ) -> Result<Vec<Change>, StoreError> {
-        let mut condition = format!("WHERE object_id = '{id}'::bigint");
-        // Writing to a string cannot fail.
-        _ = match until {
-            Until::Now => Ok(()),
-            Until::Position(position) => write!(condition, " AND position <= {position}"),
-            Until::Time(time) => write!(
-                condition,
-                " AND position <= coalesce(
-                      (SELECT min(position) FROM presence_change
-                       WHERE object_id = '{id}'::bigint AND at >= {}), {})",
-                literal(time),
-                i64::MAX
+        let object = format!("object_id = '{id}'::bigint");
+        let (last, time) = match until {
+            Until::Now => (i64::MAX.to_string(), "now()".to_owned()),
+            Until::Position(position) => (
+                position.to_string(),
+                format!("(SELECT at FROM presence_change WHERE position = {position})"),
             ),
+            Until::Time(time) => {
+                let time = literal(time);
+                let first = format!(
+                    "coalesce((SELECT min(position) FROM presence_change
+                               WHERE {object} AND at >= {time}), {})",
+                    i64::MAX
+                );
+                (first, time)
+            }
         };
-        self.changes(&format!("{condition} ORDER BY position DESC LIMIT {limit}")).await
+        // An object may have changed thousands of times a day, and the index has no order. Its
+        // latest changes are usually enough.
+        let newest = format!("ORDER BY position DESC LIMIT {limit}");
+        for days in [1, 8] {
+            let latest = format!("AND at >= {time} - interval '{days} d'");
+            let latest = format!("WHERE {object} AND position <= {last} {latest} {newest}");
+            let changes = self.changes(&latest).await?;
+            if changes.len() == limit as usize {
+                return Ok(changes);
+            }
+        }
+        self.changes(&format!("WHERE {object} AND position <= {last} {newest}")).await
     }
 
     pub(super) async fn gone_since(
@@ -180,7 +194,7 @@ impl Reader {
                    FROM presence_change
                    WHERE at >= {since} AND object_id >= '{first_id}'::bigint
                    ORDER BY object_id, position DESC) AS latest ON last = position
-             WHERE kind = 'gone' AND at >= {since}
+             WHERE NOT is_online AND at >= {since}
                AND NOT EXISTS (SELECT FROM object WHERE object.id = object_id)
              ORDER BY object_id LIMIT {limit}"
         ))
@@ -196,7 +210,7 @@ impl Reader {
     async fn changes(&self, rest: &str) -> Result<Vec<Change>, StoreError> {
         let (at, last_seen) = (micros("at"), micros("last_seen"));
         self.fetch_all(&format!(
-            "SELECT position, object_id, kind = 'online', {at}, {last_seen}
+            "SELECT position, object_id, is_online, {at}, {last_seen}
              FROM presence_change {rest}"
         ))
         .await

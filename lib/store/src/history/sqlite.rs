@@ -22,7 +22,7 @@ pub(crate) const SCHEMA: &str = "
         object_id INTEGER NOT NULL,
         at INTEGER NOT NULL, -- milliseconds since 1970, UTC
         last_seen INTEGER NOT NULL,
-        kind TEXT NOT NULL CHECK (kind IN ('online', 'gone'))
+        is_online INTEGER NOT NULL CHECK (is_online IN (0, 1))
     ) STRICT;
     CREATE INDEX IF NOT EXISTS presence_change_object ON presence_change (object_id, position);
     INSERT INTO sqlite_sequence (name, seq)
@@ -40,7 +40,7 @@ impl<'a> Writer<'a> {
         if history == RecordHistory::No {
             return Ok(Self(None));
         }
-        let insert = "INSERT INTO presence_change (object_id, at, last_seen, kind)
+        let insert = "INSERT INTO presence_change (object_id, at, last_seen, is_online)
                       VALUES (?1, ?2, ?3, ?4)";
         connection.prepare_cached(insert).map(|insert| Self(Some(insert)))
     }
@@ -53,11 +53,7 @@ impl<'a> Writer<'a> {
         presence: Presence,
     ) -> rusqlite::Result<()> {
         let Some(insert) = &mut self.0 else { return Ok(()) };
-        let kind = match presence {
-            Presence::Online => "online",
-            Presence::Gone => "gone",
-        };
-        insert.execute((id, now_ms, last_seen_ms, kind)).map(drop)
+        insert.execute((id, now_ms, last_seen_ms, presence == Presence::Online)).map(drop)
     }
 }
 
@@ -138,7 +134,7 @@ impl Reader {
         limit: u32,
     ) -> Result<Vec<Change>, StoreError> {
         let gone = "AS latest
-             WHERE kind = 'gone' AND at >= ?1 AND object_id >= ?2
+             WHERE NOT is_online AND at >= ?1 AND object_id >= ?2
                AND NOT EXISTS (SELECT 1 FROM presence_change AS later
                                WHERE later.object_id = latest.object_id
                                  AND later.position > latest.position)
@@ -159,7 +155,7 @@ impl Reader {
         parameters: impl Params + Send + 'static,
     ) -> Result<Vec<Change>, StoreError> {
         let statement = format!(
-            "SELECT position, object_id, kind = 'online', at, last_seen FROM presence_change {rest}"
+            "SELECT position, object_id, is_online, at, last_seen FROM presence_change {rest}"
         );
         self.read(move |connection| {
             let mut select = connection.prepare_cached(&statement)?;

@@ -97,22 +97,22 @@ pub(super) fn record_seen(sightings: &[(i64, i64)], history: RecordHistory) -> S
          -- After an update, xmax is not 0, because the update has locked the old row.
          RETURNING id::bigint AS id, xmax = 0 AS is_new, {now} AS now, {seen} AS last_seen"
     );
-    let inserted = "'online' FROM changed WHERE is_new";
+    let inserted = "true FROM changed WHERE is_new";
     with_history(&record, history, inserted, "id, is_new, now")
 }
 
-/// Runs `change`, which returns `id` and `last_seen`, and records in the history what `kind_of`
+/// Runs `change`, which returns `id` and `last_seen`, and records in the history what `presence`
 /// selects of that. Returns `columns` of the result of `change`.
 ///
 /// The rows of the history get their positions after `change` has locked all its rows, so that the
 /// changes of one object have ascending positions.
-fn with_history(change: &str, history: RecordHistory, kind_of: &str, columns: &str) -> String {
+fn with_history(change: &str, history: RecordHistory, presence: &str, columns: &str) -> String {
     let recorded = match history {
         RecordHistory::No => String::new(),
         RecordHistory::Yes => format!(
             ", recorded AS (
-                 INSERT INTO presence_change (object_id, last_seen, kind)
-                 SELECT id, last_seen, {kind_of})"
+                 INSERT INTO presence_change (object_id, last_seen, is_online)
+                 SELECT id, last_seen, {presence})"
         ),
     };
     format!("WITH changed AS ({change}){recorded} SELECT {columns} FROM changed")
@@ -187,7 +187,7 @@ fn delete(condition: &str, history: RecordHistory) -> String {
              SELECT ctid FROM object WHERE {condition} FOR UPDATE SKIP LOCKED))
          RETURNING id::bigint AS id, {last_seen} AS last_seen"
     );
-    with_history(&delete, history, "'gone' FROM changed", &format!("id, {}", micros("last_seen")))
+    with_history(&delete, history, "false FROM changed", &format!("id, {}", micros("last_seen")))
 }
 
 /// Creates the partitions of the history for the next days, and drops old ones.

@@ -150,8 +150,8 @@ async fn read(servers: &Servers) -> anyhow::Result<Vec<Row>> {
                  (current_date - ago)::timestamp AT TIME ZONE 'UTC',
                  (current_date - ago + 1)::timestamp AT TIME ZONE 'UTC');
          END LOOP; END $$;
-         INSERT INTO presence_change (object_id, at, last_seen, kind)
-         SELECT change / 2 * 7919 % {OBJECTS}, at, at, (ARRAY['online', 'gone'])[1 + change % 2]
+         INSERT INTO presence_change (object_id, at, last_seen, is_online)
+         SELECT change / 2 * 7919 % {OBJECTS}, at, at, change % 2 = 0
          FROM generate_series(0::bigint, {DAYS} * {CHANGES_PER_DAY} - 1) AS change,
               LATERAL (SELECT (current_date - {DAYS})::timestamp AT TIME ZONE 'UTC'
                               + change * interval '{DAYS} d' / ({DAYS} * {CHANGES_PER_DAY})) AS time (at);

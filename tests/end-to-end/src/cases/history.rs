@@ -25,10 +25,9 @@ const KILLS: u32 = 10;
 
 /// Independent records of each inserted and deleted row.
 const RECORD_PRESENCE: &str = "
-    CREATE TABLE recorded (n bigserial, id bigint, kind text);
+    CREATE TABLE recorded (n bigserial, id bigint, is_online boolean);
     CREATE FUNCTION record_presence() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
-        INSERT INTO recorded (id, kind) VALUES (
-            coalesce(NEW.id, OLD.id), CASE TG_OP WHEN 'INSERT' THEN 'online' ELSE 'gone' END);
+        INSERT INTO recorded (id, is_online) VALUES (coalesce(NEW.id, OLD.id), TG_OP = 'INSERT');
         RETURN NULL;
     END $$;
     CREATE TRIGGER record_presence AFTER INSERT OR DELETE ON object
@@ -37,11 +36,11 @@ const RECORD_PRESENCE: &str = "
 /// The changes that only one of the history and the records has, and the number of all changes.
 const COMPARE: &str = "
     SELECT count(*) FILTER (WHERE history.id IS NULL OR recorded.id IS NULL), count(*)
-    FROM (SELECT object_id AS id, kind, row_number() OVER (PARTITION BY object_id ORDER BY position) AS place
+    FROM (SELECT object_id AS id, is_online, row_number() OVER (PARTITION BY object_id ORDER BY position) AS place
           FROM presence_change) AS history
-    FULL JOIN (SELECT id, kind, row_number() OVER (PARTITION BY id ORDER BY n) AS place
+    FULL JOIN (SELECT id, is_online, row_number() OVER (PARTITION BY id ORDER BY n) AS place
                FROM recorded) AS recorded
-    USING (id, kind, place)";
+    USING (id, is_online, place)";
 
 async fn history_exact() -> Verdict {
     let routine = vec![("OBJECT_TTL", "2s"), ("ROUTINE_INTERVAL", "100ms")];
@@ -93,7 +92,7 @@ async fn start_viewer(world: &mut World, address: &watch::Sender<Option<SocketAd
 /// A client that follows the feed. After each response it may use another connection, and it asks
 /// for another number of changes.
 struct FeedReader {
-    read: watch::Receiver<Vec<(i64, i64, String)>>,
+    read: watch::Receiver<Vec<(i64, i64, bool)>>,
     task: JoinHandle<()>,
 }
 
@@ -126,8 +125,8 @@ impl FeedReader {
     /// Waits until all changes that are committed now have been read. Returns the number of read
     /// changes, and whether they are those of the history, in the same order.
     async fn compare(self, pool: &PgPool) -> (usize, bool) {
-        let all = "SELECT position, object_id, kind FROM presence_change ORDER BY position";
-        let committed: Vec<(i64, i64, String)> =
+        let all = "SELECT position, object_id, is_online FROM presence_change ORDER BY position";
+        let committed: Vec<(i64, i64, bool)> =
             sqlx::query_as(all).fetch_all(pool).await.expect("the history should be readable");
         let last = committed.last().map_or(0, |(position, ..)| *position);
         let read = wait_for("the client has read all changes", async || {
@@ -151,7 +150,7 @@ async fn page(
     viewer: SocketAddr,
     after: &str,
     limit: usize,
-) -> Option<(String, Vec<(i64, i64, String)>)> {
+) -> Option<(String, Vec<(i64, i64, bool)>)> {
     let response = http_get(viewer, &format!("/changes?after={after}&limit={limit}")).await.ok()?;
     if response.status != 200 {
         return None;
@@ -159,7 +158,7 @@ async fn page(
     let page: Value = serde_json::from_str(&response.body).ok()?;
     let change = |change: &Value| {
         let number = |field: &str| change[field].as_str()?.parse().ok();
-        Some((number("cursor")?, number("id")?, change["kind"].as_str()?.to_owned()))
+        Some((number("cursor")?, number("id")?, change["kind"].as_str()? == "online"))
     };
     let changes: Option<Vec<_>> = page["changes"].as_array()?.iter().map(change).collect();
     Some((page["next"].as_str()?.to_owned(), changes?))

@@ -10,6 +10,7 @@ use crate::{HOUR, delete_stale, seen};
 on_both! {
     each_change_is_recorded_once,
     sessions_are_listed_newest_first_in_pages,
+    sessions_of_weeks_are_listed_in_pages,
     sessions_are_filtered_by_time,
     availability_counts_the_time_online_within_the_window,
     positions_outside_the_history_are_recognised,
@@ -133,6 +134,33 @@ async fn sessions_are_listed_newest_first_in_pages(backend: &Backend) {
         assert_eq!(paged, all.sessions, "{limit}");
     }
     assert_eq!(sessions(&history, 3, SessionQuery::default()).await, []);
+}
+
+async fn sessions_of_weeks_are_listed_in_pages(backend: &Backend) {
+    let store = backend.open().await;
+    let history = History::new(&backend.config());
+    for days in [17, 3, 0] {
+        come_and_go(&store, 1..=1, 2).await;
+        backend.age_history(days).await;
+    }
+    let all = history.sessions(1, SessionQuery::default(), 10).await.unwrap();
+    assert_eq!((all.sessions.len(), all.next), (6, None));
+    let days = |session: &Session| {
+        let newest = all.sessions[0].online_at.unwrap();
+        newest.ahead_of(session.online_at.unwrap()).as_secs() / (24 * 3_600)
+    };
+    assert_eq!(all.sessions.iter().map(days).collect::<Vec<_>>(), [0, 0, 3, 3, 20, 20]);
+    let mut paged = Vec::new();
+    let mut query = SessionQuery::default();
+    loop {
+        let page = history.sessions(1, query, 1).await.unwrap();
+        paged.extend(page.sessions);
+        query.after = page.next;
+        if page.next.is_none() {
+            break;
+        }
+    }
+    assert_eq!(paged, all.sessions);
 }
 
 async fn sessions_are_filtered_by_time(backend: &Backend) {

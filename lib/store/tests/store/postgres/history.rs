@@ -46,7 +46,7 @@ async fn expect_changes_in_order(store: &Store, primary: &str, reader: &str) {
     let mut other = PgConnection::connect(primary).await.unwrap();
     let mut slow = other.begin().await.unwrap();
     let insert =
-        "INSERT INTO presence_change (object_id, last_seen, kind) VALUES (2, now(), 'online')";
+        "INSERT INTO presence_change (object_id, last_seen, is_online) VALUES (2, now(), true)";
     sqlx::query(insert).execute(&mut *slow).await.unwrap();
     store.record_seen(&[seen(3, HOUR)]).await.unwrap();
     let newest = async || history.extent().await.unwrap().unwrap().last.id;
@@ -74,8 +74,8 @@ async fn partitions_are_created_in_advance_and_dropped_when_old() {
         pool,
         "CREATE TABLE presence_change_20010203 PARTITION OF presence_change
              FOR VALUES FROM ('2001-02-03Z') TO ('2001-02-04Z');
-         INSERT INTO presence_change (object_id, at, last_seen, kind)
-             VALUES (1, '2001-02-03 12:00Z', now(), 'online')",
+         INSERT INTO presence_change (object_id, at, last_seen, is_online)
+             VALUES (1, '2001-02-03 12:00Z', now(), true)",
     )
     .await;
     store.maintain_history().await.unwrap();
@@ -105,7 +105,7 @@ async fn changes_without_a_partition_are_kept_and_expire() {
     store.maintain_history().await.unwrap();
     assert_eq!(partitions(pool).await.len(), 8);
     wait_until("both changes are readable", async || readable(&history).await == 2).await;
-    run(pool, "UPDATE presence_change SET at = at - interval '31 d' WHERE kind = 'online'").await;
+    run(pool, "UPDATE presence_change SET at = at - interval '31 d' WHERE is_online").await;
     store.maintain_history().await.unwrap();
     assert_eq!(readable(&history).await, 1);
 }

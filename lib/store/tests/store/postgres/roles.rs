@@ -141,9 +141,9 @@ async fn no_role_can_exceed_its_rights() {
         ("consumer routine viewer migration", "SELECT * FROM other"),
         (
             "viewer",
-            "INSERT INTO presence_change (object_id, last_seen, kind) VALUES (1, now(), 'gone')",
+            "INSERT INTO presence_change (object_id, last_seen, is_online) VALUES (1, now(), false)",
         ),
-        ("consumer routine viewer", "UPDATE presence_change SET kind = 'gone'"),
+        ("consumer routine viewer", "UPDATE presence_change SET is_online = false"),
         ("consumer routine viewer", "DELETE FROM presence_change"),
         ("consumer routine viewer", "DELETE FROM presence_change_default"),
         ("consumer routine", "SELECT FROM presence_change"),
