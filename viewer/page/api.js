@@ -12,13 +12,14 @@ export function parse(text) {
   return { objects: objects.map(({ id, last_seen }) => ({ id, at: Date.parse(last_seen) })), remaining };
 }
 
-/** Fetches the object `id` as `{id, at, sightings}`; null if it is not online. */
+/** Fetches the object `id` as `{id, online, at, sightings}`; null if it is neither online nor in the history. */
 export async function fetchObject(id, signal) {
   const response = await fetch(address(`objects/${id}`), { signal: AbortSignal.any([signal, AbortSignal.timeout(5000)]) });
   if (response.status === 404) return null;
   if (!response.ok) throw new Error(`the viewer answered ${response.status}`);
   const object = await response.json();
-  return { id: object.id, at: Date.parse(object.last_seen), sightings: object.sightings.map((at) => Date.parse(at)) };
+  const sightings = object.sightings.map((at) => Date.parse(at));
+  return { id: object.id, online: object.online, at: Date.parse(object.last_seen), sightings };
 }
 
 // The range of 64-bit integers.

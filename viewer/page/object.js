@@ -77,7 +77,7 @@ export class ObjectPanel {
         // Changes that the stream sent meanwhile may be newer than the response.
         this.#sightings = merge(object.sightings, this.#sightings);
         this.#seenAt = Math.max(object.at, this.#seenAt ?? object.at);
-        this.#state = "online";
+        this.#state = object.online ? "online" : "gone";
       } else {
         this.#state = this.#seenAt === null ? "absent" : "gone";
       }
