@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use chrono::DateTime;
 use serde::Deserialize;
 use store::{Moment, SessionQuery};
@@ -39,6 +40,57 @@ pub(crate) struct AvailabilityQuery {
     /// How far back to look, such as `24h`, which is the default
     #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h|d)$")]
     window: Option<String>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ChangesQuery {
+    /// The field `next` of the previous page, or `latest`
+    #[param(pattern = "^(latest|0|[1-9][0-9]{0,17})$")]
+    after: Option<String>,
+    /// Maximum number of changes in a page; ignored for a stream
+    #[param(value_type = Option<u32>, minimum = 1, maximum = 1000, default = 100)]
+    limit: Option<String>,
+    /// Same as the header `Last-Event-ID`, for clients that cannot send the header
+    #[serde(rename = "lastEventId")]
+    #[param(pattern = "^(0|[1-9][0-9]{0,17})$")]
+    last_event_id: Option<String>,
+    /// Ignored: some clients add it to bypass caches
+    #[serde(rename = "_")]
+    #[expect(dead_code, reason = "declared so that it is not rejected as unknown")]
+    cache_buster: Option<String>,
+}
+
+pub(super) struct ChangesRequest {
+    pub(super) start: Start,
+    pub(super) limit: usize,
+}
+
+/// Where the feed begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    After(i64),
+    Latest,
+}
+
+impl ChangesQuery {
+    pub(super) fn parse(
+        &self,
+        last_event_id: Option<&HeaderValue>,
+    ) -> Result<ChangesRequest, String> {
+        let limit = parse_page_limit(self.limit.as_deref())?;
+        // A browser that reconnects sends the same parameters, so the header is newer.
+        let last_event_id = last_event_id.map(|id| id.to_str().unwrap_or_default());
+        let resumed = last_event_id.or(self.last_event_id.as_deref());
+        let start = match (resumed, self.after.as_deref()) {
+            (Some(id), _) => Start::After(parse_cursor("Last-Event-ID", id)?),
+            (None, Some("latest")) => Start::Latest,
+            (None, Some(cursor)) => Start::After(parse_cursor("after", cursor)?),
+            (None, None) => Start::After(0),
+        };
+        Ok(ChangesRequest { start, limit })
+    }
 }
 
 impl SessionsQuery {
