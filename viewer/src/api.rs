@@ -33,7 +33,7 @@ pub(crate) use query::{ObjectId, ObjectsQuery, StreamQuery, parse_duration, pars
 /// Built at the first request, so that the process starts quickly.
 static DOCUMENT: LazyLock<utoipa::openapi::OpenApi> = LazyLock::new(openapi::Document::openapi);
 
-const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
+pub(crate) const LAST_EVENT_ID: HeaderName = HeaderName::from_static("last-event-id");
 
 #[derive(Clone)]
 pub(crate) struct Shared {
@@ -284,14 +284,7 @@ pub(crate) async fn changes(
     let query = query.map_err(|error| bad_request(error.body_text()))?.0;
     let request = query.parse(after).map_err(bad_request)?;
     let body = stream::body(&shared.view, &shared.subscribers, request, shared.shutdown);
-    let headers = [
-        (header::CONTENT_TYPE, "text/event-stream"),
-        // A proxy that compresses the stream may delay events.
-        (header::CACHE_CONTROL, "no-store, no-transform"),
-        // nginx would buffer events.
-        (HeaderName::from_static("x-accel-buffering"), "no"),
-    ];
-    Ok((headers, body).into_response())
+    Ok((stream::HEADERS, body).into_response())
 }
 
 impl Shared {

@@ -1,7 +1,10 @@
 //! The part of the API that reads the history: objects that are gone, sessions, availability, and
 //! the feed of changes.
 
+pub(crate) mod changes;
+mod feed;
 mod query;
+mod ring;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,8 +15,9 @@ use axum::http::StatusCode;
 use axum::routing::get;
 use axum::{Json, Router};
 use runtime::problem::Problem;
+use runtime::{CriticalTask, Supervisor};
 use serde::Serialize;
-use store::{Change, History, Moment, Presence, StoreError};
+use store::{Change, History, Moment, Presence};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use utoipa::ToSchema;
@@ -21,6 +25,7 @@ use utoipa::ToSchema;
 use crate::api::{ObjectId, Shared, bad_request, unavailable};
 use crate::object::format_time;
 use crate::openapi;
+use feed::{Feed, FeedError};
 use query::{AvailabilityQuery, SessionsQuery};
 
 /// Maximum number of requests that read the history or wait for a connection to the database.
@@ -32,13 +37,14 @@ pub(crate) fn router() -> Router<Shared> {
     Router::new()
         .route("/objects/{id}/sessions", get(sessions))
         .route("/objects/{id}/availability", get(availability))
+        .route("/changes", get(changes::presence_changes))
 }
 
 /// Reads the history for requests. Clones share the limit of requests.
 #[derive(Clone)]
 pub(crate) struct HistoryReader {
     /// `None` if `HISTORY_RETENTION` is 0.
-    history: Option<History>,
+    enabled: Option<(History, Arc<Feed>)>,
     requests: Arc<Semaphore>,
 }
 
@@ -148,13 +154,24 @@ pub(crate) async fn availability(
 
 impl HistoryReader {
     pub(crate) fn new(store: &store::Config) -> Self {
-        let history = store.history.is_on().then(|| History::new(store));
-        Self { history, requests: Arc::new(Semaphore::new(REQUESTS_MAX)) }
+        let enabled = store.history.is_on().then(|| {
+            let history = History::new(store);
+            (history.clone(), Arc::new(Feed::new(history)))
+        });
+        Self { enabled, requests: Arc::new(Semaphore::new(REQUESTS_MAX)) }
+    }
+
+    /// Spawns what the feed of changes needs.
+    pub(crate) fn spawn(&self, supervisor: &Supervisor) -> Option<CriticalTask> {
+        let (_, feed) = self.enabled.as_ref()?;
+        let feed = Arc::clone(feed);
+        let run = async move { match feed.run().await {} };
+        Some(supervisor.spawn_critical("feed of changes", run))
     }
 
     /// The latest change of an object; `None` without a change, or if there is no history.
     pub(crate) async fn latest_change(&self, id: i64) -> Result<Option<Change>, Problem> {
-        if self.history.is_none() {
+        if self.enabled.is_none() {
             return Ok(None);
         }
         self.read(async |history: &History| history.latest(id).await).await
@@ -177,31 +194,40 @@ impl HistoryReader {
     }
 
     /// Runs `read`, unless too many requests are waiting for the database.
-    async fn read<T>(
+    async fn read<T, E: Into<FeedError>>(
         &self,
-        read: impl AsyncFnOnce(&History) -> Result<T, StoreError>,
+        read: impl AsyncFnOnce(&History) -> Result<T, E>,
     ) -> Result<T, Problem> {
-        let history = self.history()?;
+        let (history, _) = self.enabled()?;
         let Ok(_permit) = self.requests.try_acquire() else {
             return Err(unavailable(format!(
                 "{REQUESTS_MAX} other requests are reading the history; try again"
             )));
         };
-        match timeout(READ_TIMEOUT, read(history)).await {
-            Ok(outcome) => outcome.map_err(|error| unavailable(error.to_string())),
-            Err(_) => Err(unavailable(format!(
-                "the database has not answered within {} s",
-                READ_TIMEOUT.as_secs()
-            ))),
-        }
+        within_deadline(read(history)).await
     }
 
-    fn history(&self) -> Result<&History, Problem> {
-        self.history.as_ref().ok_or_else(|| {
+    fn feed(&self) -> Result<Arc<Feed>, Problem> {
+        self.enabled().map(|(_, feed)| Arc::clone(feed))
+    }
+
+    fn enabled(&self) -> Result<&(History, Arc<Feed>), Problem> {
+        self.enabled.as_ref().ok_or_else(|| {
             let detail = "there is no history, because HISTORY_RETENTION is 0";
             Problem::new(StatusCode::NOT_FOUND, detail)
         })
     }
+}
+
+/// Ends a reading of the history that takes longer than a request may take.
+async fn within_deadline<T, E: Into<FeedError>>(
+    read: impl Future<Output = Result<T, E>>,
+) -> Result<T, Problem> {
+    let Ok(outcome) = timeout(READ_TIMEOUT, read).await else {
+        let seconds = READ_TIMEOUT.as_secs();
+        return Err(unavailable(format!("the history could not be read within {seconds} s")));
+    };
+    outcome.map_err(|error| Problem::from(error.into()))
 }
 
 impl From<store::Session> for Session {
@@ -218,6 +244,14 @@ impl From<store::Session> for Session {
 /// When the object of this change was deleted; `None` if the change does not say it.
 pub(crate) fn gone_at(change: &Change) -> Option<String> {
     (change.presence == Presence::Gone).then(|| text(change.at))
+}
+
+/// The name of the change in the API.
+fn name(presence: Presence) -> &'static str {
+    match presence {
+        Presence::Online => "online",
+        Presence::Gone => "gone",
+    }
 }
 
 pub(crate) fn text(moment: Moment) -> String {

@@ -32,6 +32,7 @@ pub(crate) struct ProblemDetails {
         api::object,
         history::sessions,
         history::availability,
+        history::changes::presence_changes,
         api::stats,
         api::changes,
     )

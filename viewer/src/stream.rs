@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use axum::body::Body;
+use axum::http::{HeaderName, header};
 use bytes::Bytes;
 use futures_util::stream;
 use runtime::CancellationToken;
@@ -21,12 +22,20 @@ use self::cursor::{Cursor, Listing};
 use crate::object::{as_f64, encode};
 use crate::view_state::{ListRequest, NextItem, TooFarBehind, ViewState};
 
+/// The headers of a stream of server-sent events.
+pub(crate) const HEADERS: [(HeaderName, &str); 3] = [
+    (header::CONTENT_TYPE, "text/event-stream"),
+    // A proxy that compresses the stream may delay events.
+    (header::CACHE_CONTROL, "no-store, no-transform"),
+    // nginx would buffer events.
+    (HeaderName::from_static("x-accel-buffering"), "no"),
+];
 /// The stream sends a line at least this often, so that each side notices the loss of the other.
-const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
+pub(crate) const HEARTBEAT_INTERVAL: Duration = Duration::from_secs(15);
 /// The first block: sets how long browsers wait before they reconnect.
 const RETRY_HINT: &[u8] = b"retry: 1000\n\n";
 /// An empty comment, which clients ignore.
-const HEARTBEAT: &[u8] = b":\n\n";
+pub(crate) const HEARTBEAT: &[u8] = b":\n\n";
 /// Number of skipped changes after which the stream lets other tasks run.
 const SKIPPED_BETWEEN_YIELDS: usize = 64;
 /// The last block for a subscriber that reads more slowly than objects change. It asks for a long
@@ -42,12 +51,20 @@ impl Subscribers {
         self.0.load(Ordering::Relaxed)
     }
 
-    fn add(&self, count: isize) {
-        let now = if count > 0 {
-            self.0.fetch_add(1, Ordering::Relaxed) + 1
-        } else {
-            self.0.fetch_sub(1, Ordering::Relaxed) - 1
-        };
+    /// Counts a subscriber until the result is dropped.
+    pub(crate) fn join(&self) -> CountedSubscriber {
+        let now = self.0.fetch_add(1, Ordering::Relaxed) + 1;
+        metrics::gauge!("lastseen_viewer_subscribers").set(as_f64(now));
+        CountedSubscriber(self.clone())
+    }
+}
+
+/// A subscriber that counts as connected.
+pub(crate) struct CountedSubscriber(Subscribers);
+
+impl Drop for CountedSubscriber {
+    fn drop(&mut self) {
+        let now = self.0.0.fetch_sub(1, Ordering::Relaxed) - 1;
         metrics::gauge!("lastseen_viewer_subscribers").set(as_f64(now));
     }
 }
@@ -82,7 +99,7 @@ pub(crate) fn body(
 
 struct Subscription {
     view: Arc<ViewState>,
-    subscribers: Subscribers,
+    _counted: CountedSubscriber,
     published: watch::Receiver<u64>,
     is_complete: watch::Receiver<bool>,
     ids: Option<Box<[i64]>>,
@@ -107,10 +124,9 @@ impl Subscription {
         request: Request,
         shutdown: CancellationToken,
     ) -> Self {
-        subscribers.add(1);
         Self {
             view: Arc::clone(view),
-            subscribers: subscribers.clone(),
+            _counted: subscribers.join(),
             published: view.published(),
             is_complete: view.is_complete(),
             ids: request.ids,
@@ -249,12 +265,6 @@ impl Subscription {
             }
             _ => Bytes::from_static(HEARTBEAT),
         }
-    }
-}
-
-impl Drop for Subscription {
-    fn drop(&mut self) {
-        self.subscribers.add(-1);
     }
 }
 

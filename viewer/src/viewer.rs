@@ -33,6 +33,7 @@ pub struct Viewer {
     table_sync: TableSync,
     subscriber: Subscriber,
     scraper: Arc<MetricsScraper>,
+    history: HistoryReader,
 }
 
 /// The resources of the viewer.
@@ -78,13 +79,14 @@ impl Viewer {
             quiet_period: QUIET_PERIOD,
             ..http::Limits::default()
         };
+        let history = HistoryReader::new(&store);
         let router = api::router(Shared {
             view: Arc::clone(&state),
             scraper: Arc::clone(&scraper),
             subscribers: Subscribers::default(),
             table_status,
             events_status: subscriber.status(),
-            history: HistoryReader::new(&store),
+            history: history.clone(),
             shutdown: context.shutdown.clone(),
             hosts: Hosts::new(&view.viewer_hosts),
         });
@@ -95,7 +97,7 @@ impl Viewer {
             table_status: table_sender,
             first_reading: first_reading_sender,
         };
-        Ok(Self { listener, limits, router, context, table_sync, subscriber, scraper })
+        Ok(Self { listener, limits, router, context, table_sync, subscriber, scraper, history })
     }
 
     /// The address that the viewer listens on, with the actual port if the setting was port 0.
@@ -112,7 +114,8 @@ impl Viewer {
     /// When the operating system does not report the address.
     pub async fn serve(self) -> anyhow::Result<()> {
         tracing::info!(address = %self.address()?, "serving the page and the API");
-        let Self { listener, limits, router, context, table_sync, subscriber, scraper } = self;
+        let Self { listener, limits, router, context, table_sync, subscriber, scraper, history } =
+            self;
         let Context { shutdown, supervisor, .. } = context;
         let view = Arc::clone(&table_sync.view);
         // Separate tasks, so that a large table delays no response.
@@ -124,6 +127,7 @@ impl Viewer {
             supervisor
                 .spawn_critical("metrics scraper", async move { match scraper.run().await {} }),
         ];
+        let _feed = history.spawn(&supervisor);
         http::serve(listener, router, limits, shutdown).await;
         Ok(())
     }

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use axum::http::HeaderValue;
 use chrono::DateTime;
 use serde::Deserialize;
 use store::{Moment, SessionQuery};
@@ -39,6 +40,69 @@ pub(crate) struct AvailabilityQuery {
     /// How far back to look, such as `24h`, which is the default
     #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h|d)$")]
     window: Option<String>,
+}
+
+#[derive(Deserialize, IntoParams)]
+#[serde(deny_unknown_fields)]
+#[into_params(parameter_in = Query)]
+pub(crate) struct ChangesQuery {
+    /// The field `next` of the previous page, or `latest`
+    #[param(pattern = "^(latest|0|[1-9][0-9]{0,17})$")]
+    after: Option<String>,
+    /// Maximum number of changes in a page; ignored for a stream
+    #[param(value_type = Option<u32>, minimum = 1, maximum = 1000, default = 100)]
+    limit: Option<String>,
+    /// Same as the header `Last-Event-ID`, for clients that cannot send the header
+    #[serde(rename = "lastEventId")]
+    #[param(pattern = "^(0|[1-9][0-9]{0,17})$")]
+    last_event_id: Option<String>,
+    /// Ignored: some clients add it to bypass caches
+    #[serde(rename = "_")]
+    #[expect(dead_code, reason = "declared so that it is not rejected as unknown")]
+    cache_buster: Option<String>,
+}
+
+/// Describes the header.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+pub(crate) struct LastEventId {
+    /// The cursor of the last change that the client received; precedes the parameters
+    #[param(rename = "Last-Event-ID", required = false, pattern = "^(0|[1-9][0-9]{0,17})$")]
+    #[expect(dead_code, reason = "the request's headers are read instead")]
+    last_event_id: String,
+}
+
+pub(super) struct ChangesRequest {
+    pub(super) start: Start,
+    pub(super) limit: usize,
+}
+
+/// Where the feed begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Start {
+    After(i64),
+    Latest,
+}
+
+impl ChangesQuery {
+    pub(super) fn parse(
+        &self,
+        last_event_id: Option<&HeaderValue>,
+    ) -> Result<ChangesRequest, String> {
+        let limit = parse_page_limit(self.limit.as_deref())?;
+        let header = last_event_id.map(|id| id.to_str().unwrap_or_default());
+        let header = header.map(|id| parse_cursor("Last-Event-ID", id)).transpose()?;
+        let parameter = self.last_event_id.as_deref();
+        let parameter = parameter.map(|id| parse_cursor("lastEventId", id)).transpose()?;
+        let start = match self.after.as_deref() {
+            None => Start::After(0),
+            Some("latest") => Start::Latest,
+            Some(cursor) => Start::After(parse_cursor("after", cursor)?),
+        };
+        // A browser that reconnects sends the same parameters, so the header is newer.
+        let start = header.or(parameter).map_or(start, Start::After);
+        Ok(ChangesRequest { start, limit })
+    }
 }
 
 impl SessionsQuery {

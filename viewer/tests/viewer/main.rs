@@ -10,6 +10,7 @@
 
 mod api;
 mod fixture;
+mod history;
 mod process;
 mod stream;
 mod subscriber;

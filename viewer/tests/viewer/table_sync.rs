@@ -98,7 +98,7 @@ async fn before_the_first_reading_objects_are_503_and_streams_wait() {
 async fn critical_tasks_are_supervised_until_the_end() {
     let viewer = Fixture::new().await.start_viewer().await;
     let supervisor = viewer.supervisor.clone();
-    let tasks = ["metrics scraper", "publisher of changes", "table sync"];
+    let tasks = ["feed of changes", "metrics scraper", "publisher of changes", "table sync"];
     assert_eq!(supervisor.running(), tasks);
     viewer.stop().await;
     assert!(supervisor.failure().now_or_never().is_none(), "a clean end failed");
