@@ -131,8 +131,8 @@ impl History {
         })
     }
 
-    /// The position of the latest change up to which [`History::changes_after`] returns all changes;
-    /// 0 if there is none, or if it is not known yet because a transaction is open.
+    /// The position of the latest change that [`History::changes_after`] returns; 0 if there is none,
+    /// or if it is not known yet because a transaction is open.
     ///
     /// # Errors
     /// As [`History::changes_after`].

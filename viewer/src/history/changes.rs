@@ -11,7 +11,7 @@ use store::History;
 use utoipa::ToSchema;
 
 use super::feed::{self, FeedError};
-use super::query::{ChangesQuery, Start};
+use super::query::{ChangesQuery, LastEventId, Start};
 use super::{name, text, within_deadline};
 use crate::api::{LAST_EVENT_ID, ObjectId, Shared, bad_request, unavailable};
 use crate::openapi;
@@ -69,20 +69,17 @@ impl From<&store::Change> for Change {
 /// Follow the history
 ///
 /// Each change of an object's presence exactly once, also if a client was away in between: all
-/// changes after a cursor, in an order in which the changes of one object follow each other. Without
-/// a cursor, the feed begins with the oldest change of the history. With `after=latest`, it begins
-/// with the next one.
+/// changes after a cursor. The changes of one object arrive in the order in which they happened.
+/// Without a cursor, the feed begins with the oldest change of the history. With `after=latest`, it
+/// begins with the next one.
 ///
 /// With `Accept: text/event-stream`, which browsers send for an `EventSource`, the response is an
 /// endless stream of server-sent events. `event` is `online` or `gone`, `id` is the cursor, and
-/// `data` is `{"id":"2","at":"…","last_seen":"…"}`. If nothing else arrives, a comment arrives every
-/// 15 s.
+/// `data` is `{"id":"2","at":"…","last_seen":"…"}`. If nothing else arrives, a comment arrives
+/// every 15 s.
 #[utoipa::path(
     get, path = "/changes",
-    params(
-        ChangesQuery,
-        ("Last-Event-ID" = Option<String>, Header, pattern = "^(0|[1-9][0-9]{0,17})$", description = "The cursor of the last change that the client received; precedes the parameters"),
-    ),
+    params(ChangesQuery, LastEventId),
     responses(
         (status = 200, description = "A page of changes, or the event stream", content((FeedPage = "application/json"), (String = "text/event-stream"))),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),

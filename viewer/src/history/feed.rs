@@ -20,8 +20,8 @@ use crate::stream::{CountedSubscriber, HEARTBEAT, HEARTBEAT_INTERVAL};
 
 /// How often the feed looks for new changes while it has subscribers.
 const POLL_INTERVAL: Duration = Duration::from_millis(250);
-/// How often a subscriber whose next changes are not in the ring looks for them in the history. They
-/// may not be settled yet, or the database may be away.
+/// How often a subscriber whose next changes are not in the ring looks for them in the history.
+/// They may not be settled yet, or the database may be away.
 const RETRY_INTERVAL: Duration = Duration::from_secs(1);
 /// Number of changes that the feed reads at a time.
 const PAGE_CHANGES: usize = CHANGES_MAX / 4;
@@ -69,13 +69,13 @@ impl Feed {
             while self.ring.receiver_count() > 0 {
                 self.follow().await;
             }
-            // A subscriber that arrives now reads the history itself until the ring is filled again.
+            // A subscriber that arrives now reads the history itself until there is a ring again.
             self.ring.send_replace(Ring::default());
         }
     }
 
-    /// Adds each change after the newest one to the ring, until there is no subscriber, or until the
-    /// database has been replaced by one that lacks the changes in the ring.
+    /// Adds each change after the newest one to the ring, until there is no subscriber, or until
+    /// the database has been replaced by one that lacks the changes in the ring.
     async fn follow(&self) {
         let mut position = None;
         let mut is_away = false;
@@ -164,8 +164,8 @@ impl Subscription {
         if is_in_ring() {
             return Ok(());
         }
-        // Unlike other requests, streams wait for their turn here, because browsers reconnect all at
-        // once and give up after an error. Meanwhile the ring is filled, which saves most checks.
+        // Unlike other requests, streams wait for their turn here, because browsers reconnect all
+        // at once and give up after an error. Meanwhile the ring starts, which saves most checks.
         let _permit = self.feed.catching_up.acquire().await;
         if is_in_ring() {
             return Ok(());

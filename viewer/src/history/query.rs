@@ -62,6 +62,16 @@ pub(crate) struct ChangesQuery {
     cache_buster: Option<String>,
 }
 
+/// Describes the header.
+#[derive(IntoParams)]
+#[into_params(parameter_in = Header)]
+pub(crate) struct LastEventId {
+    /// The cursor of the last change that the client received; precedes the parameters
+    #[param(rename = "Last-Event-ID", required = false, pattern = "^(0|[1-9][0-9]{0,17})$")]
+    #[expect(dead_code, reason = "the request's headers are read instead")]
+    last_event_id: String,
+}
+
 pub(super) struct ChangesRequest {
     pub(super) start: Start,
     pub(super) limit: usize,
@@ -80,15 +90,17 @@ impl ChangesQuery {
         last_event_id: Option<&HeaderValue>,
     ) -> Result<ChangesRequest, String> {
         let limit = parse_page_limit(self.limit.as_deref())?;
-        // A browser that reconnects sends the same parameters, so the header is newer.
-        let last_event_id = last_event_id.map(|id| id.to_str().unwrap_or_default());
-        let resumed = last_event_id.or(self.last_event_id.as_deref());
-        let start = match (resumed, self.after.as_deref()) {
-            (Some(id), _) => Start::After(parse_cursor("Last-Event-ID", id)?),
-            (None, Some("latest")) => Start::Latest,
-            (None, Some(cursor)) => Start::After(parse_cursor("after", cursor)?),
-            (None, None) => Start::After(0),
+        let header = last_event_id.map(|id| id.to_str().unwrap_or_default());
+        let header = header.map(|id| parse_cursor("Last-Event-ID", id)).transpose()?;
+        let parameter = self.last_event_id.as_deref();
+        let parameter = parameter.map(|id| parse_cursor("lastEventId", id)).transpose()?;
+        let start = match self.after.as_deref() {
+            None => Start::After(0),
+            Some("latest") => Start::Latest,
+            Some(cursor) => Start::After(parse_cursor("after", cursor)?),
         };
+        // A browser that reconnects sends the same parameters, so the header is newer.
+        let start = header.or(parameter).map_or(start, Start::After);
         Ok(ChangesRequest { start, limit })
     }
 }

@@ -311,7 +311,7 @@ async fn invalid_request_for_the_history_is_400() {
         ("/objects/1/availability?window=soon", "window: expected a duration"),
         ("/changes?after=newest", "after: expected"),
         ("/changes?limit=0", "limit: expected"),
-        ("/changes?lastEventId=latest", "Last-Event-ID: expected"),
+        ("/changes?lastEventId=latest", "lastEventId: expected"),
         ("/changes?from=1", "unknown field"),
     ] {
         let (status, problem) = viewer.get(path).await;

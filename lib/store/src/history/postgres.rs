@@ -1,6 +1,5 @@
 //! Reads the history in Postgres.
 
-use std::fmt::Write as _;
 use std::time::Duration;
 
 use parking_lot::Mutex;
