@@ -81,9 +81,9 @@ async fn changes_continue_after_a_cursor_and_follow() {
         assert_eq!(follower.wait().await.code(), Some(0));
 
         let all = json(&home, &["changes", "--json"]).await;
-        let followed: Vec<Value> =
+        let printed: Vec<Value> =
             follower.log().iter().filter_map(|line| serde_json::from_str(line).ok()).collect();
-        assert_eq!(followed, all);
+        assert_eq!(printed, all);
         assert_eq!(texts(&all, "kind"), ["online", "gone", "online", "gone"]);
         let second = all[1]["cursor"].as_str().unwrap();
         assert_eq!(json(&home, &["changes", "--json", "--after", second]).await, all[2..]);
