@@ -128,6 +128,19 @@ impl History {
         })
     }
 
+    /// The position up to which all changes are committed or rolled back, so that a statement that
+    /// begins later sees the effects of all of them; 0 if it is not known yet, or without a change.
+    ///
+    /// # Errors
+    /// As [`History::changes_after`].
+    pub async fn settled_position(&self) -> Result<i64, StoreError> {
+        match &self.0 {
+            Kind::Postgres(reader) => reader.settled_position().await,
+            // All visible changes are settled.
+            Kind::Sqlite(_) => Ok(self.extent().await?.map_or(0, |extent| extent.last.position)),
+        }
+    }
+
     /// The sessions of one object, newest first.
     ///
     /// # Errors

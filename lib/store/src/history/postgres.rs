@@ -132,6 +132,10 @@ impl Reader {
         Ok(horizon.settled)
     }
 
+    pub(super) async fn settled_position(&self) -> Result<i64, StoreError> {
+        Ok(self.read_horizon().await?.position)
+    }
+
     pub(super) async fn extent(&self) -> Result<Vec<Change>, StoreError> {
         self.changes(
             "WHERE position IN ((SELECT min(position) FROM presence_change),

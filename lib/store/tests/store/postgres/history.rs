@@ -29,6 +29,8 @@ async fn no_change_is_read_before_an_earlier_one_is_committed() {
     let history = History::new(&config(database.url()));
     store.record_seen(&[seen(1, HOUR)]).await.unwrap();
     wait_until("the first change is readable", async || readable(&history).await == 1).await;
+    let first = history.settled_position().await.unwrap();
+    assert_eq!(first, history.extent().await.unwrap().unwrap().last.position);
 
     let mut other = PgConnection::connect(database.url()).await.unwrap();
     let mut slow = other.begin().await.unwrap();
@@ -40,11 +42,13 @@ async fn no_change_is_read_before_an_earlier_one_is_committed() {
     assert_eq!(visible.last.id, 3);
     for _ in 0..3 {
         assert_eq!(readable(&history).await, 1);
+        assert_eq!(history.settled_position().await.unwrap(), first);
     }
     slow.commit().await.unwrap();
     wait_until("all changes are readable", async || readable(&history).await == 3).await;
     let changes = history.changes_after(0, 10).await.unwrap().changes;
     assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(history.settled_position().await.unwrap(), changes[2].position);
 }
 
 #[tokio::test]
