@@ -106,9 +106,19 @@ impl Fixture {
     }
 
     pub(crate) fn start_unready_viewer(&self, exchange: Exchange) -> RunningViewer {
+        self.start_viewer_with_settings(exchange, &[])
+    }
+
+    /// Starts a viewer with additional settings. Does not wait until it is ready.
+    pub(crate) fn start_viewer_with_settings(
+        &self,
+        exchange: Exchange,
+        settings: &[&str],
+    ) -> RunningViewer {
         install_tls();
         let url = format!("--database-url={}", self.database.url());
-        let config: viewer::Config = parse([url.as_str(), "--viewer-addr=127.0.0.1:0"]);
+        let own = [url.as_str(), "--viewer-addr=127.0.0.1:0"];
+        let config: viewer::Config = parse([&own[..], settings].concat());
         let resources = Resources { store: config.store, exchange, is_pipeline: false };
         let context = Context::default();
         let viewer = Viewer::open(&config.view, resources, context.clone()).unwrap();

@@ -11,6 +11,7 @@
 mod api;
 mod fixture;
 mod process;
+mod snapshot;
 mod stream;
 mod subscriber;
 mod table_sync;
