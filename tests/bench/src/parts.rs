@@ -5,6 +5,7 @@ mod callbacks;
 mod cleanup;
 mod lookups;
 mod overload;
+mod restart;
 mod shards;
 mod traces;
 mod viewer;
@@ -47,6 +48,8 @@ pub(crate) enum Part {
     Viewer,
     /// The producer without traces, with few, and with all
     Traces,
+    /// The start of the viewer with a million objects, with and without a snapshot
+    Restart,
 }
 
 impl Part {
@@ -69,6 +72,7 @@ impl Part {
             Self::Backlog => lookups::measure_backlog(servers).await?,
             Self::Cleanup => cleanup::measure(servers).await?,
             Self::Viewer => viewer::measure(servers).await?,
+            Self::Restart => restart::measure(servers).await?,
             Self::Traces => traces::measure(servers).await?,
         };
         for row in &mut rows {
