@@ -20,7 +20,8 @@ const DEFAULT_TESTER_ENDPOINT: &str = "http://localhost:9010/";
 #[command(next_help_heading = "Lastseen", mut_args(adapt_to_commands))]
 #[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Config {
-    /// Directory of the queue and the table, queue.db and store.db; created if it does not exist
+    /// Directory of queue.db, store.db and viewer.snapshot (the queue, the table, and what the viewer
+    /// saves for its next start); created if it does not exist
     #[arg(long, global = true, default_value = "./data")]
     pub lastseen_dir: PathBuf,
     /// RabbitMQ to use instead of queue.db, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…;

@@ -104,7 +104,10 @@ impl AllRoles {
         if !without.no_viewer {
             let store = config.store();
             let resources = viewer::Resources { store, exchange, is_pipeline: true };
-            let viewer = Viewer::open(&config.view, resources, context.role("viewer"))?;
+            let mut view = config.view.clone();
+            let snapshot = || config.lastseen_dir.join("viewer.snapshot");
+            view.viewer_snapshot.get_or_insert_with(snapshot);
+            let viewer = Viewer::open(&view, resources, context.role("viewer"))?;
             viewer_url = Some(url_of(viewer.address()?, "")?);
             roles.start("viewer", viewer.serve());
         }

@@ -1,6 +1,7 @@
 //! The viewer's settings.
 
 use std::net::SocketAddr;
+use std::path::PathBuf;
 
 use reqwest::Url;
 use runtime::settings;
@@ -38,6 +39,10 @@ pub struct View {
     /// addresses, names without a dot and names of a private domain (.local, .internal, .svc)
     #[arg(long, value_delimiter = ',')]
     pub viewer_hosts: Vec<AllowedHost>,
+    /// File in which the viewer saves what it shows, for its next start; each viewer needs its own
+    /// [default: none; for lastseen: viewer.snapshot in `LASTSEEN_DIR`]
+    #[arg(long, value_parser = snapshot_file)]
+    pub viewer_snapshot: Option<PathBuf>,
     /// URLs of the services' metrics, which the page shows, separated by commas [default: producer,
     /// consumer and routine on localhost, at their default ports; for lastseen: itself]
     #[arg(long, value_delimiter = ',', value_parser = metrics_url)]
@@ -79,6 +84,14 @@ fn events_by_default(setting: clap::Arg) -> clap::Arg {
         return setting;
     }
     setting.default_value("amqp://guest:guest@localhost:5672/%2f")
+}
+
+fn snapshot_file(text: &str) -> Result<PathBuf, String> {
+    let path = PathBuf::from(text);
+    if path.file_name().is_none() || text.ends_with('/') || path.is_dir() {
+        return Err("expected the path of a file, such as /var/lib/lastseen/viewer.snapshot".into());
+    }
+    Ok(path)
 }
 
 fn metrics_url(text: &str) -> Result<Url, String> {

@@ -13,6 +13,7 @@ mod metrics_scraper;
 mod object;
 mod openapi;
 mod page;
+mod snapshot;
 mod stream;
 mod table_sync;
 mod view_state;

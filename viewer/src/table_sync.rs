@@ -13,6 +13,7 @@ use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
 
 use crate::object::{Object, to_micros};
+use crate::snapshot::Snapshot;
 use crate::view_state::ViewState;
 
 /// Number of rows in one query.
@@ -38,8 +39,10 @@ pub(crate) struct TableSync {
     pub(crate) view: Arc<ViewState>,
     pub(crate) store: store::Config,
     pub(crate) table_status: watch::Sender<Status>,
-    /// `Ok` from the first successful reading on, even if the database cannot be reached later.
+    /// `Ok` from the first successful reading on, or from the restoring of a snapshot on, even if the
+    /// database cannot be reached later.
     pub(crate) first_reading: watch::Sender<Status>,
+    pub(crate) snapshot: Option<Arc<Snapshot>>,
 }
 
 impl TableSync {
@@ -83,7 +86,16 @@ impl TableSync {
         let mut delays = messaging::amqp::backoff();
         let mut coverage = EventCoverage::default();
         let mut interval = INTERVAL_MIN;
+        let (mut snapshot, mut history_error) = (self.snapshot.clone(), None);
         loop {
+            if let Some(earlier) = snapshot.take() {
+                let restored = earlier.restore().await;
+                if let Ok(true) = restored {
+                    _ = self.first_reading.send_replace(Ok(()));
+                }
+                snapshot = restored.is_err().then_some(earlier);
+                history_error = restored.err();
+            }
             let started = Instant::now();
             let reason = match self.read().await {
                 Ok(unannounced) => {
@@ -97,6 +109,14 @@ impl TableSync {
                         tracing::info!(objects = self.view.len(), "read the table again");
                     }
                     _ = self.first_reading.send_replace(Ok(()));
+                    snapshot = None;
+                    if let Some(error) = history_error.take() {
+                        tracing::warn!(
+                            %error,
+                            "cannot read the history: the viewer has read the table without its \
+                             snapshot; until the history can be read, no snapshot is saved"
+                        );
+                    }
                     sleep(PAUSE_MIN.max(started.elapsed() * PAUSE_FACTOR)).await;
                     self.wait_for_next_reading(interval, &mut events, missed).await;
                     continue;

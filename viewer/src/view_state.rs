@@ -19,6 +19,7 @@ use state::{Clock, State};
 
 pub(crate) use ring::{Change, TooFarBehind};
 pub(crate) use state::{ListRequest, ObjectBatch};
+pub(crate) use table::{SIGHTINGS_MAX, Sightings};
 
 /// Minimum interval between publications; changes in between are published together.
 const PUBLISH_INTERVAL: Duration = Duration::from_millis(40);
@@ -37,8 +38,10 @@ pub(crate) struct ViewState {
     /// The number of the latest published change.
     published: watch::Sender<u64>,
     changed: Notify,
-    /// Whether the whole table has been read once.
+    /// Whether the whole table has been read once, or an earlier view was restored.
     is_complete: watch::Sender<bool>,
+    /// The number of the latest completed reading.
+    completed: watch::Sender<u64>,
 }
 
 /// The next item for a subscriber.
@@ -60,6 +63,7 @@ impl ViewState {
             published: watch::Sender::new(0),
             changed: Notify::new(),
             is_complete: watch::Sender::new(false),
+            completed: watch::Sender::new(0),
         }
     }
 
@@ -102,9 +106,45 @@ impl ViewState {
             first = next;
             tokio::task::yield_now().await;
         }
+        self.mark_complete();
+        let reading = self.state.lock().table.reading();
+        self.completed.send_replace(reading);
+        removed
+    }
+
+    /// Lets requests and subscribers see the objects.
+    pub(crate) fn mark_complete(&self) {
         self.changed.notify_one();
         self.is_complete.send_replace(true);
-        removed
+    }
+
+    /// Waits for the end of a reading that begins after this call.
+    pub(crate) async fn next_reading(&self) {
+        let current = self.state.lock().table.reading();
+        let is_later = |completed: &u64| *completed > current;
+        // It does not fail, because `self` has the sender.
+        _ = self.completed.subscribe().wait_for(is_later).await;
+    }
+
+    /// Adds objects of an earlier view. The caller must do this before the view is complete, because
+    /// subscribers do not receive these objects as changes.
+    pub(crate) fn restore(&self, objects: impl Iterator<Item = (i64, Sightings)>) {
+        let mut objects = objects.peekable();
+        while objects.peek().is_some() {
+            let mut state = self.state.lock();
+            for (id, sightings) in objects.by_ref().take(SCAN_MAX) {
+                state.table.restore(id, sightings);
+            }
+        }
+    }
+
+    /// Passes the sightings of the next [`SCAN_MAX`] objects from `first` on to `visit`. Returns the
+    /// id from which to continue.
+    pub(crate) fn visit(&self, first: i64, mut visit: impl FnMut(i64, &Sightings)) -> Option<i64> {
+        let state = self.state.lock();
+        let mut objects = state.table.sightings_from(first);
+        objects.by_ref().take(SCAN_MAX).for_each(|(id, sightings)| visit(id, sightings));
+        objects.next().map(|(id, _)| id)
     }
 
     /// Checks the next [`SCAN_MAX`] objects. Returns the number of removed ones, and the id from

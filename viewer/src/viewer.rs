@@ -8,6 +8,7 @@ use anyhow::Context as _;
 use axum::Router;
 use messaging::events::{Exchange, Subscriber};
 use runtime::{Context, health_routes, http};
+use store::History;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
 
@@ -16,6 +17,7 @@ use crate::config::View;
 use crate::history::HistoryReader;
 use crate::hosts::Hosts;
 use crate::metrics_scraper::MetricsScraper;
+use crate::snapshot::Snapshot;
 use crate::stream::Subscribers;
 use crate::table_sync::TableSync;
 use crate::view_state::ViewState;
@@ -91,11 +93,15 @@ impl Viewer {
             hosts: Hosts::new(&view.viewer_hosts),
         });
         let router = router.merge(health_routes(health.clone()));
+        let snapshot_file = view.viewer_snapshot.clone().filter(|_| store.history.is_on());
+        let snapshot =
+            snapshot_file.map(|path| Snapshot::new(path, Arc::clone(&state), History::new(&store)));
         let table_sync = TableSync {
             view: state,
             store,
             table_status: table_sender,
             first_reading: first_reading_sender,
+            snapshot,
         };
         Ok(Self { listener, limits, router, context, table_sync, subscriber, scraper, history })
     }
@@ -118,6 +124,11 @@ impl Viewer {
             self;
         let Context { shutdown, supervisor, .. } = context;
         let view = Arc::clone(&table_sync.view);
+        let snapshot = table_sync.snapshot.clone();
+        let save = snapshot.clone().map(|snapshot| {
+            let save = async move { match snapshot.save_repeatedly().await {} };
+            supervisor.spawn_critical("snapshot", save)
+        });
         // Separate tasks, so that a large table delays no response.
         let _tasks = [
             supervisor.spawn_critical("table sync", table_sync.run(subscriber)),
@@ -129,6 +140,10 @@ impl Viewer {
         ];
         let _feed = history.spawn(&supervisor);
         http::serve(listener, router, limits, shutdown).await;
+        drop(save);
+        if let Some(snapshot) = snapshot {
+            snapshot.save_at_the_end().await;
+        }
         Ok(())
     }
 }

@@ -67,10 +67,13 @@ async fn objects_and_acks_survive_a_restart() {
     assert!(Partner::default().post(&endpoint, &[2, 8]).await);
     let both_online = async || (home.online().await == [2, 8]).then_some(());
     wait_for("both are online", both_online).await;
+    let snapshot = home.file("viewer.snapshot");
+    wait_until("the viewer has saved its snapshot", async || snapshot.exists()).await;
     lastseen.stop().await;
     // The command also works while no process runs.
     assert_eq!(home.online().await, [2, 8]);
-    home.start(&["--no-tester"]).await;
+    let (lastseen, _) = home.start(&["--no-tester"]).await;
+    lastseen.wait_for_log("restored the objects from the snapshot").await;
     assert_eq!(home.online().await, [2, 8]);
     assert_eq!(status_api.lookups().len(), 2, "an acked id was looked up again");
 }

@@ -131,14 +131,16 @@ impl History {
         })
     }
 
-    /// The position of the latest change that [`History::changes_after`] returns; 0 if there is none,
-    /// or if it is not known yet because a transaction is open.
+    /// The position up to which all changes are committed or rolled back, so that a statement that
+    /// begins later sees the effects of all of them; 0 if there is no change, or if it is not known
+    /// yet because a transaction is open.
     ///
     /// # Errors
     /// As [`History::changes_after`].
     pub async fn settled(&self) -> Result<i64, StoreError> {
         match &self.0 {
             Kind::Postgres(reader) => reader.settled().await,
+            // All visible changes are settled.
             Kind::Sqlite(_) => Ok(self.extent().await?.map_or(0, |extent| extent.last.position)),
         }
     }

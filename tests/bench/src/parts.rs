@@ -6,6 +6,7 @@ mod cleanup;
 mod history;
 mod lookups;
 mod overload;
+mod restart;
 mod shards;
 mod traces;
 mod viewer;
@@ -50,6 +51,8 @@ pub(crate) enum Part {
     Viewer,
     /// The producer without traces, with few, and with all
     Traces,
+    /// The start of the viewer with a million objects, with and without a snapshot
+    Restart,
 }
 
 impl Part {
@@ -73,6 +76,7 @@ impl Part {
             Self::Cleanup => cleanup::measure(servers).await?,
             Self::History => history::measure(servers).await?,
             Self::Viewer => viewer::measure(servers).await?,
+            Self::Restart => restart::measure(servers).await?,
             Self::Traces => traces::measure(servers).await?,
         };
         for row in &mut rows {

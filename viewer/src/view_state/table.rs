@@ -2,7 +2,7 @@
 //!
 //! Decision: docs/decisions/0050-how-does-the-viewer-order-events.md
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque, btree_map};
 use std::time::{Duration, Instant};
 
 use messaging::events::Kind;
@@ -10,7 +10,10 @@ use messaging::events::Kind;
 use crate::object::{Micros, Object};
 
 /// Number of sightings to keep for each object.
-const SIGHTINGS_MAX: usize = 20;
+pub(crate) const SIGHTINGS_MAX: usize = 20;
+/// The sightings of an object. The latest is at the end.
+pub(crate) type Sightings = VecDeque<Micros>;
+
 /// How long a gone object is remembered. An old sighting that arrives within this time does not
 /// bring the object back.
 const GONE_RETENTION: Duration = Duration::from_mins(2);
@@ -29,8 +32,7 @@ pub(super) struct Table {
 
 struct Entry {
     last_seen: Micros,
-    /// The latest is at the end.
-    sightings: VecDeque<Micros>,
+    sightings: Sightings,
     /// The number of the reading in which the latest event or row about the object arrived.
     confirmed_in: u64,
 }
@@ -85,6 +87,26 @@ impl Table {
         self.objects.remove(&id).map(|_| gone)
     }
 
+    /// Adds an object that was online earlier, or its earlier sightings if it is online now.
+    pub(super) fn restore(&mut self, id: i64, sightings: Sightings) {
+        let Some(&last_seen) = sightings.back() else { return };
+        if self.gone.get(&id).is_some_and(|gone| last_seen <= gone.last_seen) {
+            return;
+        }
+        match self.objects.entry(id) {
+            btree_map::Entry::Vacant(vacant) => {
+                vacant.insert(Entry { last_seen, sightings, confirmed_in: self.reading });
+            }
+            btree_map::Entry::Occupied(mut online) => {
+                let known = online.get_mut();
+                let all: BTreeSet<Micros> = known.sightings.drain(..).chain(sightings).collect();
+                known.last_seen = known.last_seen.max(last_seen);
+                let surplus = all.len().saturating_sub(SIGHTINGS_MAX);
+                known.sightings = all.into_iter().skip(surplus).collect();
+            }
+        }
+    }
+
     /// Begins a reading of the table. The caller marks the objects of all rows as seen.
     pub(super) fn begin_reading(&mut self) {
         self.reading += 1;
@@ -106,6 +128,11 @@ impl Table {
         (missing, next)
     }
 
+    /// The number of the current or latest reading.
+    pub(super) fn reading(&self) -> u64 {
+        self.reading
+    }
+
     pub(super) fn get(&self, id: i64) -> Option<Object> {
         self.objects.get(&id).map(|entry| Object { id, last_seen: entry.last_seen })
     }
@@ -119,6 +146,11 @@ impl Table {
     pub(super) fn from(&self, first: i64) -> impl Iterator<Item = Object> {
         let entries = self.objects.range(first..);
         entries.map(|(&id, entry)| Object { id, last_seen: entry.last_seen })
+    }
+
+    /// The sightings of the objects with ids from `first` on, in ascending order of the ids.
+    pub(super) fn sightings_from(&self, first: i64) -> impl Iterator<Item = (i64, &Sightings)> {
+        self.objects.range(first..).map(|(&id, entry)| (id, &entry.sightings))
     }
 
     fn remember_gone(&mut self, gone: Object) {
@@ -205,5 +237,28 @@ mod tests {
         }
         assert_eq!(table.sightings(1).unwrap(), (31..=50).rev().collect::<Vec<_>>());
         assert_eq!(table.sightings(2), None);
+    }
+
+    #[test]
+    fn restored_object_keeps_what_is_known_by_events() {
+        let mut table = Table::default();
+        for time in [20, 40] {
+            table.mark_seen(at(1, time));
+        }
+        table.mark_seen(at(2, 20));
+        table.mark_gone(at(3, 20));
+        table.mark_gone(at(4, 20));
+        for id in [1, 2, 3] {
+            table.restore(id, Sightings::from([10, 20]));
+        }
+        for id in [2, 4, 5] {
+            table.restore(id, Sightings::from([10, 30]));
+        }
+        let known = [1, 2, 3, 4, 5].map(|id| table.sightings(id).unwrap_or_default());
+        let (both, later) = (vec![30, 10], vec![30, 20, 10]);
+        assert_eq!(known, [vec![40, 20, 10], later, vec![], both.clone(), both]);
+        assert_eq!(table.get(2), Some(at(2, 30)));
+        table.restore(1, (1..=30).collect());
+        assert_eq!(table.sightings(1).unwrap(), [vec![40], (12..=30).rev().collect()].concat());
     }
 }

@@ -107,20 +107,26 @@ impl Fixture {
 
     /// Starts a viewer that reads no history.
     pub(crate) async fn start_viewer_without_history(&self) -> RunningViewer {
-        let running = self.start_with_retention(self.exchange.clone(), "0");
+        let running =
+            self.start_viewer_with_settings(self.exchange.clone(), &["--history-retention=0"]);
         wait_until("the viewer is ready", async || running.health.missing().is_empty()).await;
         running
     }
 
     pub(crate) fn start_unready_viewer(&self, exchange: Exchange) -> RunningViewer {
-        self.start_with_retention(exchange, "30d")
+        self.start_viewer_with_settings(exchange, &[])
     }
 
-    fn start_with_retention(&self, exchange: Exchange, retention: &str) -> RunningViewer {
+    /// Starts a viewer with additional settings. Does not wait until it is ready.
+    pub(crate) fn start_viewer_with_settings(
+        &self,
+        exchange: Exchange,
+        settings: &[&str],
+    ) -> RunningViewer {
         install_tls();
         let url = format!("--database-url={}", self.database.url());
-        let retention = format!("--history-retention={retention}");
-        let config: viewer::Config = parse([&url, "--viewer-addr=127.0.0.1:0", &retention]);
+        let own = [url.as_str(), "--viewer-addr=127.0.0.1:0"];
+        let config: viewer::Config = parse([&own[..], settings].concat());
         let resources = Resources { store: config.store, exchange, is_pipeline: false };
         let context = Context::default();
         let viewer = Viewer::open(&config.view, resources, context.clone()).unwrap();

@@ -12,6 +12,7 @@ mod api;
 mod fixture;
 mod history;
 mod process;
+mod snapshot;
 mod stream;
 mod subscriber;
 mod table_sync;

@@ -107,6 +107,7 @@ async fn invalid_setting_exits_with_78_and_names_allowed_values() {
     let bad = [
         ("VIEWER_ADDR", "9080", "expected IP:PORT"),
         ("VIEWER_MAX_CONNECTIONS", "0", "expected a whole number from 1 to 1000000"),
+        ("VIEWER_SNAPSHOT", "/tmp", "expected the path of a file"),
         ("VIEWER_METRICS", "https://me:s3cret@host", "expected http://HOST:PORT/metrics"),
     ];
     for (name, value, allowed) in bad {

@@ -215,6 +215,7 @@ async fn positions_outside_the_history_are_recognised(backend: &Backend) {
     let history = History::new(&backend.config());
     assert!(history.has_all_after(0).await.unwrap());
     assert!(!history.has_all_after(7).await.unwrap());
+    assert_eq!(history.settled().await.unwrap(), 0);
     come_and_go(&store, 1..=2, 1).await;
     backend.age_history(31).await;
     come_and_go(&store, 3..=4, 1).await;
@@ -223,6 +224,7 @@ async fn positions_outside_the_history_are_recognised(backend: &Backend) {
         assert!(history.has_all_after(change.position).await.unwrap());
     }
     assert!(!history.has_all_after(all[7].position + 1).await.unwrap());
+    assert_eq!(history.settled().await.unwrap(), all[7].position);
     store.maintain_history().await.unwrap();
     for (index, change) in all.iter().enumerate() {
         // The client of the last deleted change has not missed one.

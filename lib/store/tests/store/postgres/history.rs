@@ -42,6 +42,8 @@ async fn expect_changes_in_order(store: &Store, primary: &str, reader: &str) {
     let history = History::new(&config(reader));
     store.record_seen(&[seen(1, HOUR)]).await.unwrap();
     wait_until("the first change is readable", async || readable(&history).await == 1).await;
+    let first = history.settled().await.unwrap();
+    assert_eq!(first, history.extent().await.unwrap().unwrap().last.position);
 
     let mut other = PgConnection::connect(primary).await.unwrap();
     let mut slow = other.begin().await.unwrap();
@@ -53,11 +55,13 @@ async fn expect_changes_in_order(store: &Store, primary: &str, reader: &str) {
     wait_until("the later change is visible", async || newest().await == 3).await;
     for _ in 0..3 {
         assert_eq!(readable(&history).await, 1);
+        assert_eq!(history.settled().await.unwrap(), first);
     }
     slow.commit().await.unwrap();
     wait_until("all changes are readable", async || readable(&history).await == 3).await;
     let changes = history.changes_after(0, 10).await.unwrap().changes;
     assert_eq!(changes.iter().map(|change| change.id).collect::<Vec<_>>(), [1, 2, 3]);
+    assert_eq!(history.settled().await.unwrap(), changes[2].position);
 }
 
 #[tokio::test]
