@@ -23,7 +23,7 @@ const SINCE: std::ops::RangeInclusive<Duration> =
 #[group(skip)]
 pub struct Show {
     /// The object's id
-    #[arg(allow_negative_numbers = true)]
+    #[arg(allow_negative_numbers = true, value_parser = settings::number(i64::MIN..=i64::MAX))]
     pub id: i64,
     /// How far back to look
     #[arg(long, value_parser = settings::duration(SINCE), default_value = "7d")]

@@ -86,6 +86,9 @@ pub(crate) struct Page {
     objects: Vec<ObjectPresence>,
     /// The value of `after` for the next page; null if this is the last one.
     next: Option<String>,
+    /// The page shows the effects of all changes up to this cursor of `GET /changes`, and perhaps of
+    /// later ones; null if it is not known, or if there is no history.
+    cursor: Option<String>,
 }
 
 /// An object, and its latest sightings.
@@ -157,8 +160,10 @@ pub(crate) async fn objects(
 ) -> Result<Json<Page>, Problem> {
     let query = query.map_err(|error| bad_request(error.body_text()))?.0;
     let query = query.parse().map_err(bad_request)?;
+    // Before the objects are read, so that they contain the changes up to it.
+    let cursor = shared.view.cursor().map(|position| position.to_string());
     let Some(first) = query.first else {
-        return Ok(Json(Page { objects: Vec::new(), next: None }));
+        return Ok(Json(Page { objects: Vec::new(), next: None, cursor }));
     };
     // One object more than `limit` shows that there is a further page.
     let max = query.limit + 1;
@@ -187,7 +192,7 @@ pub(crate) async fn objects(
     let has_more = objects.len() > query.limit;
     objects.truncate(query.limit);
     let next = objects.last().filter(|_| has_more).map(|last| query::page_cursor(last.id.0));
-    Ok(Json(Page { objects, next }))
+    Ok(Json(Page { objects, next, cursor }))
 }
 
 /// Get one object

@@ -41,8 +41,6 @@ pub(crate) struct Snapshot {
     path: PathBuf,
     view: Arc<ViewState>,
     history: History,
-    /// The view contains all changes up to this position of the history.
-    cursor: Mutex<Option<i64>>,
     saved: Mutex<Saved>,
 }
 
@@ -56,8 +54,7 @@ struct Saved {
 
 impl Snapshot {
     pub(crate) fn new(path: PathBuf, view: Arc<ViewState>, history: History) -> Arc<Self> {
-        let (cursor, saved) = (Mutex::default(), Mutex::default());
-        Arc::new(Self { path, view, history, cursor, saved })
+        Arc::new(Self { path, view, history, saved: Mutex::default() })
     }
 
     /// Restores the saved objects and applies the changes since then. Returns whether the view is
@@ -97,6 +94,7 @@ impl Snapshot {
             );
             return Ok(false);
         };
+        self.view.set_cursor(last);
         self.view.mark_complete();
         let seconds = started.elapsed().as_secs_f64();
         tracing::info!(objects, changes, seconds, "restored the objects from the snapshot");
@@ -227,26 +225,15 @@ impl Snapshot {
 
     /// Saves the view after readings of the table.
     ///
-    /// A reading finds all changes that were committed before it began, even if their events were
-    /// lost. So the cursor is a position from before the reading, and the objects are copied after
-    /// it. The changes in between are applied again at the start, which has no further effect.
+    /// The objects are copied after the cursor. The changes in between are applied again at the
+    /// start, which has no further effect.
     pub(crate) async fn save_repeatedly(self: Arc<Self>) -> Infallible {
-        let mut next_save = Instant::now();
+        let mut completed = self.view.completed();
         loop {
-            let position = self.history.settled().await;
-            self.view.next_reading().await;
-            match position {
-                Ok(0) => continue,
-                Ok(position) => *self.cursor.lock() = Some(position),
-                Err(error) => {
-                    tracing::debug!(%error, "cannot read the position of the history");
-                    continue;
-                }
-            }
-            if Instant::now() >= next_save {
-                self.save().await;
-                next_save = Instant::now() + SAVE_INTERVAL;
-            }
+            // It does not fail, because `self` has the sender.
+            _ = completed.changed().await;
+            self.save().await;
+            sleep(SAVE_INTERVAL).await;
         }
     }
 
@@ -265,7 +252,7 @@ impl Snapshot {
     /// Saves the view if it has changed since the last save.
     fn save_changes(&self) {
         let mut saved = self.saved.lock();
-        let Some(cursor) = *self.cursor.lock() else { return };
+        let Some(cursor) = self.view.cursor() else { return };
         let version = (cursor, self.view.flush());
         if saved.version == Some(version) {
             return;
@@ -356,7 +343,7 @@ mod tests {
         let directory = scratch.path().join("directory");
         fs::write(&directory, "").unwrap();
         let snapshot = at(directory.join("file"));
-        *snapshot.cursor.lock() = Some(7);
+        snapshot.view.set_cursor(7);
         let save = |level| {
             let log = LogCapture::start(level, "viewer::snapshot");
             snapshot.save_changes();
@@ -369,7 +356,7 @@ mod tests {
         fs::remove_dir_all(&directory).unwrap();
         fs::write(&directory, "").unwrap();
         assert_eq!(save(Level::WARN), 0);
-        *snapshot.cursor.lock() = Some(8);
+        snapshot.view.set_cursor(8);
         assert_eq!(save(Level::WARN), 1);
     }
 

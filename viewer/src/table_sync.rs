@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use messaging::events::{Kind, Notification, Subscriber};
 use parking_lot::Mutex;
 use runtime::Status;
-use store::{Objects, StoreError};
+use store::{History, Objects, StoreError};
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
 
@@ -42,6 +42,8 @@ pub(crate) struct TableSync {
     /// `Ok` from the first successful reading on, or from the restoring of a snapshot on, even if the
     /// database cannot be reached later.
     pub(crate) first_reading: watch::Sender<Status>,
+    /// `None` if there is no history.
+    pub(crate) history: Option<History>,
     pub(crate) snapshot: Option<Arc<Snapshot>>,
 }
 
@@ -170,6 +172,12 @@ impl TableSync {
     /// Each reading opens a new connection: after a failover, an old one could still lead to the
     /// former primary.
     async fn read(&self) -> Result<Changes, StoreError> {
+        // A reading finds all changes that were settled before it began, even if their events were
+        // lost.
+        let settled = match &self.history {
+            Some(history) => history.settled().await.ok().filter(|position| *position > 0),
+            None => None,
+        };
         let mut reader = Objects::open(&self.store).await?;
         self.view.begin_reading();
         let mut after = None;
@@ -194,7 +202,7 @@ impl TableSync {
                 tokio::task::yield_now().await;
             }
         }
-        unannounced.gone += self.view.end_reading().await;
+        unannounced.gone += self.view.end_reading(settled).await;
         Ok(unannounced)
     }
 }

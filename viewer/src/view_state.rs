@@ -42,6 +42,8 @@ pub(crate) struct ViewState {
     is_complete: watch::Sender<bool>,
     /// The number of the latest completed reading.
     completed: watch::Sender<u64>,
+    /// The view contains the changes of the history up to this position, and perhaps later ones.
+    cursor: Mutex<Option<i64>>,
 }
 
 /// The next item for a subscriber.
@@ -64,6 +66,7 @@ impl ViewState {
             changed: Notify::new(),
             is_complete: watch::Sender::new(false),
             completed: watch::Sender::new(0),
+            cursor: Mutex::default(),
         }
     }
 
@@ -96,8 +99,9 @@ impl ViewState {
     }
 
     /// Ends the reading: removes objects that were in neither a row nor an event since it began.
-    /// Returns their number.
-    pub(crate) async fn end_reading(&self) -> usize {
+    /// Returns their number. `cursor` is a position of the history that was settled before the
+    /// reading, if it is known.
+    pub(crate) async fn end_reading(&self, cursor: Option<i64>) -> usize {
         let mut removed = 0;
         let mut first = Some(i64::MIN);
         while let Some(from) = first {
@@ -105,6 +109,9 @@ impl ViewState {
             removed += count;
             first = next;
             tokio::task::yield_now().await;
+        }
+        if let Some(cursor) = cursor {
+            self.set_cursor(cursor);
         }
         self.mark_complete();
         let reading = self.state.lock().table.reading();
@@ -118,12 +125,19 @@ impl ViewState {
         self.is_complete.send_replace(true);
     }
 
-    /// Waits for the end of a reading that begins after this call.
-    pub(crate) async fn next_reading(&self) {
-        let current = self.state.lock().table.reading();
-        let is_later = |completed: &u64| *completed > current;
-        // It does not fail, because `self` has the sender.
-        _ = self.completed.subscribe().wait_for(is_later).await;
+    /// The number of the latest completed reading.
+    pub(crate) fn completed(&self) -> watch::Receiver<u64> {
+        self.completed.subscribe()
+    }
+
+    /// Records that the view contains the changes of the history up to this position.
+    pub(crate) fn set_cursor(&self, position: i64) {
+        *self.cursor.lock() = Some(position);
+    }
+
+    /// The position in the history up to which the view contains all changes, if it is known.
+    pub(crate) fn cursor(&self) -> Option<i64> {
+        *self.cursor.lock()
     }
 
     /// Adds objects of an earlier view. The caller must do this before the view is complete, because
@@ -410,7 +424,7 @@ mod tests {
         view.apply(Kind::Seen, [at(7, 30)].into_iter());
         let scanned = i64::try_from(SCAN_MAX).unwrap();
         assert_eq!(view.remove_unread(i64::MIN), (SCAN_MAX - 1, Some(scanned)));
-        view.end_reading().await;
+        view.end_reading(None).await;
         assert_eq!(view.page(i64::MIN, None, 100).await, [at(7, 30)]);
     }
 }

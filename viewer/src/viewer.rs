@@ -93,14 +93,16 @@ impl Viewer {
             hosts: Hosts::new(&view.viewer_hosts),
         });
         let router = router.merge(health_routes(health.clone()));
-        let snapshot_file = view.viewer_snapshot.clone().filter(|_| store.history.is_on());
+        let readings_history = store.history.is_on().then(|| History::new(&store));
+        let snapshot = view.viewer_snapshot.clone().zip(readings_history.clone());
         let snapshot =
-            snapshot_file.map(|path| Snapshot::new(path, Arc::clone(&state), History::new(&store)));
+            snapshot.map(|(path, history)| Snapshot::new(path, Arc::clone(&state), history));
         let table_sync = TableSync {
             view: state,
             store,
             table_status: table_sender,
             first_reading: first_reading_sender,
+            history: readings_history,
             snapshot,
         };
         Ok(Self { listener, limits, router, context, table_sync, subscriber, scraper, history })

@@ -84,7 +84,7 @@ impl From<&store::Change> for Change {
         (status = 200, description = "A page of changes, or the event stream", content((FeedPage = "application/json"), (String = "text/event-stream"))),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 404, description = "There is no history", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 410, description = "The history no longer has all changes after the cursor: begin again with after=latest, and read /objects", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 410, description = "The history no longer has all changes after the cursor: read /objects again, and continue after its cursor", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
         (status = 503, description = "The database does not answer", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
@@ -144,8 +144,8 @@ impl From<FeedError> for Problem {
         match error {
             FeedError::Expired => Self::new(
                 StatusCode::GONE,
-                "the history no longer has all changes after this cursor; begin again with \
-                 after=latest, and read /objects",
+                "the history no longer has all changes after this cursor; read /objects again, \
+                 and continue after its cursor",
             ),
             FeedError::Store(error) => unavailable(error.to_string()),
         }

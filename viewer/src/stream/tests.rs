@@ -17,7 +17,7 @@ fn subscription(view: &Arc<ViewState>, request: Request) -> Subscription {
 async fn view(ids: std::ops::Range<i64>) -> Arc<ViewState> {
     let view = Arc::new(ViewState::new());
     change(&view, Kind::Online, ids, 1);
-    view.end_reading().await;
+    view.end_reading(None).await;
     view
 }
 

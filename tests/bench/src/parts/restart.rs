@@ -83,8 +83,8 @@ async fn bring_online(table: &mut PgConnection, ids: Range<u32>) -> anyhow::Resu
         "WITH inserted AS (
              INSERT INTO object SELECT id, now() FROM generate_series({start}, {end} - 1) AS id
              RETURNING id, last_seen)
-         INSERT INTO presence_change (object_id, last_seen, kind)
-         SELECT id, last_seen, 'online' FROM inserted"
+         INSERT INTO presence_change (object_id, last_seen, is_online)
+         SELECT id, last_seen, true FROM inserted"
     )))
     .execute(table)
     .await?;

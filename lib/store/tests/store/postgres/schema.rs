@@ -89,5 +89,5 @@ async fn installation_of_an_older_version_is_migrated() {
     assert_eq!(ids(pool).await, [1, 2]);
     let versions = "SELECT version FROM _lastseen_migrations";
     let versions: Vec<i64> = sqlx::query_scalar(versions).fetch_all(pool).await.unwrap();
-    assert_eq!(versions, [20_261_121_000_001]);
+    assert_eq!(versions, [20_261_121_000_001, 20_261_130_000_001]);
 }
