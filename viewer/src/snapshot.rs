@@ -102,7 +102,7 @@ impl Snapshot {
     }
 
     /// Adds the objects to the view. Returns whether all are valid. Otherwise a program has written
-    /// invalid ones, because the checksum is right; and the next reading removes what is not online.
+    /// invalid ones, because the checksum is right. The next reading removes those not online.
     fn add_objects(&self, file: &Checked) -> bool {
         let mut objects = file.objects();
         self.view.restore(objects.by_ref());
@@ -153,8 +153,8 @@ impl Snapshot {
     }
 
     /// Returns the snapshot with the position of the last change, if the history has all changes
-    /// after the cursor. Positions of different histories do not overlap, so a cursor after the last
-    /// position is of another history.
+    /// after the cursor. Positions of different histories do not overlap, so a cursor after the
+    /// last position is of another history.
     fn accept(&self, file: Checked, extent: Option<Extent>) -> Option<(Checked, i64)> {
         match extent {
             Some(Extent { first, last }) if file.cursor <= last.position => {

@@ -63,8 +63,8 @@ impl<W: Write> Encoder<W> {
         Self { into, digest, base, previous: None, pending, written: 0, share }
     }
 
-    /// Adds an object, with an id above that of the previous one. Leaves out the oldest sightings if
-    /// all together take more than the object's share of [`BYTES_MAX`].
+    /// Adds an object, with an id above that of the previous one. Leaves out the oldest sightings
+    /// if all together take more than the object's share of [`BYTES_MAX`].
     pub(super) fn add(&mut self, id: i64, sightings: &Sightings) {
         let Some(&last_seen) = sightings.back() else { return };
         let begin = self.pending.len();

@@ -64,8 +64,8 @@ pub(crate) async fn measure(servers: &Servers) -> anyhow::Result<Vec<Row>> {
     Ok(vec![without, with, speedup])
 }
 
-/// Waits until the viewer knows this number of sightings of each object. It reads the object with the
-/// highest id last.
+/// Waits until the viewer knows this number of sightings of each object. It reads the object with
+/// the highest id last.
 async fn wait_for_sightings(viewer: &Process, count: usize) {
     let address = viewer_address(viewer).await;
     let is_known = async || {
