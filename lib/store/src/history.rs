@@ -46,8 +46,8 @@ pub struct Change {
     pub last_seen: Moment,
 }
 
-/// Reads the history on up to [`READERS`] connections, which it opens when they are needed. Clones
-/// share them.
+/// Reads the history on up to four connections, which it opens when they are needed. Clones share
+/// them.
 #[derive(Clone)]
 pub struct History(Kind);
 

@@ -26,7 +26,7 @@ impl Fixture {
         let last: i64 = sqlx::query_scalar(last).fetch_one(self.database.pool()).await.unwrap();
         wait_until("all changes are settled", async || {
             let (_, latest) = viewer.get("/changes?after=latest").await;
-            latest["next"] == last.to_string()
+            latest["next"].as_str() == Some(last.to_string().as_str())
         })
         .await;
     }
