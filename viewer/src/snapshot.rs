@@ -232,8 +232,10 @@ impl Snapshot {
         loop {
             // It does not fail, because `self` has the sender.
             _ = completed.changed().await;
-            self.save().await;
-            sleep(SAVE_INTERVAL).await;
+            if self.view.cursor().is_some() {
+                self.save().await;
+                sleep(SAVE_INTERVAL).await;
+            }
         }
     }
 

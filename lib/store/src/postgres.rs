@@ -63,7 +63,8 @@ impl Table {
         let connections = Arc::new(Connections::new(servers.clone(), connections));
         let (sender, status) = watch::channel(Err(monitor::NOT_CONNECTED_YET.to_owned()));
         let (rejection, rejected) = watch::channel(None);
-        let (history_sender, history) = watch::channel(Err(monitor::NOT_CONNECTED_YET.to_owned()));
+        // Until the monitor has found that the history cannot be written, no change may be left out.
+        let (history_sender, history) = watch::channel(Ok(()));
         let reports = monitor::Reports { status: sender, rejection, history: history_sender };
         let pool = Arc::clone(&connections);
         let monitor = monitor::run(servers, pool, zone.clone(), reports);

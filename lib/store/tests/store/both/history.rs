@@ -5,10 +5,11 @@ use store::{Change, History, Presence, Retention, Session, SessionPage, SessionQ
 use testkit::{wait_for, wait_until};
 
 use crate::backend::{Backend, insert};
-use crate::{HOUR, delete_stale, seen};
+use crate::{HOUR, delete_stale, ready, seen};
 
 on_both! {
     each_change_is_recorded_once,
+    first_change_after_a_start_is_recorded,
     sessions_are_listed_newest_first_in_pages,
     sessions_of_weeks_are_listed_in_pages,
     sessions_are_filtered_by_time,
@@ -104,6 +105,21 @@ async fn each_change_is_recorded_once(backend: &Backend) {
     assert_eq!((extent.first, extent.last), (changes[0], changes[6]));
     assert_eq!(history.latest(1).await.unwrap(), of_object(1).next_back().copied());
     assert_eq!(history.latest(4).await.unwrap(), None);
+}
+
+/// The store may write before its monitor has looked at the history.
+async fn first_change_after_a_start_is_recorded(backend: &Backend) {
+    let database = backend.database();
+    ready(&Store::start(database.clone(), "test", 1)).await;
+    let history = History::new(&backend.config());
+    for id in 1..=10 {
+        let store = Store::start(database.clone(), "test", 1);
+        wait_for("the object is recorded", async || {
+            store.record_seen(&[seen(id, HOUR)]).await.ok()
+        })
+        .await;
+        assert!(history.latest(id).await.unwrap().is_some(), "{id}");
+    }
 }
 
 async fn sessions_are_listed_newest_first_in_pages(backend: &Backend) {
