@@ -22,47 +22,60 @@ IF to_regclass('presence_change') IS NULL THEN
     CREATE TABLE presence_change_default PARTITION OF presence_change DEFAULT;
 END IF;
 
--- Creates the partitions of the next days, and drops those whose rows are all older than `retention`.
--- The latest row stays, so that its position is known. Only the owner of a table may create or drop its
--- partitions, so other roles call this function.
-CREATE OR REPLACE FUNCTION presence_change_maintain(retention interval) RETURNS void
-LANGUAGE plpgsql SECURITY DEFINER SET lock_timeout = '200ms' AS $function$
+-- Drops one partition whose rows are all older than `retention`, or deletes up to 10,000 such rows from the
+-- default partition, or creates one partition of the next days. Returns whether there may be more to do, in
+-- another transaction, so that no lock of the table is held for long. The latest row stays, so that its
+-- position is known. Only the owner of a table may create or drop its partitions, so other roles call this
+-- function.
+CREATE OR REPLACE FUNCTION presence_change_maintain(retention interval) RETURNS boolean
+LANGUAGE plpgsql SECURITY DEFINER
+SET lock_timeout = '200ms' SET timezone = 'UTC' SET datestyle = 'ISO' AS $function$
 DECLARE
-    today date := (now() AT TIME ZONE 'UTC')::date;
-    first_kept date := ((now() - retention) AT TIME ZONE 'UTC')::date;
+    today date := now()::date;
+    first_kept date := (now() - retention)::date;
+    latest bigint := (SELECT max(position) FROM presence_change);
     partition text;
     day date;
+    deleted bigint;
 BEGIN
     -- If another session is maintaining the table, there is nothing to do.
-    IF NOT pg_try_advisory_xact_lock(hashtextextended('lastseen: presence_change', 0)) THEN
-        RETURN;
+    IF NOT pg_try_advisory_xact_lock(hashtextextended('lastseen: presence_change'::text, 0::bigint)) THEN
+        RETURN false;
+    END IF;
+    FOR partition, day IN
+        SELECT relname::text, to_date(right(relname::text, 8), 'YYYYMMDD'::text) AS of_day
+        FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
+        WHERE inhparent = 'presence_change'::regclass AND relname::text ~ '^presence_change_\d{8}$'::text
+          AND to_date(right(relname::text, 8), 'YYYYMMDD'::text) < first_kept
+        ORDER BY of_day
+    LOOP
+        IF EXISTS (SELECT FROM presence_change WHERE at >= (day + 1)::timestamptz) THEN
+            EXECUTE format('DROP TABLE %I'::text, partition);
+            RETURN true;
+        END IF;
+    END LOOP;
+    DELETE FROM presence_change_default WHERE ctid = ANY (ARRAY(
+        SELECT ctid FROM presence_change_default
+        WHERE at < now() - retention AND position < latest LIMIT 10000));
+    GET DIAGNOSTICS deleted = ROW_COUNT;
+    IF deleted > 0 THEN
+        RETURN true;
     END IF;
     FOR day IN SELECT today + ahead FROM generate_series(0, 7) AS ahead LOOP
-        partition := 'presence_change_' || to_char(day, 'YYYYMMDD');
+        partition := 'presence_change_' || to_char(day::timestamp, 'YYYYMMDD'::text);
         CONTINUE WHEN to_regclass(partition) IS NOT NULL;
         BEGIN
             EXECUTE format(
-                'CREATE TABLE %I PARTITION OF presence_change FOR VALUES FROM (%L) TO (%L)',
-                partition, day::timestamp AT TIME ZONE 'UTC', (day + 1)::timestamp AT TIME ZONE 'UTC');
+                'CREATE TABLE %I PARTITION OF presence_change FOR VALUES FROM (%L) TO (%L)'::text,
+                partition, day::timestamptz, (day + 1)::timestamptz);
             PERFORM presence_change_restrict(partition);
+            RETURN true;
         EXCEPTION WHEN check_violation THEN
             -- The default partition already has rows of that day.
             NULL;
         END;
     END LOOP;
-    FOR partition, day IN
-        SELECT relname, to_date(right(relname, 8), 'YYYYMMDD') AS of_day
-        FROM pg_inherits JOIN pg_class ON pg_class.oid = inhrelid
-        WHERE inhparent = 'presence_change'::regclass AND relname ~ '^presence_change_\d{8}$'
-          AND to_date(right(relname, 8), 'YYYYMMDD') < first_kept
-        ORDER BY of_day
-    LOOP
-        CONTINUE WHEN NOT EXISTS (
-            SELECT FROM presence_change WHERE at >= (day + 1)::timestamp AT TIME ZONE 'UTC');
-        EXECUTE format('DROP TABLE %I', partition);
-    END LOOP;
-    DELETE FROM presence_change_default
-    WHERE at < now() - retention AND position < (SELECT max(position) FROM presence_change);
+    RETURN false;
 END $function$;
 
 -- Revokes what the default privileges of the schema grant on a new table. Rows are written and read through
@@ -101,4 +114,7 @@ BEGIN
         END IF;
     END LOOP;
 END;
-PERFORM presence_change_maintain('30 d');
+-- For the next days; it drops nothing.
+FOR days_ahead IN 0..7 LOOP
+    PERFORM presence_change_maintain('100 years');
+END LOOP;

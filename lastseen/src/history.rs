@@ -116,14 +116,15 @@ pub(crate) async fn feed(
 ) -> anyhow::Result<()> {
     let history = History::new(config);
     let mut position = command.after;
-    if !unless_stopped(shutdown, history.has_all_after(position)).await? {
-        bail!(
-            "the history does not have all changes after position {position}; begin at 0, and treat \
-             all that you know as outdated"
-        );
-    }
     loop {
         let page = unless_stopped(shutdown, history.changes_after(position, PAGE)).await?;
+        // After the page was read, because changes could be deleted in between.
+        if !unless_stopped(shutdown, history.has_all_after(position)).await? {
+            bail!(
+                "the history does not have all changes after position {position}; begin at 0, and treat \
+                 all that you know as outdated"
+            );
+        }
         for change in &page.changes {
             position = change.position;
             if !print_line(change_line(change, command.json))? {

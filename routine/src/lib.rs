@@ -115,9 +115,11 @@ pub async fn run(config: Reloadable<Config>, context: Context) -> anyhow::Result
         return run_with(config.map(|config| config.cleanup), resources, context).await;
     }
     let table = Table::start(resources, &context);
-    let mut result = clean_up_once(&table, &cleanup).await;
-    if result.is_ok() {
-        result = history::maintain(&table.store).await.map_err(Into::into);
+    let result = clean_up_once(&table, &cleanup).await;
+    if result.is_ok()
+        && let Err(error) = history::maintain(&table.store).await
+    {
+        tracing::warn!(%error, "cannot maintain the history");
     }
     table.events.close().await;
     result

@@ -156,7 +156,8 @@ impl HistoryReader {
     pub(crate) fn new(store: &store::Config) -> Self {
         let enabled = store.history.is_on().then(|| {
             let history = History::new(store);
-            (history.clone(), Arc::new(Feed::new(history)))
+            // The feed has its own connections, so that requests cannot hold it up.
+            (history, Arc::new(Feed::new(History::new(store))))
         });
         Self { enabled, requests: Arc::new(Semaphore::new(REQUESTS_MAX)) }
     }

@@ -202,11 +202,18 @@ impl History {
     /// # Errors
     /// As [`History::changes_after`].
     pub async fn has_all_after(&self, position: i64) -> Result<bool, StoreError> {
-        let extent = self.extent().await?;
-        let is_within = |extent: Extent| {
-            extent.first.position <= position.saturating_add(1) && position <= extent.last.position
-        };
-        Ok(position == 0 || extent.is_some_and(is_within))
+        if position == 0 {
+            return Ok(true);
+        }
+        Ok(match self.extent().await? {
+            Some(Extent { first, .. }) if position.saturating_add(1) < first.position => false,
+            Some(Extent { last, .. }) if position <= last.position => true,
+            // A position that another server returned.
+            _ => match &self.0 {
+                Kind::Postgres(reader) => reader.is_standby().await?,
+                Kind::Sqlite(_) => false,
+            },
+        })
     }
 
     /// The last change of the object; `None` without a change.

@@ -79,11 +79,12 @@ impl Table {
         self.history.clone()
     }
 
-    /// Maintains the partitions of the history.
-    pub(crate) async fn maintain_history(&self, retention: Duration) -> Result<(), StoreError> {
+    /// Does a part of the maintenance of the history, and returns whether there may be more to do.
+    pub(crate) async fn maintain_history(&self, retention: Duration) -> Result<bool, StoreError> {
         let statement = || sql::maintain_history(retention);
-        let _: Vec<()> = self.fetch_all(statement, LockWait::Usual, StoreError::History).await?;
-        Ok(())
+        let rows: Vec<(bool,)> =
+            self.fetch_all(statement, LockWait::Usual, StoreError::History).await?;
+        Ok(rows.first().is_some_and(|(has_more,)| *has_more))
     }
 
     pub(crate) fn status(&self) -> watch::Receiver<Status> {

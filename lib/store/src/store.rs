@@ -71,9 +71,9 @@ impl Store {
         if is_on && is_writable { RecordHistory::Yes } else { RecordHistory::No }
     }
 
-    /// Prepares the history for the next days, and deletes changes that are older than
-    /// `HISTORY_RETENTION`. Does nothing without a history. In a file, one call deletes only some of
-    /// them; it returns whether more may be left.
+    /// Does a part of the maintenance of the history: prepares it for the next days, and deletes
+    /// changes that are older than `HISTORY_RETENTION`. Returns whether there may be more to do. Does
+    /// nothing without a history.
     ///
     /// # Errors
     /// [`StoreError`]: `History`, or why there is no connection.
@@ -83,9 +83,7 @@ impl Store {
             return Ok(false);
         }
         match &self.kind {
-            Kind::Postgres(table) => {
-                table.maintain_history(history_retention).await.map(|()| false)
-            }
+            Kind::Postgres(table) => table.maintain_history(history_retention).await,
             Kind::Sqlite(table) => table.maintain_history(history_retention).await,
         }
     }

@@ -1,5 +1,6 @@
 //! Reads the history in Postgres.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use parking_lot::Mutex;
@@ -13,7 +14,7 @@ use super::{Change, READERS, Until};
 use crate::deadline::QUERY_TIMEOUT;
 use crate::postgres::sql::{Settings, micros};
 use crate::postgres::{LOCK_TIMEOUT, STATEMENT_TIMEOUT, Servers, run_within};
-use crate::{Moment, StoreError, TimeZone};
+use crate::{Failure, Moment, StoreError, TimeZone};
 
 /// A connection that was idle for this long is closed, because its server may have changed its role.
 const IDLE_MAX: Duration = Duration::from_secs(10);
@@ -24,7 +25,7 @@ const NEXT_XID: &str = "pg_snapshot_xmin(now)::text::bigint
 pub(super) struct Reader {
     servers: Servers,
     settings: Settings,
-    permits: Semaphore,
+    permits: Arc<Semaphore>,
     idle: Mutex<Vec<(Instant, PgConnection)>>,
     horizon: Mutex<Horizon>,
 }
@@ -73,14 +74,14 @@ impl Reader {
         Self {
             servers: servers.named("history"),
             settings: Settings::new(STATEMENT_TIMEOUT, LOCK_TIMEOUT, zone),
-            permits: Semaphore::new(READERS),
+            permits: Arc::new(Semaphore::new(READERS)),
             idle: Mutex::default(),
             horizon: Mutex::default(),
         }
     }
 
     pub(super) async fn changes_after(
-        &self,
+        self: &Arc<Self>,
         position: i64,
         limit: u32,
     ) -> Result<Vec<Change>, StoreError> {
@@ -97,12 +98,12 @@ impl Reader {
         self.settled_changes(position, settled, limit).await
     }
 
-    pub(super) async fn settled(&self) -> Result<i64, StoreError> {
+    pub(super) async fn settled(self: &Arc<Self>) -> Result<i64, StoreError> {
         self.read_horizon().await.map(|settled| settled.position)
     }
 
     async fn settled_changes(
-        &self,
+        self: &Arc<Self>,
         position: i64,
         Mark { position: last, xid }: Mark,
         limit: u32,
@@ -118,7 +119,7 @@ impl Reader {
         .await
     }
 
-    async fn read_horizon(&self) -> Result<Mark, StoreError> {
+    async fn read_horizon(self: &Arc<Self>) -> Result<Mark, StoreError> {
         // Two statements, because the number must be read after the position. Each row has a value
         // of one of them.
         let rows: Vec<(Option<i64>, Option<i64>, Option<i64>)> = self
@@ -135,7 +136,7 @@ impl Reader {
         Ok(horizon.settled)
     }
 
-    pub(super) async fn extent(&self) -> Result<Vec<Change>, StoreError> {
+    pub(super) async fn extent(self: &Arc<Self>) -> Result<Vec<Change>, StoreError> {
         self.changes(
             "WHERE position IN ((SELECT min(position) FROM presence_change),
                                 (SELECT max(position) FROM presence_change))
@@ -145,7 +146,7 @@ impl Reader {
     }
 
     pub(super) async fn changes_of(
-        &self,
+        self: &Arc<Self>,
         id: i64,
         until: Until,
         limit: u32,
@@ -182,7 +183,7 @@ impl Reader {
     }
 
     pub(super) async fn gone_since(
-        &self,
+        self: &Arc<Self>,
         since: Moment,
         first_id: i64,
         limit: u32,
@@ -194,19 +195,19 @@ impl Reader {
                    WHERE at >= {since} AND object_id >= '{first_id}'::bigint
                    ORDER BY object_id, position DESC) AS latest ON last = position
              WHERE NOT is_online AND at >= {since}
-               AND NOT EXISTS (SELECT FROM object WHERE object.id = object_id)
-             ORDER BY object_id LIMIT {limit}"
+               AND NOT EXISTS (SELECT FROM object WHERE object.id = latest.id)
+             ORDER BY latest.id LIMIT {limit}"
         ))
         .await
     }
 
-    pub(super) async fn now(&self) -> Result<Moment, StoreError> {
+    pub(super) async fn now(self: &Arc<Self>) -> Result<Moment, StoreError> {
         let rows: Vec<(i64,)> = self.fetch_all(&crate::postgres::sql::now()).await?;
         Ok(Moment::from_micros(rows.first().map_or(0, |(now,)| *now)))
     }
 
     /// The changes that `rest`, the rest of a statement, selects.
-    async fn changes(&self, rest: &str) -> Result<Vec<Change>, StoreError> {
+    async fn changes(self: &Arc<Self>, rest: &str) -> Result<Vec<Change>, StoreError> {
         let (at, last_seen) = (micros("at"), micros("last_seen"));
         self.fetch_all(&format!(
             "SELECT position, object_id, is_online, {at}, {last_seen}
@@ -217,19 +218,28 @@ impl Reader {
 
     /// Runs a statement on an idle or a new connection. An idle one may be broken, so the statement
     /// is then tried on a new one.
-    async fn fetch_all<R>(&self, statement: &str) -> Result<Vec<R>, StoreError>
+    ///
+    /// It runs in its own task, because the server continues a statement that nobody waits for any
+    /// more, which must count as one of the [`READERS`].
+    async fn fetch_all<R>(self: &Arc<Self>, statement: &str) -> Result<Vec<R>, StoreError>
     where
-        R: for<'r> FromRow<'r, PgRow> + Send + Unpin,
+        R: for<'r> FromRow<'r, PgRow> + Send + Unpin + 'static,
     {
         // The semaphore is never closed.
-        let _permit = self.permits.acquire().await;
-        if let Some(connection) = self.take_idle()
-            && let Ok(rows) = self.run(connection, statement).await
-        {
-            return Ok(rows);
-        }
-        let (_, connection) = self.servers.connect(0).await?;
-        self.run(connection, statement).await
+        let permit = Arc::clone(&self.permits).acquire_owned().await;
+        let (this, script) = (Arc::clone(self), self.settings.and(statement));
+        let run = tokio::spawn(async move {
+            let _permit = permit;
+            if let Some(connection) = this.take_idle() {
+                match this.run(connection, script.clone()).await {
+                    Err(error) if error.failure() == Failure::Connection => {}
+                    result => return result,
+                }
+            }
+            let (_, connection) = this.servers.connect(0).await?;
+            this.run(connection, script).await
+        });
+        run.await.map_err(|panicked| StoreError::History(panicked.into()))?
     }
 
     fn take_idle(&self) -> Option<PgConnection> {
@@ -241,15 +251,20 @@ impl Reader {
     async fn run<R>(
         &self,
         mut connection: PgConnection,
-        statement: &str,
+        script: String,
     ) -> Result<Vec<R>, StoreError>
     where
         R: for<'r> FromRow<'r, PgRow>,
     {
-        let script = self.settings.and(statement);
         let rows = run_within(QUERY_TIMEOUT, &mut connection, script, StoreError::History).await?;
         self.idle.lock().push((Instant::now(), connection));
         Ok(rows)
+    }
+
+    /// Whether the server is a standby, which may not have the latest changes yet.
+    pub(super) async fn is_standby(self: &Arc<Self>) -> Result<bool, StoreError> {
+        let rows: Vec<(bool,)> = self.fetch_all("SELECT pg_is_in_recovery()").await?;
+        Ok(rows.first().is_some_and(|(is_standby,)| *is_standby))
     }
 }
 

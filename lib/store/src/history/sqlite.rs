@@ -2,7 +2,8 @@
 //! up to the newest visible one are settled.
 
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use rusqlite::{CachedStatement, Connection, Params};
 use tokio::sync::Semaphore;
@@ -78,12 +79,12 @@ pub(crate) fn delete_old(
 
 pub(super) struct Reader {
     path: PathBuf,
-    permits: Semaphore,
+    permits: Arc<Semaphore>,
 }
 
 impl Reader {
     pub(super) fn new(path: &Path) -> Self {
-        Self { path: path.to_owned(), permits: Semaphore::new(READERS) }
+        Self { path: path.to_owned(), permits: Arc::new(Semaphore::new(READERS)) }
     }
 
     pub(super) async fn changes_after(
@@ -175,11 +176,16 @@ impl Reader {
         query: impl FnOnce(&Connection) -> rusqlite::Result<T> + Send + 'static,
     ) -> Result<T, StoreError> {
         // The semaphore is never closed.
-        let _permit = self.permits.acquire().await;
+        let permit = Arc::clone(&self.permits).acquire_owned().await;
         let path = self.path.clone();
         let read = spawn_blocking(move || {
+            let _permit = permit;
             let connection = sqlite_file::attach(&path, FORMAT)?;
-            query(&connection).map_err(|error| StoreError::History(error.into()))
+            let started = Instant::now();
+            let is_late = move || started.elapsed() > QUERY_TIMEOUT;
+            let limited = connection.progress_handler(10_000, Some(is_late));
+            let read = limited.and_then(|()| query(&connection));
+            read.map_err(|error| StoreError::History(error.into()))
         });
         within(QUERY_TIMEOUT, StoreError::History, read).await?
     }

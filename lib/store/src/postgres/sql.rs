@@ -190,7 +190,7 @@ fn delete(condition: &str, history: RecordHistory) -> String {
     with_history(&delete, history, "false FROM changed", &format!("id, {}", micros("last_seen")))
 }
 
-/// Creates the partitions of the history for the next days, and drops old ones.
+/// Does a part of the maintenance of the history. Returns one row `(has_more)`.
 pub(super) fn maintain_history(retention: Duration) -> String {
     let retention = age_micros(retention);
     format!("SELECT presence_change_maintain({retention} * interval '1 us')")
