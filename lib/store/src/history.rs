@@ -202,10 +202,8 @@ impl History {
     /// # Errors
     /// As [`History::changes_after`].
     pub async fn has_all_after(&self, position: i64) -> Result<bool, StoreError> {
-        if position == 0 {
-            return Ok(true);
-        }
         Ok(match self.extent().await? {
+            _ if position == 0 => true,
             Some(Extent { first, .. }) if position.saturating_add(1) < first.position => false,
             Some(Extent { last, .. }) if position <= last.position => true,
             // A position that another server returned.

@@ -63,8 +63,7 @@ impl Table {
         let connections = Arc::new(Connections::new(servers.clone(), connections));
         let (sender, status) = watch::channel(Err(monitor::NOT_CONNECTED_YET.to_owned()));
         let (rejection, rejected) = watch::channel(None);
-        // Until the monitor has found that the history cannot be written, no change may be left out.
-        let (history_sender, history) = watch::channel(Ok(()));
+        let (history_sender, history) = watch::channel(Err(monitor::NOT_CONNECTED_YET.to_owned()));
         let reports = monitor::Reports { status: sender, rejection, history: history_sender };
         let pool = Arc::clone(&connections);
         let monitor = monitor::run(servers, pool, zone.clone(), reports);
@@ -77,6 +76,17 @@ impl Table {
     /// Whether the role can write the history.
     pub(crate) fn history(&self) -> watch::Receiver<Status> {
         self.history.clone()
+    }
+
+    /// Whether to record the history. It is recorded unless the monitor has found that it cannot be
+    /// written, so the first statement after the start waits for the monitor.
+    pub(crate) async fn records_history(&self) -> RecordHistory {
+        let mut history = self.history.clone();
+        let is_known = |status: &Status| *status != Err(monitor::NOT_CONNECTED_YET.to_owned());
+        match timeout(CONNECT_TIMEOUT, history.wait_for(is_known)).await {
+            Ok(Ok(status)) if status.is_err() => RecordHistory::No,
+            _ => RecordHistory::Yes,
+        }
     }
 
     /// Does a part of the maintenance of the history, and returns whether there may be more to do.

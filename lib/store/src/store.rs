@@ -65,10 +65,12 @@ impl Store {
         }
     }
 
-    fn history(&self) -> RecordHistory {
-        let is_writable = self.history_status().is_none_or(|status| status.borrow().is_ok());
-        let is_on = self.retention.current().is_on();
-        if is_on && is_writable { RecordHistory::Yes } else { RecordHistory::No }
+    async fn history(&self) -> RecordHistory {
+        match &self.kind {
+            _ if !self.retention.current().is_on() => RecordHistory::No,
+            Kind::Postgres(table) => table.records_history().await,
+            Kind::Sqlite(_) => RecordHistory::Yes,
+        }
     }
 
     /// Does a part of the maintenance of the history: prepares it for the next days, and deletes
@@ -126,8 +128,8 @@ impl Store {
 
     async fn record(&self, sightings: &[Sighting], wait: LockWait) -> Result<Recorded, StoreError> {
         match &self.kind {
-            Kind::Postgres(table) => table.record_seen(sightings, wait, self.history()).await,
-            Kind::Sqlite(table) => table.record_seen(sightings, self.history()).await,
+            Kind::Postgres(table) => table.record_seen(sightings, wait, self.history().await).await,
+            Kind::Sqlite(table) => table.record_seen(sightings, self.history().await).await,
         }
     }
 
@@ -182,8 +184,8 @@ impl Store {
     /// [`StoreError::may_be_committed`].
     pub async fn delete_stale(&self, cutoff: Cutoff, limit: u32) -> Result<Vec<Row>, StoreError> {
         match &self.kind {
-            Kind::Postgres(table) => table.delete_stale(cutoff, limit, self.history()).await,
-            Kind::Sqlite(table) => table.delete_stale(cutoff, limit, self.history()).await,
+            Kind::Postgres(table) => table.delete_stale(cutoff, limit, self.history().await).await,
+            Kind::Sqlite(table) => table.delete_stale(cutoff, limit, self.history().await).await,
         }
     }
 
@@ -227,7 +229,9 @@ impl Store {
         ids: &[i64],
     ) -> Result<Vec<Row>, StoreError> {
         match &self.kind {
-            Kind::Postgres(table) => table.delete_stale_among(cutoff, ids, self.history()).await,
+            Kind::Postgres(table) => {
+                table.delete_stale_among(cutoff, ids, self.history().await).await
+            }
             Kind::Sqlite(_) => Ok(Vec::new()),
         }
     }
