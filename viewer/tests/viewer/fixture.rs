@@ -7,7 +7,7 @@ use messaging::events::{Emitter, Exchange, Kind, Object};
 use reqwest::Client;
 use runtime::{CancellationToken, Context, Health, Supervisor};
 use store::{Config, Row, Sighting, Store};
-use testkit::{Database, Queue, http_client, install_tls, parse, wait_until};
+use testkit::{Database, PostgresCluster, Queue, http_client, install_tls, parse, wait_until};
 use tokio::task::JoinHandle;
 use tokio::time::timeout;
 use viewer::{Resources, Viewer};
@@ -33,9 +33,20 @@ impl Fixture {
         Self::on_broker(&testkit::amqp_uri(), Queue::new()).await
     }
 
+    /// A fixture whose database is in a cluster of its own, where no transaction of another test
+    /// delays the history.
+    pub(crate) async fn alone() -> (PostgresCluster, Self) {
+        let cluster = PostgresCluster::start().await;
+        let database = Database::on(cluster.url()).await;
+        (cluster, Self::with(&testkit::amqp_uri(), Queue::new(), database).await)
+    }
+
     /// A fixture whose queue is on another broker than the shared one.
     pub(crate) async fn on_broker(amqp_uri: &str, queue: Queue) -> Self {
-        let database = Database::new().await;
+        Self::with(amqp_uri, queue, Database::new().await).await
+    }
+
+    async fn with(amqp_uri: &str, queue: Queue, database: Database) -> Self {
         let access = Access { uri: amqp_uri.parse().unwrap(), authorities: None };
         let exchange = Exchange::on_rabbitmq(access, &queue.name);
         let store = Store::start(

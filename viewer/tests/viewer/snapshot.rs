@@ -87,7 +87,7 @@ async fn sightings(viewer: &RunningViewer, id: i64) -> (serde_json::Value, usize
 
 #[tokio::test]
 async fn restarted_viewer_remembers_sightings_and_applies_changes() {
-    let (fixture, file) = (Fixture::new().await, File::new());
+    let ((_cluster, fixture), file) = (Fixture::alone().await, File::new());
     fixture.record([2]).await;
     fixture.record_aged([3], 2 * HOUR).await;
     let saved = save_two_sightings(&fixture, &file, 1).await;
@@ -154,7 +154,7 @@ async fn snapshot_of_another_database_is_set_aside() {
 
 #[tokio::test]
 async fn restored_view_has_changes_that_were_not_settled() {
-    let (fixture, file) = (Fixture::new().await, File::new());
+    let ((_cluster, fixture), file) = (Fixture::alone().await, File::new());
     save_two_sightings(&fixture, &file, 1).await;
     // While this transaction is open, the history does not show later changes.
     let mut open = fixture.database.pool().begin().await.unwrap();
