@@ -33,7 +33,7 @@ pub(crate) const FORMAT: Format = Format {
     ballast_bytes: 0,
     max_bytes: u64::MAX,
     // The history is not salvaged: if rows came back one by one, or not at all, readers of the feed
-    // would miss them. They are told that it is another history.
+    // would miss them. Their cursors are refused instead.
     tables: &[sqlite_file::Table { from: "object", into: "object", columns: "id, last_seen" }],
 };
 

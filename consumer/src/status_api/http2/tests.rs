@@ -127,7 +127,7 @@ async fn refused_stream_is_sent_once_more_on_another_connection() {
 }
 
 #[tokio::test]
-async fn lookups_on_a_connection_that_ends_are_sent_again_if_it_has_answered() {
+async fn lookups_on_an_ending_connection_are_sent_again_if_it_answered() {
     let (mut server, pool) = start(None).await;
     let fresh = look_up(&pool, 1);
     let lookup = server.next().await;
