@@ -89,11 +89,12 @@ pub(crate) async fn show(
         return Ok(());
     }
     print_line(format_args!(
-        "object {id} was online for {} since {} ({:.1}%), in {} sessions",
+        "object {id} was online for {} since {} ({:.1}%), in {} session{}",
         rounded(availability.online),
         text(availability.since),
         availability.ratio() * 100.0,
         availability.sessions,
+        if availability.sessions == 1 { "" } else { "s" },
     ))?;
     print_line(format_args!("{:<24}  {:<24}  {:<24}  duration", "online", "gone", "last seen"))?;
     for session in &sessions {
