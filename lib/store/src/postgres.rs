@@ -116,13 +116,14 @@ impl Table {
         &self,
         sightings: &[Sighting],
         wait: LockWait,
-        history: RecordHistory,
+        history: impl Future<Output = RecordHistory>,
     ) -> Result<Recorded, StoreError> {
         if sightings.is_empty() {
             return Ok(Recorded::default());
         }
-        // The ages grow while the statement waits for a connection.
+        // The ages grow while the statement waits for the monitor or a connection.
         let started_at = Instant::now();
+        let history = history.await;
         let mut ages = HashMap::with_capacity(sightings.len());
         let statement = || {
             let waited = started_at.elapsed();

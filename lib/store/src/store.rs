@@ -128,7 +128,7 @@ impl Store {
 
     async fn record(&self, sightings: &[Sighting], wait: LockWait) -> Result<Recorded, StoreError> {
         match &self.kind {
-            Kind::Postgres(table) => table.record_seen(sightings, wait, self.history().await).await,
+            Kind::Postgres(table) => table.record_seen(sightings, wait, self.history()).await,
             Kind::Sqlite(table) => table.record_seen(sightings, self.history().await).await,
         }
     }
