@@ -4,6 +4,7 @@
 mod connection;
 mod reconnect;
 pub mod settings;
+mod transport;
 mod uri;
 
 pub use connection::{ConnectError, Connection, connect};

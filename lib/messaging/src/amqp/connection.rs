@@ -3,9 +3,9 @@
 //! Decision: docs/decisions/0018-how-is-a-rabbitmq-connection-opened-and-closed.md
 
 use std::io;
-use std::net::{Shutdown, TcpStream};
+use std::net::Shutdown;
 use std::ops::Deref;
-use std::os::fd::AsFd;
+use std::os::fd::AsFd as _;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Waker};
@@ -13,15 +13,16 @@ use std::time::Duration;
 
 use ::runtime::{Success, first_success};
 use futures_util::FutureExt as _;
-use lapin::tcp::{AsyncTcpStream, OwnedTLSConfig};
+use lapin::tcp::AsyncTcpStream;
 use lapin::uri::{AMQPScheme, AMQPUri};
-use lapin::{ConnectionProperties, ErrorKind, runtime};
+use lapin::{ConnectionProperties, ErrorKind};
 use parking_lot::Mutex;
 use rand::seq::SliceRandom as _;
-use tokio::net::lookup_host;
+use tokio::net::{TcpStream, lookup_host};
 use tokio::runtime::Handle;
 use tokio::time::timeout;
 
+use super::transport;
 use super::uri::{Access, Node};
 
 const REACH_TIMEOUT: Duration = Duration::from_secs(2);
@@ -75,10 +76,10 @@ fn join(errors: &[ConnectError]) -> String {
 ///
 /// lapin's I/O thread ends only when the peer answers or the socket is shut down. A peer that hangs
 /// would otherwise leak the thread and the socket.
-struct Socket(TcpStream);
+struct Socket(std::net::TcpStream);
 
 impl Socket {
-    fn clone_of(stream: &impl AsFd) -> io::Result<Self> {
+    fn clone_of(stream: &TcpStream) -> io::Result<Self> {
         Ok(Self(stream.as_fd().try_clone_to_owned()?.into()))
     }
 }
@@ -153,10 +154,10 @@ pub(crate) async fn connect_avoiding(
     let mut nodes: Vec<_> = access.uri.0.iter().enumerate().collect();
     nodes.shuffle(&mut rand::rng());
     nodes.sort_by_key(|(node, _)| avoided == Some(*node));
-    let tls = OwnedTLSConfig { identity: None, cert_chain: access.authorities.clone() };
+    let authorities = access.authorities.as_deref();
     let attempts: Vec<_> = nodes
         .iter()
-        .map(|(node, Node { uri, .. })| connect_to(*node, uri, &tls, name).boxed())
+        .map(|(node, Node { uri, .. })| connect_to(*node, uri, authorities, name).boxed())
         .collect();
     match first_success(attempts, NODE_PATIENCE).await {
         Ok(Success { value, unusable }) => {
@@ -179,18 +180,17 @@ pub(crate) async fn connect_avoiding(
 async fn connect_to(
     node: usize,
     uri: &AMQPUri,
-    tls: &OwnedTLSConfig,
+    authorities: Option<&str>,
     name: &str,
 ) -> Result<Connection, ConnectError> {
     // The resolver and TLS expect an IPv6 address without the brackets that a URI needs.
     let host = uri.authority.host.trim_start_matches('[').trim_end_matches(']');
     let address = || format!("{}:{}", uri.authority.host, uri.authority.port);
     let reach = |source| ConnectError::Reach { address: address(), source };
-    let runtime = runtime::default_runtime().map_err(|error| reach(io::Error::other(error)))?;
     let reaching = async {
         let addresses = lookup_host((host, uri.authority.port)).await?;
         let attempts: Vec<_> =
-            addresses.map(|address| AsyncTcpStream::connect(&runtime, address).boxed()).collect();
+            addresses.map(|address| TcpStream::connect(address).boxed()).collect();
         match first_success(attempts, ADDRESS_PATIENCE).await {
             Ok(Success { value, .. }) => Ok(value),
             Err(errors) => Err(errors
@@ -203,17 +203,14 @@ async fn connect_to(
         Ok(reached) => reached.map_err(reach)?,
         Err(_) => return Err(reach(io::ErrorKind::TimedOut.into())),
     };
-    let socket = match &stream {
-        AsyncTcpStream::Plain(stream) => Socket::clone_of(stream.get_ref()).map_err(reach)?,
-        _ => return Err(reach(io::ErrorKind::Unsupported.into())),
-    };
+    // Otherwise the kernel would hold back a small frame until the previous one is acknowledged.
+    stream.set_nodelay(true).map_err(reach)?;
+    let socket = Socket::clone_of(&stream).map_err(reach)?;
     let silent = || ConnectError::Silent { address: address() };
     let stream = match uri.scheme {
-        AMQPScheme::AMQP => stream,
+        AMQPScheme::AMQP => transport::plain(stream),
         AMQPScheme::AMQPS => {
-            // `into_tls` also trusts the system's authorities. Its future is boxed, because it
-            // takes 20 KiB.
-            let handshake = Box::pin(stream.into_tls(host, tls.as_ref()));
+            let handshake = Box::pin(transport::encrypted(stream, host, authorities));
             let encrypted = timeout(REACH_TIMEOUT, handshake).await;
             encrypted.map_err(|_| silent())?.map_err(reach)?
         }
@@ -222,9 +219,11 @@ async fn connect_to(
     let stream = Mutex::new(Some(stream));
     let connect_once = async move |_: AMQPUri, _| {
         let stream = stream.lock().take();
-        stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected).into())
+        let stream = stream.ok_or_else(|| io::Error::from(io::ErrorKind::NotConnected))?;
+        Ok(AsyncTcpStream::Plain(stream))
     };
     let properties = ConnectionProperties::default().with_connection_name(name.into());
+    let runtime = transport::lapin_runtime();
     let logging_in = lapin::Connection::connector(uri.clone(), runtime, connect_once, properties);
     match timeout(LOG_IN_TIMEOUT, Box::pin(logging_in)).await {
         Ok(Ok(connection)) => {
