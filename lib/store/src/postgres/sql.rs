@@ -95,27 +95,32 @@ pub(super) fn record_seen(sightings: &[(i64, i64)], history: RecordHistory) -> S
          ON CONFLICT (id) DO UPDATE SET last_seen = excluded.last_seen
          WHERE seen.last_seen IS NULL OR {seen} < {new} OR {seen} > clock_timestamp()
          -- After an update, xmax is not 0, because the update has locked the old row.
-         RETURNING id::bigint AS id, xmax = 0 AS is_new, {now} AS now, {seen} AS last_seen"
+         RETURNING id::bigint AS id, xmax = 0 AS is_new, {now} AS now"
     );
-    let inserted = "true FROM changed WHERE is_new";
-    with_history(&record, history, inserted, "id, is_new, now")
+    with_history(&record, &seen, history, "true FROM changed WHERE is_new", "id, is_new, now")
 }
 
-/// Runs `change`, which returns `id` and `last_seen`, and records in the history what `presence`
-/// selects of that. Returns `columns` of the result of `change`.
+/// Runs `change`, which returns `columns`, among them `id`. Records in the history what `presence`
+/// selects of that, with the moment `last_seen`. Returns `columns`.
 ///
 /// The rows of the history get their positions after `change` has locked all its rows, so that the
 /// changes of one object have ascending positions.
-fn with_history(change: &str, history: RecordHistory, presence: &str, columns: &str) -> String {
-    let recorded = match history {
-        RecordHistory::No => String::new(),
+fn with_history(
+    change: &str,
+    last_seen: &str,
+    history: RecordHistory,
+    presence: &str,
+    columns: &str,
+) -> String {
+    match history {
+        RecordHistory::No => change.to_owned(),
         RecordHistory::Yes => format!(
-            ", recorded AS (
+            "WITH changed AS ({change}, {last_seen} AS moment), recorded AS (
                  INSERT INTO presence_change (object_id, last_seen, is_online)
-                 SELECT id, last_seen, {presence})"
+                 SELECT id, moment, {presence})
+             SELECT {columns} FROM changed"
         ),
-    };
-    format!("WITH changed AS ({change}){recorded} SELECT {columns} FROM changed")
+    }
 }
 
 /// Returns a row `(id)` for each of the `ids` that another transaction has locked. It tries to take
@@ -181,13 +186,14 @@ pub(super) fn delete_stale(cutoff: Cutoff, limit: u32, history: RecordHistory) -
 }
 
 fn delete(condition: &str, history: RecordHistory) -> String {
-    let last_seen = moment("object");
+    let moment = moment("object");
     let delete = format!(
         "DELETE FROM object WHERE ctid = ANY (ARRAY(
              SELECT ctid FROM object WHERE {condition} FOR UPDATE SKIP LOCKED))
-         RETURNING id::bigint AS id, {last_seen} AS last_seen"
+         RETURNING id::bigint AS id, {last_seen} AS last_seen",
+        last_seen = micros(&moment),
     );
-    with_history(&delete, history, "false FROM changed", &format!("id, {}", micros("last_seen")))
+    with_history(&delete, &moment, history, "false FROM changed", "id, last_seen")
 }
 
 /// Does a part of the maintenance of the history. Returns one row `(has_more)`.
