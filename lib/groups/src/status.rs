@@ -25,13 +25,13 @@ impl Tree {
             let share = u32::from(self.weights.counts_as_up(kind));
             let (start, homes, end) = self.place_range(object);
             for place in start..homes {
-                let state = &mut self.states[self.place(place)];
+                let state = &mut self.states[self.places[place] as usize];
                 // A count is below 0 in between, if an ancestor is subtracted before it is added.
                 state.counts[kind as usize] = state.counts[kind as usize].wrapping_add(1);
                 state.share += share;
             }
             for place in homes..end {
-                let state = &mut self.states[self.place(place)];
+                let state = &mut self.states[self.places[place] as usize];
                 state.counts[kind as usize] = state.counts[kind as usize].wrapping_sub(1);
             }
         }
@@ -73,9 +73,9 @@ impl Tree {
             .wrapping_sub(u32::from(self.weights.counts_as_up(was)));
         let (start, homes, end) = self.place_range(object);
         for place in start..homes {
-            let mut group = self.place(place);
+            let mut group = self.places[place] as usize;
             let common = place - start + homes;
-            let top = if common < end { self.place(common) } else { 0 };
+            let top = if common < end { self.places[common] as usize } else { 0 };
             self.states[group].share = self.states[group].share.wrapping_add(step);
             while group != top {
                 let state = &mut self.states[group];

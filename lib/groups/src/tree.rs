@@ -58,7 +58,7 @@ pub struct Tree {
     /// For each object its groups in pre-order, then the lowest common ancestor of each two successive
     /// ones. An object is counted at each of its groups and subtracted at each of these ancestors, so
     /// that each ancestor of its groups counts it once.
-    places: Vec<u32>,
+    pub(crate) places: Vec<u32>,
     place_ends: Vec<u32>,
 }
 
@@ -297,11 +297,6 @@ impl Tree {
         let start = if object == 0 { 0 } else { self.place_ends[object - 1] as usize };
         let end = self.place_ends[object] as usize;
         (start, start + (end - start).div_ceil(2), end)
-    }
-
-    /// A group in `places`.
-    pub(crate) fn place(&self, place: usize) -> usize {
-        self.places[place] as usize
     }
 }
 
