@@ -34,7 +34,7 @@ pub(crate) use follower::Follower;
 pub(crate) use members::{Redefined, SharedMembers};
 pub(crate) use shown::{GroupChange, encode};
 
-use loader::{Loaded, Loader};
+use loader::{Definition, Loader};
 use members::Members;
 use source::Observation;
 use watch::Watch;
@@ -46,7 +46,7 @@ const GIVEN_UP_MAX: usize = 100_000;
 pub struct LoadedGroups {
     loader: Loader,
     files: Observation,
-    loaded: Loaded,
+    definition: Definition,
     object_ttl: Reloadable<Duration>,
     metrics_depth: usize,
 }
@@ -64,10 +64,10 @@ impl GroupsConfig {
         let metrics_depth = self.groups_metrics_depth;
         let read = spawn_blocking(move || {
             let files = source::observe(&loader.file);
-            let loaded = files.clone().and_then(|files| loader.load(&files, None));
-            match loaded {
-                Ok(Some(loaded)) => {
-                    Ok(Some(LoadedGroups { loader, files, loaded, object_ttl, metrics_depth }))
+            let definition = files.clone().and_then(|files| loader.load(&files, None));
+            match definition {
+                Ok(Some(definition)) => {
+                    Ok(Some(LoadedGroups { loader, files, definition, object_ttl, metrics_depth }))
                 }
                 Ok(None) => Ok(None),
                 Err(reason) => Err(rejection(&loader.file, &reason)),
@@ -82,6 +82,7 @@ fn rejection(file: &Path, reason: &str) -> String {
 }
 
 /// The groups and their statuses, which all requests share.
+#[derive(Default)]
 pub(crate) struct Groups {
     /// `None` until the viewer knows the facts about all objects. Only the [`Follower`] writes it.
     live: RwLock<Option<Live>>,
@@ -93,6 +94,8 @@ pub(crate) struct Groups {
 
 /// The current tree, and the statuses that were announced.
 struct Live {
+    /// The number of the definition, from 1.
+    definition: u64,
     tree: Tree,
     announcer: Announcer,
 }
@@ -109,17 +112,12 @@ pub(crate) struct Parts {
 impl LoadedGroups {
     /// `history` is `None` if there is none.
     pub(crate) fn into_parts(self, history: Option<store::History>) -> Parts {
-        let Self { loader, files, loaded, object_ttl, metrics_depth } = self;
-        let groups = Arc::new(Groups {
-            live: RwLock::default(),
-            members: Members::default(),
-            given_up: Mutex::default(),
-            given_up_added: Notify::new(),
-        });
+        let Self { loader, files, definition, object_ttl, metrics_depth } = self;
+        let groups = Arc::new(Groups::default());
         let (sender, messages) = mpsc::channel(4);
         let (status_sender, status) = watch_channel::channel(Ok(()));
         let follower = Follower::new(Arc::clone(&groups), messages, object_ttl, metrics_depth);
-        let watch = Watch::new(loader, files, loaded, sender, history, status_sender);
+        let watch = Watch::new(loader, files, definition, sender, history, status_sender);
         Parts { groups, follower, watch, status }
     }
 }

@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use groups::{Announcement, Announcer, Fact, GroupIndex, Tree};
 use runtime::Reloadable;
-use tokio::sync::mpsc;
+use tokio::sync::{mpsc, oneshot};
 use tokio::task::{spawn_blocking, yield_now};
 use tokio::time::sleep;
 
@@ -41,6 +41,8 @@ pub(crate) struct Follower {
     late_checks: LateChecks,
     /// A new definition that is not in effect yet.
     candidate: Option<Candidate>,
+    /// The number of definitions that have taken effect.
+    definitions: u64,
     /// The first object of the current tree that must still be compared with the table, after changes
     /// were missed.
     rescan: Option<usize>,
@@ -57,6 +59,11 @@ struct Candidate {
     facts: Vec<Fact>,
     /// Number of objects that have been looked up in the table.
     scanned: usize,
+    /// Whether an object is neither online nor in the current tree, so that only the history knows
+    /// whether it was ever seen.
+    has_unknown: bool,
+    /// Gets `has_unknown` once all objects have been looked up.
+    needs_history: Option<oneshot::Sender<bool>>,
     /// Whether the history has been read.
     may_take_effect: bool,
 }
@@ -78,6 +85,7 @@ impl Follower {
             sequence: 0,
             late_checks: LateChecks::default(),
             candidate: None,
+            definitions: 0,
             rescan: None,
             changed: Vec::new(),
             metrics: GroupMetrics::new(metrics_depth),
@@ -123,7 +131,7 @@ impl Follower {
     /// When a group or an object changes without an event.
     fn next_due(&self) -> Option<Micros> {
         let live = self.groups.live.read();
-        let of_groups = live.iter().flat_map(|Live { tree, announcer }| {
+        let of_groups = live.iter().flat_map(|Live { tree, announcer, .. }| {
             [announcer.next_due(), tree.next_maintenance_end()].into_iter().flatten()
         });
         let of_groups = of_groups.map(|due| Micros::try_from(due).unwrap_or(Micros::MAX));
@@ -154,22 +162,23 @@ impl Follower {
         for _ in 0..MESSAGES_MAX {
             let message = self.received.take().or_else(|| self.messages.try_recv().ok());
             match message {
-                Some(Message::Define(tree, is_followed)) => {
+                Some(Message::Define(tree, needs_history)) => {
                     if self.candidate.is_none() && self.groups.live.read().is_none() {
                         self.sequence = view.last();
                     }
-                    self.candidate = Some(Candidate::new(*tree));
-                    // An error means that a newer definition is coming.
-                    _ = is_followed.send(());
+                    self.candidate = Some(Candidate::new(*tree, needs_history));
                 }
-                Some(Message::Gone(ids)) => {
-                    for id in ids {
-                        self.candidate.iter_mut().for_each(|candidate| candidate.mark_gone(id));
+                Some(Message::InHistory(ids)) => {
+                    if let Some(candidate) = &mut self.candidate {
+                        for id in ids {
+                            candidate.mark_gone(id);
+                        }
                     }
                 }
                 Some(Message::TakeEffect) => {
-                    let candidate = self.candidate.as_mut();
-                    candidate.into_iter().for_each(|candidate| candidate.may_take_effect = true);
+                    if let Some(candidate) = &mut self.candidate {
+                        candidate.may_take_effect = true;
+                    }
                 }
                 None => return,
             }
@@ -181,7 +190,10 @@ impl Follower {
     async fn scan(&mut self, view: &ViewState, late_before: Micros) {
         for _ in 0..BATCHES_MAX {
             match &mut self.candidate {
-                Some(candidate) if !candidate.is_scanned() => candidate.scan(view, late_before),
+                Some(candidate) if !candidate.is_scanned() => {
+                    let live = self.groups.live.read();
+                    candidate.scan(view, late_before, live.as_ref().map(|live| &live.tree));
+                }
                 _ if self.rescan.is_some() => self.scan_live(view, late_before),
                 _ => return,
             }
@@ -278,7 +290,9 @@ impl Follower {
         };
         let Some(candidate) = self.candidate.take_if(is_ready) else { return false };
         let groups = Arc::clone(&self.groups);
-        let build = move || candidate.into_live(groups.live.read().as_ref(), now);
+        self.definitions += 1;
+        let definition = self.definitions;
+        let build = move || candidate.into_live(definition, groups.live.read().as_ref(), now);
         // A panic has been logged. The previous definition stays in effect.
         let Ok((live, late_checks)) = spawn_blocking(build).await else { return false };
         self.metrics.redefine(&live.tree, &live.announcer);
@@ -304,12 +318,11 @@ impl Follower {
                     let (Fact::Online, Some(last_seen)) = (tree.fact(object), last_seen) else {
                         continue;
                     };
-                    match facts::seen(last_seen, late_before) {
-                        Fact::Late => tree.set_fact(object, Fact::Late, &mut self.changed),
-                        _ => {
-                            let at = last_seen.saturating_add(self.late_after);
-                            self.late_checks.schedule(object, at);
-                        }
+                    if facts::seen(last_seen, late_before) == Fact::Late {
+                        tree.set_fact(object, Fact::Late, &mut self.changed);
+                    } else {
+                        let at = last_seen.saturating_add(self.late_after);
+                        self.late_checks.schedule(object, at);
                     }
                 }
             }
@@ -326,7 +339,7 @@ impl Follower {
         }
         let now = as_u64(now);
         let mut due: Vec<Announcement> = Vec::new();
-        if let Some(Live { tree, announcer }) = &mut *self.groups.live.write() {
+        if let Some(Live { tree, announcer, .. }) = &mut *self.groups.live.write() {
             tree.end_maintenance(now, &mut self.changed);
             announcer.note(tree, &self.changed, now);
             announcer.due(tree, now, &mut due);
@@ -338,7 +351,7 @@ impl Follower {
         self.metrics.update(&due);
         for together in due.chunks(ANNOUNCED_TOGETHER) {
             let change = |Live { tree, .. }: &Live| -> Vec<GroupChange> {
-                together.iter().filter_map(|announced| GroupChange::new(tree, announced)).collect()
+                together.iter().filter_map(|announced| GroupChange::new(tree, *announced)).collect()
             };
             let changes = self.groups.live.read().as_ref().map(change).unwrap_or_default();
             view.push_groups(changes);
@@ -348,13 +361,14 @@ impl Follower {
 }
 
 impl Candidate {
-    fn new(tree: Tree) -> Self {
+    fn new(tree: Tree, needs_history: oneshot::Sender<bool>) -> Self {
         let facts = vec![Fact::NeverSeen; tree.object_ids().len()];
-        Self { tree, facts, scanned: 0, may_take_effect: false }
+        let needs_history = Some(needs_history);
+        Self { tree, facts, scanned: 0, has_unknown: false, needs_history, may_take_effect: false }
     }
 
     fn is_scanned(&self) -> bool {
-        self.scanned == self.facts.len()
+        self.scanned == self.facts.len() && self.needs_history.is_none()
     }
 
     fn set(&mut self, id: i64, fact: Fact) {
@@ -363,7 +377,7 @@ impl Candidate {
         }
     }
 
-    /// Marks an object that is gone according to the history, unless a later fact is known.
+    /// Marks an object that the history has as gone, unless a later fact is known.
     fn mark_gone(&mut self, id: i64) {
         if let Some(object) = self.tree.object(id)
             && self.facts[object.position()] == Fact::NeverSeen
@@ -373,18 +387,27 @@ impl Candidate {
     }
 
     /// Looks up the next [`SCAN_MAX`] objects in the table.
-    fn scan(&mut self, view: &ViewState, late_before: Micros) {
+    fn scan(&mut self, view: &ViewState, late_before: Micros, current: Option<&Tree>) {
         let end = self.facts.len().min(self.scanned + SCAN_MAX);
-        let last_seen = view.last_seen(&self.tree.object_ids()[self.scanned..end]);
-        for (fact, last_seen) in self.facts[self.scanned..end].iter_mut().zip(last_seen) {
+        let ids = &self.tree.object_ids()[self.scanned..end];
+        let facts = self.facts[self.scanned..end].iter_mut();
+        for ((fact, id), last_seen) in facts.zip(ids).zip(view.last_seen(ids)) {
             *fact = last_seen
                 .map_or_else(|| facts::absent(*fact), |seen| facts::seen(seen, late_before));
+            self.has_unknown |= *fact == Fact::NeverSeen
+                && current.is_none_or(|current| current.object(*id).is_none());
         }
         self.scanned = end;
+        if end == self.facts.len()
+            && let Some(needs_history) = self.needs_history.take()
+        {
+            // An error means that a newer definition is coming.
+            _ = needs_history.send(self.has_unknown);
+        }
     }
 
     /// Computes the statuses. Groups with the same path in the old tree keep their announced status.
-    fn into_live(self, old: Option<&Live>, now: Micros) -> (Live, LateChecks) {
+    fn into_live(self, definition: u64, old: Option<&Live>, now: Micros) -> (Live, LateChecks) {
         let Self { mut tree, mut facts, .. } = self;
         if let Some(Live { tree: old, .. }) = old {
             // What the viewer saw itself, the history may not have.
@@ -411,10 +434,13 @@ impl Candidate {
             None => Announcer::new(&tree, now),
             Some(old) => Announcer::carry_over(&tree, now, &old.tree, &old.announcer),
         };
-        (Live { tree, announcer }, late_checks)
+        (Live { definition, tree, announcer }, late_checks)
     }
 }
 
 fn as_u64(time: Micros) -> u64 {
     u64::try_from(time).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,7 @@ pub(super) struct Loader {
 }
 
 /// A definition that was read.
-pub(super) struct Loaded {
+pub(super) struct Definition {
     pub(super) tree: Tree,
     /// Identifies the content of the files.
     pub(super) hash: u64,
@@ -41,7 +41,7 @@ impl Loader {
         &self,
         files: &[FileState],
         known: Option<u64>,
-    ) -> Result<Option<Loaded>, String> {
+    ) -> Result<Option<Definition>, String> {
         let started = Instant::now();
         let documents = source::read(files)?;
         let hash = source_hash(documents.iter().map(as_slices));
@@ -65,7 +65,7 @@ impl Loader {
             seconds = started.elapsed().as_secs_f64(),
             "read the groups"
         );
-        Ok(Some(Loaded { tree, hash }))
+        Ok(Some(Definition { tree, hash }))
     }
 
     /// The tree in the cache, if it is that of the content with this hash.

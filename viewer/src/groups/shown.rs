@@ -128,14 +128,14 @@ pub(crate) struct GroupChange {
 }
 
 impl Group {
-    /// `None` if the path is too long.
+    /// `depth` is that of [`Tree::depth`].
     pub(super) fn new(
         tree: &Tree,
         announcer: &Announcer,
         group: GroupIndex,
         depth: usize,
-    ) -> Option<Self> {
-        let path = path(tree, group)?;
+        path: String,
+    ) -> Self {
         let (view, rules) = (tree.view(group), tree.rules(group));
         let (status, since) = announcer.announced(group);
         let pending = announcer.pending(tree, group).map(|(status, since)| PendingStatus {
@@ -143,10 +143,10 @@ impl Group {
             since: format_micros(since),
         });
         let [online, late, maintenance, never_seen, given_up, gone] = view.counts;
-        Some(Self {
+        Self {
             path,
             name: tree.name(group).to_owned(),
-            depth,
+            depth: depth.saturating_sub(1),
             status: status.name(),
             since: format_micros(since),
             pending,
@@ -158,11 +158,7 @@ impl Group {
             groups: tree.children(group).count(),
             up_rule: rules.up.to_string(),
             degraded_rule: rules.degraded.to_string(),
-        })
-    }
-
-    pub(super) fn path(&self) -> &str {
-        &self.path
+        }
     }
 }
 
@@ -178,8 +174,8 @@ impl Cause {
 
 impl GroupChange {
     /// `None` if the path is too long.
-    pub(super) fn new(tree: &Tree, announcement: &Announcement) -> Option<Self> {
-        let Announcement { group, was, is } = *announcement;
+    pub(super) fn new(tree: &Tree, announcement: Announcement) -> Option<Self> {
+        let Announcement { group, was, is } = announcement;
         let path = path(tree, group)?;
         let view = tree.view(group);
         let change = AnnouncedChange {
