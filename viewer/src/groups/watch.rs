@@ -211,3 +211,56 @@ impl Introduction {
         _ = self.follower.send(Message::InHistory(ids)).await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::PathBuf;
+
+    use groups::Weights;
+    use testkit::Scratch;
+
+    use super::*;
+    use crate::groups::GroupsConfig;
+
+    #[tokio::test]
+    async fn change_takes_effect_when_two_observations_are_equal() {
+        let scratch = Scratch::new("groups");
+        let file = scratch.path().join("groups.json");
+        let write = |name: &str| fs::write(&file, format!(r#"{{"name": "{name}"}}"#)).unwrap();
+        write("first");
+        let loader = Loader::new(&config(&file)).unwrap();
+        let observed = source::observe(&file);
+        let first = loader.load(&observed.clone().unwrap(), None).unwrap().unwrap();
+        let (status, _watched) = watch::channel(Ok(()));
+        let (previous, settled) = (observed.clone(), observed);
+        let mut files = Files { loader, previous, settled, hash: first.hash, status };
+        assert!(files.observe().await.is_none(), "nothing has changed");
+        write("second");
+        assert!(files.observe().await.is_none(), "the file may change again");
+        write("the third");
+        assert!(files.observe().await.is_none(), "the file has changed again");
+        let definition = files.observe().await.unwrap().unwrap().unwrap();
+        assert!(definition.tree.find(["the third"]).is_some());
+        assert!(files.observe().await.is_none(), "nothing has changed since");
+        // The same content in another file.
+        fs::rename(&file, scratch.path().join("old")).unwrap();
+        fs::copy(scratch.path().join("old"), &file).unwrap();
+        files.hash = definition.hash;
+        assert!(files.observe().await.is_none());
+        assert!(files.observe().await.unwrap().unwrap().is_none());
+        fs::remove_file(&file).unwrap();
+        assert!(files.observe().await.is_none(), "the file may come back at once");
+        let Some(Err(reason)) = files.observe().await else { panic!("the file is missing") };
+        assert!(reason.starts_with("GROUPS_FILE="), "{reason}");
+    }
+
+    fn config(file: &std::path::Path) -> GroupsConfig {
+        GroupsConfig {
+            groups_file: Some(file.to_owned()),
+            groups_weights: Weights::default(),
+            groups_metrics_depth: 1,
+            groups_cache: None::<PathBuf>,
+        }
+    }
+}
