@@ -111,7 +111,7 @@ async fn object_is_announced_as_given_up_after_its_last_attempt_only() {
     assert_eq!((given_up.len(), given_up[0].id), (1, 42));
     let at = given_up[0].at;
     assert!(before - SECOND < at && at <= SystemTime::now(), "{at:?}");
-    assert_eq!(api.lookups_of(42), 2, "the first failure was retried");
+    assert!(api.lookups_of(42) >= 2, "the first failure should be retried");
     for _ in 0..2 {
         let letter = env.queue.get(&env.queue.dead()).await;
         assert!(letter.is_some(), "the event came before the dead letters");

@@ -5,7 +5,7 @@ use lapin::options::{
 use lapin::types::FieldTable;
 use lapin::{BasicProperties, Channel, Connection};
 use messaging::amqp::Access;
-use messaging::events::{Emitter, Exchange, Kind, Notification, Subscriber};
+use messaging::events::{Emitter, Exchange, GroupChange, Kind, Notification, Subscriber};
 use runtime::Supervisor;
 use testkit::{Proxy, Queue, RabbitNode, amqp_uri, eventually, free_port};
 use tokio::time::timeout;
