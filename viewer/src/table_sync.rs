@@ -68,6 +68,8 @@ impl TableSync {
                             Kind::Gone => announced.lock().gone += changed,
                         }
                     }
+                    // The object may be online nevertheless, so this is not a change of presence.
+                    Notification::GivenUp(_) => {}
                     Notification::Missed(why) => {
                         tracing::debug!(why, "events may be missing: reading the table");
                         metrics::counter!("lastseen_viewer_events_missed_total").increment(1);
