@@ -164,7 +164,7 @@ struct Listing<'a> {
     after: Option<&'a str>,
 }
 
-/// A group to list.
+/// A group to list, the number of its ancestors, and its path.
 type Listed = (GroupIndex, usize, String);
 
 impl Groups {
@@ -193,8 +193,9 @@ impl Groups {
             after.ok_or_else(|| bad_request("after: expected the `next` of a page".to_owned()))
         });
         let listed = tree.walk(top, listing.levels, after.transpose()?);
-        let listed =
-            listed.filter_map(|(group, depth)| Some((group, depth, shown::path(tree, group)?)));
+        let listed = listed.filter_map(|(group, depth)| {
+            Some((group, depth.saturating_sub(1), shown::path(tree, group)?))
+        });
         Ok((*definition, listed.take(listing.limit.saturating_add(1)).collect()))
     }
 
@@ -206,8 +207,8 @@ impl Groups {
             {
                 let live = self.live.read();
                 let live = live.as_ref().filter(|live| live.definition == definition)?;
-                groups.extend(listed.iter().map(|(group, depth, path)| {
-                    Group::new(&live.tree, &live.announcer, *group, *depth, path.clone())
+                groups.extend(listed.iter().filter_map(|(group, depth, _)| {
+                    Group::new(&live.tree, &live.announcer, *group, *depth)
                 }));
             }
             yield_now().await;

@@ -128,14 +128,14 @@ pub(crate) struct GroupChange {
 }
 
 impl Group {
-    /// `depth` is that of [`Tree::depth`].
+    /// `None` if the path is too long.
     pub(super) fn new(
         tree: &Tree,
         announcer: &Announcer,
         group: GroupIndex,
         depth: usize,
-        path: String,
-    ) -> Self {
+    ) -> Option<Self> {
+        let path = path(tree, group)?;
         let (view, rules) = (tree.view(group), tree.rules(group));
         let (status, since) = announcer.announced(group);
         let pending = announcer.pending(tree, group).map(|(status, since)| PendingStatus {
@@ -143,10 +143,10 @@ impl Group {
             since: format_micros(since),
         });
         let [online, late, maintenance, never_seen, given_up, gone] = view.counts;
-        Self {
+        Some(Self {
             path,
             name: tree.name(group).to_owned(),
-            depth: depth.saturating_sub(1),
+            depth,
             status: status.name(),
             since: format_micros(since),
             pending,
@@ -158,7 +158,7 @@ impl Group {
             groups: tree.children(group).count(),
             up_rule: rules.up.to_string(),
             degraded_rule: rules.degraded.to_string(),
-        }
+        })
     }
 }
 
