@@ -28,6 +28,7 @@ use tokio::sync::{Notify, mpsc, watch as watch_channel};
 use tokio::task::spawn_blocking;
 
 pub use config::GroupsConfig;
+pub use shown::Group;
 
 pub(crate) use api::router;
 pub(crate) use follower::Follower;
@@ -74,6 +75,17 @@ impl GroupsConfig {
             }
         });
         Ok(read.await.context("reading the groups failed")?.map_err(Misconfigured)?)
+    }
+
+    /// Reads `GROUPS_FILE` for a command, without the cache; `None` if it is not set. All objects of
+    /// the tree are never seen.
+    ///
+    /// # Errors
+    /// As [`GroupsConfig::load`].
+    pub async fn read(&self) -> anyhow::Result<Option<Tree>> {
+        let without_cache = Self { groups_cache: None, ..self.clone() };
+        let groups = without_cache.load(Reloadable::fixed(Duration::ZERO)).await?;
+        Ok(groups.map(|groups| groups.loaded.tree))
     }
 }
 

@@ -15,7 +15,7 @@ pub(super) const PATH_BYTES_MAX: usize = 1_024;
 
 /// A group, and its status.
 #[derive(Serialize, ToSchema)]
-pub(crate) struct Group {
+pub struct Group {
     /// The names of the ancestors and of the group, joined by `/`.
     path: String,
     /// The last part of the path.
@@ -128,8 +128,9 @@ pub(crate) struct GroupChange {
 }
 
 impl Group {
-    /// `None` if the path is too long.
-    pub(super) fn new(
+    /// `None` if the path is longer than 1,024 bytes. `depth` is the number of ancestors.
+    #[must_use]
+    pub fn new(
         tree: &Tree,
         announcer: &Announcer,
         group: GroupIndex,
