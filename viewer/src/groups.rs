@@ -85,7 +85,7 @@ impl GroupsConfig {
     pub async fn read(&self) -> anyhow::Result<Option<Tree>> {
         let without_cache = Self { groups_cache: None, ..self.clone() };
         let groups = without_cache.load(Reloadable::fixed(Duration::ZERO)).await?;
-        Ok(groups.map(|groups| groups.loaded.tree))
+        Ok(groups.map(|groups| groups.definition.tree))
     }
 }
 
