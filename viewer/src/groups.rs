@@ -6,6 +6,7 @@
 //! groups leave together with those of their objects.
 
 pub(crate) mod api;
+mod candidate;
 mod config;
 mod facts;
 mod follower;
@@ -22,8 +23,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use groups::{Announcer, Tree};
+use messaging::events::Emitter;
 use parking_lot::{Mutex, RwLock};
 use runtime::{Misconfigured, Reloadable, Status};
+use store::History;
 use tokio::sync::{Notify, mpsc, watch as watch_channel};
 use tokio::task::spawn_blocking;
 
@@ -33,7 +36,7 @@ pub use shown::Group;
 pub(crate) use api::router;
 pub(crate) use follower::Follower;
 pub(crate) use members::{Redefined, SharedMembers};
-pub(crate) use shown::{GroupChange, encode};
+pub(crate) use shown::{EncodedChange, encode};
 
 use loader::{Definition, Loader};
 use members::Members;
@@ -122,13 +125,14 @@ pub(crate) struct Parts {
 }
 
 impl LoadedGroups {
-    /// `history` is `None` if there is none.
-    pub(crate) fn into_parts(self, history: Option<store::History>) -> Parts {
+    /// `history` is `None` if there is none. `emitter` publishes the changes of groups.
+    pub(crate) fn into_parts(self, history: Option<History>, emitter: Emitter) -> Parts {
         let Self { loader, files, definition, object_ttl, metrics_depth } = self;
         let groups = Arc::new(Groups::default());
         let (sender, messages) = mpsc::channel(4);
         let (status_sender, status) = watch_channel::channel(Ok(()));
-        let follower = Follower::new(Arc::clone(&groups), messages, object_ttl, metrics_depth);
+        let follower =
+            Follower::new(Arc::clone(&groups), messages, object_ttl, metrics_depth, emitter);
         let watch = Watch::new(loader, files, definition, sender, history, status_sender);
         Parts { groups, follower, watch, status }
     }
@@ -136,7 +140,6 @@ impl LoadedGroups {
 
 impl Groups {
     /// Records that the latest messages of these objects became dead letters.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the event given_up will call it"))]
     pub(crate) fn mark_given_up(&self, ids: impl IntoIterator<Item = i64>) {
         let mut waiting = self.given_up.lock();
         let free = GIVEN_UP_MAX.saturating_sub(waiting.len());

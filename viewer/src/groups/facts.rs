@@ -27,6 +27,10 @@ pub(super) fn changed(kind: Kind, last_seen: Micros, late_before: Micros) -> Fac
     }
 }
 
+pub(super) fn is_online(fact: Fact) -> bool {
+    matches!(fact, Fact::Online | Fact::Late)
+}
+
 /// The fact about an object that is not in the table.
 pub(super) fn absent(known: Fact) -> Fact {
     match known {

@@ -3,15 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use groups::{Announcement, Announcer, Fact, GroupIndex, Tree};
+use groups::{Announcement, Fact, GroupIndex};
+use messaging::events::{Emitter, GroupChange};
 use runtime::Reloadable;
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 use tokio::task::{spawn_blocking, yield_now};
 use tokio::time::sleep;
 
+use super::candidate::Candidate;
 use super::facts::{self, LateChecks};
 use super::path_metrics::GroupMetrics;
-use super::shown::GroupChange;
+use super::shown::{self, EncodedChange};
 use super::watch::Message;
 use super::{Groups, Live};
 use crate::object::{Micros, to_micros};
@@ -49,23 +51,10 @@ pub(crate) struct Follower {
     /// Groups whose status has changed since the last announcement.
     changed: Vec<GroupIndex>,
     metrics: GroupMetrics,
+    /// Publishes changes of groups for other programs.
+    emitter: Emitter,
     /// Whether the last wake-up left work for the next one.
     has_more: bool,
-}
-
-/// A definition, and what is known of its objects so far.
-struct Candidate {
-    tree: Tree,
-    facts: Vec<Fact>,
-    /// Number of objects that have been looked up in the table.
-    scanned: usize,
-    /// Whether an object is neither online nor in the current tree, so that only the history knows
-    /// whether it was ever seen.
-    has_unknown: bool,
-    /// Gets `has_unknown` once all objects have been looked up.
-    needs_history: Option<oneshot::Sender<bool>>,
-    /// Whether the history has been read.
-    may_take_effect: bool,
 }
 
 impl Follower {
@@ -74,6 +63,7 @@ impl Follower {
         messages: mpsc::Receiver<Message>,
         object_ttl: Reloadable<Duration>,
         metrics_depth: usize,
+        emitter: Emitter,
     ) -> Self {
         let late_after = facts::late_after(object_ttl.current());
         Self {
@@ -89,6 +79,7 @@ impl Follower {
             rescan: None,
             changed: Vec::new(),
             metrics: GroupMetrics::new(metrics_depth),
+            emitter,
             has_more: false,
         }
     }
@@ -153,7 +144,7 @@ impl Follower {
             self.rescan = Some(0);
         }
         if let Some(candidate) = &mut self.candidate {
-            candidate.scanned = 0;
+            candidate.scan_again();
         }
         self.has_more = true;
     }
@@ -177,7 +168,7 @@ impl Follower {
                 }
                 Some(Message::TakeEffect) => {
                     if let Some(candidate) = &mut self.candidate {
-                        candidate.may_take_effect = true;
+                        candidate.finish_history();
                     }
                 }
                 None => return,
@@ -265,18 +256,14 @@ impl Follower {
     /// than a message that failed.
     fn mark_given_up(&mut self) {
         let ids = std::mem::take(&mut *self.groups.given_up.lock());
-        let is_online = |fact| matches!(fact, Fact::Online | Fact::Late);
         let mut live = self.groups.live.write();
         for id in ids {
-            if let Some(Candidate { tree, facts, .. }) = &mut self.candidate
-                && let Some(object) = tree.object(id)
-                && !is_online(facts[object.position()])
-            {
-                facts[object.position()] = Fact::GivenUp;
+            if let Some(candidate) = &mut self.candidate {
+                candidate.mark_given_up(id);
             }
             if let Some(Live { tree, .. }) = &mut *live
                 && let Some(object) = tree.object(id)
-                && !is_online(tree.fact(object))
+                && !facts::is_online(tree.fact(object))
             {
                 tree.set_fact(object, Fact::GivenUp, &mut self.changed);
             }
@@ -285,14 +272,13 @@ impl Follower {
 
     /// Lets the new definition take effect once the facts about all of its objects are known.
     async fn redefine(&mut self, view: &ViewState, now: Micros) -> bool {
-        let is_ready = |candidate: &mut Candidate| {
-            candidate.may_take_effect && candidate.is_scanned() && !self.has_more
-        };
+        let is_ready = |candidate: &mut Candidate| candidate.is_ready() && !self.has_more;
         let Some(candidate) = self.candidate.take_if(is_ready) else { return false };
         let groups = Arc::clone(&self.groups);
         self.definitions += 1;
         let definition = self.definitions;
-        let build = move || candidate.into_live(definition, groups.live.read().as_ref(), now);
+        let build =
+            move || candidate.into_live(definition, groups.live.read().as_ref(), as_u64(now));
         // A panic has been logged. The previous definition stays in effect.
         let Ok((live, late_checks)) = spawn_blocking(build).await else { return false };
         self.metrics.redefine(&live.tree, &live.announcer);
@@ -351,90 +337,13 @@ impl Follower {
         self.metrics.update(&due);
         for together in due.chunks(ANNOUNCED_TOGETHER) {
             let change = |Live { tree, .. }: &Live| -> Vec<GroupChange> {
-                together.iter().filter_map(|announced| GroupChange::new(tree, *announced)).collect()
+                together.iter().filter_map(|announced| shown::change(tree, *announced)).collect()
             };
             let changes = self.groups.live.read().as_ref().map(change).unwrap_or_default();
-            view.push_groups(changes);
+            view.push_groups(changes.iter().filter_map(EncodedChange::new).collect());
+            self.emitter.publish_groups(changes);
             yield_now().await;
         }
-    }
-}
-
-impl Candidate {
-    fn new(tree: Tree, needs_history: oneshot::Sender<bool>) -> Self {
-        let facts = vec![Fact::NeverSeen; tree.object_ids().len()];
-        let needs_history = Some(needs_history);
-        Self { tree, facts, scanned: 0, has_unknown: false, needs_history, may_take_effect: false }
-    }
-
-    fn is_scanned(&self) -> bool {
-        self.scanned == self.facts.len() && self.needs_history.is_none()
-    }
-
-    fn set(&mut self, id: i64, fact: Fact) {
-        if let Some(object) = self.tree.object(id) {
-            self.facts[object.position()] = fact;
-        }
-    }
-
-    /// Marks an object that the history has as gone, unless a later fact is known.
-    fn mark_gone(&mut self, id: i64) {
-        if let Some(object) = self.tree.object(id)
-            && self.facts[object.position()] == Fact::NeverSeen
-        {
-            self.facts[object.position()] = Fact::Gone;
-        }
-    }
-
-    /// Looks up the next [`SCAN_MAX`] objects in the table.
-    fn scan(&mut self, view: &ViewState, late_before: Micros, current: Option<&Tree>) {
-        let end = self.facts.len().min(self.scanned + SCAN_MAX);
-        let ids = &self.tree.object_ids()[self.scanned..end];
-        let facts = self.facts[self.scanned..end].iter_mut();
-        for ((fact, id), last_seen) in facts.zip(ids).zip(view.last_seen(ids)) {
-            *fact = last_seen
-                .map_or_else(|| facts::absent(*fact), |seen| facts::seen(seen, late_before));
-            self.has_unknown |= *fact == Fact::NeverSeen
-                && current.is_none_or(|current| current.object(*id).is_none());
-        }
-        self.scanned = end;
-        if end == self.facts.len()
-            && let Some(needs_history) = self.needs_history.take()
-        {
-            // An error means that a newer definition is coming.
-            _ = needs_history.send(self.has_unknown);
-        }
-    }
-
-    /// Computes the statuses. Groups with the same path in the old tree keep their announced status.
-    fn into_live(self, definition: u64, old: Option<&Live>, now: Micros) -> (Live, LateChecks) {
-        let Self { mut tree, mut facts, .. } = self;
-        if let Some(Live { tree: old, .. }) = old {
-            // What the viewer saw itself, the history may not have.
-            for (fact, id) in facts.iter_mut().zip(tree.object_ids()) {
-                if let (Fact::NeverSeen | Fact::Gone, Some(object)) = (*fact, old.object(*id))
-                    && let known @ (Fact::Gone | Fact::GivenUp) = old.fact(object)
-                {
-                    *fact = known;
-                }
-            }
-        }
-        let mut late_checks = LateChecks::new(facts.len());
-        tree.set_facts(|object, _| {
-            let fact = facts[object.position()];
-            if fact == Fact::Online {
-                // The first check finds the latest sighting.
-                late_checks.schedule(object, now);
-            }
-            fact
-        });
-        let now = as_u64(now);
-        tree.end_maintenance(now, &mut Vec::new());
-        let announcer = match old {
-            None => Announcer::new(&tree, now),
-            Some(old) => Announcer::carry_over(&tree, now, &old.tree, &old.announcer),
-        };
-        (Live { definition, tree, announcer }, late_checks)
     }
 }
 

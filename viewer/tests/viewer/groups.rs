@@ -2,6 +2,8 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
 
+use lapin::options::QueueDeclareOptions;
+use lapin::types::FieldTable;
 use serde_json::{Value, json};
 use testkit::{Queue, Scratch, System, wait_for, wait_until};
 
@@ -133,6 +135,60 @@ async fn each_object_is_of_the_kind_that_the_history_and_the_table_show() {
     fixture.clean_up().await;
     let counts = json!({"online": 1, "maintenance": 2, "never_seen": 2, "gone": 1});
     expect_counts(&viewer, "all", counts).await;
+}
+
+#[tokio::test]
+async fn given_up_object_is_the_cause_until_it_is_seen() {
+    let fixture = Fixture::new().await;
+    fixture.record([1]).await;
+    let definition = Definition::new(r#"{"name": "all", "objects": [1, 2, 3]}"#);
+    let viewer = definition.start(&fixture, &[]).await;
+    fixture.give_up(3);
+    fixture.give_up(1);
+    let counts = json!({"online": 1, "never_seen": 1, "given_up": 1});
+    let all = expect_counts(&viewer, "all", counts).await;
+    let because = json!({"path": "all", "object": "3", "kind": "given_up"});
+    assert_eq!(all["because"], because);
+    fixture.record([3]).await;
+    expect_counts(&viewer, "all", json!({"online": 2, "never_seen": 1})).await;
+}
+
+#[tokio::test]
+async fn change_of_a_group_is_published_on_the_exchange() {
+    let fixture = Fixture::new().await;
+    let connection = testkit::connect(&testkit::amqp_uri()).await.unwrap();
+    let channel = connection.create_channel().await.unwrap();
+    let (name, none) = (format!("{}.other", fixture.queue.name), FieldTable::default);
+    let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+    channel.queue_declare(name.as_str().into(), exclusive, none()).await.unwrap();
+    let topics = format!("{}.events", fixture.queue.name);
+    let bind = channel.queue_bind(
+        name.as_str().into(),
+        topics.into(),
+        "group".into(),
+        Default::default(),
+        none(),
+    );
+    bind.await.unwrap();
+    let definition = Definition::new(SHOP);
+    let _viewer = definition.start(&fixture, &[]).await;
+    fixture.record([7]).await;
+    let body: Value = wait_for("a change is published", async || {
+        let message = channel.basic_get(name.as_str().into(), Default::default()).await.unwrap();
+        message.map(|message| serde_json::from_slice(&message.data).unwrap())
+    })
+    .await;
+    let spare = json!({
+        "path": "shop/spare", "was": "down", "is": "up", "online": 1, "total": 2, "because": null,
+    });
+    let because = json!({"path": "shop/berlin", "object": "1", "kind": "never_seen"});
+    let shop = json!({
+        "path": "shop", "was": "down", "is": "degraded", "online": 1, "total": 6,
+        "because": because,
+    });
+    let groups = body["groups"].as_array().unwrap();
+    assert!(groups.len() == 2 && groups.contains(&spare) && groups.contains(&shop), "{body}");
+    assert_eq!(body["objects"], json!([]));
 }
 
 #[tokio::test]

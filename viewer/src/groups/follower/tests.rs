@@ -1,8 +1,10 @@
 use std::time::SystemTime;
 
 use groups::{Kind as ObjectKind, Weights, parse};
-use messaging::events::Kind;
+use messaging::events::{Exchange, Kind};
+use runtime::Supervisor;
 use serde_json::Value;
+use tokio::sync::oneshot;
 
 use super::*;
 use crate::object::Object;
@@ -28,8 +30,9 @@ impl Setup {
     fn new(weights: &str) -> Self {
         let groups = Arc::new(Groups::default());
         let (messages, receiver) = mpsc::channel(8);
+        let emitter = Emitter::start(&Exchange::disabled(), "test", &Supervisor::default());
         let object_ttl = Reloadable::fixed(Duration::from_secs(30));
-        let follower = Follower::new(Arc::clone(&groups), receiver, object_ttl, 0);
+        let follower = Follower::new(Arc::clone(&groups), receiver, object_ttl, 0, emitter);
         let weights = weights.parse().unwrap();
         let setup = Self { view: ViewState::new(), groups, follower, messages, weights, read: 0 };
         setup.set_clock(0);
@@ -164,7 +167,7 @@ async fn shorter_ttl_makes_objects_late() {
     setup.follower.set_ttl(Duration::from_secs(15));
     setup.follow().await;
     assert_eq!(setup.kinds(), [ObjectKind::Late; 2]);
-    setup.follower.set_ttl(Duration::from_secs(60));
+    setup.follower.set_ttl(Duration::from_mins(1));
     setup.follow().await;
     assert_eq!((setup.kinds(), setup.next_due()), (vec![ObjectKind::Online; 2], Some(40)));
 }
@@ -251,8 +254,8 @@ async fn new_definition_keeps_announced_statuses_and_known_facts() {
     assert_eq!(setup.follow().await, [""; 0]);
     setup.send(Message::TakeEffect).await;
     assert_eq!(setup.follow().await, ["pair degraded up"], "a new group is not announced");
-    use ObjectKind::{Gone, Online};
-    assert_eq!(setup.kinds(), [Gone, Online, Online, Gone]);
+    let (gone, online) = (ObjectKind::Gone, ObjectKind::Online);
+    assert_eq!(setup.kinds(), [gone, online, online, gone]);
 }
 
 #[tokio::test]
