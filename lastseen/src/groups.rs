@@ -48,6 +48,10 @@ pub(crate) async fn show(
 ) -> anyhow::Result<()> {
     let tree = unless_stopped(shutdown, groups.read()).await?;
     let mut tree = tree.context("GROUPS_FILE is not set")?;
+    if tree.group_count() == 0 {
+        eprintln!("GROUPS_FILE defines no group");
+        return Ok(());
+    }
     let top = command.path.as_deref().map(|path| find(&tree, path)).transpose()?;
     let now = unless_stopped(shutdown, Box::pin(observe(&mut tree, store, ttl))).await?;
     let levels = match (command.depth, top) {
@@ -56,14 +60,7 @@ pub(crate) async fn show(
         (None, Some(_)) => 1,
         (None, None) => 2,
     };
-    if tree.group_count() == 0 {
-        eprintln!("GROUPS_FILE defines no group");
-    } else if command.json {
-        print_json(&tree, top, levels, now)?;
-    } else {
-        print_table(&tree, top, levels)?;
-    }
-    Ok(())
+    if command.json { print_json(&tree, top, levels, now) } else { print_table(&tree, top, levels) }
 }
 
 /// Finds the group, or suggests the most similar paths.

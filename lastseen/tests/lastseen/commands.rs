@@ -177,7 +177,7 @@ async fn command_that_waits_for_a_server_ends_at_a_signal() {
         ("AMQP_URI", &format!("amqp://{address}")),
         ("DATABASE_URL", &format!("postgres://{address}/postgres")),
     ]);
-    groups::define(&mut home, "[]");
+    groups::define(&mut home, r#"{"name": "shop"}"#);
     let on_postgres = [&["objects"][..], &["history", "1"], &["changes"], &["groups"]];
     for command in on_postgres.into_iter().chain([&["dead-letters", "list"][..]]) {
         let waiting = home.spawn(command);

@@ -26,7 +26,6 @@ async fn groups(home: &Home, arguments: &[&str]) -> Vec<Value> {
 
 /// Records that object 3 was online and is gone, and that 1 and 2 are online.
 async fn observe(home: &mut Home) {
-    let ttl = home.settings.len();
     home.settings.push(("OBJECT_TTL", "1s".to_owned()));
     let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
     assert!(Partner::default().post(&endpoint, &[3]).await);
@@ -35,7 +34,7 @@ async fn observe(home: &mut Home) {
     })
     .await;
     lastseen.stop().await;
-    home.settings[ttl].1 = "1h".to_owned();
+    home.settings.push(("OBJECT_TTL", "1h".to_owned()));
     let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
     assert!(Partner::default().post(&endpoint, &[1, 2]).await);
     wait_until("1 and 2 are online", async || home.online().await == [1, 2]).await;
@@ -99,6 +98,9 @@ async fn unusable_groups_are_explained() {
     home.assert_fails(&["groups"], 78, "GROUPS_FILE must be set").await;
     let file = define(&mut home, "{\"name\": \"shop\",\n \"up\": \"8x\"}");
     home.assert_fails(&["groups"], 78, "groups.json:2:8: shop: up: ").await;
+    std::fs::write(&file, "[]").unwrap();
+    let (code, lines) = home.run(&["groups", "shop"]).await;
+    assert_eq!((code, lines.concat().as_str()), (Some(0), "GROUPS_FILE defines no group"));
     std::fs::remove_file(&file).unwrap();
     home.assert_fails(&["groups"], 78, "groups.json: cannot read it").await;
     define(&mut home, SHOP);
