@@ -9,8 +9,7 @@ use axum::Json;
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{ConnectInfo, Request, State};
-use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode, header};
-use axum::middleware::{self, Next};
+use axum::http::{HeaderMap, HeaderName, HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use axum::routing::post;
 use messaging::queue::Broker;
@@ -116,7 +115,6 @@ impl CallbackServer {
             .merge(health_routes(health))
             .method_not_allowed_fallback(method_not_allowed)
             .fallback(not_found)
-            .layer(middleware::from_fn(close_after_chunked))
             .with_state(self.shared);
         http::serve(self.listener, router, self.limits, shutdown).await;
         // No earlier, because a callback in flight may still go to the spool.
@@ -292,18 +290,6 @@ fn unavailable(error: &NotStored) -> Problem {
         detail: format!("{error}: send the callback again"),
         retry_after_seconds: Some(1),
     }
-}
-
-/// Closes the connection after a chunked request. If the request also had a `Content-Length`, a
-/// proxy may disagree about where the request ends. The bytes after it may then belong to its body,
-/// and must not be read as a request (RFC 9112, 6.1).
-async fn close_after_chunked(request: Request, next: Next) -> Response {
-    let is_chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
-    let mut response = next.run(request).await;
-    if is_chunked {
-        response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
-    }
-    response
 }
 
 fn describe_metrics() {

@@ -35,7 +35,10 @@ pub(super) struct ServerSignals {
 }
 
 /// Passes the request to the router. The response contains `Connection: close` if the server is
-/// draining, or if the client is still sending a body that the handler has not read.
+/// draining, if the client is still sending a body that the handler has not read, or if the request
+/// is chunked: if it also had a `Content-Length`, a proxy may disagree about where the request ends.
+/// The bytes after it may then belong to its body, and must not be read as a request (RFC 9112,
+/// 6.1).
 pub(super) async fn respond(
     connection: Arc<Connection>,
     peer: SocketAddr,
@@ -47,6 +50,7 @@ pub(super) async fn respond(
     signals.request_arrived.notify_one();
     let unread = UnreadBody::default();
     let expects_continue = request.headers().contains_key(header::EXPECT);
+    let is_chunked = request.headers().contains_key(header::TRANSFER_ENCODING);
     let mut request =
         request.map(|body| RequestBody { incoming: Some(body), unread: Arc::clone(&unread) });
     request.extensions_mut().insert(ConnectInfo(peer));
@@ -59,7 +63,7 @@ pub(super) async fn respond(
         Some(body) => expects_continue || !discard(body).await,
         None => false,
     };
-    if is_body_pending || signals.shutdown.is_cancelled() {
+    if is_body_pending || is_chunked || signals.shutdown.is_cancelled() {
         response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
     }
     Ok(response.map(|body| ResponseBody { body, _exchange: exchange }))
