@@ -81,7 +81,7 @@ pub(crate) struct GroupPage {
         (status = 200, description = "A page of groups", body = GroupPage, headers(("ETag" = String, description = "Identifies the content of the response"))),
         (status = 304, description = "Nothing has changed since the response with this ETag"),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 404, description = "GROUPS_FILE is not set", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "There is no group `after`, or GROUPS_FILE is not set", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
         (status = 503, description = "The viewer has not read the table and the history yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
@@ -113,7 +113,7 @@ pub(crate) async fn groups(
         (status = 200, description = "A page that begins with the group", body = GroupPage, headers(("ETag" = String, description = "Identifies the content of the response"))),
         (status = 304, description = "Nothing has changed since the response with this ETag"),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 404, description = "There is no such group, or GROUPS_FILE is not set", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "There is no such group, no group `after` below it, or GROUPS_FILE is not set", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
         (status = 503, description = "The viewer has not read the table and the history yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
@@ -190,7 +190,10 @@ impl Groups {
         let is_listed = |&after: &GroupIndex| top.is_none_or(|top| tree.contains(top, after));
         let after = listing.after.map(|after| {
             let after = shown::find(tree, after).filter(is_listed);
-            after.ok_or_else(|| bad_request("after: expected the `next` of a page".to_owned()))
+            after.ok_or_else(|| {
+                let detail = "after: no such group is listed; begin with the first page again";
+                Problem::new(StatusCode::NOT_FOUND, detail)
+            })
         });
         let listed = tree.walk(top, listing.levels, after.transpose()?);
         let listed = listed.filter_map(|(group, depth)| {

@@ -232,8 +232,8 @@ async fn groups_are_listed_by_depth_in_pages_with_an_etag() {
         ("/groups/nowhere", 404, "no such group: nowhere"),
         ("/groups?depth=0", 400, "depth: expected a number from 1 to 100"),
         ("/groups/e%252F%3F?depth=101", 400, "depth: expected a number from 0 to 100"),
-        ("/groups?after=x", 400, "after: expected the `next` of a page"),
-        ("/groups/e%252F%3F?after=%C3%A4+b", 400, "after: expected the `next` of a page"),
+        ("/groups?after=x", 404, "after: no such group is listed"),
+        ("/groups/e%252F%3F?after=%C3%A4+b", 404, "after: no such group is listed"),
         ("/groups?limit=1001", 400, "limit: expected a number from 1 to 1000"),
         ("/groups?x=1", 400, "unknown field `x`"),
     ] {
