@@ -15,7 +15,7 @@ use tester::api::Api;
 use tester::partner::Partner;
 use tokio::task::JoinSet;
 use url::Url;
-use viewer::Viewer;
+use viewer::{LoadedGroups, Viewer};
 
 use crate::banner::Addresses;
 use crate::{Config, banner, status_line};
@@ -55,13 +55,7 @@ impl AllRoles {
         }
         let without = config.without;
         // Before any role starts, because invalid groups end the process.
-        let groups = if without.no_viewer {
-            None
-        } else {
-            let mut groups = config.groups.clone();
-            groups.groups_cache.get_or_insert_with(|| config.lastseen_dir.join("groups.cache"));
-            groups.load(reloadable.map(|config| config.cleanup.object_ttl)).await?
-        };
+        let groups = load_groups(&config, &reloadable).await?;
         let mut lookups = config.lookups.clone();
         let mut partner_callbacks = config.partner_callbacks.clone().into_inner();
         // On RabbitMQ, other programs receive the events too.
@@ -152,6 +146,18 @@ impl AllRoles {
         tokio::join!(broker.close(), database.close());
         Ok(())
     }
+}
+
+async fn load_groups(
+    config: &Config,
+    reloadable: &Reloadable<Config>,
+) -> anyhow::Result<Option<LoadedGroups>> {
+    if config.without.no_viewer {
+        return Ok(None);
+    }
+    let mut groups = config.groups.clone();
+    groups.groups_cache.get_or_insert_with(|| config.lastseen_dir.join("groups.cache"));
+    groups.load(reloadable.map(|config| config.cleanup.object_ttl)).await
 }
 
 struct RunningRoles {

@@ -64,6 +64,8 @@ struct Parser<'a> {
 
 /// A place in a document: the number of the document, and the offset in bytes.
 type Place = (u32, u32);
+/// The first and the last id.
+type Range = (i64, i64);
 
 struct Problem {
     place: Place,
@@ -163,8 +165,8 @@ impl<'a> Parser<'a> {
                 self.built(json, |builder| builder.name(&name))?;
             }
             ("name", _) => return self.fail(json, "name: expected a string"),
-            ("objects", value) => self.read_objects(json, value)?,
-            ("maintenance", value) => self.read_maintenance(json, value)?,
+            ("objects", value) => self.read_objects(json, &value)?,
+            ("maintenance", value) => self.read_maintenance(json, &value)?,
             (_, value) => self.read_rule(json, key, &value)?,
         }
         Ok(false)
@@ -199,8 +201,8 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    fn read_objects(&mut self, json: &mut Json<'a>, value: JsonEvent<'a>) -> Result<(), Problem> {
-        if value != JsonEvent::StartArray {
+    fn read_objects(&mut self, json: &mut Json<'a>, value: &JsonEvent<'a>) -> Result<(), Problem> {
+        if *value != JsonEvent::StartArray {
             return self.fail(json, "objects: expected an array such as [42, \"100-199\"]");
         }
         loop {
@@ -219,11 +221,11 @@ impl<'a> Parser<'a> {
     fn read_maintenance(
         &mut self,
         json: &mut Json<'a>,
-        value: JsonEvent<'a>,
+        value: &JsonEvent<'a>,
     ) -> Result<(), Problem> {
         const EXPECTED: &str = "maintenance: expected an array of windows such as \
             {\"until\": \"2030-01-01T00:00:00Z\", \"objects\": [42]}";
-        if value != JsonEvent::StartArray {
+        if *value != JsonEvent::StartArray {
             return self.fail(json, EXPECTED);
         }
         loop {
@@ -272,10 +274,7 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    fn read_window_objects(
-        &mut self,
-        json: &mut Json<'a>,
-    ) -> Result<Vec<(Place, (i64, i64))>, Problem> {
+    fn read_window_objects(&mut self, json: &mut Json<'a>) -> Result<Vec<(Place, Range)>, Problem> {
         let mut ranges = Vec::new();
         if self.next(json)? != JsonEvent::StartArray {
             return self.fail(json, "maintenance: expected an array of objects");

@@ -61,7 +61,7 @@ pub(super) fn line_and_column(content: &[u8], offset: usize) -> (usize, usize) {
     let before = &content[..offset.min(content.len())];
     let before = before.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(before);
     let line_start = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
-    let line = before.iter().filter(|&&byte| byte == b'\n').count() + 1;
+    let line = before.split(|&byte| byte == b'\n').count();
     let column = before[line_start..].iter().filter(|&&byte| byte & 0xC0 != 0x80).count() + 1;
     (line, column)
 }
