@@ -2,7 +2,7 @@ use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;
 
-use lapin::options::QueueDeclareOptions;
+use lapin::options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use serde_json::{Value, json};
 use testkit::{Queue, Scratch, System, wait_for, wait_until};
@@ -166,7 +166,7 @@ async fn change_of_a_group_is_published_on_the_exchange() {
         name.as_str().into(),
         topics.into(),
         "group".into(),
-        Default::default(),
+        QueueBindOptions::default(),
         none(),
     );
     bind.await.unwrap();
@@ -174,7 +174,8 @@ async fn change_of_a_group_is_published_on_the_exchange() {
     let _viewer = definition.start(&fixture, &[]).await;
     fixture.record([7]).await;
     let body: Value = wait_for("a change is published", async || {
-        let message = channel.basic_get(name.as_str().into(), Default::default()).await.unwrap();
+        let message =
+            channel.basic_get(name.as_str().into(), BasicGetOptions::default()).await.unwrap();
         message.map(|message| serde_json::from_slice(&message.data).unwrap())
     })
     .await;
