@@ -84,10 +84,10 @@ impl Definition {
                 return Err("a maintenance window contains unknown objects");
             }
         }
-        match self.maintenance.is_sorted_by_key(|window| window.until_micros) {
-            true => Ok(()),
-            false => Err("the maintenance windows are not sorted"),
+        if !self.maintenance.is_sorted_by_key(|window| window.until_micros) {
+            return Err("the maintenance windows are not sorted");
         }
+        Ok(())
     }
 
     fn check_groups(&self) -> Result<(), &'static str> {
