@@ -10,21 +10,20 @@ use crate::rules::Need;
 use crate::tree::{GroupIndex, ObjectIndex, Tree};
 
 pub(super) fn check_siblings(tree: &Tree) -> Result<(), BuildError> {
-    let mut siblings = Vec::new();
+    let mut hashes = Vec::new();
     for parent in 0..index(tree.ends.len()) {
-        let children = || tree.children(GroupIndex(parent));
-        if children().is_sorted_by(|&first, &second| tree.name(first) < tree.name(second)) {
+        let children = || tree.children(GroupIndex(parent)).map(|child| (tree.name(child), child));
+        // Sorting hashes is faster than sorting names, which is needed only for an error.
+        hashes.clear();
+        hashes.extend(children().map(|(name, _)| XxHash3_64::oneshot(name.as_bytes())));
+        hashes.sort_unstable();
+        if !hashes.array_windows().any(|[first, second]| first == second) {
             continue;
         }
-        // Sorting hashes is faster than sorting names.
-        siblings.clear();
-        siblings.extend(children().map(|child| {
-            let name = tree.name(child);
-            (XxHash3_64::oneshot(name.as_bytes()), name, child)
-        }));
+        let mut siblings: Vec<_> = children().collect();
         siblings.sort_unstable();
-        let repeated = siblings.array_windows().find(|[first, second]| first.1 == second.1);
-        if let Some([_, (_, name, child)]) = repeated {
+        let repeated = siblings.array_windows().find(|[first, second]| first.0 == second.0);
+        if let Some([_, (name, child)]) = repeated {
             let reason = format!("name: {} is the name of a sibling, too", quote(name));
             return Err(error(tree, child.0, reason, Subject::Name(child.0)));
         }

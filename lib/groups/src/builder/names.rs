@@ -4,10 +4,10 @@ pub(super) fn check_name(name: &str) -> Result<(), &'static str> {
     if name.is_empty() || name.len() > 100 && name.chars().nth(100).is_some() {
         return Err("expected 1 to 100 characters");
     }
-    if name == "." || name == ".." || name.contains('/') || name.contains(char::is_control) {
+    if name == "." || name == ".." || name.contains(|one: char| one == '/' || one.is_control()) {
         return Err("expected a name without / and control characters, and other than . and ..");
     }
-    if name.trim() != name {
+    if name.starts_with(char::is_whitespace) || name.ends_with(char::is_whitespace) {
         return Err("expected a name without blanks at its start and end");
     }
     Ok(())
