@@ -1,14 +1,17 @@
 //! Builds a tree from groups in pre-order, and checks what concerns several groups.
 
-use std::collections::HashMap;
+mod checks;
+mod names;
 
-use twox_hash::XxHash3_64;
+use std::collections::HashMap;
 
 use crate::definition::{Definition, MAX_GROUPS, MAX_MEMBERSHIPS, Run, index};
 use crate::kind::Weights;
-use crate::maintenance::Windows;
-use crate::rules::{Need, Rules};
-use crate::tree::{GroupIndex, ObjectIndex, Tree};
+use crate::rules::Rules;
+use crate::tree::Tree;
+use checks::{check_counts, check_siblings, resolve_maintenance};
+use names::{check_name, short_path};
+pub(crate) use names::{prefix, quote};
 
 /// A definition is invalid.
 #[derive(Debug, thiserror::Error)]
@@ -297,150 +300,4 @@ fn distinct_ids(ranges: &[Range]) -> Vec<i64> {
         }
     }
     ids
-}
-
-fn check_siblings(tree: &Tree) -> Result<(), BuildError> {
-    let mut siblings = Vec::new();
-    for parent in 0..index(tree.ends.len()) {
-        let children = || tree.children(GroupIndex(parent));
-        if children().is_sorted_by(|&first, &second| tree.name(first) < tree.name(second)) {
-            continue;
-        }
-        // Sorting hashes is faster than sorting names.
-        siblings.clear();
-        siblings.extend(children().map(|child| {
-            let name = tree.name(child);
-            (XxHash3_64::oneshot(name.as_bytes()), name, child)
-        }));
-        siblings.sort_unstable();
-        let repeated = siblings.array_windows().find(|[first, second]| first.1 == second.1);
-        if let Some([_, (_, name, child)]) = repeated {
-            let reason = format!("name: {} is the name of a sibling, too", quote(name));
-            return Err(error(tree, child.0, reason, Subject::Name(child.0)));
-        }
-    }
-    Ok(())
-}
-
-fn check_counts(tree: &Tree) -> Result<(), BuildError> {
-    let counted = |need| match need {
-        Need::Count(count) => count,
-        _ => 0,
-    };
-    if !tree.definition.rules.iter().any(|rules| counted(rules.up).max(counted(rules.degraded)) > 0)
-    {
-        return Ok(());
-    }
-    for group in tree.groups() {
-        let (rules, weight) = (tree.rules(group), tree.states[group.0 as usize].weight);
-        let needs = [
-            ("up", rules.up, Subject::Up(group.0)),
-            ("degraded", rules.degraded, Subject::Degraded(group.0)),
-        ];
-        for (field, need, subject) in needs {
-            if weight > 0 && counted(need) > weight {
-                let reason =
-                    format!("{field}: {need} is more than the weight {weight} of the group");
-                return Err(error(tree, group.0, reason, subject));
-            }
-        }
-    }
-    Ok(())
-}
-
-fn resolve_maintenance(
-    tree: &Tree,
-    maintenance: &[Maintenance],
-) -> Result<Vec<crate::definition::Window>, BuildError> {
-    let ids = tree.object_ids();
-    let mut windows = Windows::new(ids.len());
-    let mut groups = vec![0; tree.ends.len()];
-    let mut examined = 0;
-    for (number, maintenance) in maintenance.iter().enumerate() {
-        let Maintenance { group, until_micros, objects } = *maintenance;
-        let Some((first, last)) = objects else {
-            groups[group as usize] = until_micros.max(groups[group as usize]);
-            continue;
-        };
-        let range = ids.partition_point(|&id| id < first)..ids.partition_point(|&id| id <= last);
-        examined += range.len() as u64;
-        let mut found = false;
-        for object in range {
-            if tree.contains_object(GroupIndex(group), ObjectIndex(index(object))) {
-                windows.extend(object, until_micros);
-                found = true;
-            }
-        }
-        if !found || examined > MAX_MEMBERSHIPS {
-            let reason = match found {
-                true => {
-                    format!("maintenance: too many objects; at most {MAX_MEMBERSHIPS} in total")
-                }
-                false if first == last => {
-                    format!("maintenance: object {first} is not in the group")
-                }
-                false => format!("maintenance: no object of {first}-{last} is in the group"),
-            };
-            return Err(error(tree, group, reason, Subject::Maintenance(number)));
-        }
-    }
-    for group in 1..groups.len() {
-        // A subgroup is in maintenance at least as long as its parent.
-        groups[group] = groups[group].max(groups[tree.definition.parents[group] as usize]);
-        if groups[group] > 0 {
-            for object in tree.definition.members(index(group)).iter().flat_map(|run| run.objects())
-            {
-                windows.extend(object, groups[group]);
-            }
-        }
-    }
-    Ok(windows.finish())
-}
-
-fn check_name(name: &str) -> Result<(), &'static str> {
-    if name.is_empty() || name.len() > 100 && name.chars().nth(100).is_some() {
-        return Err("expected 1 to 100 characters");
-    }
-    if name == "." || name == ".." || name.contains('/') || name.contains(char::is_control) {
-        return Err("expected a name without / and control characters, and other than . and ..");
-    }
-    if name.trim() != name {
-        return Err("expected a name without blanks at its start and end");
-    }
-    Ok(())
-}
-
-fn error(tree: &Tree, group: u32, reason: String, subject: Subject) -> BuildError {
-    let path = short_path(group, &tree.definition.parents, |group| tree.definition.name(group));
-    BuildError { path, reason, subject }
-}
-
-/// The path of a group. If it has more than six segments, without those in the middle.
-fn short_path<'a>(group: u32, parents: &[u32], name: impl Fn(u32) -> &'a str) -> String {
-    let ancestors = std::iter::successors(Some(group), |&group| Some(parents[group as usize]));
-    let groups: Vec<_> = ancestors.take_while(|&group| group > 0).collect();
-    let omitted = 3..groups.len().saturating_sub(3);
-    let segment = |(place, &group): (usize, &u32)| match name(group) {
-        _ if omitted.len() > 1 && place == omitted.start => Some("…"),
-        _ if omitted.len() > 1 && omitted.contains(&place) => None,
-        "" => Some("(no name)"),
-        name => Some(name),
-    };
-    let mut segments: Vec<_> = groups.iter().enumerate().filter_map(segment).collect();
-    segments.reverse();
-    segments.join("/")
-}
-
-/// The path as the start of an error.
-pub(crate) fn prefix(path: &str) -> String {
-    if path.is_empty() { String::new() } else { format!("{path}: ") }
-}
-
-/// Quotes a part of the input for an error: bounded, and on one line.
-pub(crate) fn quote(text: &str) -> String {
-    let mut quoted: String = text.chars().take(40).flat_map(char::escape_debug).collect();
-    if text.chars().nth(40).is_some() {
-        quoted.push('…');
-    }
-    format!("\"{quoted}\"")
 }

@@ -1,4 +1,4 @@
-//! Groups of objects: sites, customers, lines. A [`Tree`] is defined by JSON ([`parse`]) or by a
+//! Groups of objects: sites, customers, lines. A [`Tree`] is defined by JSON ([`parse()`]) or by a
 //! [`Builder`]. It derives the status of each group from its objects and subgroups, and a change of
 //! an object touches only the groups that contain the object. An [`Announcer`] decides which changes
 //! of status to announce, and when.

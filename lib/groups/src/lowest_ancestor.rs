@@ -44,3 +44,42 @@ impl<'a> LowestAncestor<'a> {
 fn minimum(parents: &[u32]) -> u32 {
     parents.iter().copied().min().unwrap_or(u32::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use proptest::collection::vec;
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn climb(parents: &[u32], first: u32, second: u32) -> u32 {
+        let (mut first, mut second) = (first, second);
+        while first != second {
+            let lower = if first > second { &mut first } else { &mut second };
+            *lower = parents[*lower as usize];
+        }
+        first
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(30) })]
+
+        #[test]
+        fn minima_find_the_same_ancestor_as_climbing(climbs in vec(0_u32..6, 1..2_000)) {
+            let mut parents = vec![0_u32];
+            for steps in climbs {
+                // Mostly goes deeper, so that common ancestors are at all depths.
+                let last = u32::try_from(parents.len()).unwrap() - 1;
+                let above = |group: u32, _| parents[group as usize];
+                parents.push((0..steps.saturating_sub(3) * 2).fold(last, above));
+            }
+            let lowest = LowestAncestor::new(&parents);
+            let groups = u32::try_from(parents.len()).unwrap();
+            for first in (0..groups).step_by(29) {
+                for second in (first + 1..groups).step_by(23) {
+                    prop_assert_eq!(lowest.common(first, second), climb(&parents, first, second));
+                }
+            }
+        }
+    }
+}

@@ -64,8 +64,6 @@ struct Parser<'a> {
 
 /// A place in a document: the number of the document, and the offset in bytes.
 type Place = (u32, u32);
-/// The first and the last id.
-type Range = (i64, i64);
 
 struct Problem {
     place: Place,
@@ -154,20 +152,23 @@ impl<'a> Parser<'a> {
             }
             open.seen |= 1 << field;
         }
-        let value = self.next(json)?;
-        match (key, value) {
-            ("children", JsonEvent::StartArray) => return Ok(true),
-            ("children", _) => return self.fail(json, "children: expected an array of groups"),
-            ("name", JsonEvent::String(name)) => {
-                if let (Some(open), place) = (self.open.last(), self.place(json)) {
-                    self.names[open.group as usize - 1] = place;
+        match key {
+            "objects" => self.read_ranges(json, key, |parser, json, (first, last)| {
+                parser.built(json, |builder| builder.objects(first, last))
+            })?,
+            "maintenance" => self.read_maintenance(json)?,
+            _ => match (key, self.next(json)?) {
+                ("children", JsonEvent::StartArray) => return Ok(true),
+                ("children", _) => return self.fail(json, "children: expected an array of groups"),
+                ("name", JsonEvent::String(name)) => {
+                    if let (Some(open), place) = (self.open.last(), self.place(json)) {
+                        self.names[open.group as usize - 1] = place;
+                    }
+                    self.built(json, |builder| builder.name(&name))?;
                 }
-                self.built(json, |builder| builder.name(&name))?;
-            }
-            ("name", _) => return self.fail(json, "name: expected a string"),
-            ("objects", value) => self.read_objects(json, &value)?,
-            ("maintenance", value) => self.read_maintenance(json, &value)?,
-            (_, value) => self.read_rule(json, key, &value)?,
+                ("name", _) => return self.fail(json, "name: expected a string"),
+                (_, value) => self.read_rule(json, key, &value)?,
+            },
         }
         Ok(false)
     }
@@ -201,31 +202,32 @@ impl<'a> Parser<'a> {
         Ok(())
     }
 
-    fn read_objects(&mut self, json: &mut Json<'a>, value: &JsonEvent<'a>) -> Result<(), Problem> {
-        if *value != JsonEvent::StartArray {
-            return self.fail(json, "objects: expected an array such as [42, \"100-199\"]");
+    /// Reads ids and ranges, and passes the ends of each to `each`.
+    fn read_ranges(
+        &mut self,
+        json: &mut Json<'a>,
+        field: &str,
+        mut each: impl FnMut(&mut Self, &Json<'a>, (i64, i64)) -> Result<(), Problem>,
+    ) -> Result<(), Problem> {
+        if self.next(json)? != JsonEvent::StartArray {
+            let reason = format!("{field}: expected an array such as [42, \"100-199\"]");
+            return self.fail(json, reason);
         }
         loop {
             match self.next(json)? {
                 JsonEvent::EndArray => return Ok(()),
-                value => {
-                    let range = values::range(&value)
-                        .or_else(|reason| self.fail(json, format!("objects: {reason}")));
-                    let (first, last) = range?;
-                    self.built(json, |builder| builder.objects(first, last))?;
-                }
+                value => match values::range(&value) {
+                    Ok(range) => each(self, json, range)?,
+                    Err(reason) => return self.fail(json, format!("{field}: {reason}")),
+                },
             }
         }
     }
 
-    fn read_maintenance(
-        &mut self,
-        json: &mut Json<'a>,
-        value: &JsonEvent<'a>,
-    ) -> Result<(), Problem> {
+    fn read_maintenance(&mut self, json: &mut Json<'a>) -> Result<(), Problem> {
         const EXPECTED: &str = "maintenance: expected an array of windows such as \
-            {\"until\": \"2030-01-01T00:00:00Z\", \"objects\": [42]}";
-        if *value != JsonEvent::StartArray {
+                                [{\"until\": \"2030-01-01T00:00:00Z\", \"objects\": [42]}]";
+        if self.next(json)? != JsonEvent::StartArray {
             return self.fail(json, EXPECTED);
         }
         loop {
@@ -238,56 +240,34 @@ impl<'a> Parser<'a> {
     }
 
     fn read_window(&mut self, json: &mut Json<'a>) -> Result<(), Problem> {
-        let place = self.place(json);
+        let start = self.place(json);
         let (mut until, mut objects) = (None, None);
-        loop {
-            match self.next(json)? {
-                JsonEvent::ObjectKey(key) if key == "until" && until.is_none() => {
-                    until = Some(self.read_time(json)?);
+        while let JsonEvent::ObjectKey(key) = self.next(json)? {
+            match &*key {
+                "until" if until.is_none() => until = Some(self.read_time(json)?),
+                "objects" if objects.is_none() => {
+                    let mut ranges = Vec::new();
+                    self.read_ranges(json, "maintenance", |parser, json, range| {
+                        ranges.push((parser.place(json), Some(range)));
+                        Ok(())
+                    })?;
+                    objects = Some(ranges);
                 }
-                JsonEvent::ObjectKey(key) if key == "objects" && objects.is_none() => {
-                    objects = Some(self.read_window_objects(json)?);
-                }
-                JsonEvent::ObjectKey(key) => {
+                _ => {
                     let key = quote(&key);
                     let reason = format!(
                         "maintenance: unknown or repeated field {key}; allowed are until, objects"
                     );
                     return self.fail(json, reason);
                 }
-                _ => break,
             }
         }
         let Some(until) = until else { return self.fail(json, "maintenance: until is missing") };
-        match objects {
-            None => {
-                self.maintenance.push(place);
-                self.built(json, |builder| builder.maintenance(until, None))?;
-            }
-            Some(ranges) => {
-                for (place, range) in ranges {
-                    self.maintenance.push(place);
-                    self.built(json, |builder| builder.maintenance(until, Some(range)))?;
-                }
-            }
+        for (place, range) in objects.unwrap_or_else(|| vec![(start, None)]) {
+            self.maintenance.push(place);
+            self.built(json, |builder| builder.maintenance(until, range))?;
         }
         Ok(())
-    }
-
-    fn read_window_objects(&mut self, json: &mut Json<'a>) -> Result<Vec<(Place, Range)>, Problem> {
-        let mut ranges = Vec::new();
-        if self.next(json)? != JsonEvent::StartArray {
-            return self.fail(json, "maintenance: expected an array of objects");
-        }
-        loop {
-            match self.next(json)? {
-                JsonEvent::EndArray => return Ok(ranges),
-                value => match values::range(&value) {
-                    Ok(range) => ranges.push((self.place(json), range)),
-                    Err(reason) => return self.fail(json, format!("maintenance: {reason}")),
-                },
-            }
-        }
     }
 
     fn read_time(&mut self, json: &mut Json<'a>) -> Result<u64, Problem> {

@@ -60,8 +60,10 @@ fn bounded(message: &str) -> String {
 pub(super) fn line_and_column(content: &[u8], offset: usize) -> (usize, usize) {
     let before = &content[..offset.min(content.len())];
     let before = before.strip_prefix(b"\xEF\xBB\xBF").unwrap_or(before);
-    let line_start = before.iter().rposition(|&byte| byte == b'\n').map_or(0, |end| end + 1);
-    let line = before.split(|&byte| byte == b'\n').count();
+    let (mut line, mut line_start) = (1, 0);
+    for (place, _) in before.iter().enumerate().filter(|&(_, &byte)| byte == b'\n') {
+        (line, line_start) = (line + 1, place + 1);
+    }
     let column = before[line_start..].iter().filter(|&&byte| byte & 0xC0 != 0x80).count() + 1;
     (line, column)
 }

@@ -36,12 +36,11 @@ pub(super) fn rule(field: &str, value: &JsonEvent<'_>) -> Result<Rule, String> {
 /// Reads an object `42` or a range `"100-199"`, whose ends are included.
 pub(super) fn range(value: &JsonEvent<'_>) -> Result<(i64, i64), String> {
     let parsed = text(value).and_then(|text| {
-        if let Some(only) = id(text) {
-            return Some((only, only));
-        }
         // The first character may be the sign of the first id.
-        let dash = text.char_indices().skip(1).find(|&(_, character)| character == '-')?.0;
-        Some((id(&text[..dash])?, id(&text[dash + 1..])?))
+        let dash = text.char_indices().skip(1).find(|&(_, character)| character == '-');
+        let (first, last) =
+            dash.map_or((text, text), |(dash, _)| (&text[..dash], &text[dash + 1..]));
+        Some((id(first)?, id(last)?))
     });
     parsed.ok_or_else(|| {
         let value = shown(value);

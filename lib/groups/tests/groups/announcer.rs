@@ -45,8 +45,8 @@ fn new_definition_keeps_announced_statuses_and_pending_times() {
     let mut tree = parse(definition);
     tree.set_facts(|_, _| Fact::Online);
     let announcer = &mut Announcer::new(&tree, 0);
-    let announced = set(&mut tree, announcer, Fact::Gone, 10 * SECOND);
-    assert_eq!(announced, [(Status::Up, Status::Down)]);
+    let worse = set(&mut tree, announcer, Fact::Gone, 10 * SECOND);
+    assert_eq!(worse, [(Status::Up, Status::Down)]);
 
     let mut new = parse(
         r#"[{"name": "new", "objects": [1]}, {"name": "b", "objects": [1], "children": [{"name": "a"}]},
@@ -54,11 +54,11 @@ fn new_definition_keeps_announced_statuses_and_pending_times() {
     );
     new.set_facts(|_, _| Fact::Gone);
     let carried = &mut Announcer::carry_over(&new, 20 * SECOND, &tree, announcer);
-    let announced = |path: &str| carried.announced(new.find(path.split('/')).unwrap());
-    assert_eq!(announced("new"), (Status::Down, 20 * SECOND));
-    assert_eq!(announced("b"), (Status::Down, 10 * SECOND));
-    assert_eq!(announced("b/a"), (Status::Up, 20 * SECOND));
-    assert_eq!(announced("a"), (Status::Up, 0));
+    let of = |path: &str| carried.announced(new.find(path.split('/')).unwrap());
+    assert_eq!(of("new"), (Status::Down, 20 * SECOND));
+    assert_eq!(of("b"), (Status::Down, 10 * SECOND));
+    assert_eq!(of("b/a"), (Status::Up, 20 * SECOND));
+    assert_eq!(of("a"), (Status::Up, 0));
     assert_eq!(carried.next_due(), Some(40 * SECOND));
     assert_eq!(due(&new, carried, 40 * SECOND), [(Status::Up, Status::Down)]);
 }

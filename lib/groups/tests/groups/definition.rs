@@ -83,7 +83,7 @@ fn every_mistake_is_located() {
         (r#""name": "b""#, format!("1:14: a: repeated field name; allowed once are {FIELDS}")),
         (
             r#""children": [{"name": "c"}, {"name": "d"}, {"name": "c"}]"#,
-            "1:65: a/c: name: \"c\" is the name of a sibling, too".into(),
+            "1:66: a/c: name: \"c\" is the name of a sibling, too".into(),
         ),
         (
             r#""maintenance": [{"until": "tomorrow"}]"#,

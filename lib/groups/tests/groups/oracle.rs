@@ -58,7 +58,9 @@ impl Group {
     pub(crate) fn view(&self, world: &World) -> GroupView {
         let ids = self.all_ids();
         let mut counts = [0; 6];
-        ids.iter().for_each(|&id| counts[world.kind(id) as usize] += 1);
+        for &id in &ids {
+            counts[world.kind(id) as usize] += 1;
+        }
         let own = self.own_ids();
         let own_up = own.iter().filter(|&&id| weight(world.kind(id)) == 0).count();
         let (mut total_weight, mut share) = (own.len(), own_up);
@@ -117,7 +119,9 @@ impl Group {
                 *latest = until.max(*latest);
             }
         }
-        self.children.iter().for_each(|child| child.set_maintenance(maintained_until));
+        for child in &self.children {
+            child.set_maintenance(maintained_until);
+        }
     }
 
     /// All groups with their paths, parents before children.
@@ -125,12 +129,14 @@ impl Group {
         let path =
             if parent.is_empty() { self.name.clone() } else { format!("{parent}/{}", self.name) };
         out.push((path.clone(), self));
-        self.children.iter().for_each(|child| child.list(&path, out));
+        for child in &self.children {
+            child.list(&path, out);
+        }
     }
 
     pub(crate) fn to_json(&self, out: &mut String) {
         // The name is last in some groups, because the order of the fields must not matter.
-        let name_first = self.objects.len() % 2 == 0;
+        let name_first = self.objects.len().is_multiple_of(2);
         let name = format!("\"name\": \"{}\"", self.name);
         let (first, last) =
             if name_first { (name, None) } else { ("\"for\": \"0s\"".into(), Some(name)) };
@@ -145,9 +151,8 @@ impl Group {
             self.up, self.degraded
         )
         .unwrap();
-        let objects = self.objects.iter().map(|(first, last)| match first == last {
-            true => first.to_string(),
-            false => format!("\"{first}-{last}\""),
+        let objects = self.objects.iter().map(|(first, last)| {
+            if first == last { first.to_string() } else { format!("\"{first}-{last}\"") }
         });
         write!(out, ",\n\"objects\": [{}]", objects.collect::<Vec<_>>().join(", ")).unwrap();
         let windows = self.maintenance.iter().map(|(until, only)| {

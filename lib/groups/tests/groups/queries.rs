@@ -31,7 +31,9 @@ fn walk_lists_levels_and_continues_after_a_group() {
     let walk = |top: &str, levels, after: &str| {
         let find = |path: &str| tree.find(path.split('/'));
         let names = tree.walk(find(top), levels, find(after));
-        names.map(|(group, depth)| format!("{}{depth}", tree.name(group))).collect::<String>()
+        names
+            .flat_map(|(group, depth)| [tree.name(group).to_owned(), depth.to_string()])
+            .collect::<String>()
     };
     assert_eq!(walk("", 1, ""), "a1e1");
     assert_eq!(walk("", 2, ""), "a1b2d2e1f2");
