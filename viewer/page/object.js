@@ -41,8 +41,6 @@ export class ObjectPanel {
       this.show(null);
       element("search-id").focus();
     });
-    // The page's URL contains the object's id, so that a person can share the URL and a reload shows the same object.
-    addEventListener("hashchange", () => this.showFromUrl());
   }
 
   get id() {
@@ -58,7 +56,6 @@ export class ObjectPanel {
     this.#sightings = [];
     this.#state = "loading";
     this.#history.show(id);
-    history.replaceState(null, "", id === null ? location.pathname : `#${id}`);
     element("object").hidden = id === null;
     element("object-none").hidden = id !== null;
     element("object-id").textContent = id ?? "";
@@ -66,12 +63,6 @@ export class ObjectPanel {
     this.refresh();
     this.#onShow(id);
     this.load(true);
-  }
-
-  /** Shows the object whose id is in the page's URL. */
-  showFromUrl() {
-    const id = parseId(location.hash.slice(1));
-    if (id !== null) this.show(id);
   }
 
   /** Fetches the shown object from the viewer. With `announce`, a screen reader says the result. */
