@@ -19,6 +19,7 @@ export class ObjectPanel {
   #changes = 0;
   #history;
   #request = new AbortController();
+  #mustAnnounce = false;
 
   /**
    * `announce(text)` makes a screen reader say the text. Calls `onShow(id)` when the panel shows another object, with
@@ -68,6 +69,8 @@ export class ObjectPanel {
   /** Fetches the shown object from the viewer. With `announce`, a screen reader says the result. */
   async load(announce = false) {
     this.#request.abort();
+    // A snapshot may replace this request by another before the response arrives.
+    this.#mustAnnounce = this.#id !== null && (announce || this.#mustAnnounce);
     if (this.#id === null) return;
     const request = new AbortController();
     this.#request = request;
@@ -90,7 +93,8 @@ export class ObjectPanel {
     }
     this.#drawSightings();
     this.refresh();
-    if (announce) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
+    if (this.#mustAnnounce) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
+    this.#mustAnnounce = false;
   }
 
   /** Applies a change from the stream, if it is about the shown object. */
