@@ -20,8 +20,8 @@ const DEFAULT_TESTER_ENDPOINT: &str = "http://localhost:9010/";
 #[command(next_help_heading = "Lastseen", mut_args(adapt_to_commands))]
 #[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Config {
-    /// Directory of queue.db, store.db and viewer.snapshot (the queue, the table, and what the viewer
-    /// saves for its next start); created if it does not exist
+    /// Directory of queue.db, store.db, viewer.snapshot and groups.cache (the queue, the table, and what
+    /// the viewer saves for its next start); created if it does not exist
     #[arg(long, global = true, default_value = "./data")]
     pub lastseen_dir: PathBuf,
     /// RabbitMQ to use instead of queue.db, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…;
@@ -54,6 +54,8 @@ pub struct Config {
     pub cleanup: routine::Cleanup,
     #[command(flatten)]
     pub view: viewer::View,
+    #[command(flatten)]
+    pub groups: viewer::GroupsConfig,
     #[command(flatten)]
     pub partner_callbacks: Checked<tester::config::Callbacks>,
     #[command(flatten)]

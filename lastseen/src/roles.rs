@@ -54,6 +54,14 @@ impl AllRoles {
             }
         }
         let without = config.without;
+        // Before any role starts, because invalid groups end the process.
+        let groups = if without.no_viewer {
+            None
+        } else {
+            let mut groups = config.groups.clone();
+            groups.groups_cache.get_or_insert_with(|| config.lastseen_dir.join("groups.cache"));
+            groups.load(reloadable.map(|config| config.cleanup.object_ttl)).await?
+        };
         let mut lookups = config.lookups.clone();
         let mut partner_callbacks = config.partner_callbacks.clone().into_inner();
         // On RabbitMQ, other programs receive the events too.
@@ -103,7 +111,7 @@ impl AllRoles {
         let mut viewer_url = None;
         if !without.no_viewer {
             let store = config.store();
-            let resources = viewer::Resources { store, exchange, is_pipeline: true };
+            let resources = viewer::Resources { store, exchange, groups, is_pipeline: true };
             let mut view = config.view.clone();
             let snapshot = || config.lastseen_dir.join("viewer.snapshot");
             view.viewer_snapshot.get_or_insert_with(snapshot);

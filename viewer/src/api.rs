@@ -18,17 +18,20 @@ use store::Change;
 use tokio::sync::watch;
 use utoipa::{OpenApi as _, ToSchema};
 
+use crate::groups::{self, Groups, SharedMembers};
 use crate::history::{self, HistoryReader};
 use crate::hosts::{self, Hosts};
 use crate::metrics_scraper::{MetricsScraper, PipelineMetrics};
 use crate::object::{Micros, Object, format_time, to_micros};
-use crate::stream::{self, Subscribers};
+use crate::stream::{self, Filter, Request, Subscribers};
 use crate::view_state::ViewState;
 use crate::{openapi, page};
 
 use query::Listed;
 
-pub(crate) use query::{ObjectId, ObjectsQuery, StreamQuery, parse_duration, parse_page_limit};
+pub(crate) use query::{
+    ObjectId, ObjectsQuery, StreamQuery, parse_duration, parse_number, parse_page_limit,
+};
 
 /// Built at the first request, so that the process starts quickly.
 static DOCUMENT: LazyLock<utoipa::openapi::OpenApi> = LazyLock::new(openapi::Document::openapi);
@@ -43,6 +46,8 @@ pub(crate) struct Shared {
     pub(crate) table_status: watch::Receiver<Status>,
     pub(crate) events_status: watch::Receiver<Status>,
     pub(crate) history: HistoryReader,
+    /// `None` without `GROUPS_FILE`.
+    pub(crate) groups: Option<Arc<Groups>>,
     pub(crate) shutdown: CancellationToken,
     pub(crate) hosts: Hosts,
 }
@@ -55,6 +60,7 @@ pub(crate) fn router(shared: Shared) -> Router {
         .route("/events", get(changes))
         .route("/openapi.json", get(async || Json(&*DOCUMENT)))
         .merge(history::router())
+        .merge(groups::router())
         .merge(page::router())
         .method_not_allowed_fallback(method_not_allowed)
         .fallback(not_found)
@@ -149,7 +155,7 @@ impl From<&Change> for ObjectPresence {
     responses(
         (status = 200, description = "A page of objects", body = Page),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 404, description = "There is no history of objects that are gone", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "There is no history of objects that are gone, or no such group", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
         (status = 503, description = "The viewer has not read the table yet, or the database does not answer", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
@@ -165,27 +171,22 @@ pub(crate) async fn objects(
     let Some(first) = query.first else {
         return Ok(Json(Page { objects: Vec::new(), next: None, cursor }));
     };
+    let members = query.group.map(|path| shared.members(path)).transpose()?;
+    let members = members.as_ref().map(SharedMembers::ids);
     // One object more than `limit` shows that there is a further page.
     let max = query.limit + 1;
     let mut objects: Vec<ObjectPresence> = match query.listed {
         Listed::Online { ids, seen_within } => {
             shared.require_table()?;
             let since = seen_within.map(|within| shared.seen_since(within));
-            let found = match ids {
+            let found = match ids.as_deref().or(members) {
                 None => shared.view.page(first, since, max).await,
-                Some(ids) => {
-                    let ids = ids.into_iter().filter(|id| *id >= first);
-                    let found = ids.filter_map(|id| shared.view.get(id));
-                    found
-                        .filter(|seen| since.is_none_or(|since| seen.last_seen >= since))
-                        .take(max)
-                        .collect()
-                }
+                Some(ids) => shared.view.page_of(ids, first, since, max).await,
             };
             found.into_iter().map(ObjectPresence::from).collect()
         }
         Listed::Gone { within } => {
-            let found = shared.history.gone(within, first, max).await?;
+            let found = shared.history.gone(within, first, max, members).await?;
             found.iter().map(ObjectPresence::from).collect()
         }
     };
@@ -256,6 +257,13 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
 /// objects are no longer online). `data` is `{"objects":[{"id":"2","last_seen":"…"}]}`; for an
 /// object that is gone, `last_seen` is the last known value.
 ///
+/// With `GROUPS_FILE`, the event `group` reports that the statuses of groups have changed. `data` is
+/// `{"groups":[{"path":"shop/berlin","was":"up","is":"degraded","online":79,"total":100,
+/// "because":{"path":"shop/berlin","object":"142","kind":"gone"}}]}`; `because` is null if the group
+/// is up. Read `GET /groups` after a `snapshot` or `resumed`. With `group`, the stream begins again
+/// with a `snapshot` when a new definition gives the group other objects, and ends when it removes
+/// the group.
+///
 /// A new stream begins with a `snapshot`. If there are many objects, `more` events follow, in
 /// ascending order of the ids. Both have a field `remaining`: `follow` (`more` events follow),
 /// `none` (all objects are listed) or `over_limit` (`limit` objects are listed). Changes arrive
@@ -277,7 +285,9 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
     responses(
         (status = 200, description = "The event stream", body = String, content_type = "text/event-stream"),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "There is no such group", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
+        (status = 503, description = "The viewer has not read the groups yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
 )]
 pub(crate) async fn changes(
@@ -287,7 +297,13 @@ pub(crate) async fn changes(
 ) -> Result<Response, Problem> {
     let after = headers.get(LAST_EVENT_ID).and_then(|id| id.to_str().ok());
     let query = query.map_err(|error| bad_request(error.body_text()))?.0;
-    let request = query.parse(after).map_err(bad_request)?;
+    let query = query.parse(after).map_err(bad_request)?;
+    let filter = match (query.ids, query.group) {
+        (Some(ids), _) => Filter::Ids(ids),
+        (None, Some(path)) => Filter::Group(shared.members(path)?),
+        (None, None) => Filter::All,
+    };
+    let request = Request { filter, limit: query.limit, after: query.after };
     let body = stream::body(&shared.view, &shared.subscribers, request, shared.shutdown);
     Ok((stream::HEADERS, body).into_response())
 }
@@ -300,6 +316,19 @@ impl Shared {
         }
         let reason = self.table_status.borrow().clone().err().unwrap_or_default();
         Err(unavailable(format!("the viewer has not read the table yet: {reason}")))
+    }
+
+    /// The groups, if there are any.
+    pub(crate) fn groups(&self) -> Result<&Arc<Groups>, Problem> {
+        self.groups.as_ref().ok_or_else(|| {
+            let detail = "there are no groups, because GROUPS_FILE is not set";
+            Problem::new(StatusCode::NOT_FOUND, detail)
+        })
+    }
+
+    /// The objects of the group with this path.
+    fn members(&self, path: String) -> Result<SharedMembers, Problem> {
+        self.groups()?.members(path)
     }
 
     fn seen_since(&self, within: Duration) -> Micros {

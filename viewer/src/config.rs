@@ -1,12 +1,18 @@
 //! The viewer's settings.
 
 use std::net::SocketAddr;
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use reqwest::Url;
 use runtime::settings;
 
+use crate::groups::GroupsConfig;
 use crate::hosts::AllowedHost;
+
+const OBJECT_TTL: RangeInclusive<Duration> =
+    Duration::from_secs(1)..=Duration::from_hours(365 * 24);
 
 /// The viewer's settings.
 #[derive(Clone, Debug, clap::Args)]
@@ -16,6 +22,15 @@ use crate::hosts::AllowedHost;
 pub struct Config {
     #[command(flatten)]
     pub view: View,
+    #[command(flatten)]
+    pub groups: GroupsConfig,
+    /// How long an object stays in the table after it was last seen, as in the routine; an object in a
+    /// group is late after two thirds of this time
+    #[arg(
+        long, value_parser = settings::duration(OBJECT_TTL), default_value = "30s",
+        help_heading = "Groups"
+    )]
+    pub object_ttl: Duration,
     #[command(flatten)]
     pub events: messaging::events::Config,
     #[command(flatten)]

@@ -17,7 +17,7 @@ use axum::{Json, Router};
 use runtime::problem::Problem;
 use runtime::{CriticalTask, Supervisor};
 use serde::Serialize;
-use store::{Change, History, Moment, Presence};
+use store::{Change, History, Moment, Presence, StoreError};
 use tokio::sync::Semaphore;
 use tokio::time::timeout;
 use utoipa::ToSchema;
@@ -30,6 +30,8 @@ use query::{AvailabilityQuery, SessionsQuery};
 
 /// Maximum number of requests that read the history or wait for a connection to the database.
 const REQUESTS_MAX: usize = 64;
+/// Number of objects in one query for the objects of a group that are gone.
+const GONE_PAGE: u32 = 10_000;
 /// The deadline for reading what a request asks for.
 const READ_TIMEOUT: Duration = Duration::from_secs(10);
 
@@ -179,17 +181,21 @@ impl HistoryReader {
     }
 
     /// The latest changes of up to `limit` objects with ids from `first` on that are gone since
-    /// `within` before now, in ascending order of the ids.
+    /// `within` before now, in ascending order of the ids; only those in `ids`, if it is given, which
+    /// is in ascending order.
     pub(crate) async fn gone(
         &self,
         within: Duration,
         first: i64,
         limit: usize,
+        ids: Option<&[i64]>,
     ) -> Result<Vec<Change>, Problem> {
-        let limit = u32::try_from(limit).unwrap_or(u32::MAX);
         let read = async |history: &History| {
             let since = history.now().await?.minus(within);
-            history.gone_since(since, first, limit).await
+            let Some(ids) = ids else {
+                return history.gone_since(since, first, as_u32(limit)).await;
+            };
+            gone_among(history, since, first, limit, ids).await
         };
         self.read(read).await
     }
@@ -218,6 +224,32 @@ impl HistoryReader {
             Problem::new(StatusCode::NOT_FOUND, detail)
         })
     }
+}
+
+/// Reads the objects that are gone page by page until `limit` of them are in `ids`.
+async fn gone_among(
+    history: &History,
+    since: Moment,
+    first: i64,
+    limit: usize,
+    ids: &[i64],
+) -> Result<Vec<Change>, StoreError> {
+    let (mut found, mut next) = (Vec::new(), ids.iter().copied().find(|id| *id >= first));
+    while let Some(first) = next
+        && found.len() < limit
+    {
+        let page = history.gone_since(since, first, GONE_PAGE).await?;
+        let last = page.last().filter(|_| page.len() == GONE_PAGE as usize);
+        // Continues with the next id that matters.
+        next = last.and_then(|last| ids.get(ids.partition_point(|id| *id <= last.id)).copied());
+        found.extend(page.into_iter().filter(|change| ids.binary_search(&change.id).is_ok()));
+    }
+    found.truncate(limit);
+    Ok(found)
+}
+
+fn as_u32(limit: usize) -> u32 {
+    u32::try_from(limit).unwrap_or(u32::MAX)
 }
 
 /// Ends a reading of the history that takes longer than a request may take.

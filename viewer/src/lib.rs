@@ -7,12 +7,14 @@
 
 mod api;
 mod config;
+mod groups;
 mod history;
 mod hosts;
 mod metrics_scraper;
 mod object;
 mod openapi;
 mod page;
+mod replace_file;
 mod snapshot;
 mod stream;
 mod table_sync;
@@ -21,8 +23,9 @@ mod viewer;
 
 use std::process::ExitCode;
 
-use runtime::{Context, Description};
+use runtime::{Context, Description, Reloadable};
 
+pub use crate::groups::{GroupsConfig, LoadedGroups};
 pub use config::{Config, View};
 pub use hosts::AllowedHost;
 pub use viewer::{Resources, Viewer};
@@ -33,21 +36,23 @@ pub const DESCRIPTION: Description = Description {
     about: "Shows which objects are online: a live page, an API and a stream of changes",
     admin_address: ":9095",
     drain_delay: "8s",
-    reloadable: &[],
+    reloadable: &[&["OBJECT_TTL"]],
 };
 
 /// The complete `main` of the viewer as a process.
 #[must_use]
 pub fn main() -> ExitCode {
-    runtime::main(DESCRIPTION, |config, context| run(config.current(), context))
+    runtime::main(DESCRIPTION, run)
 }
 
 /// Runs the viewer with the resources that the settings name, until the shutdown.
 ///
 /// # Errors
-/// When the viewer cannot listen on `VIEWER_ADDR`.
-pub async fn run(config: Config, context: Context) -> anyhow::Result<()> {
-    let Config { view, events, store } = config;
-    let resources = Resources { store, exchange: events.exchange(), is_pipeline: false };
+/// When the viewer cannot read the groups, or cannot listen on `VIEWER_ADDR`.
+pub async fn run(config: Reloadable<Config>, context: Context) -> anyhow::Result<()> {
+    let object_ttl = config.map(|config| config.object_ttl);
+    let Config { view, groups, events, store, .. } = config.current();
+    let groups = groups.load(object_ttl).await?;
+    let resources = Resources { store, exchange: events.exchange(), groups, is_pipeline: false };
     Viewer::open(&view, resources, context)?.serve().await
 }

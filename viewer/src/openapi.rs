@@ -3,7 +3,7 @@
 use serde::Serialize;
 use utoipa::{OpenApi, ToSchema};
 
-use crate::{api, history};
+use crate::{api, groups, history};
 
 /// Why a request failed (RFC 9457).
 #[derive(Serialize, ToSchema)]
@@ -33,6 +33,8 @@ pub(crate) struct ProblemDetails {
         history::sessions,
         history::availability,
         history::changes::presence_changes,
+        groups::api::groups,
+        groups::api::group,
         api::stats,
         api::changes,
     )

@@ -6,10 +6,9 @@
 mod format;
 
 use std::convert::Infallible;
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File};
 use std::io::{self, Read as _};
-use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -20,6 +19,7 @@ use tokio::task::spawn_blocking;
 use tokio::time::{Instant, sleep, timeout};
 
 use crate::object::{Object, to_micros};
+use crate::replace_file::{replace_file, with_suffix};
 use crate::view_state::ViewState;
 use format::{BYTES_MAX, Checked, Encoder, Rejection};
 
@@ -175,7 +175,7 @@ impl Snapshot {
     /// Renames the file. An earlier file with the new name is replaced, so that at most one of each
     /// kind is kept.
     fn set_aside(&self, suffix: &str, reason: &str) {
-        let (path, kept_as) = (self.path.display(), self.with_suffix(suffix));
+        let (path, kept_as) = (self.path.display(), with_suffix(&self.path, suffix));
         match fs::rename(&self.path, &kept_as) {
             Ok(()) => tracing::error!(
                 %path, kept_as = %kept_as.display(), reason,
@@ -260,7 +260,7 @@ impl Snapshot {
             return;
         }
         let path = self.path.display();
-        match self.write(cursor) {
+        match replace_file(&self.path, |file| self.write(file, cursor)) {
             Ok(()) => {
                 if saved.has_failed {
                     tracing::info!(%path, "saved the snapshot again");
@@ -281,26 +281,7 @@ impl Snapshot {
         }
     }
 
-    /// Writes a new file and then renames it, so that a crash leaves the old or the new one.
-    fn write(&self, cursor: i64) -> io::Result<()> {
-        let unfinished = self.with_suffix(".new");
-        let parent = self.path.parent().filter(|parent| !parent.as_os_str().is_empty());
-        let directory = parent.unwrap_or(Path::new("."));
-        fs::create_dir_all(directory)?;
-        // A process that was killed may have left it behind.
-        unless_missing(fs::remove_file(&unfinished))?;
-        let written = self.write_new(&unfinished, cursor).and_then(|()| {
-            fs::rename(&unfinished, &self.path)?;
-            File::open(directory)?.sync_all()
-        });
-        if written.is_err() {
-            _ = fs::remove_file(&unfinished);
-        }
-        written
-    }
-
-    fn write_new(&self, path: &Path, cursor: i64) -> io::Result<()> {
-        let file = OpenOptions::new().write(true).create_new(true).mode(0o600).open(path)?;
+    fn write(&self, file: File, cursor: i64) -> io::Result<()> {
         let now = to_micros(self.view.now());
         let mut encoder = Encoder::new(file, cursor, now, self.view.len());
         let mut first = Some(i64::MIN);
@@ -310,20 +291,6 @@ impl Snapshot {
         }
         encoder.finish()?.sync_all()
     }
-
-    fn with_suffix(&self, suffix: &str) -> PathBuf {
-        let mut name = self.path.clone().into_os_string();
-        name.push(suffix);
-        name.into()
-    }
-}
-
-/// Treats the error for a missing file as success.
-fn unless_missing(result: io::Result<()>) -> io::Result<()> {
-    result.or_else(|error| match error.kind() {
-        io::ErrorKind::NotFound => Ok(()),
-        _ => Err(error),
-    })
 }
 
 #[cfg(test)]
@@ -374,6 +341,6 @@ mod tests {
         let snapshot = at(path.clone());
         let file = Checked::new(snapshot.read().unwrap()).unwrap();
         assert!(!snapshot.add_objects(&file));
-        assert!(!path.exists() && snapshot.with_suffix(".damaged").exists());
+        assert!(!path.exists() && with_suffix(&path, ".damaged").exists());
     }
 }

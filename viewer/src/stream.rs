@@ -19,8 +19,9 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use self::cursor::{Cursor, Listing};
-use crate::object::{as_f64, encode};
-use crate::view_state::{ListRequest, NextItem, TooFarBehind, ViewState};
+use crate::groups::{self, GroupChange, Redefined, SharedMembers};
+use crate::object::{Object, as_f64, encode};
+use crate::view_state::{Change, Content, ListRequest, NextItem, TooFarBehind, ViewState};
 
 /// The headers of a stream of server-sent events.
 pub(crate) const HEADERS: [(HeaderName, &str); 3] = [
@@ -69,14 +70,43 @@ impl Drop for CountedSubscriber {
     }
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub(crate) struct Request {
-    /// Only these objects, in ascending order.
-    pub(crate) ids: Option<Box<[i64]>>,
+    pub(crate) filter: Filter,
     /// Approximate maximum number of listed objects.
     pub(crate) limit: Option<usize>,
     /// Resume after the event with this id, if the ring still has the changes since.
     pub(crate) after: Option<String>,
+}
+
+/// What a stream is about.
+#[derive(Default)]
+pub(crate) enum Filter {
+    /// All objects and groups.
+    #[default]
+    All,
+    /// Only these objects, in ascending order, and no groups.
+    Ids(Box<[i64]>),
+    /// Only the objects of a group, this group and its subgroups.
+    Group(SharedMembers),
+}
+
+impl Filter {
+    fn ids(&self) -> Option<&[i64]> {
+        match self {
+            Self::All => None,
+            Self::Ids(ids) => Some(ids),
+            Self::Group(members) => Some(members.ids()),
+        }
+    }
+
+    fn includes(&self, change: &GroupChange) -> bool {
+        match self {
+            Self::All => true,
+            Self::Ids(_) => false,
+            Self::Group(members) => members.includes(&change.path),
+        }
+    }
 }
 
 /// Builds the body of an event stream, which ends at the shutdown or when the subscriber is too
@@ -102,7 +132,7 @@ struct Subscription {
     _counted: CountedSubscriber,
     published: watch::Receiver<u64>,
     is_complete: watch::Receiver<bool>,
-    ids: Option<Box<[i64]>>,
+    filter: Filter,
     limit: Option<usize>,
     stage: Stage,
     shutdown: CancellationToken,
@@ -129,7 +159,7 @@ impl Subscription {
             _counted: subscribers.join(),
             published: view.published(),
             is_complete: view.is_complete(),
-            ids: request.ids,
+            filter: request.filter,
             limit: request.limit,
             stage: Stage::Opening(request.after),
             shutdown,
@@ -161,10 +191,17 @@ impl Subscription {
                         return event;
                     }
                 }
-                Stage::Following(_) => {
+                Stage::Following(cursor) => {
                     // Resets `published` before the ring is read, so that a change in between wakes
                     // this subscriber.
                     self.published.borrow_and_update();
+                    if let Filter::Group(members) = &mut self.filter {
+                        match members.update() {
+                            Redefined::Same => {}
+                            Redefined::Changed => *cursor = Cursor::new(self.view.last()),
+                            Redefined::Removed => return None,
+                        }
+                    }
                     match self.next_event().await {
                         Ok(Some(event)) => return Some(event),
                         Ok(None) => {}
@@ -189,6 +226,10 @@ impl Subscription {
     /// one.
     fn start(&self, after: Option<&str>) -> (Cursor, Option<Bytes>) {
         let resumed = after.and_then(|event_id| self.view.parse_event_id(event_id));
+        let resumed = resumed.filter(|(sequence, _)| match &self.filter {
+            Filter::Group(members) => members.has_same_definition_since(*sequence),
+            Filter::All | Filter::Ids(_) => true,
+        });
         let resumed = resumed.and_then(|(sequence, rest)| {
             Cursor::resume(sequence, rest, self.view.len(), self.limit.unwrap_or(usize::MAX))
         });
@@ -212,7 +253,7 @@ impl Subscription {
             let first = cursor.next_id.filter(|_| cursor.listing != Listing::Done);
             let request = first.map(|first| {
                 let limit = limit.saturating_sub(cursor.online);
-                ListRequest { first, ids: self.ids.as_deref(), limit }
+                ListRequest { first, ids: self.filter.ids(), limit }
             });
             match self.view.next_item(cursor.sequence, request)? {
                 NextItem::UpToDate => return Ok(None),
@@ -228,22 +269,13 @@ impl Subscription {
                     let event = encode(event, &event_id, objects, Some(remaining));
                     return Ok(Some(event));
                 }
-                NextItem::Change(change) if self.ids.is_none() && cursor.next_id.is_none() => {
-                    cursor.sequence = change.sequence;
-                    cursor.sent_sequence = change.sequence;
-                    cursor.update_online(change.kind, change.objects.len());
-                    cursor.adjust_to_limit(limit);
-                    return Ok(Some(change.encoded.clone()));
-                }
                 NextItem::Change(change) => {
-                    let objects = cursor.apply(&change, self.ids.as_deref());
-                    cursor.update_online(change.kind, objects.len());
-                    if !objects.is_empty() {
-                        let event_id = cursor.event_id(&self.view);
+                    cursor.sequence = change.sequence;
+                    let event = select(&self.view, &self.filter, cursor, &change);
+                    if event.is_some() {
                         cursor.sent_sequence = cursor.sequence;
                         cursor.adjust_to_limit(limit);
-                        let kind = change.kind.name();
-                        return Ok(Some(encode(kind, &event_id, &objects, None)));
+                        return Ok(event);
                     }
                 }
             }
@@ -264,6 +296,34 @@ impl Subscription {
                 Bytes::from(format!("id: {}\n\n", cursor.event_id(&self.view)))
             }
             _ => Bytes::from_static(HEARTBEAT),
+        }
+    }
+}
+
+/// The part of the change that the subscriber must get, as an event; `None` if there is no such part.
+fn select(
+    view: &ViewState,
+    filter: &Filter,
+    cursor: &mut Cursor,
+    change: &Change,
+) -> Option<Bytes> {
+    let is_whole = matches!(filter, Filter::All) && cursor.next_id.is_none();
+    match &change.content {
+        Content::Objects(kind, objects) if is_whole => {
+            cursor.update_online(*kind, objects.len());
+            Some(change.encoded.clone())
+        }
+        Content::Objects(kind, objects) => {
+            let objects: Vec<Object> = cursor.select(objects, filter.ids());
+            cursor.update_online(*kind, objects.len());
+            let event = || encode(kind.name(), &cursor.event_id(view), &objects, None);
+            (!objects.is_empty()).then(event)
+        }
+        Content::Groups(_) if is_whole => Some(change.encoded.clone()),
+        Content::Groups(changes) => {
+            let mut changes = changes.iter().filter(|change| filter.includes(change)).peekable();
+            changes.peek()?;
+            Some(groups::encode(&cursor.event_id(view), changes))
         }
     }
 }

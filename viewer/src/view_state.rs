@@ -14,10 +14,11 @@ use messaging::events::Kind;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
-use crate::object::{Micros, Object, as_f64};
+use crate::groups::{self, Follower, GroupChange};
+use crate::object::{Micros, Object, as_f64, to_micros};
 use state::{Clock, State};
 
-pub(crate) use ring::{Change, TooFarBehind};
+pub(crate) use ring::{Change, Content, TooFarBehind};
 pub(crate) use state::{ListRequest, ObjectBatch};
 pub(crate) use table::{SIGHTINGS_MAX, Sightings};
 
@@ -28,7 +29,7 @@ const PUBLISH_INTERVAL: Duration = Duration::from_millis(40);
 const PUBLISH_INTERVAL_PER_SUBSCRIBER: Duration = Duration::from_micros(25);
 // Decision: docs/decisions/0052-how-long-may-a-request-hold-the-viewers-mutex.md
 /// Maximum number of objects to process while holding the mutex.
-const SCAN_MAX: usize = 1_024;
+pub(crate) const SCAN_MAX: usize = 1_024;
 
 /// The state that all requests share.
 pub(crate) struct ViewState {
@@ -186,17 +187,42 @@ impl ViewState {
         now.unwrap_or_else(SystemTime::now)
     }
 
-    /// Publishes changes forever, less often with many subscribers.
-    pub(crate) async fn publish(&self) -> std::convert::Infallible {
+    /// Publishes changes forever, less often with many subscribers. Groups change before subscribers
+    /// are woken, so that their changes leave together with those of their objects.
+    pub(crate) async fn publish(&self, mut groups: Option<Follower>) -> std::convert::Infallible {
         loop {
-            self.changed.notified().await;
-            let last = self.flush();
-            let is_new = |published: &mut u64| std::mem::replace(published, last) != last;
+            match &mut groups {
+                Some(groups) => tokio::select! {
+                    () = self.changed.notified() => {}
+                    () = groups.wait(to_micros(self.now())) => {}
+                },
+                None => self.changed.notified().await,
+            }
+            self.flush();
+            let is_redefined = match &mut groups {
+                Some(groups) => groups.follow(self).await,
+                None => false,
+            };
+            let last = self.last();
+            let is_new =
+                |published: &mut u64| std::mem::replace(published, last) != last || is_redefined;
             self.published.send_if_modified(is_new);
             let subscribers = u32::try_from(self.published.receiver_count()).unwrap_or(u32::MAX);
             let interval = PUBLISH_INTERVAL_PER_SUBSCRIBER.saturating_mul(subscribers);
             tokio::time::sleep(PUBLISH_INTERVAL.max(interval)).await;
         }
+    }
+
+    /// Adds changes of groups to the ring. The publisher of changes calls this before it wakes the
+    /// subscribers.
+    pub(crate) fn push_groups(&self, changes: Vec<GroupChange>) {
+        if changes.is_empty() {
+            return;
+        }
+        self.state.lock().ring.push(|sequence| {
+            let encoded = groups::encode(&self.event_id(sequence), changes.iter());
+            (Content::Groups(changes), encoded)
+        });
     }
 
     /// Moves pending changes into the ring. Returns the number of the latest change.
@@ -278,8 +304,36 @@ impl ViewState {
         None
     }
 
-    pub(crate) fn get(&self, id: i64) -> Option<Object> {
-        self.state.lock().table.get(id)
+    /// When each of up to [`SCAN_MAX`] objects was last seen; `None` for those that are not online.
+    pub(crate) fn last_seen(&self, ids: &[i64]) -> Vec<Option<Micros>> {
+        let state = self.state.lock();
+        let ids = ids.iter().take(SCAN_MAX);
+        ids.map(|id| state.table.get(*id).map(|object| object.last_seen)).collect()
+    }
+
+    /// Up to `max` of these objects, which are in ascending order, with ids from `first` on that were
+    /// seen at or after `since`.
+    pub(crate) async fn page_of(
+        &self,
+        ids: &[i64],
+        first: i64,
+        since: Option<Micros>,
+        max: usize,
+    ) -> Vec<Object> {
+        let mut page = Vec::new();
+        let start = ids.partition_point(|id| *id < first);
+        for ids in ids[start..].chunks(SCAN_MAX) {
+            let seen = ids.iter().zip(self.last_seen(ids));
+            let online =
+                seen.filter_map(|(&id, last_seen)| Some(Object { id, last_seen: last_seen? }));
+            page.extend(online.filter(|seen| since.is_none_or(|since| seen.last_seen >= since)));
+            if page.len() >= max {
+                break;
+            }
+            tokio::task::yield_now().await;
+        }
+        page.truncate(max);
+        page
     }
 
     pub(crate) fn sightings(&self, id: i64) -> Option<(Object, Vec<Micros>)> {
@@ -315,8 +369,9 @@ mod tests {
     fn published(view: &ViewState, mut after: u64) -> Vec<(Kind, Vec<i64>)> {
         let mut all = Vec::new();
         while let NextItem::Change(change) = view.next_item(after, None).unwrap() {
-            let ids = change.objects.iter().map(|object| object.id).collect();
-            all.push((change.kind, ids));
+            if let Content::Objects(kind, objects) = &change.content {
+                all.push((*kind, objects.iter().map(|object| object.id).collect()));
+            }
             after = change.sequence;
         }
         all

@@ -14,6 +14,7 @@ use tokio::sync::watch;
 
 use crate::api::{self, Shared};
 use crate::config::View;
+use crate::groups::{LoadedGroups, Parts};
 use crate::history::HistoryReader;
 use crate::hosts::Hosts;
 use crate::metrics_scraper::MetricsScraper;
@@ -36,6 +37,7 @@ pub struct Viewer {
     subscriber: Subscriber,
     scraper: Arc<MetricsScraper>,
     history: HistoryReader,
+    groups: Option<Parts>,
 }
 
 /// The resources of the viewer.
@@ -44,6 +46,8 @@ pub struct Resources {
     pub store: store::Config,
     /// The exchange from which the viewer receives events about changes.
     pub exchange: Exchange,
+    /// The groups, if there are any.
+    pub groups: Option<LoadedGroups>,
     /// Whether the services run in this process, so that their metrics need no scrape over HTTP.
     pub is_pipeline: bool,
 }
@@ -56,7 +60,7 @@ impl Viewer {
     pub fn open(view: &View, resources: Resources, context: Context) -> anyhow::Result<Self> {
         describe_metrics();
         let health = &context.health;
-        let Resources { store, exchange, is_pipeline } = resources;
+        let Resources { store, exchange, groups, is_pipeline } = resources;
         let address = view.viewer_addr;
         let listener = http::listen(address)
             .with_context(|| format!("cannot listen on VIEWER_ADDR={address}"))?;
@@ -75,6 +79,11 @@ impl Viewer {
         health.add_required("first reading of the table", first_reading);
         health.add_optional("table", table_status.clone());
         health.add_optional("events", subscriber.status());
+        let groups_history = store.history.is_on().then(|| History::new(&store));
+        let groups = groups.map(|groups| groups.into_parts(groups_history));
+        if let Some(groups) = &groups {
+            health.add_optional("groups file", groups.status.clone());
+        }
         health.finish_registration();
         let limits = http::Limits {
             max_connections: view.viewer_max_connections,
@@ -89,6 +98,7 @@ impl Viewer {
             table_status,
             events_status: subscriber.status(),
             history: history.clone(),
+            groups: groups.as_ref().map(|parts| Arc::clone(&parts.groups)),
             shutdown: context.shutdown.clone(),
             hosts: Hosts::new(&view.viewer_hosts),
         });
@@ -105,7 +115,17 @@ impl Viewer {
             history: readings_history,
             snapshot,
         };
-        Ok(Self { listener, limits, router, context, table_sync, subscriber, scraper, history })
+        Ok(Self {
+            listener,
+            limits,
+            router,
+            context,
+            table_sync,
+            subscriber,
+            scraper,
+            history,
+            groups,
+        })
     }
 
     /// The address that the viewer listens on, with the actual port if the setting was port 0.
@@ -122,8 +142,17 @@ impl Viewer {
     /// When the operating system does not report the address.
     pub async fn serve(self) -> anyhow::Result<()> {
         tracing::info!(address = %self.address()?, "serving the page and the API");
-        let Self { listener, limits, router, context, table_sync, subscriber, scraper, history } =
-            self;
+        let Self {
+            listener,
+            limits,
+            router,
+            context,
+            table_sync,
+            subscriber,
+            scraper,
+            history,
+            groups,
+        } = self;
         let Context { shutdown, supervisor, .. } = context;
         let view = Arc::clone(&table_sync.view);
         let snapshot = table_sync.snapshot.clone();
@@ -131,11 +160,14 @@ impl Viewer {
             let save = async move { match snapshot.save_repeatedly().await {} };
             supervisor.spawn_critical("snapshot", save)
         });
+        let (follower, watch) = groups.map(|parts| (parts.follower, parts.watch)).unzip();
+        let _watch =
+            watch.map(|watch| supervisor.spawn_critical("watch of the groups", watch.run()));
         // Separate tasks, so that a large table delays no response.
         let _tasks = [
             supervisor.spawn_critical("table sync", table_sync.run(subscriber)),
             supervisor.spawn_critical("publisher of changes", async move {
-                match view.publish().await {}
+                match view.publish(follower).await {}
             }),
             supervisor
                 .spawn_critical("metrics scraper", async move { match scraper.run().await {} }),

@@ -1,13 +1,12 @@
 //! Parses the query parameters of requests.
 
+use std::ops::RangeInclusive;
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize, Serializer};
 use utoipa::openapi::RefOr;
 use utoipa::openapi::schema::{KnownFormat, ObjectBuilder, Schema, SchemaFormat, Type};
 use utoipa::{IntoParams, PartialSchema, ToSchema};
-
-use crate::stream::Request;
 
 const LIMIT_DEFAULT: usize = 100;
 const LIMIT_MAX: usize = 1_000;
@@ -65,6 +64,10 @@ pub(crate) struct ObjectsQuery {
     /// `online=false`
     #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h|d)$")]
     gone_within: Option<String>,
+    /// Only the objects of this group and its subgroups; the group's path, such as `shop/berlin`; not
+    /// with `ids`
+    #[param(max_length = 1024)]
+    group: Option<String>,
 }
 
 #[derive(Deserialize, IntoParams)]
@@ -74,6 +77,10 @@ pub(crate) struct StreamQuery {
     /// Only these objects; ids separated by commas, at most 10,000 characters
     #[param(pattern = "^(0|-?[1-9][0-9]{0,18})(,(0|-?[1-9][0-9]{0,18}))*$", max_length = 10_000)]
     ids: Option<String>,
+    /// Only the objects of this group and its subgroups, and the statuses of these groups; the group's
+    /// path, such as `shop/berlin`; not with `ids`
+    #[param(max_length = 1024)]
+    group: Option<String>,
     /// Only the objects with the lowest ids, up to about this number (a quarter more or less)
     #[param(value_type = Option<u32>, minimum = 1, maximum = 1_000_000)]
     limit: Option<String>,
@@ -90,7 +97,19 @@ pub(crate) struct ObjectsRequest {
     pub(crate) limit: usize,
     /// The first id; `None` if there is no further one.
     pub(crate) first: Option<i64>,
+    /// The path of the group whose objects to list.
+    pub(crate) group: Option<String>,
     pub(crate) listed: Listed,
+}
+
+pub(crate) struct StreamRequest {
+    /// In ascending order.
+    pub(crate) ids: Option<Box<[i64]>>,
+    /// The path of a group. Not with `ids`.
+    pub(crate) group: Option<String>,
+    pub(crate) limit: Option<usize>,
+    /// Resume after the event with this id.
+    pub(crate) after: Option<String>,
 }
 
 /// Which objects to list.
@@ -106,7 +125,8 @@ pub(crate) enum Listed {
 }
 
 impl ObjectsQuery {
-    pub(crate) fn parse(&self) -> Result<ObjectsRequest, String> {
+    pub(crate) fn parse(self) -> Result<ObjectsRequest, String> {
+        require_one(self.ids.as_ref(), self.group.as_ref())?;
         let after = self.after.as_deref().map(parse_page_cursor).transpose()?;
         let ids = self.ids.as_deref().map(parse_ids).transpose()?;
         let within = |name, text: &Option<String>| {
@@ -128,15 +148,18 @@ impl ObjectsQuery {
         Ok(ObjectsRequest {
             limit: parse_page_limit(self.limit.as_deref())?,
             first: after.map_or(Some(i64::MIN), |after| after.checked_add(1)),
+            group: self.group,
             listed,
         })
     }
 }
 
 impl StreamQuery {
-    pub(crate) fn parse(self, last_event_id: Option<&str>) -> Result<Request, String> {
-        Ok(Request {
+    pub(crate) fn parse(self, last_event_id: Option<&str>) -> Result<StreamRequest, String> {
+        require_one(self.ids.as_ref(), self.group.as_ref())?;
+        Ok(StreamRequest {
             ids: self.ids.as_deref().map(parse_ids).transpose()?.map(Vec::into_boxed_slice),
+            group: self.group,
             limit: self
                 .limit
                 .as_deref()
@@ -146,6 +169,13 @@ impl StreamQuery {
             after: last_event_id.map(str::to_owned).or(self.last_event_id),
         })
     }
+}
+
+fn require_one(ids: Option<&String>, group: Option<&String>) -> Result<(), String> {
+    if ids.is_some() && group.is_some() {
+        return Err("ids and group: expected only one of them".to_owned());
+    }
+    Ok(())
 }
 
 /// The `next` of a page that ends with `id`, encoded so that clients treat it as opaque.
@@ -165,8 +195,19 @@ pub(crate) fn parse_page_limit(text: Option<&str>) -> Result<usize, String> {
 }
 
 fn parse_limit(text: &str, max: usize) -> Result<usize, String> {
-    let limit = parse_digits(text).filter(|limit| (1..=max).contains(limit));
-    limit.ok_or_else(|| format!("limit: expected a number from 1 to {max}"))
+    parse_number("limit", text, 1..=max)
+}
+
+/// Parses a parameter that is a number.
+pub(crate) fn parse_number(
+    name: &str,
+    text: &str,
+    allowed: RangeInclusive<usize>,
+) -> Result<usize, String> {
+    let number = parse_digits(text).filter(|number| allowed.contains(number));
+    number.ok_or_else(|| {
+        format!("{name}: expected a number from {} to {}", allowed.start(), allowed.end())
+    })
 }
 
 /// Accepts only digits: `parse` would also accept a sign.

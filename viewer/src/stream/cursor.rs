@@ -3,7 +3,7 @@
 use messaging::events::Kind;
 
 use crate::object::Object;
-use crate::view_state::{Change, ViewState};
+use crate::view_state::ViewState;
 
 /// The position of a subscriber in the list of objects and in the changes.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -70,14 +70,12 @@ impl Cursor {
         }
     }
 
-    /// Moves the cursor to a change. Returns the objects of the change that the subscriber must
-    /// get.
-    pub(super) fn apply(&mut self, change: &Change, ids: Option<&[i64]>) -> Vec<Object> {
-        self.sequence = change.sequence;
+    /// The changed objects that the subscriber must get.
+    pub(super) fn select(&self, objects: &[Object], ids: Option<&[i64]>) -> Vec<Object> {
         let is_listed = |object: &&Object| self.next_id.is_none_or(|next| object.id < next);
         let is_requested =
             |object: &&Object| ids.is_none_or(|ids| ids.binary_search(&object.id).is_ok());
-        change.objects.iter().filter(is_listed).filter(is_requested).copied().collect()
+        objects.iter().filter(is_listed).filter(is_requested).copied().collect()
     }
 
     /// Updates the number of listed objects that are online.

@@ -170,8 +170,8 @@ async fn snapshot_below_the_limit_is_followed_by_all_changes() {
 #[tokio::test]
 async fn heartbeat_carries_the_id_of_skipped_changes() {
     let view = view(0..0).await;
-    let ids = Some(Box::from([2]));
-    let mut subscriber = subscription(&view, Request { ids, ..Request::default() });
+    let filter = Filter::Ids(Box::from([2]));
+    let mut subscriber = subscription(&view, Request { filter, ..Request::default() });
     event(&mut subscriber).await;
     assert_eq!(subscriber.heartbeat(), HEARTBEAT);
     change(&view, Kind::Online, [1], 1);

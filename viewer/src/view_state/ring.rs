@@ -6,6 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use messaging::events::Kind;
 
+use crate::groups::GroupChange;
 use crate::object::Object;
 
 const CHANGES_MAX: usize = 16_384;
@@ -15,10 +16,16 @@ const BYTES_MAX: usize = 32 << 20;
 pub(crate) struct Change {
     /// The number of the change; this viewer numbers its changes from 1.
     pub(crate) sequence: u64,
-    pub(crate) kind: Kind,
-    pub(crate) objects: Vec<Object>,
+    pub(crate) content: Content,
     /// The complete server-sent event.
     pub(crate) encoded: Bytes,
+}
+
+/// What has changed.
+pub(crate) enum Content {
+    Objects(Kind, Vec<Object>),
+    /// The statuses of groups.
+    Groups(Vec<GroupChange>),
 }
 
 /// The ring no longer has the subscriber's next change.
@@ -38,16 +45,11 @@ impl Ring {
         self.last
     }
 
-    /// Adds the next change. `encode` gets its number.
-    pub(super) fn push(
-        &mut self,
-        kind: Kind,
-        objects: Vec<Object>,
-        encode: impl FnOnce(u64, &[Object]) -> Bytes,
-    ) {
+    /// Adds the next change. `encode` gets its number, and returns it with its event.
+    pub(super) fn push(&mut self, encode: impl FnOnce(u64) -> (Content, Bytes)) {
         self.last += 1;
-        let encoded = encode(self.last, &objects);
-        let change = Change { sequence: self.last, kind, objects, encoded };
+        let (content, encoded) = encode(self.last);
+        let change = Change { sequence: self.last, content, encoded };
         self.bytes += change.size();
         self.changes.push_back(Arc::new(change));
         while self.changes.len() > CHANGES_MAX || self.bytes > BYTES_MAX {
@@ -67,7 +69,12 @@ impl Ring {
 
 impl Change {
     fn size(&self) -> usize {
-        self.encoded.len() + self.objects.len() * size_of::<Object>() + size_of::<Self>()
+        let content = match &self.content {
+            Content::Objects(_, objects) => objects.len() * size_of::<Object>(),
+            // The text of each change is about as long as its part of the event.
+            Content::Groups(groups) => self.encoded.len() + groups.len() * size_of::<GroupChange>(),
+        };
+        self.encoded.len() + content + size_of::<Self>()
     }
 }
 
@@ -76,7 +83,8 @@ mod tests {
     use super::*;
 
     fn push(ring: &mut Ring, bytes: usize) {
-        ring.push(Kind::Seen, Vec::new(), |_, _| Bytes::from(vec![0; bytes]));
+        let content = Content::Objects(Kind::Seen, Vec::new());
+        ring.push(|_| (content, Bytes::from(vec![0; bytes])));
     }
 
     fn next(ring: &Ring, after: u64) -> Result<Option<u64>, TooFarBehind> {

@@ -6,7 +6,7 @@ use std::time::{Instant, SystemTime};
 use messaging::events::Kind;
 
 use super::SCAN_MAX;
-use super::ring::Ring;
+use super::ring::{Content, Ring};
 use super::table::Table;
 use crate::object::{Micros, Object, encode};
 
@@ -79,8 +79,10 @@ impl State {
             let objects: Vec<Object> =
                 of_kind.map(|(&id, &(_, last_seen))| Object { id, last_seen }).collect();
             for objects in objects.chunks(OBJECTS_MAX) {
-                self.ring.push(kind, objects.to_vec(), |sequence, objects| {
-                    encode(kind.name(), &format!("{epoch}-{sequence}"), objects, None)
+                self.ring.push(|sequence| {
+                    let event_id = format!("{epoch}-{sequence}");
+                    let encoded = encode(kind.name(), &event_id, objects, None);
+                    (Content::Objects(kind, objects.to_vec()), encoded)
                 });
             }
         }

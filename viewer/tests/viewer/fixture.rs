@@ -5,7 +5,7 @@ use std::time::Duration;
 use messaging::amqp::Access;
 use messaging::events::{Emitter, Exchange, Kind, Object};
 use reqwest::Client;
-use runtime::{CancellationToken, Context, Health, Supervisor};
+use runtime::{CancellationToken, Context, Health, Reloadable, Supervisor};
 use store::{Config, Row, Sighting, Store};
 use testkit::{Database, PostgresCluster, Queue, http_client, install_tls, parse, wait_until};
 use tokio::task::JoinHandle;
@@ -111,25 +111,26 @@ impl Fixture {
     }
 
     pub(crate) async fn start_viewer_with(&self, exchange: Exchange) -> RunningViewer {
-        let running = self.start_unready_viewer(exchange);
+        let running = self.start_unready_viewer(exchange).await;
         wait_until("the viewer is ready", async || running.health.missing().is_empty()).await;
         running
     }
 
     /// Starts a viewer that reads no history.
     pub(crate) async fn start_viewer_without_history(&self) -> RunningViewer {
-        let running =
-            self.start_viewer_with_settings(self.exchange.clone(), &["--history-retention=0"]);
+        let running = self
+            .start_viewer_with_settings(self.exchange.clone(), &["--history-retention=0"])
+            .await;
         wait_until("the viewer is ready", async || running.health.missing().is_empty()).await;
         running
     }
 
-    pub(crate) fn start_unready_viewer(&self, exchange: Exchange) -> RunningViewer {
-        self.start_viewer_with_settings(exchange, &[])
+    pub(crate) async fn start_unready_viewer(&self, exchange: Exchange) -> RunningViewer {
+        self.start_viewer_with_settings(exchange, &[]).await
     }
 
     /// Starts a viewer with additional settings. Does not wait until it is ready.
-    pub(crate) fn start_viewer_with_settings(
+    pub(crate) async fn start_viewer_with_settings(
         &self,
         exchange: Exchange,
         settings: &[&str],
@@ -138,7 +139,8 @@ impl Fixture {
         let url = format!("--database-url={}", self.database.url());
         let own = [url.as_str(), "--viewer-addr=127.0.0.1:0"];
         let config: viewer::Config = parse([&own[..], settings].concat());
-        let resources = Resources { store: config.store, exchange, is_pipeline: false };
+        let groups = config.groups.load(Reloadable::fixed(config.object_ttl)).await.unwrap();
+        let resources = Resources { store: config.store, exchange, groups, is_pipeline: false };
         let context = Context::default();
         let viewer = Viewer::open(&config.view, resources, context.clone()).unwrap();
         let url = format!("http://{}", viewer.address().unwrap());

@@ -10,6 +10,7 @@
 
 mod api;
 mod fixture;
+mod groups;
 mod history;
 mod process;
 mod snapshot;

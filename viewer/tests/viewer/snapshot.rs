@@ -53,14 +53,14 @@ impl File {
     }
 }
 
-fn start(fixture: &Fixture, file: &Path) -> RunningViewer {
+async fn start(fixture: &Fixture, file: &Path) -> RunningViewer {
     let setting = format!("--viewer-snapshot={}", file.display());
-    fixture.start_viewer_with_settings(fixture.exchange.clone(), &[&setting])
+    fixture.start_viewer_with_settings(fixture.exchange.clone(), &[&setting]).await
 }
 
 /// Starts a viewer, and waits until it is ready and receives events.
 async fn start_ready(fixture: &Fixture, file: &Path) -> RunningViewer {
-    let viewer = start(fixture, file);
+    let viewer = start(fixture, file).await;
     let missing = || (viewer.health.missing(), viewer.health.missing_optional());
     wait_until("the viewer is ready", async || missing() == (Vec::new(), Vec::new())).await;
     viewer
@@ -98,7 +98,7 @@ async fn restarted_viewer_remembers_sightings_and_applies_changes() {
     // The history does not show this change.
     fixture.execute_without_event("DELETE FROM object WHERE id = 2").await;
     fixture.execute_without_event(HIDE_TABLE).await;
-    let viewer = start(&fixture, &file.path);
+    let viewer = start(&fixture, &file.path).await;
     wait_until("the viewer is ready", async || viewer.health.missing().is_empty()).await;
     assert_eq!(viewer.ids().await, [1, 2, 4]);
     assert_eq!(sightings(&viewer, 1).await.0, saved);
@@ -161,7 +161,7 @@ async fn restored_view_has_changes_that_were_not_settled() {
     sqlx::query("SELECT pg_current_xact_id()").execute(&mut *open).await.unwrap();
     fixture.record([2]).await;
     fixture.execute_without_event(HIDE_TABLE).await;
-    let viewer = start(&fixture, &file.path);
+    let viewer = start(&fixture, &file.path).await;
     wait_until("the viewer waits", async || {
         let reads = "SELECT count(*) > 0 FROM pg_stat_activity
                      WHERE datname = current_database() AND query LIKE '%age((pg_snapshot_xmin%'
@@ -178,13 +178,12 @@ async fn restored_view_has_changes_that_were_not_settled() {
 async fn viewer_without_history_saves_nothing() {
     let (fixture, file) = (Fixture::new().await, File::new());
     let setting = format!("--viewer-snapshot={}", file.path.display());
-    let running = |retention| {
+    let running = async |retention| {
         let settings = [setting.as_str(), retention];
-        let viewer = fixture.start_viewer_with_settings(fixture.exchange.clone(), &settings);
-        async move {
-            wait_until("the viewer is ready", async || viewer.health.missing().is_empty()).await;
-            viewer.supervisor.running().contains(&"snapshot".to_owned())
-        }
+        let exchange = fixture.exchange.clone();
+        let viewer = fixture.start_viewer_with_settings(exchange, &settings).await;
+        wait_until("the viewer is ready", async || viewer.health.missing().is_empty()).await;
+        viewer.supervisor.running().contains(&"snapshot".to_owned())
     };
     assert!(running("--history-retention=1h").await);
     assert!(!running("--history-retention=0").await);

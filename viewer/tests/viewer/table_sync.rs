@@ -75,7 +75,7 @@ async fn before_the_first_reading_objects_are_503_and_streams_wait() {
     let fixture = Fixture::new().await;
     // Renames a column, because the store would create a missing table again.
     fixture.execute_without_event("ALTER TABLE object RENAME COLUMN last_seen TO elsewhere").await;
-    let viewer = fixture.start_unready_viewer(fixture.exchange.clone());
+    let viewer = fixture.start_unready_viewer(fixture.exchange.clone()).await;
     let (status, problem) = viewer.get("/objects").await;
     assert!(
         status == 503 && problem["detail"].as_str().unwrap().contains("not read the table yet")
