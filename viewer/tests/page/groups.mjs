@@ -34,13 +34,14 @@ const on = (page) => ({
   announcement: page.getByRole("status"),
 });
 
+const groupsFile = (world) => join(world.home, "groups.json");
+
 /** A test on a Lastseen with these groups. The next test with the same groups uses the same Lastseen. */
 const withGroups = (definition, test) => async (world) => {
   if (world.groups !== definition) {
-    const file = join(world.home, "groups.json");
-    await writeFile(file, JSON.stringify(definition));
+    await writeFile(groupsFile(world), JSON.stringify(definition));
     await world.kill();
-    await world.boot({ GROUPS_FILE: file });
+    await world.boot({ GROUPS_FILE: groupsFile(world) });
     world.groups = definition;
   }
   await test(world);
@@ -245,7 +246,6 @@ export const tests = {
     for (const tab of tabs) await showsText(on(tab).connection, /^live$/);
     assert.ok(proxy.streams <= 5);
     await page.close();
-    await expand(last, "shop", "shop/berlin");
     await on(last).row("shop/berlin").click();
     await showsText(on(last).title, /in shop\/berlin$/);
     await showsText(on(last).connection, /^live$/);
@@ -258,6 +258,26 @@ export const tests = {
     await showsText(title, /^Objects online$/);
     await showsText(connection, /^live$/);
     assert.equal(new URL(page.url()).hash, "");
+  }),
+
+  "counts are read at most every two seconds, and only after changes": withGroups(SHOP, async (world) => {
+    const { page } = await world.open();
+    const { count, row, connection } = on(page);
+    const readAt = [];
+    page.on("request", ({ url }) => new URL(url()).pathname === "/groups" && readAt.push(Date.now()));
+    await showsText(connection, /^live$/);
+    await showsText(count, /^0$/);
+    await until("nothing has been read for three seconds", () => page.waitForTimeout(3000).then(() => Date.now() - (readAt.at(-1) ?? 0) > 3000));
+    readAt.length = 0;
+    for (let changes = 0; changes < 3; changes++) {
+      await world.post("2002");
+      await showsText(count, /^1$/);
+      await showsText(row("shop"), /1 of 5 online/);
+      await showsText(count, /^0$/);
+    }
+    await showsText(row("shop"), /0 of 5 online/);
+    const gaps = readAt.slice(1).map((at, index) => at - readAt[index]);
+    assert.ok(gaps.length >= 5 && gaps.every((gap) => gap > 1800), `the groups were read after ${gaps.join()} ms`);
   }),
 
   "axe finds no problem in the tree, in any mode and width": withGroups(SHOP, async (world) => {
@@ -281,6 +301,20 @@ export const tests = {
         assert.ok(overflow <= 0, `the page is ${overflow} pixels wider than a window of ${width}`);
       }
     }
+  }),
+
+  "the page shows all objects when the selected group is removed": withGroups(SHOP, async (world) => {
+    const { page } = await world.open({}, `${world.url}#shop/spare`);
+    const { row, note, title, connection } = on(page);
+    await row("shop/spare").waitFor();
+    const [{ children, ...shop }, ...others] = SHOP;
+    world.groups = [{ ...shop, children: children.slice(0, 1) }, ...others];
+    await writeFile(groupsFile(world), JSON.stringify(world.groups));
+    await showsText(note, /^There is no group shop\/spare/);
+    await showsText(title, /^Objects online$/);
+    await showsText(connection, /^live$/);
+    await row("shop/spare").waitFor({ state: "detached" });
+    assert.ok(await row("shop/berlin").isVisible());
   }),
 
   "a thousand groups at the top are shown page by page": withGroups(MANY, async (world) => {
