@@ -264,7 +264,7 @@ export const tests = {
     const { page } = await world.open();
     const { count, row, connection } = on(page);
     const readAt = [];
-    page.on("request", ({ url }) => new URL(url()).pathname === "/groups" && readAt.push(Date.now()));
+    page.on("request", (request) => new URL(request.url()).pathname === "/groups" && readAt.push(Date.now()));
     await showsText(connection, /^live$/);
     await showsText(count, /^0$/);
     await until("nothing has been read for three seconds", () => page.waitForTimeout(3000).then(() => Date.now() - (readAt.at(-1) ?? 0) > 3000));
