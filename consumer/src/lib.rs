@@ -106,8 +106,15 @@ pub async fn run_with(
     health.finish_registration();
 
     let _breaker = supervisor.spawn_critical("breaker", Arc::clone(&breaker).run());
-    let scheduler =
-        LookupScheduler::new(settings, status_api, breaker, writer, destination, shutdown);
+    let scheduler = LookupScheduler::new(
+        settings,
+        status_api,
+        breaker,
+        writer,
+        events.clone(),
+        destination,
+        shutdown,
+    );
     tokio::select! {
         ended = scheduler.run(deliveries) => ended?,
         reason = store.rejected() => return Err(Misconfigured(reason).into()),

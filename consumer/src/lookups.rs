@@ -5,11 +5,12 @@ mod pending;
 
 use std::pin::pin;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::Context as _;
 use futures_util::future::join_all;
-use messaging::queue::{Consumer, Delivery, Destination, Disposition, Prefetch};
+use messaging::events::{Emitter, GivenUp};
+use messaging::queue::{Consumer, Delivery, Destination, Disposition, Prefetch, Settled};
 use runtime::traces::{KeyValue, Span, SpanKind, Step};
 use runtime::{CancellationToken, LogLimiter, Reloadable};
 use tokio::sync::watch;
@@ -66,6 +67,7 @@ struct LookupContext {
     status_api: StatusApi,
     breaker: Arc<Breaker>,
     writer: Writer,
+    events: Emitter,
     destination: Destination,
     lookups: watch::Sender<Lookups>,
     shutdown: CancellationToken,
@@ -108,6 +110,7 @@ impl LookupScheduler {
         status_api: StatusApi,
         breaker: Arc<Breaker>,
         writer: Writer,
+        events: Emitter,
         destination: Destination,
         shutdown: CancellationToken,
     ) -> Self {
@@ -119,6 +122,7 @@ impl LookupScheduler {
             status_api,
             breaker,
             writer,
+            events,
             destination,
             lookups: watch::Sender::new(lookups),
             shutdown,
@@ -215,9 +219,16 @@ impl LookupScheduler {
             Err(error) => {
                 tracing::warn!(%error, "cannot decode a message; it becomes a dead letter");
                 let reason = error.to_string();
-                self.tasks.spawn(settle(pending, Disposition::DeadLetter { reason }));
+                self.settle_without_lookup(pending, Disposition::DeadLetter { reason });
             }
         }
+    }
+
+    fn settle_without_lookup(&mut self, pending: PendingDelivery, disposition: Disposition) {
+        self.tasks.spawn(async {
+            settle(pending, disposition).await;
+            Ok(None)
+        });
     }
 
     /// Applies the settings in `new` that are reloadable, and returns the new prefetch.
@@ -247,7 +258,7 @@ impl LookupScheduler {
 
     fn requeue_older_than(&mut self, moment: Instant) {
         for pending in self.context.pending.take_older_than(moment) {
-            self.tasks.spawn(settle(pending, Disposition::Requeue));
+            self.settle_without_lookup(pending, Disposition::Requeue);
         }
     }
 
@@ -295,16 +306,23 @@ async fn look_up_and_settle(
                 context.after_failure(key.id, &pending.delivery, error, *failing_share)
             }
             LookupResult::Unresolved => Disposition::Requeue,
-            LookupResult::Draining => return pending.delivery.give_back().await,
+            LookupResult::Draining => {
+                pending.delivery.give_back().await;
+                return false;
+            }
         };
-        _ = settle(pending, disposition).await;
+        let gives_up = matches!(disposition, Disposition::DeadLetter { .. });
+        settle(pending, disposition).await == Settled::Done && gives_up
     });
-    join_all(settling).await;
+    // The dead letters are stored by now, so that a subscriber of the event finds them.
+    if join_all(settling).await.contains(&true) {
+        context.events.publish_given_up(GivenUp { id: key.id, at: SystemTime::now() });
+    }
     drop(unsettled);
     Ok(Some(key))
 }
 
-async fn settle(pending: PendingDelivery, disposition: Disposition) -> TaskResult {
+async fn settle(pending: PendingDelivery, disposition: Disposition) -> Settled {
     let PendingDelivery { delivery, permit, mut span, .. } = pending;
     if let Disposition::Retry { reason, .. } | Disposition::DeadLetter { reason } = &disposition {
         span.fail(reason);
@@ -314,7 +332,7 @@ async fn settle(pending: PendingDelivery, disposition: Disposition) -> TaskResul
     let settled = delivery.settle(disposition).await;
     drop(permit);
     tracing::debug!(id, callback_id, ?settled, "settled");
-    Ok(None)
+    settled
 }
 
 impl LookupContext {

@@ -8,7 +8,7 @@ use runtime::authenticity::Authenticity;
 use runtime::settings::{Check, Checked};
 use store::{DatabaseUrl, Retention, TimeZone};
 
-use crate::{dead_letters, history, migrate, objects};
+use crate::{dead_letters, groups, history, migrate, objects};
 
 /// The default of [`consumer::Lookups::tester_endpoint`]. Another value means that the user has
 /// configured a status API.
@@ -70,7 +70,7 @@ pub struct Config {
 /// its command `load` become local, because `lastseen` has no such command.
 fn adapt_to_commands(setting: Arg) -> Arg {
     match setting.get_id().as_str() {
-        "object_ttl" => setting.global(true),
+        "object_ttl" | "groups_file" | "groups_weights" => setting.global(true),
         "callback_endpoint" | "callback_secret" | "callback_timeout" | "object_id_min"
         | "object_id_max" => setting.global(false),
         _ => setting,
@@ -110,6 +110,11 @@ impl Check for Config {
     fn check(&self) -> Result<(), String> {
         if matches!(self.command, Some(Command::Migrate(_))) && self.database_url.is_none() {
             return Err("DATABASE_URL must be set: it names the Postgres to migrate".to_owned());
+        }
+        if matches!(self.command, Some(Command::Groups(_))) && self.groups.groups_file.is_none() {
+            let reason = "GROUPS_FILE must be set: it names the file or the directory that defines \
+                          the groups";
+            return Err(reason.to_owned());
         }
         // A command runs no role and uses no status API.
         if self.command.is_some() {
@@ -153,6 +158,12 @@ pub enum Command {
     History(history::Show),
     /// Print each time that an object came online or was gone, in order and without gaps
     Changes(history::Feed),
+    /// Show which groups of objects are up, as computed from `GROUPS_FILE`, the table and the history
+    ///
+    /// In contrast to the viewer, the command shows a worse status even if it has not lasted for the
+    /// group's time `for` yet. It cannot know which objects were given up, and shows them as never seen
+    /// or gone.
+    Groups(groups::Show),
     /// List dead letters (messages that Lastseen gave up on), send them back, or delete them
     #[command(arg_required_else_help = false)]
     DeadLetters {

@@ -5,6 +5,7 @@
 mod banner;
 mod config;
 mod dead_letters;
+mod groups;
 mod history;
 mod migrate;
 mod objects;
@@ -69,6 +70,10 @@ async fn run_command(command: Command, config: Config, context: Context) -> anyh
         }
         Command::History(command) => history::show(&command, &config.store(), shutdown).await,
         Command::Changes(command) => history::feed(&command, &config.store(), shutdown).await,
+        Command::Groups(command) => {
+            let ttl = config.cleanup.object_ttl;
+            groups::show(&command, &config.groups, &config.store(), ttl, shutdown).await
+        }
         Command::DeadLetters { command } => {
             dead_letters::run(command, &config.broker(), shutdown).await
         }

@@ -395,6 +395,7 @@ async fn a_deletion_whose_outcome_is_lost_leaves_a_gap() {
             Notification::Missed(why) => break assert!(why.contains("are missing"), "{why}"),
             // The negative ids are those of `cleaned_once`.
             Notification::Committed(_, objects) => assert!(objects[0].id < 0, "{objects:?}"),
+            other @ Notification::GivenUp(_) => panic!("{other:?}"),
         }
     }
     routine.stop().await;

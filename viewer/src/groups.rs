@@ -6,6 +6,7 @@
 //! groups leave together with those of their objects.
 
 pub(crate) mod api;
+mod candidate;
 mod config;
 mod facts;
 mod follower;
@@ -22,19 +23,22 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use groups::{Announcer, Tree};
+use messaging::events::Emitter;
 use parking_lot::{Mutex, RwLock};
 use runtime::{Misconfigured, Reloadable, Status};
+use store::History;
 use tokio::sync::{Notify, mpsc, watch as watch_channel};
 use tokio::task::spawn_blocking;
 
 pub use config::GroupsConfig;
+pub use shown::Group;
 
 pub(crate) use api::router;
 pub(crate) use follower::Follower;
 pub(crate) use members::{Redefined, SharedMembers};
-pub(crate) use shown::{GroupChange, encode};
+pub(crate) use shown::{EncodedChange, encode};
 
-use loader::{Loaded, Loader};
+use loader::{Definition, Loader};
 use members::Members;
 use source::Observation;
 use watch::Watch;
@@ -46,7 +50,7 @@ const GIVEN_UP_MAX: usize = 100_000;
 pub struct LoadedGroups {
     loader: Loader,
     files: Observation,
-    loaded: Loaded,
+    definition: Definition,
     object_ttl: Reloadable<Duration>,
     metrics_depth: usize,
 }
@@ -64,16 +68,27 @@ impl GroupsConfig {
         let metrics_depth = self.groups_metrics_depth;
         let read = spawn_blocking(move || {
             let files = source::observe(&loader.file);
-            let loaded = files.clone().and_then(|files| loader.load(&files, None));
-            match loaded {
-                Ok(Some(loaded)) => {
-                    Ok(Some(LoadedGroups { loader, files, loaded, object_ttl, metrics_depth }))
+            let definition = files.clone().and_then(|files| loader.load(&files, None));
+            match definition {
+                Ok(Some(definition)) => {
+                    Ok(Some(LoadedGroups { loader, files, definition, object_ttl, metrics_depth }))
                 }
                 Ok(None) => Ok(None),
                 Err(reason) => Err(rejection(&loader.file, &reason)),
             }
         });
         Ok(read.await.context("reading the groups failed")?.map_err(Misconfigured)?)
+    }
+
+    /// Reads `GROUPS_FILE` for a command, without the cache; `None` if it is not set. All objects of
+    /// the tree are never seen.
+    ///
+    /// # Errors
+    /// As [`GroupsConfig::load`].
+    pub async fn read(&self) -> anyhow::Result<Option<Tree>> {
+        let without_cache = Self { groups_cache: None, ..self.clone() };
+        let groups = without_cache.load(Reloadable::fixed(Duration::ZERO)).await?;
+        Ok(groups.map(|groups| groups.definition.tree))
     }
 }
 
@@ -82,6 +97,7 @@ fn rejection(file: &Path, reason: &str) -> String {
 }
 
 /// The groups and their statuses, which all requests share.
+#[derive(Default)]
 pub(crate) struct Groups {
     /// `None` until the viewer knows the facts about all objects. Only the [`Follower`] writes it.
     live: RwLock<Option<Live>>,
@@ -93,6 +109,8 @@ pub(crate) struct Groups {
 
 /// The current tree, and the statuses that were announced.
 struct Live {
+    /// The number of the definition, from 1.
+    definition: u64,
     tree: Tree,
     announcer: Announcer,
 }
@@ -107,26 +125,21 @@ pub(crate) struct Parts {
 }
 
 impl LoadedGroups {
-    /// `history` is `None` if there is none.
-    pub(crate) fn into_parts(self, history: Option<store::History>) -> Parts {
-        let Self { loader, files, loaded, object_ttl, metrics_depth } = self;
-        let groups = Arc::new(Groups {
-            live: RwLock::default(),
-            members: Members::default(),
-            given_up: Mutex::default(),
-            given_up_added: Notify::new(),
-        });
+    /// `history` is `None` if there is none. `emitter` publishes the changes of groups.
+    pub(crate) fn into_parts(self, history: Option<History>, emitter: Emitter) -> Parts {
+        let Self { loader, files, definition, object_ttl, metrics_depth } = self;
+        let groups = Arc::new(Groups::default());
         let (sender, messages) = mpsc::channel(4);
         let (status_sender, status) = watch_channel::channel(Ok(()));
-        let follower = Follower::new(Arc::clone(&groups), messages, object_ttl, metrics_depth);
-        let watch = Watch::new(loader, files, loaded, sender, history, status_sender);
+        let follower =
+            Follower::new(Arc::clone(&groups), messages, object_ttl, metrics_depth, emitter);
+        let watch = Watch::new(loader, files, definition, sender, history, status_sender);
         Parts { groups, follower, watch, status }
     }
 }
 
 impl Groups {
     /// Records that the latest messages of these objects became dead letters.
-    #[cfg_attr(not(test), expect(dead_code, reason = "the event given_up will call it"))]
     pub(crate) fn mark_given_up(&self, ids: impl IntoIterator<Item = i64>) {
         let mut waiting = self.given_up.lock();
         let free = GIVEN_UP_MAX.saturating_sub(waiting.len());

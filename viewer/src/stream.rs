@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use tokio::time::timeout;
 
 use self::cursor::{Cursor, Listing};
-use crate::groups::{self, GroupChange, Redefined, SharedMembers};
+use crate::groups::{self, EncodedChange, Redefined, SharedMembers};
 use crate::object::{Object, as_f64, encode};
 use crate::view_state::{Change, Content, ListRequest, NextItem, TooFarBehind, ViewState};
 
@@ -100,7 +100,7 @@ impl Filter {
         }
     }
 
-    fn includes(&self, change: &GroupChange) -> bool {
+    fn includes(&self, change: &EncodedChange) -> bool {
         match self {
             Self::All => true,
             Self::Ids(_) => false,

@@ -12,6 +12,7 @@ use store::{History, Objects, StoreError};
 use tokio::sync::{Notify, watch};
 use tokio::time::sleep;
 
+use crate::groups::Groups;
 use crate::object::{Object, to_micros};
 use crate::snapshot::Snapshot;
 use crate::view_state::ViewState;
@@ -45,6 +46,8 @@ pub(crate) struct TableSync {
     /// `None` if there is no history.
     pub(crate) history: Option<History>,
     pub(crate) snapshot: Option<Arc<Snapshot>>,
+    /// The groups that show which objects were given up, if there are any.
+    pub(crate) groups: Option<Arc<Groups>>,
 }
 
 impl TableSync {
@@ -66,6 +69,12 @@ impl TableSync {
                         match kind {
                             Kind::Online | Kind::Seen => announced.lock().seen += changed,
                             Kind::Gone => announced.lock().gone += changed,
+                        }
+                    }
+                    // The object may be online nevertheless, so this is not a change of presence.
+                    Notification::GivenUp(objects) => {
+                        if let Some(groups) = &self.groups {
+                            groups.mark_given_up(objects.iter().map(|object| object.id));
                         }
                     }
                     Notification::Missed(why) => {

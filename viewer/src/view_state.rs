@@ -14,7 +14,7 @@ use messaging::events::Kind;
 use parking_lot::Mutex;
 use tokio::sync::{Notify, watch};
 
-use crate::groups::{self, Follower, GroupChange};
+use crate::groups::{self, EncodedChange, Follower};
 use crate::object::{Micros, Object, as_f64, to_micros};
 use state::{Clock, State};
 
@@ -215,7 +215,7 @@ impl ViewState {
 
     /// Adds changes of groups to the ring. The publisher of changes calls this before it wakes the
     /// subscribers.
-    pub(crate) fn push_groups(&self, changes: Vec<GroupChange>) {
+    pub(crate) fn push_groups(&self, changes: Vec<EncodedChange>) {
         if changes.is_empty() {
             return;
         }

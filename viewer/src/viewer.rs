@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use axum::Router;
-use messaging::events::{Exchange, Subscriber};
+use messaging::events::{Emitter, Exchange, Subscriber};
 use runtime::{Context, health_routes, http};
 use store::History;
 use tokio::net::TcpListener;
@@ -80,7 +80,13 @@ impl Viewer {
         health.add_optional("table", table_status.clone());
         health.add_optional("events", subscriber.status());
         let groups_history = store.history.is_on().then(|| History::new(&store));
-        let groups = groups.map(|groups| groups.into_parts(groups_history));
+        let groups = groups.map(|groups| {
+            let emitter = Emitter::start(&exchange, "viewer groups", &context.supervisor);
+            if let Some(status) = emitter.status() {
+                health.add_optional("events of groups", status);
+            }
+            groups.into_parts(groups_history, emitter)
+        });
         if let Some(groups) = &groups {
             health.add_optional("groups file", groups.status.clone());
         }
@@ -114,6 +120,7 @@ impl Viewer {
             first_reading: first_reading_sender,
             history: readings_history,
             snapshot,
+            groups: groups.as_ref().map(|parts| Arc::clone(&parts.groups)),
         };
         Ok(Self {
             listener,

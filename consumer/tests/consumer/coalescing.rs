@@ -2,6 +2,7 @@ use runtime::CancellationToken;
 use testkit::{Answer, StatusApi, wait_until};
 
 use crate::TestEnv;
+use crate::events::{next_event, subscriber, wait_until_nothing_is_away};
 
 /// Starts a status API that answers the first lookup of object 42 once the returned token is
 /// cancelled, and later lookups of it with `then`.
@@ -70,7 +71,9 @@ async fn deliveries_that_wait_for_a_permit_share_a_lookup() {
 #[tokio::test]
 async fn a_failed_lookup_counts_for_each_delivery_that_shared_it() {
     let (env, api, go) = blocked(Answer::Status(500)).await;
+    let mut subscriber = subscriber(&env).await;
     let consumer = env.start(&api.endpoint(), &["--max-attempts=1"]);
+    wait_until_nothing_is_away(&consumer).await;
     deliver_21(&env, &api).await;
     go.cancel();
     wait_until("each delivery becomes a dead letter", async || {
@@ -80,6 +83,17 @@ async fn a_failed_lookup_counts_for_each_delivery_that_shared_it() {
     })
     .await;
     assert_eq!(env.rows().await, [1, 42], "the first lookup said online");
+    env.publish([7]).await;
+    let mut given_up = 0;
+    loop {
+        match next_event(&mut subscriber).await {
+            (_, 7) => break,
+            (name, 42) => given_up += usize::from(name == "given up"),
+            (_, id) => assert_eq!(id, 1),
+        }
+    }
+    let lookups = api.lookups_of(42) - 1;
+    assert_eq!(given_up, lookups, "one event for each lookup, not for each delivery");
     consumer.stop().await;
 }
 

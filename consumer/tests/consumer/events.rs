@@ -3,13 +3,15 @@ use lapin::options::ExchangeDeclareOptions;
 use lapin::types::FieldTable;
 use messaging::amqp::Access;
 use messaging::events::{Exchange, Kind, Notification, Subscriber};
+use std::time::SystemTime;
+
 use testkit::{Answer, StatusApi, wait_for, wait_until};
 use tokio::time::timeout;
 
-use crate::{PATIENCE, RunningConsumer, TestEnv};
+use crate::{PATIENCE, RunningConsumer, SECOND, TestEnv};
 
 /// A subscriber of the events of the queue.
-async fn subscriber(env: &TestEnv) -> Subscriber {
+pub(crate) async fn subscriber(env: &TestEnv) -> Subscriber {
     let uri = testkit::amqp_uri().parse().unwrap();
     let exchange = Exchange::on_rabbitmq(Access { uri, authorities: None }, &env.queue.name);
     let mut subscriber = Subscriber::new(&exchange, "test subscriber");
@@ -17,13 +19,13 @@ async fn subscriber(env: &TestEnv) -> Subscriber {
     subscriber
 }
 
-async fn next(subscriber: &mut Subscriber) -> Notification {
+pub(crate) async fn next(subscriber: &mut Subscriber) -> Notification {
     timeout(PATIENCE, subscriber.next()).await.expect("an event should arrive")
 }
 
 /// Waits until the consumer is ready and can also publish events. It can be ready without the
 /// latter.
-async fn wait_until_nothing_is_away(consumer: &RunningConsumer) {
+pub(crate) async fn wait_until_nothing_is_away(consumer: &RunningConsumer) {
     wait_until("the consumer can publish events", async || {
         consumer.missing().is_empty() && consumer.health.missing_optional().is_empty()
     })
@@ -56,6 +58,72 @@ async fn events_have_the_last_seen_of_the_table() {
         env.publish([7, 42]).await;
         assert_eq!(next_change(&mut subscriber).await, (kind, 42, in_the_table().await));
     }
+    consumer.stop().await;
+}
+
+/// The next event about one object: its name and the id.
+pub(crate) async fn next_event(subscriber: &mut Subscriber) -> (&'static str, i64) {
+    loop {
+        match next(subscriber).await {
+            Notification::Committed(kind, objects) => return (kind.name(), objects[0].id),
+            Notification::GivenUp(objects) => return ("given up", objects[0].id),
+            // The consumer announces a gap if it dropped events before it was connected.
+            Notification::Missed(_) => {}
+        }
+    }
+}
+
+#[tokio::test]
+async fn object_is_announced_as_given_up_after_its_last_attempt_only() {
+    let env = TestEnv::new().await;
+    let api = StatusApi::start(|id, lookup| match (id, lookup) {
+        (42, _) | (43, 1) => Answer::Status(500),
+        (43.., _) => Answer::Online,
+        _ => Answer::Offline,
+    });
+    let mut subscriber = subscriber(&env).await;
+    let consumer = env.start(&api.endpoint(), &["--max-attempts=2"]);
+    wait_until_nothing_is_away(&consumer).await;
+    env.queue.publish_raw(b"not json").await;
+    env.publish([42, 43]).await;
+    // A failure counts only while the API answers other lookups.
+    let answered = async {
+        loop {
+            env.publish([1]).await;
+            tokio::time::sleep(SECOND / 10).await;
+        }
+    };
+    let before = SystemTime::now();
+    let given_up = async {
+        loop {
+            match next(&mut subscriber).await {
+                Notification::GivenUp(objects) => break objects,
+                Notification::Committed(Kind::Online, objects) => assert_eq!(objects[0].id, 43),
+                other @ Notification::Committed(..) => panic!("{other:?}"),
+                Notification::Missed(_) => {}
+            }
+        }
+    };
+    let given_up = tokio::select! {
+        given_up = given_up => given_up,
+        () = answered => unreachable!("it never ends"),
+    };
+    assert_eq!((given_up.len(), given_up[0].id), (1, 42));
+    let at = given_up[0].at;
+    assert!(before - SECOND < at && at <= SystemTime::now(), "{at:?}");
+    assert!(api.lookups_of(42) >= 2, "the first failure should be retried");
+    for _ in 0..2 {
+        let letter = env.queue.get(&env.queue.dead()).await;
+        assert!(letter.is_some(), "the event came before the dead letters");
+    }
+
+    // Nothing else was published: 43 was only retried, and the undecodable message has no object.
+    env.publish([44]).await;
+    let mut event = next_event(&mut subscriber).await;
+    if event == ("online", 43) {
+        event = next_event(&mut subscriber).await;
+    }
+    assert_eq!(event, ("online", 44));
     consumer.stop().await;
 }
 
@@ -122,6 +190,7 @@ async fn a_commit_whose_outcome_is_lost_leaves_a_gap() {
                     "{objects:?} was published although its outcome was lost"
                 );
             }
+            other @ Notification::GivenUp(_) => panic!("{other:?}"),
         }
     }
     consumer.stop().await;

@@ -1,6 +1,6 @@
 use testkit::{Answer, Partner, Process, Queue, StatusApi, wait_for, wait_until};
 
-use crate::{Home, PATIENCE};
+use crate::{Home, PATIENCE, groups};
 
 /// Fails the lookups of all ids except for negative ones. These are answered, because failures of
 /// an API that answers no lookup at all do not count against a message.
@@ -173,11 +173,13 @@ async fn redrive_ends_at_a_signal_and_reports_its_progress() {
 async fn command_that_waits_for_a_server_ends_at_a_signal() {
     let server = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = server.local_addr().unwrap();
-    let home = Home::new(&[
+    let mut home = Home::new(&[
         ("AMQP_URI", &format!("amqp://{address}")),
         ("DATABASE_URL", &format!("postgres://{address}/postgres")),
     ]);
-    for command in [&["objects"][..], &["history", "1"], &["changes"], &["dead-letters", "list"]] {
+    groups::define(&mut home, "[]");
+    let on_postgres = [&["objects"][..], &["history", "1"], &["changes"], &["groups"]];
+    for command in on_postgres.into_iter().chain([&["dead-letters", "list"][..]]) {
         let waiting = home.spawn(command);
         let _connection = server.accept().await.unwrap();
         waiting.terminate();

@@ -7,6 +7,7 @@ mod commands;
 mod crash;
 mod disk_full;
 mod files;
+mod groups;
 mod history;
 mod pipeline;
 mod roles;

@@ -1,4 +1,5 @@
-//! Events about committed changes: objects that came online, were seen again, or are gone.
+//! Events about committed changes: objects that came online, were seen again, or are gone. Further
+//! events are about objects that a consumer has given up, and about groups of objects.
 //!
 //! An [`Emitter`] publishes events on an [`Exchange`] without ever waiting; a [`Subscriber`]
 //! receives them. Events may be lost, and the table is authoritative: a subscriber is notified when
@@ -11,12 +12,14 @@ mod config;
 mod emitter;
 mod exchange;
 mod gap_detector;
+mod group_change;
 mod message;
 mod subscriber;
 
-pub use change::{Kind, Notification, Object};
+pub use change::{GivenUp, Kind, Notification, Object};
 pub use config::Config;
 pub use emitter::Emitter;
 pub use exchange::Exchange;
+pub use group_change::{GroupCause, GroupChange};
 pub use message::format_time;
 pub use subscriber::Subscriber;

@@ -7,9 +7,10 @@ use axum::extract::{Path, Query, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::response::{IntoResponse, Response};
 use axum::routing::get;
-use groups::source_hash;
+use groups::{GroupIndex, source_hash};
 use runtime::problem::Problem;
 use serde::{Deserialize, Serialize};
+use tokio::task::yield_now;
 use utoipa::{IntoParams, ToSchema};
 
 use super::members::{no_such_group, not_ready};
@@ -19,6 +20,8 @@ use crate::api::{Shared, bad_request, parse_number, parse_page_limit};
 use crate::openapi;
 
 const DEPTH_MAX: usize = 100;
+/// Number of groups to show while holding the lock: each may have many objects or levels.
+const SHOWN_TOGETHER: usize = 16;
 
 pub(crate) fn router() -> Router<Shared> {
     Router::new().route("/groups", get(groups)).route("/groups/{*path}", get(group))
@@ -78,7 +81,7 @@ pub(crate) struct GroupPage {
         (status = 200, description = "A page of groups", body = GroupPage, headers(("ETag" = String, description = "Identifies the content of the response"))),
         (status = 304, description = "Nothing has changed since the response with this ETag"),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 404, description = "GROUPS_FILE is not set", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "There is no group `after`, or GROUPS_FILE is not set", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
         (status = 503, description = "The viewer has not read the table and the history yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
@@ -92,7 +95,8 @@ pub(crate) async fn groups(
     let query = query.map_err(|error| bad_request(error.body_text()))?.0;
     let levels = parse_depth(query.depth.as_deref(), 1, 2)?;
     let limit = parse_page_limit(query.limit.as_deref()).map_err(bad_request)?;
-    respond(&groups.page(None, levels, limit, query.after.as_deref())?, &headers)
+    let listing = Listing { top: None, levels, limit, after: query.after.as_deref() };
+    respond(&groups.page(listing).await?, &headers)
 }
 
 /// Get a group
@@ -109,7 +113,7 @@ pub(crate) async fn groups(
         (status = 200, description = "A page that begins with the group", body = GroupPage, headers(("ETag" = String, description = "Identifies the content of the response"))),
         (status = 304, description = "Nothing has changed since the response with this ETag"),
         (status = 400, description = "A parameter is invalid", body = openapi::ProblemDetails, content_type = "application/problem+json"),
-        (status = 404, description = "There is no such group, or GROUPS_FILE is not set", body = openapi::ProblemDetails, content_type = "application/problem+json"),
+        (status = 404, description = "There is no such group, no group `after` below it, or GROUPS_FILE is not set", body = openapi::ProblemDetails, content_type = "application/problem+json"),
         (status = 431, description = "The request's head is larger than 16 KiB"),
         (status = 503, description = "The viewer has not read the table and the history yet", body = openapi::ProblemDetails, content_type = "application/problem+json"),
     )
@@ -125,7 +129,8 @@ pub(crate) async fn group(
     let query = query.map_err(|error| bad_request(error.body_text()))?.0;
     let levels = parse_depth(query.depth.as_deref(), 0, 1)?;
     let limit = parse_page_limit(query.limit.as_deref()).map_err(bad_request)?;
-    respond(&groups.page(Some(&path), levels, limit, query.after.as_deref())?, &headers)
+    let listing = Listing { top: Some(&path), levels, limit, after: query.after.as_deref() };
+    respond(&groups.page(listing).await?, &headers)
 }
 
 fn parse_depth(text: Option<&str>, min: usize, default: usize) -> Result<usize, Problem> {
@@ -151,31 +156,66 @@ fn respond(page: &GroupPage, headers: &HeaderMap) -> Result<Response, Problem> {
     Ok((caching, content_type, Bytes::from(body)).into_response())
 }
 
+/// Which groups to list.
+struct Listing<'a> {
+    top: Option<&'a str>,
+    levels: usize,
+    limit: usize,
+    after: Option<&'a str>,
+}
+
+/// A group to list, the number of its ancestors, and its path.
+type Listed = (GroupIndex, usize, String);
+
 impl Groups {
-    fn page(
-        &self,
-        path: Option<&str>,
-        levels: usize,
-        limit: usize,
-        after: Option<&str>,
-    ) -> Result<GroupPage, Problem> {
+    async fn page(&self, listing: Listing<'_>) -> Result<GroupPage, Problem> {
+        loop {
+            let (definition, mut listed) = self.list(&listing)?;
+            let has_more = listed.len() > listing.limit;
+            listed.truncate(listing.limit);
+            if let Some(groups) = self.show(definition, &listed).await {
+                let next = listed.pop().filter(|_| has_more).map(|(_, _, path)| path);
+                return Ok(GroupPage { groups, next });
+            }
+        }
+    }
+
+    /// Up to one group more than `limit`, which shows that there is a further page, and the number of
+    /// the definition.
+    fn list(&self, listing: &Listing<'_>) -> Result<(u64, Vec<Listed>), Problem> {
         let live = self.live.read();
-        let Live { tree, announcer } = live.as_ref().ok_or_else(not_ready)?;
+        let Live { tree, definition, .. } = live.as_ref().ok_or_else(not_ready)?;
         let find = |path: &str| shown::find(tree, path).ok_or_else(|| no_such_group(path));
-        let top = path.map(find).transpose()?;
-        let after = after.map(|after| {
-            let found = shown::find(tree, after);
-            found
-                .filter(|&after| top.is_none_or(|top| tree.contains(top, after)))
-                .ok_or_else(|| bad_request("after: expected the `next` of a page".to_owned()))
+        let top = listing.top.map(find).transpose()?;
+        let is_listed = |&after: &GroupIndex| top.is_none_or(|top| tree.contains(top, after));
+        let after = listing.after.map(|after| {
+            let after = shown::find(tree, after).filter(is_listed);
+            after.ok_or_else(|| {
+                let detail = "after: no such group is listed; begin with the first page again";
+                Problem::new(StatusCode::NOT_FOUND, detail)
+            })
         });
-        let listed = tree.walk(top, levels, after.transpose()?);
-        let mut listed = listed.filter_map(|(group, depth)| {
-            Group::new(tree, announcer, group, depth.saturating_sub(1))
+        let listed = tree.walk(top, listing.levels, after.transpose()?);
+        let listed = listed.filter_map(|(group, depth)| {
+            Some((group, depth.saturating_sub(1), shown::path(tree, group)?))
         });
-        let groups: Vec<Group> = listed.by_ref().take(limit).collect();
-        let has_more = listed.next().is_some();
-        let next = groups.last().filter(|_| has_more).map(|last| last.path().to_owned());
-        Ok(GroupPage { groups, next })
+        Ok((*definition, listed.take(listing.limit.saturating_add(1)).collect()))
+    }
+
+    /// `None` if another definition has taken effect.
+    async fn show(&self, definition: u64, listed: &[Listed]) -> Option<Vec<Group>> {
+        let mut groups = Vec::with_capacity(listed.len());
+        // Releases the lock in between, because it delays the publication of changes.
+        for listed in listed.chunks(SHOWN_TOGETHER) {
+            {
+                let live = self.live.read();
+                let live = live.as_ref().filter(|live| live.definition == definition)?;
+                groups.extend(listed.iter().filter_map(|(group, depth, _)| {
+                    Group::new(&live.tree, &live.announcer, *group, *depth)
+                }));
+            }
+            yield_now().await;
+        }
+        Some(groups)
     }
 }

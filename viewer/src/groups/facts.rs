@@ -27,6 +27,10 @@ pub(super) fn changed(kind: Kind, last_seen: Micros, late_before: Micros) -> Fac
     }
 }
 
+pub(super) fn is_online(fact: Fact) -> bool {
+    matches!(fact, Fact::Online | Fact::Late)
+}
+
 /// The fact about an object that is not in the table.
 pub(super) fn absent(known: Fact) -> Fact {
     match known {
@@ -106,16 +110,16 @@ mod tests {
     fn object_has_at_most_one_check() {
         let definition: &[u8] = br#"{"name": "a", "objects": [1, 2, 3]}"#;
         let tree: Tree = groups::parse([("a", definition)], Weights::default()).unwrap();
-        let [one, two, three] = [1, 2, 3].map(|id| tree.object(id).unwrap());
+        let [first, second, third] = [1, 2, 3].map(|id| tree.object(id).unwrap());
         let mut checks = LateChecks::new(3);
-        for (object, at) in [(one, 30), (two, 10), (one, 5), (three, 20)] {
+        for (object, at) in [(first, 30), (second, 10), (first, 5), (third, 20)] {
             checks.schedule(object, at);
         }
         assert_eq!(checks.next(), Some(10));
         assert_eq!(checks.take_due(9, 10), []);
-        assert_eq!(checks.take_due(30, 2), [two, three]);
-        checks.schedule(two, 40);
-        assert_eq!(checks.take_due(30, 2), [one]);
+        assert_eq!(checks.take_due(30, 2), [second, third]);
+        checks.schedule(second, 40);
+        assert_eq!(checks.take_due(30, 2), [first]);
         assert_eq!(checks.next(), Some(40));
     }
 }

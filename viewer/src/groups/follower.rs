@@ -3,15 +3,17 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use groups::{Announcement, Announcer, Fact, GroupIndex, Tree};
+use groups::{Announcement, Fact, GroupIndex};
+use messaging::events::{Emitter, GroupChange};
 use runtime::Reloadable;
 use tokio::sync::mpsc;
 use tokio::task::{spawn_blocking, yield_now};
 use tokio::time::sleep;
 
+use super::candidate::Candidate;
 use super::facts::{self, LateChecks};
 use super::path_metrics::GroupMetrics;
-use super::shown::GroupChange;
+use super::shown::{self, EncodedChange};
 use super::watch::Message;
 use super::{Groups, Live};
 use crate::object::{Micros, to_micros};
@@ -41,24 +43,18 @@ pub(crate) struct Follower {
     late_checks: LateChecks,
     /// A new definition that is not in effect yet.
     candidate: Option<Candidate>,
+    /// The number of definitions that have taken effect.
+    definitions: u64,
     /// The first object of the current tree that must still be compared with the table, after changes
     /// were missed.
     rescan: Option<usize>,
     /// Groups whose status has changed since the last announcement.
     changed: Vec<GroupIndex>,
     metrics: GroupMetrics,
+    /// Publishes changes of groups for other programs.
+    emitter: Emitter,
     /// Whether the last wake-up left work for the next one.
     has_more: bool,
-}
-
-/// A definition, and what is known of its objects so far.
-struct Candidate {
-    tree: Tree,
-    facts: Vec<Fact>,
-    /// Number of objects that have been looked up in the table.
-    scanned: usize,
-    /// Whether the history has been read.
-    may_take_effect: bool,
 }
 
 impl Follower {
@@ -67,6 +63,7 @@ impl Follower {
         messages: mpsc::Receiver<Message>,
         object_ttl: Reloadable<Duration>,
         metrics_depth: usize,
+        emitter: Emitter,
     ) -> Self {
         let late_after = facts::late_after(object_ttl.current());
         Self {
@@ -78,9 +75,11 @@ impl Follower {
             sequence: 0,
             late_checks: LateChecks::default(),
             candidate: None,
+            definitions: 0,
             rescan: None,
             changed: Vec::new(),
             metrics: GroupMetrics::new(metrics_depth),
+            emitter,
             has_more: false,
         }
     }
@@ -123,7 +122,7 @@ impl Follower {
     /// When a group or an object changes without an event.
     fn next_due(&self) -> Option<Micros> {
         let live = self.groups.live.read();
-        let of_groups = live.iter().flat_map(|Live { tree, announcer }| {
+        let of_groups = live.iter().flat_map(|Live { tree, announcer, .. }| {
             [announcer.next_due(), tree.next_maintenance_end()].into_iter().flatten()
         });
         let of_groups = of_groups.map(|due| Micros::try_from(due).unwrap_or(Micros::MAX));
@@ -145,7 +144,7 @@ impl Follower {
             self.rescan = Some(0);
         }
         if let Some(candidate) = &mut self.candidate {
-            candidate.scanned = 0;
+            candidate.scan_again();
         }
         self.has_more = true;
     }
@@ -154,22 +153,23 @@ impl Follower {
         for _ in 0..MESSAGES_MAX {
             let message = self.received.take().or_else(|| self.messages.try_recv().ok());
             match message {
-                Some(Message::Define(tree, is_followed)) => {
+                Some(Message::Define(tree, needs_history)) => {
                     if self.candidate.is_none() && self.groups.live.read().is_none() {
                         self.sequence = view.last();
                     }
-                    self.candidate = Some(Candidate::new(*tree));
-                    // An error means that a newer definition is coming.
-                    _ = is_followed.send(());
+                    self.candidate = Some(Candidate::new(*tree, needs_history));
                 }
-                Some(Message::Gone(ids)) => {
-                    for id in ids {
-                        self.candidate.iter_mut().for_each(|candidate| candidate.mark_gone(id));
+                Some(Message::InHistory(ids)) => {
+                    if let Some(candidate) = &mut self.candidate {
+                        for id in ids {
+                            candidate.mark_gone(id);
+                        }
                     }
                 }
                 Some(Message::TakeEffect) => {
-                    let candidate = self.candidate.as_mut();
-                    candidate.into_iter().for_each(|candidate| candidate.may_take_effect = true);
+                    if let Some(candidate) = &mut self.candidate {
+                        candidate.finish_history();
+                    }
                 }
                 None => return,
             }
@@ -181,7 +181,10 @@ impl Follower {
     async fn scan(&mut self, view: &ViewState, late_before: Micros) {
         for _ in 0..BATCHES_MAX {
             match &mut self.candidate {
-                Some(candidate) if !candidate.is_scanned() => candidate.scan(view, late_before),
+                Some(candidate) if !candidate.is_scanned() => {
+                    let live = self.groups.live.read();
+                    candidate.scan(view, late_before, live.as_ref().map(|live| &live.tree));
+                }
                 _ if self.rescan.is_some() => self.scan_live(view, late_before),
                 _ => return,
             }
@@ -253,18 +256,14 @@ impl Follower {
     /// than a message that failed.
     fn mark_given_up(&mut self) {
         let ids = std::mem::take(&mut *self.groups.given_up.lock());
-        let is_online = |fact| matches!(fact, Fact::Online | Fact::Late);
         let mut live = self.groups.live.write();
         for id in ids {
-            if let Some(Candidate { tree, facts, .. }) = &mut self.candidate
-                && let Some(object) = tree.object(id)
-                && !is_online(facts[object.position()])
-            {
-                facts[object.position()] = Fact::GivenUp;
+            if let Some(candidate) = &mut self.candidate {
+                candidate.mark_given_up(id);
             }
             if let Some(Live { tree, .. }) = &mut *live
                 && let Some(object) = tree.object(id)
-                && !is_online(tree.fact(object))
+                && !facts::is_online(tree.fact(object))
             {
                 tree.set_fact(object, Fact::GivenUp, &mut self.changed);
             }
@@ -273,12 +272,13 @@ impl Follower {
 
     /// Lets the new definition take effect once the facts about all of its objects are known.
     async fn redefine(&mut self, view: &ViewState, now: Micros) -> bool {
-        let is_ready = |candidate: &mut Candidate| {
-            candidate.may_take_effect && candidate.is_scanned() && !self.has_more
-        };
+        let is_ready = |candidate: &mut Candidate| candidate.is_ready() && !self.has_more;
         let Some(candidate) = self.candidate.take_if(is_ready) else { return false };
         let groups = Arc::clone(&self.groups);
-        let build = move || candidate.into_live(groups.live.read().as_ref(), now);
+        self.definitions += 1;
+        let definition = self.definitions;
+        let build =
+            move || candidate.into_live(definition, groups.live.read().as_ref(), as_u64(now));
         // A panic has been logged. The previous definition stays in effect.
         let Ok((live, late_checks)) = spawn_blocking(build).await else { return false };
         self.metrics.redefine(&live.tree, &live.announcer);
@@ -304,12 +304,11 @@ impl Follower {
                     let (Fact::Online, Some(last_seen)) = (tree.fact(object), last_seen) else {
                         continue;
                     };
-                    match facts::seen(last_seen, late_before) {
-                        Fact::Late => tree.set_fact(object, Fact::Late, &mut self.changed),
-                        _ => {
-                            let at = last_seen.saturating_add(self.late_after);
-                            self.late_checks.schedule(object, at);
-                        }
+                    if facts::seen(last_seen, late_before) == Fact::Late {
+                        tree.set_fact(object, Fact::Late, &mut self.changed);
+                    } else {
+                        let at = last_seen.saturating_add(self.late_after);
+                        self.late_checks.schedule(object, at);
                     }
                 }
             }
@@ -326,7 +325,7 @@ impl Follower {
         }
         let now = as_u64(now);
         let mut due: Vec<Announcement> = Vec::new();
-        if let Some(Live { tree, announcer }) = &mut *self.groups.live.write() {
+        if let Some(Live { tree, announcer, .. }) = &mut *self.groups.live.write() {
             tree.end_maintenance(now, &mut self.changed);
             announcer.note(tree, &self.changed, now);
             announcer.due(tree, now, &mut due);
@@ -338,83 +337,19 @@ impl Follower {
         self.metrics.update(&due);
         for together in due.chunks(ANNOUNCED_TOGETHER) {
             let change = |Live { tree, .. }: &Live| -> Vec<GroupChange> {
-                together.iter().filter_map(|announced| GroupChange::new(tree, announced)).collect()
+                together.iter().filter_map(|announced| shown::change(tree, *announced)).collect()
             };
             let changes = self.groups.live.read().as_ref().map(change).unwrap_or_default();
-            view.push_groups(changes);
+            view.push_groups(changes.iter().filter_map(EncodedChange::new).collect());
+            self.emitter.publish_groups(changes);
             yield_now().await;
         }
-    }
-}
-
-impl Candidate {
-    fn new(tree: Tree) -> Self {
-        let facts = vec![Fact::NeverSeen; tree.object_ids().len()];
-        Self { tree, facts, scanned: 0, may_take_effect: false }
-    }
-
-    fn is_scanned(&self) -> bool {
-        self.scanned == self.facts.len()
-    }
-
-    fn set(&mut self, id: i64, fact: Fact) {
-        if let Some(object) = self.tree.object(id) {
-            self.facts[object.position()] = fact;
-        }
-    }
-
-    /// Marks an object that is gone according to the history, unless a later fact is known.
-    fn mark_gone(&mut self, id: i64) {
-        if let Some(object) = self.tree.object(id)
-            && self.facts[object.position()] == Fact::NeverSeen
-        {
-            self.facts[object.position()] = Fact::Gone;
-        }
-    }
-
-    /// Looks up the next [`SCAN_MAX`] objects in the table.
-    fn scan(&mut self, view: &ViewState, late_before: Micros) {
-        let end = self.facts.len().min(self.scanned + SCAN_MAX);
-        let last_seen = view.last_seen(&self.tree.object_ids()[self.scanned..end]);
-        for (fact, last_seen) in self.facts[self.scanned..end].iter_mut().zip(last_seen) {
-            *fact = last_seen
-                .map_or_else(|| facts::absent(*fact), |seen| facts::seen(seen, late_before));
-        }
-        self.scanned = end;
-    }
-
-    /// Computes the statuses. Groups with the same path in the old tree keep their announced status.
-    fn into_live(self, old: Option<&Live>, now: Micros) -> (Live, LateChecks) {
-        let Self { mut tree, mut facts, .. } = self;
-        if let Some(Live { tree: old, .. }) = old {
-            // What the viewer saw itself, the history may not have.
-            for (fact, id) in facts.iter_mut().zip(tree.object_ids()) {
-                if let (Fact::NeverSeen | Fact::Gone, Some(object)) = (*fact, old.object(*id))
-                    && let known @ (Fact::Gone | Fact::GivenUp) = old.fact(object)
-                {
-                    *fact = known;
-                }
-            }
-        }
-        let mut late_checks = LateChecks::new(facts.len());
-        tree.set_facts(|object, _| {
-            let fact = facts[object.position()];
-            if fact == Fact::Online {
-                // The first check finds the latest sighting.
-                late_checks.schedule(object, now);
-            }
-            fact
-        });
-        let now = as_u64(now);
-        tree.end_maintenance(now, &mut Vec::new());
-        let announcer = match old {
-            None => Announcer::new(&tree, now),
-            Some(old) => Announcer::carry_over(&tree, now, &old.tree, &old.announcer),
-        };
-        (Live { tree, announcer }, late_checks)
     }
 }
 
 fn as_u64(time: Micros) -> u64 {
     u64::try_from(time).unwrap_or(0)
 }
+
+#[cfg(test)]
+mod tests;

@@ -23,7 +23,7 @@ pub(super) struct Loader {
 }
 
 /// A definition that was read.
-pub(super) struct Loaded {
+pub(super) struct Definition {
     pub(super) tree: Tree,
     /// Identifies the content of the files.
     pub(super) hash: u64,
@@ -41,7 +41,7 @@ impl Loader {
         &self,
         files: &[FileState],
         known: Option<u64>,
-    ) -> Result<Option<Loaded>, String> {
+    ) -> Result<Option<Definition>, String> {
         let started = Instant::now();
         let documents = source::read(files)?;
         let hash = source_hash(documents.iter().map(as_slices));
@@ -65,7 +65,7 @@ impl Loader {
             seconds = started.elapsed().as_secs_f64(),
             "read the groups"
         );
-        Ok(Some(Loaded { tree, hash }))
+        Ok(Some(Definition { tree, hash }))
     }
 
     /// The tree in the cache, if it is that of the content with this hash.
@@ -116,4 +116,50 @@ fn read_bounded(path: &Path) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::with_capacity(size + 1);
     file.take(CACHE_BYTES_MAX + 1).read_to_end(&mut bytes)?;
     Ok(bytes)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::PermissionsExt as _;
+
+    use testkit::{LogCapture, Scratch};
+    use tracing::Level;
+
+    use super::*;
+
+    #[test]
+    fn damaged_cache_is_reported_once_and_replaced() {
+        let scratch = Scratch::new("groups");
+        let file = scratch.path().join("groups.json");
+        let cache = scratch.path().join("new/groups.cache");
+        let loader =
+            Loader { file: file.clone(), weights: Weights::default(), cache: Some(cache.clone()) };
+        let load = |definition: &str| {
+            fs::write(&file, definition).unwrap();
+            let files = source::observe(&file).unwrap();
+            loader.load(&files, None).unwrap().unwrap()
+        };
+        let log = LogCapture::start(Level::WARN, "viewer::groups");
+        let is_cached = |hash| loader.read_cache(hash).is_some();
+        let first = load(r#"{"name": "a", "objects": [1]}"#);
+        assert!(is_cached(first.hash));
+        assert_eq!(fs::metadata(&cache).unwrap().permissions().mode() & 0o777, 0o600);
+        // Another definition replaces the cache without a warning.
+        let second = load(r#"{"name": "b", "objects": [1]}"#);
+        assert!(is_cached(second.hash) && !is_cached(first.hash));
+        assert_eq!(log.lines_with(""), [""; 0]);
+
+        let mut bytes = fs::read(&cache).unwrap();
+        *bytes.last_mut().unwrap() ^= 1;
+        for damaged in [bytes, b"something else".to_vec(), Vec::new()] {
+            fs::write(&cache, damaged).unwrap();
+            let before = log.lines_with("the cache of the groups is not usable").len();
+            let again = load(r#"{"name": "b", "objects": [1]}"#);
+            assert_eq!(again.tree.object_ids(), [1]);
+            assert_eq!(log.lines_with("the cache of the groups is not usable").len(), before + 1);
+            assert!(is_cached(again.hash));
+        }
+        let files = source::observe(&file).unwrap();
+        assert!(loader.load(&files, Some(second.hash)).unwrap().is_none(), "nothing has changed");
+    }
 }

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 
 use bytes::Bytes;
 use groups::{Announcement, Announcer, GroupIndex, Kind, Status, Tree};
+use messaging::events::{GroupCause, GroupChange};
 use serde::Serialize;
 use utoipa::ToSchema;
 
@@ -15,7 +16,7 @@ pub(super) const PATH_BYTES_MAX: usize = 1_024;
 
 /// A group, and its status.
 #[derive(Serialize, ToSchema)]
-pub(crate) struct Group {
+pub struct Group {
     /// The names of the ancestors and of the group, joined by `/`.
     path: String,
     /// The last part of the path.
@@ -109,27 +110,17 @@ pub(crate) struct Cause {
     kind: Option<&'static str>,
 }
 
-/// A change of the announced status of a group, in an event.
-#[derive(Serialize)]
-struct AnnouncedChange<'a> {
-    path: &'a str,
-    was: &'static str,
-    is: &'static str,
-    online: u32,
-    total: u32,
-    because: Option<Cause>,
-}
-
 /// A change of the announced status of a group, encoded once for all events.
 #[derive(Debug)]
-pub(crate) struct GroupChange {
+pub(crate) struct EncodedChange {
     pub(crate) path: String,
     pub(crate) json: String,
 }
 
 impl Group {
-    /// `None` if the path is too long.
-    pub(super) fn new(
+    /// `None` if the path is longer than 1,024 bytes. `depth` is the number of ancestors.
+    #[must_use]
+    pub fn new(
         tree: &Tree,
         announcer: &Announcer,
         group: GroupIndex,
@@ -160,10 +151,6 @@ impl Group {
             degraded_rule: rules.degraded.to_string(),
         })
     }
-
-    pub(super) fn path(&self) -> &str {
-        &self.path
-    }
 }
 
 impl Cause {
@@ -176,23 +163,32 @@ impl Cause {
     }
 }
 
-impl GroupChange {
-    /// `None` if the path is too long.
-    pub(super) fn new(tree: &Tree, announcement: &Announcement) -> Option<Self> {
-        let Announcement { group, was, is } = *announcement;
-        let path = path(tree, group)?;
-        let view = tree.view(group);
-        let change = AnnouncedChange {
-            path: &path,
-            was: was.name(),
-            is: is.name(),
-            online: view.online,
-            total: view.total,
-            because: Cause::new(tree, group),
-        };
-        let json = serde_json::to_string(&change).ok()?;
-        Some(Self { path, json })
+impl EncodedChange {
+    pub(super) fn new(change: &GroupChange) -> Option<Self> {
+        // It has only texts and numbers, so encoding it does not fail.
+        let json = serde_json::to_string(change).ok()?;
+        Some(Self { path: change.path.clone(), json })
     }
+}
+
+/// The change of a group that events report; `None` if the path is too long.
+pub(super) fn change(tree: &Tree, announcement: Announcement) -> Option<GroupChange> {
+    let Announcement { group, was, is } = announcement;
+    let path = path(tree, group)?;
+    let view = tree.view(group);
+    let cause = |Cause { path, object, kind }| GroupCause {
+        path,
+        object: object.map(|object: ObjectId| object.0.to_string()),
+        kind: kind.map(str::to_owned),
+    };
+    Some(GroupChange {
+        path,
+        was: was.name().to_owned(),
+        is: is.name().to_owned(),
+        online: view.online,
+        total: view.total,
+        because: Cause::new(tree, group).map(cause),
+    })
 }
 
 /// The path, unless it is longer than [`PATH_BYTES_MAX`].
@@ -215,7 +211,10 @@ pub(super) fn find(tree: &Tree, path: &str) -> Option<GroupIndex> {
 }
 
 /// Encodes the server-sent event `group`.
-pub(crate) fn encode<'a>(event_id: &str, changes: impl Iterator<Item = &'a GroupChange>) -> Bytes {
+pub(crate) fn encode<'a>(
+    event_id: &str,
+    changes: impl Iterator<Item = &'a EncodedChange>,
+) -> Bytes {
     let mut text = String::new();
     // Writing to a string cannot fail.
     let _ = write!(text, "event: group\nid: {event_id}\ndata: {{\"groups\":[");

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use messaging::events::Kind;
 
-use crate::groups::GroupChange;
+use crate::groups::EncodedChange;
 use crate::object::Object;
 
 const CHANGES_MAX: usize = 16_384;
@@ -25,7 +25,7 @@ pub(crate) struct Change {
 pub(crate) enum Content {
     Objects(Kind, Vec<Object>),
     /// The statuses of groups.
-    Groups(Vec<GroupChange>),
+    Groups(Vec<EncodedChange>),
 }
 
 /// The ring no longer has the subscriber's next change.
@@ -72,7 +72,9 @@ impl Change {
         let content = match &self.content {
             Content::Objects(_, objects) => objects.len() * size_of::<Object>(),
             // The text of each change is about as long as its part of the event.
-            Content::Groups(groups) => self.encoded.len() + groups.len() * size_of::<GroupChange>(),
+            Content::Groups(groups) => {
+                self.encoded.len() + groups.len() * size_of::<EncodedChange>()
+            }
         };
         self.encoded.len() + content + size_of::<Self>()
     }

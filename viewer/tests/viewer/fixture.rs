@@ -1,9 +1,9 @@
 //! The environment of a viewer: a database, and a writer that publishes its changes as events.
 
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use messaging::amqp::Access;
-use messaging::events::{Emitter, Exchange, Kind, Object};
+use messaging::events::{Emitter, Exchange, GivenUp, Kind, Object};
 use reqwest::Client;
 use runtime::{CancellationToken, Context, Health, Reloadable, Supervisor};
 use store::{Config, Row, Sighting, Store};
@@ -17,7 +17,7 @@ use crate::{HOUR, PATIENCE};
 
 pub(crate) struct Fixture {
     /// Deletes its exchange when dropped.
-    _queue: Queue,
+    pub(crate) queue: Queue,
     pub(crate) database: Database,
     pub(crate) exchange: Exchange,
     store: Store,
@@ -55,7 +55,7 @@ impl Fixture {
             2,
         );
         let emitter = Emitter::start(&exchange, "test", &Supervisor::default());
-        let fixture = Self { _queue: queue, database, exchange, store, emitter };
+        let fixture = Self { queue, database, exchange, store, emitter };
         let mut status = fixture.store.status();
         timeout(PATIENCE, status.wait_for(Result::is_ok)).await.unwrap().unwrap();
         fixture.wait_for_emitter().await;
@@ -98,6 +98,11 @@ impl Fixture {
         let now = self.store.now().await.unwrap();
         let gone = self.store.delete_stale(now.before(HOUR), 10_000).await.unwrap();
         self.emitter.publish(Kind::Gone, gone.iter().map(object));
+    }
+
+    /// Announces that a consumer has given up the object.
+    pub(crate) fn give_up(&self, id: i64) {
+        self.emitter.publish_given_up(GivenUp { id, at: SystemTime::now() });
     }
 
     /// Changes the table without an event.

@@ -1,4 +1,5 @@
-//! A change of the table, and the notification about it that a subscriber receives.
+//! A change of the table, an object that was given up, and the notifications about them that a
+//! subscriber receives.
 
 use std::time::SystemTime;
 
@@ -37,11 +38,22 @@ pub struct Object {
     pub last_seen: SystemTime,
 }
 
+/// An object that a consumer has given up: its message is a dead letter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GivenUp {
+    /// The object's id.
+    pub id: i64,
+    /// When the dead letter was stored, by the consumer's clock, to the microsecond.
+    pub at: SystemTime,
+}
+
 /// What a subscriber receives.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Notification {
     /// These objects have changed.
     Committed(Kind, Vec<Object>),
+    /// Consumers have given up these objects. The table has not changed.
+    GivenUp(Vec<GivenUp>),
     /// Changes may have been committed for which no event will arrive, so the subscriber has to
     /// read the table. The text is the reason. Each subscription begins with this notification.
     Missed(String),

@@ -1,4 +1,4 @@
-//! Publishes events about committed changes.
+//! Publishes events about committed changes, given-up objects and groups.
 //!
 //! Decision: docs/decisions/0049-why-are-events-published-without-confirms.md
 
@@ -11,12 +11,17 @@ use tokio::time::timeout;
 
 use crate::amqp::Reconnector;
 use crate::events::amqp::{self, Outgoing, SequenceCounter};
-use crate::events::change::{Kind, Notification, Object};
+use crate::events::change::{GivenUp, Kind, Notification, Object};
 use crate::events::exchange::{Exchange, Sender, Transport};
+use crate::events::group_change::GroupChange;
+use crate::events::message::Content;
 
 /// The most objects in one message. Each takes about 60 bytes when encoded.
 const OBJECTS_MAX: usize = 1_000;
-/// The most messages that wait to be published. If all are full, they take 6 MB of memory.
+/// The most groups in one message. Each takes about 200 bytes; with the longest paths, 2 KB.
+const GROUPS_MAX: usize = 250;
+/// The most messages that wait to be published. If all are full, they take 6 MB of memory; those of
+/// groups take 13 MB, with the longest paths 130 MB.
 const WAITING_MAX: usize = 256;
 /// How long [`Emitter::close`] waits for the remaining messages to be published.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
@@ -48,7 +53,7 @@ impl Emitter {
     pub fn start(exchange: &Exchange, name: &str, supervisor: &Supervisor) -> Self {
         metrics::describe_counter!(
             "lastseen_event_messages_total",
-            "Messages about committed changes, by whether they were sent or dropped."
+            "Event messages, by whether they were sent or dropped."
         );
         for outcome in ["sent", "dropped"] {
             metrics::counter!("lastseen_event_messages_total", "outcome" => outcome).increment(0);
@@ -84,18 +89,37 @@ impl Emitter {
             }
             Outlet::Amqp { outbox, sequence, .. } => {
                 let objects: Vec<Object> = objects.collect();
-                // Locked until all messages are queued, so that the publisher task sends them in
-                // the order of their numbers.
-                let mut last = sequence.lock();
-                for objects in objects.chunks(OBJECTS_MAX) {
-                    *last += 1;
-                    let objects = objects.to_vec();
-                    let message = Outgoing { kind, sequence: *last, objects };
-                    if outbox.try_send(message).is_err() {
-                        amqp::count("dropped");
-                    }
-                }
+                let chunks = objects.chunks(OBJECTS_MAX);
+                let contents = chunks.map(|objects| Content::Committed(kind, objects.to_vec()));
+                enqueue(outbox, sequence, contents);
             }
+        }
+    }
+
+    /// Publishes that an object was given up, or drops the event. Returns at once in either case.
+    pub fn publish_given_up(&self, object: GivenUp) {
+        match &self.0 {
+            Outlet::Disabled => {}
+            Outlet::InProcess(sender) => {
+                // An error means that there is no subscriber.
+                let _ = sender.send(Arc::new(Notification::GivenUp(vec![object])));
+            }
+            Outlet::Amqp { outbox, sequence, .. } => {
+                enqueue(outbox, sequence, std::iter::once(Content::GivenUp(vec![object])));
+            }
+        }
+    }
+
+    /// Publishes changes of groups for other programs, or drops them. Returns at once in either
+    /// case. Without RabbitMQ there are no other programs, so it drops all of them.
+    pub fn publish_groups(&self, changes: Vec<GroupChange>) {
+        if let Outlet::Amqp { outbox, sequence, .. } = &self.0 {
+            let mut changes = changes.into_iter();
+            let chunks = std::iter::from_fn(|| {
+                let chunk: Vec<_> = changes.by_ref().take(GROUPS_MAX).collect();
+                (!chunk.is_empty()).then_some(Content::Groups(chunk))
+            });
+            enqueue(outbox, sequence, chunks);
         }
     }
 
@@ -131,6 +155,23 @@ impl Emitter {
         let ended = async { while status.changed().await.is_ok() {} };
         if timeout(CLOSE_TIMEOUT, ended).await.is_err() {
             tracing::debug!("the broker did not accept the last events in time; dropping them");
+        }
+    }
+}
+
+/// Numbers the messages and queues them. Drops those for which the queue has no room.
+fn enqueue(
+    outbox: &mpsc::Sender<Outgoing>,
+    sequence: &SequenceCounter,
+    contents: impl Iterator<Item = Content>,
+) {
+    // Locked until all messages are queued, so that the publisher task sends them in the order of
+    // their numbers.
+    let mut last = sequence.lock();
+    for content in contents {
+        *last += 1;
+        if outbox.try_send(Outgoing { sequence: *last, content }).is_err() {
+            amqp::count("dropped");
         }
     }
 }

@@ -2,10 +2,12 @@
 
 use std::time::{Duration, SystemTime};
 
+use serde::de::{DeserializeOwned, IgnoredAny};
 use serde::{Deserialize, Deserializer, Serialize};
 use uuid::Uuid;
 
-use crate::events::change::Object;
+use crate::events::change::{GivenUp, Kind, Object};
+use crate::events::group_change::GroupChange;
 
 /// The version that emitters write. An added field needs no new version, because readers ignore
 /// unknown fields.
@@ -19,14 +21,27 @@ const BOM: &[u8] = "\u{feff}".as_bytes();
 /// year.
 const LAST_SECOND: u64 = 253_402_300_799;
 
-/// One message. Its routing key is the name of the change's [`crate::events::Kind`].
+const GIVEN_UP_KEY: &str = "given_up";
+const GROUP_KEY: &str = "group";
+
+/// What an emitter publishes in one message.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Content {
+    Committed(Kind, Vec<Object>),
+    GivenUp(Vec<GivenUp>),
+    Groups(Vec<GroupChange>),
+}
+
+/// A message that was received.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Message {
     /// Identifies the emitter that published it. Each start of a process is a new source.
     pub(crate) source: Uuid,
     /// The number of the message among all messages of the source, from 1.
     pub(crate) sequence: u64,
-    pub(crate) objects: Vec<Object>,
+    /// `None` if no subscriber needs the content: that of groups, or of a later version with another
+    /// routing key. The number of such a message counts.
+    pub(crate) content: Option<Content>,
 }
 
 /// Why a message cannot be decoded.
@@ -36,16 +51,18 @@ pub(crate) enum DecodeError {
     Shape(#[from] serde_json::Error),
     #[error("unknown event version {0}; expected {VERSION_MIN} to {VERSION}")]
     Version(u32),
-    #[error("invalid last_seen: {0}")]
+    #[error("invalid time: {0}")]
     Time(#[from] humantime::TimestampError),
 }
 
 #[derive(Serialize, Deserialize)]
-struct Body {
+struct Body<T> {
     version: u32,
     source: String,
     sequence: u64,
-    objects: Vec<BodyObject>,
+    objects: T,
+    #[serde(skip_deserializing, skip_serializing_if = "Option::is_none")]
+    groups: Option<Vec<GroupChange>>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -53,6 +70,13 @@ struct BodyObject {
     #[serde(serialize_with = "as_text", deserialize_with = "text_or_number")]
     id: i64,
     last_seen: String,
+}
+
+#[derive(Serialize, Deserialize)]
+struct BodyGivenUp {
+    #[serde(serialize_with = "as_text", deserialize_with = "text_or_number")]
+    id: i64,
+    at: String,
 }
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde requires this signature")]
@@ -83,21 +107,52 @@ pub fn format_time(time: SystemTime) -> String {
     humantime::format_rfc3339_micros(time).to_string()
 }
 
-impl Message {
-    pub(crate) fn encode(&self) -> Result<Vec<u8>, serde_json::Error> {
-        let object = |object: &Object| BodyObject {
-            id: object.id,
-            last_seen: format_time(object.last_seen),
-        };
-        serde_json::to_vec(&Body {
-            version: VERSION,
-            source: self.source.to_string(),
-            sequence: self.sequence,
-            objects: self.objects.iter().map(object).collect(),
-        })
+impl Content {
+    pub(crate) fn routing_key(&self) -> &'static str {
+        match self {
+            Self::Committed(kind, _) => kind.name(),
+            Self::GivenUp(_) => GIVEN_UP_KEY,
+            Self::Groups(_) => GROUP_KEY,
+        }
     }
 
-    pub(crate) fn decode(bytes: &[u8]) -> Result<Self, DecodeError> {
+    /// Encodes the message with this content.
+    pub(crate) fn encode(self, source: Uuid, sequence: u64) -> Result<Vec<u8>, serde_json::Error> {
+        match self {
+            Self::Committed(_, objects) => {
+                let object = |object: &Object| BodyObject {
+                    id: object.id,
+                    last_seen: format_time(object.last_seen),
+                };
+                let objects: Vec<_> = objects.iter().map(object).collect();
+                encode(source, sequence, objects, None)
+            }
+            Self::GivenUp(objects) => {
+                let object =
+                    |object: &GivenUp| BodyGivenUp { id: object.id, at: format_time(object.at) };
+                let objects: Vec<_> = objects.iter().map(object).collect();
+                encode(source, sequence, objects, None)
+            }
+            // Subscribers of earlier versions require the field `objects`.
+            Self::Groups(groups) => encode(source, sequence, [(); 0], Some(groups)),
+        }
+    }
+}
+
+fn encode(
+    source: Uuid,
+    sequence: u64,
+    objects: impl Serialize,
+    groups: Option<Vec<GroupChange>>,
+) -> Result<Vec<u8>, serde_json::Error> {
+    let source = source.to_string();
+    serde_json::to_vec(&Body { version: VERSION, source, sequence, objects, groups })
+}
+
+impl Message {
+    /// Decodes a message. Only the content depends on the routing key, so that the number of a
+    /// message counts even if its content is unknown.
+    pub(crate) fn decode(routing_key: &str, bytes: &[u8]) -> Result<Self, DecodeError> {
         #[derive(Deserialize)]
         struct Versioned {
             version: u32,
@@ -108,20 +163,42 @@ impl Message {
         if !(VERSION_MIN..=VERSION).contains(&version) {
             return Err(DecodeError::Version(version));
         }
-        let body: Body = serde_json::from_slice(bytes)?;
-        let source = body.source.parse().map_err(serde::de::Error::custom);
-        let object = |object: BodyObject| {
-            let last_seen = humantime::parse_rfc3339(&object.last_seen)?;
-            Ok(Object { id: object.id, last_seen })
-        };
-        let objects: Result<_, humantime::TimestampError> =
-            body.objects.into_iter().map(object).collect();
-        Ok(Self {
-            source: source.map_err(|error: serde_json::Error| DecodeError::Shape(error))?,
-            sequence: body.sequence,
-            objects: objects?,
-        })
+        let kind = Kind::ALL.into_iter().find(|kind| kind.name() == routing_key);
+        if let Some(kind) = kind {
+            let object = |object: BodyObject| {
+                let last_seen = humantime::parse_rfc3339(&object.last_seen)?;
+                Ok(Object { id: object.id, last_seen })
+            };
+            decode_objects(bytes, object, |objects| Content::Committed(kind, objects))
+        } else if routing_key == GIVEN_UP_KEY {
+            let object = |object: BodyGivenUp| {
+                let at = humantime::parse_rfc3339(&object.at)?;
+                Ok(GivenUp { id: object.id, at })
+            };
+            decode_objects(bytes, object, Content::GivenUp)
+        } else {
+            let (source, sequence, IgnoredAny) = decode_body(bytes)?;
+            Ok(Self { source, sequence, content: None })
+        }
     }
+}
+
+fn decode_objects<B: DeserializeOwned, O>(
+    bytes: &[u8],
+    object: impl Fn(B) -> Result<O, humantime::TimestampError>,
+    content: impl FnOnce(Vec<O>) -> Content,
+) -> Result<Message, DecodeError> {
+    let (source, sequence, objects): (_, _, Vec<B>) = decode_body(bytes)?;
+    let objects: Result<_, _> = objects.into_iter().map(object).collect();
+    Ok(Message { source, sequence, content: Some(content(objects?)) })
+}
+
+/// Returns the source, the number and the objects.
+fn decode_body<T: DeserializeOwned>(bytes: &[u8]) -> Result<(Uuid, u64, T), DecodeError> {
+    let Body { source, sequence, objects, .. } = serde_json::from_slice(bytes)?;
+    let source = source.parse().map_err(serde::de::Error::custom);
+    let source = source.map_err(|error: serde_json::Error| DecodeError::Shape(error))?;
+    Ok((source, sequence, objects))
 }
 
 #[cfg(test)]
@@ -129,33 +206,95 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+    use crate::events::group_change::GroupCause;
 
-    /// The example in `docs/events.md`.
+    /// The examples in `docs/events.md`.
     const EXAMPLE: &str = r#"{"version":2,"source":"019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11","sequence":7,"objects":[{"id":"2","last_seen":"2026-11-21T22:00:00.123456Z"}]}"#;
+    const GIVEN_UP: &str = r#"{"version":2,"source":"019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11","sequence":8,"objects":[{"id":"2","at":"2026-11-21T22:00:00.123456Z"}]}"#;
+    const GROUPS: &str = r#"{"version":2,"source":"019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11","sequence":9,"objects":[],"groups":[{"path":"shop","was":"up","is":"degraded","online":79,"total":100,"because":{"path":"shop/berlin","object":"142","kind":"gone"}}]}"#;
+
+    fn decode(text: &str) -> Result<Message, DecodeError> {
+        Message::decode("online", text.as_bytes())
+    }
+
+    /// The only object of the message.
+    fn object(message: &Message) -> Object {
+        let Some(Content::Committed(Kind::Online, objects)) = &message.content else {
+            panic!("{message:?}")
+        };
+        objects[0]
+    }
+
+    fn encoded(content: &Content, message: &Message) -> String {
+        let bytes = content.clone().encode(message.source, message.sequence).unwrap();
+        String::from_utf8(bytes).unwrap()
+    }
 
     #[test]
-    fn documented_example_is_written_and_read() {
-        let message = Message::decode(EXAMPLE.as_bytes()).unwrap();
-        assert_eq!((message.sequence, message.objects[0].id), (7, 2));
-        assert_eq!(String::from_utf8(message.encode().unwrap()).unwrap(), EXAMPLE);
+    fn documented_examples_are_written_and_read() {
         let page = include_str!("../../../../docs/events.md");
-        assert!(page.contains(EXAMPLE), "docs/events.md has another example");
+        for (key, example) in [("online", EXAMPLE), ("given_up", GIVEN_UP)] {
+            let message = Message::decode(key, example.as_bytes()).unwrap();
+            let content = message.content.as_ref().unwrap();
+            assert_eq!(content.routing_key(), key);
+            assert_eq!(encoded(content, &message), example);
+            assert!(page.contains(example), "docs/events.md has another example");
+        }
+        assert_eq!(object(&decode(EXAMPLE).unwrap()).id, 2);
+
+        let message = Message::decode("group", GROUPS.as_bytes()).unwrap();
+        assert_eq!((message.sequence, &message.content), (9, &None));
+        let mut body: serde_json::Value = serde_json::from_str(GROUPS).unwrap();
+        let groups = Content::Groups(serde_json::from_value(body["groups"].take()).unwrap());
+        assert_eq!(
+            (groups.routing_key(), encoded(&groups, &message)),
+            ("group", GROUPS.to_owned())
+        );
+        assert!(page.contains(GROUPS), "docs/events.md has another example");
+    }
+
+    #[test]
+    fn group_that_is_up_has_no_cause_and_a_whole_group_no_object() {
+        let because = GroupCause { path: "shop/berlin".to_owned(), object: None, kind: None };
+        let change = |because| GroupChange {
+            path: "shop".to_owned(),
+            was: "degraded".to_owned(),
+            is: "up".to_owned(),
+            online: 1,
+            total: 2,
+            because,
+        };
+        let content = Content::Groups(vec![change(None), change(Some(because))]);
+        let bytes = content.encode(Uuid::now_v7(), 1).unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+        assert_eq!(body["groups"][0]["because"], serde_json::Value::Null);
+        let whole = serde_json::json!({"path": "shop/berlin", "object": null, "kind": null});
+        assert_eq!(body["groups"][1]["because"], whole);
     }
 
     #[test]
     fn unknown_fields_are_ignored_unknown_versions_refused() {
-        let more = EXAMPLE.replacen('{', r#"{"trace":[1],"#, 1);
-        assert!(Message::decode(more.as_bytes()).is_ok());
+        let more = EXAMPLE.replacen('{', r#"{"trace":[1],"groups":1,"#, 1);
+        assert!(decode(&more).is_ok());
         for version in [0, 3] {
             let other = format!(r#"{{"version":{version},"x":1}}"#);
-            let error = Message::decode(other.as_bytes()).unwrap_err();
+            let error = decode(&other).unwrap_err();
             assert!(matches!(error, DecodeError::Version(of) if of == version), "{error}");
         }
         let bad_id = EXAMPLE.replace(r#""id":"2""#, r#""id":"two""#);
         for text in
             ["", "[]", "{}", r#"{"version":1}"#, &EXAMPLE.replace("2026-", "soon "), &bad_id]
         {
-            assert!(Message::decode(text.as_bytes()).is_err(), "{text}");
+            assert!(decode(text).is_err(), "{text}");
+        }
+        assert!(Message::decode("given_up", EXAMPLE.as_bytes()).is_err());
+    }
+
+    #[test]
+    fn number_of_a_message_with_unknown_content_is_read() {
+        for text in [EXAMPLE, GIVEN_UP, &EXAMPLE.replace("last_seen", "renamed")] {
+            let message = Message::decode("renamed", text.as_bytes()).unwrap();
+            assert!(message.sequence >= 7 && message.content.is_none(), "{message:?}");
         }
     }
 
@@ -163,9 +302,9 @@ mod tests {
     #[test]
     fn version_1_with_ids_as_numbers_is_still_read() {
         let old = r#"{"version":1,"source":"019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11","sequence":7,"objects":[{"id":-9007199254740993,"last_seen":"2026-11-21T22:00:00.123456Z"}]}"#;
-        let message = Message::decode(old.as_bytes()).unwrap();
-        assert_eq!(message.objects[0].id, -9_007_199_254_740_993);
-        let new = String::from_utf8(message.encode().unwrap()).unwrap();
+        let message = decode(old).unwrap();
+        assert_eq!(object(&message).id, -9_007_199_254_740_993);
+        let new = encoded(message.content.as_ref().unwrap(), &message);
         assert!(new.contains(r#"{"version":2,"#) && new.contains(r#""id":"-9007199254740993""#));
     }
 
@@ -173,7 +312,7 @@ mod tests {
     #[test]
     fn byte_order_mark_before_an_event_is_ignored() {
         let marked = format!("\u{feff}{EXAMPLE}");
-        assert_eq!(Message::decode(marked.as_bytes()).unwrap().sequence, 7);
+        assert_eq!(decode(&marked).unwrap().sequence, 7);
     }
 
     #[test]
@@ -188,15 +327,52 @@ mod tests {
         #[test]
         fn encoded_message_is_decoded_unchanged(
             objects in prop::collection::vec((any::<i64>(), 0..LAST_SECOND * 1_000_000), 0..5),
+            kind in prop::sample::select(&Kind::ALL[..]),
+            given_up: bool,
             sequence: u64,
         ) {
-            let object = |(id, micros)| Object {
-                id,
-                last_seen: SystemTime::UNIX_EPOCH + Duration::from_micros(micros),
+            let time = |micros| SystemTime::UNIX_EPOCH + Duration::from_micros(micros);
+            let objects = objects.into_iter();
+            let content = if given_up {
+                Content::GivenUp(objects.map(|(id, at)| GivenUp { id, at: time(at) }).collect())
+            } else {
+                let object = |(id, last_seen)| Object { id, last_seen: time(last_seen) };
+                Content::Committed(kind, objects.map(object).collect())
             };
-            let objects = objects.into_iter().map(object).collect();
-            let message = Message { source: Uuid::now_v7(), sequence, objects };
-            prop_assert_eq!(Message::decode(&message.encode().unwrap()).unwrap(), message);
+            let source = Uuid::now_v7();
+            let bytes = content.clone().encode(source, sequence).unwrap();
+            let message = Message::decode(content.routing_key(), &bytes).unwrap();
+            prop_assert_eq!(message, Message { source, sequence, content: Some(content) });
+        }
+
+        #[test]
+        fn group_changes_are_read_as_written(
+            names in prop::collection::vec(any::<String>(), 0..5),
+            object: Option<i64>,
+            online: u32,
+            total: u32,
+            sequence: u64,
+        ) {
+            let change = |name: String| GroupChange {
+                path: name.clone(),
+                was: name.clone(),
+                is: "down".to_owned(),
+                online,
+                total,
+                because: object.map(|id| GroupCause {
+                    path: name.clone(),
+                    object: Some(id.to_string()),
+                    kind: (id > 0).then_some(name),
+                }),
+            };
+            let changes: Vec<_> = names.into_iter().map(change).collect();
+            let source = Uuid::now_v7();
+            let bytes = Content::Groups(changes.clone()).encode(source, sequence).unwrap();
+            let message = Message::decode("group", &bytes).unwrap();
+            prop_assert_eq!(message, Message { source, sequence, content: None });
+            let mut body: serde_json::Value = serde_json::from_slice(&bytes).unwrap();
+            let read: Vec<GroupChange> = serde_json::from_value(body["groups"].take()).unwrap();
+            prop_assert_eq!(read, changes);
         }
     }
 }

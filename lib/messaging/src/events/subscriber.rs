@@ -1,4 +1,4 @@
-//! Receives events about committed changes.
+//! Receives events about committed changes and given-up objects.
 
 use std::sync::Arc;
 

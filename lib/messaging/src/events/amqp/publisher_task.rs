@@ -13,8 +13,8 @@ use uuid::Uuid;
 
 use super::topic_exchange::TopicExchange;
 use crate::amqp::{self, Connection, RPC_TIMEOUT, Reconnector};
-use crate::events::change::{Kind, Object};
-use crate::events::message::Message;
+use crate::events::change::Kind;
+use crate::events::message::Content;
 
 /// How often an idle task checks the connection.
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
@@ -22,9 +22,8 @@ const TRANSIENT: u8 = 1;
 
 /// A message that has a number and is not encoded yet.
 pub(crate) struct Outgoing {
-    pub(crate) kind: Kind,
     pub(crate) sequence: u64,
-    pub(crate) objects: Vec<Object>,
+    pub(crate) content: Content,
 }
 
 /// The last number that was assigned to a message, whether or not the message was published.
@@ -107,7 +106,8 @@ impl Session<'_> {
                 })
             };
             if let Some(sequence) = marker {
-                let marker = Outgoing { kind: Kind::Seen, sequence, objects: Vec::new() };
+                let content = Content::Committed(Kind::Seen, Vec::new());
+                let marker = Outgoing { sequence, content };
                 if let Err(reason) = self.publish(marker).await {
                     return SessionEnd::Lost(reason);
                 }
@@ -146,13 +146,13 @@ impl Session<'_> {
 
     /// Publishes without a confirm: subscribers notice a lost message by its number.
     async fn publish(&mut self, message: Outgoing) -> Result<(), String> {
-        let Outgoing { kind, sequence, objects } = message;
-        let body = Message { source: self.source, sequence, objects }.encode();
-        let body = body.map_err(|error| error.to_string())?;
+        let Outgoing { sequence, content } = message;
+        let key = content.routing_key().into();
+        let body = content.encode(self.source, sequence).map_err(|error| error.to_string())?;
         let properties = BasicProperties::default()
             .with_content_type("application/json".into())
             .with_delivery_mode(TRANSIENT);
-        let (exchange, key) = (self.exchange.name.clone(), kind.name().into());
+        let exchange = self.exchange.name.clone();
         let options = BasicPublishOptions::default();
         let published = self.channel.basic_publish(exchange, key, options, &body, properties);
         match timeout(RPC_TIMEOUT, published).await {

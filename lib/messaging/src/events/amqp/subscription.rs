@@ -15,9 +15,9 @@ use tokio::time::timeout;
 
 use super::topic_exchange::TopicExchange;
 use crate::amqp::{Connection, Reconnector, SessionError, within_deadline};
-use crate::events::change::{Kind, Notification};
+use crate::events::change::Notification;
 use crate::events::gap_detector::GapDetector;
-use crate::events::message::Message;
+use crate::events::message::{Content, Message};
 use runtime::Status;
 
 /// The most messages that wait at the broker for a slow subscriber. Beyond this, the broker drops
@@ -86,7 +86,7 @@ impl Subscription {
     }
 
     fn receive(&mut self, delivery: &lapin::message::Delivery) {
-        let message = match Message::decode(&delivery.data) {
+        let message = match Message::decode(delivery.routing_key.as_str(), &delivery.data) {
             Ok(message) => message,
             Err(error) => {
                 tracing::debug!(%error, "cannot decode an event; it counts as missed");
@@ -94,17 +94,20 @@ impl Subscription {
                 return self.pending.push_back(missed);
             }
         };
-        let Message { source, sequence, objects } = message;
+        let Message { source, sequence, content } = message;
         if !self.gaps.record(source, sequence) {
             let missed =
                 format!("messages of source {source} before number {sequence} are missing");
             self.pending.push_back(Notification::Missed(missed));
         }
-        let key = delivery.routing_key.as_str();
-        // A later version may publish other kinds. They are ignored, but their numbers count.
-        let kind = Kind::ALL.into_iter().find(|kind| kind.name() == key);
-        if let Some(kind) = kind.filter(|_| !objects.is_empty()) {
-            self.pending.push_back(Notification::Committed(kind, objects));
+        match content {
+            Some(Content::Committed(kind, objects)) if !objects.is_empty() => {
+                self.pending.push_back(Notification::Committed(kind, objects));
+            }
+            Some(Content::GivenUp(objects)) if !objects.is_empty() => {
+                self.pending.push_back(Notification::GivenUp(objects));
+            }
+            _ => {}
         }
     }
 }

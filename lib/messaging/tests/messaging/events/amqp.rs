@@ -1,16 +1,18 @@
-use lapin::BasicProperties;
 use lapin::options::{
     BasicGetOptions, BasicPublishOptions, ExchangeDeleteOptions, QueueBindOptions,
     QueueDeclareOptions,
 };
 use lapin::types::FieldTable;
+use lapin::{BasicProperties, Channel, Connection};
 use messaging::amqp::Access;
-use messaging::events::{Emitter, Exchange, Kind, Notification, Subscriber};
+use messaging::events::{Emitter, Exchange, GroupChange, Kind, Notification, Subscriber};
 use runtime::Supervisor;
 use testkit::{Proxy, Queue, RabbitNode, amqp_uri, eventually, free_port};
 use tokio::time::timeout;
 
-use crate::events::{PATIENCE, expect_event, expect_missed, next, objects};
+use crate::events::{
+    PATIENCE, expect_event, expect_missed, given_up, group_changes, next, objects,
+};
 use crate::{channel, make_user};
 
 const EVENTS: &str = ".events";
@@ -52,41 +54,85 @@ async fn each_subscriber_receives_all_events_in_order() {
     let mut subscribers = [subscriber(&exchange).await, subscriber(&exchange).await];
     emitter.publish(Kind::Online, objects(1..=3).into_iter());
     emitter.publish(Kind::Seen, objects([3]).into_iter());
+    emitter.publish_given_up(given_up(7));
+    emitter.publish_groups(group_changes(2));
     emitter.publish(Kind::Gone, objects([i64::MIN, i64::MAX]).into_iter());
     for subscriber in &mut subscribers {
         expect_event(subscriber, Kind::Online, 1..=3).await;
         expect_event(subscriber, Kind::Seen, [3]).await;
+        assert_eq!(next(subscriber).await, Notification::GivenUp(vec![given_up(7)]));
         expect_event(subscriber, Kind::Gone, [i64::MIN, i64::MAX]).await;
     }
+}
+
+/// A queue that is bound to one routing key of the events of another queue.
+struct BoundQueue {
+    _connection: Connection,
+    channel: Channel,
+    name: String,
+    key: &'static str,
+}
+
+impl BoundQueue {
+    async fn new(queue: &Queue, key: &'static str) -> Self {
+        let (connection, channel) = channel(&amqp_uri()).await;
+        let name = format!("{}.other", queue.name);
+        let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
+        let none = FieldTable::default;
+        channel.queue_declare(name.as_str().into(), exclusive, none()).await.unwrap();
+        let (own, topics) = (name.as_str().into(), format!("{}{EVENTS}", queue.name).into());
+        let bind = QueueBindOptions::default();
+        channel.queue_bind(own, topics, key.into(), bind, none()).await.unwrap();
+        Self { _connection: connection, channel, name, key }
+    }
+
+    /// The body of the next message, which must have the documented form and this number.
+    async fn next(&self, sequence: u64) -> serde_json::Value {
+        let message = eventually("a message arrives", PATIENCE, async || {
+            let options = BasicGetOptions { no_ack: true };
+            self.channel.basic_get(self.name.as_str().into(), options).await.unwrap()
+        })
+        .await;
+        assert_eq!(message.routing_key.as_str(), self.key);
+        let content_type = message.properties.content_type().as_ref().unwrap();
+        assert_eq!(content_type.as_str(), "application/json");
+        let body: serde_json::Value = serde_json::from_slice(&message.data).unwrap();
+        assert_eq!((&body["version"], &body["sequence"]), (&2.into(), &sequence.into()));
+        body
+    }
+}
+
+#[tokio::test]
+async fn group_changes_are_numbered_and_of_bounded_size() {
+    let queue = Queue::new();
+    let emitter = emitter(&exchange(&queue)).await;
+    let bound = BoundQueue::new(&queue, "group").await;
+    emitter.publish_given_up(given_up(9));
+    emitter.publish_groups(Vec::new());
+    let changes = group_changes(1_001);
+    emitter.publish_groups(changes.clone());
+    let (mut received, mut sequence) = (Vec::new(), 1);
+    while received.len() < changes.len() {
+        sequence += 1;
+        let mut body = bound.next(sequence).await;
+        assert_eq!(body["objects"], serde_json::json!([]));
+        let groups: Vec<GroupChange> = serde_json::from_value(body["groups"].take()).unwrap();
+        assert!((1..=1_000).contains(&groups.len()));
+        received.extend(groups);
+    }
+    assert_eq!(received, changes);
 }
 
 #[tokio::test]
 async fn bound_queue_gets_documented_messages_of_bounded_size() {
     let queue = Queue::new();
     let emitter = emitter(&exchange(&queue)).await;
-    let (_connection, channel) = channel(&amqp_uri()).await;
-    let name = format!("{}.other", queue.name);
-    let exclusive = QueueDeclareOptions { exclusive: true, ..Default::default() };
-    let none = FieldTable::default;
-    channel.queue_declare(name.as_str().into(), exclusive, none()).await.unwrap();
-    let (own, topics) = (name.as_str().into(), format!("{}{EVENTS}", queue.name).into());
-    let bind = QueueBindOptions::default();
-    channel.queue_bind(own, topics, "online".into(), bind, none()).await.unwrap();
-
+    let bound = BoundQueue::new(&queue, "online").await;
     emitter.publish(Kind::Gone, objects([9]).into_iter());
     emitter.publish(Kind::Online, objects(1..=2_001).into_iter());
     let mut ids = Vec::new();
     for sequence in 2..=4 {
-        let message = eventually("a message arrives", PATIENCE, async || {
-            let options = BasicGetOptions { no_ack: true };
-            channel.basic_get(name.as_str().into(), options).await.unwrap()
-        })
-        .await;
-        assert_eq!(message.routing_key.as_str(), "online");
-        let content_type = message.properties.content_type().as_ref().unwrap();
-        assert_eq!(content_type.as_str(), "application/json");
-        let body: serde_json::Value = serde_json::from_slice(&message.data).unwrap();
-        assert_eq!((&body["version"], &body["sequence"]), (&2.into(), &sequence.into()));
+        let body = bound.next(sequence).await;
         let objects = body["objects"].as_array().unwrap();
         assert!(objects.len() <= 1_000);
         assert_eq!(objects[0]["last_seen"], "2023-11-14T22:13:20.123456Z");
@@ -128,7 +174,9 @@ async fn publish_and_close_do_not_wait_for_an_absent_broker() {
     let emitter = Emitter::start(&exchange_at(&uri, "objects"), "test", &Supervisor::default());
     for id in 0..100_000 {
         emitter.publish(Kind::Seen, objects([id]).into_iter());
+        emitter.publish_given_up(given_up(id));
     }
+    emitter.publish_groups(group_changes(500_000));
     assert!(emitter.status().unwrap().borrow().is_err());
     timeout(PATIENCE, emitter.close()).await.unwrap();
 }
@@ -147,9 +195,7 @@ async fn emitter_and_subscriber_survive_a_broker_restart() {
     // Depending on its number, the event may or may not be preceded by Missed.
     match next(&mut subscriber).await {
         Notification::Missed(_) => expect_event(&mut subscriber, Kind::Online, [1]).await,
-        event @ Notification::Committed(..) => {
-            assert_eq!(event, Notification::Committed(Kind::Online, objects([1])));
-        }
+        event => assert_eq!(event, Notification::Committed(Kind::Online, objects([1]))),
     }
 }
 
@@ -203,9 +249,9 @@ async fn undecodable_event_is_missed_unknown_kind_is_ignored() {
         let bytes = body.as_bytes();
         channel.basic_publish(exchange, key.into(), options, bytes, properties).await.unwrap();
     };
-    let body = |sequence: u64| {
+    let body = |sequence: u64, object: &str| {
         let source = "019ab3c5-5d7e-7c41-9a35-0f2d1f6c2b11";
-        let object = r#"{"id":1,"last_seen":"2023-11-14T22:13:20.123456Z"}"#;
+        let object = object.replace("TIME", "2023-11-14T22:13:20.123456Z");
         format!(r#"{{"version":1,"source":"{source}","sequence":{sequence},"objects":[{object}]}}"#)
     };
     publish("seen", "nonsense".to_owned()).await;
@@ -214,9 +260,11 @@ async fn undecodable_event_is_missed_unknown_kind_is_ignored() {
         let reason = expect_missed(&mut subscriber).await;
         assert!(reason.contains("cannot decode"), "{reason}");
     }
-    publish("online", body(1)).await;
-    publish("renamed", body(2)).await;
-    publish("seen", body(3)).await;
+    let object = r#"{"id":1,"last_seen":"TIME"}"#;
+    publish("online", body(1, object)).await;
+    publish("renamed", body(2, object)).await;
+    publish("new", body(3, r#"{"name":"1","at":"TIME"}"#)).await;
+    publish("seen", body(4, object)).await;
     expect_event(&mut subscriber, Kind::Online, [1]).await;
     expect_event(&mut subscriber, Kind::Seen, [1]).await;
 }

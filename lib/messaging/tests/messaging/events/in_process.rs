@@ -1,7 +1,7 @@
 use messaging::events::{Emitter, Exchange, Kind, Notification, Subscriber};
 use runtime::Supervisor;
 
-use crate::events::{expect_event, expect_missed, next, objects};
+use crate::events::{expect_event, expect_missed, given_up, group_changes, next, objects};
 
 #[tokio::test]
 async fn each_subscriber_receives_all_events_in_order() {
@@ -10,10 +10,13 @@ async fn each_subscriber_receives_all_events_in_order() {
     let mut subscribers = [(); 2].map(|()| Subscriber::new(&exchange, "test"));
     emitter.publish(Kind::Online, objects(1..=3).into_iter());
     emitter.publish(Kind::Seen, objects([]).into_iter());
+    emitter.publish_given_up(given_up(7));
+    emitter.publish_groups(group_changes(2));
     emitter.publish(Kind::Gone, objects([2]).into_iter());
     for subscriber in &mut subscribers {
         expect_missed(subscriber).await;
         expect_event(subscriber, Kind::Online, 1..=3).await;
+        assert_eq!(next(subscriber).await, Notification::GivenUp(vec![given_up(7)]));
         expect_event(subscriber, Kind::Gone, [2]).await;
     }
 }
@@ -34,7 +37,7 @@ async fn slow_subscriber_misses_events_and_receives_the_latest() {
         match next(&mut subscriber).await {
             Notification::Committed(_, objects) if objects[0].id == 9_999 => break,
             Notification::Committed(..) => {}
-            Notification::Missed(reason) => panic!("missed again: {reason}"),
+            other => panic!("expected events, got {other:?}"),
         }
     }
     assert!(received < 5_000, "{received} events were kept for a slow subscriber");
@@ -44,6 +47,8 @@ async fn slow_subscriber_misses_events_and_receives_the_latest() {
 async fn disabled_exchange_drops_all_events() {
     let emitter = Emitter::start(&Exchange::disabled(), "test", &Supervisor::default());
     emitter.publish(Kind::Online, objects(1..=3).into_iter());
+    emitter.publish_given_up(given_up(7));
+    emitter.publish_groups(group_changes(2));
     assert!(emitter.status().is_none());
     assert!(Subscriber::new(&Exchange::disabled(), "test").status().borrow().is_err());
     emitter.close().await;
