@@ -178,8 +178,13 @@ export class Groups {
       // The list of a group's children begins with the group.
       const limit = Math.min(LIMIT_MAX, list.wanted - groups.length + (path && next === null ? 1 : 0));
       const response = await fetchGroups(path, { depth: 1, limit, ...(next !== null && { after: next }) });
+      if (!response && next !== null) throw new Error(`the group ${next} was removed while the page read the groups after it`);
       if (path === "") this.#areAvailable = response !== null;
-      if (!response) return void (path && this.#lists.delete(path));
+      if (!response) {
+        list.groups = [];
+        if (path) this.#lists.delete(path);
+        return;
+      }
       groups.push(...response.groups.filter((group) => parentOf(group.path) === path));
       next = response.next;
     } while (next !== null && groups.length < list.wanted);

@@ -368,4 +368,16 @@ export const tests = {
     assert.equal(await focusedPath(page), "root 1000");
     await keepOnline(world, [2002], () => showsText(row("root 1000"), /up since .+, 1 of 1 online$/));
   }),
+
+  "the tree disappears when the viewer no longer has groups": withGroups(SHOP, async (world) => {
+    const { page } = await world.open({}, `${world.url}#shop`);
+    const { row, title, connection } = on(page);
+    await row("shop").waitFor();
+    await world.kill();
+    world.groups = null;
+    await world.boot();
+    await row("shop").waitFor({ state: "detached" });
+    await showsText(title, /^Objects online$/);
+    await showsText(connection, /^live$/);
+  }),
 };
