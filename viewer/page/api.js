@@ -39,8 +39,21 @@ export async function fetchAvailability(id, signal) {
   return { since: time(since), until: time(until), ratio, count: sessions };
 }
 
+/** Encodes the path of a group for a URL. Names contain no "/", so it only separates them. */
+export const encodePath = (path) => path.split("/").map(encodeURIComponent).join("/");
+
+/**
+ * Fetches the groups below the group `path`, after the group itself, or those at the top if `path` is "", as
+ * `{groups, next}`; null if the viewer has no such group, or no groups at all. `query` has the API's parameters.
+ */
+export async function fetchGroups(path, query) {
+  const page = await fetchJson(`groups${path && "/"}${encodePath(path)}?${new URLSearchParams(query)}`);
+  return page && { groups: page.groups.map((group) => ({ ...group, since: time(group.since) })), next: page.next };
+}
+
 async function fetchJson(path, signal) {
-  const response = await fetch(address(path), { signal: AbortSignal.any([signal, AbortSignal.timeout(5000)]) });
+  const signals = [AbortSignal.timeout(5000), ...(signal ? [signal] : [])];
+  const response = await fetch(address(path), { signal: AbortSignal.any(signals) });
   if (response.status === 404) return null;
   if (!response.ok) throw new Error(`the viewer answered ${response.status}`);
   return response.json();

@@ -4,13 +4,14 @@ import { address, parse } from "./api.js";
 
 const FIRST_WAIT_MS = 1000;
 const WAIT_MAX_MS = 30_000;
-const KINDS = ["snapshot", "more", "resumed", "online", "seen", "gone"];
+const KINDS = ["snapshot", "more", "resumed", "online", "seen", "gone", "group"];
 
 /**
- * Follows the stream forever, for at most `SLOTS_MAX` objects. Calls `on.open(isLimited)` when the stream is connected
+ * Follows the stream forever, for at most `SLOTS_MAX` objects, only those of the group `group` unless it is "". Calls `on.open(isLimited)` when the stream is connected
  * and its list of objects has arrived, where `isLimited` says that there are more objects than the page shows;
  * `on.lost()` when the stream breaks; and `on.change(kind, objects)` for each change, in order: "snapshot" with all
- * objects, "listed" with further ones, "online", "seen" and "gone".
+ * objects, "listed" with further ones, "online", "seen" and "gone"; and `on.groups(changes)` for groups whose status has
+ * changed.
  *
  * The browser resumes a broken connection with `Last-Event-ID`, so no change is missed. The browser gives up if the
  * response is not an event stream, such as a proxy's 502 while the viewer starts. Then this class opens a new stream
@@ -18,6 +19,7 @@ const KINDS = ["snapshot", "more", "resumed", "online", "seen", "gone"];
  */
 export class Feed {
   #on;
+  #group;
   #source = null;
   #failures = 0;
   #timer = 0;
@@ -25,9 +27,21 @@ export class Feed {
   /** The objects of the list by id, until the list has arrived completely; then null. */
   #list = null;
 
-  constructor(on) {
+  constructor(on, group = "") {
     this.#on = on;
-    this.#connect();
+    this.select(group);
+  }
+
+  /** Follows the objects of another group, beginning with a snapshot. */
+  select(group) {
+    this.#group = group;
+    this.#failures = 0;
+    this.renew();
+  }
+
+  close() {
+    clearTimeout(this.#timer);
+    this.#source.close();
   }
 
   /** Replaces a connection that hangs with a new one, which begins with a snapshot. */
@@ -43,7 +57,8 @@ export class Feed {
 
   #connect() {
     this.#source?.close();
-    const source = new EventSource(address(`events?limit=${SLOTS_MAX}`));
+    const query = new URLSearchParams({ ...(this.#group && { group: this.#group }), limit: SLOTS_MAX });
+    const source = new EventSource(address(`events?${query}`));
     this.#source = source;
     this.#list = null;
     this.#lastActivity = performance.now();
@@ -58,7 +73,8 @@ export class Feed {
         this.#lastActivity = performance.now();
         this.#failures = 0;
         const parsed = this.#parse(event);
-        if (parsed) this.#apply(kind, parsed);
+        if (parsed && kind === "group") this.#on.groups(parsed.groups);
+        else if (parsed) this.#apply(kind, parsed);
       });
     }
   }
@@ -82,7 +98,7 @@ export class Feed {
   // After an invalid event, the shown objects may be wrong, so a new connection must begin with a snapshot.
   #parse(event) {
     try {
-      return parse(event.data);
+      return event.type === "group" ? JSON.parse(event.data) : parse(event.data);
     } catch (error) {
       console.error(`cannot parse an event of type ${event.type}; reconnecting:`, error);
       this.#source.close();

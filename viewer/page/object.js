@@ -19,6 +19,7 @@ export class ObjectPanel {
   #changes = 0;
   #history;
   #request = new AbortController();
+  #mustAnnounce = false;
 
   /**
    * `announce(text)` makes a screen reader say the text. Calls `onShow(id)` when the panel shows another object, with
@@ -41,8 +42,6 @@ export class ObjectPanel {
       this.show(null);
       element("search-id").focus();
     });
-    // The page's URL contains the object's id, so that a person can share the URL and a reload shows the same object.
-    addEventListener("hashchange", () => this.showFromUrl());
   }
 
   get id() {
@@ -58,7 +57,6 @@ export class ObjectPanel {
     this.#sightings = [];
     this.#state = "loading";
     this.#history.show(id);
-    history.replaceState(null, "", id === null ? location.pathname : `#${id}`);
     element("object").hidden = id === null;
     element("object-none").hidden = id !== null;
     element("object-id").textContent = id ?? "";
@@ -68,15 +66,11 @@ export class ObjectPanel {
     this.load(true);
   }
 
-  /** Shows the object whose id is in the page's URL. */
-  showFromUrl() {
-    const id = parseId(location.hash.slice(1));
-    if (id !== null) this.show(id);
-  }
-
   /** Fetches the shown object from the viewer. With `announce`, a screen reader says the result. */
   async load(announce = false) {
     this.#request.abort();
+    // A snapshot may replace this request by another before the response arrives.
+    this.#mustAnnounce = this.#id !== null && (announce || this.#mustAnnounce);
     if (this.#id === null) return;
     const request = new AbortController();
     this.#request = request;
@@ -99,7 +93,8 @@ export class ObjectPanel {
     }
     this.#drawSightings();
     this.refresh();
-    if (announce) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
+    if (this.#mustAnnounce) this.#announce(`Object ${this.#id}: ${this.#stateText()}`);
+    this.#mustAnnounce = false;
   }
 
   /** Applies a change from the stream, if it is about the shown object. */

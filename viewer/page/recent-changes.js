@@ -23,6 +23,14 @@ export class RecentChanges {
     this.#changed = true;
   }
 
+  /** Removes all entries. */
+  clear() {
+    this.#entries = [];
+    this.#body.replaceChildren();
+    this.#body.closest("table").hidden = true;
+    this.#changed = false;
+  }
+
   /** Shows new entries, except while a person is about to choose a row. */
   draw() {
     const inUse = this.#body.matches(":hover") || this.#body.contains(document.activeElement);
