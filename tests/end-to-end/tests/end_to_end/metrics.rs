@@ -92,7 +92,10 @@ async fn metrics_are_well_formed_correct_and_documented() {
     let settings = [("MAX_ATTEMPTS", "1"), ("WRITE_BATCH_LINGER", "1ms")];
     let consumer = system.spawn("consumer", &settings);
     let routine = system.spawn("routine", &[("ROUTINE_INTERVAL", "100ms")]);
-    let viewer = system.spawn("viewer", &[]);
+    let scratch = Scratch::new("groups");
+    let groups = scratch.path().join("groups.json");
+    std::fs::write(&groups, r#"{"name": "shop", "objects": [2, 13], "up": "any"}"#).unwrap();
+    let viewer = system.spawn("viewer", &[("GROUPS_FILE", groups.to_str().unwrap())]);
     let endpoint = callback_endpoint(&producer).await;
     producer.ready().await;
     let address = ("TESTER_ADDR", "127.0.0.1:0");
