@@ -94,6 +94,7 @@ impl Tree {
     }
 }
 
+// Decision: docs/decisions/0090-how-does-a-groups-rule-count-its-child-groups.md
 impl State {
     /// Derives the status and the contribution from the share.
     fn settle(&mut self, rules: &Rules) {

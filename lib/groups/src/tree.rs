@@ -335,7 +335,9 @@ impl Iterator for Walk<'_> {
     }
 }
 
-/// Returns `places` and `place_ends` of [`Tree`]. Counts the groups of each object first, so that all of them fit one array.
+// Decision: docs/decisions/0091-how-are-the-statuses-of-groups-kept-up-to-date.md
+/// Returns `places` and `place_ends` of [`Tree`]. Counts the groups of each object first, so that
+/// all of them fit one array.
 fn places(definition: &Definition) -> (Vec<u32>, Vec<u32>) {
     let groups = index(definition.parents.len());
     let mut ends = vec![0_u32; definition.ids.len()];

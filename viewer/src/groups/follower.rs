@@ -31,6 +31,7 @@ const ANNOUNCED_TOGETHER: usize = 32;
 /// Maximum time between two wake-ups, because the database's clock may be set.
 const SLEEP_MAX: Duration = Duration::from_mins(1);
 
+// Decision: docs/decisions/0091-how-are-the-statuses-of-groups-kept-up-to-date.md
 /// Keeps the statuses up to date. Only the publisher of changes has it.
 pub(crate) struct Follower {
     groups: Arc<Groups>,
