@@ -111,6 +111,7 @@ async fn metrics_are_well_formed_correct_and_documented() {
         metric(service, &format!("lastseen_ready{{role=\"{name}\"}}"), is(1)).await;
     }
     work(&endpoint, consumer).await;
+    metric(viewer, "lastseen_groups{status=\"up\"}", is(1)).await;
     metric(consumer, "lastseen_breaker_state", is(0)).await;
     metric(producer, "lastseen_callback_ids_total", |ids| ids >= 4.0).await;
     let cleaned_at = "lastseen_cleanup_last_success_timestamp_seconds";
