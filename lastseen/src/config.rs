@@ -20,16 +20,16 @@ const DEFAULT_TESTER_ENDPOINT: &str = "http://localhost:9010/";
 #[command(next_help_heading = "Lastseen", mut_args(adapt_to_commands))]
 #[expect(missing_docs, reason = "documented at their types; text here would replace the help's")]
 pub struct Config {
-    /// Directory of queue.db, store.db, viewer.snapshot and groups.cache (the queue, the table, and what
-    /// the viewer saves for its next start); created if it does not exist
+    /// Directory of queue.db, store.db, viewer.snapshot and groups.cache (the queue, the table, and
+    /// what the viewer saves for its next start); created if it does not exist
     #[arg(long, global = true, default_value = "./data")]
     pub lastseen_dir: PathBuf,
     /// RabbitMQ to use instead of queue.db, as amqp://USER:PASSWORD@HOST:PORT/VHOST or amqps://…;
     /// or sqlite:PATH
     #[arg(long, global = true)]
     pub amqp_uri: Option<BrokerUrl>,
-    /// Postgres to use instead of store.db, as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…, where
-    /// several HOST:PORT may be listed; or sqlite:PATH
+    /// Postgres to use instead of store.db, as postgres://USER:PASSWORD@HOST:PORT/DB?sslmode=…,
+    /// where several HOST:PORT may be listed; or sqlite:PATH
     #[arg(long, global = true)]
     pub database_url: Option<DatabaseUrl>,
     /// Time zone of the log and of a Postgres column `last_seen` without time zone, as in the Go
@@ -158,11 +158,12 @@ pub enum Command {
     History(history::Show),
     /// Print each time that an object came online or was gone, in order and without gaps
     Changes(history::Feed),
-    /// Show which groups of objects are up, as computed from `GROUPS_FILE`, the table and the history
+    /// Show which groups of objects are up, as computed from `GROUPS_FILE`, the table and the
+    /// history
     ///
-    /// In contrast to the viewer, the command shows a worse status even if it has not lasted for the
-    /// group's time `for` yet. It cannot know which objects were given up, and shows them as never seen
-    /// or gone.
+    /// In contrast to the viewer, the command shows a worse status even if it has not lasted for
+    /// the group's time `for` yet. It cannot know which objects were given up, and shows them as
+    /// never seen or gone.
     Groups(groups::Show),
     /// List dead letters (messages that Lastseen gave up on), send them back, or delete them
     #[command(arg_required_else_help = false)]

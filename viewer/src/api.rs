@@ -92,8 +92,8 @@ pub(crate) struct Page {
     objects: Vec<ObjectPresence>,
     /// The value of `after` for the next page; null if this is the last one.
     next: Option<String>,
-    /// The page shows the effects of all changes up to this cursor of `GET /changes`, and perhaps of
-    /// later ones; null if it is not known, or if there is no history.
+    /// The page shows the effects of all changes up to this cursor of `GET /changes`, and perhaps
+    /// of later ones; null if it is not known, or if there is no history.
     cursor: Option<String>,
 }
 
@@ -257,12 +257,12 @@ pub(crate) async fn stats(State(shared): State<Shared>) -> Json<Stats> {
 /// objects are no longer online). `data` is `{"objects":[{"id":"2","last_seen":"…"}]}`; for an
 /// object that is gone, `last_seen` is the last known value.
 ///
-/// With `GROUPS_FILE`, the event `group` reports that the statuses of groups have changed. `data` is
-/// `{"groups":[{"path":"shop/berlin","was":"up","is":"degraded","online":79,"total":100,
-/// "because":{"path":"shop/berlin","object":"142","kind":"gone"}}]}`; `because` is null if the group
-/// is up. Read `GET /groups` after a `snapshot` or `resumed`. With `group`, the stream begins again
-/// with a `snapshot` when a new definition gives the group other objects, and ends when it removes
-/// the group.
+/// With `GROUPS_FILE`, the event `group` reports that the statuses of groups have changed. `data`
+/// is `{"groups":[{"path":"shop/berlin","was":"up","is":"degraded","online":79,"total":100,
+/// "because":{"path":"shop/berlin","object":"142","kind":"gone"}}]}`; `because` is null if the
+/// group is up. Read `GET /groups` after a `snapshot` or `resumed`. With `group`, the stream begins
+/// again with a `snapshot` when a new definition gives the group other objects, and ends when it
+/// removes the group.
 ///
 /// A new stream begins with a `snapshot`. If there are many objects, `more` events follow, in
 /// ascending order of the ids. Both have a field `remaining`: `follow` (`more` events follow),

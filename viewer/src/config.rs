@@ -24,8 +24,8 @@ pub struct Config {
     pub view: View,
     #[command(flatten)]
     pub groups: GroupsConfig,
-    /// How long an object stays in the table after it was last seen, as in the routine; an object in a
-    /// group is late after two thirds of this time
+    /// How long an object stays in the table after it was last seen, as in the routine; an object
+    /// in a group is late after two thirds of this time
     #[arg(
         long, value_parser = settings::duration(OBJECT_TTL), default_value = "30s",
         help_heading = "Groups"

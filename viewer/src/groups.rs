@@ -1,5 +1,6 @@
 //! Groups of objects: reads their definition, derives their statuses from the viewer's copy of the
-//! table, announces changes of status, and serves all of it. Without `GROUPS_FILE`, none of it runs.
+//! table, announces changes of status, and serves all of it. Without `GROUPS_FILE`, none of it
+//! runs.
 //!
 //! Two tokio tasks share the work. The source ([`watch`]) reads the files and the history. The
 //! publisher of changes owns the [`Follower`], which alone changes statuses, so that the changes of
@@ -80,8 +81,8 @@ impl GroupsConfig {
         Ok(read.await.context("reading the groups failed")?.map_err(Misconfigured)?)
     }
 
-    /// Reads `GROUPS_FILE` for a command, without the cache; `None` if it is not set. All objects of
-    /// the tree are never seen.
+    /// Reads `GROUPS_FILE` for a command, without the cache; `None` if it is not set. All objects
+    /// of the tree are never seen.
     ///
     /// # Errors
     /// As [`GroupsConfig::load`].

@@ -5,8 +5,8 @@ use std::io;
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
 
-/// Writes a new file and then renames it, so that a crash leaves the old or the new one. Creates the
-/// directory if it is missing. `write` must sync the file.
+/// Writes a new file and then renames it, so that a crash leaves the old or the new one. Creates
+/// the directory if it is missing. `write` must sync the file.
 pub(crate) fn replace_file(
     path: &Path,
     write: impl FnOnce(File) -> io::Result<()>,

@@ -300,7 +300,8 @@ impl Subscription {
     }
 }
 
-/// The part of the change that the subscriber must get, as an event; `None` if there is no such part.
+/// The part of the change that the subscriber must get, as an event; `None` if there is no such
+/// part.
 fn select(
     view: &ViewState,
     filter: &Filter,

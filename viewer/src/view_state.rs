@@ -141,8 +141,8 @@ impl ViewState {
         *self.cursor.lock()
     }
 
-    /// Adds objects of an earlier view. The caller must do this before the view is complete, because
-    /// subscribers do not receive these objects as changes.
+    /// Adds objects of an earlier view. The caller must do this before the view is complete,
+    /// because subscribers do not receive these objects as changes.
     pub(crate) fn restore(&self, objects: impl Iterator<Item = (i64, Sightings)>) {
         let mut objects = objects.peekable();
         while objects.peek().is_some() {
@@ -153,8 +153,8 @@ impl ViewState {
         }
     }
 
-    /// Passes the sightings of the next [`SCAN_MAX`] objects from `first` on to `visit`. Returns the
-    /// id from which to continue.
+    /// Passes the sightings of the next [`SCAN_MAX`] objects from `first` on to `visit`. Returns
+    /// the id from which to continue.
     pub(crate) fn visit(&self, first: i64, mut visit: impl FnMut(i64, &Sightings)) -> Option<i64> {
         let state = self.state.lock();
         let mut objects = state.table.sightings_from(first);
@@ -187,8 +187,8 @@ impl ViewState {
         now.unwrap_or_else(SystemTime::now)
     }
 
-    /// Publishes changes forever, less often with many subscribers. Groups change before subscribers
-    /// are woken, so that their changes leave together with those of their objects.
+    /// Publishes changes forever, less often with many subscribers. Groups change before
+    /// subscribers are woken, so that their changes leave together with those of their objects.
     pub(crate) async fn publish(&self, mut groups: Option<Follower>) -> std::convert::Infallible {
         loop {
             match &mut groups {
@@ -266,8 +266,8 @@ impl ViewState {
         Ok(request.map_or(NextItem::UpToDate, list))
     }
 
-    /// Up to `max` objects with ids from `first` on that were seen at or after `since`, in ascending
-    /// order.
+    /// Up to `max` objects with ids from `first` on that were seen at or after `since`, in
+    /// ascending order.
     pub(crate) async fn page(&self, first: i64, since: Option<Micros>, max: usize) -> Vec<Object> {
         let mut page = Vec::new();
         let mut next = Some(first);
@@ -311,8 +311,8 @@ impl ViewState {
         ids.map(|id| state.table.get(*id).map(|object| object.last_seen)).collect()
     }
 
-    /// Up to `max` of these objects, which are in ascending order, with ids from `first` on that were
-    /// seen at or after `since`.
+    /// Up to `max` of these objects, which are in ascending order, with ids from `first` on that
+    /// were seen at or after `since`.
     pub(crate) async fn page_of(
         &self,
         ids: &[i64],

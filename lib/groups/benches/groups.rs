@@ -1,7 +1,7 @@
 //! Times and allocations of the crate `groups`: `cargo bench -p groups`.
 //!
-//! The three trees have the sizes of the trees of the system that this crate replaces: sessions contain
-//! groups, and groups contain tickets, each level spread evenly over the one above.
+//! The three trees have the sizes of the trees of the system that this crate replaces: sessions
+//! contain groups, and groups contain tickets, each level spread evenly over the one above.
 
 #![expect(clippy::unwrap_used, reason = "a failed measurement ends the program")]
 

@@ -1,5 +1,5 @@
-//! Which changes of status to announce, and when: an improvement at once, a deterioration only after it
-//! has lasted for the group's hold time.
+//! Which changes of status to announce, and when: an improvement at once, a deterioration only
+//! after it has lasted for the group's hold time.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -41,8 +41,8 @@ impl Announcer {
         Self { announced, pending: BTreeMap::new(), due: BTreeSet::new() }
     }
 
-    /// Continues for a new tree: groups whose path is in both trees keep their announced status and its
-    /// time, and a worse status keeps the time since which it has lasted.
+    /// Continues for a new tree: groups whose path is in both trees keep their announced status and
+    /// its time, and a worse status keeps the time since which it has lasted.
     #[must_use]
     pub fn carry_over(tree: &Tree, now: u64, old_tree: &Tree, old: &Self) -> Self {
         let mut announcer = Self::new(tree, now);
@@ -66,8 +66,8 @@ impl Announcer {
         announcer
     }
 
-    /// Compares the announced statuses of groups with their statuses in the tree. Call it whenever the
-    /// tree reports changes, and [`Self::due`] after it.
+    /// Compares the announced statuses of groups with their statuses in the tree. Call it whenever
+    /// the tree reports changes, and [`Self::due`] after it.
     pub fn note(&mut self, tree: &Tree, changed: &[GroupIndex], now: u64) {
         for &group in changed {
             self.note_since(tree, group, now);
@@ -116,8 +116,8 @@ impl Announcer {
         self.pending.get(&group).map(|pending| (tree.status(group), pending.since))
     }
 
-    /// Keeps a worse status pending since its first deterioration, so that a change between two worse
-    /// statuses does not restart the hold time.
+    /// Keeps a worse status pending since its first deterioration, so that a change between two
+    /// worse statuses does not restart the hold time.
     fn note_since(&mut self, tree: &Tree, group: GroupIndex, since: u64) {
         let (is, (announced, _)) = (tree.status(group), self.announced[group.0 as usize]);
         let worse = is > announced;

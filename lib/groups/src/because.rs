@@ -8,17 +8,17 @@ use crate::tree::{GroupIndex, ObjectIndex, Tree};
 pub struct Because {
     /// The group that contains the cause.
     pub group: GroupIndex,
-    /// The id and the kind of the object in this group that weighs most, unless the cause is the group
-    /// as a whole.
+    /// The id and the kind of the object in this group that weighs most, unless the cause is the
+    /// group as a whole.
     pub object: Option<(i64, Kind)>,
 }
 
 impl Tree {
     /// Descends from a group that is not up to what burdens it most; `None` if the group is up.
     ///
-    /// Each step chooses among the child groups that are not up and the group's own objects that do not
-    /// count as up, because nothing else lowers the group's share. The greatest burden wins, then the
-    /// first child group, then the first object.
+    /// Each step chooses among the child groups that are not up and the group's own objects that do
+    /// not count as up, because nothing else lowers the group's share. The greatest burden wins,
+    /// then the first child group, then the first object.
     #[must_use]
     pub fn because(&self, group: GroupIndex) -> Option<Because> {
         let mut group = self.is_burdened(group).then_some(group)?;

@@ -1,5 +1,5 @@
-//! The binary form of a tree. A program that finds the binary form of its definition need not parse the
-//! definition.
+//! The binary form of a tree. A program that finds the binary form of its definition need not parse
+//! the definition.
 
 use twox_hash::XxHash3_64;
 
@@ -7,7 +7,8 @@ use crate::definition::Definition;
 use crate::kind::Weights;
 use crate::tree::Tree;
 
-/// The bytes are not the binary form of the definition. A caller that still has the definition parses it.
+/// The bytes are not the binary form of the definition. A caller that still has the definition
+/// parses it.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum BinaryError {
     /// The bytes are something else.
@@ -38,16 +39,16 @@ const VERSION: u32 = 1;
 const MAGIC: &[u8; 8] = b"LSGROUPS";
 
 impl Tree {
-    /// The binary form of the definition, without statuses: a header (magic, version, `source`, hash of
-    /// the rest), then the definition. `source` is the [`source_hash`] of the documents.
+    /// The binary form of the definition, without statuses: a header (magic, version, `source`,
+    /// hash of the rest), then the definition. `source` is the [`source_hash`] of the documents.
     #[must_use]
     pub fn to_bytes(&self, source: u64) -> Vec<u8> {
         let definition = &self.definition;
         let arrays = 4 * definition.parents.len() + definition.ids.len() + definition.members.len();
         let mut bytes = Vec::with_capacity(64 + definition.names.len() + 2 * arrays);
         bytes.resize(HEADER, 0);
-        // Appending to a Vec cannot fail. If it did, the payload would be cut off, and `from_bytes` would
-        // reject it.
+        // Appending to a Vec cannot fail. If it did, the payload would be cut off, and `from_bytes`
+        // would reject it.
         let mut bytes = postcard::to_extend(definition, bytes).unwrap_or_default();
         bytes.resize(bytes.len().max(HEADER), 0);
         let hash = XxHash3_64::oneshot(&bytes[HEADER..]);

@@ -24,7 +24,8 @@ pub struct BuildError {
     pub(crate) subject: Subject,
 }
 
-/// What a [`BuildError`] is about, if that is a call before the failed one. `parse` finds its location.
+/// What a [`BuildError`] is about, if that is a call before the failed one. `parse` finds its
+/// location.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Subject {
     LastCall,
@@ -35,8 +36,8 @@ pub(crate) enum Subject {
     Maintenance(usize),
 }
 
-/// Builds a [`Tree`]. `begin` opens a group below the group that is open, and `end` closes it; the other
-/// methods describe the open group.
+/// Builds a [`Tree`]. `begin` opens a group below the group that is open, and `end` closes it; the
+/// other methods describe the open group.
 #[derive(Debug)]
 pub struct Builder {
     definition: Definition,
@@ -164,8 +165,8 @@ impl Builder {
         Ok(())
     }
 
-    /// Excuses objects of the open group and its subgroups that are not seen: all of them, or those from
-    /// the first to the last id of `objects`. Ids that do not exist do not matter, but
+    /// Excuses objects of the open group and its subgroups that are not seen: all of them, or those
+    /// from the first to the last id of `objects`. Ids that do not exist do not matter, but
     /// [`Self::finish`] requires one object of the group among them.
     ///
     /// # Errors
@@ -199,8 +200,8 @@ impl Builder {
     ///
     /// # Errors
     ///
-    /// If a group is still open, siblings have the same name, a rule needs more than the weight of its
-    /// group, or the objects of a maintenance window are not in its group.
+    /// If a group is still open, siblings have the same name, a rule needs more than the weight of
+    /// its group, or the objects of a maintenance window are not in its group.
     pub fn finish(mut self, weights: Weights) -> Result<Tree, BuildError> {
         if self.open != 0 {
             return Err(self.error("the group has no end".to_owned()));
@@ -238,7 +239,8 @@ impl Builder {
         BuildError { path: self.open_path(), reason, subject: Subject::LastCall }
     }
 
-    /// Puts the names in the order of the groups. A name that comes after the children is out of order.
+    /// Puts the names in the order of the groups. A name that comes after the children is out of
+    /// order.
     fn order_names(&mut self) {
         if !self.names.array_windows().all(|[previous, name]| previous.1 == name.0) {
             let mut ordered = String::with_capacity(self.definition.names.len());

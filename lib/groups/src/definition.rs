@@ -9,8 +9,8 @@ pub const MAX_MEMBERSHIPS: u64 = 10_000_000;
 /// The greatest number of groups of a tree.
 pub const MAX_GROUPS: u32 = 4_000_000;
 
-/// Groups are in pre-order. Group 0 has no name and no objects: it is the parent of the roots, so that
-/// a forest needs no special case.
+/// Groups are in pre-order. Group 0 has no name and no objects: it is the parent of the roots, so
+/// that a forest needs no special case.
 #[derive(Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Definition {
     /// The parent of each group; less than the group, except for group 0.
@@ -53,8 +53,8 @@ pub(crate) struct Window {
     pub(crate) run: Run,
 }
 
-/// Converts the length of an array of a tree. [`MAX_GROUPS`] and [`MAX_MEMBERSHIPS`] keep all of them
-/// below `u32::MAX`.
+/// Converts the length of an array of a tree. [`MAX_GROUPS`] and [`MAX_MEMBERSHIPS`] keep all of
+/// them below `u32::MAX`.
 pub(crate) fn index(length: usize) -> u32 {
     u32::try_from(length).unwrap_or(u32::MAX)
 }
@@ -72,7 +72,8 @@ impl Definition {
         &self.members[start as usize..self.member_ends[group] as usize]
     }
 
-    /// Checks everything that the tree relies on, for a definition that may come from a damaged file.
+    /// Checks everything that the tree relies on, for a definition that may come from a damaged
+    /// file.
     pub(crate) fn check(&self) -> Result<(), &'static str> {
         self.check_groups()?;
         self.check_members()?;

@@ -88,8 +88,8 @@ impl Kind {
     }
 }
 
-/// The weight of each kind, in the order of [`Kind::ALL`]. An object of a kind with weight 0 counts as
-/// up. Any other weight says how much such an object contributes to the cause of a bad status.
+/// The weight of each kind, in the order of [`Kind::ALL`]. An object of a kind with weight 0 counts
+/// as up. Any other weight says how much such an object contributes to the cause of a bad status.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Weights([u32; 6]);
 

@@ -1,7 +1,7 @@
 //! Groups of objects: sites, customers, lines. A [`Tree`] is defined by JSON ([`parse()`]) or by a
 //! [`Builder`]. It derives the status of each group from its objects and subgroups, and a change of
-//! an object touches only the groups that contain the object. An [`Announcer`] decides which changes
-//! of status to announce, and when.
+//! an object touches only the groups that contain the object. An [`Announcer`] decides which
+//! changes of status to announce, and when.
 //!
 //! The tree is a set of flat arrays in pre-order, so no operation is recursive and a chain of a
 //! million levels needs no deep stack. This crate does no I/O and has no clock.

@@ -1,8 +1,8 @@
-//! The lowest common ancestor of two groups, without climbing: a climb takes a million steps in a chain
-//! of a million levels.
+//! The lowest common ancestor of two groups, without climbing: a climb takes a million steps in a
+//! chain of a million levels.
 
-/// Answers queries by minima of the array of parents. In pre-order, the lowest common ancestor of two
-/// groups is the least parent of the groups after the first one, up to the second one.
+/// Answers queries by minima of the array of parents. In pre-order, the lowest common ancestor of
+/// two groups is the least parent of the groups after the first one, up to the second one.
 pub(crate) struct LowestAncestor<'a> {
     parents: &'a [u32],
     /// `minima[n][block]` is the minimum of the 2^n blocks from `block`.

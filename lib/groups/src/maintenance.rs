@@ -10,8 +10,9 @@ impl Tree {
         self.definition.maintenance.get(self.ended_windows).map(|window| window.until_micros)
     }
 
-    /// Ends the maintenance windows that end at or before `now`, in microseconds since 1970, and updates
-    /// the groups of their objects. Appends the groups whose status changed, perhaps repeatedly.
+    /// Ends the maintenance windows that end at or before `now`, in microseconds since 1970, and
+    /// updates the groups of their objects. Appends the groups whose status changed, perhaps
+    /// repeatedly.
     pub fn end_maintenance(&mut self, now_micros: u64, changed: &mut Vec<GroupIndex>) {
         while let Some(&window) = self.definition.maintenance.get(self.ended_windows)
             && window.until_micros <= now_micros

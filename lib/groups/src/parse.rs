@@ -28,8 +28,8 @@ pub struct DefinitionError {
     pub reason: String,
 }
 
-/// Reads the documents of a definition: each is a group, or an array of groups. Together they form one
-/// forest. The names of the documents are used in errors.
+/// Reads the documents of a definition: each is a group, or an array of groups. Together they form
+/// one forest. The names of the documents are used in errors.
 ///
 /// # Errors
 ///
@@ -49,14 +49,15 @@ pub fn parse<'a>(
     builder.finish(weights).map_err(|error| parser.located_build_error(error))
 }
 
-/// The open groups are a stack here and not in the call stack, because a chain may have a million levels.
+/// The open groups are a stack here and not in the call stack, because a chain may have a million
+/// levels.
 #[derive(Default)]
 struct Parser<'a> {
     documents: Vec<(&'a str, &'a [u8])>,
     builder: Builder,
     open: Vec<OpenGroup>,
-    /// Where the names, the rules with counts and the maintenance windows are, for errors that are found
-    /// after the documents were read.
+    /// Where the names, the rules with counts and the maintenance windows are, for errors that are
+    /// found after the documents were read.
     names: Vec<Place>,
     counts: Vec<(Subject, Place)>,
     maintenance: Vec<Place>,

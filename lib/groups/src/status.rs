@@ -57,8 +57,9 @@ impl Tree {
 
     /// Updates the groups that contain an object whose kind was `was`.
     ///
-    /// Climbs from each group of the object to the ancestor that it has in common with the next one,
-    /// so that the climbs together pass each ancestor once, and only after all of its subgroups.
+    /// Climbs from each group of the object to the ancestor that it has in common with the next
+    /// one, so that the climbs together pass each ancestor once, and only after all of its
+    /// subgroups.
     pub(crate) fn reclassify(
         &mut self,
         object: ObjectIndex,
@@ -94,6 +95,7 @@ impl Tree {
     }
 }
 
+// Decision: docs/decisions/0090-how-does-a-groups-rule-count-its-child-groups.md
 impl State {
     /// Derives the status and the contribution from the share.
     fn settle(&mut self, rules: &Rules) {

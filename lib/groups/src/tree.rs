@@ -5,8 +5,8 @@ use crate::kind::{Fact, Kind, Status, Weights};
 use crate::lowest_ancestor::LowestAncestor;
 use crate::rules::Rules;
 
-/// A group of one tree. Other trees may have fewer groups: a method panics if it gets the index of a
-/// group that its tree does not have.
+/// A group of one tree. Other trees may have fewer groups: a method panics if it gets the index of
+/// a group that its tree does not have.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct GroupIndex(pub(crate) u32);
 
@@ -42,8 +42,8 @@ pub struct GroupView {
     pub share: u32,
 }
 
-/// Groups, their objects, and their statuses. A new tree assumes that no object was ever seen, and that
-/// each maintenance window is still open.
+/// Groups, their objects, and their statuses. A new tree assumes that no object was ever seen, and
+/// that each maintenance window is still open.
 #[derive(Debug)]
 pub struct Tree {
     pub(crate) definition: Definition,
@@ -55,9 +55,9 @@ pub struct Tree {
     pub(crate) in_maintenance: Vec<bool>,
     /// How many windows of `definition.maintenance` have ended.
     pub(crate) ended_windows: usize,
-    /// For each object its groups in pre-order, then the lowest common ancestor of each two successive
-    /// ones. An object is counted at each of its groups and subtracted at each of these ancestors, so
-    /// that each ancestor of its groups counts it once.
+    /// For each object its groups in pre-order, then the lowest common ancestor of each two
+    /// successive ones. An object is counted at each of its groups and subtracted at each of these
+    /// ancestors, so that each ancestor of its groups counts it once.
     pub(crate) places: Vec<u32>,
     place_ends: Vec<u32>,
 }
@@ -179,7 +179,8 @@ impl Tree {
         std::iter::successors(Some(group), |&ancestor| self.parent(ancestor)).count()
     }
 
-    /// Finds a group by the segments of its path. Takes time in proportion to the siblings on the path.
+    /// Finds a group by the segments of its path. Takes time in proportion to the siblings on the
+    /// path.
     pub fn find<'a>(&self, path: impl IntoIterator<Item = &'a str>) -> Option<GroupIndex> {
         let found = path.into_iter().try_fold(GroupIndex(0), |group, name| {
             self.children(group).find(|&child| self.name(child) == name)
@@ -187,9 +188,9 @@ impl Tree {
         found.filter(|group| group.0 > 0)
     }
 
-    /// Lists groups in pre-order with their depth (1 for roots): `top` and `levels` levels below it, or
-    /// the first `levels` levels of the forest without `top`. With `after`, which must be below `top`,
-    /// the list continues after that group.
+    /// Lists groups in pre-order with their depth (1 for roots): `top` and `levels` levels below
+    /// it, or the first `levels` levels of the forest without `top`. With `after`, which must be
+    /// below `top`, the list continues after that group.
     #[must_use]
     pub fn walk(
         &self,
@@ -290,8 +291,8 @@ impl Tree {
         self.ends[group.0 as usize]
     }
 
-    /// Where the groups of the object start in `places`, where the common ancestors start, and where
-    /// they end.
+    /// Where the groups of the object start in `places`, where the common ancestors start, and
+    /// where they end.
     pub(crate) fn place_range(&self, object: ObjectIndex) -> (usize, usize, usize) {
         let object = object.position();
         let start = if object == 0 { 0 } else { self.place_ends[object - 1] as usize };
@@ -335,7 +336,9 @@ impl Iterator for Walk<'_> {
     }
 }
 
-/// Returns `places` and `place_ends` of [`Tree`]. Counts the groups of each object first, so that all of them fit one array.
+// Decision: docs/decisions/0091-how-are-the-statuses-of-groups-kept-up-to-date.md
+/// Returns `places` and `place_ends` of [`Tree`]. Counts the groups of each object first, so that
+/// all of them fit one array.
 fn places(definition: &Definition) -> (Vec<u32>, Vec<u32>) {
     let groups = index(definition.parents.len());
     let mut ends = vec![0_u32; definition.ids.len()];

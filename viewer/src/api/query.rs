@@ -64,8 +64,8 @@ pub(crate) struct ObjectsQuery {
     /// `online=false`
     #[param(pattern = "^[1-9][0-9]{0,6}(ms|s|m|h|d)$")]
     gone_within: Option<String>,
-    /// Only the objects of this group and its subgroups; the group's path, such as `shop/berlin`; not
-    /// with `ids`
+    /// Only the objects of this group and its subgroups; the group's path, such as `shop/berlin`;
+    /// not with `ids`
     #[param(max_length = 1024)]
     group: Option<String>,
 }
@@ -77,8 +77,8 @@ pub(crate) struct StreamQuery {
     /// Only these objects; ids separated by commas, at most 10,000 characters
     #[param(pattern = "^(0|-?[1-9][0-9]{0,18})(,(0|-?[1-9][0-9]{0,18}))*$", max_length = 10_000)]
     ids: Option<String>,
-    /// Only the objects of this group and its subgroups, and the statuses of these groups; the group's
-    /// path, such as `shop/berlin`; not with `ids`
+    /// Only the objects of this group and its subgroups, and the statuses of these groups; the
+    /// group's path, such as `shop/berlin`; not with `ids`
     #[param(max_length = 1024)]
     group: Option<String>,
     /// Only the objects with the lowest ids, up to about this number (a quarter more or less)

@@ -180,8 +180,8 @@ impl Groups {
         }
     }
 
-    /// Up to one group more than `limit`, which shows that there is a further page, and the number of
-    /// the definition.
+    /// Up to one group more than `limit`, which shows that there is a further page, and the number
+    /// of the definition.
     fn list(&self, listing: &Listing<'_>) -> Result<(u64, Vec<Listed>), Problem> {
         let live = self.live.read();
         let Live { tree, definition, .. } = live.as_ref().ok_or_else(not_ready)?;

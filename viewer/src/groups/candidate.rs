@@ -92,7 +92,8 @@ impl Candidate {
         }
     }
 
-    /// Computes the statuses. Groups with the same path in the old tree keep their announced status.
+    /// Computes the statuses. Groups with the same path in the old tree keep their announced
+    /// status.
     pub(super) fn into_live(
         self,
         definition: u64,

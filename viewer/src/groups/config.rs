@@ -14,8 +14,8 @@ pub struct GroupsConfig {
     /// those of its subdirectories; a change takes effect within seconds [default: no groups]
     #[arg(long)]
     pub groups_file: Option<PathBuf>,
-    /// How much an object of each kind weighs as the cause of a bad status, from 0 to 1000; objects of
-    /// a kind with weight 0 count as up
+    /// How much an object of each kind weighs as the cause of a bad status, from 0 to 1000; objects
+    /// of a kind with weight 0 count as up
     #[arg(long, default_value = "online=0,late=0,maintenance=0,never_seen=1,given_up=2,gone=3")]
     pub groups_weights: Weights,
     /// How many levels of groups have a metric of their own, `lastseen_group_status`; at most 1,000

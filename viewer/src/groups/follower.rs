@@ -31,6 +31,7 @@ const ANNOUNCED_TOGETHER: usize = 32;
 /// Maximum time between two wake-ups, because the database's clock may be set.
 const SLEEP_MAX: Duration = Duration::from_mins(1);
 
+// Decision: docs/decisions/0091-how-are-the-statuses-of-groups-kept-up-to-date.md
 /// Keeps the statuses up to date. Only the publisher of changes has it.
 pub(crate) struct Follower {
     groups: Arc<Groups>,
@@ -45,8 +46,8 @@ pub(crate) struct Follower {
     candidate: Option<Candidate>,
     /// The number of definitions that have taken effect.
     definitions: u64,
-    /// The first object of the current tree that must still be compared with the table, after changes
-    /// were missed.
+    /// The first object of the current tree that must still be compared with the table, after
+    /// changes were missed.
     rescan: Option<usize>,
     /// Groups whose status has changed since the last announcement.
     changed: Vec<GroupIndex>,
@@ -84,8 +85,8 @@ impl Follower {
         }
     }
 
-    /// Waits until [`Self::follow`] has something to do even if no object changes. `now` is the time
-    /// by the database's clock. Cancel-safe.
+    /// Waits until [`Self::follow`] has something to do even if no object changes. `now` is the
+    /// time by the database's clock. Cancel-safe.
     pub(crate) async fn wait(&mut self, now: Micros) {
         if self.has_more || self.received.is_some() {
             return;
@@ -319,7 +320,8 @@ impl Follower {
 
     /// Publishes the groups whose announced status changes now.
     async fn announce(&mut self, view: &ViewState, now: Micros) {
-        // While objects are compared with the table, the statuses are a mixture of old and new ones.
+        // While objects are compared with the table, the statuses are a mixture of old and new
+        // ones.
         if self.rescan.is_some() {
             return;
         }

@@ -96,8 +96,8 @@ impl SharedMembers {
         rest.is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))
     }
 
-    /// Whether the definition has not changed since the change with this number. Otherwise, a stream
-    /// that ended with it may have been about other objects.
+    /// Whether the definition has not changed since the change with this number. Otherwise, a
+    /// stream that ended with it may have been about other objects.
     pub(crate) fn has_same_definition_since(&self, change: u64) -> bool {
         change > self.groups.members.defined_at.load(Ordering::Relaxed)
     }

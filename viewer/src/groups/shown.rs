@@ -43,7 +43,8 @@ pub struct Group {
     because: Option<Cause>,
     /// Number of child groups.
     groups: usize,
-    /// How much of the group must be up for the status `up`: `all`, `any`, a number or a percentage.
+    /// How much of the group must be up for the status `up`: `all`, `any`, a number or a
+    /// percentage.
     up_rule: String,
     /// How much of the group must be up for the status `degraded`.
     degraded_rule: String,
@@ -100,8 +101,8 @@ pub(crate) struct Counts {
 /// What weighs most in a group that is not up.
 #[derive(Serialize, ToSchema)]
 pub(crate) struct Cause {
-    /// The path of the group or subgroup that has the cause; that of the group itself if the other is
-    /// longer than 1,024 bytes.
+    /// The path of the group or subgroup that has the cause; that of the group itself if the other
+    /// is longer than 1,024 bytes.
     path: String,
     /// The id of the object in this group that weighs most; null if it is the group as a whole.
     object: Option<ObjectId>,

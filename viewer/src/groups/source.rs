@@ -11,9 +11,9 @@ const FILES_MAX: usize = 10_000;
 /// Maximum depth of subdirectories.
 const DEPTH_MAX: usize = 32;
 
-/// The files of a definition in the order of their paths, or the reason why they cannot be used. Two
-/// equal observations have the same content, unless a file was changed within the resolution of its
-/// times.
+/// The files of a definition in the order of their paths, or the reason why they cannot be used.
+/// Two equal observations have the same content, unless a file was changed within the resolution of
+/// its times.
 pub(super) type Observation = Result<Vec<FileState>, String>;
 
 /// What changes with the content of a file, and can be read quickly.
@@ -31,8 +31,8 @@ pub(super) struct FileState {
 /// A file with its name and its content.
 pub(super) type Document = (String, Vec<u8>);
 
-/// Lists the file, or all files in the directory that end in `.json`. Names that begin with a dot are
-/// skipped, such as `.git`, and `..data` in a mounted `ConfigMap`.
+/// Lists the file, or all files in the directory that end in `.json`. Names that begin with a dot
+/// are skipped, such as `.git`, and `..data` in a mounted `ConfigMap`.
 pub(super) fn observe(root: &Path) -> Observation {
     let metadata = fs::metadata(root).map_err(|error| cannot_read(root, &error))?;
     let mut files = Vec::new();

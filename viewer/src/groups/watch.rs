@@ -26,8 +26,8 @@ const REFUSED: &str = "lastseen_groups_refused";
 
 /// A message to the follower.
 pub(super) enum Message {
-    /// A new definition. The follower answers when it follows the objects and has looked them up in the
-    /// table: whether it needs the history.
+    /// A new definition. The follower answers when it follows the objects and has looked them up in
+    /// the table: whether it needs the history.
     Define(Box<Tree>, oneshot::Sender<bool>),
     /// These objects are in the history, so they were seen.
     InHistory(Vec<i64>),
@@ -147,8 +147,9 @@ impl Files {
 }
 
 impl Introduction {
-    /// Sends the definition, and then the objects that the history has. Reads the history only after
-    /// the follower has begun to follow the objects, so that no deletion is missed in between.
+    /// Sends the definition, and then the objects that the history has. Reads the history only
+    /// after the follower has begun to follow the objects, so that no deletion is missed in
+    /// between.
     async fn introduce(&self, tree: Tree) {
         let (sender, needs_history) = oneshot::channel();
         // An error means that the follower was dropped.
@@ -176,12 +177,12 @@ impl Introduction {
         tracing::debug!(seconds = started.elapsed().as_secs_f64(), "read the history");
     }
 
-    /// Sends the ids of all changes after `position`, which it advances, so that a call after an error
-    /// continues.
+    /// Sends the ids of all changes after `position`, which it advances, so that a call after an
+    /// error continues.
     ///
     /// A query for all objects that are gone would be simpler, but it would sort the whole history,
-    /// which may have hundreds of millions of changes. It is only used for the latest changes, which
-    /// an open transaction may hide from the feed.
+    /// which may have hundreds of millions of changes. It is only used for the latest changes,
+    /// which an open transaction may hide from the feed.
     async fn read_from(&self, history: &History, position: &mut i64) -> Result<(), StoreError> {
         let mut since = Moment::from_micros(0);
         loop {

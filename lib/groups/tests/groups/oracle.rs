@@ -178,7 +178,8 @@ fn need(rule: &str, weight: usize) -> usize {
         "all" => weight,
         "any" => 1,
         _ => match rule.strip_suffix('%') {
-            // Written differently from the crate: the least share of which the percentage is enough.
+            // Written differently from the crate: the least share of which the percentage is
+            // enough.
             Some(percent) => {
                 let percent: usize = percent.parse().unwrap();
                 (0..=weight).find(|share| share * 100 >= percent * weight).unwrap()

@@ -12,7 +12,8 @@ use crate::parse;
 
 const FACTS: [Fact; 5] = [Fact::Online, Fact::Late, Fact::NeverSeen, Fact::GivenUp, Fact::Gone];
 
-/// A group: which earlier group is its parent, its objects, its rules, its hold time, its maintenance.
+/// A group: which earlier group is its parent, its objects, its rules, its hold time, its
+/// maintenance.
 type Draft = (usize, Vec<(i64, i64)>, (usize, usize), u64, Option<(u64, bool)>);
 
 fn draft() -> impl Strategy<Value = Draft> {

@@ -39,8 +39,8 @@ pub(crate) struct Message {
     pub(crate) source: Uuid,
     /// The number of the message among all messages of the source, from 1.
     pub(crate) sequence: u64,
-    /// `None` if no subscriber needs the content: that of groups, or of a later version with another
-    /// routing key. The number of such a message counts.
+    /// `None` if no subscriber needs the content: that of groups, or of a later version with
+    /// another routing key. The number of such a message counts.
     pub(crate) content: Option<Content>,
 }
 

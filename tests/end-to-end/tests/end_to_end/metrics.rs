@@ -92,7 +92,10 @@ async fn metrics_are_well_formed_correct_and_documented() {
     let settings = [("MAX_ATTEMPTS", "1"), ("WRITE_BATCH_LINGER", "1ms")];
     let consumer = system.spawn("consumer", &settings);
     let routine = system.spawn("routine", &[("ROUTINE_INTERVAL", "100ms")]);
-    let viewer = system.spawn("viewer", &[]);
+    let scratch = Scratch::new("groups");
+    let groups = scratch.path().join("groups.json");
+    std::fs::write(&groups, r#"{"name": "shop", "objects": [2, 13], "up": "any"}"#).unwrap();
+    let viewer = system.spawn("viewer", &[("GROUPS_FILE", groups.to_str().unwrap())]);
     let endpoint = callback_endpoint(&producer).await;
     producer.ready().await;
     let address = ("TESTER_ADDR", "127.0.0.1:0");
@@ -108,6 +111,7 @@ async fn metrics_are_well_formed_correct_and_documented() {
         metric(service, &format!("lastseen_ready{{role=\"{name}\"}}"), is(1)).await;
     }
     work(&endpoint, consumer).await;
+    metric(viewer, "lastseen_groups{status=\"up\"}", is(1)).await;
     metric(consumer, "lastseen_breaker_state", is(0)).await;
     metric(producer, "lastseen_callback_ids_total", |ids| ids >= 4.0).await;
     let cleaned_at = "lastseen_cleanup_last_success_timestamp_seconds";

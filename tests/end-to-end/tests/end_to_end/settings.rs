@@ -30,7 +30,8 @@ fn documented() -> Names {
         // A cell may hold the short form `POSTGRES_HOST`, `_PORT`, and lists `AMQP_CA` as
         // `AMQP_CA_FILE`.
         let quoted = cell.split('`').skip(1).step_by(2);
-        for name in quoted.map(|name| name.trim_end_matches("_FILE")) {
+        for name in quoted {
+            let name = if name == "AMQP_CA_FILE" { "AMQP_CA" } else { name };
             let prefix = if name.starts_with('_') { "POSTGRES" } else { "" };
             let name = format!("{prefix}{name}");
             if cell.ends_with('●') {
