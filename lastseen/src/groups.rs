@@ -7,7 +7,7 @@ use groups::{Announcer, Fact, GroupIndex, Tree};
 use runtime::CancellationToken;
 use runtime::settings::number;
 use store::{History, Moment, Objects, StoreError};
-use viewer::{Group, GroupsConfig};
+use viewer::{Group, GroupsConfig, PATH_NAMES_MAX};
 
 use crate::{print_line, unless_stopped};
 
@@ -162,9 +162,14 @@ async fn mark_gone(tree: &Tree, history: &History, facts: &mut [Fact]) -> Result
 
 fn print_json(tree: &Tree, top: Option<GroupIndex>, levels: usize, now: u64) -> anyhow::Result<()> {
     let announcer = Announcer::new(tree, now);
-    for (group, depth) in tree.walk(top, levels, None) {
+    for (index, depth) in tree.walk(top, levels, None) {
         // As in the viewer's API, a group with a very long path is left out.
-        let group = Group::new(tree, &announcer, group, depth.saturating_sub(1));
+        let group = Group::new(tree, &announcer, index, depth.saturating_sub(1));
+        anyhow::ensure!(
+            group.is_some() || Some(index) != top,
+            "the path of this group is longer than 1,024 bytes: --json and the viewer's API do not \
+             show it"
+        );
         let Some(group) = group else { continue };
         if !print_line(serde_json::to_string(&group)?)? {
             break;
@@ -205,7 +210,7 @@ fn print_table(tree: &Tree, top: Option<GroupIndex>, levels: usize) -> anyhow::R
 /// The cause of the group's status, such as `142 gone, berlin`: the object, and the path from the
 /// group to the subgroup that contains it.
 fn because(tree: &Tree, group: GroupIndex) -> String {
-    let Some(because) = tree.because(group) else { return String::new() };
+    let Some(because) = tree.because(group, PATH_NAMES_MAX) else { return String::new() };
     let object = because.object.map(|(id, kind)| format!("{id} {}", kind.name().replace('_', " ")));
     let upwards = std::iter::successors(Some(because.group), |&above| tree.parent(above));
     let mut names: Vec<_> =

@@ -32,7 +32,7 @@ use tokio::sync::{Notify, mpsc, watch as watch_channel};
 use tokio::task::spawn_blocking;
 
 pub use config::GroupsConfig;
-pub use shown::Group;
+pub use shown::{Group, PATH_NAMES_MAX};
 
 pub(crate) use api::router;
 pub(crate) use follower::Follower;

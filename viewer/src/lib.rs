@@ -25,7 +25,7 @@ use std::process::ExitCode;
 
 use runtime::{Context, Description, Reloadable};
 
-pub use crate::groups::{Group, GroupsConfig, LoadedGroups};
+pub use crate::groups::{Group, GroupsConfig, LoadedGroups, PATH_NAMES_MAX};
 pub use config::{Config, View};
 pub use hosts::AllowedHost;
 pub use viewer::{Resources, Viewer};

@@ -90,6 +90,12 @@ shop      degraded          2          4  3 gone, berlin
     assert_eq!(code, Some(0), "{lines:?}");
     let lines = lines.concat();
     assert!(lines.contains("3 never seen") && lines.contains("cannot read the history"), "{lines}");
+    let deep = (0..512).fold(r#"{"name": "g"}"#.to_owned(), |below, _| {
+        format!(r#"{{"name": "g", "children": [{below}]}}"#)
+    });
+    define(&mut home, &deep);
+    let path = ["g"; 513].join("/");
+    home.assert_fails(&["groups", "--json", &path], 70, "longer than 1,024 bytes").await;
 }
 
 #[tokio::test]

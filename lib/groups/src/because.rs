@@ -14,14 +14,16 @@ pub struct Because {
 }
 
 impl Tree {
-    /// Descends from a group that is not up to what burdens it most; `None` if the group is up.
+    /// Descends from a group that is not up to what burdens it most, by at most `levels`; `None` if
+    /// the group is up.
     ///
     /// Each step chooses among the child groups that are not up and the group's own objects that do
     /// not count as up, because nothing else lowers the group's share. The greatest burden wins,
     /// then the first child group, then the first object.
     #[must_use]
-    pub fn because(&self, group: GroupIndex) -> Option<Because> {
+    pub fn because(&self, group: GroupIndex, levels: usize) -> Option<Because> {
         let mut group = self.is_burdened(group).then_some(group)?;
+        let deepest = self.depth(group).saturating_add(levels);
         loop {
             let children = self.children(group).filter(|&child| self.is_burdened(child));
             let heaviest = children.fold(None, |heaviest, child| {
@@ -36,6 +38,9 @@ impl Tree {
                 (Some((child, burden)), object)
                     if object.is_none_or(|(_, _, weight)| burden >= u64::from(weight)) =>
                 {
+                    if self.depth(group) == deepest {
+                        return Some(Because { group, object: None });
+                    }
                     group = child;
                 }
                 (_, object) => {

@@ -50,6 +50,8 @@ pub struct Tree {
     pub(crate) weights: Weights,
     /// Where the subtree of each group ends.
     pub(crate) ends: Vec<u32>,
+    /// The number of ancestors of each group. Stored, because a climb may have a million steps.
+    depths: Vec<u32>,
     pub(crate) states: Vec<State>,
     pub(crate) facts: Vec<Fact>,
     pub(crate) in_maintenance: Vec<bool>,
@@ -91,11 +93,17 @@ impl Tree {
                 states[parent].weight += states[group].weight;
             }
         }
+        let mut depths: Vec<u32> = Vec::with_capacity(groups);
+        for &parent in &definition.parents {
+            // The parent of group 0, which contains the roots, is the group itself.
+            depths.push(depths.get(parent as usize).map_or(0, |above| above + 1));
+        }
         let (places, place_ends) = places(&definition);
         let mut tree = Self {
             definition,
             weights,
             ends,
+            depths,
             states,
             facts: vec![Fact::NeverSeen; objects],
             in_maintenance: vec![false; objects],
@@ -176,7 +184,7 @@ impl Tree {
     /// The number of ancestors and the group itself: 1 for a root.
     #[must_use]
     pub fn depth(&self, group: GroupIndex) -> usize {
-        std::iter::successors(Some(group), |&ancestor| self.parent(ancestor)).count()
+        self.depths[group.0 as usize] as usize
     }
 
     /// Finds a group by the segments of its path. Takes time in proportion to the siblings on the

@@ -13,6 +13,8 @@ use crate::object::format_time;
 
 /// A group with a longer path can be neither requested, nor listed, nor announced.
 pub(super) const PATH_BYTES_MAX: usize = 1_024;
+/// The most names in such a path.
+pub const PATH_NAMES_MAX: usize = PATH_BYTES_MAX.div_ceil(2);
 
 /// A group, and its status.
 #[derive(Serialize, ToSchema)]
@@ -156,7 +158,7 @@ impl Group {
 
 impl Cause {
     fn new(tree: &Tree, group: GroupIndex) -> Option<Self> {
-        let because = tree.because(group)?;
+        let because = tree.because(group, PATH_NAMES_MAX)?;
         // The path of the cause begins with that of the group, which is not too long.
         let path = path(tree, because.group).or_else(|| path(tree, group)).unwrap_or_default();
         let (object, kind) = because.object.unzip();
@@ -194,16 +196,9 @@ pub(super) fn change(tree: &Tree, announcement: Announcement) -> Option<GroupCha
 
 /// The path, unless it is longer than [`PATH_BYTES_MAX`].
 pub(super) fn path(tree: &Tree, group: GroupIndex) -> Option<String> {
-    // Stops early, because a chain of groups may have a million levels.
-    let mut length = 0;
-    let ancestors = std::iter::successors(Some(group), |&group| tree.parent(group));
-    for ancestor in ancestors {
-        length += tree.name(ancestor).len() + 1;
-        if length > PATH_BYTES_MAX + 1 {
-            return None;
-        }
-    }
-    Some(tree.path(group))
+    // A chain of groups may have a million levels.
+    let may_fit = tree.depth(group) <= PATH_NAMES_MAX;
+    may_fit.then(|| tree.path(group)).filter(|path| path.len() <= PATH_BYTES_MAX)
 }
 
 /// Finds a group by its path.

@@ -57,7 +57,8 @@ fn wrong_content_with_a_right_hash_never_panics() {
                     tree.set_fact(tree.object(id).unwrap(), groups::Fact::Gone, &mut changed);
                 }
                 for group in tree.groups() {
-                    let _ = (tree.path(group), tree.because(group), tree.objects_of(group));
+                    let _ =
+                        (tree.path(group), tree.because(group, usize::MAX), tree.objects_of(group));
                 }
             }
         }

@@ -16,7 +16,9 @@ fn chain_of_a_million_levels_needs_no_deep_stack() {
     let tree = parse(&json);
     let mut tree = Tree::from_bytes(&tree.to_bytes(0), 0, Weights::default()).unwrap();
     let [root, leaf] = [tree.groups().next(), tree.groups().next_back()].map(Option::unwrap);
-    assert_eq!(tree.because(root).unwrap().group, leaf);
+    assert_eq!(tree.because(root, usize::MAX).unwrap().group, leaf);
+    let shallow = tree.because(root, 100).unwrap();
+    assert_eq!((tree.depth(shallow.group), shallow.object), (101, None));
     assert_eq!((tree.path(leaf).len(), tree.depth(leaf)), (2 * MILLION - 1, MILLION));
     assert_eq!(tree.find(std::iter::repeat_n("g", MILLION)), Some(leaf));
     assert_eq!(tree.walk(None, MILLION, None).last(), Some((leaf, MILLION)));
@@ -44,7 +46,7 @@ fn a_million_leaves_are_read_computed_and_stored() {
     tree.set_facts(|_, id| if id == 2_001 { Fact::Gone } else { Fact::Online });
     let group = tree.find(["g1"]).unwrap();
     assert_eq!(tree.view(group).counts, [999, 0, 0, 0, 0, 1]);
-    assert_eq!(tree.because(group).unwrap().object, Some((2_001, Kind::Gone)));
+    assert_eq!(tree.because(group, usize::MAX).unwrap().object, Some((2_001, Kind::Gone)));
     assert_eq!(tree.groups().filter(|&group| tree.status(group) == Status::Up).count(), 999);
 }
 

@@ -58,7 +58,7 @@ fn forest(drafts: &[Draft]) -> Vec<Group> {
 fn check(tree: &Tree, listed: &[(String, &Group)], world: &World) {
     for (group, (path, expected)) in tree.groups().zip(listed) {
         assert_eq!(tree.view(group), expected.view(world), "{path}");
-        let because = tree.because(group).map(|because| {
+        let because = tree.because(group, usize::MAX).map(|because| {
             let (id, kind) = because.object.unwrap();
             (tree.path(because.group), id, kind)
         });

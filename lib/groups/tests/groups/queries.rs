@@ -17,9 +17,9 @@ fn a_spare_group_counts_fully_while_it_is_up_by_its_own_rule() {
     let mut changed = Vec::new();
     tree.set_fact(tree.object(150).unwrap(), Fact::Gone, &mut changed);
     assert_eq!((changed, tree.status(berlin)), (vec![berlin], Status::Degraded));
-    let because = tree.because(berlin).unwrap();
+    let because = tree.because(berlin, 9).unwrap();
     assert_eq!((because.group, because.object), (berlin, Some((150, Kind::Gone))));
-    assert_eq!((tree.because(spare), tree.because(shop)), (None, None));
+    assert_eq!((tree.because(spare, 9), tree.because(shop, 9)), (None, None));
 }
 
 #[test]
@@ -69,5 +69,5 @@ fn late_objects_with_a_weight_count_as_not_up() {
     let group = tree.roots().next().unwrap();
     let view = tree.view(group);
     assert_eq!((view.status, view.online, view.up), (Status::Down, 1, 0));
-    assert_eq!(tree.because(group).unwrap().object, Some((1, Kind::Late)));
+    assert_eq!(tree.because(group, usize::MAX).unwrap().object, Some((1, Kind::Late)));
 }
