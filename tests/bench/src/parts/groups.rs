@@ -70,7 +70,7 @@ pub(crate) async fn measure(servers: &Servers) -> anyhow::Result<Vec<Row>> {
 struct Definition {
     file: String,
     cache: String,
-    megabytes: u64,
+    kilobytes: usize,
 }
 
 impl Definition {
@@ -96,8 +96,8 @@ impl Definition {
         std::fs::write(&file, &text)?;
         let cache = file.with_extension("cache");
         let path = |path: &Path| path.to_str().map(str::to_owned).context("the path is not UTF-8");
-        let megabytes = text.len() as u64 / 1_000_000;
-        Ok(Self { file: path(&file)?, cache: path(&cache)?, megabytes })
+        let kilobytes = text.len() / 1_000;
+        Ok(Self { file: path(&file)?, cache: path(&cache)?, kilobytes })
     }
 
     fn settings(&self) -> [(&'static str, &str); 1] {
@@ -131,8 +131,8 @@ async fn measure_starts(
     let seconds = |start: &Start| start.seconds;
     let reading = |starts: &[Start]| median(starts, |start| start.reading_ms.unwrap_or(f64::NAN));
     let what = |definition: &Definition, how| {
-        let megabytes = definition.megabytes;
-        format!("of it, reading and building the groups {how}, from a file of {megabytes} MB")
+        let kilobytes = definition.kilobytes;
+        format!("of it, reading and building the groups {how}, from a file of {kilobytes} kB")
     };
     let mut rows = vec![
         by(&without, seconds).row(
