@@ -3,6 +3,7 @@
 mod adaptive;
 mod callbacks;
 mod cleanup;
+mod groups;
 mod history;
 mod lookups;
 mod overload;
@@ -53,6 +54,8 @@ pub(crate) enum Part {
     Traces,
     /// The start of the viewer with a million objects, with and without a snapshot
     Restart,
+    /// Groups with a million objects: the start of the viewer, and events at 1,000 subscribers
+    Groups,
 }
 
 impl Part {
@@ -77,6 +80,7 @@ impl Part {
             Self::History => history::measure(servers).await?,
             Self::Viewer => viewer::measure(servers).await?,
             Self::Restart => restart::measure(servers).await?,
+            Self::Groups => groups::measure(servers).await?,
             Self::Traces => traces::measure(servers).await?,
         };
         for row in &mut rows {

@@ -1,14 +1,18 @@
-use std::collections::HashMap;
+use std::cell::Cell;
+use std::collections::{BTreeMap, HashMap};
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use lapin::options::{BasicGetOptions, QueueBindOptions, QueueDeclareOptions};
 use lapin::types::FieldTable;
 use serde_json::{Value, json};
 use testkit::{Queue, Scratch, System, wait_for, wait_until};
+use tokio::time::interval;
 
 use crate::HOUR;
 use crate::fixture::{Fixture, RunningViewer, client, ids};
+use crate::subscriber::Subscriber;
 
 /// Weights: berlin 4, spare 2, shop 6.
 const SHOP: &str = r#"{"name": "shop", "up": "80%", "children": [
@@ -410,6 +414,93 @@ async fn definition_that_changes_under_load_loses_no_change() {
     for (path, status) in ["all", "all/low", "all/high"].into_iter().zip(expected) {
         assert_eq!(statuses[path], status, "{path}");
     }
+}
+
+#[tokio::test]
+async fn definition_that_changes_under_load_drops_no_event() {
+    const OBJECTS: i64 = 100_000;
+    let fixture = Fixture::new().await;
+    let text = |split: i64| {
+        format!(
+            r#"{{"name": "all", "children": [{{"name": "low", "objects": ["1-{split}"]}},
+                {{"name": "high", "objects": ["{}-{OBJECTS}"], "up": "any"}}]}}"#,
+            split + 1
+        )
+    };
+    let definition = Definition::new(&text(1));
+    let viewer = definition.start(&fixture, &[]).await;
+    let is_redefined = Cell::new(false);
+    let redefine = async {
+        for split in [100, 50_000, 200, 99_999, 300] {
+            definition.replace(&text(split));
+            let total_of_low = async || group(&viewer, "all/low").await["total"].clone();
+            wait_until("the definition is in effect", async || total_of_low().await == split).await;
+        }
+        is_redefined.set(true);
+    };
+    // Each object comes once, and two of three go: about 500 changes per second. No object comes
+    // twice, because a reading of the table may find both changes as one.
+    let stays = |id: &i64| id % 3 == 0;
+    let write = async {
+        let (mut end, mut pace) = (1, interval(Duration::from_millis(60)));
+        while !is_redefined.get() {
+            pace.tick().await;
+            fixture.record((end..end + 20).filter(stays)).await;
+            fixture.record_aged((end..end + 20).filter(|id| !stays(id)), 2 * HOUR).await;
+            fixture.clean_up().await;
+            end += 20;
+        }
+        fixture.record([OBJECTS]).await;
+        end
+    };
+    let mut all = viewer.subscribe("", None).await;
+    let mut of_group = viewer.subscribe("?group=all", None).await;
+    let (end, (), all, of_group) = tokio::join!(
+        write,
+        redefine,
+        events_until(&mut all, OBJECTS),
+        events_until(&mut of_group, OBJECTS)
+    );
+    assert!(end < OBJECTS);
+    let expected = |id| if stays(&id) { vec!["online"] } else { vec!["online", "gone"] };
+    let mut expected: BTreeMap<_, _> = (1..end).map(|id| (id, expected(id))).collect();
+    expected.insert(OBJECTS, vec!["online"]);
+    for events in [all, of_group] {
+        for (id, kinds) in &expected {
+            assert_eq!(events.get(id).map_or(&[][..], Vec::as_slice), kinds, "{id} of {end}");
+        }
+        assert_eq!(events.len(), expected.len(), "no other object has events");
+    }
+
+    for (path, first, last) in
+        [("all", 1, OBJECTS), ("all/low", 1, 300), ("all/high", 301, OBJECTS)]
+    {
+        let (online, known): (i64, i64) = sqlx::query_as(
+            "SELECT (SELECT count(*) FROM object WHERE id BETWEEN $1 AND $2),
+                    (SELECT count(DISTINCT object_id) FROM presence_change
+                     WHERE object_id BETWEEN $1 AND $2)",
+        )
+        .bind(first)
+        .bind(last)
+        .fetch_one(fixture.database.pool())
+        .await
+        .unwrap();
+        let never_seen = last - first + 1 - known;
+        let counts = json!({"online": online, "gone": known - online, "never_seen": never_seen});
+        expect_counts(&viewer, path, counts).await;
+    }
+}
+
+/// The kinds of the events of each object, until one is about the object `last`.
+async fn events_until(subscriber: &mut Subscriber, last: i64) -> BTreeMap<i64, Vec<String>> {
+    let mut events: BTreeMap<i64, Vec<String>> = BTreeMap::new();
+    while !events.contains_key(&last) {
+        let (kind, ids) = subscriber.next().await;
+        for id in ids {
+            events.entry(id).or_default().push(kind.clone());
+        }
+    }
+    events
 }
 
 #[tokio::test]

@@ -77,7 +77,7 @@ async fn wait_for_sightings(viewer: &Process, count: usize) {
 }
 
 /// Inserts objects as a consumer does, with their changes.
-async fn bring_online(table: &mut PgConnection, ids: Range<u32>) -> anyhow::Result<()> {
+pub(super) async fn bring_online(table: &mut PgConnection, ids: Range<u32>) -> anyhow::Result<()> {
     let Range { start, end } = ids;
     sqlx::query(AssertSqlSafe(format!(
         "WITH inserted AS (

@@ -58,28 +58,20 @@ async fn measure_subscribers(servers: &Servers, count: u16) -> anyhow::Result<Ro
     ensure!(received == u64::from(count) * COMMITS.unsigned_abs(), "{received} events arrived");
     let what = format!("{count} subscribers, 10 commits of {OBJECTS} objects per second");
     let mut row = Row::new(what, "events/s", per_second(received, started.elapsed()));
-    let ms =
-        |quantile| Duration::from_micros(latencies.value_at_quantile(quantile)).as_secs_f64() * 1e3;
-    (row.p50_ms, row.p99_ms) = (Some(ms(0.5)), Some(ms(0.99)));
+    (row.p50_ms, row.p99_ms) = (Some(ms_at(&latencies, 0.5)), Some(ms_at(&latencies, 0.99)));
     #[expect(clippy::cast_precision_loss, reason = "nothing here is counted beyond 2^53")]
     let received = received as f64;
     row.cost = Some(meter.cost_of(received));
     Ok(row)
 }
 
+/// The quantile of times in microseconds, in milliseconds.
+pub(super) fn ms_at(latencies: &Histogram<u64>, quantile: f64) -> f64 {
+    Duration::from_micros(latencies.value_at_quantile(quantile)).as_secs_f64() * 1e3
+}
+
 async fn commit(deployment: &Deployment, commits: &Mutex<Vec<Instant>>) -> anyhow::Result<()> {
-    let store = Store::start(
-        Config::at(deployment.database.url().parse().map_err(anyhow::Error::msg)?)
-            .open(&Supervisor::default())?,
-        "bench",
-        1,
-    );
-    let uri = deployment.system.amqp_uri.parse().map_err(anyhow::Error::msg)?;
-    let exchange = Exchange::on_rabbitmq(Access { uri, authorities: None }, &deployment.queue.name);
-    let emitter = Emitter::start(&exchange, "bench", &Supervisor::default());
-    timeout(PATIENCE, store.status().wait_for(Result::is_ok)).await??;
-    let mut status = emitter.status().context("there is a broker")?;
-    timeout(PATIENCE, status.wait_for(Result::is_ok)).await??;
+    let (store, emitter) = open_writer(deployment).await?;
     let mut interval = interval(INTERVAL);
     for commit in 0..COMMITS {
         interval.tick().await;
@@ -94,6 +86,23 @@ async fn commit(deployment: &Deployment, commits: &Mutex<Vec<Instant>>) -> anyho
         emitter.publish(Kind::Seen, updated.iter().map(object));
     }
     Ok(())
+}
+
+/// What a consumer writes to.
+pub(super) async fn open_writer(deployment: &Deployment) -> anyhow::Result<(Store, Emitter)> {
+    let store = Store::start(
+        Config::at(deployment.database.url().parse().map_err(anyhow::Error::msg)?)
+            .open(&Supervisor::default())?,
+        "bench",
+        1,
+    );
+    let uri = deployment.system.amqp_uri.parse().map_err(anyhow::Error::msg)?;
+    let exchange = Exchange::on_rabbitmq(Access { uri, authorities: None }, &deployment.queue.name);
+    let emitter = Emitter::start(&exchange, "bench", &Supervisor::default());
+    timeout(PATIENCE, store.status().wait_for(Result::is_ok)).await??;
+    let mut status = emitter.status().context("there is a broker")?;
+    timeout(PATIENCE, status.wait_for(Result::is_ok)).await??;
+    Ok((store, emitter))
 }
 
 /// Subscribes, and returns the time from each commit to its event in microseconds.
