@@ -1,6 +1,6 @@
 //! `lastseen history` and `lastseen changes`: when objects were online, and the feed of changes.
 
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::bail;
 use runtime::CancellationToken;
@@ -13,8 +13,10 @@ use crate::{print_line, unless_stopped};
 
 /// Sessions and changes read at a time.
 const PAGE: u32 = 1_000;
-/// How often `changes --follow` looks for new changes.
+/// How often `changes` looks for further changes.
 const FOLLOW_INTERVAL: Duration = Duration::from_millis(500);
+/// How long `changes` without `--follow` waits for a transaction that may commit an earlier change.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(10);
 const SINCE: std::ops::RangeInclusive<Duration> =
     Duration::from_secs(1)..=Duration::from_hours(24 * 3_650);
 
@@ -109,13 +111,17 @@ pub(crate) async fn show(
 ///
 /// # Errors
 /// When the history cannot be read or no longer has all changes after the position, the changes
-/// cannot be written, or a signal stops the command before its end.
+/// cannot be written, an open transaction hides the newest ones, or a signal stops the command before
+/// its end.
 pub(crate) async fn feed(
     command: &Feed,
     config: &store::Config,
     shutdown: &CancellationToken,
 ) -> anyhow::Result<()> {
     let history = History::new(config);
+    let newest = unless_stopped(shutdown, history.extent()).await?;
+    let newest = newest.map_or(0, |extent| extent.last.position);
+    let deadline = Instant::now() + SETTLE_TIMEOUT;
     let mut position = command.after;
     loop {
         let page = unless_stopped(shutdown, history.changes_after(position, PAGE)).await?;
@@ -135,8 +141,14 @@ pub(crate) async fn feed(
         if page.has_more {
             continue;
         }
-        if !command.follow {
+        if !command.follow && position >= newest {
             return Ok(());
+        }
+        if !command.follow && Instant::now() >= deadline {
+            bail!(
+                "changes after position {position} are not printed, because an open transaction may \
+                 commit an earlier one; find it in pg_stat_activity"
+            );
         }
         if shutdown.run_until_cancelled(tokio::time::sleep(FOLLOW_INTERVAL)).await.is_none() {
             return Ok(());

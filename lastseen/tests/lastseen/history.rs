@@ -104,3 +104,32 @@ async fn without_retention_there_is_no_history() {
     assert_eq!(json(&home, &["changes", "--json"]).await, [Value::Null; 0]);
     home.assert_fails(&["--history-retention=5m"], 78, "or 0 for no history").await;
 }
+
+#[tokio::test]
+async fn changes_wait_for_a_transaction_that_may_commit_earlier_ones() {
+    let status_api = StatusApi::start(|_, _| Answer::Online);
+    let database = Database::new().await;
+    let [_, home] = homes(&status_api, &database);
+    let (lastseen, endpoint) = home.start(&["--no-tester"]).await;
+    assert!(Partner::default().post(&endpoint, &[1]).await);
+    wait_until("the object is gone", async || {
+        texts(&json(&home, &["changes", "--json"]).await, "kind").contains(&"gone")
+    })
+    .await;
+    lastseen.stop().await;
+    let mut open = database.pool().begin().await.unwrap();
+    sqlx::query("SELECT pg_current_xact_id()").execute(&mut *open).await.unwrap();
+    let command = home.spawn(&["changes", "--json"]);
+    wait_until("the command has read which transactions are open", async || {
+        let sessions = sqlx::query_scalar::<_, i64>(
+            "SELECT count(*) FROM pg_stat_activity
+             WHERE datname = current_database() AND pid <> pg_backend_pid()
+               AND query LIKE '%pg_snapshot_xmin%'",
+        );
+        sessions.fetch_one(database.pool()).await.unwrap() > 0
+    })
+    .await;
+    open.rollback().await.unwrap();
+    assert_eq!(command.wait().await.code(), Some(0));
+    assert_eq!(command.log().len(), 2, "{:?}", command.log());
+}
