@@ -274,8 +274,8 @@ async fn group_with_a_long_path_counts_but_is_not_announced() {
 
 #[tokio::test]
 async fn many_objects_are_handled_in_several_wake_ups() {
-    let objects: Vec<i64> = (0..40_000).collect();
-    let definition = r#"{"name": "all", "objects": ["0-39999"]}"#;
+    let objects: Vec<i64> = (0..100_000).collect();
+    let definition = r#"{"name": "all", "objects": ["0-99999"]}"#;
     let mut setup = Setup::new("late=1");
     setup.change(Kind::Online, &objects, 0);
     setup.view.mark_complete();
@@ -287,5 +287,5 @@ async fn many_objects_are_handled_in_several_wake_ups() {
     setup.follow().await;
     setup.set_clock(20);
     assert_eq!(setup.follow().await, ["all up degraded", "all degraded down"]);
-    assert_eq!(setup.kinds(), vec![ObjectKind::Late; 40_000]);
+    assert_eq!(setup.kinds(), vec![ObjectKind::Late; 100_000]);
 }
