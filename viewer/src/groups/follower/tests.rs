@@ -173,7 +173,7 @@ async fn shorter_ttl_makes_objects_late() {
 }
 
 #[tokio::test]
-async fn worse_status_is_announced_after_its_hold_time_a_better_one_at_once() {
+async fn only_a_worse_status_waits_for_its_hold_time() {
     let definition = r#"{"name": "pair", "objects": [1, 2], "for": "10s"}"#;
     let mut setup = Setup::following("", definition, &[1, 2]).await;
     setup.change(Kind::Gone, &[1], 0);
